@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install dev test test-fast slow style quickstart accept clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+dev: $(VENV)/.dev
+
+# The tests a change must pass: everything but the longer training runs.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu and not hub and not acceptance"
+
+# One training run for each kind of signal, and the longer oracles.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Distils the embedded digits teacher to four steps; one table, one picture.
+quickstart: $(VENV)/.installed
+	$(BIN)/python tools/quickstart.py
+
+# The full acceptance, all seeds and rows; resumable.
+accept: $(VENV)/.dev
+	$(BIN)/python tools/accept.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
