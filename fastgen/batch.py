@@ -1,0 +1,78 @@
+"""What one turn of an objective sees: conditioning, and whatever data the objective asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen import noise
+
+
+class Conditioning(dict[str, Tensor]):
+    """Named tensors with a shared batch axis: everything a network is told besides x_t and t.
+
+    The keys belong to the backbone (SD3: prompt_embeds [B, L, D], pooled [B, P]; a mixture: label [B])."""
+
+    def select(self, index: Tensor | slice) -> "Conditioning":
+        """Rows by integer index, boolean mask or slice."""
+        return Conditioning({k: v[index] for k, v in self.items()})
+
+    def repeat(self, times: int) -> "Conditioning":
+        """Each row `times` times, rows of one sample adjacent (as prompt groups need)."""
+        return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
+        """Moves all tensors; only floating ones change dtype."""
+        return Conditioning({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Concatenates along the batch axis. Raises ValueError if the keys differ."""
+        if any(p.keys() != parts[0].keys() for p in parts):
+            raise ValueError(f"cannot concatenate conditionings with keys {[sorted(p.keys()) for p in parts]}")
+        return Conditioning({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Fields an objective did not ask for (`Objective.needs`) are None.
+
+    ids      [B] int64, the global sample number: with `key` it determines every random draw made for the sample.
+    key      one integer a turn and inner update, shared by all ranks and micro-batches.
+    cond, uncond   conditioning with and without the prompt, both of batch size B.
+    latents  [B, *latent_shape] real data, normalised as the backbone's `encode` leaves them.
+    pixels   [B, 3, H, W] real images in [0, 1].
+    pairs    (noise, x0), each [B, *latent_shape]: the teacher's own ODE end points.
+    group    [B] int64, the prompt-group id of group-relative objectives."""
+
+    ids: Tensor
+    key: int
+    cond: Conditioning
+    uncond: Conditioning
+    latent_shape: tuple[int, ...]
+    prompts: tuple[str, ...] = ()
+    latents: Tensor | None = None
+    pixels: Tensor | None = None
+    pairs: tuple[Tensor, Tensor] | None = None
+    group: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def normal(self, name: str, by_group: bool = False) -> Tensor:
+        """[B, *latent_shape] standard normal, one draw a sample (or one a group); another name, another draw."""
+        return noise.normal(self._rows(by_group), self.latent_shape, noise.make_key(self.key, name), self.dtype)
+
+    def uniform(self, name: str, by_group: bool = False) -> Tensor:
+        """[B] uniform in (0, 1), one draw a sample (or one a group)."""
+        return noise.uniform(self._rows(by_group), (), noise.make_key(self.key, name), self.dtype)
+
+    def integer(self, name: str, high: int) -> int:
+        """One integer in [0, high) shared by all samples, micro-batches and ranks of this update."""
+        return noise.integer(high, noise.make_key(self.key, name))
+
+    def _rows(self, by_group: bool) -> Tensor:
+        if not by_group:
+            return self.ids
+        if self.group is None:
+            raise ValueError("a draw by group needs Batch.group; the objective must declare needs={'group'}")
+        return self.group

@@ -1,0 +1,77 @@
+"""What all tests share: two threads at most, no network, and the smallest batches and recipes."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from fastgen.batch import Batch, Conditioning
+from fastgen.schedule import VPSchedule
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+PROJECT = Path(__file__).resolve().parents[1]
+MIXTURE_RECIPE = PROJECT / "recipes" / "mixture_dmd2_4step.yaml"
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def mixture_recipe() -> Path:
+    """The path of a complete recipe that loads in milliseconds."""
+    return MIXTURE_RECIPE
+
+
+@pytest.fixture
+def raw_recipe() -> dict[str, Any]:
+    """The same recipe as plain YAML values, to be changed."""
+    return yaml.safe_load(MIXTURE_RECIPE.read_text())
+
+
+@pytest.fixture(scope="session")
+def sd_betas() -> Tensor:
+    """Stable Diffusion's scaled_linear betas, 0.00085 to 0.012 over 1000 steps, float64."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+
+@pytest.fixture(scope="session")
+def vp_schedule(sd_betas: Tensor) -> VPSchedule:
+    return VPSchedule((1 - sd_betas).cumprod(0))
+
+
+@pytest.fixture(scope="session")
+def point_batch() -> Callable[..., Batch]:
+    """A function: sample ids and a key to a Batch of points, float64 by default, with label 0 as condition."""
+
+    def make(
+        ids: int | Tensor,
+        key: int = 0,
+        dim: int = 2,
+        label: int = 0,
+        uncond: int = 0,
+        latents: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Batch:
+        ids = torch.arange(ids) if isinstance(ids, int) else ids
+        return Batch(
+            ids=ids,
+            key=key,
+            cond=Conditioning({"label": torch.full_like(ids, label)}),
+            uncond=Conditioning({"label": torch.full_like(ids, uncond)}),
+            latent_shape=(dim,),
+            latents=latents,
+            dtype=dtype,
+        )
+
+    return make
