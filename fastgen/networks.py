@@ -1,0 +1,112 @@
+"""The networks of a run by role: which are trained, at what rate, and the student's moving average."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.denoiser import Denoiser
+from fastgen.rollout import RolloutPolicy
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a decay towards zero at the last student update.
+
+    The rate at student update k of n is lr * min(1, (k + 1) / warmup) * decay(k / n), where decay is 1 (constant),
+    falls linearly to 0, or follows half a cosine to 0, over the last `decay_fraction` of the run."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=10.0, gt=0)
+    warmup: int = Field(default=0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_fraction: float = Field(default=1.0, gt=0, le=1)
+
+    def build(self, parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay)
+
+    def rate(self, update: int, total: int) -> float:
+        """The learning rate at 0-based student update `update` of `total`."""
+        start = 1 - self.decay_fraction
+        progress = min(max((update / total - start) / self.decay_fraction, 0.0), 1.0)
+        cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[self.decay]
+        return self.lr * decay * (min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0)
+
+
+class Networks(Mapping[str, nn.Module]):
+    """role -> module. `student` and `teacher` are always there; an objective adds its own (fake_score, discriminator).
+
+    A trained role may have a wrapper (DDP, autocast); `networks[role]` is the wrapped module."""
+
+    def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy):
+        self.modules = modules
+        self.policy = policy
+
+    def __getitem__(self, role: str) -> nn.Module:
+        return self.modules[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def student(self) -> Denoiser:
+        return self.modules["student"]  # type: ignore[return-value]
+
+    @property
+    def teacher(self) -> Denoiser:
+        return self.modules["teacher"]  # type: ignore[return-value]
+
+    @property
+    def fake_score(self) -> Denoiser:
+        return self.modules["fake_score"]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradient passes through the modules to their inputs, and none is left on their parameters."""
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+class Ema:
+    """Exponential moving average of a network's parameters, in their own dtype and on their own device.
+
+    average <- decay average + (1 - decay) parameter. The decay warms up as min(decay, (1 + n) / (10 + n)) at update n,
+    so that a short run is not dominated by its first weights (the rule of torch_ema and timm)."""
+
+    def __init__(self, module: Denoiser, decay: float):
+        self.module: Denoiser = deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        average: list[Tensor] = list(self.module.parameters())
+        torch._foreach_lerp_(average, list(module.parameters()), 1 - decay)
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.updates += 1
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The 2-norm over all gradients together, float32."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

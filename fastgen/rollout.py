@@ -1,0 +1,136 @@
+"""How a few-step student turns noise into samples: the same code trains, evaluates and exports."""
+
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import Denoiser
+from fastgen.schedule import Schedule
+
+Noise = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class RolloutPolicy:
+    """The student's sampler. It is stored with the weights: what trains is what samples.
+
+    timesteps: noise levels at which the network is called, strictly decreasing in (0, 1]; the end point 0 is implied.
+    transition: renoise = x0 plus fresh noise at the next level (DMD2, consistency models);
+                ode = x0 and the network's own noise prediction (DDIM, which for flow matching is Euler).
+    told_time: one-step students only: the level the network is told while it is fed pure noise
+               (DMD2's SDXL one-step student is told 399 of 1000)."""
+
+    timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
+    transition: Literal["renoise", "ode"] = "renoise"
+    told_time: float | None = Field(default=None, gt=0, le=1)
+
+    @field_validator("timesteps")
+    @classmethod
+    def _decreasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < t <= 1 for t in value):
+            raise ValueError(f"every timestep must lie in (0, 1], got {list(value)}")
+        if any(a <= b for a, b in itertools.pairwise(value)):
+            raise ValueError(f"timesteps must be strictly decreasing, got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_step(self) -> "RolloutPolicy":
+        if self.told_time is not None and len(self.timesteps) != 1:
+            raise ValueError("told_time is for one-step students: give one timestep or remove told_time")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Step:
+    """One executed step: input x_t [B, ...] at level t [B], clean prediction x0, next state x_next.
+    log_prob [B] only where the transition is stochastic and was asked to be scored."""
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    x_next: Tensor
+    log_prob: Tensor | None = None
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Rollout:
+    """x [B, ...] at noise level s [B] (0 for a clean sample), and the steps that were kept. stop: [B], the index into
+    policy.timesteps of the step that made each sample."""
+
+    x: Tensor
+    s: Tensor
+    stop: Tensor
+    steps: tuple[Step, ...] = ()
+
+
+def predict_x0(student: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, policy: RolloutPolicy) -> Tensor:
+    """The student's clean prediction, with the policy's told time."""
+    told = None if policy.told_time is None else torch.full_like(t, policy.told_time)
+    return student(x_t, t, cond, told_time=told)
+
+
+def transition(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, fresh: Tensor | None) -> Tensor:
+    """From (x_t, x0 prediction) at level t to level t_next < t.
+
+    fresh [B, ...]: renoise, alpha(t_next) x0 + sigma(t_next) fresh. None: the DDIM step, which re-uses the noise that
+    x_t and x0 imply."""
+    noise = schedule.from_sample(x0, x_t, t, "epsilon") if fresh is None else fresh
+    return schedule.add_noise(x0, noise, t_next)
+
+
+def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise) -> Tensor:
+    """Runs the student from noise("initial") through all its steps: clean samples [B, ...].
+
+    noise(name) draws [B, ...] standard normal; fresh noise for the step into index i is named "step<i>"."""
+    x = noise("initial")
+    for i, level in enumerate(policy.timesteps):
+        t = x.new_full((len(x),), level)
+        x0 = predict_x0(student, x, t, cond, policy)
+        if i + 1 < policy.num_steps:
+            fresh = noise(f"step{i + 1}") if policy.transition == "renoise" else None
+            x = transition(student.schedule, x0, x, t, torch.full_like(t, policy.timesteps[i + 1]), fresh)
+    return x0
+
+
+def backward_simulation(
+    student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True
+) -> Rollout:
+    """DMD2's backward simulation: the student is trained on inputs it made itself    (arXiv 2405.14867 Sec. 4.4)
+
+    Runs the sampler without gradient up to step stop[i] of sample i and executes that step, with gradient if asked.
+    stop: [B] int64 in [0, num_steps). A sample whose stop is reached leaves the batch, so that mixed stops cost no
+    more network evaluations than a shared one of the same mean. Returns the clean predictions x, at s = 0.
+    renoise draws noise independent of the initial one for the stopping input, as DMD2 does."""
+    x_in = batch.normal("initial")
+    with torch.no_grad():
+        for i in range(policy.num_steps - 1):
+            active = (stop > i).nonzero().squeeze(1)
+            if not len(active):
+                break
+            x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
+            x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy).to(x_in.dtype)
+            t_next = torch.full_like(t, policy.timesteps[i + 1])
+            fresh = batch.normal(f"step{i + 1}")[active] if policy.transition == "renoise" else None
+            x_next = transition(student.schedule, x0, x_t, t, t_next, fresh)
+            x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
+    t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
+    with torch.set_grad_enabled(grad):
+        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy)
+    return Rollout(x=x0, s=torch.zeros_like(t_stop), stop=stop)
+
+
+def draw_stops(batch: Batch, num_steps: int, shared: bool) -> Tensor:
+    """[B] int64 stop indices: one for the whole update (DMD2), or one a sample, keyed by the sample's id."""
+    if shared:
+        return torch.full_like(batch.ids, batch.integer("stop", num_steps))
+    return (batch.uniform("stop") * num_steps).long().clamp(max=num_steps - 1)
