@@ -1,0 +1,6 @@
+"""Model families by name; a class is imported only when a recipe chooses it."""
+
+BACKBONES: dict[str, str] = {
+    "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "sd3": "fastgen.backbones.sd3:SD3Config",
+}

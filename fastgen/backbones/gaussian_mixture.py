@@ -1,0 +1,330 @@
+"""The analytic teacher: a mixture of Gaussians whose score, posterior mean and samples are exact at every noise level.
+
+With component weights w_k, means m_k and diagonal covariances S_k, x_t = alpha x0 + sigma noise is again a mixture:
+    p_t(x) = sum_k w_k N(x; alpha m_k, V_k),   V_k = alpha^2 S_k + sigma^2
+    E[x0 | x_t] = sum_k r_k(x_t) (m_k + alpha S_k V_k^-1 (x_t - alpha m_k)),   r_k the posterior weights.
+Students and fake scores are small MLPs, fitted to that posterior mean: their "pretrained weights", made in seconds.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import FlowSchedule, Schedule
+
+Rows = Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class GaussianMixtureConfig:
+    """means: [K][D]. stds: [K], or [K][D] for axis-aligned covariances. weights: [K], normalised; equal if left out.
+    classes: [K] class label of each component, 0..C-1; prompts are then "0".."C-1" and the empty prompt is the whole
+    mixture. uncond_weights: [K] replaces the weights of the empty prompt (to pose guidance problems with known
+    answers). width, depth: the MLP. fit_steps, fit_batch_size, fit_lr: its fit to the teacher."""
+
+    means: Rows
+    stds: tuple[float, ...] | Rows
+    name: Literal["gaussian_mixture"] = "gaussian_mixture"
+    weights: tuple[float, ...] | None = None
+    classes: tuple[int, ...] | None = None
+    uncond_weights: tuple[float, ...] | None = None
+    width: int = Field(default=128, ge=1)
+    depth: int = Field(default=3, ge=1)
+    fit_steps: int = Field(default=2000, ge=0)
+    fit_batch_size: int = Field(default=1024, ge=1)
+    fit_lr: float = Field(default=2e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GaussianMixtureConfig":
+        count, dim = len(self.means), len(self.means[0])
+        for name in ("stds", "weights", "classes", "uncond_weights"):
+            value = {"stds": self.stds, "weights": self.weights, "classes": self.classes,
+                     "uncond_weights": self.uncond_weights}[name]  # fmt: skip
+            if value is not None and len(value) != count:
+                raise ValueError(f"{name} has {len(value)} entries but means has {count}; give one for each component")
+        if any(len(m) != dim for m in self.means):
+            raise ValueError(f"every mean must have the same length, got lengths {[len(m) for m in self.means]}")
+        rows = [s if isinstance(s, tuple) else (s,) * dim for s in self.stds]
+        if any(len(r) != dim for r in rows):
+            raise ValueError(f"a row of stds must have {dim} entries, as the means do")
+        if any(value <= 0 for row in rows for value in row):
+            raise ValueError("every entry of stds must be positive")
+        for name, weights in (("weights", self.weights), ("uncond_weights", self.uncond_weights)):
+            if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+                raise ValueError(f"{name} must be non-negative and not all zero")
+        if self.classes is not None and sorted(set(self.classes)) != list(range(max(self.classes) + 1)):
+            raise ValueError(f"classes must use every label from 0 up, got {sorted(set(self.classes))}")
+        return self
+
+    def check(self) -> None:
+        """Nothing outside the recipe is needed."""
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        """Our own folder holds any policy."""
+
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "GaussianMixture":
+        return GaussianMixture(self, device, dtype, seed)
+
+
+class Mixture:
+    """The exact mixture. means, stds: [K, D]. logits: [labels, K], log-weights of the components given each label.
+
+    Everything takes a label [B] and computes in the dtype of its input."""
+
+    def __init__(self, means: Tensor, stds: Tensor, logits: Tensor):
+        self.means, self.variances, self.logits = means, stds**2, logits
+
+    def to(self, like: Tensor) -> "Mixture":
+        return Mixture(self.means.to(like), self.variances.to(like).sqrt(), self.logits.to(like))
+
+    def _posterior(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint [B, K] of component and x_t, and V [B, K, D]. alpha, sigma: [B, 1]."""
+        v = alpha[:, :, None] ** 2 * self.variances + sigma[:, :, None] ** 2
+        z = (x_t[:, None] - alpha[:, :, None] * self.means) ** 2 / v + v.log() + math.log(2 * math.pi)
+        return self.logits[label] - 0.5 * z.sum(-1), v
+
+    def log_density(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """log p_t(x_t | label): [B]."""
+        return self.to(x_t)._posterior(x_t, alpha, sigma, label)[0].logsumexp(1)
+
+    def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """E[x0 | x_t, label]: [B, D]."""
+        exact = self.to(x_t)
+        log_joint, v = exact._posterior(x_t, alpha, sigma, label)
+        shrink = alpha[:, :, None] * exact.variances / v
+        means = exact.means + shrink * (x_t[:, None] - alpha[:, :, None] * exact.means)
+        return (log_joint.softmax(1)[:, :, None] * means).sum(1)
+
+    def flow_map(self, x_t: Tensor, coefficients: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
+        """Where the probability-flow ODE carries x_t, from (alpha, sigma) to another level's: closed form for a single
+        Gaussian,  x' = alpha' m + sqrt(V' / V) (x_t - alpha m).  Raises ValueError for several components."""
+        if len(self.means) != 1:
+            raise ValueError("the flow map of a mixture with several components has no closed form")
+        exact, (alpha, sigma), (alpha2, sigma2) = self.to(x_t), coefficients, target
+        ratio = ((alpha2**2 * exact.variances + sigma2**2) / (alpha**2 * exact.variances + sigma**2)).sqrt()
+        return alpha2 * exact.means + ratio * (x_t - alpha * exact.means)
+
+    def component(self, label: Tensor, u: Tensor) -> Tensor:
+        """Component index [B] for uniform u [B], by inverse cdf of the weights given the label."""
+        cdf = self.logits[label].softmax(1).cumsum(1)
+        return (u.to(cdf)[:, None] > cdf).sum(1).clamp(max=len(self.means) - 1)
+
+    def sample(self, ids: Tensor, label: Tensor, key: int) -> Tensor:
+        """Exact samples [B, D] float64, keyed by sample id."""
+        k = self.component(label, noise.uniform(ids, (), noise.make_key(key, "component"), torch.float64))
+        z = noise.normal(ids, self.means.shape[1:], noise.make_key(key, "normal"), torch.float64)
+        return self.means.double()[k] + self.variances.double().sqrt()[k] * z
+
+
+class AnalyticDenoiser(Denoiser):
+    """The mixture as a network without parameters."""
+
+    def __init__(self, mixture: Mixture, schedule: Schedule):
+        super().__init__(nn.Identity(), schedule, "sample")
+        self.mixture = mixture
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        return self.network
+
+    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        """As Denoiser.forward; exact at every t, so there is no separate network time."""
+        if extras or told_time is not None:
+            raise ValueError("the analytic teacher takes no extra inputs and is told its true time")
+        alpha, sigma = self.schedule.coefficients(t, x_t)
+        x0 = self.mixture.posterior_mean(x_t, alpha, sigma, cond["label"])
+        return self.schedule.from_sample(x0, x_t, t, predict)
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of the timestep, then two linear layers: [B] -> [B, width]."""
+
+    def __init__(self, width: int, frequencies: int = 16):
+        super().__init__()
+        self.frequencies = nn.Buffer(math.pi * 2.0 ** torch.linspace(-1, 5, frequencies), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        angle = timestep[:, None] / 1000 * self.frequencies.to(timestep.dtype)
+        return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+
+class PointMLP(nn.Module):
+    """A residual MLP on points [B, D] with time and label added in every block; predicts x0.
+
+    Preconditioned as EDM's networks (arXiv 2206.00364 Table 1, for flow matching), with d the mixture's spread and
+    v = alpha^2 d^2 + sigma^2:   x0 = (alpha d^2 / v) x + (sigma d / sqrt(v)) F(x / sqrt(v), t)."""
+
+    def __init__(self, dim: int, labels: int, width: int, depth: int, spread: float):
+        super().__init__()
+        self.spread = spread
+        self.time: nn.Module = TimeEmbedding(width)
+        self.label = nn.Embedding(labels, width)
+        self.inlet = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        sigma = (timestep if timestep.dim() == 1 else timestep[:, 0])[:, None] / 1000
+        alpha = 1 - sigma
+        variance = (alpha * self.spread) ** 2 + sigma**2
+        condition = self.time(timestep) + self.label(label)
+        h = self.inlet(x / variance.sqrt())
+        for block in self.blocks:
+            h = h + block(h + condition)
+        return alpha * self.spread**2 / variance * x + sigma * self.spread / variance.sqrt() * self.outlet(h)
+
+
+class PointDenoiser(Denoiser):
+    """A PointMLP behind the contract; its features are the outputs of its blocks."""
+
+    network: PointMLP
+
+    def __init__(self, network: PointMLP, schedule: Schedule):
+        super().__init__(network, schedule, "sample")
+        self.feature_dim = network.inlet.out_features
+
+    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        return self.network(x_t, timestep, cond["label"])
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        return self.network.time
+
+    def set_time_embedding(self, module: nn.Module) -> None:
+        self.network.time = module
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        return list(self.network.blocks)
+
+
+class GaussianMixture(Backbone):
+    """The backbone of recipes with `backbone: {name: gaussian_mixture, ...}`. Latents are the points themselves."""
+
+    output = "points"
+    image_size = None
+
+    def __init__(self, config: GaussianMixtureConfig, device: torch.device, dtype: torch.dtype, seed: int):
+        self.config, self.device, self.dtype, self.seed = config, device, dtype, seed
+        self.mixture = build_mixture(config)
+        self.schedule = FlowSchedule()
+        self.latent_shape = (len(config.means[0]),)
+        self.time_dim = config.width
+        self._pretrained: PointDenoiser | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return max(self.config.classes) + 1 if self.config.classes else 0
+
+    def load(self, role: str) -> Denoiser:
+        if role == "teacher":
+            return AnalyticDenoiser(self.mixture, self.schedule)
+        if self._pretrained is None:
+            self._pretrained = fit(new_network(self.config, self.schedule), self.mixture, self.config, self.seed)
+        denoiser = new_network(self.config, self.schedule)
+        denoiser.load_state_dict(self._pretrained.state_dict())
+        return denoiser.to(self.device, self.dtype)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        names = [str(c) for c in range(self.num_classes)]
+        unknown = sorted({p for p in prompts if p and p not in names})
+        if unknown:
+            raise ValueError(f"prompts of this mixture are class labels {names} or empty, got {unknown[:3]}")
+        label = torch.tensor([int(p) if p else self.num_classes for p in prompts], device=self.device)
+        return Conditioning({"label": label})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def teacher_policy(self, num_steps: int) -> RolloutPolicy:
+        return RolloutPolicy(timesteps=tuple(1 - i / num_steps for i in range(num_steps)), transition="ode")
+
+    def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+        """model.safetensors (the PointMLP) and config.json (the mixture's configuration)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.contiguous().cpu() for k, v in student.network.state_dict().items()}, folder / "model.safetensors"
+        )
+        config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def load_exported(self, folder: Path) -> Denoiser:
+        """The student that save_pipeline wrote, frozen."""
+        denoiser = new_network(self.config, self.schedule)
+        denoiser.network.load_state_dict(load_file(folder / "model.safetensors"))
+        return denoiser.to(self.device, self.dtype).requires_grad_(False).eval()
+
+
+def build_mixture(config: GaussianMixtureConfig) -> Mixture:
+    """The exact mixture in float64; one row of log-weights a class, the last row for the empty prompt."""
+    means = torch.tensor(config.means, dtype=torch.float64)
+    stds = torch.tensor(config.stds, dtype=torch.float64)
+    stds = stds if stds.dim() == 2 else stds[:, None].expand_as(means)
+    weights = torch.tensor(config.weights or (1.0,) * len(means), dtype=torch.float64)
+    rows = []
+    for c in range(max(config.classes) + 1 if config.classes else 0):
+        member = torch.tensor(config.classes) == c
+        rows.append(torch.where(member, torch.where(weights[member].sum() > 0, weights, 1.0), 0.0))
+    rows.append(weights if config.uncond_weights is None else torch.tensor(config.uncond_weights, dtype=torch.float64))
+    table = torch.stack(rows)
+    return Mixture(means, stds, (table / table.sum(1, keepdim=True)).log())
+
+
+def new_network(config: GaussianMixtureConfig, schedule: Schedule) -> PointDenoiser:
+    mixture = build_mixture(config)
+    weights = mixture.logits[-1].exp()[:, None]
+    center = (weights * mixture.means).sum(0)
+    second = (weights * (mixture.variances + (mixture.means - center) ** 2)).sum(0)
+    spread = float((second.mean() + center.square().mean()).sqrt())
+    labels = max(config.classes) + 2 if config.classes else 1
+    return PointDenoiser(PointMLP(len(config.means[0]), labels, config.width, config.depth, spread), schedule)
+
+
+@torch.enable_grad()
+def fit(denoiser: PointDenoiser, mixture: Mixture, config: GaussianMixtureConfig, seed: int) -> PointDenoiser:
+    """Regresses the network on the exact posterior mean, for uniform t in (0, 1) and every label; deterministic given
+    the seed. Adam, cosine decay. The error is measured relative to sigma, as a velocity."""
+    generator = torch.Generator().manual_seed(noise.make_key(seed, "fit") % 2**63)
+    with torch.no_grad():
+        for name, p in denoiser.named_parameters():
+            if p.dim() == 2:
+                p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[1]))
+            elif name.endswith("bias"):
+                p.zero_()
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.fit_lr)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.fit_steps, 1))
+    exact = Mixture(mixture.means.float(), mixture.variances.float().sqrt(), mixture.logits.float())
+    labels = denoiser.network.label.num_embeddings
+    for step in range(config.fit_steps):
+        ids = torch.arange(config.fit_batch_size) + step * config.fit_batch_size
+        label = torch.randint(labels, (config.fit_batch_size,), generator=generator)
+        x0 = mixture.sample(ids, label, noise.make_key(seed, "fit data")).float()
+        t = torch.rand(config.fit_batch_size, generator=generator).clamp_min(1e-3)
+        alpha, sigma = denoiser.schedule.coefficients(t, x0)
+        x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+        target = exact.posterior_mean(x_t, alpha, sigma, label)
+        error = (denoiser(x_t, t, Conditioning({"label": label})) - target) / sigma.clamp_min(0.05)
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
+        decay.step()
+    return denoiser
