@@ -1,0 +1,71 @@
+"""What an objective is: its fields are its hyper-parameters, its methods the algorithm."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+from fastgen.networks import Networks
+from fastgen.rollout import RolloutPolicy
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One player's move: the roles it updates, how many inner updates it makes, and the roles that are re-initialised
+    from the teacher, with fresh optimizers, before it begins."""
+
+    name: str
+    roles: tuple[str, ...]
+    updates: int = 1
+    reset: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: scalar to backpropagate. terms: what is logged, detached, as it is."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective:
+    """A training method. Subclasses are frozen pydantic dataclasses: the recipe's `objective:` section is their
+    fields.
+
+    Holds no tensors. What it must remember between turns is its State, a flat dict of tensors which the loop
+    checkpoints and hands to every turn; `loss` may update it in place."""
+
+    name: str
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """Roles that need an optimizer; known before any weight loads, so that a recipe can be checked."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch that must be there: any of latents, pixels, pairs, group."""
+        return frozenset()
+
+    def check(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError if the objective cannot train a student that samples like this."""
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        """The networks beside student and teacher, freshly made: {role: module}."""
+        return {}
+
+    def init_state(self) -> State:
+        """What the objective remembers; {} for most."""
+        return {}
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        """The moves of student update `step` (0-based), in order."""
+        raise NotImplementedError
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
+        """The loss of one micro-batch of a turn; or several, each backpropagated as it comes."""
+        raise NotImplementedError

@@ -1,0 +1,150 @@
+"""DMD2: Improved Distribution Matching Distillation (Yin et al., arXiv 2405.14867).
+
+    paper          here                 what it is
+    G_theta        networks.student     few-step generator, initialised from the teacher
+    mu_real        networks.teacher     frozen denoiser, guided
+    mu_fake        networks.fake_score  denoiser of the student's own samples, trained online
+    D              discriminator        small heads on the fake score's features (optional)
+    x              rollout.x            student sample, at a random stop of the backward simulation
+
+The algorithm, for every student update:
+    fake_updates times (two time-scale rule, Sec. 4.2):
+        x = rollout of the student, no gradient
+        fake_score  <- denoising loss on x renoised to a random level
+        D           <- real images against x, both renoised (Sec. 4.3; only with gan_weight > 0)
+    once:
+        x = rollout of the student, gradient through the last executed step (Sec. 4.4)
+        student     <- surrogate of g = (mu_fake - mu_real^w) / mean|x - mu_real^w| at x renoised   (+ GAN loss)
+    the average of the student's weights moves, once.
+
+One fake score that is shared by all stops of the rollout only knows the mixture of their outputs: each step's samples
+are then pushed to match the teacher *together*, not each on its own. With `condition_on_stop` the fake score is also
+told the stop index (our extension), and every step's output is matched to the teacher by itself.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen import signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+from fastgen.denoiser import TokenHeads, add_stop_input
+from fastgen.networks import Networks, frozen
+from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
+from fastgen.schedule import PredictionType, TimeSampler
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class DMD2(Objective):
+    name: Literal["dmd2"] = "dmd2"
+    guidance_scale: float = Field(default=1.0, ge=0)  # 1.75 SD1.5, 8 SDXL (released configs); 1 is off
+    guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
+    fake_updates: int = Field(default=5, ge=1)  # "5 fake updates per generator update", Sec. 4.2
+    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
+    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
+    fake_space: PredictionType | None = None  # space of the fake score's loss; None: its own prediction type
+    stops: Literal["shared", "per_sample"] = "shared"  # shared: one stop index an update, the released code
+    condition_on_stop: bool = False  # ours, see above
+    normaliser_floor: float = Field(default=1e-6, gt=0)  # FastGen's epsilon
+    gan_weight: float = Field(default=0.0, ge=0)  # lambda_G: 5e-3 SDXL, 3e-3 ImageNet (released configs); 0: data-free
+    discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
+    gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError(f"guidance_interval must be [low, high] with 0 <= low < high <= 1, got {list(value)}")
+        return value
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return ("student", "fake_score", "discriminator") if self.gan_weight else ("student", "fake_score")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents"}) if self.gan_weight else frozenset()
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        fake_score = backbone.load("fake_score")
+        modules: dict[str, nn.Module] = {"fake_score": fake_score}
+        if self.condition_on_stop:
+            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
+        if self.gan_weight:
+            modules["discriminator"] = TokenHeads(fake_score.feature_dim, len(fake_score.feature_modules))
+        return modules
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        return (Turn("fake_score", self.trained_roles[1:], self.fake_updates), Turn("student", ("student",)))
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
+
+    def student_loss(self, networks: Networks, batch: Batch) -> Loss:
+        """Surrogate of the score difference, and the generator's side of the GAN."""
+        rollout = self.rollout(networks, batch, grad=True)
+        grad, lag = self.score_gradient(networks, batch, rollout)
+        total = signals.surrogate(rollout.x, grad)
+        terms = {"dm_grad": grad.abs().mean(), "fake_lag": lag}
+        if self.gan_weight:
+            fake_score, discriminator = networks.fake_score, networks["discriminator"]
+            with frozen(fake_score, discriminator):
+                gan = signals.gan_generator_loss(self.logits(networks, batch, rollout.x, rollout.stop, "gan"))
+            total = total + self.gan_weight * gan
+            terms["gan"] = gan.detach()
+        return Loss(total, terms | {"loss": total.detach()})
+
+    def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
+        """Denoising of the student's samples, and the discriminator's side of the GAN."""
+        rollout = self.rollout(networks, batch, grad=False)
+        t = self.fake_time(batch.uniform("fake_time"))
+        x_t = networks.teacher.schedule.add_noise(rollout.x, batch.normal("fake_noise"), t)
+        prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        space = self.fake_space or networks.teacher.prediction_type
+        denoising = signals.denoising_loss(prediction, rollout.x, x_t, t, networks.teacher.schedule, space)
+        if not self.gan_weight:
+            return Loss(denoising, {"loss": denoising.detach()})
+        assert batch.latents is not None
+        fake_logits = self.logits(networks, batch, rollout.x, rollout.stop, "gan_fake")
+        real_logits = self.logits(networks, batch, batch.latents, rollout.stop, "gan_real")
+        gan = signals.gan_discriminator_loss(real_logits, fake_logits)
+        terms = {
+            "loss": denoising.detach(),
+            "gan": gan.detach(),
+            "logit_gap": (real_logits - fake_logits).mean().detach(),
+        }
+        return Loss(denoising + self.discriminator_weight * gan, terms)
+
+    def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
+        stop = draw_stops(batch, networks.policy.num_steps, shared=self.stops == "shared")
+        return backward_simulation(networks.student, networks.policy, batch, stop, grad)
+
+    @torch.no_grad()
+    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """g at the student's samples [B, ...], and the fake score's lag."""
+        t = self.renoise_time(batch.uniform("renoise_time"))
+        x_t = networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t)
+        fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        real = signals.guided(
+            networks.teacher, x_t, t, batch.cond, batch.uncond,
+            self.guidance_scale, self.guidance_interval, self.guidance_rescale,
+        )  # fmt: skip
+        grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
+        return grad, signals.score_lag(rollout.x, fake, real)
+
+    def logits(self, networks: Networks, batch: Batch, x0: Tensor, stop: Tensor, name: str) -> Tensor:
+        """D(x0 renoised) [B, depths], from the fake score's features."""
+        t = self.gan_time(batch.uniform(f"{name}_time"))
+        x_t = networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t)
+        with networks.fake_score.capture() as features:
+            networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(stop))
+        return networks["discriminator"](features)
+
+    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
+        return {"stop": stop} if self.condition_on_stop else {}
