@@ -1,0 +1,97 @@
+"""The digits data set, its prompts, and the classifier that judges pictures of it."""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+PROMPTS = ("a handwritten {}", "the digit {}", "a {}", "the number {}")
+
+IMAGE_SIZE = 32
+HELD_OUT = 599
+SPLIT_SEED = 0
+
+
+def assets_dir() -> Path:
+    """The folder of the shipped weights, next to the package (the package is installed editable)."""
+    return Path(__file__).resolve().parent.parent / "assets"
+
+
+@lru_cache(maxsize=2)
+def load_digits(split: str) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 1,797 handwritten digits, smoothly enlarged from 8x8 to 32x32.
+
+    `split` is "train" (1,198 digits) or "test" (599 digits, stratified by class; nothing is ever trained on these).
+    Returns pixels [N, 3, 32, 32] float32 in [0, 1], white on black, and labels [N] int64. Do not write into them:
+    the two tensors are shared between callers.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    data = sklearn_digits()
+    order = range(len(data.target))
+    train, test = train_test_split(order, test_size=HELD_OUT, stratify=data.target, random_state=SPLIT_SEED)
+    chosen = train if split == "train" else test
+    small = torch.tensor(data.images[chosen], dtype=torch.float32).unsqueeze(1) / 16
+    pixels = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic").clamp(0, 1)
+    return pixels.repeat(1, 3, 1, 1), torch.tensor(data.target[chosen], dtype=torch.int64)
+
+
+def prompt_for(label: int, wording: int = 0) -> str:
+    """The prompt that asks for digit `label` (0..9) in one of the `PROMPTS` wordings."""
+    return PROMPTS[wording].format(DIGIT_WORDS[label])
+
+
+def label_of(prompt: str) -> int:
+    """The digit (0..9) a prompt asks for: the first digit word in it, upper or lower case."""
+    for word in re.findall(r"[a-z]+", prompt.lower()):
+        if word in DIGIT_WORDS:
+            return DIGIT_WORDS.index(word)
+    raise ValueError(f"no digit word ({', '.join(DIGIT_WORDS)}) in the prompt {prompt!r}")
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional network: which digit is in a picture, and features for the Frechet distance."""
+
+    feature_dim = 48
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2, padding=2),
+            nn.BatchNorm2d(16),
+            nn.SiLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.BatchNorm2d(64),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, self.feature_dim),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(self.feature_dim, len(DIGIT_WORDS))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Penultimate features [B, 48] of pixels [B, 3, 32, 32] in [0, 1]; the channels are averaged first."""
+        return self.trunk(pixels.mean(1, keepdim=True))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, 10] of pixels [B, 3, 32, 32] in [0, 1]."""
+        return self.head(self.features(pixels))
+
+
+def load_classifier() -> DigitsClassifier:
+    """The shipped classifier, frozen and in eval mode."""
+    classifier = DigitsClassifier()
+    classifier.load_state_dict(load_file(assets_dir() / "classifiers" / "digits.safetensors"))
+    return classifier.eval().requires_grad_(False)

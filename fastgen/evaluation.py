@@ -1,0 +1,399 @@
+"""Evaluation: prompts and seeds to samples, samples to numbers, and the numbers with all it takes to repeat them."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from tqdm import tqdm
+
+import fastgen
+from fastgen import noise
+from fastgen.backbones.base import Output
+from fastgen.backbones.gaussian_mixture import GaussianMixture
+from fastgen.data import MixtureData, read_prompts
+from fastgen.metrics import METRICS, Metric, MetricContext, Timing
+from fastgen.metrics.features import FeatureNetwork
+from fastgen.metrics.points import labels_of
+from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastgen.pipelines.sampler import Sampler
+
+KEPT = {"pixels": 64, "points": 2000}  # samples an evaluation returns for the report
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class EvalConfig:
+    """The recipe's `eval:` section.
+
+    metrics: names of METRICS. num_samples: of an evaluation; quick_num_samples: of those during training.
+    seed: sample i has seed `seed + i`. reference: "digits" (the 599 held-out ones) or a folder of images, each with an
+    optional caption in a .txt of the same name; none for mixtures, whose law is exact.
+    features: the network of fid, diversity and precision_recall; inception_weights: its local file, for inception.
+    prompts: a file with one a line, or a list; the reference's own if left out, and drawn labels for mixtures.
+    Sample i has prompt `prompts[i % len(prompts)]`.
+    teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares with."""
+
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    num_samples: int = Field(default=599, ge=1)
+    quick_num_samples: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=1)
+    reference: str | None = None
+    features: Literal["digits", "inception"] = "digits"
+    inception_weights: str | None = None
+    prompts: str | tuple[str, ...] | None = None
+    teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    teacher_guidance_scale: float = Field(default=1.0, ge=0)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRICS:
+                close = difflib.get_close_matches(name, METRICS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(METRICS)}"
+                raise ValueError(f"unknown metric {name!r}; {hint}")
+        if len(set(value)) < len(value):
+            raise ValueError(f"each metric once, got {', '.join(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _weights(self) -> "EvalConfig":
+        if (self.features == "inception") != (self.inception_weights is not None):
+            raise ValueError(
+                "features: inception and inception_weights: <local file> go together; give both or neither"
+            )
+        return self
+
+    def quick(self) -> "EvalConfig":
+        """The same evaluation on quick_num_samples."""
+        return dataclasses.replace(self, num_samples=self.quick_num_samples)
+
+
+def evaluate(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> Row:
+    """The result of evaluate_with_samples, without the samples."""
+    return evaluate_with_samples(sampler, config, progress)[0]
+
+
+def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> tuple[Row, Tensor]:
+    """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images
+    or 2,000 points) for a report.
+
+    The batch size changes no prompt and no seed. Raises ValueError, before the first sample, for metrics that do not
+    fit the backbone or lack a reference, and for samples that are not finite."""
+    started = time.perf_counter()
+    backbone = sampler.backbone
+    reference = find_reference(backbone.output, config)
+    prompts = find_prompts(sampler, config, reference)
+    timing = Timing(sampler.network_evaluations)
+    context = MetricContext(
+        config.num_samples,
+        config.seed,
+        reference,
+        make_features(config, backbone.output, backbone.device),
+        backbone.mixture if isinstance(backbone, GaussianMixture) else None,
+        timing,
+    )
+
+    def draw(start: int, stop: int) -> Tensor:
+        seeds = range(config.seed + start, config.seed + stop)
+        began = time.perf_counter()
+        samples = sampler.sample(prompts[start:stop], seeds)
+        timing.batches.append((stop - start, time.perf_counter() - began))
+        return samples
+
+    values, kept = measure(draw, prompts, make_metrics(config, context, backbone.output), config, progress)
+    policy = sampler.policy
+    subject = {
+        "seeds": "seed + index",
+        "weights": sampler.weight_hashes(),
+        "policy": {
+            "timesteps": list(policy.timesteps),
+            "transition": policy.transition,
+            "told_time": policy.told_time,
+        },
+        "guidance_scale": float(sampler.guidance_scale),
+        "device": str(backbone.device),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
+    return describe(values, prompts, config, subject, started), kept
+
+
+def evaluate_images(folder: Path, config: EvalConfig, progress: bool = True) -> Row:
+    """The result of evaluate_images_with_samples, without the images."""
+    return evaluate_images_with_samples(folder, config, progress)[0]
+
+
+def evaluate_images_with_samples(folder: Path, config: EvalConfig, progress: bool = True) -> tuple[Row, Tensor]:
+    """As evaluate_with_samples for the first num_samples images of a folder, in the order of their names. Prompts:
+    those of the config, or the captions beside the images, or empty. Raises ValueError if there are too few images."""
+    started = time.perf_counter()
+    files = sample_files(folder)
+    if len(files) < config.num_samples:
+        raise ValueError(f"{folder} holds {len(files)} images; num_samples = {config.num_samples} asks for more")
+    files = files[: config.num_samples]
+    prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
+    reference = find_reference("pixels", config)
+    features = make_features(config, "pixels", "cpu")
+    context = MetricContext(config.num_samples, config.seed, reference, features)
+    metrics = make_metrics(config, context, "pixels")
+    values, kept = measure(lambda start, stop: read_images(files[start:stop]), prompts, metrics, config, progress)
+    return describe(values, prompts, config, {"images_sha256": hash_files(files)}, started), kept
+
+
+def find_reference(output: Output, config: EvalConfig) -> Reference | None:
+    if output == "points" and config.reference is not None:
+        raise ValueError("eval.reference is for images; points are compared with their exact law, so leave it out")
+    return None if config.reference is None else open_reference(config.reference)
+
+
+def find_prompts(sampler: "Sampler", config: EvalConfig, reference: Reference | None) -> list[str]:
+    """One prompt a sample."""
+    if config.prompts is not None:
+        return repeat(read_prompts(config.prompts), config.num_samples)
+    if reference is not None:
+        return repeat(reference.prompts, config.num_samples)
+    if isinstance(sampler.backbone, GaussianMixture):
+        seed = noise.make_key(config.seed, "eval prompts")
+        return MixtureData().open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
+    raise ValueError("there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts then serve")
+
+
+def repeat(prompts: Sequence[str], count: int) -> list[str]:
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def make_features(config: EvalConfig, output: Output, device: torch.device | str) -> FeatureNetwork | None:
+    """The digits network stays on the CPU, where it is fast enough and always gives the same numbers."""
+    if output == "points":
+        return None
+    weights = None if config.inception_weights is None else Path(config.inception_weights)
+    return FeatureNetwork(config.features, weights, "cpu" if weights is None else device, config.batch_size)
+
+
+def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> list[Metric]:
+    for name in config.metrics:
+        if METRICS[name].output not in (output, "any"):
+            fitting = [n for n, metric in METRICS.items() if metric.output in (output, "any")]
+            raise ValueError(f"metric {name} measures {METRICS[name].output}, this gives {output}; "
+                             f"choose from {', '.join(fitting)}")  # fmt: skip
+    return [METRICS[name](context) for name in config.metrics]
+
+
+def measure(
+    draw: Callable[[int, int], Tensor],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric],
+    config: EvalConfig,
+    progress: bool,
+) -> tuple[dict[str, float], Tensor]:
+    """Streams draw(start, stop) through the metrics. Returns their values and the first samples."""
+    kept: list[Tensor] = []
+    with tqdm(total=config.num_samples, desc="evaluating", unit="sample", disable=not progress) as bar:
+        for start in range(0, config.num_samples, config.batch_size):
+            stop = min(start + config.batch_size, config.num_samples)
+            samples = draw(start, stop)
+            if not bool(samples.isfinite().all()):
+                raise ValueError(f"samples {start} to {stop - 1} are not all finite: the weights have diverged")
+            for metric in metrics:
+                metric.update(samples, prompts[start:stop])
+            if start < KEPT["pixels" if samples.dim() == 4 else "points"]:
+                kept.append(samples)
+            bar.update(stop - start)
+    first = torch.cat(kept)
+    values = {key: value for metric in metrics for key, value in metric.compute().items()}
+    return values, first[: KEPT["pixels" if first.dim() == 4 else "points"]]
+
+
+def describe(
+    values: Mapping[str, float], prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, Any], started: float
+) -> Row:
+    """The result: the numbers, what was measured, and what is needed to measure it again."""
+    packages = {name: version(name) for name in ("torch", "diffusers", "torchmetrics")}
+    return {
+        "metrics": dict(values),
+        "num_samples": config.num_samples,
+        "seed": config.seed,
+        **subject,
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "reference": config.reference,
+        "features": config.features if any(METRICS[name].output == "pixels" for name in config.metrics) else None,
+        "batch_size": config.batch_size,
+        "versions": {"fastgen": fastgen.__version__, "python": platform.python_version(), **packages},
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def exact_points(backbone: GaussianMixture, config: EvalConfig, sampler: "Sampler") -> Tensor:
+    """Exact samples with the labels of the first evaluated ones, to draw behind them."""
+    prompts = find_prompts(sampler, config, None)[: KEPT["points"]]
+    key = noise.make_key(config.seed, "exact", 0)
+    return backbone.mixture.sample(torch.arange(len(prompts)), labels_of(backbone.mixture, prompts), key).float()
+
+
+def evaluate_path(
+    path: Path,
+    *,
+    output: Path | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    **options: Any,
+) -> Row:
+    """`fastgen eval`: measures a run folder, an export, a diffusers pipeline folder or a folder of images.
+
+    options: fields of EvalConfig; None means not given; metrics may be one text, "a,b". A folder with a recipe.yaml
+    takes the others from its `eval:` section. Without a recipe, images are compared with the held-out digits unless
+    reference or prompts say otherwise, and all images of a folder count. device: a GPU where there is one.
+    Prints a table. output: a JSON file, written with an HTML page of the same stem.
+    Raises ValueError for anything that does not fit."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}")
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    config, own = path_config(path, given)
+    samples: dict[str, Tensor] = {}
+    name = path.resolve().name
+    if is_image_folder(path):
+        result, samples[name] = evaluate_images_with_samples(path, config, progress)
+    else:
+        from fastgen.pipelines.sampler import load_sampler
+
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
+        if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
+            config = dataclasses.replace(config, reference="digits")
+        result, samples[name] = evaluate_with_samples(sampler, config, progress)
+        if isinstance(sampler.backbone, GaussianMixture):
+            samples["exact"] = exact_points(sampler.backbone, config, sampler)
+    result = {"name": name, **result}
+    print_table([result])
+    if output is not None:
+        write_json(Path(output), result)
+        write_page(Path(output).with_suffix(".html"), [result], samples)
+    return result
+
+
+def is_image_folder(path: Path) -> bool:
+    return not any((path / name).is_file() for name in ("model_index.json", "fastgen.json", "recipe.yaml"))
+
+
+def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]:
+    """The evaluation of a folder, and whether a recipe says it."""
+    values: dict[str, Any] = {}
+    own = (path / "recipe.yaml").is_file()
+    if own:
+        from fastgen.config import load_recipe
+
+        recipe = load_recipe(path / "recipe.yaml")
+        values = {field.name: vars(recipe.eval)[field.name] for field in dataclasses.fields(EvalConfig)}
+    elif is_image_folder(path):
+        values = {"num_samples": len(sample_files(path)), "reference": "digits"}
+    values |= given
+    if isinstance(values.get("metrics"), str):
+        values["metrics"] = tuple(name.strip() for name in values["metrics"].split(",") if name.strip())
+    if "metrics" not in values:
+        raise ValueError(f"say what to measure, --metrics a,b of {', '.join(METRICS)}: {path} has no recipe.yaml")
+    try:
+        return TypeAdapter(EvalConfig).validate_python(values), own
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise ValueError("\n".join(line.removeprefix(": ") for line in lines)) from None
+
+
+def write_results(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor] | None = None) -> None:
+    """Several results, each with a name, as {"rows": [...]}, and the HTML page that compares them beside it.
+
+    samples: by the name of their row, pixels or points; points under the name "exact" are drawn behind the others."""
+    write_json(path, {"rows": list(rows)})
+    write_page(path.with_suffix(".html"), rows, samples or {})
+
+
+def compare(results_files: Sequence[Path], output_html: Path) -> None:
+    """One page and one printed table for several result files; rows are named by the file where names repeat.
+
+    Raises ValueError for a file that holds no result."""
+    rows = [row for file in results_files for row in read_rows(Path(file))]
+    names = [row["name"] for row in rows]
+    sources = [str(file) for file in results_files for _ in read_rows(Path(file))]
+    for row, source in zip(rows, sources, strict=True):
+        if names.count(row["name"]) > 1:
+            row["name"] = f"{row['name']} ({source})"
+    print_table(rows)
+    write_page(output_html, rows, {})
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The results in a file: its rows, or the one it is, named after the file if it has no name."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    rows = content.get("rows", [content]) if isinstance(content, dict) else []
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) for row in rows):
+        raise ValueError(f"{path} is not a result of `fastgen eval`: it has no metrics")
+    return [{"name": path.stem} | row for row in rows]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_page(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor]) -> None:
+    from fastgen.report import write_report  # matplotlib takes a second to import
+
+    write_report(path, rows, samples)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+
+    Console().print(results_table(rows))
+
+
+def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> "Table":
+    """A rich table, one result a row; a single result one number a row, which fits any terminal.
+
+    columns: names of numbers in `metrics`; all of them if left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastgen.report import format_value, metric_names
+
+    columns = metric_names(rows) if columns is None else columns
+    names = [Text(str(row["name"])) for row in rows]
+    cells = [[format_value(row["metrics"].get(column)) for column in columns] for row in rows]
+    table = Table("")
+    if len(rows) == 1:
+        table.add_column(names[0], justify="right")
+        for column, cell in zip(columns, cells[0], strict=True):
+            table.add_row(column, cell)
+        return table
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")  # so that long names break into lines
+    for name, values in zip(names, cells, strict=True):
+        table.add_row(name, *values)
+    return table

@@ -1,0 +1,28 @@
+"""Metrics by name, as a recipe's `eval.metrics` lists them."""
+
+from fastgen.metrics.accuracy import Accuracy
+from fastgen.metrics.base import Direction, Metric, MetricContext, Timing
+from fastgen.metrics.diversity import Diversity
+from fastgen.metrics.energy_distance import EnergyDistance
+from fastgen.metrics.fid import FID
+from fastgen.metrics.mode_share import ModeShare
+from fastgen.metrics.moments import CovError, MeanError
+from fastgen.metrics.precision_recall import PrecisionRecall
+from fastgen.metrics.throughput import Throughput
+
+METRICS: dict[str, type[Metric]] = {
+    "fid": FID,
+    "accuracy": Accuracy,
+    "diversity": Diversity,
+    "precision_recall": PrecisionRecall,
+    "energy_distance": EnergyDistance,
+    "mean_error": MeanError,
+    "cov_error": CovError,
+    "mode_share_error": ModeShare,
+    "throughput": Throughput,
+}
+
+# Which way is better, for every number the metrics return.
+DIRECTIONS: dict[str, Direction] = {key: d for metric in METRICS.values() for key, d in metric.directions.items()}
+
+__all__ = ["DIRECTIONS", "METRICS", "Direction", "Metric", "MetricContext", "Timing"]

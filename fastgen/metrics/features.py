@@ -1,0 +1,92 @@
+"""Feature networks of the image metrics: pixels to vectors, each batch once however many metrics ask."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
+from fastgen.metrics.reference import Reference
+
+FeatureName = Literal["digits", "inception"]
+
+
+class DigitsFeatures(nn.Module):
+    """The shipped classifier's penultimate features, [B, 3, 32, 32] -> [B, 48], and its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier: DigitsClassifier = load_classifier()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            wanted = [3, IMAGE_SIZE, IMAGE_SIZE]
+            raise ValueError(f"the digits classifier judges pictures of shape {wanted}, these have "
+                             f"{list(pixels.shape[1:])}; use features: inception")  # fmt: skip
+        return self.classifier.features(pixels)
+
+
+class InceptionFeatures(nn.Module):
+    """The 2,048 pool features of the Inception v3 that published FID numbers use, on 8-bit images of any size.
+
+    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases. Nothing is ever
+    downloaded. Raises ValueError if the file or the package torch-fidelity, which holds the network, is missing."""
+
+    def __init__(self, weights: Path):
+        super().__init__()
+        if not weights.is_file():
+            raise ValueError(f"inception_weights: there is no file {weights}; give a local copy of "
+                             "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases")  # fmt: skip
+        if find_spec("torch_fidelity") is None:
+            raise ValueError("features: inception needs the package torch-fidelity: pip install torch-fidelity")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network((pixels * 255).round().to(torch.uint8))
+
+
+class FeatureNetwork:
+    """pixels [B, 3, H, W] in [0, 1] -> features [B, D] float32 on the CPU. Loads at first use.
+
+    The features of the last batch are kept: metrics that are updated with the same tensor share one pass. So are the
+    features of a reference. name: digits, or inception with `inception_weights`."""
+
+    def __init__(
+        self,
+        name: FeatureName = "digits",
+        inception_weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        batch_size: int = 64,
+    ):
+        if name == "inception" and inception_weights is None:
+            raise ValueError("features: inception needs inception_weights, a local file with its weights")
+        self.name, self.inception_weights, self.device, self.batch_size = name, inception_weights, device, batch_size
+        self._network: nn.Module | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._references: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def network(self) -> nn.Module:
+        if self._network is None:
+            network = DigitsFeatures() if self.inception_weights is None else InceptionFeatures(self.inception_weights)
+            self._network = network.to(self.device).eval().requires_grad_(False)
+        return self._network
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not pixels:
+            self._last = (pixels, self.network(pixels.to(self.device, torch.float32)).float().cpu())
+        return self._last[1]
+
+    def of_reference(self, reference: Reference, count: int) -> Tensor:
+        """Features [count, D] of the reference's first images."""
+        key = (reference.name, count)
+        if key not in self._references:
+            starts = range(0, count, self.batch_size)
+            parts = [self(reference.read(i, min(i + self.batch_size, count))) for i in starts]
+            self._references[key] = torch.cat(parts)
+        return self._references[key]

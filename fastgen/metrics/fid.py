@@ -1,0 +1,50 @@
+"""Frechet distance of feature distributions."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fastgen.metrics.base import Directions, Metric, MetricContext
+
+
+class Precomputed(nn.Identity):
+    """Tells torchmetrics that what it is given are already features."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+class FID(Metric):
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features, real and generated    (Heusel et al., arXiv 1706.08500)
+
+    Computed by torchmetrics in float64. Both sides have n = min(num_samples, len(reference)) images: the reference's
+    first n, and the first n generated ones, which carry the same prompts unless others were given. The number depends
+    on n and on the feature network: compare only equal ones."""
+
+    name = "fid"
+    output = "pixels"
+    directions: ClassVar[Directions] = {"fid": "lower", "fid_num_samples": "neither"}
+
+    def __init__(self, context: MetricContext):
+        super().__init__(context)
+        self.features, reference = self.need_features(), self.need_reference()
+        self.count = min(context.num_samples, len(reference))
+        if self.count < 2:
+            raise ValueError(f"fid needs at least 2 images a side, got {self.count}; raise eval.num_samples")
+        from torchmetrics.image.fid import FrechetInceptionDistance  # seconds of imports, only where it is used
+
+        real = self.features.of_reference(reference, self.count)
+        self.distance = FrechetInceptionDistance(feature=Precomputed(real.shape[1]))
+        self.distance.update(real.double(), real=True)
+
+    def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
+        left = self.count - int(self.distance.fake_features_num_samples)
+        if left > 0:
+            self.distance.update(self.features(samples)[:left].double(), real=False)
+
+    def compute(self) -> dict[str, float]:
+        if int(self.distance.fake_features_num_samples) != self.count:
+            raise ValueError(f"fid expected {self.count} samples, got {int(self.distance.fake_features_num_samples)}")
+        return {"fid": float(self.distance.compute()), "fid_num_samples": float(self.count)}

@@ -1,0 +1,59 @@
+"""What the metrics of points share: they keep all samples, and compare those of each label with that label's law."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastgen.backbones.gaussian_mixture import Mixture
+from fastgen.metrics.base import Metric, MetricContext
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one label. points: [n, D] float64. ids: [n], their numbers in the evaluation. share: n of all."""
+
+    label: int
+    share: float
+    ids: Tensor
+    points: Tensor
+
+
+def labels_of(mixture: Mixture, prompts: Sequence[str]) -> Tensor:
+    """[B] int64: the class a prompt names, or the last label for the empty prompt. Raises ValueError for others."""
+    last = len(mixture.logits) - 1
+    known = {"": last} | {str(label): label for label in range(last)}
+    unknown = [prompt for prompt in prompts if prompt not in known]
+    if unknown:
+        raise ValueError(f"prompts of this mixture are class labels {list(known)[1:]} or empty, got {unknown[0]!r}")
+    return torch.tensor([known[prompt] for prompt in prompts])
+
+
+class PointMetric(Metric):
+    """Collects points [B, D] and labels. Needs the exact mixture."""
+
+    output: ClassVar[Literal["pixels", "points", "any"]] = "points"
+
+    def __init__(self, context: MetricContext):
+        super().__init__(context)
+        if context.mixture is None:
+            raise ValueError(f"{self.name} compares with an exact law; it is for the backbone gaussian_mixture only")
+        self.mixture = context.mixture
+        self.points: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
+        self.points.append(samples.double())
+        self.labels.append(labels_of(self.mixture, prompts))
+
+    def groups(self, least: int) -> Iterator[Group]:
+        """The samples by label. Raises ValueError if a label has fewer than `least`."""
+        points, labels = torch.cat(self.points), torch.cat(self.labels)
+        for label in labels.unique().tolist():
+            ids = (labels == label).nonzero().squeeze(1)
+            if len(ids) < least:
+                raise ValueError(f"{self.name} needs at least {least} samples of every label, label {label} has "
+                                 f"{len(ids)}; raise eval.num_samples")  # fmt: skip
+            yield Group(label, len(ids) / len(labels), ids, points[ids])

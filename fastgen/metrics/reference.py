@@ -1,0 +1,82 @@
+"""Sets of images on disk or shipped: what generated images are compared with, and generated images themselves."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgen.data import image_files
+from fastgen.digits import load_digits, prompt_for
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images with the prompts that describe them. read(start, stop): pixels [stop - start, 3, H, W] in [0, 1]."""
+
+    name: str
+    prompts: tuple[str, ...]
+    read: Callable[[int, int], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def open_reference(name: str) -> Reference:
+    """digits: the 599 held-out digits, "a handwritten three" and so on. Otherwise a folder of images, in the order of
+    their names; the prompt of a.png is the text of a.txt, or empty where no image has one.
+
+    Raises ValueError if the folder has no images, or captions for only some of them."""
+    if name == "digits":
+        pixels, labels = load_digits("test")
+        prompts = tuple(prompt_for(int(label)) for label in labels)
+        return Reference("digits", prompts, lambda start, stop: pixels[start:stop])
+    files = sample_files(Path(name))
+    return Reference(name, captions(files), lambda start, stop: read_images(files[start:stop]))
+
+
+def sample_files(folder: Path) -> list[Path]:
+    """The images of a folder, sorted by name, without grid.png, the overview that `fastgen sample` writes beside them.
+
+    Raises ValueError if there are none."""
+    files = [file for file in image_files(folder) if file.name != "grid.png"]
+    if not files:
+        raise ValueError(f"{folder} holds no images but an overview")
+    return files
+
+
+def captions(files: Sequence[Path]) -> tuple[str, ...]:
+    """The texts beside the images (a.png, a.txt); all empty if there is not one."""
+    texts = [f.with_suffix(".txt") for f in files]
+    missing = [t for t in texts if not t.is_file()]
+    if len(missing) == len(texts):
+        return ("",) * len(files)
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(texts)} images have no caption, the first is {missing[0]}; "
+                         "give every image one, or none")  # fmt: skip
+    return tuple(t.read_text().strip() for t in texts)
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Pixels [B, 3, H, W] float32 in [0, 1]. Raises ValueError if the sizes differ."""
+    images: list[Tensor] = []
+    for file in files:
+        with Image.open(file) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+        if images and pixels.shape != images[0].shape:
+            sizes = f"{file} has {list(pixels.shape)}, {files[0]} has {list(images[0].shape)}"
+            raise ValueError(f"images must have one size: {sizes}")
+        images.append(pixels)
+    return torch.stack(images)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """sha256 over the names and the bytes of the files, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

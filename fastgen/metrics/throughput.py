@@ -1,0 +1,33 @@
+"""How fast does it sample?"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastgen.metrics.base import Directions, Metric, MetricContext
+
+
+class Throughput(Metric):
+    """images_per_second: samples over the wall time of sampling and decoding. The first batch, which pays for
+    start-up, is left out if there are more. network_evaluations: calls of the network for one sample."""
+
+    name = "throughput"
+    output = "any"
+    directions: ClassVar[Directions] = {"images_per_second": "higher", "network_evaluations": "lower"}
+
+    def __init__(self, context: MetricContext):
+        super().__init__(context)
+        if context.timing is None:
+            raise ValueError("throughput measures a sampler; a folder of images has no speed")
+        self.timing = context.timing
+
+    def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
+        """Nothing to do: the evaluation fills the timing."""
+
+    def compute(self) -> dict[str, float]:
+        batches = self.timing.batches[1:] or self.timing.batches
+        if not batches:
+            raise ValueError("throughput needs at least one batch")
+        rate = sum(count for count, _ in batches) / sum(seconds for _, seconds in batches)
+        return {"images_per_second": rate, "network_evaluations": float(self.timing.network_evaluations)}

@@ -1,0 +1,227 @@
+"""Pictures of samples, and one self-contained HTML page that compares results."""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from fastgen.metrics import DIRECTIONS
+
+EXACT = "exact"  # the name of points that are drawn behind the others
+BLUE, ORANGE, GREY = "#2f6fab", "#e07b39", "#b5b5b5"
+ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } h3 { font-size: 1rem; margin: .3rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; background: #eef5ec }
+.facts td { text-align: left; font-family: ui-monospace, monospace; font-size: .8rem; word-break: break-all }
+.samples { display: flex; flex-wrap: wrap; gap: 1.5rem } .pixels { image-rendering: pixelated; width: 24rem }
+img { max-width: 100% } .note { background: #fff4e0; padding: .6rem 1rem; border-left: 4px solid #e07b39 }
+"""
+
+
+def write_report(path: Path, results: Sequence[dict[str, Any]], samples: Mapping[str, Tensor]) -> None:
+    """Writes the page, atomically: table, bars, samples, and what it takes to repeat the measurement.
+
+    results: as `fastgen.evaluation.evaluate` gives them, each with a "name". samples: pixels [B, 3, H, W] in [0, 1] or
+    points [B, D] by name; points named "exact" are drawn behind the others. Everything is inside the one file; all
+    text is escaped."""
+    bars = "<h2>Numbers side by side</h2>" + image(png(plot_bars(results)), "bars of each metric")
+    head = "<h1>Evaluation</h1>" + differences(results)
+    parts = [head, table(results), bars, sample_section(samples), facts(results)]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>fastgen evaluation</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+    replace_file(path, page.encode())
+
+
+def metric_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all numbers, in the order of their first appearance."""
+    return list(dict.fromkeys(key for row in results for key in row["metrics"]))
+
+
+def format_value(value: float | None) -> str:
+    """Four significant digits; counts as they are; a dash for a missing number."""
+    if value is None:
+        return "–"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def best_value(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The best of a metric, None where no direction is better or there is nothing to compare."""
+    values = [row["metrics"][name] for row in results if name in row["metrics"]]
+    direction = DIRECTIONS.get(name, "neither")
+    if len(values) < 2 or direction == "neither":
+        return None
+    # The closest to 0, not the smallest: an unbiased estimate of a distance can be negative.
+    return min(values, key=abs) if direction == "lower" else max(values)
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    names = metric_names(results)
+    heads = "".join(f"<th>{escape(n)} {ARROWS[DIRECTIONS.get(n, 'neither')]}</th>" for n in names)
+    best = {name: best_value(results, name) for name in names}
+    rows = []
+    for row in results:
+        cells = [row["metrics"].get(name) for name in names]
+        marks = [' class="best"' if v is not None and v == best[n] else "" for n, v in zip(names, cells, strict=True)]
+        body = "".join(f"<td{mark}>{escape(format_value(v))}</td>" for mark, v in zip(marks, cells, strict=True))
+        rows.append(f"<tr><td>{escape(row['name'])}</td>{body}</tr>")
+    return f'<div class="wide"><table><tr><th></th>{heads}</tr>\n' + "\n".join(rows) + "</table></div>"
+
+
+def differences(results: Sequence[Mapping[str, Any]]) -> str:
+    """A warning where results were not measured alike."""
+    keys = ("num_samples", "seed", "prompts_sha256", "reference", "features")
+    differing = [key for key in keys if len({json.dumps(row[key]) for row in results if key in row}) > 1]
+    if not differing:
+        return ""
+    return f'<p class="note">These results differ in {escape(", ".join(differing))}: compare them with care.</p>'
+
+
+def facts(results: Sequence[Mapping[str, Any]]) -> str:
+    """Everything in the results but the metrics."""
+    keys = list(dict.fromkeys(k for row in results for k in row if k not in ("name", "metrics")))
+    heads = "".join(f"<th>{escape(row['name'])}</th>" for row in results)
+    lines = [
+        f"<tr><td>{escape(key)}</td>" + "".join(f"<td>{fact(row.get(key))}</td>" for row in results) + "</tr>"
+        for key in keys
+    ]
+    return ('<h2>How to repeat this</h2><div class="wide"><table class="facts">'
+            f"<tr><th></th>{heads}</tr>\n" + "\n".join(lines) + "</table></div>")  # fmt: skip
+
+
+def fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "<br>".join(f"{escape(k)}: {fact(v)}" for k, v in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(fact(v) for v in value)
+    return escape("–" if value is None else value)
+
+
+def sample_section(samples: Mapping[str, Tensor]) -> str:
+    """A grid for each set of images; one panel for each set of points."""
+    images = {name: value for name, value in samples.items() if value.dim() == 4}
+    points = {name: value for name, value in samples.items() if value.dim() == 2}
+    pictures = {name: image(png(grid(pixels)), name, "pixels") for name, pixels in images.items()}
+    grids = "".join(f"<div><h3>{escape(name)}</h3>{picture}</div>" for name, picture in pictures.items())
+    scatter = image(png(scatter_figure(points)), "samples and exact samples") if points else ""
+    return f'<h2>Samples</h2><div class="samples">{grids}{scatter}</div>' if samples else ""
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value))
+
+
+def image(data: bytes, alt: str, css_class: str = "plot") -> str:
+    source = base64.b64encode(data).decode()
+    return f'<img class="{css_class}" alt="{escape(alt)}" src="data:image/png;base64,{source}">'
+
+
+def png(picture: Figure | Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        FigureCanvasAgg(picture).print_png(buffer)
+    else:
+        picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
+    """pixels: [B, 3, H, W] in [0, 1]."""
+    sheet = make_grid(pixels.detach().float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
+    return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_grid(pixels: Tensor, path: Path, columns: int = 8) -> None:
+    """A PNG of images side by side. pixels: [B, 3, H, W] in [0, 1], any device."""
+    replace_file(path, png(grid(pixels, columns)))
+
+
+def plot_points(points_by_name: Mapping[str, Tensor], path: Path) -> None:
+    """A PNG with one scatter plot a name. points: [B, D], any device; of more than two axes the first two are drawn,
+    of one a histogram. Points named "exact" are drawn in grey behind all others."""
+    replace_file(path, png(scatter_figure(points_by_name)))
+
+
+def scatter_figure(points_by_name: Mapping[str, Tensor]) -> Figure:
+    sets = {name: points.detach().float().cpu() for name, points in points_by_name.items()}
+    names = [name for name in sets if name != EXACT] or [EXACT]
+    figure = Figure(figsize=(3.4 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, name in zip(axes, names, strict=True):
+        layers = [(EXACT, GREY), (name, BLUE)] if EXACT in sets and name != EXACT else [(name, BLUE)]
+        for label, colour in layers:
+            points = sets[label]
+            if points.shape[1] == 1:
+                axis.hist(points[:, 0].numpy(), bins=60, density=True, color=colour, alpha=0.6, label=label)
+            else:
+                axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=3, linewidths=0, color=colour, alpha=0.6,
+                             label=label)  # fmt: skip
+                axis.set_aspect("equal")
+        axis.set_title(plain(name), fontsize=9)
+        if len(layers) > 1:
+            axis.legend(markerscale=3, fontsize=7, loc="upper right")
+    return figure
+
+
+def plot_bars(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel a number that is better one way, one bar a result; the best in orange. A number `<name>_floor` is the
+    dashed line of its name."""
+    names = [name for name in metric_names(results) if DIRECTIONS.get(name) != "neither"]
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    height = 0.9 + 0.28 * len(results)
+    figure = Figure(figsize=(3.2 * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    for i, (panel, name) in enumerate(zip(panels, names, strict=False)):
+        values = [row["metrics"].get(name, 0.0) for row in results]
+        best = best_value(results, name)
+        bars = panel.barh(range(len(values)), values, color=[ORANGE if v == best else BLUE for v in values])
+        panel.bar_label(bars, [format_value(row["metrics"].get(name)) for row in results], fontsize=7, padding=2)
+        floors = [row["metrics"][f"{name}_floor"] for row in results if f"{name}_floor" in row["metrics"]]
+        for floor in floors[:1]:
+            panel.axvline(floor, color="black", linestyle="--", linewidth=0.8)
+        labels = [plain(str(row["name"])) for row in results] if i % columns == 0 else [""] * len(results)
+        panel.set_yticks(range(len(values)), labels, fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.3)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.set_title(f"{name} {ARROWS[DIRECTIONS.get(name, 'neither')]}", fontsize=9)
+    return figure
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula, short enough for an axis."""
+    text = text if len(text) <= 32 else text[:31] + "…"
+    return text.replace("$", r"\$")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,252 @@
+"""Evaluations: repeatable, independent of the batch size, and written as JSON and one self-contained page."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from torch import Tensor
+from torchvision.utils import save_image
+
+from fastgen import evaluation, report
+from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
+from fastgen.config import dump_recipe, load_recipe
+from fastgen.digits import label_of, load_digits, prompt_for
+from fastgen.evaluation import EvalConfig
+from fastgen.metrics.reference import read_images
+from fastgen.pipelines.export import export
+from fastgen.pipelines.sampler import Sampler, teacher_sampler
+from fastgen.rollout import RolloutPolicy
+
+torch.set_num_threads(1)
+
+PIXEL_METRICS = ("fid", "accuracy", "diversity", "precision_recall", "throughput")
+POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error")
+
+
+class PixelBackbone:
+    output = "pixels"
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+class CopyingSampler:
+    """Answers a prompt with a training digit of its class, chosen by the seed."""
+
+    backbone = PixelBackbone()
+    policy = RolloutPolicy(timesteps=(1.0, 0.5))
+    guidance_scale, network_evaluations = 1.0, 2
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        pixels, labels = load_digits("train")
+        rows = [(labels == label_of(prompt)).nonzero().squeeze(1) for prompt in prompts]
+        return torch.stack([pixels[row[seed % len(row)]] for row, seed in zip(rows, seeds, strict=True)])
+
+    def weight_hashes(self) -> dict[str, str]:
+        return {"transformer/<script>.safetensors": "0" * 64}
+
+
+def mixture_teacher(steps: int = 20, classes: tuple[int, ...] | None = None) -> Sampler:
+    config = GaussianMixtureConfig(
+        means=((-1.5, 0.0), (1.5, 0.5)), stds=(0.3, 0.4), weights=(1.0, 3.0), classes=classes
+    )
+    return teacher_sampler(GaussianMixture(config, torch.device("cpu"), torch.float32, 0), steps, 1.0)
+
+
+def pixel_config(**changes: object) -> EvalConfig:
+    values: dict[str, object] = {"metrics": PIXEL_METRICS, "num_samples": 100, "reference": "digits"}
+    return EvalConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def assert_self_contained(page: str) -> None:
+    assert not re.search(r"https?://|<script|<link|url\(", page)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
+
+
+def test_config_refuses_what_cannot_be() -> None:
+    for values, words in (
+        ({"metrics": ("fidd",)}, "did you mean 'fid'"),
+        ({"metrics": ()}, "at least 1"),
+        ({"metrics": ("fid", "fid")}, "each metric once"),
+        ({"metrics": ("fid",), "num_sample": 3}, "num_sample"),
+        ({"metrics": ("fid",), "features": "inception"}, "inception_weights"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            EvalConfig(**values)  # type: ignore[arg-type]
+    config = EvalConfig(metrics=("fid",), quick_num_samples=7)
+    assert config.quick().num_samples == 7 and config.num_samples == 599
+
+
+def test_results_repeat_and_do_not_depend_on_the_batch_size() -> None:
+    sampler = CopyingSampler()
+    first = evaluation.evaluate(sampler, pixel_config(), progress=False)  # type: ignore[arg-type]
+    again = evaluation.evaluate(sampler, pixel_config(), progress=False)  # type: ignore[arg-type]
+    other = evaluation.evaluate(sampler, pixel_config(batch_size=7), progress=False)  # type: ignore[arg-type]
+    for result in (first, again, other):
+        result["metrics"].pop("images_per_second")
+    assert first["metrics"] == again["metrics"]
+    assert first["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+    print(first["metrics"])
+    assert first["metrics"]["accuracy"] > 0.95 and first["metrics"]["network_evaluations"] == 2
+    _, labels = load_digits("test")
+    prompts = "\n".join(prompt_for(int(label)) for label in labels[:100])
+    assert first["prompts_sha256"] == hashlib.sha256(prompts.encode()).hexdigest()
+    json.dumps(first, allow_nan=False)
+
+
+def test_prompts_and_seeds_of_the_samples(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Recording(CopyingSampler):
+        def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            seen.extend(zip(prompts, seeds, strict=True))
+            return super().sample(prompts, seeds)
+
+    (tmp_path / "prompts.txt").write_text("a two\n\na seven\n")
+    config = pixel_config(prompts=str(tmp_path / "prompts.txt"), num_samples=5, seed=10, batch_size=2)
+    evaluation.evaluate(Recording(), config, progress=False)  # type: ignore[arg-type]
+    assert seen == [("a two", 10), ("a seven", 11), ("a two", 12), ("a seven", 13), ("a two", 14)]
+
+
+def test_mixture_teacher_reaches_the_floor() -> None:
+    config = EvalConfig(metrics=POINT_METRICS, num_samples=1500, batch_size=500)
+    result, kept = evaluation.evaluate_with_samples(mixture_teacher(60), config, progress=False)
+    values = result["metrics"]
+    print(values)
+    assert kept.shape == (1500, 2) and result["features"] is None and result["policy"]["transition"] == "ode"
+    assert values["energy_distance"] < values["energy_distance_floor"] + 0.01 and values["mode_share_error"] < 0.05
+    few = evaluation.evaluate(mixture_teacher(2), config, progress=False)["metrics"]
+    assert few["energy_distance"] > 10 * values["energy_distance_floor"]
+
+
+def test_mixture_labels_are_drawn_by_weight() -> None:
+    sampler = mixture_teacher(2, classes=(0, 1))
+    config = EvalConfig(metrics=("mean_error",), num_samples=2000)
+    prompts = evaluation.find_prompts(sampler, config, None)
+    assert prompts == evaluation.find_prompts(sampler, config, None) and set(prompts) == {"0", "1"}
+    assert prompts.count("1") / 2000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_metrics_must_fit_and_samples_be_finite() -> None:
+    with pytest.raises(ValueError, match="measures pixels, this gives points"):
+        evaluation.evaluate(mixture_teacher(), EvalConfig(metrics=("fid",)), progress=False)
+    with pytest.raises(ValueError, match="leave it out"):
+        evaluation.evaluate(mixture_teacher(), EvalConfig(metrics=("mean_error",), reference="digits"), progress=False)
+    with pytest.raises(ValueError, match=r"eval\.prompts"):
+        evaluation.evaluate(CopyingSampler(), pixel_config(reference=None), progress=False)  # type: ignore[arg-type]
+
+    class Diverged(CopyingSampler):
+        def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            return torch.full((len(prompts), 3, 32, 32), torch.nan)
+
+    with pytest.raises(ValueError, match="not all finite"):
+        evaluation.evaluate(Diverged(), pixel_config(), progress=False)  # type: ignore[arg-type]
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    """The held-out digits themselves: fid 0 (up to 8-bit rounding), accuracy of the classifier."""
+    pixels, labels = load_digits("test")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(60):
+        save_image(pixels[i], folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(prompt_for(int(labels[i])) + "\n")
+    report.save_grid(pixels[:60], folder / "grid.png")  # as `fastgen sample` does; no sample
+    output = tmp_path / "out" / "results.json"
+    metrics = ("fid", "accuracy", "precision_recall")
+    result = evaluation.evaluate_path(folder, metrics=",".join(metrics), output=output, progress=False)
+    print(result["metrics"])
+    assert result["num_samples"] == 60 and result["metrics"]["fid"] < 0.01 and result["metrics"]["accuracy"] > 0.9
+    assert json.loads(output.read_text()) == result and sorted(f.name for f in output.parent.iterdir()) == [
+        "results.html",
+        "results.json",
+    ]
+    assert_self_contained(output.with_suffix(".html").read_text())
+    with pytest.raises(ValueError, match="asks for more"):
+        evaluation.evaluate_path(folder, metrics=metrics, num_samples=61, progress=False)
+    (folder / "007.txt").unlink()
+    with pytest.raises(ValueError, match="have no caption"):
+        evaluation.evaluate_path(folder, metrics=metrics, progress=False)
+    with pytest.raises(ValueError, match="--metrics"):
+        evaluation.evaluate_path(folder, progress=False)
+    with pytest.raises(ValueError, match="there is no folder"):
+        evaluation.evaluate_path(tmp_path / "nowhere", progress=False)
+
+
+def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:
+    ring = Path(__file__).parent.parent / "recipes" / "mixture_dmd2_4step.yaml"
+    recipe = load_recipe(ring, ["backbone.fit_steps=5", "eval.num_samples=300", "eval.metrics=[energy_distance]"])
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    export(backbone.load("student"), backbone, recipe, run / "export", {})
+    result = evaluation.evaluate_path(run, output=tmp_path / "results.json", device="cpu", progress=False)
+    assert set(result["metrics"]) == {"energy_distance", "energy_distance_floor"} and result["num_samples"] == 300
+    assert result["policy"]["timesteps"] == list(recipe.rollout.timesteps) and len(result["weights"]) == 1
+    assert_self_contained((tmp_path / "results.html").read_text())
+    other = evaluation.evaluate_path(run, num_samples=100, metrics="mean_error", seed=3, device="cpu", progress=False)
+    assert other["num_samples"] == 100 and other["seed"] == 3 and set(other["metrics"]) == {"mean_error"}
+
+
+def test_page_with_points_is_self_contained_and_repeatable(tmp_path: Path) -> None:
+    sampler = mixture_teacher(4)
+    config = EvalConfig(metrics=POINT_METRICS, num_samples=300)
+    rows, samples = [], {}
+    for name in ("teacher, 4 steps", "same <b>again</b> & $x^2$"):
+        result, samples[name] = evaluation.evaluate_with_samples(sampler, config, progress=False)
+        rows.append({"name": name, **result, "seconds": 1.0})
+    assert isinstance(sampler.backbone, GaussianMixture)
+    samples["exact"] = evaluation.exact_points(sampler.backbone, config, sampler)
+    evaluation.write_results(tmp_path / "a.json", rows, samples)
+    evaluation.write_results(tmp_path / "b.json", rows, samples)
+    page = (tmp_path / "a.html").read_text()
+    assert page == (tmp_path / "b.html").read_text()
+    assert_self_contained(page)
+    assert "&lt;b&gt;again&lt;/b&gt; &amp; $x^2$" in page and "<b>" not in page and rows[0]["prompts_sha256"] in page
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows
+
+
+def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
+    sampler = CopyingSampler()
+    for name, count in (("a", 50), ("b", 40)):
+        result = evaluation.evaluate(sampler, pixel_config(num_samples=count), progress=False)  # type: ignore[arg-type]
+        evaluation.write_json(tmp_path / f"{name}.json", {"name": "student", **result})
+    evaluation.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "differ in num_samples, prompts_sha256" in page and "a.json)" in page and "b.json)" in page
+    assert "transformer/&lt;script&gt;.safetensors" in page
+    assert_self_contained(page)
+    (tmp_path / "c.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no metrics"):
+        evaluation.compare([tmp_path / "c.json"], tmp_path / "page.html")
+
+
+def test_results_table_shows_the_asked_columns() -> None:
+    rows = [
+        {"name": "[teacher]", "metrics": {"fid": 1.23456, "accuracy": 0.5}},
+        {"name": "b", "metrics": {"fid": 1200.0}},
+    ]
+    console = Console(width=80, record=True, quiet=False)
+    console.print(evaluation.results_table(rows, ["fid", "accuracy"]))
+    text = console.export_text()
+    assert "[teacher]" in text and "1.235" in text and "1200" in text and "–" in text
+    console.print(evaluation.results_table(rows[:1]))
+    assert "accuracy │       0.5" in console.export_text()
+
+
+def test_a_single_picture_is_saved_as_it_is(tmp_path: Path) -> None:
+    pixels = load_digits("test")[0][:1]
+    report.save_grid(pixels, tmp_path / "one.png", columns=1)
+    assert torch.equal(read_images([tmp_path / "one.png"]), (pixels * 255).round() / 255)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    report.save_grid(torch.rand(6, 3, 8, 8), tmp_path / "grid.png", columns=3)
+    report.plot_points({"one axis": torch.randn(50, 1), "exact": torch.randn(50, 1)}, tmp_path / "line.png")
+    report.plot_points({"three": torch.randn(50, 3)}, tmp_path / "points.png")
+    assert all((tmp_path / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("grid", "line", "points"))

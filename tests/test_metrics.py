@@ -1,0 +1,253 @@
+"""Metrics against answers known in closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
+from fastgen.digits import load_digits, prompt_for
+from fastgen.metrics import DIRECTIONS, METRICS, Metric, MetricContext, Timing
+from fastgen.metrics.energy_distance import mean_distance
+from fastgen.metrics.features import FeatureNetwork
+from fastgen.metrics.fid import Precomputed
+from fastgen.metrics.mode_share import nearest_component
+from fastgen.metrics.moments import exact_moments
+from fastgen.metrics.reference import Reference, open_reference
+
+torch.set_num_threads(1)
+
+
+class ChannelMeans(FeatureNetwork):
+    """Features that a test can choose: the first pixel of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    @property
+    def network(self) -> nn.Module:
+        self.calls += 1
+        return FirstPixel()
+
+
+class FirstPixel(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels[:, :, 0, 0]
+
+
+def images(points: Tensor) -> Tensor:
+    """points [B, 3] as pixels [B, 3, 2, 2]."""
+    return points.float()[:, :, None, None].expand(-1, -1, 2, 2).clone()
+
+
+def reference(points: Tensor) -> Reference:
+    pixels = images(points)
+    return Reference("chosen", ("",) * len(points), lambda start, stop: pixels[start:stop])
+
+
+def run(
+    name: str, context: MetricContext, samples: Tensor, prompts: list[str], batch_size: int = 64
+) -> dict[str, float]:
+    metric: Metric = METRICS[name](context)
+    for part, start in zip(samples.split(batch_size), range(0, len(samples), batch_size), strict=True):
+        metric.update(part, prompts[start : start + batch_size])
+    result = metric.compute()
+    assert set(result) == set(metric.directions) and all(type(v) is float for v in result.values())
+    return result
+
+
+def ring() -> Mixture:
+    angles = [2 * math.pi * k / 8 for k in range(8)]
+    means = tuple((2 * math.cos(a), 2 * math.sin(a)) for a in angles)
+    return build_mixture(GaussianMixtureConfig(means=means, stds=(0.15,) * 8, weights=tuple(range(1, 9))))
+
+
+def two_classes() -> Mixture:
+    return build_mixture(GaussianMixtureConfig(means=((-2.0,), (2.0,)), stds=(0.5, 0.5), classes=(0, 1)))
+
+
+def exact(mixture: Mixture, count: int, key: int, label: int = 0) -> Tensor:
+    return mixture.sample(torch.arange(count), torch.full((count,), label), key)
+
+
+def test_names_and_directions_agree() -> None:
+    assert all(metric.name == name for name, metric in METRICS.items())
+    assert DIRECTIONS["fid"] == "lower" and DIRECTIONS["recall"] == "higher"
+
+
+def test_fid_of_gaussians_is_the_closed_form() -> None:
+    """Sets with exactly known moments: |m - m'|^2 + sum (s - s')^2 for diagonal covariances."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    z = torch.linalg.qr(z - z.mean(0))[0] * math.sqrt(399)  # mean 0, unbiased covariance 1
+    z -= z.mean(0)
+    std, std2 = torch.tensor([0.01, 0.02, 0.03]), torch.tensor([0.02, 0.02, 0.01])
+    shift = torch.tensor([0.1, 0.0, -0.05])
+    expected = float(shift.square().sum() + (std - std2).square().sum())
+    context = MetricContext(400, 0, reference(0.5 + z * std), ChannelMeans())
+    got = run("fid", context, images(0.5 + shift + z * std2), [""] * 400)
+    print(f"fid {got['fid']:.8f}, closed form {expected:.8f}")
+    assert got["fid"] == pytest.approx(expected, rel=1e-4) and got["fid_num_samples"] == 400
+
+
+def test_fid_agrees_with_torchmetrics_on_raw_images() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    real = open_reference("digits")
+    fake = real.read(0, 200).flip(3)
+    context = MetricContext(200, 0, real, FeatureNetwork("digits"))
+    ours = run("fid", context, fake, list(real.prompts[:200]))["fid"]
+    network = FeatureNetwork("digits").network
+    network.num_features = 48  # type: ignore[assignment]  # otherwise torchmetrics tries a 299 x 299 image
+    theirs = FrechetInceptionDistance(feature=network, normalize=True)
+    theirs.update(real.read(0, 200), real=True)
+    theirs.update(fake, real=False)
+    assert ours == pytest.approx(float(theirs.compute()), rel=1e-5) and ours > 1
+
+
+def test_fid_uses_equal_counts() -> None:
+    points = torch.rand(50, 3)
+    context = MetricContext(80, 0, reference(points), ChannelMeans())
+    got = run("fid", context, images(torch.cat([points, torch.ones(30, 3)])), [""] * 80, batch_size=16)
+    assert got["fid_num_samples"] == 50 and got["fid"] == pytest.approx(0, abs=1e-6)
+    assert Precomputed(7).num_features == 7
+
+
+def test_precision_and_recall_of_identical_and_far_sets() -> None:
+    points = torch.rand(40, 3)
+    context = MetricContext(40, 0, reference(points), ChannelMeans())
+    assert run("precision_recall", context, images(points), [""] * 40) == {"precision": 1.0, "recall": 1.0}
+    assert run("precision_recall", context, images(points + 9), [""] * 40) == {"precision": 0.0, "recall": 0.0}
+
+
+def test_recall_falls_when_a_mode_is_dropped_and_precision_does_not() -> None:
+    points = torch.cat([torch.rand(30, 3), 5 + torch.rand(30, 3)])
+    context = MetricContext(60, 0, reference(points), ChannelMeans())
+    got = run("precision_recall", context, images(points[:30].repeat_interleave(2, dim=0) + 1e-3), [""] * 60)
+    assert got["precision"] == 1.0 and got["recall"] <= 0.5
+
+
+def test_diversity_of_known_points() -> None:
+    points = torch.tensor([[0.0, 0, 0], [3, 4, 0], [1, 1, 1], [1, 1, 1], [7, 7, 7]])
+    context = MetricContext(5, 0, features=ChannelMeans())
+    got = run("diversity", context, images(points), ["a", "a", "b", "b", "c"], batch_size=2)
+    assert got == {"diversity": pytest.approx((5 + 0) / 2)}
+    with pytest.raises(ValueError, match="two samples"):
+        run("diversity", context, images(points[:1]), ["a"])
+
+
+def test_metrics_share_one_pass_of_the_feature_network() -> None:
+    features = ChannelMeans()
+    context = MetricContext(8, 0, reference(torch.rand(8, 3)), features)
+    metrics = [METRICS[name](context) for name in ("fid", "diversity", "precision_recall")]
+    before, batch = features.calls, images(torch.rand(8, 3))
+    for metric in metrics:
+        metric.update(batch, ["a"] * 8)
+    assert features.calls == before + 1
+
+
+def test_accuracy_of_the_shipped_classifier_on_held_out_digits() -> None:
+    pixels, labels = load_digits("test")
+    context = MetricContext(599, 0, features=FeatureNetwork("digits"))
+    right = run("accuracy", context, pixels, [prompt_for(int(label), i % 4) for i, label in enumerate(labels)])
+    wrong = run("accuracy", context, pixels, [prompt_for((int(label) + 1) % 10) for label in labels])
+    print(f"accuracy on real digits {right['accuracy']:.4f}, with shifted prompts {wrong['accuracy']:.4f}")
+    assert right["accuracy"] > 0.97 and wrong["accuracy"] < 0.02
+    with pytest.raises(ValueError, match="no digit word"):
+        run("accuracy", context, pixels[:1], ["a cat"])
+
+
+def test_throughput_leaves_out_the_first_batch() -> None:
+    context = MetricContext(30, 0, timing=Timing(8, [(10, 5.0), (10, 1.0), (10, 1.0)]))
+    assert METRICS["throughput"](context).compute() == {"images_per_second": 10.0, "network_evaluations": 8.0}
+
+
+def test_energy_distance_of_two_gaussians_in_one_dimension() -> None:
+    """N(0, 1) against N(m, 1): E|x - y| = 2 sqrt 2 phi(m / sqrt 2) + m erf(m / 2), and E|x - x'| = 2 / sqrt pi."""
+    shift = 1.0
+    phi = math.exp(-(shift**2) / 4) / math.sqrt(2 * math.pi)
+    cross = 2 * math.sqrt(2) * phi + shift * math.erf(shift / 2)
+    expected = 2 * cross - 4 / math.sqrt(math.pi)
+    mixture = build_mixture(GaussianMixtureConfig(means=((0.0,),), stds=(1.0,)))
+    got = run(
+        "energy_distance", MetricContext(3000, 0, mixture=mixture), exact(mixture, 3000, 99) + shift, [""] * 3000
+    )
+    print(f"energy distance {got['energy_distance']:.4f}, closed form {expected:.4f}")
+    assert got["energy_distance"] == pytest.approx(expected, abs=0.03)
+
+
+def test_energy_distance_floor_of_the_ring() -> None:
+    mixture = ring()
+    got = run("energy_distance", MetricContext(4000, 0, mixture=mixture), exact(mixture, 4000, 99), [""] * 4000)
+    print(f"exact samples score {got['energy_distance']:.6f}, floor {got['energy_distance_floor']:.6f}")
+    # The law of the estimator has a long tail: 95 of 100 pairs of exact sets score below 0.0012, 99 below 0.003.
+    assert 0.0003 < got["energy_distance_floor"] < 0.0012 and abs(got["energy_distance"]) < 0.003
+
+
+def test_energy_distance_is_unbiased() -> None:
+    """Many small pairs of one law: the mean is 0 within its own error; the V-statistic's would be 2 E|x - x'| / n."""
+    mixture, values = ring(), []
+    for i in range(200):
+        x, y = exact(mixture, 50, 2 * i), exact(mixture, 50, 2 * i + 1)
+        values.append(2 * mean_distance(x, y) - mean_distance(x) - mean_distance(y))
+    mean, error = torch.tensor(values).mean(), torch.tensor(values).std() / math.sqrt(200)
+    print(f"mean {mean:.5f} +- {error:.5f}")
+    assert abs(mean) < 3 * error and error < 0.02
+
+
+def test_swapped_classes_are_seen() -> None:
+    mixture = two_classes()
+    labels = torch.arange(600) % 2
+    prompts = [str(label) for label in labels.tolist()]
+    context = MetricContext(600, 0, mixture=mixture)
+    right = mixture.sample(torch.arange(600), labels, 1)
+    swapped = mixture.sample(torch.arange(600), 1 - labels, 1)
+    for name, far in (("energy_distance", 4.0), ("mean_error", 3.5), ("mode_share_error", 0.9)):
+        assert abs(run(name, context, right, prompts)[name]) < 0.1 and run(name, context, swapped, prompts)[name] > far
+    with pytest.raises(ValueError, match="class labels"):
+        run("mean_error", context, right[:1], ["7"])
+
+
+def test_moments_of_a_mixture() -> None:
+    mixture = two_classes()
+    mean, cov = exact_moments(mixture, 2)
+    assert mean.item() == pytest.approx(0, abs=1e-12) and cov.item() == pytest.approx(4 + 0.25)
+    sample = exact(ring(), 4000, 5)
+    context = MetricContext(4000, 0, mixture=ring())
+    assert run("mean_error", context, sample, [""] * 4000)["mean_error"] < 0.1
+    assert run("cov_error", context, sample, [""] * 4000)["cov_error"] < 0.2
+    mean, cov = exact_moments(ring(), 0)
+    centred = (sample - sample.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(sample.T.cov())).T
+    matched = mean + centred @ torch.linalg.cholesky(cov).T  # exactly the exact moments
+    assert run("mean_error", context, matched, [""] * 4000)["mean_error"] < 1e-12
+    assert run("cov_error", context, matched, [""] * 4000)["cov_error"] < 1e-10
+    assert run("mean_error", context, matched + torch.tensor([3.0, 4.0]), [""] * 4000)["mean_error"] == pytest.approx(
+        5
+    )
+
+
+def test_mode_shares() -> None:
+    mixture = ring()
+    counts = [10 * k for k in range(1, 9)]
+    right = mixture.means.repeat_interleave(torch.tensor(counts), dim=0)
+    context = MetricContext(360, 0, mixture=mixture)
+    got = run("mode_share_error", context, right, [""] * 360)
+    assert got == {"mode_share_error": pytest.approx(0, abs=1e-9), "mode_share_min_ratio": pytest.approx(1)}
+    dropped = torch.where(nearest_component(mixture, right)[:, None] == 7, mixture.means[0], right)
+    got = run("mode_share_error", context, dropped, [""] * 360)
+    assert got == {"mode_share_error": pytest.approx(8 / 36), "mode_share_min_ratio": 0.0}
+
+
+def test_what_is_missing_is_said() -> None:
+    bare = MetricContext(10, 0)
+    for name, words in (("fid", "eval.features"), ("energy_distance", "exact law"), ("throughput", "sampler")):
+        with pytest.raises(ValueError, match=words):
+            METRICS[name](bare)
+    with pytest.raises(ValueError, match=r"eval\.reference"):
+        METRICS["precision_recall"](MetricContext(10, 0, features=FeatureNetwork("digits")))
+    with pytest.raises(ValueError, match="inception_weights"):
+        FeatureNetwork("inception")
+    with pytest.raises(ValueError, match="judges pictures"):
+        FeatureNetwork("digits")(torch.zeros(1, 3, 64, 64))
