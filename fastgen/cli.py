@@ -1,0 +1,125 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fastgen",
+    help="Turn a diffusers pipeline into a few-step one, and know that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PathArgument = Annotated[
+    Path, typer.Argument(help="A run folder, an exported folder, or a diffusers pipeline folder.")
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps, for a plain pipeline (an export has its own).")]
+GuidanceOption = Annotated[float | None, typer.Option(min=0, help="Guidance scale, for a plain pipeline.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples at a time; does not change the result.")]
+
+
+def refuse(message: object) -> typer.Exit:
+    """Prints why an argument or recipe is refused; raise what it returns: exit code 2."""
+    print(f"refused: {message}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
+) -> None:
+    """Train a recipe; a run that is started again continues."""
+    from fastgen.train import main
+
+    raise typer.Exit(main([str(recipe), *(overrides or [])]))
+
+
+@app.command()
+def sample(
+    pipeline: PathArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the images, which must be new or empty.")] = Path("samples"),
+    num_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    batch_size: BatchOption = 16,
+) -> None:
+    """Write images (or points) and a grid, one seed an image."""
+    from fastgen.pipelines.sample_folder import sample_folder
+
+    try:
+        texts = sample_folder(
+            pipeline, prompt or [], prompts, num_images, seed, output, num_steps, guidance_scale, batch_size
+        )
+    except ValueError as error:
+        raise refuse(error) from None
+    print(f"{texts} samples in {output}")
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[
+        Path, typer.Argument(help="A pipeline, a run or a folder of images; or results to compare (.json).")
+    ],
+    others: Annotated[list[Path] | None, typer.Argument(help="More results files, to compare on one page.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated; a run's own by default.")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=2)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sample i has seed SEED + i.")] = None,
+    output: Annotated[Path, typer.Option(help="Results, JSON; an HTML page is written beside it.")] = Path(
+        "results.json"
+    ),
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    reference: Annotated[str | None, typer.Option(help="'digits', or a folder of real images.")] = None,
+    features: Annotated[str | None, typer.Option(help="Feature network of fid: digits or inception.")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="Local weights of the inception network.")] = None,
+    num_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Measure a pipeline, a run or a folder of images; print a table, write JSON and a page."""
+    from fastgen.config import RecipeError
+    from fastgen.evaluation import compare, evaluate_path
+
+    try:
+        if path.suffix == ".json":
+            compare([path, *(others or [])], output.with_suffix(".html"))
+            return
+        if others:
+            raise ValueError("several paths are compared only when they are results files (.json)")
+        evaluate_path(
+            path, metrics=metrics, num_samples=num_samples, seed=seed, output=output, prompts=prompts,
+            reference=reference, features=features, inception_weights=inception_weights, num_steps=num_steps,
+            guidance_scale=guidance_scale, batch_size=batch_size,
+        )  # fmt: skip
+    except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder with at least one checkpoint.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; the run's export/ by default.")] = None,
+) -> None:
+    """Write the moving average of a run's last checkpoint as a pipeline that plain diffusers loads."""
+    from fastgen.config import RecipeError
+    from fastgen.pipelines.export import export_run
+
+    try:
+        print(f"exported to {export_run(run, output)}")
+    except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Recipes: one YAML file, complete, checked before anything heavy loads.
+
+Sections are frozen pydantic dataclasses. `backbone`, `objective` and `data` name their class, which is its own schema.
+Every refusal names the key's full path and, for a misspelt one, the nearest valid spelling.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fastgen.backbones import BACKBONES
+from fastgen.data import DATA
+from fastgen.evaluation import EvalConfig
+from fastgen.networks import OptimizerConfig
+from fastgen.objectives import OBJECTIVES, Objective
+from fastgen.rollout import RolloutPolicy
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message says which key, what is allowed and what to change."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class TrainConfig:
+    """The loop. One step is one student update; every `*_every` counts those, 0 switches the event off."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # samples of one micro-batch, on each process
+    accumulate: int = Field(default=1, ge=1)  # micro-batches of every inner update
+    mixed_precision: Literal["no", "bf16"] = "no"  # forward passes; weights and optimizers stay float32
+    dtype: Literal["float32", "float64"] = "float32"
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    log_every: int = Field(default=10, ge=1)
+    sample_every: int = Field(default=100, ge=0)
+    num_samples: int = Field(default=16, ge=1)
+    eval_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=200, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Recipe:
+    """A whole run. `backbone`, `data` and `objective` are instances of the classes their `name` chose."""
+
+    output_dir: Path
+    backbone: Any
+    objective: Any
+    rollout: RolloutPolicy
+    data: Any
+    optimizers: dict[str, OptimizerConfig]
+    train: TrainConfig
+    eval: EvalConfig
+    seed: int = Field(default=0, ge=0)
+
+
+# Keys a continued run may change: they do not alter what has already been computed.
+MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
+                "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "eval")  # fmt: skip
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, overrides and checks a recipe. overrides: "dotted.key=value", the value read as YAML.
+
+    Raises RecipeError for anything that is wrong with it."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections, got {type(raw).__name__}")
+    for text in overrides:
+        apply_override(raw, text)
+    return build_recipe(raw)
+
+
+def apply_override(raw: dict[str, Any], text: str) -> None:
+    """Sets one dotted key in place. Raises RecipeError if the text is no override or passes through a non-section."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise RecipeError(f"{text!r} is not an override; write dotted.key=value")
+    *parents, last = key.split(".")
+    node = raw
+    for i, part in enumerate(parents):
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"cannot set {key}: {'.'.join(parents[: i + 1])} is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of {key} is not valid YAML: {error}") from None
+
+
+def build_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Checks keys, then types and ranges, then what sections ask of each other."""
+    values = dict(raw)
+    check_keys(values, Recipe, "")
+    for section, registry in (("backbone", BACKBONES), ("data", DATA), ("objective", OBJECTIVES)):
+        if section not in values:
+            raise RecipeError(f"missing key {section}: choose one by name, of {', '.join(registry)}")
+        values[section] = build_section(section, values[section], registry)
+    recipe = validated(Recipe, values, "")
+    check_recipe(recipe)
+    return recipe
+
+
+def build_section(section: str, value: Any, registry: Mapping[str, Any]) -> Any:
+    """An instance of the class that `value["name"]` chooses."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise RecipeError(f"{section} must be a section with a name, one of {', '.join(registry)}")
+    cls = resolve(section, value["name"], registry)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = dict(value) if "name" in fields else {k: v for k, v in value.items() if k != "name"}
+    if ":" in value["name"] and "name" in fields:
+        values.pop("name")
+    check_keys(values, cls, f"{section}.", also=("name",))
+    return validated(cls, values, f"{section}.")
+
+
+def resolve(section: str, name: str, registry: Mapping[str, Any]) -> type:
+    """The class of a registered name, or of `my_module:MyClass` from the import path."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            cls = vars(importlib.import_module(module))[attribute]
+        except (ImportError, KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass")
+        return cls
+    if name not in registry:
+        raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, registry)}")
+    entry = registry[name]
+    if isinstance(entry, str):  # "module:Class", imported only when chosen
+        module, _, attribute = entry.partition(":")
+        return vars(importlib.import_module(module))[attribute]
+    return entry
+
+
+def nearest(key: str, valid: typing.Iterable[str]) -> str:
+    """'; did you mean ...' or the list of what is valid."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(options)}"
+
+
+def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence[str] = ()) -> None:
+    """Refuses unknown keys of a section and of the sections in it."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields and key not in also:
+            raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
+    for name, hint in typing.get_type_hints(cls).items():
+        value, section = values.get(name), section_class(hint)
+        if section is not None and isinstance(value, dict):
+            check_keys(value, section, f"{prefix}{name}.")
+        elif hint == dict[str, OptimizerConfig] and isinstance(value, dict):
+            for role, sub in value.items():
+                if isinstance(sub, dict):
+                    check_keys(sub, OptimizerConfig, f"{prefix}{name}.{role}.")
+
+
+def section_class(hint: Any) -> type | None:
+    """The dataclass behind a type hint, also as X | None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """pydantic's validation with one line an error, each with the full path of its key."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            path = prefix + ".".join(str(p) for p in e["loc"] if not str(p).startswith(("tuple[", "function-")))
+            given = "" if isinstance(e["input"], dict) else f", got {str(e['input'])[:80]!r}"
+            lines.append(f"{path.rstrip('.')}: {e['msg'].removeprefix('Value error, ')}{given}")
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What sections ask of each other: roles, data, export. Reads small files at most; loads no weights."""
+    objective: Objective = recipe.objective
+    for role in recipe.optimizers:
+        if role not in objective.trained_roles:
+            raise RecipeError(f"optimizers.{role}: this objective trains {', '.join(objective.trained_roles)}"
+                              f"{nearest(role, objective.trained_roles)}")  # fmt: skip
+    for role in objective.trained_roles:
+        if role not in recipe.optimizers:
+            raise RecipeError(f"missing key optimizers.{role}: this objective trains it; give at least its lr")
+    missing = objective.needs - recipe.data.provides
+    if missing:
+        raise RecipeError(f"objective {objective.name} needs {', '.join(sorted(missing))}, which data "
+                          f"{recipe.data.name} does not provide")  # fmt: skip
+    for section, check in (("objective", lambda: objective.check(recipe.rollout)),
+                           ("backbone", lambda: recipe.backbone.check()),
+                           ("data", lambda: recipe.data.check(recipe.backbone)),
+                           ("rollout", lambda: recipe.backbone.check_export(recipe.rollout))):  # fmt: skip
+        try:
+            check()
+        except ValueError as error:
+            raise RecipeError(f"{section}: {error}") from None
+
+
+def to_dict(value: Any) -> Any:
+    """Plain YAML types of a recipe or a section, every default filled in."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        cls = type(value)
+        known = {**BACKBONES, **DATA, **OBJECTIVES}.values()
+        registered = cls in known or f"{cls.__module__}:{cls.__qualname__}" in known
+        if isinstance(value, Objective) and not registered:
+            result["name"] = f"{cls.__module__}:{cls.__qualname__}"
+        return result
+    if isinstance(value, Mapping):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; load_recipe reads it back to an equal one."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, default_flow_style=None, width=119)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def changed_keys(before: Recipe, after: Recipe) -> list[str]:
+    """Dotted keys that differ and may not, between a run's first recipe and the one it is continued with."""
+    a, b = flatten(to_dict(before)), flatten(to_dict(after))
+    differing = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+    return [k for k in differing if not any(k == m or k.startswith(m + ".") for m in MUTABLE_KEYS)]

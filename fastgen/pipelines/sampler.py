@@ -1,0 +1,111 @@
+"""Sampling from a run, an export or any supported pipeline folder, with one seed a sample."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import noise, signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser
+from fastgen.rollout import RolloutPolicy, sample
+
+METADATA = "fastgen.json"  # beside an exported pipeline: the policy it was trained with
+
+
+class Guided(nn.Module):
+    """A denoiser under classifier-free guidance, callable like one: its unconditional rows are bound."""
+
+    def __init__(self, denoiser: Denoiser, uncond: Conditioning, scale: float):
+        super().__init__()
+        self.denoiser, self.uncond, self.scale, self.schedule = denoiser, uncond, scale, denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, told_time: Tensor | None = None) -> Tensor:
+        if told_time is not None:
+            raise ValueError("a told time belongs to one-step students, which are not guided")
+        return signals.guided(self.denoiser, x_t, t, cond, self.uncond, self.scale)
+
+
+class Sampler:
+    """A denoiser, its backbone and its policy: prompts and seeds to pixels or points."""
+
+    def __init__(self, backbone: Backbone, denoiser: Denoiser, policy: RolloutPolicy, guidance_scale: float = 1.0,
+                 weights: Path | None = None):  # fmt: skip
+        self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
+        self._weights = weights
+
+    @property
+    def network_evaluations(self) -> int:
+        """Evaluations of the network a sample; a guided step counts twice."""
+        return self.policy.num_steps * (1 if self.guidance_scale == 1 else 2)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] or points [B, D], float32, on the CPU. A sample depends on its prompt and seed
+        alone, up to the rounding of batched kernels."""
+        backbone = self.backbone
+        both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
+        cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
+        ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
+
+        def draw(name: str) -> Tensor:
+            return noise.normal(ids, backbone.latent_shape, noise.make_key("sample", name), backbone.dtype)
+
+        network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
+        latents = sample(network, self.policy, cond, draw)  # type: ignore[arg-type]
+        return backbone.decode(latents).float().cpu()
+
+    def weight_hashes(self) -> dict[str, str]:
+        """sha256 of every weight file, by its path in the folder; {} where there is no folder."""
+        if self._weights is None:
+            return {}
+        files = sorted(self._weights.rglob("*.safetensors"))
+        return {str(f.relative_to(self._weights)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def teacher_sampler(backbone: Backbone, num_steps: int, guidance_scale: float) -> Sampler:
+    """The teacher as its stock pipeline samples it."""
+    return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps), guidance_scale)
+
+
+def load_sampler(
+    path: Path,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Sampler:
+    """From a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
+
+    num_steps and guidance_scale are a plain pipeline's (28 and 7, as diffusers has them, by default); an export brings
+    its own, and asking for others raises ValueError, as does a folder that is none of these."""
+    device = torch.device(device)
+    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    if (folder / METADATA).is_file():
+        from fastgen.backbones import BACKBONES
+        from fastgen.config import build_section
+
+        metadata = json.loads((folder / METADATA).read_text())
+        policy = RolloutPolicy(**metadata["policy"])
+        if num_steps not in (None, policy.num_steps) or guidance_scale not in (None, 1.0):
+            raise ValueError(
+                f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps "
+                "and the guidance scale"
+            )
+        own = {"path": str(folder)} if "path" in metadata["backbone"] else {}  # the export is a whole pipeline itself
+        backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES).build(device, dtype, 0)
+        return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
+    from fastgen.backbones.sd3 import SD3Config
+
+    config = SD3Config(path=str(folder))
+    config.check()
+    backbone = config.build(device, dtype, 0)
+    scale = 7.0 if guidance_scale is None else guidance_scale
+    return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or 28), scale, folder)

@@ -1,0 +1,65 @@
+"""What a run writes down: log.jsonl, TensorBoard events, and the progress bar's few numbers."""
+
+import json
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Averages the terms of every turn between writes. Continuing a run at `step` drops later rows of an earlier life,
+    so that the file tells one story. Disabled on all processes but the first."""
+
+    def __init__(self, folder: Path, step: int, enabled: bool):
+        self.enabled = enabled
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._path = folder / "log.jsonl"
+        self._start, self._last_step = time.perf_counter(), step
+        if enabled:
+            rows = self._path.read_text().splitlines() if self._path.is_file() else []
+            kept = [row for row in rows if json.loads(row)["step"] <= step]
+            self._path.write_text("".join(row + "\n" for row in kept))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, turn: str, terms: Mapping[str, Tensor]) -> None:
+        """Terms of one update, kept on their device until they are written."""
+        for name, value in terms.items():
+            self._sums[f"{turn}/{name}"].append(value.detach())
+
+    def write(self, step: int, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, str]:
+        """One row: mean terms, learning rates, seconds a step, memory. Returns what the progress bar shows."""
+        row = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
+        self._sums.clear()
+        row |= {f"lr/{role}": optimizer.param_groups[0]["lr"] for role, optimizer in optimizers.items()}
+        now = time.perf_counter()
+        row["seconds_per_step"] = (now - self._start) / max(step - self._last_step, 1)
+        row["memory_mb"] = memory_mb()
+        self._start, self._last_step = now, step
+        self.record(step, row)
+        return {name: f"{row[name]:.3g}" for name in row if name.endswith(("/loss", "/fake_lag"))}
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a row as it is, to both files."""
+        if not self.enabled:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._board.close()
+
+
+def memory_mb() -> float:
+    """Peak memory in MB: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,172 @@
+"""The loop: what a run leaves behind, and that dividing or interrupting the work changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgen import checkpoint
+from fastgen.config import Recipe, RecipeError, load_recipe
+from fastgen.evaluation import evaluate_path
+from fastgen.pipelines.export import export_run
+from fastgen.pipelines.sampler import load_sampler
+from fastgen.train import TrainingError, main, train
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "backbone.means=[[0,0],[3,1]]", "backbone.stds=[0.3,0.2]", "backbone.weights=[1,2]", "backbone.width=16",
+    "backbone.fit_steps=20", "backbone.fit_batch_size=32", "objective.fake_updates=2", "train.batch_size=8",
+    "train.steps=6", "train.log_every=2", "train.sample_every=3", "train.eval_every=3", "train.checkpoint_every=3",
+    "eval.num_samples=64", "eval.quick_num_samples=64",
+    "optimizers.student.decay=constant", "optimizers.fake_score.decay=constant",
+]  # fmt: skip
+GAN = ["objective.gan_weight=0.1", "optimizers.discriminator={lr: 1e-3}"]
+
+
+def tiny(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/mixture_dmd2_4step.yaml", [*TINY, f"output_dir={folder}", *overrides])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint."""
+    last = checkpoint.complete(folder / "checkpoints")[-1]
+    return {f"{f.stem}.{k}": v for f in sorted(last.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(tiny(tmp_path / "run", *GAN))
+    for name in ("recipe.yaml", "log.jsonl", "samples/teacher.png", "samples/step_00000003.png", "export/README.md",
+                 "export/model.safetensors", "export/config.json", "export/fastgen.json",
+                 "export/recipe.yaml"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    assert list((folder / "tensorboard").iterdir())
+    assert [r["step"] for r in rows(folder) if "student/loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in rows(folder) if "eval/energy_distance" in r] == [3, 6]
+    logged = rows(folder)[0]
+    for key in ("student/loss", "student/fake_lag", "student/grad_norm_student", "fake_score/gan", "fake_score/loss",
+                "fake_score/grad_norm_discriminator", "lr/student", "seconds_per_step", "memory_mb"):  # fmt: skip
+        assert key in logged, key
+    printed = capsys.readouterr().out
+    assert "discriminator" in printed and "tensors moved" in printed and "the teacher at" in printed
+    assert load_recipe(folder / "recipe.yaml") == tiny(tmp_path / "run", *GAN)
+
+
+def test_the_export_is_the_moving_average(tmp_path: Path) -> None:
+    folder = train(tiny(tmp_path / "run"))
+    last = checkpoint.complete(folder / "checkpoints")[-1]
+    exported = load_file(folder / "export/model.safetensors")
+    average, student = load_file(last / "ema.safetensors"), load_file(last / "student.safetensors")
+    assert all(torch.equal(v, average[f"network.{k}"]) for k, v in exported.items())
+    assert any(not torch.equal(v, student[f"network.{k}"]) for k, v in exported.items())
+    again = export_run(folder, tmp_path / "again")
+    assert all(torch.equal(v, exported[k]) for k, v in load_file(again / "model.safetensors").items())
+    points = load_sampler(folder).sample(["", ""], [0, 1])
+    assert points.shape == (2, 2)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = train(tiny(tmp_path / "whole", *GAN))
+    train(tiny(tmp_path / "parts", *GAN, "train.steps=3"))
+    (tmp_path / "parts/checkpoints/step_00000005.partial").mkdir()  # what a kill while saving leaves
+    parts = train(tiny(tmp_path / "parts", *GAN))
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [r["step"] for r in rows(parts) if "student/loss" in r] == [2, 3, 4, 6]
+
+
+def test_a_changed_recipe_is_refused_by_the_name_of_its_keys(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", "train.steps=1"))
+    with pytest.raises(RecipeError, match=r"objective\.fake_updates"):
+        train(tiny(tmp_path / "run", "objective.fake_updates=3"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years of work")
+    with pytest.raises(RecipeError, match="not empty"):
+        train(tiny(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("extra", [[], GAN], ids=["plain", "gan"])
+def test_accumulating_two_halves_equals_one_batch(tmp_path: Path, extra: list[str]) -> None:
+    """2 x 1 equals 1 x 2, in float64, over 20 student updates."""
+    common = [*extra, "train.dtype=float64", "train.steps=20", "train.eval_every=0", "train.sample_every=0",
+              "train.checkpoint_every=20"]  # fmt: skip
+    one = weights(train(tiny(tmp_path / "one", *common, "train.batch_size=8")))
+    two = weights(train(tiny(tmp_path / "two", *common, "train.batch_size=4", "train.accumulate=2")))
+    error = max((one[k] - two[k]).abs().max().item() for k in one if one[k].is_floating_point())
+    moved = weights_moved(tmp_path / "one")
+    print(f"largest difference of a weight {error:.2g}, largest movement {moved:.2g}")
+    assert error < 1e-10 < moved
+
+
+def weights_moved(folder: Path) -> float:
+    """How far the student came from its pretrained weights: that the comparison is of something."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    start = recipe.backbone.build(torch.device("cpu"), torch.float64, recipe.seed).load("student").state_dict()
+    return max(
+        (v - weights(folder)[f"student.{k}"]).abs().max().item() for k, v in start.items() if v.is_floating_point()
+    )
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """The same samples, divided between two processes, give the same weights in float64."""
+    common = [*TINY, "train.dtype=float64", "train.eval_every=0", "train.sample_every=0", "train.steps=3"]
+    program = str(ROOT / "fastgen/train.py")
+    recipe = str(ROOT / "recipes/mixture_dmd2_4step.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*launch, program, recipe, *common, "train.batch_size=4", f"output_dir={tmp_path / 'two'}"],
+        capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = (
+        weights(train(load_recipe(recipe, [*common, f"output_dir={tmp_path / 'one'}"]))),
+        weights(tmp_path / "two"),
+    )
+    error = max((one[k] - two[k]).abs().max().item() for k in one if one[k].is_floating_point())
+    print(f"largest difference of a weight {error:.2g}")
+    assert error < 1e-10
+    world = json.loads((checkpoint.complete(tmp_path / "two/checkpoints")[-1] / "counters.json").read_text())
+    assert world["position"] == 3 * 3 * 8  # three updates of three turns of eight samples: both processes took part
+
+
+def test_a_run_is_evaluated_without_further_options(tmp_path: Path) -> None:
+    folder = train(tiny(tmp_path / "run"))
+    evaluate_path(folder, output=tmp_path / "results.json")
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {"energy_distance", "energy_distance_floor", "mean_error", "cov_error", "mode_share_error"} <= result[
+        "metrics"
+    ].keys()
+    assert (tmp_path / "results.html").is_file()
+
+
+def test_a_diverged_run_stops_with_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny(tmp_path / "run", "optimizers.student.lr=1e30", "optimizers.student.warmup=0", "train.eval_every=0")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(recipe)
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "missing.yaml")]) == 2
+    assert "no recipe at" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+@pytest.mark.slow
+def test_the_ring_in_a_minute(tmp_path: Path) -> None:
+    """The score-difference signal, end to end: a short run on the eight-mode ring already beats the teacher's own ODE
+    at four steps (energy distance 0.0175)."""
+    overrides = ["train.steps=600", "train.eval_every=0", "train.sample_every=0", f"output_dir={tmp_path / 'run'}"]
+    folder = train(load_recipe(ROOT / "recipes/mixture_dmd2_4step.yaml", overrides))
+    metrics = evaluate_path(folder)["metrics"]
+    print({k: round(v, 5) for k, v in metrics.items()})
+    assert metrics["energy_distance"] < 0.0175
+    assert metrics["mode_share_min_ratio"] > 0.5
