@@ -13,10 +13,10 @@ from torch import Tensor, nn
 PREFIX = "step_"
 
 
-def save(folder: Path, step: int, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
+def save(folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
          state: Mapping[str, Tensor], counters: Mapping[str, int], keep: int) -> Path:  # fmt: skip
-    """Writes folder/step_<step> and removes all but the newest `keep` complete checkpoints."""
-    target = folder / f"{PREFIX}{step:08d}"
+    """Writes folder/step_<counters["step"]> and removes all but the newest `keep` complete checkpoints."""
+    target = folder / f"{PREFIX}{counters['step']:08d}"
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -27,7 +27,7 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], optimizers: 
         )
     torch.save({role: o.state_dict() for role, o in optimizers.items()}, partial / "optimizers.pt")
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / "objective.safetensors")
-    (partial / "counters.json").write_text(json.dumps(dict(counters) | {"step": step}))
+    (partial / "counters.json").write_text(json.dumps(dict(counters)))
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
@@ -45,7 +45,7 @@ def complete(folder: Path) -> list[Path]:
 
 def load(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
          state: dict[str, Tensor], device: torch.device) -> dict[str, Any]:  # fmt: skip
-    """Restores everything `save` wrote, in place; returns the counters, with `step`. Raises on any missing tensor."""
+    """Restores everything `save` wrote, in place; returns the counters. Raises on any missing tensor."""
     for role, module in modules.items():
         module.load_state_dict(load_file(path / f"{role}.safetensors", device=str(device)))
     saved = torch.load(path / "optimizers.pt", map_location=device, weights_only=True)

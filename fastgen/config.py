@@ -18,7 +18,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fastgen.backbones import BACKBONES
-from fastgen.data import DATA
+from fastgen.backbones.base import BackboneConfig
+from fastgen.data import DATA, DataSource
 from fastgen.evaluation import EvalConfig
 from fastgen.networks import OptimizerConfig
 from fastgen.objectives import OBJECTIVES, Objective
@@ -61,6 +62,8 @@ class Recipe:
     eval: EvalConfig
     seed: int = Field(default=0, ge=0)
 
+
+BASES: dict[str, type] = {"backbone": BackboneConfig, "data": DataSource, "objective": Objective}
 
 # Keys a continued run may change: they do not alter what has already been computed.
 MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
@@ -137,8 +140,9 @@ def resolve(section: str, name: str, registry: Mapping[str, Any]) -> type:
             cls = vars(importlib.import_module(module))[attribute]
         except (ImportError, KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass")
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, BASES[section])):
+            base = BASES[section].__name__
+            raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base}")
         return cls
     if name not in registry:
         raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, registry)}")
@@ -164,6 +168,8 @@ def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence
             raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
     for name, hint in typing.get_type_hints(cls).items():
         value, section = values.get(name), section_class(hint)
+        if isinstance(value, bool) and hint in (int, float, int | None, float | None):
+            raise RecipeError(f"{prefix}{name}: a number is needed, got {str(value).lower()}")
         if section is not None and isinstance(value, dict):
             check_keys(value, section, f"{prefix}{name}.")
         elif hint == dict[str, OptimizerConfig] and isinstance(value, dict):
@@ -216,20 +222,24 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def to_dict(value: Any) -> Any:
-    """Plain YAML types of a recipe or a section, every default filled in."""
+    """Plain YAML types of a recipe or a section, defaults filled in; a class from elsewhere is named by its path."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        cls = type(value)
-        known = {**BACKBONES, **DATA, **OBJECTIVES}.values()
-        registered = cls in known or f"{cls.__module__}:{cls.__qualname__}" in known
-        if isinstance(value, Objective) and not registered:
-            result["name"] = f"{cls.__module__}:{cls.__qualname__}"
+        if isinstance(value, tuple(BASES.values())):
+            result["name"] = registered_name(type(value))
         return result
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def registered_name(cls: type) -> str:
+    """The name a recipe chooses this class by."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    entries = {**BACKBONES, **DATA, **OBJECTIVES}.items()
+    return next((name for name, entry in entries if entry is cls or entry == path), path)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -232,10 +232,8 @@ def encode_in_chunks(pixels: Tensor, backbone: Backbone, size: int = 256) -> Ten
     return torch.cat([backbone.encode(chunk.to(backbone.device)).cpu() for chunk in pixels.split(size)])
 
 
-def make_batch(
-    stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str], dtype: torch.dtype
-) -> Batch:
-    """The batch of these global positions, with the fields in `needs`."""
+def make_batch(stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str]) -> Batch:
+    """The batch of these global positions, with the fields in `needs`, in the backbone's dtype."""
     prompts = stream.prompts(positions)
     both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
     latents = stream.latents(positions) if "latents" in needs else None
@@ -247,6 +245,6 @@ def make_batch(
         uncond=both.select(slice(len(prompts), None)),
         latent_shape=backbone.latent_shape,
         prompts=tuple(prompts),
-        latents=None if latents is None else latents.to(device, dtype),
-        dtype=dtype,
+        latents=None if latents is None else latents.to(device, backbone.dtype),
+        dtype=backbone.dtype,
     )

@@ -1,7 +1,7 @@
 """The networks of a run by role: which are trained, at what rate, and the student's moving average."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Annotated, Literal
 
@@ -105,8 +105,3 @@ class Ema:
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
         self.updates += 1
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients together, float32."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

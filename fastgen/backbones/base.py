@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +16,20 @@ from fastgen.schedule import Schedule
 Output = Literal["pixels", "points"]
 
 
-class BackboneConfig(Protocol):
-    """The recipe's `backbone:` section, a frozen pydantic dataclass."""
+class BackboneConfig(ABC):
+    """The recipe's `backbone:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
 
+    @abstractmethod
     def check(self) -> None:
         """Raises ValueError if what the section names is not there. Loads no weights."""
 
+    @abstractmethod
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError if the exported folder could not hold this sampler. Loads no weights."""
 
+    @abstractmethod
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Backbone":
         """The backbone; weights load when they are first needed."""
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.rollout import RolloutPolicy
@@ -29,7 +29,7 @@ Rows = Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class GaussianMixtureConfig:
+class GaussianMixtureConfig(BackboneConfig):
     """means: [K][D]. stds: [K], or [K][D] for axis-aligned covariances. weights: [K], normalised; equal if left out.
     classes: [K] class label of each component, 0..C-1; prompts are then "0".."C-1" and the empty prompt is the whole
     mixture. uncond_weights: [K] replaces the weights of the empty prompt (to pose guidance problems with known

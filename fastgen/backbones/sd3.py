@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, ExtraInputs
@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class SD3Config:
+class SD3Config(BackboneConfig):
     """path: a local diffusers folder (relative to the working directory, else to the project), or a hub id "org/name",
     the only thing here that uses the network. resolution: pixels of a side; the transformer's own by default.
     max_sequence_length: T5 tokens, the stock pipeline's 256 by default."""

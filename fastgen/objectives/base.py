@@ -37,7 +37,8 @@ class Objective:
     fields.
 
     Holds no tensors. What it must remember between turns is its State, a flat dict of tensors which the loop
-    checkpoints and hands to every turn; `loss` may update it in place."""
+    checkpoints and hands to every turn; it must stay equal on all processes. The networks of `auxiliary` are
+    checkpointed as well, trained or not."""
 
     name: str
 
@@ -63,9 +64,13 @@ class Objective:
         return {}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        """The moves of student update `step` (0-based), in order."""
+        """The moves of student update `step` (0-based), in order. Called exactly once for every update."""
         raise NotImplementedError
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
-        """The loss of one micro-batch of a turn; or several, each backpropagated as it comes."""
+        """The loss of one micro-batch of a turn; or several, each backpropagated as it comes (terms of a name add)."""
         raise NotImplementedError
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        """Called once after every optimizer step, however many micro-batches it had: where references, samplers and
+        other averages move (in place), and where running statistics are folded."""
