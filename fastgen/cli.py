@@ -98,7 +98,7 @@ def evaluate(
             reference=reference, features=features, inception_weights=inception_weights, num_steps=num_steps,
             guidance_scale=guidance_scale, batch_size=batch_size,
         )  # fmt: skip
-    except (RecipeError, ValueError) as error:
+    except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None
 
 

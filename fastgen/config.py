@@ -209,7 +209,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(f"missing key optimizers.{role}: this objective trains it; give at least its lr")
     missing = objective.needs - recipe.data.provides
     if missing:
-        raise RecipeError(f"objective {objective.name} needs {', '.join(sorted(missing))}, which data "
+        raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
                           f"{recipe.data.name} does not provide")  # fmt: skip
     for section, check in (("objective", lambda: objective.check(recipe.rollout)),
                            ("backbone", lambda: recipe.backbone.check()),

@@ -127,8 +127,9 @@ def train(recipe: Recipe) -> Path:
 
 def start(recipe: Recipe) -> Accelerator:
     """The processes this program was launched with, all of them. On a machine without a GPU, accelerate would take a
-    torchrun of two processes for two runs of one, unless it is told that the CPU is meant."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=recipe.train.mixed_precision)
+    torchrun of two processes for two runs of one, unless it is told that the CPU is meant. Mixed precision is the
+    recipe's business, in `update`, not the launcher's."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise TrainingError(f"{asked} processes were asked for and accelerate started {accelerator.num_processes}")
@@ -168,7 +169,7 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> dict[str, Tenso
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
         batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs)
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             losses = objective.loss(turn, parts.networks, batch, parts.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:
                 (loss.total / config.accumulate).backward()

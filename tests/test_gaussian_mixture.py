@@ -100,7 +100,12 @@ def test_single_gaussian_closed_forms(t: float, schedule: Schedule) -> None:
     alpha, sigma = schedule.coefficients(level, x)
     v = alpha**2 * s + sigma**2
     x0, noise = m + alpha * s / v * (x - alpha * m), sigma * (x - alpha * m) / v
-    expected = {"sample": x0, "epsilon": noise, "flow_prediction": noise - x0, "v_prediction": alpha * noise - sigma * x0}
+    expected = {
+        "sample": x0,
+        "epsilon": noise,
+        "flow_prediction": noise - x0,
+        "v_prediction": alpha * noise - sigma * x0,
+    }
     denoiser = AnalyticDenoiser(build_mixture(SINGLE), schedule)
     for kind, value in expected.items():
         got = denoiser(x, level, Conditioning({"label": torch.zeros(40, dtype=torch.int64)}), predict=kind)
@@ -159,7 +164,9 @@ def test_exact_samples_have_the_moments_of_their_class() -> None:
         x = mixture.sample(torch.arange(n), torch.full((n,), label), key=5)
         weights = mixture.logits[label].exp()
         mean = weights @ mixture.means
-        second = torch.einsum("k,ki,kj->ij", weights, mixture.means, mixture.means) + (weights @ mixture.variances).diag()
+        second = (
+            torch.einsum("k,ki,kj->ij", weights, mixture.means, mixture.means) + (weights @ mixture.variances).diag()
+        )
         cov = second - torch.outer(mean, mean)
         d = x - x.mean(0)
         products = d[:, :, None] * d[:, None, :]
@@ -225,7 +232,7 @@ def test_the_fitted_network_is_close_to_the_teacher() -> None:
 
 
 def test_the_fit_depends_on_the_seed_alone() -> None:
-    """Not on the state of torch's global generator: a run that is started differently has the same pretrained weights."""
+    """Not on the state of torch's global generator: runs that start differently share their pretrained weights."""
     config = dataclasses.replace(SMALL, fit_steps=3)
     weights = []
     for seed, state in ((0, 1), (0, 2), (1, 1)):
@@ -282,7 +289,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("field", "change"), [(f, c) for f, cs in REFUSALS.items() for c in cs])
 def test_impossible_mixtures_are_refused_by_field(field: str, change: dict[str, object]) -> None:
-    """Wrong lengths, stds that are not positive, weights that are no weights, classes with gaps: the field is named."""
+    """Wrong lengths, stds that are not positive, weights that are none, classes with gaps: the field is named."""
     good = {"means": ((0.0, 0.0), (1.0, 1.0), (2.0, 0.0)), "stds": (1.0, 1.0, 1.0), "classes": (0, 1, 1)}
     GaussianMixtureConfig(**good)
     with pytest.raises(ValueError, match=rf"\b{field}\b"):

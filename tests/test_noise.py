@@ -40,6 +40,19 @@ def test_the_stream_is_splitmix64_of_its_coordinates() -> None:
     assert worst == 0
 
 
+def test_normal_is_box_muller_of_the_uniform_stream() -> None:
+    """sqrt(-2 log u) cos(2 pi w), then the sines, with u and w the first and second half of the uniform draws."""
+    ids, key = torch.arange(50), noise.make_key("normal")
+    u, z = noise.uniform(ids, (4,), key, torch.float64).tolist(), noise.normal(ids, (3,), key, torch.float64)
+    worst = 0.0
+    for row, (a, b, c, d) in enumerate(u):
+        first, second = math.sqrt(-2 * math.log(a)), math.sqrt(-2 * math.log(b))
+        exact = (first * math.cos(math.tau * c), second * math.cos(math.tau * d), first * math.sin(math.tau * c))
+        worst = max(worst, *(abs(x - y) for x, y in zip(exact, z[row].tolist(), strict=True)))
+    print(f"largest difference {worst:.1e}")
+    assert worst < 1e-14
+
+
 def test_keys_are_the_same_in_every_process() -> None:
     """A key is a fixed hash of its parts (Python's own hash of a string changes from process to process), and parts
     are not merely concatenated."""
@@ -77,7 +90,7 @@ def test_names_keys_ids_and_elements_are_independent() -> None:
         "the next id": batch_of(ids + 1, batch.key).normal("initial").double(),
         "consecutive keys": noise.normal(ids, (3,), 8, torch.float64),
     }
-    first = {name: a for name in streams} | {"consecutive keys": noise.normal(ids, (3,), 7, torch.float64)}
+    first = dict.fromkeys(streams, a) | {"consecutive keys": noise.normal(ids, (3,), 7, torch.float64)}
     pairs = [(name, first[name][:, i], streams[name][:, j]) for name in streams for i in range(3) for j in range(3)]
     pairs += [("elements", a[:, i], a[:, j]) for i in range(3) for j in range(i)]
     worst = 0.0

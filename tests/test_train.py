@@ -170,3 +170,11 @@ def test_the_ring_in_a_minute(tmp_path: Path) -> None:
     print({k: round(v, 5) for k, v in metrics.items()})
     assert metrics["energy_distance"] < 0.0175
     assert metrics["mode_share_min_ratio"] > 0.5
+
+
+def test_bf16_autocast_keeps_float32_weights(tmp_path: Path) -> None:
+    folder = train(tiny(tmp_path / "run", *GAN, "train.mixed_precision=bf16"))
+    saved = weights(folder)
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in saved.values())
+    whole = weights(train(tiny(tmp_path / "whole", *GAN)))
+    assert any(not torch.equal(saved[k], whole[k]) for k in whole)  # the option does something

@@ -106,7 +106,7 @@ class DMD2(Objective):
         t = self.fake_time(batch.uniform("fake_time"))
         x_t = networks.teacher.schedule.add_noise(rollout.x, batch.normal("fake_noise"), t)
         prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
-        space = self.fake_space or networks.teacher.prediction_type
+        space = self.fake_space or networks.fake_score.prediction_type
         denoising = signals.denoising_loss(prediction, rollout.x, x_t, t, networks.teacher.schedule, space)
         if not self.gan_weight:
             return Loss(denoising, {"loss": denoising.detach()})

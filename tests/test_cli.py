@@ -1,0 +1,92 @@
+"""The command line as scripts use it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastgen.cli import app
+
+ROOT = Path(__file__).parents[1]
+TEACHER = ROOT / "assets/teachers/digits"
+TINY = [
+    "backbone.means=[[0,0],[3,1]]", "backbone.stds=[0.3,0.2]", "backbone.weights=[1,2]", "backbone.width=16",
+    "backbone.fit_steps=20", "train.steps=2", "train.batch_size=8", "train.sample_every=0", "train.eval_every=0",
+    "eval.num_samples=64", "eval.quick_num_samples=64",
+]  # fmt: skip
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fastgen", "--help"], check=True, capture_output=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - began)
+    print(f"{min(seconds):.2f} s")
+    assert min(seconds) < 0.5
+
+
+def test_train_eval_sample_export_of_a_mixture(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run("train", ROOT / "recipes/mixture_dmd2_4step.yaml", f"output_dir={folder}", *TINY)[0] == 0
+    assert run("eval", folder, "--output", tmp_path / "results.json")[0] == 0
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["energy_distance"] > metrics["energy_distance_floor"]
+    assert run("sample", folder, "--num-images", 50, "--seed", 7, "--output", tmp_path / "points")[0] == 0
+    assert load_file(tmp_path / "points/points.safetensors")["points"].shape == (50, 2)
+    assert run("export", folder, "--output", tmp_path / "student")[0] == 0
+    assert (tmp_path / "student/README.md").is_file()
+
+
+def test_samples_of_a_pipeline_depend_on_their_seed_alone(tmp_path: Path) -> None:
+    common = ["sample", TEACHER, "--prompt", "a handwritten six", "--num-images", 3, "--num-steps", 3,
+              "--guidance-scale", 1.5]  # fmt: skip
+    assert run(*common, "--seed", 4, "--output", tmp_path / "a")[0] == 0
+    assert run(*common, "--seed", 5, "--batch-size", 1, "--output", tmp_path / "b")[0] == 0
+    first, second = (Image.open(tmp_path / "a/00001.png"), Image.open(tmp_path / "b/00000.png"))
+    assert first.size == (32, 32)
+    difference = torch.tensor(list(first.tobytes())).sub(torch.tensor(list(second.tobytes()))).abs().max().item()
+    assert difference <= 1  # of 255: rounding of batched kernels
+    assert (tmp_path / "a/00002.txt").read_text() == "a handwritten six\n"
+    assert (tmp_path / "a/grid.png").is_file()
+    status, _, error = run(*common, "--output", tmp_path / "a")
+    assert status == 2 and "is not an empty folder" in error
+
+
+def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
+    assert run("sample", TEACHER, "--prompt", "a five", "--prompt", "the digit two", "--num-images", 4, "--num-steps", 4,
+               "--guidance-scale", 1.5, "--output", tmp_path / "images")[0] == 0  # fmt: skip
+    output = tmp_path / "results.json"
+    assert run("eval", tmp_path / "images", "--metrics", "accuracy,diversity", "--output", output)[0] == 0
+    assert json.loads(output.read_text())["metrics"]["accuracy"] >= 0.5
+    assert output.with_suffix(".html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", TEACHER, "--metrics", "fidd"], "fid"),
+        (["eval", TEACHER], "--metrics"),
+        (["sample", TEACHER, "--output", "nowhere"], "--prompt"),
+        (["export", "no/such/run"], "not a run folder"),
+        (["train", "no_such_recipe.yaml"], "no recipe at"),
+    ],
+)
+def test_refusals_are_exit_code_2_with_the_message_on_standard_error(arguments: list[object], words: str) -> None:
+    status, _, error = run(*arguments)
+    assert status == 2
+    assert words in error
+    assert "Traceback" not in error
