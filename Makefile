@@ -19,7 +19,7 @@ dev: $(VENV)/.dev
 
 # The tests a change must pass: everything but the longer training runs.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not hub and not acceptance"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not hub"
 
 # One training run for each kind of signal, and the longer oracles.
 slow: $(VENV)/.dev

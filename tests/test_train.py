@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from fastgen import checkpoint
 from fastgen.config import Recipe, RecipeError, load_recipe
-from fastgen.evaluation import evaluate_path
+from fastgen.evaluation import evaluate, evaluate_path
 from fastgen.pipelines.export import export_run
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.pipelines.sampler import load_sampler, teacher_sampler
 from fastgen.train import TrainingError, main, train
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +170,19 @@ def test_the_ring_in_a_minute(tmp_path: Path) -> None:
     print({k: round(v, 5) for k, v in metrics.items()})
     assert metrics["energy_distance"] < 0.0175
     assert metrics["mode_share_min_ratio"] > 0.5
+
+
+@pytest.mark.slow
+def test_the_digits_in_eighty_updates(tmp_path: Path) -> None:
+    """The main job on real images: half of the quickstart already halves the teacher's FD at four steps."""
+    overrides = ["train.steps=80", "train.eval_every=0", "train.sample_every=0", f"output_dir={tmp_path / 'run'}"]
+    recipe = load_recipe(ROOT / "recipes/digits_quickstart.yaml", overrides)
+    student = evaluate_path(train(recipe), metrics="fid,accuracy")["metrics"]
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    teacher = evaluate(teacher_sampler(backbone, 4, recipe.eval.teacher_guidance_scale), recipe.eval)["metrics"]
+    print(f"FD of the student {student['fid']:.3f}, of the teacher at four steps {teacher['fid']:.3f}")
+    assert student["fid"] <= 0.75 * teacher["fid"]
+    assert student["accuracy"] >= 0.97
 
 
 def test_bf16_autocast_keeps_float32_weights(tmp_path: Path) -> None:

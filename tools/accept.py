@@ -1,0 +1,170 @@
+"""`make accept`: the full acceptance, all seeds and rows. Resumable: a row that is done is not run again.
+
+Every row trains a recipe in its own process, evaluates it as `fastgen eval RUN` does, and is held against its bounds.
+The report goes to docs/acceptance/report.md, the numbers to docs/acceptance/rows/*.json; runs stay in runs/accept/."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import operator
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "docs/acceptance/rows"
+RUNS = ROOT / "runs/accept"
+ONE_STEP = ("rollout.timesteps=[1.0]", "objective.condition_on_stop=false", "train.steps=3000")
+GAN = ("objective.gan_weight=0.01", "optimizers.discriminator={lr: 2e-4, betas: [0.0, 0.99], weight_decay: 0.0}")
+COMPARE = {"<=": operator.le, ">=": operator.ge}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training run and its bounds: metric -> (comparison, value, or name of a teacher's number times a factor)."""
+
+    name: str
+    recipe: str
+    bounds: dict[str, tuple[str, float]]
+    overrides: tuple[str, ...] = ()
+    cpu_minutes: float = 5.0
+    teacher_bounds: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # metric -> (steps, factor)
+
+
+def mixture(energy: float) -> dict[str, tuple[str, float]]:
+    return {"energy_distance": ("<=", energy), "mode_share_error": ("<=", 0.03), "mode_share_min_ratio": (">=", 0.5)}
+
+
+def rows() -> list[Row]:
+    result = []
+    for seed in (0, 1, 2):
+        for name in ("mixture", "mixture_corners", "mixture8d"):
+            four = f"recipes/{name}_dmd2_4step.yaml"
+            one = "recipes/mixture_dmd2_1step.yaml" if name == "mixture" else four
+            more = () if name == "mixture" else ONE_STEP
+            result.append(Row(f"{name}_4step_seed{seed}", four, mixture(0.010), (f"seed={seed}",)))
+            result.append(Row(f"{name}_1step_seed{seed}", one, mixture(0.005), (f"seed={seed}", *more)))
+        for steps, factor in ((4, 1.2), (1, 2.0)):
+            for suffix, extra in (("", ()), ("_gan", GAN)):
+                result.append(
+                    Row(f"digits_{steps}step{suffix}_seed{seed}", f"recipes/digits_dmd2_{steps}step.yaml",
+                        {"accuracy": (">=", 0.97)}, (f"seed={seed}", *extra), 60.0, {"fid": (50, factor)})
+                )  # fmt: skip
+    return result
+
+
+def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
+    """Trains (or continues) and evaluates; returns the record that is kept."""
+    run, results = RUNS / row.name, RUNS / row.name / "acceptance.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    train = [sys.executable, str(ROOT / "fastgen/train.py"), row.recipe, f"output_dir={run}", *row.overrides]
+    subprocess.run(train, cwd=ROOT, check=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    evaluate = [sys.executable, "-m", "fastgen", "eval", str(run), "--output", str(results)]
+    subprocess.run(evaluate, cwd=ROOT, check=True, env=environment)
+    metrics = json.loads(results.read_text())["metrics"]
+    bounds = dict(row.bounds)
+    for metric, (steps, factor) in row.teacher_bounds.items():
+        bounds[metric] = ("<=", factor * teacher[str(steps)]["metrics"][metric])
+    held = {m: COMPARE[sign](metrics[m], bound) for m, (sign, bound) in bounds.items()}
+    minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+    held["cpu_minutes"] = minutes <= row.cpu_minutes
+    bounds["cpu_minutes"] = ("<=", row.cpu_minutes)
+    return {
+        "name": row.name,
+        "recipe": row.recipe,
+        "overrides": row.overrides,
+        "metrics": metrics | {"cpu_minutes": minutes},
+        "bounds": bounds,
+        "held": held,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def measure_teacher() -> dict[str, Any]:
+    """The digits teacher at 50, 8 and 4 steps, under the recipe's own evaluation."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from fastgen.config import load_recipe
+    from fastgen.evaluation import evaluate
+    from fastgen.pipelines.sampler import teacher_sampler
+
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", ["output_dir=unused"])
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    scale = recipe.eval.teacher_guidance_scale
+    return {str(k): evaluate(teacher_sampler(backbone, k, scale), recipe.eval) for k in recipe.eval.teacher_steps}
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def kept(name: str) -> dict[str, Any] | None:
+    path = ROWS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def keep(name: str, record: dict[str, Any]) -> None:
+    ROWS.mkdir(parents=True, exist_ok=True)
+    partial = ROWS / f".{name}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.rename(ROWS / f"{name}.json")
+
+
+def write_report(everything: list[Row]) -> None:
+    """docs/acceptance/report.md: one line a bound."""
+    lines = ["# Acceptance", "", "| row | metric | measured | bound | held |", "|---|---|---|---|---|"]
+    missing = []
+    for row in everything:
+        record = kept(row.name)
+        if record is None:
+            missing.append(row.name)
+            continue
+        for metric, (sign, bound) in record["bounds"].items():
+            mark = "yes" if record["held"][metric] else "**no**"
+            lines.append(f"| {row.name} | {metric} | {record['metrics'][metric]:.4g} | {sign} {bound:.4g} | {mark} |")
+    if teacher := kept("digits_teacher"):
+        lines += ["", "The digits teacher:", "", "| steps | FD | accuracy | diversity |", "|---|---|---|---|"]
+        for steps in ("50", "8", "4"):
+            m = teacher[steps]["metrics"]
+            lines.append(f"| {steps} | {m['fid']:.3f} | {m['accuracy']:.4f} | {m['diversity']:.3f} |")
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
+    (ROWS.parent / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    arguments = parser.parse_args()
+    chosen = [row for row in rows() if arguments.only in row.name]
+    if arguments.list:
+        print("\n".join(row.name for row in chosen))
+        return 0
+    teacher = kept("digits_teacher") or {}
+    if not teacher and any(row.teacher_bounds for row in chosen):
+        teacher = measure_teacher()
+        keep("digits_teacher", teacher)
+    for row in chosen:
+        if kept(row.name) is None:
+            keep(row.name, run_row(row, teacher))
+        write_report(rows())
+    failed = [row.name for row in chosen if not all(kept(row.name)["held"].values())]  # type: ignore[index]
+    print(
+        f"{len(chosen) - len(failed)} of {len(chosen)} rows hold" + (f"; not: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

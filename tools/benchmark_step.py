@@ -1,0 +1,133 @@
+"""Our DMD2 step against the same passes written out in plain torch, interleaved in one process: what the loop costs.
+
+Both do, for one student update of the digits recipe: `fake_updates` times a rollout without gradient, a denoising
+loss, backward, clip, AdamW; then a rollout with gradient, teacher and fake forward, surrogate, backward, clip, AdamW,
+and the moving average. The plain side draws torch.randn noise and has its conditioning ready.
+
+Prints the median of the repeats of each and their ratio."""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+
+from fastgen.batch import Conditioning
+from fastgen.config import Recipe, load_recipe
+from fastgen.data import make_batch
+from fastgen.noise import make_key
+from fastgen.train import build, set_rates, update
+
+
+def ours(recipe: Recipe) -> Callable[[int], None]:
+    """One student update as fastgen/train.py runs it."""
+    parts = build(recipe, Accelerator(cpu=True))
+
+    def step(index: int) -> None:
+        for turn in recipe.objective.turns(index, {}):
+            set_rates(parts, turn.roles, index)
+            for inner in range(turn.updates):
+                position = recipe.train.batch_size * (index * 10 + inner)
+                update(parts, turn, position, make_key(index, turn.name, inner))
+        parts.ema.update(parts.networks.student)
+
+    return step
+
+
+def plain(recipe: Recipe) -> Callable[[int], None]:
+    """The same networks and passes, by hand."""
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    objective, times = recipe.objective, torch.tensor(recipe.rollout.timesteps)
+    stream, size = recipe.data.open(backbone, 0), recipe.train.batch_size
+    batch = make_batch(stream, backbone, torch.arange(size), 0, frozenset())
+    both = Conditioning.cat([batch.cond, batch.uncond])
+    student, teacher = backbone.load("student").network, backbone.load("teacher").network
+    fake = recipe.objective.auxiliary(backbone, recipe.rollout)["fake_score"].network
+    average = copy.deepcopy(student).requires_grad_(False)
+    optimizers = [recipe.optimizers[r].build(m.parameters()) for r, m in (("student", student), ("fake_score", fake))]
+
+    def x0(network, x, t, cond, extra=None):  # type: ignore[no-untyped-def]
+        timestep = 1000 * t if extra is None else torch.stack([1000 * t, extra.float()], 1)
+        out = network(hidden_states=x, encoder_hidden_states=cond["prompt_embeds"], pooled_projections=cond["pooled"],
+                      timestep=timestep, joint_attention_kwargs={"context_log_repeats": cond["log_repeats"]},
+                      return_dict=False)[0]  # fmt: skip
+        return x - t[:, None, None, None] * out
+
+    def noised(x, t):  # type: ignore[no-untyped-def]
+        return (1 - t[:, None, None, None]) * x + t[:, None, None, None] * torch.randn_like(x)
+
+    def rollout(grad):  # type: ignore[no-untyped-def]
+        stop = torch.arange(size) % len(times)
+        x = torch.randn(size, *backbone.latent_shape)
+        with torch.no_grad():
+            for i in range(len(times) - 1):
+                rows = (stop > i).nonzero().squeeze(1)
+                if len(rows):
+                    clean = x0(student, x[rows], times[i].expand(len(rows)), batch.cond.select(rows))
+                    x[rows] = noised(clean, times[i + 1].expand(len(rows)))
+        with torch.set_grad_enabled(grad):
+            return x0(student, x, times[stop], batch.cond), stop
+
+    def advance(index, network, optimizer, loss):  # type: ignore[no-untyped-def]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def step(index: int) -> None:
+        for _ in range(objective.fake_updates):
+            x, stop = rollout(False)
+            t = objective.fake_time(torch.rand(size))
+            x_t = noised(x, t)
+            extra = stop if objective.condition_on_stop else None
+            error = (x0(fake, x_t, t, batch.cond, extra) - x) / t[:, None, None, None]
+            advance(index, fake, optimizers[1], error.square().mean())
+        x, stop = rollout(True)
+        with torch.no_grad():
+            t = objective.renoise_time(torch.rand(size))
+            x_t = noised(x, t)
+            f = x0(fake, x_t, t, batch.cond, stop if objective.condition_on_stop else None)
+            if objective.guidance_scale == 1:
+                real = x0(teacher, x_t, t, batch.cond)
+            else:
+                on, off = x0(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+                real = off + objective.guidance_scale * (on - off)
+            grad = (f - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+        advance(index, student, optimizers[0], 0.5 * (x - (x - grad).detach()).square().mean())
+        torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - recipe.train.ema_decay)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    recipe = load_recipe("recipes/digits_dmd2_4step.yaml", ["output_dir=unused", *arguments.overrides])
+    steps = {"fastgen": ours(recipe), "plain torch": plain(recipe)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(arguments.repeats + 2):  # the first two warm up
+        for name, step in steps.items():
+            torch.manual_seed(repeat)
+            began = time.perf_counter()
+            step(repeat)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    paired = [a / b for a, b in zip(seconds["fastgen"][2:], seconds["plain torch"][2:], strict=True)]
+    result = {**medians, "ratio of medians": medians["fastgen"] / medians["plain torch"], "paired ratios": paired,
+              "batch_size": recipe.train.batch_size, "threads": torch.get_num_threads(),
+              "torch": torch.__version__}  # fmt: skip
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

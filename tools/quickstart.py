@@ -1,0 +1,115 @@
+"""`make quickstart`: distil the embedded digits teacher to four steps and show, in one table and one picture, how it
+went."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgen.config import load_recipe
+from fastgen.evaluation import write_results
+from fastgen.metrics import METRICS, MetricContext, Timing
+from fastgen.metrics.features import FeatureNetwork
+from fastgen.metrics.reference import Reference, open_reference
+from fastgen.pipelines.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.report import grid
+from fastgen.train import train
+
+COLUMNS = {
+    "network_evaluations": "network evaluations",
+    "fd_held_out": "FD to held-out digits",
+    "fd_teacher": "FD to the teacher's 50 steps",
+    "accuracy": "accuracy",
+    "diversity": "diversity",
+    "images_per_second": "images / second",
+}
+OTHER_SEEDS = 1_000_000  # the teacher's samples that others are compared with share no seed with any row
+
+
+def draw(sampler: Sampler, prompts: list[str], seed: int, name: str, timing: Timing | None = None) -> Tensor:
+    """[N, 3, 32, 32], one image a prompt, seeds seed, seed + 1, ..."""
+    parts = []
+    for i in tqdm(range(0, len(prompts), 100), desc=name):
+        chunk, began = prompts[i : i + 100], time.perf_counter()
+        parts.append(sampler.sample(chunk, range(seed + i, seed + i + len(chunk))))
+        if timing:
+            timing.batches.append((len(chunk), time.perf_counter() - began))
+    return torch.cat(parts)
+
+
+def measure(
+    sampler: Sampler, name: str, held_out: Reference, teacher: Reference, features: FeatureNetwork
+) -> tuple[dict, Tensor]:
+    """One row of the table, and its samples."""
+    prompts, timing = list(held_out.prompts), Timing(sampler.network_evaluations)
+    samples = draw(sampler, prompts, 0, name, timing)
+    numbers: dict[str, float] = {"num_samples": len(samples)}
+    for reference, key in ((teacher, "fd_teacher"), (held_out, "fd_held_out")):
+        context = MetricContext(len(samples), 0, reference, features, None, timing)
+        for metric_name in ("fid", "accuracy", "diversity", "throughput"):
+            metric = METRICS[metric_name](context)
+            metric.update(samples, prompts)
+            numbers |= {key if k == "fid" else k: v for k, v in metric.compute().items() if k != "fid_num_samples"}
+    return {"name": name, "metrics": numbers, "guidance_scale": sampler.guidance_scale,
+            "policy": list(sampler.policy.timesteps), "weights": sampler.weight_hashes()}, samples  # fmt: skip
+
+
+def picture(strips: dict[str, Tensor], path: Path) -> None:
+    """One labelled row of images a sampler, the same prompts and seeds in each column."""
+    figure = Figure(figsize=(10, 0.55 * len(strips)), dpi=150)
+    for i, (name, pixels) in enumerate(strips.items()):
+        axes = figure.add_axes((0.13, 1 - (i + 1) / len(strips), 0.87, 1 / len(strips)))
+        axes.imshow(grid(pixels, columns=len(pixels)))
+        axes.set_axis_off()
+        figure.text(0.12, 1 - (i + 0.5) / len(strips), name, ha="right", va="center", fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="recipes/digits_quickstart.yaml")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("overrides", nargs="*", help="dotted.key=value, for the recipe")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+
+    recipe = load_recipe(arguments.recipe, [f"output_dir={arguments.output / 'run'}", *arguments.overrides])
+    folder = train(recipe)
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
+    held_out, features = open_reference("digits"), FeatureNetwork("digits")
+    prompts, scale = list(held_out.prompts), recipe.eval.teacher_guidance_scale
+    own = draw(teacher_sampler(backbone, 50, scale), prompts, OTHER_SEEDS, "the teacher's own samples")
+    teacher = Reference("teacher", held_out.prompts, lambda start, stop: own[start:stop])
+
+    rows, pictures = [], {}
+    samplers = {f"teacher, {k} steps": teacher_sampler(backbone, k, scale) for k in (50, 8, 4)}
+    samplers["student, 4 steps"] = load_sampler(folder)
+    for name, sampler in samplers.items():
+        row, samples = measure(sampler, name, held_out, teacher, features)
+        rows.append(row)
+        pictures[name] = samples[:64]
+
+    table = Table("", *COLUMNS.values(), title=f"{len(own)} samples on each side of every FD (Frechet distance)")
+    for row in rows:
+        table.add_row(row["name"], *(f"{row['metrics'][key]:.4g}" for key in COLUMNS))
+    Console(width=max(110, Console().width)).print(table)
+    write_results(arguments.output / "results.json", rows, pictures)
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    asked = [f"a handwritten {word}" for word in words] * 2
+    strips = {name: sampler.sample(asked, range(20)) for name, sampler in samplers.items()}
+    picture(strips, arguments.output / "grid.png")
+    print(f"picture: {arguments.output / 'grid.png'}\npage:    {arguments.output / 'results.html'}\n"
+          f"export:  {folder / 'export'}\n{time.perf_counter() - began:.0f} seconds")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
