@@ -1,6 +1,7 @@
 """The networks of a run by role: which are trained, at what rate, and the student's moving average."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Annotated, Literal
@@ -37,7 +38,7 @@ class OptimizerConfig:
         """The learning rate at 0-based student update `update` of `total`."""
         start = 1 - self.decay_fraction
         progress = min(max((update / total - start) / self.decay_fraction, 0.0), 1.0)
-        cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[self.decay]
         return self.lr * decay * (min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0)
 
@@ -45,7 +46,7 @@ class OptimizerConfig:
 class Networks(Mapping[str, nn.Module]):
     """role -> module. `student` and `teacher` are always there; an objective adds its own (fake_score, discriminator).
 
-    A trained role may have a wrapper (DDP, autocast); `networks[role]` is the wrapped module."""
+    No role is wrapped: the loop averages gradients over processes itself, so a module keeps its attributes."""
 
     def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy):
         self.modules = modules

@@ -80,6 +80,7 @@ def train(recipe: Recipe) -> Path:
         step, position, parts.ema.updates = counters["step"], counters["position"], counters["ema_updates"]
         console.print(f"continuing from {checkpoints[-1].name}")
     elif accelerator.is_main_process:
+        console.print("no checkpoint: starting from the pretrained weights")
         show_teacher(parts, folder / "samples" / "teacher.png", console)
 
     log = RunLog(folder, step, enabled=accelerator.is_main_process)
@@ -211,6 +212,10 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
             raise RecipeError(
                 f"{folder} was started with other values of {', '.join(changed)}; choose another output_dir, or undo "
                 "the change to continue the run"
+            )
+        if (folder / "export").exists() and not checkpoint.complete(folder / "checkpoints"):
+            raise RecipeError(
+                f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another")

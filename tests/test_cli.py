@@ -67,8 +67,8 @@ def test_samples_of_a_pipeline_depend_on_their_seed_alone(tmp_path: Path) -> Non
 
 
 def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
-    assert run("sample", TEACHER, "--prompt", "a five", "--prompt", "the digit two", "--num-images", 4, "--num-steps", 4,
-               "--guidance-scale", 1.5, "--output", tmp_path / "images")[0] == 0  # fmt: skip
+    sample = ["sample", TEACHER, "--prompt", "a five", "--prompt", "the digit two", "--num-images", 4]
+    assert run(*sample, "--num-steps", 4, "--guidance-scale", 1.5, "--output", tmp_path / "images")[0] == 0
     output = tmp_path / "results.json"
     assert run("eval", tmp_path / "images", "--metrics", "accuracy,diversity", "--output", output)[0] == 0
     assert json.loads(output.read_text())["metrics"]["accuracy"] >= 0.5

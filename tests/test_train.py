@@ -88,6 +88,9 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_keys(tmp_path: Path) -> 
     train(tiny(tmp_path / "run", "train.steps=1"))
     with pytest.raises(RecipeError, match=r"objective\.fake_updates"):
         train(tiny(tmp_path / "run", "objective.fake_updates=3"))
+    train(tiny(tmp_path / "done", "train.steps=1", "train.checkpoint_every=0"))
+    with pytest.raises(RecipeError, match="finished run without checkpoints"):
+        train(tiny(tmp_path / "done", "train.steps=2", "train.checkpoint_every=0"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("years of work")
     with pytest.raises(RecipeError, match="not empty"):

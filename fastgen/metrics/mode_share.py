@@ -21,8 +21,12 @@ def nearest_component(mixture: Mixture, points: Tensor) -> Tensor:
 
 
 class ModeShare(PointMetric):
-    """mode_share_error: max over modes of |share of the samples - weight|. mode_share_min_ratio: the smallest share /
-    weight of a mode with positive weight; 0 if a mode was dropped. With class labels: the worst over the labels."""
+    """mode_share_error: max over modes of |share of all samples - weight|. mode_share_min_ratio: the smallest share /
+    weight of a mode with positive weight; 0 if a mode was dropped.
+
+    With class labels a sample counts for a mode only under its own label: the share of all samples that carry label c
+    and lie in mode k is held against the share of c times the weight of k given c, so that classes that were swapped
+    show as an error of their whole weight."""
 
     name = "mode_share_error"
     directions: ClassVar[Directions] = {"mode_share_error": "lower", "mode_share_min_ratio": "higher"}
@@ -33,6 +37,6 @@ class ModeShare(PointMetric):
             weights = self.mixture.logits[group.label].softmax(0).double()
             counts = torch.bincount(nearest_component(self.mixture, group.points), minlength=len(weights))
             shares = counts.double() / len(group.points)
-            error = max(error, float((shares - weights).abs().max()))
+            error = max(error, group.share * float((shares - weights).abs().max()))
             ratio = min(ratio, float((shares / weights)[weights > 0].min()))
         return {"mode_share_error": error, "mode_share_min_ratio": ratio}

@@ -1,0 +1,29 @@
+"""Every shipped recipe is complete, says what it is, and comes with the curve of a good run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastgen.config import build_recipe, dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_loads_and_resolves_to_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(path)
+    assert path.read_text().startswith("# ")
+    assert recipe.output_dir.parts[0] == "runs"
+    assert build_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_has_a_reference_curve_of_its_whole_length(path: Path) -> None:
+    rows = [json.loads(line) for line in (ROOT / "recipes/reference" / f"{path.stem}.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == load_recipe(path).train.steps
+    assert any(key.startswith("eval/") for key in rows[-1])
+    assert "student/loss" in {key for row in rows for key in row}
