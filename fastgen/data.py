@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -23,7 +23,7 @@ class DataSource(ABC):
     """Samples by global position. `open` is called once, with the backbone, before `prompts` and `fetch`."""
 
     name: str
-    provides: frozenset[str] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()  # fields of Batch beside the prompts
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
@@ -67,10 +67,6 @@ class PromptData(DataSource):
     prompts: str | tuple[str, ...]
     name: Literal["prompts"] = "prompts"
 
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset()
-
     def check(self, backbone: Any) -> None:
         read_prompts(self.prompts)
 
@@ -86,10 +82,7 @@ class ImageData(DataSource):
 
     folder: str
     name: Literal["images"] = "images"
-
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"latents"})
+    provides: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     def check(self, backbone: Any) -> None:
         files = image_files(Path(self.folder))
@@ -109,10 +102,7 @@ class DigitsData(DataSource):
     """scikit-learn's handwritten digits, the training two thirds, with a wording drawn for each sample."""
 
     name: Literal["digits"] = "digits"
-
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"latents"})
+    provides: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
         from fastgen.digits import PROMPTS, load_digits, prompt_for
@@ -128,10 +118,7 @@ class MixtureData(DataSource):
     """Class labels drawn by their weight, and exact samples of the mixture, for the gaussian_mixture backbone."""
 
     name: Literal["mixture"] = "mixture"
-
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"latents"})
+    provides: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     def check(self, backbone: Any) -> None:
         if backbone.name != "gaussian_mixture":

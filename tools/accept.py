@@ -49,7 +49,7 @@ def rows() -> list[Row]:
             result.append(Row(f"{name}_4step_seed{seed}", four, mixture(0.010), (f"seed={seed}",)))
             result.append(Row(f"{name}_1step_seed{seed}", one, mixture(0.005), (f"seed={seed}", *more)))
         for steps, factor in ((4, 1.2), (1, 2.0)):
-            for suffix, extra in (("", ()), ("_gan", GAN)):
+            for suffix, extra in (("", ()), ("_gan", GAN)):  # with the discriminator, and real images
                 result.append(
                     Row(f"digits_{steps}step{suffix}_seed{seed}", f"recipes/digits_dmd2_{steps}step.yaml",
                         {"accuracy": (">=", 0.97)}, (f"seed={seed}", *extra), 60.0, {"fid": (50, factor)})
