@@ -58,9 +58,12 @@ class Batch:
     group: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
-    def normal(self, name: str, by_group: bool = False) -> Tensor:
-        """[B, *latent_shape] standard normal, one draw a sample (or one a group); another name, another draw."""
-        return noise.normal(self._rows(by_group), self.latent_shape, noise.make_key(self.key, name), self.dtype)
+    def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
+        """[B, *latent_shape] standard normal, one draw a sample (or one a group); another name, another draw.
+        rows: indices, to draw for these samples only; they get what they would get in the whole batch."""
+        ids = self._rows(by_group)
+        ids = ids if rows is None else ids[rows]
+        return noise.normal(ids, self.latent_shape, noise.make_key(self.key, name), self.dtype)
 
     def uniform(self, name: str, by_group: bool = False) -> Tensor:
         """[B] uniform in (0, 1), one draw a sample (or one a group)."""

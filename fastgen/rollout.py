@@ -120,7 +120,7 @@ def backward_simulation(
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy).to(x_in.dtype)
             t_next = torch.full_like(t, policy.timesteps[i + 1])
-            fresh = batch.normal(f"step{i + 1}")[active] if policy.transition == "renoise" else None
+            fresh = batch.normal(f"step{i + 1}", rows=active) if policy.transition == "renoise" else None
             x_next = transition(student.schedule, x0, x_t, t, t_next, fresh)
             x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]

@@ -180,7 +180,7 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> dict[str, Tenso
         average_gradients(parts, turn)
         terms = {name: accelerator.reduce(value, "mean") for name, value in terms.items()}
     for role in turn.roles:
-        parameters = [p for p in parts.networks[role].parameters() if p.grad is not None]
+        parameters = [p for p in parts.optimizers[role].param_groups[0]["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(norm):
             raise TrainingError(
