@@ -22,10 +22,6 @@ class Conditioning(dict[str, Tensor]):
         """Each row `times` times, rows of one sample adjacent (as prompt groups need)."""
         return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.items()})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        """Moves all tensors; only floating ones change dtype."""
-        return Conditioning({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
-
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """Concatenates along the batch axis. Raises ValueError if the keys differ."""

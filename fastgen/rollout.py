@@ -64,8 +64,8 @@ class Step:
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class Rollout:
-    """x [B, ...] at noise level s [B] (0 for a clean sample), and the steps that were kept. stop: [B], the index into
-    policy.timesteps of the step that made each sample."""
+    """x [B, ...] at noise level s [B] (0 for a clean sample), and the steps that were kept, the executed one last.
+    stop: [B], the index into policy.timesteps of the step that made each sample."""
 
     x: Tensor
     s: Tensor
@@ -126,7 +126,8 @@ def backward_simulation(
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
         x0 = predict_x0(student, x_in, t_stop, batch.cond, policy)
-    return Rollout(x=x0, s=torch.zeros_like(t_stop), stop=stop)
+    executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x0)
+    return Rollout(x=x0, s=torch.zeros_like(t_stop), stop=stop, steps=(executed,))
 
 
 def draw_stops(batch: Batch, num_steps: int, shared: bool) -> Tensor:

@@ -79,6 +79,8 @@ def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(
     assert student.grad == [False] * stop + [True]
     assert [t[0].item() for t in student.told] == [1000 * t for t in TIMES[: stop + 1]]
     assert rollout.x.requires_grad and (rollout.s == 0).all() and torch.equal(rollout.stop, full(batch, stop))
+    (executed,) = rollout.steps
+    assert executed.x0 is rollout.x and not executed.x_t.requires_grad
 
 
 def test_without_gradient_nothing_is_recorded(point_batch: Make) -> None:
