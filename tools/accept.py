@@ -132,6 +132,7 @@ def write_report(everything: list[Row]) -> None:
         for metric, (sign, bound) in record["bounds"].items():
             mark = "yes" if record["held"][metric] else "**no**"
             lines.append(f"| {row.name} | {metric} | {record['metrics'][metric]:.4g} | {sign} {bound:.4g} | {mark} |")
+    lines += teacher_lines()
     if teacher := kept("digits_teacher"):
         lines += ["", "The digits teacher:", "", "| steps | FD | accuracy | diversity |", "|---|---|---|---|"]
         for steps in ("50", "8", "4"):
@@ -140,6 +141,19 @@ def write_report(everything: list[Row]) -> None:
     if missing:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
     (ROWS.parent / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def teacher_lines() -> list[str]:
+    """What the shipped teacher measured of itself, against what a good teacher must be."""
+    numbers = json.loads((ROOT / "assets/teachers/digits/metrics.json").read_text())
+    bounds = {
+        "accuracy of 4,000 at 50 steps": (numbers["accuracy_50_steps_4000_samples"], ">=", 0.97),
+        "FD at 50 steps / FD of training digits": (numbers["fd_50_steps"] / numbers["fd_train_digits"], "<=", 1.5),
+        "FD at 4 steps / FD at 50 steps": (numbers["fd_4_steps"] / numbers["fd_50_steps"], ">=", 2.5),
+        "classifier on held-out digits": (numbers["classifier_held_out_accuracy"], ">=", 0.97),
+    }
+    marks = {name: "yes" if COMPARE[sign](value, bound) else "**no**" for name, (value, sign, bound) in bounds.items()}
+    return [f"| digits teacher | {n} | {v:.4g} | {s} {b} | {marks[n]} |" for n, (v, s, b) in bounds.items()]
 
 
 def main() -> int:
