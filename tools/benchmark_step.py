@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from accelerate import Accelerator
 
-from fastgen.batch import Conditioning
+from fastgen.batch import Batch, Conditioning
 from fastgen.config import Recipe, load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
+from fastgen.rollout import draw_stops
 from fastgen.train import build, set_rates, update
 
 
@@ -42,8 +43,21 @@ def ours(recipe: Recipe) -> Callable[[int], None]:
     return step
 
 
-def plain(recipe: Recipe) -> Callable[[int], None]:
+def stops_of(recipe: Recipe, index: int) -> list[torch.Tensor]:
+    """The stop indices that `ours` draws in this update, so that both sides run the same rows through the network."""
+    result = []
+    for turn in recipe.objective.turns(index, {}):
+        for inner in range(turn.updates):
+            ids = torch.arange(recipe.train.batch_size) + recipe.train.batch_size * (index * 10 + inner)
+            batch = Batch(ids, make_key(index, turn.name, inner), Conditioning(), Conditioning(), ())
+            shared = recipe.objective.stops == "shared"
+            result.append(draw_stops(batch, recipe.rollout.num_steps, shared))
+    return result
+
+
+def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
     """The same networks and passes, by hand."""
+    same_stops = [stops_of(recipe, index) for index in range(updates)]
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
     objective, times = recipe.objective, torch.tensor(recipe.rollout.timesteps)
     stream, size = recipe.data.open(backbone, 0), recipe.train.batch_size
@@ -64,8 +78,7 @@ def plain(recipe: Recipe) -> Callable[[int], None]:
     def noised(x, t):  # type: ignore[no-untyped-def]
         return (1 - t[:, None, None, None]) * x + t[:, None, None, None] * torch.randn_like(x)
 
-    def rollout(grad):  # type: ignore[no-untyped-def]
-        stop = torch.arange(size) % len(times)
+    def rollout(stop, grad):  # type: ignore[no-untyped-def]
         x = torch.randn(size, *backbone.latent_shape)
         with torch.no_grad():
             for i in range(len(times) - 1):
@@ -74,7 +87,7 @@ def plain(recipe: Recipe) -> Callable[[int], None]:
                     clean = x0(student, x[rows], times[i].expand(len(rows)), batch.cond.select(rows))
                     x[rows] = noised(clean, times[i + 1].expand(len(rows)))
         with torch.set_grad_enabled(grad):
-            return x0(student, x, times[stop], batch.cond), stop
+            return x0(student, x, times[stop], batch.cond)
 
     def advance(index, network, optimizer, loss):  # type: ignore[no-untyped-def]
         loss.backward()
@@ -83,14 +96,17 @@ def plain(recipe: Recipe) -> Callable[[int], None]:
         optimizer.zero_grad()
 
     def step(index: int) -> None:
+        stops = iter(same_stops[index])
         for _ in range(objective.fake_updates):
-            x, stop = rollout(False)
+            stop = next(stops)
+            x = rollout(stop, False)
             t = objective.fake_time(torch.rand(size))
             x_t = noised(x, t)
             extra = stop if objective.condition_on_stop else None
             error = (x0(fake, x_t, t, batch.cond, extra) - x) / t[:, None, None, None]
             advance(index, fake, optimizers[1], error.square().mean())
-        x, stop = rollout(True)
+        stop = next(stops)
+        x = rollout(stop, True)
         with torch.no_grad():
             t = objective.renoise_time(torch.rand(size))
             x_t = noised(x, t)
@@ -113,7 +129,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     recipe = load_recipe("recipes/digits_dmd2_4step.yaml", ["output_dir=unused", *arguments.overrides])
-    steps = {"fastgen": ours(recipe), "plain torch": plain(recipe)}
+    steps = {"fastgen": ours(recipe), "plain torch": plain(recipe, arguments.repeats + 2)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 2):  # the first two warm up
         for name, step in steps.items():
