@@ -192,8 +192,10 @@ def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         lines = []
         for e in error.errors():
             path = prefix + ".".join(str(p) for p in e["loc"] if not str(p).startswith(("tuple[", "function-")))
-            given = "" if isinstance(e["input"], dict) else f", got {str(e['input'])[:80]!r}"
-            lines.append(f"{path.rstrip('.')}: {e['msg'].removeprefix('Value error, ')}{given}")
+            message = e["msg"].removeprefix("Value error, ")
+            shown = str(e["input"])[:80]
+            given = "" if isinstance(e["input"], dict) or f"got {shown}" in message else f", got {shown!r}"
+            lines.append(f"{path.rstrip('.')}: {message}{given}")
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
