@@ -115,13 +115,8 @@ def train(recipe: Recipe) -> Path:
     bar.close()
     log.close()
     if accelerator.is_main_process:
-        export(
-            parts.ema.module,
-            parts.backbone,
-            recipe,
-            folder / "export",
-            {"student updates": step} | quick_metrics(parts),
-        )
+        rows = {f"student, {recipe.rollout.num_steps} steps": quick_metrics(parts)} | teacher_metrics(parts)
+        export(parts.ema.module, parts.backbone, recipe, folder / "export", step, rows)
         console.print(f"exported to {folder / 'export'}", markup=False)
     return folder
 
@@ -320,6 +315,13 @@ def show_teacher(parts: Parts, path: Path, console: Console) -> None:
 
 def quick_metrics(parts: Parts) -> dict[str, float]:
     return evaluate(parts.student, parts.recipe.eval.quick(), progress=False)["metrics"]
+
+
+def teacher_metrics(parts: Parts) -> dict[str, dict[str, float]]:
+    """The teacher at `eval.teacher_steps`, measured as the student is: what the card compares with."""
+    config = parts.recipe.eval
+    samplers = {k: teacher_sampler(parts.backbone, k, config.teacher_guidance_scale) for k in config.teacher_steps}
+    return {f"teacher, {k} steps": evaluate(s, config.quick(), progress=False)["metrics"] for k, s in samplers.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,6 +56,8 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     for key in ("student/loss", "student/fake_lag", "student/grad_norm_student", "fake_score/gan", "fake_score/loss",
                 "fake_score/grad_norm_discriminator", "lr/student", "seconds_per_step", "memory_mb"):  # fmt: skip
         assert key in logged, key
+    card = (folder / "export/README.md").read_text()
+    assert "| student, 4 steps |" in card and "| teacher, 50 steps |" in card and "6 student updates" in card
     printed = capsys.readouterr().out
     assert "discriminator" in printed and "tensors moved" in printed and "the teacher at" in printed
     assert load_recipe(folder / "recipe.yaml") == tiny(tmp_path / "run", *GAN)

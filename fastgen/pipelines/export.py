@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,10 +35,12 @@ points = load_sampler(Path("path/to/this/folder")).sample(prompts=[""] * 8, seed
 ```"""
 
 
-def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, facts: Mapping[str, Any]) -> None:
+def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, step: int,
+           rows: Mapping[str, Mapping[str, float]]) -> None:  # fmt: skip
     """Writes the folder beside itself and renames it when it is complete; an earlier export is replaced only then.
 
-    facts: what the card says of the run (step, metrics, seconds)."""
+    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with; may be
+    empty."""
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for stale in (partial, old):
         if stale.exists():
@@ -52,7 +53,7 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
     }
     (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
     (partial / "recipe.yaml").write_text(dump_recipe(recipe))
-    (partial / "README.md").write_text(model_card(backbone, recipe, facts))
+    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows))
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -60,13 +61,12 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
         shutil.rmtree(old)
 
 
-def model_card(backbone: Backbone, recipe: Recipe, facts: Mapping[str, Any]) -> str:
+def model_card(backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown: what it is, how to call it, the numbers, the recipe."""
     teacher = to_dict(recipe.backbone)
     call = CALL if backbone.output == "pixels" else OWN_CALL
     call = call.replace("{num_steps}", str(recipe.rollout.num_steps))
     call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
-    numbers = "\n".join(f"| {k} | {v:.5g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in facts.items())
     source = teacher.get("path", "an analytic mixture of Gaussians")
     return f"""---
 library_name: {"diffusers" if backbone.output == "pixels" else "fastgen"}
@@ -75,8 +75,8 @@ tags: [distillation, few-step, {recipe.objective.name}]
 
 # A {recipe.rollout.num_steps}-step student of {source}
 
-Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`. The weights are the moving average
-of the student's.
+Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates. The
+weights are the moving average of the student's.
 
 ## How to call it
 
@@ -84,15 +84,25 @@ of the student's.
 
 ## Numbers
 
-| | |
-|---|---|
-{numbers}
+{number_table(recipe, rows)}
 
 ## Recipe
 
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """How they were measured, then one line a row, one column a metric."""
+    if not rows:
+        return "Not measured at this checkpoint; `fastgen eval` does."
+    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
+    scale = recipe.eval.teacher_guidance_scale
+    said = f"{recipe.eval.quick_num_samples} samples; the teacher at guidance scale {scale:g}."
+    return "\n".join([said, "", *head, *body])
 
 
 def export_run(run: Path, output: Path | None = None) -> Path:
@@ -110,11 +120,5 @@ def export_run(run: Path, output: Path | None = None) -> Path:
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
     student = backbone.load("student")
     student.load_state_dict(load_file(checkpoints[-1] / "ema.safetensors"))
-    export(
-        student,
-        backbone,
-        recipe,
-        folder,
-        {"student updates": int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))},
-    )
+    export(student, backbone, recipe, folder, int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX)), {})
     return folder
