@@ -21,7 +21,7 @@ RUNS = ROOT / "runs/accept"
 ONE_STEP = (
     "rollout.timesteps=[1.0]",
     "objective.condition_on_stop=false",
-    "train.steps=3800",
+    "train.steps=3200",
     "train.ema_decay=0.998",
 )
 GAN = ("objective.gan_weight=0.01", "optimizers.discriminator={lr: 2e-4, betas: [0.0, 0.99], weight_decay: 0.0}")
