@@ -50,6 +50,10 @@ class Schedule(ABC):
         if bool((t < s).any()):
             raise ValueError("renoise goes from a level s up to t >= s")
         (alpha_s, sigma_s), (alpha_t, sigma_t) = self.coefficients(s, like), self.coefficients(t, like)
+        if bool((alpha_s == 0).any()):
+            raise ValueError(
+                "renoise starts at a level with some signal left; at s = 1 of a flow schedule there is none"
+            )
         ratio = alpha_t / alpha_s
         return ratio, (sigma_t**2 - (ratio * sigma_s) ** 2).clamp_min(0).sqrt()
 

@@ -265,3 +265,9 @@ def test_logit_normal_has_its_moments() -> None:
 def test_impossible_time_laws_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         TimeSampler(**fields)
+
+
+def test_renoising_from_pure_noise_is_refused() -> None:
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match="some signal left"):
+        FlowSchedule().renoise(torch.randn(2, 3), torch.randn(2, 3), one, one)

@@ -29,6 +29,8 @@ trained at, {timesteps}. Other numbers of steps, or a guidance scale above 1, ar
 `transition: renoise` every step adds fresh noise, which diffusers draws from torch's global generator: seed that."""
 
 OWN_CALL = """```python
+from pathlib import Path
+
 from fastgen.pipelines.sampler import load_sampler
 
 points = load_sampler(Path("path/to/this/folder")).sample(prompts=[""] * 8, seeds=range(8))
