@@ -43,12 +43,13 @@ SCHEDULER_SHIFT = 1.0
 GUIDANCE = 1.0
 PROMPT_DROPOUT = 0.12
 BATCH = 64
-CYCLE_RATES = (1.5e-3, 8e-4, 4e-4)
+CYCLE_RATES = (1.5e-3, 6e-4)
 SAMPLED_AT_ONCE = 64
 SWEPT_GUIDANCE = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 SWEPT_STEPS = (50, 8, 4)
 
 LATENT_CHANNELS = 2
+LAYERS, HEADS, HEAD_DIM = 4, 4, 32
 CLIP_WIDTH = 32
 CLIP_LENGTH = 8
 T5_WIDTH = 64
@@ -327,10 +328,12 @@ def make_transformer(args: argparse.Namespace) -> None:
     context, pooled, log_repeats = encode_prompts(pipe, args.device)
     unprompted = len(context) - 1
 
+    minutes = 0.0
     if args.first_cycle:
         averaged.load_state_dict(read_transformer(args).state_dict())
-    started = time.perf_counter()
+        minutes = json.loads((teacher_folder(args) / "training.json").read_text())["minutes"]
     for cycle in range(args.first_cycle, len(CYCLE_RATES)):
+        started = time.perf_counter()
         transformer.load_state_dict(averaged.state_dict())
         if cycle:  # a run resumed here must draw what a whole one draws
             torch.manual_seed(args.seed + cycle)
@@ -347,12 +350,10 @@ def make_transformer(args: argparse.Namespace) -> None:
             step(loss, optimizer, schedule)
             average_into(averaged, transformer, decay=min(0.999, (1 + count) / (10 + count)))
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    minutes = (time.perf_counter() - started) / 60
-    if args.first_cycle:
-        minutes += json.loads((teacher_folder(args) / "training.json").read_text())["minutes"]
-    pipe.save_pretrained(teacher_folder(args))
-    training = {"steps": len(CYCLE_RATES) * args.steps, "minutes": minutes}
-    (teacher_folder(args) / "training.json").write_text(json.dumps(training) + "\n")
+        minutes += (time.perf_counter() - started) / 60
+        pipe.save_pretrained(teacher_folder(args))  # after every cycle, so that the next can start from here
+        training = {"steps": (cycle + 1) * args.steps, "minutes": minutes}
+        (teacher_folder(args) / "training.json").write_text(json.dumps(training) + "\n")
 
 
 def read_transformer(args: argparse.Namespace) -> SD3Transformer2DModel:
@@ -366,11 +367,11 @@ def new_transformer() -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=3,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
         joint_attention_dim=T5_WIDTH,
-        caption_projection_dim=96,
+        caption_projection_dim=HEADS * HEAD_DIM,
         pooled_projection_dim=2 * CLIP_WIDTH,
         pos_embed_max_size=8,
     )

@@ -48,9 +48,13 @@ class Backbone(ABC):
     dtype: torch.dtype
 
     @abstractmethod
+    def make(self, role: str) -> Denoiser:
+        """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
+
     def load(self, role: str) -> Denoiser:
-        """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name.
-        The teacher is frozen and in evaluation mode; the others are trainable."""
+        """The same, the teacher frozen and in evaluation mode, the others trainable."""
+        trained = role != "teacher"
+        return self.make(role).requires_grad_(trained).train(trained)
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -232,7 +232,7 @@ class GaussianMixture(Backbone):
     def num_classes(self) -> int:
         return max(self.config.classes) + 1 if self.config.classes else 0
 
-    def load(self, role: str) -> Denoiser:
+    def make(self, role: str) -> Denoiser:
         if role == "teacher":
             return AnalyticDenoiser(self.mixture, self.schedule)
         if self._pretrained is None:

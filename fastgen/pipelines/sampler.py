@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import noise, signals
 from fastgen.backbones.base import Backbone
+from fastgen.backbones.pipeline import PipelineConfig, family_configs, read_index
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.rollout import RolloutPolicy, sample
@@ -102,10 +103,18 @@ def load_sampler(
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    from fastgen.backbones.sd3 import SD3Config
-
-    config = SD3Config(path=str(folder))
+    config = pipeline_config(folder)
     config.check()
     backbone = config.build(device, dtype, 0)
     scale = 7.0 if guidance_scale is None else guidance_scale
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or 28), scale, folder)
+
+
+def pipeline_config(folder: Path) -> PipelineConfig:
+    """The backbone section that loads this diffusers folder. Raises ValueError if no family here does."""
+    class_name, known = read_index(folder)["_class_name"], list[str]()
+    for _, cls in family_configs():
+        if class_name in cls.pipelines:
+            return cls(path=str(folder))
+        known.extend(cls.pipelines)
+    raise ValueError(f"{folder} holds a {class_name}; supported are {', '.join(known)}")
