@@ -27,13 +27,14 @@ from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
+from fastgen.pipelines.video import stills
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastgen.pipelines.sampler import Sampler
 
-KEPT = {"pixels": 64, "points": 2000}  # samples an evaluation returns for the report
+KEPT = {2: 2000, 4: 64, 5: 8}  # by their dimensions, the points, images or videos an evaluation returns for the report
 
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ class EvalConfig:
     inception_weights: str | None = None
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    teacher_guidance_scale: float = Field(default=1.0, ge=0)
+    teacher_guidance_scale: float | tuple[float, ...] = 1.0  # several: one an expert, from high noise to low
 
     @field_validator("metrics")
     @classmethod
@@ -93,8 +94,8 @@ def evaluate(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> R
 
 
 def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> tuple[Row, Tensor]:
-    """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images
-    or 2,000 points) for a report.
+    """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images,
+    a few frames of 8 videos, or 2,000 points) for a report.
 
     The batch size changes no prompt and no seed. Raises ValueError, before the first sample, for metrics that do not
     fit the backbone or lack a reference, and for samples that are not finite."""
@@ -120,7 +121,7 @@ def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool
         return samples
 
     values, kept = measure(draw, prompts, make_metrics(config, context, backbone.output), config, progress)
-    policy = sampler.policy
+    policy, scale = sampler.policy, sampler.guidance_scale
     subject = {
         "seeds": "seed + index",
         "weights": sampler.weight_hashes(),
@@ -129,7 +130,7 @@ def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool
             "transition": policy.transition,
             "told_time": policy.told_time,
         },
-        "guidance_scale": float(sampler.guidance_scale),
+        "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
@@ -159,8 +160,9 @@ def evaluate_images_with_samples(folder: Path, config: EvalConfig, progress: boo
 
 
 def find_reference(output: Output, config: EvalConfig) -> Reference | None:
-    if output == "points" and config.reference is not None:
-        raise ValueError("eval.reference is for images; points are compared with their exact law, so leave it out")
+    if output != "pixels" and config.reference is not None:
+        instead = "; points are compared with their exact law" if output == "points" else ""
+        raise ValueError(f"eval.reference is for images, and this gives {output}: leave it out{instead}")
     return None if config.reference is None else open_reference(config.reference)
 
 
@@ -182,7 +184,7 @@ def repeat(prompts: Sequence[str], count: int) -> list[str]:
 
 def make_features(config: EvalConfig, output: Output, device: torch.device | str) -> FeatureNetwork | None:
     """The digits network stays on the CPU, where it is fast enough and always gives the same numbers."""
-    if output == "points":
+    if output != "pixels":
         return None
     weights = None if config.inception_weights is None else Path(config.inception_weights)
     return FeatureNetwork(config.features, weights, "cpu" if weights is None else device, config.batch_size)
@@ -214,12 +216,12 @@ def measure(
                 raise ValueError(f"samples {start} to {stop - 1} are not all finite: the weights have diverged")
             for metric in metrics:
                 metric.update(samples, prompts[start:stop])
-            if start < KEPT["pixels" if samples.dim() == 4 else "points"]:
-                kept.append(samples)
+            if start < KEPT[samples.dim()]:
+                kept.append(stills(samples) if samples.dim() == 5 else samples)
             bar.update(stop - start)
     first = torch.cat(kept)
     values = {key: value for metric in metrics for key, value in metric.compute().items()}
-    return values, first[: KEPT["pixels" if first.dim() == 4 else "points"]]
+    return values, first[: KEPT[first.dim()]]
 
 
 def describe(
@@ -243,7 +245,7 @@ def describe(
 
 def exact_points(backbone: GaussianMixture, config: EvalConfig, sampler: "Sampler") -> Tensor:
     """Exact samples with the labels of the first evaluated ones, to draw behind them."""
-    prompts = find_prompts(sampler, config, None)[: KEPT["points"]]
+    prompts = find_prompts(sampler, config, None)[: KEPT[2]]
     key = noise.make_key(config.seed, "exact", 0)
     return backbone.mixture.sample(torch.arange(len(prompts)), labels_of(backbone.mixture, prompts), key).float()
 
@@ -323,7 +325,8 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
 def write_results(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor] | None = None) -> None:
     """Several results, each with a name, as {"rows": [...]}, and the HTML page that compares them beside it.
 
-    samples: by the name of their row, pixels or points; points under the name "exact" are drawn behind the others."""
+    samples: by the name of their row, as write_report takes them; points under the name "exact" are drawn behind the
+    others."""
     write_json(path, {"rows": list(rows)})
     write_page(path.with_suffix(".html"), rows, samples or {})
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastgen.metrics import DIRECTIONS
+from fastgen.pipelines.video import stills
 
 EXACT = "exact"  # the name of points that are drawn behind the others
 BLUE, ORANGE, GREY = "#2f6fab", "#e07b39", "#b5b5b5"
@@ -37,9 +39,9 @@ img { max-width: 100% } .note { background: #fff4e0; padding: .6rem 1rem; border
 def write_report(path: Path, results: Sequence[dict[str, Any]], samples: Mapping[str, Tensor]) -> None:
     """Writes the page, atomically: table, bars, samples, and what it takes to repeat the measurement.
 
-    results: as `fastgen.evaluation.evaluate` gives them, each with a "name". samples: pixels [B, 3, H, W] in [0, 1] or
-    points [B, D] by name; points named "exact" are drawn behind the others. Everything is inside the one file; all
-    text is escaped."""
+    results: as `fastgen.evaluation.evaluate` gives them, each with a "name". samples: pixels [B, 3, H, W] or frames
+    [B, F, 3, H, W] in [0, 1], or points [B, D], by name; points named "exact" are drawn behind the others. Everything
+    is inside the one file; all text is escaped."""
     bars = "<h2>Numbers side by side</h2>" + image(png(plot_bars(results)), "bars of each metric")
     head = "<h1>Evaluation</h1>" + differences(results)
     parts = [head, table(results), bars, sample_section(samples), facts(results)]
@@ -120,10 +122,11 @@ def fact(value: Any) -> str:
 
 
 def sample_section(samples: Mapping[str, Tensor]) -> str:
-    """A grid for each set of images; one panel for each set of points."""
-    images = {name: value for name, value in samples.items() if value.dim() == 4}
+    """A grid for each set of images or videos; one panel for each set of points."""
+    images = {name: value for name, value in samples.items() if value.dim() > 2}
     points = {name: value for name, value in samples.items() if value.dim() == 2}
-    pictures = {name: image(png(grid(pixels)), name, "pixels") for name, pixels in images.items()}
+    styles = {4: "pixels", 5: "frames"}
+    pictures = {name: image(png(grid(value)), name, styles[value.dim()]) for name, value in images.items()}
     grids = "".join(f"<div><h3>{escape(name)}</h3>{picture}</div>" for name, picture in pictures.items())
     scatter = image(png(scatter_figure(points)), "samples and exact samples") if points else ""
     return f'<h2>Samples</h2><div class="samples">{grids}{scatter}</div>' if samples else ""
@@ -148,13 +151,20 @@ def png(picture: Figure | Image.Image) -> bytes:
 
 
 def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
-    """pixels: [B, 3, H, W] in [0, 1]."""
-    sheet = make_grid(pixels.detach().float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
+    """pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]: a few frames of each in a row, at most 256 wide."""
+    pixels = pixels.detach().float().cpu()
+    if pixels.dim() == 5:
+        pixels = stills(pixels)
+        columns = pixels.shape[1]
+        pixels = pixels.flatten(0, 1)
+        smaller = min(1.0, 256 / pixels.shape[-1])
+        pixels = F.interpolate(pixels, scale_factor=smaller, mode="area") if smaller < 1 else pixels
+    sheet = make_grid(pixels.clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
     return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 8) -> None:
-    """A PNG of images side by side. pixels: [B, 3, H, W] in [0, 1], any device."""
+    """A PNG of images side by side, or of a few frames of each video. pixels: as in `grid`, any device."""
     replace_file(path, png(grid(pixels, columns)))
 
 

@@ -24,21 +24,23 @@ def guided(
     t: Tensor,
     cond: Conditioning,
     uncond: Conditioning,
-    scale: float,
+    scale: float | Tensor,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
 ) -> Tensor:
     """Classifier-free guidance in diffusers' convention: uncond + scale (cond - uncond)          (arXiv 2207.12598)
 
     predict: an x0 (or velocity) predictor; the result is of the same kind, shape [B, ...].
+    scale: one number, or one a sample, [B] (`Denoiser.per_expert`).
     interval: guidance acts where interval[0] < t <= interval[1], elsewhere the scale is 1        (arXiv 2404.07724)
     rescale: phi in [0, 1]; moves the guided prediction's per-sample std that far back to the conditional one's
              (arXiv 2305.08891 eq. 15-16; diffusers' guidance_rescale)."""
-    if scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return predict(x_t, t, cond)
     both = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([cond, uncond]))
     on, off = both.chunk(2)
     inside = (t > interval[0]) & (t <= interval[1])
+    scale = expand(scale, t) if isinstance(scale, Tensor) else scale
     result = off + expand(torch.where(inside, scale, 1.0).to(on.dtype), on) * (on - off)
     if rescale:
         std_on, std_guided = on.flatten(1).std(1), result.flatten(1).std(1)

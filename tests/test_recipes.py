@@ -1,4 +1,4 @@
-"""Every shipped recipe is complete, says what it is, and comes with the curve of a good run."""
+"""Every shipped recipe is complete, says what it is, and comes with the curve of a good run, or says it has none."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from fastgen.config import build_recipe, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+UNVERIFIED = "# UNVERIFIED: nobody has run this recipe to the end.\n"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -23,7 +24,13 @@ def test_a_recipe_loads_and_resolves_to_itself(path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_has_a_reference_curve_of_its_whole_length(path: Path) -> None:
-    rows = [json.loads(line) for line in (ROOT / "recipes/reference" / f"{path.stem}.jsonl").read_text().splitlines()]
+    """Or, in its first line, says that there is none."""
+    curve = ROOT / "recipes/reference" / f"{path.stem}.jsonl"
+    if not curve.is_file():
+        assert path.read_text().startswith(UNVERIFIED)
+        return
+    assert "UNVERIFIED" not in path.read_text()
+    rows = [json.loads(line) for line in curve.read_text().splitlines()]
     assert rows[-1]["step"] == load_recipe(path).train.steps
     assert any(key.startswith("eval/") for key in rows[-1])
     assert "student/loss" in {key for row in rows for key in row}

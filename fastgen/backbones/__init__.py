@@ -2,5 +2,7 @@
 
 BACKBONES: dict[str, str] = {
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
+    "wan": "fastgen.backbones.wan:WanConfig",
 }

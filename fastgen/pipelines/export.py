@@ -1,5 +1,6 @@
 """A finished student as a folder: weights, scheduler, recipe, and a card that says how to call it."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,22 +12,23 @@ from safetensors.torch import load_file
 import fastgen
 from fastgen import checkpoint
 from fastgen.backbones.base import Backbone
+from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.config import Recipe, dump_recipe, load_recipe, to_dict
 from fastgen.denoiser import Denoiser
+from fastgen.lora import LoraDenoiser
 from fastgen.pipelines.sampler import METADATA
 
 CALL = """```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-torch.manual_seed(0)  # the scheduler draws its fresh noise from the global generator, not from `generator=`
-image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]
+{load}
+{call}
 ```
 
 The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
 trained at, {timesteps}. Other numbers of steps, or a guidance scale above 1, are not what it was trained for. With
-`transition: renoise` every step adds fresh noise, which diffusers draws from torch's global generator: seed that."""
+`transition: renoise` every step adds fresh noise; the seed above decides it."""
 
 OWN_CALL = """```python
 from pathlib import Path
@@ -47,8 +49,12 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
     for stale in (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
-    backbone.save_pipeline(student, recipe.rollout, partial)
+    if isinstance(student, LoraDenoiser) and not isinstance(backbone, PipelineBackbone):
+        backbone.save_pipeline(student.shared.unload(student.role or ""), recipe.rollout, partial)
+    else:
+        backbone.save_pipeline(student, recipe.rollout, partial)
     metadata = {
+        "lora": isinstance(student, LoraDenoiser),
         "fastgen": fastgen.__version__,
         "backbone": to_dict(recipe.backbone),
         "policy": to_dict(recipe.rollout),
@@ -66,12 +72,13 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
 def model_card(backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown: what it is, how to call it, the numbers, the recipe."""
     teacher = to_dict(recipe.backbone)
-    call = CALL if backbone.output == "pixels" else OWN_CALL
+    call = CALL.replace("{call}", backbone.call) if isinstance(backbone, PipelineBackbone) else OWN_CALL
+    call = call.replace("{load}", loading(backbone, recipe))
     call = call.replace("{num_steps}", str(recipe.rollout.num_steps))
     call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
     source = teacher.get("path", "an analytic mixture of Gaussians")
     return f"""---
-library_name: {"diffusers" if backbone.output == "pixels" else "fastgen"}
+library_name: {"diffusers" if isinstance(backbone, PipelineBackbone) else "fastgen"}
 tags: [distillation, few-step, {recipe.objective.name}]
 ---
 
@@ -95,6 +102,20 @@ weights are the moving average of the student's.
 """
 
 
+def loading(backbone: Backbone, recipe: Recipe) -> str:
+    """The lines that load the export: a whole pipeline, or an adapter for the original one."""
+    if not isinstance(backbone, PipelineBackbone) or "student" not in recipe.lora:
+        return 'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")'
+    lines = [f'pipeline = DiffusionPipeline.from_pretrained("{backbone.config.path}")']
+    for i, file in enumerate(backbone.lora_files):
+        more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
+        lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}"{more})')
+    kind = type(backbone.student_scheduler(recipe.rollout)).__name__
+    lines[0] = f"from diffusers import {kind}\n\n{lines[0]}"
+    lines.append(f'pipeline.scheduler = {kind}.from_pretrained("path/to/this/folder", subfolder="scheduler")')
+    return "\n".join(lines)
+
+
 def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
     """How they were measured, then one line a row, one column a metric."""
     if not rows:
@@ -103,13 +124,17 @@ def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str
     head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
     scale = recipe.eval.teacher_guidance_scale
-    said = f"{recipe.eval.quick_num_samples} samples; the teacher at guidance scale {scale:g}."
+    said = f"{recipe.eval.quick_num_samples} samples; the teacher at guidance scale {scale}."
     return "\n".join([said, "", *head, *body])
 
 
-def export_run(run: Path, output: Path | None = None) -> Path:
-    """Exports the moving average in the last complete checkpoint of a run. Raises ValueError if there is none, or if
-    `output` exists and is not an export."""
+def export_run(
+    run: Path, output: Path | None = None, merge: bool = False, rows: Mapping[str, Mapping[str, float]] | None = None
+) -> Path:
+    """Exports the moving average in the last complete checkpoint of a run. merge: a LoRA run's adapter is added into
+    the weights, and the export is a whole pipeline.
+
+    Raises ValueError if there is no checkpoint, or if `output` exists and is not an export."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
     checkpoints = checkpoint.complete(run / "checkpoints")
@@ -120,7 +145,12 @@ def export_run(run: Path, output: Path | None = None) -> Path:
         raise ValueError(f"{folder} exists and is not an export; choose another folder")
     recipe = load_recipe(run / "recipe.yaml")
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
+    backbone.adapters = recipe.lora
     student = backbone.load("student")
     student.load_state_dict(load_file(checkpoints[-1] / "ema.safetensors"))
-    export(student, backbone, recipe, folder, int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX)), {})
+    step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
+    if merge and isinstance(student, LoraDenoiser):
+        student = student.shared.unload(student.role or "")
+        recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
+    export(student, backbone, recipe, folder, step, rows or {})
     return folder

@@ -19,23 +19,26 @@ METADATA = "fastgen.json"  # beside an exported pipeline: the policy it was trai
 
 
 class Guided(nn.Module):
-    """A denoiser under classifier-free guidance, callable like one: its unconditional rows are bound."""
+    """A denoiser under classifier-free guidance, callable like one: its unconditional rows are bound.
+    scale: one number, or one an expert."""
 
-    def __init__(self, denoiser: Denoiser, uncond: Conditioning, scale: float):
+    def __init__(self, denoiser: Denoiser, uncond: Conditioning, scale: float | Sequence[float]):
         super().__init__()
         self.denoiser, self.uncond, self.scale, self.schedule = denoiser, uncond, scale, denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, told_time: Tensor | None = None) -> Tensor:
         if told_time is not None:
             raise ValueError("a told time belongs to one-step students, which are not guided")
-        return signals.guided(self.denoiser, x_t, t, cond, self.uncond, self.scale)
+        scale = self.denoiser.per_expert(self.scale, t)
+        return signals.guided(self.denoiser, x_t, t, cond, self.uncond, scale)
 
 
 class Sampler:
-    """A denoiser, its backbone and its policy: prompts and seeds to pixels or points."""
+    """A denoiser, its backbone and its policy: prompts and seeds to pixels, frames or points.
+    guidance_scale: one number, or one an expert, from high noise to low."""
 
-    def __init__(self, backbone: Backbone, denoiser: Denoiser, policy: RolloutPolicy, guidance_scale: float = 1.0,
-                 weights: Path | None = None):  # fmt: skip
+    def __init__(self, backbone: Backbone, denoiser: Denoiser, policy: RolloutPolicy,
+                 guidance_scale: float | Sequence[float] = 1.0, weights: Path | None = None):  # fmt: skip
         self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
         self._weights = weights
 
@@ -46,8 +49,14 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] or points [B, D], float32, on the CPU. A sample depends on its prompt and seed
-        alone, up to the rounding of batched kernels."""
+        """What the backbone's decode gives, float32, on the CPU: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in
+        [0, 1], or points [B, D]. A sample depends on its prompt and seed alone, up to the rounding of batched
+        kernels."""
+        return self.backbone.decode(self.latents(prompts, seeds)).float().cpu()
+
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """The same before decoding: [B, *latent_shape], on the backbone's device."""
         backbone = self.backbone
         both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
         cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
@@ -57,8 +66,7 @@ class Sampler:
             return noise.normal(ids, backbone.latent_shape, noise.make_key("sample", name), backbone.dtype)
 
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        latents = sample(network, self.policy, cond, draw)  # type: ignore[arg-type]
-        return backbone.decode(latents).float().cpu()
+        return sample(network, self.policy, cond, draw)  # type: ignore[arg-type]
 
     def weight_hashes(self) -> dict[str, str]:
         """sha256 of every weight file, by its path in the folder; {} where there is no folder."""
@@ -68,9 +76,12 @@ class Sampler:
         return {str(f.relative_to(self._weights)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def teacher_sampler(backbone: Backbone, num_steps: int, guidance_scale: float) -> Sampler:
-    """The teacher as its stock pipeline samples it."""
-    return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps), guidance_scale)
+def teacher_sampler(
+    backbone: Backbone, num_steps: int, guidance_scale: float | Sequence[float], teacher: Denoiser | None = None
+) -> Sampler:
+    """The teacher (loaded, if it is not given) as its stock pipeline samples it."""
+    teacher = teacher or backbone.load("teacher")
+    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale)
 
 
 def load_sampler(
@@ -83,7 +94,7 @@ def load_sampler(
 ) -> Sampler:
     """From a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
 
-    num_steps and guidance_scale are a plain pipeline's (28 and 7, as diffusers has them, by default); an export brings
+    num_steps and guidance_scale are a plain pipeline's (by default those of its call in diffusers); an export brings
     its own, and asking for others raises ValueError, as does a folder that is none of these."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
@@ -98,7 +109,8 @@ def load_sampler(
                 f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps "
                 "and the guidance scale"
             )
-        own = {"path": str(folder)} if "path" in metadata["backbone"] else {}  # the export is a whole pipeline itself
+        whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export is a whole pipeline itself
+        own = {"path": str(folder)} if whole else {}
         backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES).build(device, dtype, 0)
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
@@ -106,8 +118,9 @@ def load_sampler(
     config = pipeline_config(folder)
     config.check()
     backbone = config.build(device, dtype, 0)
-    scale = 7.0 if guidance_scale is None else guidance_scale
-    return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or 28), scale, folder)
+    steps, scale = backbone.stock_call
+    scale = scale if guidance_scale is None else guidance_scale
+    return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
 
 
 def pipeline_config(folder: Path) -> PipelineConfig:

@@ -1,0 +1,279 @@
+"""Stable Diffusion 1.5, 2.1 and XL: a variance-preserving discrete diffusion, a UNet, epsilon or v prediction.
+
+Guidance in our x0 predictions is guidance in the network's outputs, as the stock pipelines do it: at a fixed x_t the
+conversion is affine, and the two weights of guidance sum to one."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser, ExtraInputs
+from fastgen.pipelines.schedulers import (
+    deterministic_policy,
+    discrete_steps,
+    few_step_scheduler,
+    is_plain_euler,
+    stock_noise,
+)
+from fastgen.rollout import RolloutPolicy, TeacherPolicy
+from fastgen.schedule import PredictionType, VPSchedule
+
+CLIP_TOKENS = 77
+NUM_TRAIN_TIMESTEPS = 1000  # of every published Stable Diffusion; a hub id is only read when weights load
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SDConfig(PipelineConfig):
+    """resolution: pixels of a side; the UNet's own by default. SDXL is told it as original and target size, uncropped,
+    as the stock pipeline does."""
+
+    name: Literal["sd"] = "sd"
+    resolution: int | None = Field(default=None, ge=8)
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # SDXL's time_ids
+
+    def check(self) -> None:
+        super().check()
+        if self.local_folder() is not None:
+            self.read().check()
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        total = NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
+        discrete_steps(policy, total)
+
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "SD":
+        return SD(self, device, dtype)
+
+    def read(self) -> "SD":
+        """The backbone, for what its small files say."""
+        return SD(self, torch.device("cpu"), torch.float32)
+
+
+class UNetExtraInputs(ExtraInputs):
+    """A UNet gives its time embedding the projected timestep and, in `timestep_cond`, the extra scalars [B, n]."""
+
+    def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
+        out = self.embedding(timestep)
+        for column, table in enumerate(self.tables.values()):
+            out = out + table(rest[0][:, column].round().long())
+        return out
+
+
+class SDDenoiser(Denoiser):
+    """An unmodified UNet2DConditionModel behind the contract; its features are the output of the middle block, which
+    is where DMD2's discriminator looks (arXiv 2405.14867 Sec. 4.3)."""
+
+    network: UNet2DConditionModel
+
+    def __init__(self, network: UNet2DConditionModel, schedule: VPSchedule, prediction_type: PredictionType):
+        super().__init__(network, schedule, prediction_type)
+        self.feature_dim = network.config.block_out_channels[-1]
+
+    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        extended = timestep.dim() == 2
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if "pooled" in cond else None
+        return self.network(
+            x_t.to(self.network.dtype),
+            timestep[:, 0] if extended else timestep,
+            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
+            timestep_cond=timestep[:, 1:] if extended else None,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        return self.network.time_embedding
+
+    def set_time_embedding(self, module: nn.Module) -> None:
+        self.network.time_embedding = module
+
+    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+        self.set_time_embedding(UNetExtraInputs(self.time_embedding, dim, counts))
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        if self.network.mid_block is None:
+            raise ValueError("this UNet has no middle block to take features from; train without a discriminator")
+        return [self.network.mid_block]
+
+
+class SD(PipelineBackbone):
+    """The backbone of recipes with `backbone: {name: sd, path: ...}`."""
+
+    config: SDConfig
+    output = "pixels"
+    network_class = "UNet2DConditionModel"
+    subfolder = "unet"
+
+    def check(self) -> None:
+        """Raises ValueError for what the small files already show cannot work. Loads no weights."""
+        if self.network_config.get("time_cond_proj_dim") is not None:
+            raise ValueError("path: this UNet has guidance embedded (time_cond_proj_dim); load the model it was "
+                             "distilled from")  # fmt: skip
+        _ = self.schedule, self.latent_shape  # both refuse what they cannot be made from
+
+    @property
+    def call(self) -> str:  # type: ignore[override]
+        """LCMScheduler draws from the generator it is given, unlike the flow-matching ones."""
+        size = f"height={self.image_size}, width={self.image_size}, " if self.config.resolution else ""
+        return f"""generator = torch.manual_seed(0)
+options = dict(num_inference_steps={{num_steps}}, guidance_scale=1, {size}generator=generator)
+image = pipeline("a prompt", **options).images[0]"""
+
+    # --- noise
+
+    @cached_property
+    def schedule(self) -> VPSchedule:  # type: ignore[override]
+        return noise_schedule(self.scheduler())
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler, with the settings that StableDiffusionPipeline forces on any."""
+        scheduler = super().scheduler()
+        if self.is_xl:
+            return scheduler
+        forced = {"steps_offset": 1, "clip_sample": False}
+        return scheduler.from_config(scheduler.config, **{k: v for k, v in forced.items() if k in scheduler.config})
+
+    def teacher_scheduler(self) -> Any:
+        """The stock scheduler the teacher is sampled with: the pipeline's own if that takes DDIM's steps, otherwise
+        (PNDM and the other multistep solvers) a DDIMScheduler of the same noise. Its spacing is trailing where the
+        solver's is linspace, which DDIMScheduler gets wrong: it steps to other levels than it calls the network at."""
+        scheduler = self.scheduler()
+        if isinstance(scheduler, DDIMScheduler) or is_plain_euler(scheduler):
+            return scheduler
+        config = scheduler.config
+        spacing = config.get("timestep_spacing", "leading")
+        return DDIMScheduler.from_config(
+            config, **stock_noise(config), clip_sample=False, thresholding=False,
+            timestep_spacing="trailing" if spacing == "linspace" else spacing,
+        )  # fmt: skip
+
+    def teacher_policy(self, num_steps: int) -> TeacherPolicy:
+        return deterministic_policy(self.teacher_scheduler(), num_steps)
+
+    def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        return few_step_scheduler(policy, self.scheduler().config)
+
+    # --- network
+
+    @property
+    def is_xl(self) -> bool:
+        return self.parts["_class_name"] == "StableDiffusionXLPipeline"
+
+    @property
+    def time_dim(self) -> int:  # type: ignore[override]
+        return self.network_config.get("time_embedding_dim") or 4 * self.network_config["block_out_channels"][0]
+
+    def wrap(self, network: Any) -> SDDenoiser:
+        self.check()
+        return SDDenoiser(network, self.schedule, self.scheduler().config.prediction_type)
+
+    # --- prompts
+
+    def encode_chunk(self, prompts: list[str]) -> Conditioning:
+        """prompt_embeds [B, L, D]; for SDXL also pooled [B, P] and time_ids [B, 6]: original height and width, crop
+        offsets, target height and width. SDXL's empty prompt is all zeros where the stock pipeline's is
+        (force_zeros_for_empty_prompt)."""
+        pipeline: Any = self.text_pipeline
+        out = pipeline.encode_prompt(
+            prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if not self.is_xl:
+            return Conditioning({"prompt_embeds": out[0]})
+        embeds, pooled = out[0], out[2]
+        if pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        size = float(self.image_size)
+        time_ids = embeds.new_tensor([size, size, 0, 0, size, size]).expand(len(prompts), 6)
+        return Conditioning({"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids})
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (CLIP_TOKENS, self.network_config["cross_attention_dim"])}
+        if not self.is_xl:
+            return shapes
+        sizes = 6 * self.network_config["addition_time_embed_dim"]
+        pooled = self.network_config["projection_class_embeddings_input_dim"] - sizes
+        return shapes | {"pooled": (pooled,), "time_ids": (6,)}
+
+    # --- images
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """config.json of the VAE, without its weights."""
+        local = self.options["local_files_only"]
+        return AutoencoderKL.load_config(self.source, subfolder="vae", local_files_only=local)
+
+    @cached_property
+    def vae(self) -> Any:
+        """In float32 where float16 would overflow, as the stock SDXL pipeline has it."""
+        vae = super().vae
+        overflows = self.is_xl and self.dtype == torch.float16 and vae.config.force_upcast
+        return vae.float() if overflows else vae
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        size, rest = self.network_config["sample_size"], 0
+        if self.config.resolution is not None:
+            size, rest = divmod(self.config.resolution, self.pixels_per_latent)
+        if rest:
+            unit = self.pixels_per_latent
+            raise ValueError(f"backbone.resolution must be a multiple of {unit}, got {self.config.resolution}")
+        if not isinstance(size, int):
+            raise ValueError(f"the UNet's sample_size is {size}, not one number; give backbone.resolution")
+        return (self.network_config["in_channels"], size, size)
+
+    @property
+    def image_size(self) -> int:  # type: ignore[override]
+        return self.latent_shape[-1] * self.pixels_per_latent
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] to the mode of the posterior, normalised."""
+        z = self.vae.encode(pixels.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mode()
+        mean, std = self.latent_moments(z)
+        return ((z - mean) / std).to(self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.vae.dtype)
+        mean, std = self.latent_moments(z)
+        return (self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the VAE's latents, as the pipelines take them from its config: std = 1 / scaling_factor, and
+        SDXL's by channel, where there are any."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not self.is_xl or mean is None or std is None:
+            return like.new_tensor(0.0), like.new_tensor(1 / config.scaling_factor)
+        mean, std = (like.new_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+        return mean, std / config.scaling_factor
+
+
+def noise_schedule(scheduler: Any) -> VPSchedule:
+    """The schedule of a discrete diffusion's scheduler. Raises ValueError for any other."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if not hasattr(scheduler, "betas") or config.get("timestep_type") == "continuous":
+        raise ValueError(f"path: {name} is not a discrete variance-preserving diffusion, which backbone sd needs")
+    kind = config.prediction_type
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"path: backbone sd has epsilon, v_prediction and sample; the scheduler says {kind}")
+    schedule = VPSchedule(DDIMScheduler(**stock_noise(config)).alphas_cumprod)
+    if kind == "epsilon" and schedule.table[-1] <= 0:
+        raise ValueError("path: rescale_betas_zero_snr leaves no signal at t = 1, where an epsilon network says "
+                         "nothing about x0; such a schedule needs v_prediction")  # fmt: skip
+    return schedule

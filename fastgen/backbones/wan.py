@@ -1,0 +1,307 @@
+"""Wan 2.1 and 2.2 text-to-video: flow matching, a DiT on video tokens, a UMT5 text encoder, a causal video VAE.
+
+Wan 2.1 and Wan 2.2 TI2V-5B have one network, Wan 2.2 A14B two experts: `transformer` at t >= boundary_ratio and
+`transformer_2` below. Latents are [B, F, C, H, W] here and [B, C, F, H, W] inside diffusers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, read_index
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser, Experts, ExtraInputs
+from fastgen.pipelines.schedulers import flow_match_config
+from fastgen.pipelines.video import check_writer
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import FlowSchedule
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class WanConfig(PipelineConfig):
+    """height, width: pixels; num_frames: 4 k + 1. The stock pipeline's 480, 832 and 81 by default.
+    max_sequence_length: UMT5 tokens. fps: of the videos that are written; Wan 2.1 and A14B are trained at 16, TI2V-5B
+    at 24."""
+
+    name: Literal["wan"] = "wan"
+    height: int = Field(default=480, ge=16, multiple_of=16)
+    width: int = Field(default=832, ge=16, multiple_of=16)
+    num_frames: int = Field(default=81, ge=1)
+    max_sequence_length: int = Field(default=512, ge=1, le=512)
+    fps: int = Field(default=16, ge=1)
+
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+
+    def check(self) -> None:
+        """Also raises ValueError for a size, a set of experts or a scheduler that does not fit, and where no video can
+        be written. Of a hub id only what does not depend on its files is checked here, the rest when it loads."""
+        super().check()
+        check_writer()
+        folder = self.local_folder()
+        if folder is None:
+            latent_size(self, {}, {})
+            return
+        find_experts(read_index(folder))
+        latent_size(self, read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json"))
+        check_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        config = flow_match_config(policy)
+        folder = self.local_folder()
+        if folder is not None:
+            check_boundary(policy, config, find_experts(read_index(folder))[1])
+
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Wan":
+        return Wan(self, device, dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is missing or unreadable."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path: cannot read {path}: {error}; download the pipeline again") from None
+
+
+def find_experts(index: Mapping[str, Any]) -> tuple[tuple[str, ...], float | None]:
+    """The networks of a WanPipeline's index, from high noise to low, and the boundary between them, if there are two.
+
+    Raises ValueError for a set of networks that the stock pipeline would not call as a whole."""
+    names = tuple(n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0] is not None)
+    boundary = index.get("boundary_ratio")
+    if (names, boundary is None) in ((("transformer",), True), (("transformer", "transformer_2"), False)):
+        return names, boundary
+    raise ValueError(
+        f"path: a WanPipeline has a transformer, or transformer, transformer_2 and boundary_ratio; this one has "
+        f"{', '.join(names) or 'neither'} and boundary_ratio {boundary}"
+    )
+
+
+def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Frames, height and width of the latents; vae, network: their config.json, which may leave out defaults.
+
+    Raises ValueError for sizes that the VAE or the network's patches do not divide."""
+    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    _, *patch = network.get("patch_size", (1, 2, 2))
+    if (config.num_frames - 1) % temporal:
+        below = (config.num_frames - 1) // temporal * temporal + 1
+        near = f"the nearest are {below} and {below + temporal}"
+        raise ValueError(f"num_frames must be {temporal} k + 1, got {config.num_frames}; {near}")
+    for side, pixels, unit in (
+        ("height", config.height, spatial * patch[0]),
+        ("width", config.width, spatial * patch[1]),
+    ):
+        if pixels % unit:
+            raise ValueError(f"{side} must be a multiple of {unit}, got {pixels}")
+    return (config.num_frames - 1) // temporal + 1, config.height // spatial, config.width // spatial
+
+
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend on the number of steps
+    alone."""
+    name = config["_class_name"]
+    if name == "FlowMatchEulerDiscreteScheduler":
+        fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
+    else:
+        fits = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    if not fits:
+        raise ValueError(
+            f"path: its scheduler, {name}, does not give noise levels of flow matching; use a "
+            "FlowMatchEulerDiscreteScheduler with a fixed shift, or one with use_flow_sigmas and flow_prediction"
+        )
+
+
+def check_boundary(policy: RolloutPolicy, config: dict[str, Any], boundary: float | None) -> None:
+    """Raises ValueError if the exported list, which is the policy's up to rounding, would call another expert."""
+    if boundary is None:
+        return
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(policy.num_steps)
+    stored = scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps  # the stock pipeline's rule
+    for t, high in zip(policy.timesteps, stored.tolist(), strict=True):
+        if (t >= boundary) != high:
+            raise ValueError(f"timestep {t} is too close to the boundary of the experts, {boundary}, to be exported; "
+                             "move it by 0.001")  # fmt: skip
+
+
+class WanExtraInputs(ExtraInputs):
+    """ExtraInputs around Wan's condition embedder.
+
+    The network takes a timestep [B, 1 + n] for one a token and flattens it; this undoes that, and returns the
+    embedding of one token, which the blocks broadcast. The extra scalars reach the blocks as well: their modulation is
+    projected from the sum."""
+
+    def forward(self, timestep: Tensor, *rest: Tensor, timestep_seq_len: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+        packed = timestep.unflatten(0, (-1, timestep_seq_len))
+        embedder: Any = self.embedding
+        embedding, _, *others = embedder(packed[:, 0], *rest)
+        embedding = self.add(embedding, packed)
+        modulation = embedder.time_proj(embedder.act_fn(embedding))
+        return embedding[:, None], modulation[:, None], *others
+
+
+class WanDenoiser(Denoiser):
+    """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
+
+    t may be [B, F], one level a latent frame; features are the video tokens after the block at half depth, the one at
+    three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
+
+    network: WanTransformer3DModel
+
+    def __init__(self, network: WanTransformer3DModel):
+        super().__init__(network, FlowSchedule(), "flow_prediction")
+        self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
+
+    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        if timestep.dim() == 2 and not isinstance(self.time_embedding, ExtraInputs):
+            _, height, width = self.network.config.patch_size
+            timestep = timestep.repeat_interleave(x_t.shape[-2] // height * (x_t.shape[-1] // width), dim=1)
+        return self.network(
+            hidden_states=x_t.to(self.network.dtype).transpose(1, 2),
+            timestep=timestep,
+            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
+            return_dict=False,
+        )[0].transpose(1, 2)
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        return self.network.condition_embedder
+
+    def set_time_embedding(self, module: nn.Module) -> None:
+        self.network.condition_embedder = module
+
+    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+        self.set_time_embedding(WanExtraInputs(self.time_embedding, dim, counts))
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        blocks = self.network.blocks
+        depths = {len(blocks) // 2, 3 * len(blocks) // 4, len(blocks) - 1}
+        return [blocks[i] for i in sorted(depths)]
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return list(self.network.blocks)
+
+
+class Wan(PipelineBackbone):
+    """The backbone of recipes with `backbone: {name: wan, path: ...}`.
+
+    A folder's own UniPC scheduler is a multi-step method, which our sampler has not: the teacher is sampled with Euler
+    at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler."""
+
+    config: WanConfig
+    output = "frames"
+    image_size = None
+    network_class = "WanTransformer3DModel"
+    vae_class = "AutoencoderKLWan"
+
+    def __init__(self, config: WanConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(config, device, dtype)
+        self.schedule = FlowSchedule()
+        self.fps = config.fps
+
+    @property
+    def call(self) -> str:  # type: ignore[override]
+        config = self.config
+        size = f"height={config.height}, width={config.width}, num_frames={config.num_frames}"
+        text = "" if config.max_sequence_length == 512 else f" max_sequence_length={config.max_sequence_length},"
+        return f"""from diffusers.utils import export_to_video
+
+torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
+video = pipeline(
+    "a prompt", {size},{text}
+    num_inference_steps={{num_steps}}, guidance_scale=1,
+).frames[0]
+export_to_video(video, "video.mp4", fps={config.fps})"""
+
+    @property
+    def subfolders(self) -> tuple[str, ...]:
+        return find_experts(self.parts)[0]
+
+    @property
+    def boundary(self) -> float | None:
+        """The level from which `transformer` is called, where there are two experts."""
+        return find_experts(self.parts)[1]
+
+    def wrap(self, network: Any) -> WanDenoiser:
+        return WanDenoiser(network)
+
+    def join(self, parts: list[Denoiser]) -> Denoiser:
+        return parts[0] if self.boundary is None else Experts(parts, (self.boundary,))
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        frames, height, width = latent_size(self.config, self.vae_config, self.network_config)
+        return (frames, self.network_config["in_channels"], height, width)
+
+    @property
+    def time_dim(self) -> int:  # type: ignore[override]
+        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+
+    @cached_property
+    def vae(self) -> Any:
+        """In float32, as the stock pipeline asks for; one video at a time."""
+        options = self.options | {"torch_dtype": torch.float32}
+        vae = AutoencoderKLWan.from_pretrained(self.source, subfolder="vae", **options)
+        vae.enable_slicing()
+        return vae.to(self.device).requires_grad_(False).eval()
+
+    def latent_statistic(self, name: Literal["latents_mean", "latents_std"]) -> Tensor:
+        """[C, 1, 1] float32, of the VAE's config."""
+        return torch.tensor(self.vae.config[name], device=self.device)[:, None, None]
+
+    def encode_chunk(self, prompts: list[str]) -> Conditioning:
+        """prompt_embeds [B, max_sequence_length, D], zero behind the last token."""
+        embeds, _ = self.text_pipeline.encode_prompt(
+            prompt=prompts, do_classifier_free_guidance=False, device=self.device,
+            max_sequence_length=self.config.max_sequence_length,
+        )  # fmt: skip
+        return Conditioning({"prompt_embeds": embeds})
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.config.max_sequence_length, self.network_config["text_dim"])}
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Frames [B, F, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std: [B, F', C, h, w] float32.
+
+        Raises ValueError for images."""
+        if pixels.dim() != 5:
+            raise ValueError(
+                f"a video model encodes frames [B, F, 3, H, W], got {list(pixels.shape)}; images do not fit"
+            )
+        with torch.autocast(self.device.type, enabled=False):
+            video = pixels.to(self.device, torch.float32).transpose(1, 2) * 2 - 1
+            z = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
+        return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """In float32, also under autocast. The VAE itself clamps: no gradient where a pixel is saturated."""
+        z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
+        with torch.autocast(self.device.type, enabled=False):
+            video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
+        return (video / 2 + 0.5).clamp(0, 1)
+
+    def teacher_policy(self, num_steps: int) -> RolloutPolicy:
+        """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it tells the network whole numbers."""
+        scheduler = self.scheduler()
+        check_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
+        scheduler.set_timesteps(num_steps)
+        transition: Literal["renoise", "ode"] = "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
+        told = scheduler.config.num_train_timesteps / 1000
+        told = told if num_steps == 1 and told != 1 else None
+        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, told)
+
+    def student_scheduler(self, policy: RolloutPolicy) -> FlowMatchEulerDiscreteScheduler:
+        config = flow_match_config(policy)
+        check_boundary(policy, config, self.boundary)
+        return FlowMatchEulerDiscreteScheduler(**config)

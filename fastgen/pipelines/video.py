@@ -1,0 +1,44 @@
+"""Videos as mp4 files, and the few frames that stand for them in a picture."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def check_writer() -> None:
+    """Raises ValueError where no mp4 can be written."""
+    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
+        raise ValueError("videos are written with imageio and ffmpeg: pip install 'fastgen-distill[video]'")
+
+
+def save_video(frames: Tensor, path: Path, fps: int) -> None:
+    """An mp4 (H.264), written atomically. frames: [F, 3, H, W] in [0, 1], H and W even, any device."""
+    check_writer()
+    import imageio.v2
+
+    images = (frames.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
+    writer: Any = imageio.v2.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2)
+    with writer:
+        for image in images:
+            writer.append_data(image)
+    os.replace(temporary, path)
+
+
+def side_by_side(videos: Tensor) -> Tensor:
+    """Several videos [B, F, 3, H, W] as one, [F, 3, H', W'], in about as many rows as columns."""
+    columns = max(1, round(len(videos) ** 0.5))
+    return torch.stack([make_grid(frame, nrow=columns, padding=2, pad_value=1.0) for frame in videos.transpose(0, 1)])
+
+
+def stills(videos: Tensor, count: int = 4) -> Tensor:
+    """Evenly spaced frames of each video, the first and the last among them: [B, at most count, 3, H, W]."""
+    length = videos.shape[1]
+    chosen = torch.linspace(0, length - 1, min(count, length)).round().long()
+    return videos[:, chosen.to(videos.device)]
