@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,33 @@ def train(
     from fastgen.train import main
 
     raise typer.Exit(main([str(recipe), *(overrides or [])]))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML, whose data has prompts or images.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or to continue.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of what is stored.")] = "float32",
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows of a file.")] = 256,
+) -> None:
+    """Encode a recipe's prompts and images once; started again, it verifies and continues."""
+    from fastgen.config import RecipeError, load_recipe
+    from fastgen.data import DataError
+    from fastgen.prepare import prepare as prepare_folder
+
+    try:
+        manifest = prepare_folder(load_recipe(recipe, overrides or []), output, dtype, shard_size)
+    except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+    except DataError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print(f"interrupted; run the same command again to continue {output}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} "
+          f"latents in {output}; train on them with \"data={{name: prepared, folder: {output}}}\"")  # fmt: skip
 
 
 @app.command()
@@ -106,13 +133,14 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder with at least one checkpoint.")],
     output: Annotated[Path | None, typer.Option(help="Folder to write; the run's export/ by default.")] = None,
+    merge: Annotated[bool, typer.Option(help="Add a LoRA run's adapter into the weights: a whole pipeline.")] = False,
 ) -> None:
-    """Write the moving average of a run's last checkpoint as a pipeline that plain diffusers loads."""
+    """Write the moving average of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads."""
     from fastgen.config import RecipeError
     from fastgen.pipelines.export import export_run
 
     try:
-        print(f"exported to {export_run(run, output)}")
+        print(f"exported to {export_run(run, output, merge)}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
 

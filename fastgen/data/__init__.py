@@ -1,0 +1,36 @@
+"""Where prompts and real images come from. One file a kind of source; `DATA` names them."""
+
+from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch, shuffled
+from fastgen.data.hub import HubData
+from fastgen.data.images import ImageData, image_files
+from fastgen.data.prompts import PromptData, read_prompts
+from fastgen.data.tar_shards import WebDatasetData
+from fastgen.data.toys import DigitsData, MixtureData
+
+DATA: dict[str, type[DataSource] | str] = {
+    "prompts": PromptData,
+    "images": ImageData,
+    "webdataset": WebDatasetData,
+    "hub": HubData,
+    "prepared": "fastgen.data.prepared:PreparedData",  # imported when chosen, as it needs diffusers
+    "digits": DigitsData,
+    "mixture": MixtureData,
+}
+
+__all__ = [
+    "DATA",
+    "DataError",
+    "DataSource",
+    "DigitsData",
+    "HubData",
+    "ImageData",
+    "MixtureData",
+    "PromptData",
+    "SampleSource",
+    "Stream",
+    "WebDatasetData",
+    "image_files",
+    "make_batch",
+    "read_prompts",
+    "shuffled",
+]

@@ -1,0 +1,156 @@
+"""What a data source is: samples by global position, so that a run resumes at the sample it stopped at, and ranks and
+micro-batches split the same stream."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+
+LATENT_BYTES = 1 << 30  # latents a stream keeps in memory; pictures beyond it are read and encoded anew
+
+
+class DataError(RuntimeError):
+    """A sample cannot be read while the run goes; the message names it."""
+
+
+class DataSource(ABC):
+    """The recipe's `data:` section; subclasses are frozen pydantic dataclasses."""
+
+    name: str
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Fields of Batch beside the prompts: any of latents, pixels."""
+        return frozenset()
+
+    def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
+        """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
+
+    @abstractmethod
+    def open(self, backbone: Backbone, seed: int) -> "Stream":
+        """The stream of this source; the order is a function of the seed. Called once."""
+
+
+class Stream(ABC):
+    """prompts, latents and pixels by global sample position [B] int64."""
+
+    @abstractmethod
+    def prompts(self, positions: Tensor) -> list[str]:
+        """One prompt a position."""
+
+    def latents(self, positions: Tensor) -> Tensor | None:
+        """Real data [B, *latent_shape] for the same positions, where the source has any."""
+        return None
+
+    def pixels(self, positions: Tensor) -> Tensor | None:
+        """Real images [B, 3, H, W] in [0, 1] for the same positions, where the source has any."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """A finite data set by row. Row i is prompts[i] and, where there are images, picture pictures[i] [N] int64, which
+    read(picture) gives as pixels [3, H, W] in [0, 1] at the backbone's resolution. Rows may share a picture."""
+
+    prompts: Sequence[str]
+    pictures: Tensor | None = None
+    read: Callable[[int], Tensor] | None = None
+
+    @property
+    def num_pictures(self) -> int:
+        return 0 if self.pictures is None else int(self.pictures.max()) + 1
+
+
+class SampleSource(DataSource):
+    """A source with random access to its rows, whose prompts and latents `fastgen prepare` can store."""
+
+    @abstractmethod
+    def samples(self, backbone: Backbone) -> Samples:
+        """All rows; images are read when they are asked for."""
+
+    def open(self, backbone: Backbone, seed: int) -> Stream:
+        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"))
+
+
+class SampleStream(Stream):
+    """Rows in an order of their own each epoch. Latents are kept in memory, up to a gigabyte."""
+
+    def __init__(self, samples: Samples, backbone: Backbone, key: int):
+        self._samples, self._backbone, self._key = samples, backbone, key
+        self._latents: dict[int, Tensor] = {}
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The row of each position, [B] int64."""
+        return shuffled(positions, len(self._samples.prompts), self._key)
+
+    def prompts(self, positions: Tensor) -> list[str]:
+        return [self._samples.prompts[i] for i in self.rows(positions).tolist()]
+
+    def pixels(self, positions: Tensor) -> Tensor | None:
+        if self._samples.pictures is None or self._samples.read is None:
+            return None
+        return torch.stack([self._samples.read(i) for i in self._samples.pictures[self.rows(positions)].tolist()])
+
+    def latents(self, positions: Tensor) -> Tensor | None:
+        if self._samples.pictures is None:
+            return None
+        return torch.stack([self.latent(i) for i in self._samples.pictures[self.rows(positions)].tolist()])
+
+    def latent(self, picture: int) -> Tensor:
+        """[*latent_shape], on the CPU."""
+        if picture in self._latents:
+            return self._latents[picture]
+        assert self._samples.read is not None
+        latent = encode_picture(self._backbone, self._samples.read(picture))
+        if (len(self._latents) + 1) * latent.nbytes <= LATENT_BYTES:
+            self._latents[picture] = latent
+        return latent
+
+
+def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Encoded alone: in a batch its last bits would
+    depend on the others, and those of a resumed run on where it was stopped."""
+    return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
+
+
+def shuffled(positions: Tensor, size: int, key: int) -> Tensor:
+    """Index into a list of `size` for each global position: every epoch is its own permutation of the list."""
+    epochs = positions // size
+    result = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        result[epochs == epoch] = permutation(size, key, epoch)[positions[epochs == epoch] % size]
+    return result
+
+
+@lru_cache(maxsize=4)
+def permutation(size: int, key: int, epoch: int) -> Tensor:
+    """The order of one epoch: [size] int64."""
+    return noise.uniform(torch.arange(size), (), noise.make_key(key, "epoch", epoch), torch.float64).argsort()
+
+
+def make_batch(stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str]) -> Batch:
+    """The batch of these global positions, with the fields in `needs`, in the backbone's dtype."""
+    prompts = stream.prompts(positions)
+    both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
+    latents = stream.latents(positions) if "latents" in needs else None
+    pixels = stream.pixels(positions) if "pixels" in needs else None
+    device = backbone.device
+    return Batch(
+        ids=positions.to(device),
+        key=key,
+        cond=both.select(slice(0, len(prompts))),
+        uncond=both.select(slice(len(prompts), None)),
+        latent_shape=backbone.latent_shape,
+        prompts=tuple(prompts),
+        latents=None if latents is None else latents.to(device, backbone.dtype),
+        pixels=None if pixels is None else pixels.to(device, backbone.dtype),
+        dtype=backbone.dtype,
+    )

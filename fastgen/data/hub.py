@@ -1,0 +1,197 @@
+"""Data sets of the Hugging Face hub, or local folders of parquet and the like, through `datasets`."""
+
+import itertools
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.data.base import DataError, Samples, SampleSource, SampleStream, Stream, encode_picture, permutation
+from fastgen.data.images import check_sizes, image_size, read_image, resolution
+from fastgen.data.tables import check_text, choose_column, import_extra
+
+CHECKED_IMAGES = 256  # of a data set's images, how many are measured before weights load
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class HubData(SampleSource):
+    """path: a hub id "org/name", or a local folder that `datasets` reads (parquet, arrow, csv, jsonl, or what
+    `save_to_disk` wrote). subset, split, revision: as in load_dataset. column: of the captions; `prompt`, `caption` or
+    `text` by default. image_column: of the images; without it there are prompts alone.
+
+    A data set is downloaded (converted, if it is local) once and read by random access. With `streaming: true` it is
+    read in its own order and nothing is stored: see BlockStream. Its first 256 images are measured before weights
+    load, later ones when they are read. The captions of a local data set are checked before weights load; those of one
+    on the hub after its download, or, streaming, as they come."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str | None = None
+    image_column: str | None = None
+    allow_upscaling: bool = False
+    streaming: bool = False
+    shuffle_buffer: int = Field(default=1000, ge=1)  # samples of a block, when streaming
+    name: Literal["hub"] = "hub"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset() if self.image_column is None else frozenset({"latents", "pixels"})
+
+    def check(self, backbone: Any) -> None:
+        import_extra("datasets", "data hub")
+        local = Path(self.path).exists()
+        rows = self.load(streaming=not local or self.streaming)
+        first = next(iter(rows), None)
+        if first is None:
+            raise ValueError(f"path: {self.path} has no rows in split {self.split}")
+        column = choose_column(list(first), self.column, self.path)
+        check_text(first[column], f"{column} in row 1 of {self.path}")
+        if local and not self.streaming:
+            self.captions(rows)
+        if self.image_column is not None:
+            if self.image_column not in first:
+                raise ValueError(f"image_column: {self.path} has no column {self.image_column!r}; choose one of "
+                                 f"{', '.join(first)}")  # fmt: skip
+            found = ((f"row {i + 1} of {self.path}", image_size(image_bytes(row[self.image_column])))
+                     for i, row in enumerate(itertools.islice(rows, CHECKED_IMAGES)))  # fmt: skip
+            check_sizes(found, resolution(backbone), self.allow_upscaling)
+
+    def load(self, streaming: bool) -> Any:
+        """The datasets.Dataset or IterableDataset, its images undecoded. Raises ValueError if it cannot be had."""
+        datasets = import_extra("datasets", "data hub")
+        folder = Path(self.path)
+        try:
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                rows = datasets.load_from_disk(folder)
+                rows = rows[self.split] if isinstance(rows, datasets.DatasetDict) else rows
+                rows = rows.to_iterable_dataset() if streaming else rows
+            elif folder.is_file():
+                raise ValueError("it is a file; give its folder, or name: prompts for a file of prompts")
+            else:
+                rows = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision,
+                                             streaming=streaming)  # fmt: skip
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"path: cannot load {self.path}, split {self.split}: {error}") from None
+        for name in [n for n, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        return rows
+
+    def captions(self, rows: Any) -> list[str]:
+        """The caption of every row, checked."""
+        column = choose_column(rows.column_names, self.column, self.path)
+        return [check_text(value, f"{column} in row {i} of {self.path}") for i, value in enumerate(rows[column][:], 1)]
+
+    def pixels(self, row: Row, where: str, size: int) -> Tensor:
+        """[3, size, size] in [0, 1]. Only for a source with images."""
+        assert self.image_column is not None
+        return read_image(image_bytes(row[self.image_column]), size, where, self.allow_upscaling)
+
+    def samples(self, backbone: Backbone) -> Samples:
+        rows = self.load(streaming=False)
+        try:
+            captions = self.captions(rows)
+        except ValueError as error:
+            raise DataError(f"data: {error}") from None
+        if self.image_column is None:
+            return Samples(captions)
+        size, rows = backbone.image_size, rows.select_columns([self.image_column])
+        assert size is not None
+        return Samples(captions, torch.arange(len(captions)),
+                       lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size))  # fmt: skip
+
+    def open(self, backbone: Backbone, seed: int) -> Stream:
+        key = noise.make_key(seed, "data")
+        return (
+            BlockStream(self, backbone, key) if self.streaming else SampleStream(self.samples(backbone), backbone, key)
+        )
+
+
+class BlockStream(Stream):
+    """A data set that can only be read in order, over and over. It is cut into blocks of `shuffle_buffer` samples, and
+    position p is a sample of block p // shuffle_buffer, in an order that the seed and the block's number give.
+
+    So the sample of a position is again a function of the seed and the position alone. A run resumes by skipping to
+    its block, and each of several processes reads the whole stream and takes its own positions out of it; what is
+    skipped is not decoded. Two blocks are kept, undecoded. Positions should ascend: one in an earlier block starts the
+    stream anew, except that the captions of the first block, for samples of fixed prompts, are remembered."""
+
+    def __init__(self, source: HubData, backbone: Backbone, key: int):
+        self._source, self._backbone, self._key, self._size = source, backbone, key, source.shuffle_buffer
+        self._rows = source.load(streaming=True)
+        self._blocks: dict[int, list[Row]] = {}
+        self._reader: Iterator[Row] = iter(())
+        self._next = -1  # the block that the reader is at
+        self._first_captions: list[str] | None = None
+
+    def prompts(self, positions: Tensor) -> list[str]:
+        if int(positions.max()) < self._size:
+            self._first_captions = self._first_captions or [self.caption(row) for row in self.block(0)]
+            order = permutation(self._size, self._key, 0)
+            return [self._first_captions[i] for i in order[positions].tolist()]
+        return [self.caption(self.sample(p)) for p in positions.tolist()]
+
+    def pixels(self, positions: Tensor) -> Tensor | None:
+        size = self._backbone.image_size
+        if self._source.image_column is None or size is None:
+            return None
+        where = f"{self._source.path}, sample {{}} of the stream"
+        return torch.stack([self._source.pixels(self.sample(p), where.format(p), size) for p in positions.tolist()])
+
+    def latents(self, positions: Tensor) -> Tensor | None:
+        pixels = self.pixels(positions)
+        return None if pixels is None else torch.stack([encode_picture(self._backbone, image) for image in pixels])
+
+    def caption(self, row: Row) -> str:
+        try:
+            column = choose_column(list(row), self._source.column, self._source.path)
+            return check_text(row[column], f"{column} of a row of {self._source.path}")
+        except ValueError as error:
+            raise DataError(f"data: {error}") from None
+
+    def sample(self, position: int) -> Row:
+        block, place = divmod(position, self._size)
+        return self.block(block)[int(permutation(self._size, self._key, block)[place])]
+
+    def block(self, number: int) -> list[Row]:
+        if number not in self._blocks:
+            if number != self._next:
+                self._reader = repeated(self._rows, number * self._size)
+            rows = list(itertools.islice(self._reader, self._size))
+            self._blocks = {k: v for k, v in self._blocks.items() if k == number - 1} | {number: rows}
+            self._next = number + 1
+        return self._blocks[number]
+
+
+def repeated(rows: Any, start: int) -> Iterator[Row]:
+    """Rows `start`, `start + 1`, ... of an iterable data set that is repeated for ever. Raises DataError if empty."""
+    while True:
+        found = False
+        for row in rows.skip(start):
+            found = True
+            yield row
+        if not found:
+            length = sum(len(table) for table in rows.with_format("arrow").iter(1000))
+            if length == 0:
+                raise DataError("data: the data set has no rows")
+            start %= length
+        else:
+            start = 0
+
+
+def image_bytes(value: Any) -> Path | BytesIO:
+    """An undecoded image: {"bytes", "path"} as `datasets` has it, or bytes. Anything else reads as a broken image."""
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return Path(value["path"])
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return BytesIO(data if isinstance(data, bytes) else b"")

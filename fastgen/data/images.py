@@ -1,0 +1,150 @@
+"""Folders of images, and how an image becomes pixels."""
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageOps
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.data.base import DataError, Samples, SampleSource
+from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, utf8
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ImageData(SampleSource):
+    """A folder of images (png, jpg, jpeg, webp), each with its caption in a .txt file of the same name; or with one
+    metadata.csv, .jsonl or .parquet of `file_name` and a caption column, as `datasets` has them.
+
+    Images are resized to cover the backbone's resolution and centre-cropped; smaller ones are refused unless
+    allow_upscaling. column: of the captions; `prompt`, `caption` or `text` by default."""
+
+    folder: str
+    column: str | None = None
+    allow_upscaling: bool = False
+    name: Literal["images"] = "images"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"latents", "pixels"})
+
+    def check(self, backbone: Any) -> None:
+        files, _ = self.read()
+        check_sizes(((str(f), image_size(f)) for f in files), resolution(backbone), self.allow_upscaling)
+
+    def samples(self, backbone: Backbone) -> Samples:
+        files, captions = self.read()
+        size = backbone.image_size
+        assert size is not None
+        return Samples(captions, torch.arange(len(files)),
+                       lambda i: read_image(files[i], size, str(files[i]), self.allow_upscaling))  # fmt: skip
+
+    def read(self) -> tuple[list[Path], list[str]]:
+        """Files and their captions. Raises ValueError if either is missing."""
+        folder = Path(self.folder)
+        tables = [folder / name for name in METADATA if (folder / name).is_file()]
+        if len(tables) > 1:
+            raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep one")
+        return read_metadata(tables[0], self.column) if tables else self.read_beside(folder)
+
+    def read_beside(self, folder: Path) -> tuple[list[Path], list[str]]:
+        """Captions from the text files beside the images."""
+        files = image_files(folder)
+        if self.column is not None:
+            raise ValueError(f"column: {folder} has none of {', '.join(METADATA)}, so no columns; leave it out")
+        missing = [f.name for f in files if not f.with_suffix(".txt").is_file()]
+        if missing:
+            raise ValueError(f"folder: {len(missing)} images in {folder} have no caption, first {missing[0]}; put the "
+                             "caption in a .txt file of the same name, or all in a metadata.csv")  # fmt: skip
+        captions = []
+        for text in (f.with_suffix(".txt") for f in files):
+            with utf8(text):
+                captions.append(text.read_text(encoding="utf-8-sig").strip())
+        return files, captions
+
+
+def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:
+    """The images a table lists, and their captions."""
+    columns = columns_of(table)
+    if "file_name" not in columns:
+        raise ValueError(f"{table} has no column file_name, only {', '.join(columns)}")
+    column = choose_column([c for c in columns if c != "file_name"], column, str(table))
+    names, values = read_columns(table, ["file_name", column])
+    captions = [check_text(value, f"{column} in row {i} of {table}") for i, value in enumerate(values, 1)]
+    files = [table.parent / check_text(n, f"file_name in row {i} of {table}") for i, n in enumerate(names, 1)]
+    missing = next((i for i, f in enumerate(files) if not f.is_file()), None)
+    if missing is not None:
+        raise ValueError(f"row {missing + 1} of {table} names {names[missing]}, which is not there")
+    return files, captions
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, sorted by name. Raises ValueError if there are none."""
+    if not folder.is_dir():
+        raise ValueError(f"no image folder at {folder}")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no png, jpg, jpeg or webp image")
+    return files
+
+
+def resolution(config: BackboneConfig) -> int:
+    """Pixels of a side that the backbone wants, from its configs alone. Raises ValueError if it takes no images."""
+    try:
+        size = config.build(torch.device("cpu"), torch.float32, 0).image_size
+    except OSError as error:
+        raise ValueError(f"cannot read the configs of the backbone: {error}") from None
+    if size is None:
+        raise ValueError(f"name: images need a backbone of images, which {config.name} is not")
+    return size
+
+
+def image_size(source: Path | BytesIO) -> tuple[int, int] | None:
+    """Width and height from the header alone; None if it is not an image."""
+    try:
+        with Image.open(source) as image:
+            return image.size
+    except UNREADABLE:
+        return None
+
+
+def check_sizes(sizes: Iterator[tuple[str, tuple[int, int] | None]], size: int, allow_upscaling: bool) -> None:
+    """Raises ValueError if one is no image, or some are smaller than the resolution. sizes: name, (width, height)."""
+    small = []
+    for where, found in sizes:
+        if found is None:
+            raise ValueError(f"{where} is not a readable image; replace or remove it")
+        if min(found) < size and not allow_upscaling:
+            small.append((where, found))
+    if small:
+        (where, (width, height)), count = small[0], len(small)
+        number = "1 image is" if count == 1 else f"{count} images are"
+        raise ValueError(
+            f"{number} smaller than the backbone's {size}x{size} pixels, first {where} with {width}x{height}; remove "
+            "them, set data.allow_upscaling: true, or train at a lower resolution"
+        )
+
+
+def read_image(source: Path | BytesIO, size: int, where: str, allow_upscaling: bool) -> Tensor:
+    """[3, size, size] in [0, 1]: turned as its EXIF says, the shorter side resized (bicubic, antialiased), the centre
+    cropped. Raises DataError, naming `where`, if it cannot be read or is too small."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        with Image.open(source) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except UNREADABLE as error:
+        raise DataError(f"cannot read the image {where}: {error}; replace or remove it") from None
+    if min(image.size) < size and not allow_upscaling:
+        raise DataError(f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {size}x{size}; "
+                        "remove it or set data.allow_upscaling: true")  # fmt: skip
+    return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).float() / 255

@@ -1,0 +1,257 @@
+"""Folders that `fastgen prepare` wrote: their manifest, what must agree with it, and reading them back.
+
+manifest.json                       what the tensors depend on, and every file's rows, size and sha256
+prompts.jsonl                       the prompts, one JSON string a line; the first is the empty one
+samples.safetensors                 prompt [N] and, with images, picture [N], int64: the rows of every sample
+prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
+latents-00000.safetensors ...       latents [n, *latent_shape], normalised
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.batch import Conditioning
+from fastgen.data.base import DataSource, Samples, SampleStream, Stream
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TABLES = ("prompts.jsonl", "samples.safetensors")
+ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
+VAE_FILES = ("vae/*.safetensors",)
+LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of the VAE's config
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PreparedData(DataSource):
+    """A folder that `fastgen prepare` wrote: prompts, their embeddings, and latents if its source had images. The text
+    encoders are not loaded, except for prompts that are not in it. Rows are read from the shards as they are needed.
+
+    Refused unless it was prepared with this recipe's text encoders and, where it has latents, its VAE and resolution.
+    Of the shards, sizes and headers are checked here; `fastgen prepare`, run again, checks every byte."""
+
+    folder: str
+    name: Literal["prepared"] = "prepared"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        try:
+            manifest = read_manifest(Path(self.folder))
+        except ValueError:
+            return frozenset({"latents", "pixels"})  # check says what is wrong with the folder
+        return frozenset({"latents"} if manifest["num_pictures"] else ())
+
+    def check(self, backbone: Any) -> None:
+        folder = Path(self.folder)
+        manifest = read_manifest(folder)
+        if not manifest["complete"]:
+            raise ValueError(f"folder: {folder} is not complete; run the same fastgen prepare again to finish it")
+        if not isinstance(backbone, PipelineConfig):
+            raise ValueError(f"name: prepared data is for diffusers pipelines, not backbone {backbone.name}")
+        wanted = identity(backbone, bool(manifest["num_pictures"]), manifest)
+        if changed := differing(manifest["identity"], wanted):
+            raise ValueError(f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
+                             "a new folder with this recipe, or train with the backbone of that one")  # fmt: skip
+        for name, entry in manifest["files"].items():
+            check_file(folder / name, entry)
+
+    def open(self, backbone: Backbone, seed: int) -> Stream:
+        assert isinstance(backbone, PipelineBackbone)
+        folder = Path(self.folder)
+        manifest, prompts = read_manifest(folder), read_prompt_lines(folder)
+        rows = load_file(folder / TABLES[1])
+        backbone.prepared = PreparedPrompts(folder, manifest, prompts)
+        samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
+        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), ShardRows(folder, manifest, "latents"))
+
+
+class PreparedStream(SampleStream):
+    """The samples of the source that was prepared, in the same order, with stored latents."""
+
+    def __init__(self, samples: Samples, backbone: Backbone, key: int, stored: "ShardRows"):
+        super().__init__(samples, backbone, key)
+        self._stored = stored
+
+    def latent(self, picture: int) -> Tensor:
+        return self._stored.read([picture])["latents"][0]
+
+
+class PreparedPrompts:
+    """The stored conditioning of prompts."""
+
+    def __init__(self, folder: Path, manifest: Manifest, prompts: Sequence[str]):
+        self._rows = {prompt: i for i, prompt in enumerate(prompts)}
+        self._stored = ShardRows(folder, manifest, "prompts")
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._rows
+
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        """Rows of `encode_chunk`, on the CPU. Raises KeyError for a prompt that is not in the folder."""
+        return self._stored.read([self._rows[p] for p in prompts])
+
+
+class ShardRows:
+    """Rows of the shards of one kind, memory-mapped: row i lies in shard i // shard_size."""
+
+    def __init__(self, folder: Path, manifest: Manifest, kind: str):
+        self._folder, self._kind, self._size = folder, kind, manifest["shard_size"]
+        self._lengths: Mapping[str, int] = manifest["lengths"]
+        self._shard = lru_cache(maxsize=64)(self._open)
+
+    def _open(self, number: int) -> Any:
+        return safe_open(self._folder / shard_name(self._kind, number), framework="pt")
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        parts = []
+        for shard, place in (divmod(row, self._size) for row in rows):
+            file = self._shard(shard)
+            part = {key: file.get_slice(key)[place : place + 1] for key in file.keys()}  # noqa: SIM118
+            parts.append(Conditioning({k: unfold(v, self._lengths.get(k)) for k, v in part.items()}))
+        return Conditioning.cat(parts)
+
+
+def shard_name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05d}.safetensors"
+
+
+def fold(rows: Tensor) -> Tensor:
+    """Tokens [n, L, D] without all but the first of the trailing tokens that repeat in every row: padding. Other
+    shapes as they are. `unfold` undoes it."""
+    if rows.dim() != 3:
+        return rows
+    same = (rows == rows[:, -1:]).all(dim=-1).all(dim=0)
+    run = int(same.flip(0).to(torch.int64).cumprod(0).sum())
+    return rows[:, : rows.shape[1] - run + 1]
+
+
+def unfold(rows: Tensor, length: int | None) -> Tensor:
+    """The last token repeated up to `length` tokens."""
+    if length is None or length == rows.shape[1]:
+        return rows
+    return torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], dim=1)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError if the folder has none that this version reads."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"folder: {folder} is not a prepared folder: it has no {MANIFEST}; write one with fastgen "
+                         "prepare recipe.yaml --output FOLDER")  # fmt: skip
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"folder: {path} is not readable; prepare the data again") from None
+    if found != FORMAT:
+        raise ValueError(f"folder: {folder} has format {found} and this version reads {FORMAT}; prepare it again")
+    return manifest
+
+
+def read_prompt_lines(folder: Path) -> list[str]:
+    with (folder / TABLES[0]).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file is not of the size, or a shard not of the rows, that the manifest says."""
+    again = "run the same fastgen prepare again to make it anew"
+    if not path.is_file():
+        raise ValueError(f"folder: {path} is missing; {again}")
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"folder: {path} has {path.stat().st_size} bytes instead of {entry['bytes']}; it was cut "
+                         f"short or changed; {again}")  # fmt: skip
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = {file.get_slice(key).get_shape()[0] for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"folder: {path} is damaged: {error}; {again}") from None
+    if rows != {entry["rows"]}:
+        raise ValueError(f"folder: {path} has {sorted(rows)} rows instead of {entry['rows']}; {again}")
+
+
+def identity(config: PipelineConfig, images: bool, known: Manifest | None = None) -> dict[str, Any]:
+    """What prepared tensors depend on: the family and its settings for prompts, the text encoders and tokenizers by
+    their files' sha256 and, with images, the VAE, scaling, resolution and latent shape. Of a hub id, the commit. Reads
+    configs and hashes files; those whose size and time stamp a manifest knows are not read again. Raises ValueError if
+    they are not there."""
+    try:
+        backbone = config.build(torch.device("cpu"), torch.float32, 0)
+        assert isinstance(backbone, PipelineBackbone)
+        settings = {"name": config.name} | {k: v for k, v in vars(config).items() if k in config.prompt_keys}
+        result: dict[str, Any] = {"backbone": settings, "encoders": fingerprint(config, ENCODER_FILES, known)}
+        if images:
+            vae = {key: backbone.vae_config.get(key) for key in LATENT_KEYS}
+            result |= {
+                "vae": fingerprint(config, VAE_FILES, known),
+                "vae_config": vae,
+                "resolution": backbone.image_size,
+                "latent_shape": list(backbone.latent_shape),
+            }
+    except OSError as error:
+        raise ValueError(f"cannot read the configs of the backbone: {error}") from None
+    return result
+
+
+def fingerprint(config: PipelineConfig, patterns: Sequence[str], known: Manifest | None) -> dict[str, str]:
+    """sha256 of the files of a local pipeline folder, by their path in it; of a hub id, the commit."""
+    folder = config.local_folder()
+    if folder is None:
+        DiffusionPipeline.load_config(config.path)
+        index = try_to_load_from_cache(config.path, "model_index.json")
+        return {"commit": Path(str(index)).parent.name}
+    found, stamps = (known["identity"], known["source_stamps"]) if known else ({}, {})
+    hashes = found.get("encoders", {}) | found.get("vae", {})
+    result = {}
+    for name in source_files(folder, patterns):
+        trusted = name in hashes and stamps.get(name) == stamp(folder / name)
+        result[name] = hashes[name] if trusted else sha256(folder / name)
+    return result
+
+
+def source_files(folder: Path, patterns: Iterable[str]) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for pattern in patterns for f in folder.glob(pattern) if f.is_file())
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and modification time."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """'key (value there, value here)' for every dotted key that differs; hashes and lists shortened."""
+    from fastgen.config import flatten
+
+    a, b = flatten(there), flatten(here)
+
+    def shown(value: Any) -> str:
+        text = "none" if value is None else str(value)
+        return text if len(text) < 60 else f"{text[:12]}..."
+
+    return [f"{k} ({shown(a.get(k))} there, {shown(b.get(k))} here)" for k in dict.fromkeys([*a, *b])
+            if a.get(k) != b.get(k)]  # fmt: skip

@@ -1,0 +1,56 @@
+"""Prompts alone, for objectives that need no data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from fastgen.backbones.base import Backbone
+from fastgen.data.base import Samples, SampleSource
+from fastgen.data.tables import TABLES, read_captions, read_lines
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PromptData(SampleSource):
+    """prompts: a list; a text file with one a line; or a csv, tsv, jsonl or parquet file with a column of them.
+    column: its name; `prompt`, `caption` or `text` by default, the first of these that is there."""
+
+    prompts: str | tuple[str, ...]
+    column: str | None = None
+    name: Literal["prompts"] = "prompts"
+
+    def check(self, backbone: Any) -> None:
+        read_prompts(self.prompts, self.column)
+
+    def samples(self, backbone: Backbone) -> Samples:
+        return Samples(read_prompts(self.prompts, self.column))
+
+
+def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> list[str]:
+    """A list as it is, or the prompts of a file (see PromptData). Raises ValueError, with the line, for anything that
+    is not a prompt, and if there are none."""
+    if not isinstance(prompts, str):
+        if column is not None:
+            raise ValueError("column: a list of prompts has no columns; leave it out")
+        if not prompts:
+            raise ValueError("there are no prompts")
+        return list(prompts)
+    path = Path(prompts)
+    if not path.is_file():
+        raise ValueError(f"no prompt file at {prompts}; give a txt, csv, tsv, jsonl or parquet file, or a list")
+    if path.suffix.lower() in TABLES:
+        found = read_captions(path, column)
+        blank = next((i for i, prompt in enumerate(found, 1) if not prompt.strip()), None)
+        if blank is not None:
+            raise ValueError(f"row {blank} of {path} has an empty prompt; remove the row")
+        return found
+    if path.suffix.lower() not in ("", ".txt"):
+        raise ValueError(f"prompts are read from txt, csv, tsv, jsonl and parquet files, not from {path.name}")
+    if column is not None:
+        raise ValueError(f"column: the text file {path} has no columns; leave it out")
+    found = read_lines(path)
+    if not found:
+        raise ValueError(f"there are no prompts in {path}: it is empty")
+    return found

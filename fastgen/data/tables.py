@@ -1,0 +1,148 @@
+"""Columns of text and table files: txt, csv, tsv, jsonl and parquet, with errors that name the line."""
+
+import csv
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CAPTION_COLUMNS = ("prompt", "caption", "text")  # looked for in this order
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a UTF-8 file, stripped."""
+    with utf8(path), path.open(encoding="utf-8-sig") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def read_captions(path: Path, column: str | None) -> list[str]:
+    """The caption column of a table. Raises ValueError for one that is not there, has no rows, or holds anything but
+    text."""
+    column = choose_column(columns_of(path), column, str(path))
+    (values,) = read_columns(path, [column])
+    return [check_text(value, f"{column} in row {i} of {path}") for i, value in enumerate(values, 1)]
+
+
+def choose_column(columns: Sequence[str], column: str | None, where: str) -> str:
+    """The column of the captions: the one asked for, or the first of prompt, caption, text that is there."""
+    found = next((c for c in CAPTION_COLUMNS if c in columns), None) if column is None else column
+    if found is None or found not in columns:
+        what = "no column prompt, caption or text" if column is None else f"no column {column!r}"
+        raise ValueError(f"column: {where} has {what}; choose one of {', '.join(columns)}")
+    return found
+
+
+def check_text(value: Any, where: str) -> str:
+    """The value. Raises ValueError if it is not text."""
+    if not isinstance(value, str):
+        shown = "null" if value is None else f"{str(value)[:40]!r} ({type(value).__name__})"
+        raise ValueError(f"{where} is {shown}, not text; correct or remove it, or choose another column")
+    return value
+
+
+def columns_of(path: Path) -> list[str]:
+    """Column names; of jsonl, the keys of the first line. Raises ValueError for an empty file."""
+    if path.suffix.lower() == ".parquet":
+        with parquet_file(path) as file:
+            return list(file.schema_arrow.names)
+    first = next(rows_of(path), None)
+    if first is None:
+        raise ValueError(f"{path} is empty: it has no rows")
+    return list(first)
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> list[list[Any]]:
+    """One list a column, of equal length. Raises ValueError if there are no rows, or a row lacks a column."""
+    if path.suffix.lower() == ".parquet":
+        with parquet_file(path) as file:
+            table = file.read(columns=list(columns))
+            values = [table.column(column).to_pylist() for column in columns]
+    else:
+        values = [[] for _ in columns]
+        for number, row in enumerate(rows_of(path), 1):
+            for column, found in zip(columns, values, strict=True):
+                if column not in row:
+                    raise ValueError(f"row {number} of {path} has no {column}")
+                found.append(row[column])
+    if not values[0]:
+        raise ValueError(f"{path} is empty: it has no rows")
+    return values
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a csv, tsv or jsonl file."""
+    with utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            yield from json_rows(path, file)
+        else:
+            yield from csv_rows(path, file)
+
+
+def json_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} of {path} is not an object like {{"prompt": "a lighthouse"}}')
+        yield row
+
+
+def csv_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, str]]:
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        header = next(reader, None)
+        for cells in reader if header else ():
+            if cells and len(cells) != len(header or ()):
+                raise ValueError(f"line {reader.line_num} of {path} has {len(cells)} cells and the header "
+                                 f"{len(header or ())}; text with a comma in it needs quotes")  # fmt: skip
+            if cells:
+                yield dict(zip(header or (), cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {path} is not valid csv: {error}") from None
+
+
+@contextmanager
+def utf8(path: Path) -> Iterator[None]:
+    """Turns a decoding error into a ValueError that names the line."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            number = next(i for i, line in enumerate(file, 1) if not decodes(line))
+        raise ValueError(f"line {number} of {path} is not UTF-8; convert the file, for example with iconv -f "
+                         f"WINDOWS-1252 -t UTF-8") from None  # fmt: skip
+
+
+def decodes(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[Any]:
+    pyarrow = import_extra("pyarrow.parquet", str(path))
+    try:
+        with pyarrow.ParquetFile(path) as file:
+            yield file
+    except (OSError, import_extra("pyarrow", str(path)).ArrowInvalid) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def import_extra(module: str, needed_by: str) -> ModuleType:
+    """A module of the optional extra `data`. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.partition(".")[0]
+        raise ValueError(f"{needed_by} needs {package}; install it with pip install 'fastgen-distill[data]'") from None

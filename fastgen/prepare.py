@@ -1,0 +1,223 @@
+"""`fastgen prepare`: a recipe's prompts and images, encoded once into a folder that data {name: prepared} reads.
+
+The manifest is written anew after every file, and every file beside its place and then renamed; so the work may be
+stopped at any moment, and goes on after the last complete file when it is started again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+import fastgen
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.config import Recipe, to_dict
+from fastgen.data.base import Samples, SampleSource, encode_picture
+from fastgen.data.prepared import (
+    ENCODER_FILES,
+    FORMAT,
+    MANIFEST,
+    TABLES,
+    VAE_FILES,
+    Manifest,
+    differing,
+    fold,
+    identity,
+    read_manifest,
+    sha256,
+    shard_name,
+    source_files,
+    stamp,
+)
+from fastgen.data.prompts import read_prompts
+from fastgen.evaluation import EvalConfig
+from fastgen.metrics.reference import open_reference
+
+ENCODED_AT_ONCE = 32  # prompts, as PipelineBackbone does
+
+Make = Callable[[], bytes]
+
+
+def prepare(recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: int = 256) -> Manifest:
+    """Encodes every prompt of the recipe's data and evaluation, and every image of its data. dtype: of the stored
+    prompt tokens and latents. shard_size: rows a file, which is also what an interruption may lose. Returns the
+    manifest.
+
+    A folder that is complete is verified, byte for byte, and what is damaged is made again. Raises ValueError, before
+    weights load, for data that cannot be prepared, and for a folder that holds anything else or was prepared with
+    other settings; DataError for an image that cannot be read."""
+    config, source = recipe.backbone, recipe.data
+    if not isinstance(config, PipelineConfig):
+        raise ValueError(f"backbone.name: prepare is for diffusers pipelines; {config.name} has nothing to encode")
+    if not isinstance(source, SampleSource) or getattr(source, "streaming", False):
+        raise ValueError("data.name: prepare needs a source with random access to its rows: prompts, images, "
+                         "webdataset, or hub with streaming: false")  # fmt: skip
+    known = begun(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = config.build(device, getattr(torch, recipe.train.dtype), recipe.seed)
+    assert isinstance(backbone, PipelineBackbone)
+    samples = source.samples(backbone)
+    prompts = list(dict.fromkeys(["", *samples.prompts, *evaluation_prompts(recipe.eval)]))
+    manifest: Manifest = {
+        "format": FORMAT,
+        "fastgen": fastgen.__version__,
+        "source": config.path,
+        "identity": identity(config, samples.num_pictures > 0, known),
+        "data": to_dict(source),
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "num_samples": len(samples.prompts),
+        "num_prompts": len(prompts),
+        "num_pictures": samples.num_pictures,
+        "samples_sha256": hashlib.sha256(prompt_lines(prompts) + sample_rows(samples, prompts)).hexdigest(),
+    }
+    if known is not None:
+        check_settings(folder, known, manifest)
+    manifest["source_stamps"] = stamps(config)
+    for key, empty in (("lengths", {}), ("complete", False), ("files", {})):
+        manifest[key] = empty if known is None else known[key]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / MANIFEST, dump(manifest))
+    with tqdm(total=len(prompts) + samples.num_pictures, desc="preparing", unit="row") as bar:
+        files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
+        for name, (rows, make) in files.items():
+            if name in manifest["files"] and verified(folder / name, manifest["files"][name]):
+                bar.update(rows if name not in TABLES else 0)
+                continue
+            data = make()
+            write(folder / name, data)
+            digest = hashlib.sha256(data).hexdigest()
+            manifest["files"][name] = {"rows": rows, "bytes": len(data), "sha256": digest}
+            write(folder / MANIFEST, dump(manifest))
+    manifest["files"] = {name: manifest["files"][name] for name in files}  # in order also after repairs
+    manifest["complete"] = True
+    write(folder / MANIFEST, dump(manifest))
+    return manifest
+
+
+def plan(
+    backbone: PipelineBackbone, samples: Samples, prompts: Sequence[str], dtype: torch.dtype, shard_size: int,
+    lengths: dict[str, int], bar: Any,
+) -> dict[str, tuple[int, Make]]:  # fmt: skip
+    """Every file of the folder: its rows, and what makes its bytes."""
+    files: dict[str, tuple[int, Make]] = {
+        "prompts.jsonl": (len(prompts), partial(prompt_lines, prompts)),
+        "samples.safetensors": (len(samples.prompts), partial(sample_rows, samples, prompts)),
+    }
+    for i, rows in enumerate(spans(len(prompts), shard_size)):
+        make = partial(encode_prompts, backbone, prompts[rows.start : rows.stop], dtype, lengths, bar)
+        files[shard_name("prompts", i)] = (len(rows), make)
+    for i, rows in enumerate(spans(samples.num_pictures, shard_size)):
+        files[shard_name("latents", i)] = (len(rows), partial(encode_pictures, backbone, samples, rows, dtype, bar))
+    return files
+
+
+def begun(folder: Path) -> Manifest | None:
+    """The manifest of a folder that was begun; None for a new or empty one. Raises ValueError for any other."""
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder)
+    if folder.exists() and (not folder.is_dir() or any(f.name != f"{MANIFEST}.partial" for f in folder.iterdir())):
+        raise ValueError(f"{folder} is not empty and was not written by fastgen prepare; choose another --output")
+    return None
+
+
+def check_settings(folder: Path, known: Manifest, wanted: Manifest) -> None:
+    """Raises ValueError if the folder was begun with other settings."""
+    keys = [key for key in wanted if key not in ("fastgen", "source")]
+    if changed := differing({key: known[key] for key in keys}, {key: wanted[key] for key in keys}):
+        raise ValueError(f"{folder} was prepared with other settings: {'; '.join(changed)}. Choose another --output, "
+                         "or undo the change to continue")  # fmt: skip
+
+
+def stamps(config: PipelineConfig) -> dict[str, list[int]]:
+    """Size and time of the pipeline's files, so that an unchanged one is hashed once; {} for a hub id."""
+    folder = config.local_folder()
+    if folder is None:
+        return {}
+    return {name: stamp(folder / name) for name in source_files(folder, (*ENCODER_FILES, *VAE_FILES))}
+
+
+def evaluation_prompts(config: EvalConfig) -> Sequence[str]:
+    """What the recipe's evaluation samples, so that it needs no text encoders either."""
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    return () if config.reference is None else open_reference(config.reference).prompts
+
+
+def prompt_lines(prompts: Sequence[str]) -> bytes:
+    return "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts).encode()
+
+
+def sample_rows(samples: Samples, prompts: Sequence[str]) -> bytes:
+    """prompt [N] and picture [N]: the rows of every sample."""
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+    tensors = {"prompt": torch.tensor([row[p] for p in samples.prompts])}
+    if samples.pictures is not None:
+        tensors["picture"] = samples.pictures
+    return save(tensors)
+
+
+@torch.no_grad()
+def encode_prompts(
+    backbone: PipelineBackbone, prompts: Sequence[str], dtype: torch.dtype, lengths: dict[str, int], bar: Any
+) -> bytes:
+    """One shard. lengths: token counts by key, filled in; padding is stored once."""
+    chunks = []
+    for some in spans(len(prompts), ENCODED_AT_ONCE):
+        chunks.append({k: v.cpu() for k, v in backbone.encode_chunk(list(prompts[some.start : some.stop])).items()})
+        bar.update(len(some))
+    rows = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    for key, value in rows.items():
+        if value.dim() == 3 and lengths.setdefault(key, value.shape[1]) != value.shape[1]:
+            raise ValueError(
+                f"{key} has {value.shape[1]} tokens here and {lengths[key]} before: not one length to pad to"
+            )
+    return save({key: narrowed(fold(value), dtype).contiguous() for key, value in rows.items()})
+
+
+def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens [n, L, D] in the stored dtype; whatever else a prompt brings is small, and may be sizes that a narrow
+    dtype would round."""
+    return rows.to(dtype) if rows.dim() == 3 and rows.is_floating_point() else rows
+
+
+def encode_pictures(
+    backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
+) -> bytes:
+    """One shard: latents [n, *latent_shape]."""
+    assert samples.read is not None
+    latents = []
+    for picture in pictures:
+        latents.append(encode_picture(backbone, samples.read(picture)).to(dtype))
+        bar.update()
+    return save({"latents": torch.stack(latents)})
+
+
+def spans(count: int, size: int) -> list[range]:
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def verified(path: Path, entry: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+
+def dump(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Written beside, made durable, then renamed."""
+    partial_file = path.with_name(path.name + ".partial")
+    with partial_file.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial_file, path)
