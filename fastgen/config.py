@@ -21,6 +21,8 @@ from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
 from fastgen.data import DATA, DataSource
 from fastgen.evaluation import EvalConfig
+from fastgen.health import HealthConfig
+from fastgen.lora import LoraConfig
 from fastgen.networks import OptimizerConfig
 from fastgen.objectives import OBJECTIVES, Objective
 from fastgen.rollout import RolloutPolicy
@@ -32,13 +34,22 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainConfig:
-    """The loop. One step is one student update; every `*_every` counts those, 0 switches the event off."""
+    """The loop. One step is one student update; every `*_every` counts those, 0 switches the event off.
+
+    strategy: how several processes share the work. ddp: every one holds every network; fsdp: networks are divided
+    (`fully_shard`); auto: fsdp where the launcher was configured for it, else ddp. num_processes: if given, any other
+    number is refused (accelerate's `--cpu --num_processes 2` starts one)."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # samples of one micro-batch, on each process
     accumulate: int = Field(default=1, ge=1)  # micro-batches of every inner update
     mixed_precision: Literal["no", "bf16"] = "no"  # forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
+    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # the teacher's; None: dtype
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, block by block
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    num_processes: int | None = Field(default=None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     log_every: int = Field(default=10, ge=1)
     sample_every: int = Field(default=100, ge=0)
@@ -46,6 +57,7 @@ class TrainConfig:
     eval_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=200, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    resume_from: str | None = None  # a checkpoint's name, step_00000200; None: the newest complete one
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
@@ -60,6 +72,8 @@ class Recipe:
     optimizers: dict[str, OptimizerConfig]
     train: TrainConfig
     eval: EvalConfig
+    lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
+    health: HealthConfig = HealthConfig()
     seed: int = Field(default=0, ge=0)
 
 
@@ -67,7 +81,19 @@ BASES: dict[str, type] = {"backbone": BackboneConfig, "data": DataSource, "objec
 
 # Keys a continued run may change: they do not alter what has already been computed.
 MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
-                "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "eval")  # fmt: skip
+                "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.resume_from",
+                "train.strategy", "train.num_processes", "train.device", "train.batch_size", "train.accumulate",
+                "train.gradient_checkpointing", "health", "eval")  # fmt: skip
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Safe loading that refuses a key given twice, which YAML itself would settle silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if twice := next((k for i, k in enumerate(keys) if k in keys[:i] and k != "<<"), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -75,7 +101,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError for anything that is wrong with it."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), UniqueKeys)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -168,20 +194,25 @@ def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence
             raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
     for name, hint in typing.get_type_hints(cls).items():
         value, section = values.get(name), section_class(hint)
-        if isinstance(value, bool) and hint in (int, float, int | None, float | None):
+        if isinstance(value, bool) and bool not in options(hint) and {int, float} & set(options(hint)):
             raise RecipeError(f"{prefix}{name}: a number is needed, got {str(value).lower()}")
         if section is not None and isinstance(value, dict):
             check_keys(value, section, f"{prefix}{name}.")
-        elif hint == dict[str, OptimizerConfig] and isinstance(value, dict):
+        elif typing.get_origin(hint) is dict and isinstance(value, dict):
+            section = section_class(typing.get_args(hint)[1])
             for role, sub in value.items():
-                if isinstance(sub, dict):
-                    check_keys(sub, OptimizerConfig, f"{prefix}{name}.{role}.")
+                if section is not None and isinstance(sub, dict):
+                    check_keys(sub, section, f"{prefix}{name}.{role}.")
 
 
 def section_class(hint: Any) -> type | None:
     """The dataclass behind a type hint, also as X | None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+    return next((o for o in options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the hint alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -209,6 +240,13 @@ def check_recipe(recipe: Recipe) -> None:
     for role in objective.trained_roles:
         if role not in recipe.optimizers:
             raise RecipeError(f"missing key optimizers.{role}: this objective trains it; give at least its lr")
+    check_lora(recipe)
+    if recipe.train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
+        raise RecipeError(f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; "
+                          "set it to false")  # fmt: skip
+    if recipe.train.frozen_dtype in ("bfloat16", "float16") and recipe.train.mixed_precision == "no":
+        raise RecipeError(f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
+                          "need train.mixed_precision: bf16")  # fmt: skip
     missing = objective.needs - recipe.data.provides
     if missing:
         raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
@@ -221,6 +259,16 @@ def check_recipe(recipe: Recipe) -> None:
             check()
         except ValueError as error:
             raise RecipeError(f"{section}: {error}") from None
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Adapters go on roles that are trained copies of the teacher."""
+    objective = recipe.objective
+    possible = [role for role in objective.trained_roles if role not in objective.own_networks]
+    for role in recipe.lora:
+        if role not in possible:
+            raise RecipeError(f"lora.{role}: this objective's roles that can be adapters are {', '.join(possible)}"
+                              f"{nearest(role, possible)}")  # fmt: skip
 
 
 def to_dict(value: Any) -> Any:

@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastgen.batch import Conditioning
+from fastgen.recomputation import checkpointed
 from fastgen.schedule import PredictionType, Schedule
+from fastgen.sharding import is_sharded
 
 
 class Denoiser(nn.Module):
@@ -66,6 +72,41 @@ class Denoiser(nn.Module):
         """Modules at increasing depth whose outputs are features for a discriminator."""
         raise NotImplementedError
 
+    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+        """Extends the network by integer inputs, name -> number of values, without changing what it computes.
+        dim: width of its time embedding."""
+        self.set_time_embedding(ExtraInputs(self.time_embedding, dim, counts))
+
+    def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
+        """What holds at level t of a value that may differ by expert, such as a guidance scale. One network has one:
+        raises ValueError for several."""
+        if isinstance(value, Sequence):
+            raise ValueError(f"one value is needed, got {list(value)}: this model has a single network")
+        return value
+
+    @property
+    def captured_modules(self) -> Sequence[nn.Module]:
+        """The modules that `capture` listens to: a forward calls as many of them as there are feature_modules."""
+        return self.feature_modules
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        """The modules that are gathered one after the other when the network is divided over processes."""
+        return self.feature_modules
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether processes hold the parameters together, and so have to call the network together."""
+        return is_sharded(self)
+
+    def average(self) -> "Denoiser":
+        """A copy of itself, the place of its moving average."""
+        return deepcopy(self)
+
+    def enable_checkpointing(self) -> None:
+        """Computes activations again in the backward pass, block by block."""
+        self.network.enable_gradient_checkpointing(gradient_checkpointing_func=checkpointed)  # type: ignore[operator]
+
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
         """Collects the features [B, N, feature_dim], one entry a depth, of every forward inside the context."""
@@ -73,9 +114,17 @@ class Denoiser(nn.Module):
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             tokens = output if isinstance(output, Tensor) else output[-1]
+            if tokens.dim() == 4:  # a feature map [B, feature_dim, H, W]
+                tokens = tokens.flatten(2).mT
             features.append(tokens if tokens.dim() == 3 else tokens[:, None])
 
-        hooks = [module.register_forward_hook(keep) for module in self.feature_modules]
+        def tie(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            for i in range(len(features) - len(self.feature_modules), len(features)):
+                features[i] = features[i] + 0 * output.sum().to(features[i].dtype)
+
+        hooks = [module.register_forward_hook(keep) for module in self.captured_modules]
+        if self.is_divided:  # the backward pass gathers what lies outside the blocks when it meets the output
+            hooks.append(self.register_forward_hook(tie))
         try:
             yield features
         finally:
@@ -96,10 +145,13 @@ class ExtraInputs(nn.Module):
         self.tables = nn.ModuleDict({n: nn.Embedding(c, dim, _weight=torch.zeros(c, dim)) for n, c in counts.items()})
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
-        out = self.embedding(timestep[:, 0], *rest)
+        return self.add(self.embedding(timestep[:, 0], *rest), timestep)
+
+    def add(self, embedding: Tensor, timestep: Tensor) -> Tensor:
+        """embedding [B, dim] plus the branches of the extra scalars."""
         for column, table in enumerate(self.tables.values(), start=1):
-            out = out + table(timestep[:, column].round().long())
-        return out
+            embedding = embedding + table(timestep[:, column].round().long())
+        return embedding
 
 
 def pack_extras(embedding: nn.Module, timestep: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
@@ -112,8 +164,130 @@ def pack_extras(embedding: nn.Module, timestep: Tensor, extras: Mapping[str, Ten
 
 def add_stop_input(denoiser: Denoiser, num_stops: int, dim: int) -> Denoiser:
     """Lets a denoiser be told at which step of the rollout its input was produced (extra input "stop")."""
-    denoiser.set_time_embedding(ExtraInputs(denoiser.time_embedding, dim, {"stop": num_stops}))
+    denoiser.add_inputs({"stop": num_stops}, dim)
     return denoiser
+
+
+class Experts(Denoiser):
+    """Networks of one kind that share the noise levels: expert 0 from boundaries[0] up to t = 1, expert i from
+    boundaries[i] up to below boundaries[i - 1], the last one below all of them.
+
+    One module and one role; every row of a batch goes to the expert of its level."""
+
+    def __init__(self, experts: Sequence[Denoiser], boundaries: Sequence[float]):
+        """Raises ValueError unless there is one boundary less than experts, decreasing, inside (0, 1)."""
+        nn.Module.__init__(self)
+        edges = [1.0, *boundaries, 0.0]
+        if len(experts) != len(boundaries) + 1 or not all(low < high for high, low in pairwise(edges)):
+            wanted = f"{len(experts) - 1} boundaries, decreasing in (0, 1)"
+            raise ValueError(f"{len(experts)} experts need {wanted}, got {list(boundaries)}")
+        self.experts = nn.ModuleList(experts)
+        self.boundaries = tuple(boundaries)
+        self.schedule, self.prediction_type = experts[0].schedule, experts[0].prediction_type
+        self.feature_dim = experts[0].feature_dim
+        self._captures = 0
+
+    def expert_of(self, t: Tensor) -> Tensor:
+        """The index of each row's expert: [B] int64. Raises ValueError if the frames of a sample, t [B, F], differ."""
+        index = torch.stack([t < b for b in self.boundaries]).sum(0)
+        if index.dim() == 1:
+            return index
+        if bool((index != index[:, :1]).any()):
+            raise ValueError(f"the frames of a sample need levels of one expert; the boundaries are {self.boundaries}")
+        return index[:, 0]
+
+    def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
+        """[B]: the value of each row's expert, where there is one for each."""
+        if not isinstance(value, Sequence):
+            return value
+        if len(value) != len(self.experts):
+            raise ValueError(f"{len(self.experts)} experts need as many values, got {list(value)}")
+        return torch.tensor(value, device=t.device, dtype=t.dtype)[self.expert_of(t)]
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        told_time: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        predict: PredictionType = "sample",
+    ) -> Tensor:
+        """As Denoiser.forward; t, not told_time, chooses the expert.
+
+        Networks divided over processes are gathered by all of them together: each process then calls every expert that
+        any of them has rows for, with a row of its own that adds nothing where it has none."""
+        index = self.expert_of(t)
+        called = self.called_experts(index)
+        if len(called) > 1 and self._captures:
+            raise ValueError(
+                f"features are of one expert, and the levels of this batch lie on both sides of {self.boundaries}; "
+                "draw them within one expert (gan_time.low and gan_time.high of DMD2)"
+            )
+        if len(called) == 1:
+            expert = self.experts[called[0]]
+            return expert(x_t, t, cond, told_time=told_time, extras=extras, predict=predict)
+
+        def call(i: int, rows: Tensor) -> Tensor:
+            told = None if told_time is None else told_time[rows]
+            more = {k: v[rows] for k, v in (extras or {}).items()}
+            return self.experts[i](x_t[rows], t[rows], cond.select(rows), told_time=told, extras=more, predict=predict)
+
+        rows = {i: (index == i).nonzero().squeeze(1) for i in called}
+        parts = {i: call(i, r if len(r) else torch.zeros_like(index[:1])) for i, r in rows.items()}
+        nothing = sum(0 * parts[i].sum() for i in called if not len(rows[i]))
+        out = torch.cat([parts[i] for i in called if len(rows[i])]) + nothing
+        return out[torch.cat(list(rows.values())).argsort()]
+
+    def called_experts(self, index: Tensor) -> list[int]:
+        """Those with rows here; where networks are divided, those with rows in any process."""
+        if not isinstance(self, FSDPModule):
+            return index.unique().tolist()
+        counts = torch.bincount(index, minlength=len(self.experts))
+        dist.all_reduce(counts)
+        return counts.nonzero().squeeze(1).tolist()
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        """The first expert's; all have one of this kind."""
+        return self._parts[0].time_embedding
+
+    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+        for expert in self._parts:
+            expert.add_inputs(counts, dim)
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        """The first expert's; all have as many."""
+        return self._parts[0].feature_modules
+
+    @property
+    def captured_modules(self) -> Sequence[nn.Module]:
+        return [module for expert in self._parts for module in expert.feature_modules]
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return [module for expert in self._parts for module in expert.shard_modules]
+
+    def enable_checkpointing(self) -> None:
+        for expert in self._parts:
+            expert.enable_checkpointing()
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Tensor]]:
+        """As for one network. A forward inside whose rows need several experts raises ValueError: their features have
+        no common batch."""
+        self._captures += 1
+        try:
+            with super().capture() as features:
+                yield features
+        finally:
+            self._captures -= 1
+
+    @property
+    def _parts(self) -> list[Denoiser]:
+        return list(self.experts)  # type: ignore[arg-type]
 
 
 class TokenHeads(nn.Module):

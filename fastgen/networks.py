@@ -3,16 +3,17 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
 from fastgen.denoiser import Denoiser
+from fastgen.recomputation import remembered
 from fastgen.rollout import RolloutPolicy
+from fastgen.sharding import local
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -76,33 +77,38 @@ class Networks(Mapping[str, nn.Module]):
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Gradient passes through the modules to their inputs, and none is left on their parameters."""
+    """Gradient passes through the modules to their inputs, and none is left on their parameters; also where a
+    checkpointed forward is repeated in the backward pass."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:
-        yield
+        with remembered(lambda: frozen(*modules)):
+            yield
     finally:
         for p in parameters:
             p.requires_grad_(True)
 
 
 class Ema:
-    """Exponential moving average of a network's parameters, in their own dtype and on their own device.
+    """Exponential moving average of a network's parameters, in their own dtype, each process averaging what it holds.
 
     average <- decay average + (1 - decay) parameter. The decay warms up as min(decay, (1 + n) / (10 + n)) at update n,
     so that a short run is not dominated by its first weights (the rule of torch_ema and timm)."""
 
-    def __init__(self, module: Denoiser, decay: float):
-        self.module: Denoiser = deepcopy(module).requires_grad_(False).eval()
+    def __init__(self, average: Denoiser, module: nn.Module, decay: float):
+        self.module = average.requires_grad_(False).eval()
         self.decay = decay
         self.updates = 0
+        self.move(module, 0.0)
+
+    def update(self, module: nn.Module) -> None:
+        self.move(module, min(self.decay, (1 + self.updates) / (10 + self.updates)))
+        self.updates += 1
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average: list[Tensor] = list(self.module.parameters())
-        torch._foreach_lerp_(average, list(module.parameters()), 1 - decay)
+    def move(self, module: nn.Module, decay: float) -> None:
+        average = [local(p) for p in self.module.parameters()]
+        torch._foreach_lerp_(average, [local(p).detach() for p in module.parameters()], 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
-        self.updates += 1

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -50,6 +51,17 @@ class RolloutPolicy:
         return len(self.timesteps)
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class TeacherPolicy(RolloutPolicy):
+    """A stock scheduler's deterministic sampling, which may begin beside the law of x_t and end short of clean data.
+
+    initial_scale: factor of the first noise; sigma(timesteps[0]) where EulerDiscreteScheduler starts from sigma_max.
+    final_level: the level the last step goes to; that of step 0 where DDIMScheduler has set_alpha_to_one: false."""
+
+    initial_scale: float = Field(default=1.0, gt=0)
+    final_level: float = Field(default=0.0, ge=0, le=1)
+
+
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class Step:
     """One executed step: input x_t [B, ...] at level t [B], clean prediction x0, next state x_next.
@@ -89,16 +101,21 @@ def transition(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: T
 
 
 def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise) -> Tensor:
-    """Runs the student from noise("initial") through all its steps: clean samples [B, ...].
+    """Runs the student from noise("initial") through all its steps: clean samples [B, ...], or a TeacherPolicy's at
+    its final level.
 
     noise(name) draws [B, ...] standard normal; fresh noise for the step into index i is named "step<i>"."""
     x = noise("initial")
+    if isinstance(policy, TeacherPolicy):
+        x = policy.initial_scale * x
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
         x0 = predict_x0(student, x, t, cond, policy)
         if i + 1 < policy.num_steps:
             fresh = noise(f"step{i + 1}") if policy.transition == "renoise" else None
             x = transition(student.schedule, x0, x, t, torch.full_like(t, policy.timesteps[i + 1]), fresh)
+    if isinstance(policy, TeacherPolicy) and policy.final_level:
+        return transition(student.schedule, x0, x, t, torch.full_like(t, policy.final_level), None)
     return x0
 
 
@@ -113,21 +130,29 @@ def backward_simulation(
     renoise draws noise independent of the initial one for the stopping input, as DMD2 does."""
     x_in = batch.normal("initial")
     with torch.no_grad():
-        for i in range(policy.num_steps - 1):
-            active = (stop > i).nonzero().squeeze(1)
-            if not len(active):
-                break
+        for i in range(farthest(student, stop)):
+            reached = stop > i
+            active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)  # called, not kept
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy).to(x_in.dtype)
             t_next = torch.full_like(t, policy.timesteps[i + 1])
             fresh = batch.normal(f"step{i + 1}", rows=active) if policy.transition == "renoise" else None
             x_next = transition(student.schedule, x0, x_t, t, t_next, fresh)
-            x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
+            if bool(reached.any()):
+                x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
         x0 = predict_x0(student, x_in, t_stop, batch.cond, policy)
     executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x0)
     return Rollout(x=x0, s=torch.zeros_like(t_stop), stop=stop, steps=(executed,))
+
+
+def farthest(student: Denoiser, stop: Tensor) -> int:
+    """The last stop; of all processes, where they hold the network together and must call it equally often."""
+    last = stop.max()
+    if student.is_divided:
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+    return int(last)
 
 
 def draw_stops(batch: Batch, num_steps: int, shared: bool) -> Tensor:

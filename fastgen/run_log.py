@@ -32,9 +32,19 @@ class RunLog:
         for name, value in terms.items():
             self._sums[f"{turn}/{name}"].append(value.detach())
 
+    def means(self) -> dict[str, float]:
+        """The mean terms since the last row."""
+        return {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
+
+    def warn(self, step: int, message: str) -> None:
+        """A warning in words, in warnings.log."""
+        if self.enabled:
+            with (self._path.parent / "warnings.log").open("a") as file:
+                file.write(f"step {step}: {message}\n")
+
     def write(self, step: int, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, str]:
         """One row: mean terms, learning rates, seconds a step, memory. Returns what the progress bar shows."""
-        row = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
+        row = self.means()
         self._sums.clear()
         row |= {f"lr/{role}": optimizer.param_groups[0]["lr"] for role, optimizer in optimizers.items()}
         now = time.perf_counter()

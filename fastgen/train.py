@@ -6,35 +6,46 @@ A recipe becomes objects, the objects meet in one visible loop, and the run fold
 
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run by path: Python put fastgen/ first on sys.path, where its modules could hide installed ones
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from fastgen import checkpoint
 from fastgen.backbones.base import Backbone
+from fastgen.checkpoint import CheckpointError
 from fastgen.config import Recipe, RecipeError, changed_keys, dump_recipe, load_recipe
-from fastgen.data import Stream, make_batch
+from fastgen.data import DataError, Stream, make_batch
+from fastgen.denoiser import Denoiser
+from fastgen.distributed import Strategy, average_gradients, divide, start, strategy_of
 from fastgen.evaluation import evaluate
+from fastgen.health import Watch, statistics
+from fastgen.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
 from fastgen.noise import make_key
 from fastgen.objectives import Loss, Turn
-from fastgen.pipelines.export import export
+from fastgen.pipelines.export import export, export_run
 from fastgen.pipelines.sampler import Sampler, teacher_sampler
+from fastgen.pipelines.video import save_video, side_by_side
 from fastgen.report import plot_points, save_grid
 from fastgen.run_log import RunLog
+from fastgen.sharding import local
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingError(RuntimeError):
@@ -43,16 +54,19 @@ class TrainingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a recipe became. The loop's functions take it whole; only the modules and tensors in it change."""
+    """What a recipe became. The loop's functions take it whole; only its modules, tensors and watch change."""
 
     recipe: Recipe
     accelerator: Accelerator
+    strategy: Strategy
     backbone: Backbone
     networks: Networks
     optimizers: dict[str, torch.optim.Optimizer]
     state: dict[str, Tensor]
     ema: Ema
     stream: Stream
+    prompts: list[str]  # the first of the stream, for pictures and the watch
+    watch: Watch
 
     @property
     def saved(self) -> dict[str, nn.Module]:
@@ -64,101 +78,180 @@ class Parts:
         """The average of the student, sampling as it will be exported."""
         return Sampler(self.backbone, self.ema.module, self.recipe.rollout)
 
+    def teacher(self, num_steps: int) -> Sampler:
+        """The teacher as its stock pipeline samples it."""
+        scale = self.recipe.eval.teacher_guidance_scale
+        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @property
+    def samples_here(self) -> bool:
+        """Whether this process samples: the first one, and all where networks are divided."""
+        return self.accelerator.is_main_process or self.strategy == "fsdp"
+
 
 def train(recipe: Recipe) -> Path:
     """Runs a recipe to its last step, from its last complete checkpoint if there is one. Returns the run folder."""
     accelerator = start(recipe)
-    console = Console(quiet=not accelerator.is_main_process)
+    main, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     folder, config = open_run(recipe, accelerator), recipe.train
+    resumed = checkpoint_to_resume(recipe, accelerator)
     console.out(dump_recipe(recipe), highlight=False)
     parts = build(recipe, accelerator)
     console.print(role_table(recipe, parts.networks))
+    for warning in parts.backbone.warnings():
+        console.print(f"[yellow]warning: {warning}[/yellow]")
 
-    step = position = 0
-    if checkpoints := checkpoint.complete(folder / "checkpoints"):
-        counters = checkpoint.load(checkpoints[-1], parts.saved, parts.optimizers, parts.state, accelerator.device)
-        step, position, parts.ema.updates = counters["step"], counters["position"], counters["ema_updates"]
-        console.print(f"continuing from {checkpoints[-1].name}")
-    elif accelerator.is_main_process:
+    step, position, good = 0, 0, 0
+    per_update = config.batch_size * config.accumulate * accelerator.num_processes
+    if resumed:
+        counters = resume(parts, resumed, per_update)
+        step, position, good = counters["step"], counters["position"], counters["last_good"]
+        console.print(f"continuing from {resumed.name}")
+    else:
         console.print("no checkpoint: starting from the pretrained weights")
         show_teacher(parts, folder / "samples" / "teacher.png", console)
 
-    log = RunLog(folder, step, enabled=accelerator.is_main_process)
-    bar = tqdm(total=config.steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+    log = RunLog(folder, step, enabled=main)
+    bar = tqdm(total=config.steps, initial=step, desc="training", disable=not main)
+    marks = weight_marks(parts)
     while step < config.steps:
+        student_moved = False
         for turn in recipe.objective.turns(step, parts.state):
             reset_roles(parts, turn, step)
             set_rates(parts, turn.roles, step)
             for inner in range(turn.updates):
                 before = snapshot(parts.networks, turn) if step == 0 and inner == 0 else None
-                terms = update(parts, turn, position, make_key(recipe.seed, step, turn.name, inner))
+                terms, stepped = update(parts, turn, position, make_key(recipe.seed, step, turn.name, inner))
                 recipe.objective.finish(turn, parts.networks, parts.state)
-                position += config.batch_size * config.accumulate * accelerator.num_processes
+                position += per_update
+                student_moved |= stepped and "student" in turn.roles
                 log.add(turn.name, terms)
-                if before is not None:
+                if before is not None and stepped:
                     report_moved(parts, turn, before, terms, console)
-        parts.ema.update(parts.networks.student)
+        if student_moved:
+            parts.ema.update(parts.networks.student)
         step += 1
         bar.update()
 
+        if recipe.health.every and step % recipe.health.every == 0:
+            watch(parts, step, log, marks, console)
+            marks = weight_marks(parts)
         if step % config.log_every == 0 or step == config.steps:
             bar.set_postfix(log.write(step, parts.optimizers))
-        if accelerator.is_main_process and due(step, config.sample_every, config.steps):
+        if parts.samples_here and due(step, config.sample_every, config.steps):
             show(parts, parts.student, folder / "samples" / f"step_{step:08d}.png")
-        if accelerator.is_main_process and due(step, config.eval_every, config.steps):
+        if parts.samples_here and due(step, config.eval_every, config.steps):
             log.record(step, {f"eval/{k}": v for k, v in quick_metrics(parts).items()})
-        if accelerator.is_main_process and due(step, config.checkpoint_every, config.steps):
-            counters = {"step": step, "position": position, "ema_updates": parts.ema.updates}
-            checkpoint.save(folder / "checkpoints", parts.saved, parts.optimizers, parts.state, counters,
-                            config.keep_checkpoints)  # fmt: skip
+        if due(step, config.checkpoint_every, config.steps):
+            good = good if parts.watch.alarmed else step
+            counters = {
+                "step": step, "position": position, "ema_updates": parts.ema.updates, "last_good": good,
+                "samples_per_update": per_update, "watch": dataclasses.asdict(parts.watch.memory),
+            }  # fmt: skip
+            if main or parts.strategy == "fsdp":
+                checkpoint.save(folder / "checkpoints", parts.saved, parts.optimizers, parts.state, counters,
+                                config.keep_checkpoints, writer=main)  # fmt: skip
         accelerator.wait_for_everyone()
     bar.close()
     log.close()
-    if accelerator.is_main_process:
+    if parts.samples_here:
         rows = {f"student, {recipe.rollout.num_steps} steps": quick_metrics(parts)} | teacher_metrics(parts)
-        export(parts.ema.module, parts.backbone, recipe, folder / "export", step, rows)
+        if main and parts.strategy == "fsdp":
+            export_run(folder, rows=rows)
+        elif main:
+            export(parts.ema.module, parts.backbone, recipe, folder / "export", step, rows)
         console.print(f"exported to {folder / 'export'}", markup=False)
+    accelerator.wait_for_everyone()
     return folder
-
-
-def start(recipe: Recipe) -> Accelerator:
-    """The processes this program was launched with, all of them. On a machine without a GPU, accelerate would take a
-    torchrun of two processes for two runs of one, unless it is told that the CPU is meant. Mixed precision is the
-    recipe's business, in `update`, not the launcher's."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise TrainingError(f"{asked} processes were asked for and accelerate started {accelerator.num_processes}")
-    return accelerator
 
 
 def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
     """Networks, optimizers, state and data of a recipe; random initialisations come from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    dtype = {"float32": torch.float32, "float64": torch.float64}[recipe.train.dtype]
+    config, strategy = recipe.train, strategy_of(recipe, accelerator)
+    dtype = DTYPES[config.dtype]
     backbone = recipe.backbone.build(accelerator.device, dtype, recipe.seed)
-    modules = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
+    backbone.adapters, backbone.deferred = recipe.lora, strategy == "fsdp"
+    backbone.frozen_dtype = DTYPES[config.frozen_dtype] if config.frozen_dtype else None
+    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
     modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
-    modules = {role: module.to(accelerator.device, dtype) for role, module in modules.items()}
+    modules = {role: m if role == "teacher" else m.to(dtype) for role, m in modules.items()}
+    average = modules["student"].average()  # type: ignore[operator]
+    if strategy == "fsdp":
+        divide(modules | {"average": average}, backbone, accelerator)
+    else:
+        modules = {role: m.to(accelerator.device) for role, m in modules.items()}
+    for role, module in modules.items():
+        if isinstance(module, LoraDenoiser) and module.role:
+            module.reset(recipe.seed)
+        elif role in recipe.lora:
+            raise RecipeError(f"lora.{role}: this objective's {role} is not a copy of the teacher")
+        if config.gradient_checkpointing and isinstance(module, Denoiser):
+            module.enable_checkpointing()
     networks = Networks(modules, recipe.rollout)
     roles = recipe.objective.trained_roles
+    stream = recipe.data.open(backbone, recipe.seed)
+    shown = 2000 if backbone.output == "points" else max(config.num_samples, recipe.health.num_samples)
     return Parts(
         recipe=recipe,
         accelerator=accelerator,
+        strategy=strategy,
         backbone=backbone,
         networks=networks,
         optimizers={role: recipe.optimizers[role].build(networks[role].parameters()) for role in roles},
         state=send_to_device(recipe.objective.init_state(), accelerator.device),
-        ema=Ema(networks.student, recipe.train.ema_decay),
-        stream=recipe.data.open(backbone, recipe.seed),
+        ema=Ema(average, networks.student, config.ema_decay),
+        stream=stream,
+        prompts=stream.prompts(torch.arange(shown)),
+        watch=Watch(recipe.health),
     )
 
 
-def update(parts: Parts, turn: Turn, position: int, key: int) -> dict[str, Tensor]:
-    """One optimizer step of a turn's roles: accumulate, average over processes, clip, step. Returns the mean terms.
+def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """The checkpoint `train.resume_from` names, later ones set aside; else the newest complete one, if there is any.
+
+    Raises RecipeError if the named one is not there."""
+    folder, name = recipe.output_dir / "checkpoints", recipe.train.resume_from
+    found = checkpoint.complete(folder)
+    if name is None:
+        return found[-1] if found else None
+    if name not in [c.name for c in found]:
+        have = f"complete there are {', '.join(c.name for c in found)}" if found else "there is no complete one"
+        raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {have}")
+    checkpoint.counters_of(folder / name)
+    later = [c for c in found if c.name > name]
+    if later and accelerator.is_main_process:
+        aside = recipe.output_dir / "set_aside"
+        aside.mkdir(exist_ok=True)
+        for c in later:
+            if (aside / c.name).exists():
+                raise RecipeError(f"train.resume_from: {aside / c.name} is in the way of a later checkpoint; move it")
+            c.rename(aside / c.name)
+    accelerator.wait_for_everyone()
+    return folder / name
+
+
+def resume(parts: Parts, path: Path, per_update: int) -> dict[str, Any]:
+    """Everything a checkpoint holds, into the parts. Raises RecipeError if an update would be of another size."""
+    counters = checkpoint.counters_of(path)
+    if counters["samples_per_update"] != per_update:
+        raise RecipeError(
+            f"train.batch_size x train.accumulate x processes is {per_update}, and the run was started with "
+            f"{counters['samples_per_update']} samples an update; keep the product"
+        )
+    checkpoint.load(path, parts.saved, parts.optimizers, parts.state, parts.accelerator.device)
+    parts.ema.updates = counters["ema_updates"]
+    parts.watch.recall(counters["watch"])
+    return counters
+
+
+def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
+    """One optimizer step of a turn's roles: accumulate, average over processes, clip, step. Returns the mean terms and
+    whether the step was made: not if a gradient is not finite.
 
     Sample number position + i belongs to micro-batch i // (batch_size * processes), then to the processes in order, so
-    the union of samples of an update, and each sample's noise, do not depend on how it was divided."""
+    the union of samples of an update, and each sample's noise, do not depend on how it was divided.
+    Raises TrainingError when too many updates in a row could not be made."""
     config, objective, accelerator = parts.recipe.train, parts.recipe.objective, parts.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     for micro in range(config.accumulate):
@@ -171,31 +264,37 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> dict[str, Tenso
                 (loss.total / config.accumulate).backward()
                 for name, value in loss.terms.items():
                     terms[name] = terms[name] + value.detach().float() / config.accumulate
+    trained = {role: [p for g in parts.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
     if accelerator.num_processes > 1:
-        average_gradients(parts, turn)
+        for parameters in trained.values():
+            average_gradients(parameters, accelerator)
         terms = {name: accelerator.reduce(value, "mean") for name, value in terms.items()}
-    for role in turn.roles:
-        parameters = [p for p in parts.optimizers[role].param_groups[0]["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise TrainingError(
-                f"the gradient of {role} is not finite in turn {turn.name}; lower optimizers.{role}.lr, or check that "
-                "the teacher's samples in samples/teacher.png look right"
-            )
-        torch.nn.utils.clip_grads_with_norm_(parameters, parts.recipe.optimizers[role].max_grad_norm, norm)
-        parts.optimizers[role].step()
+    norms = {role: gradient_norm(parameters) for role, parameters in trained.items()}
+    finite = all(bool(norm.isfinite()) for norm in norms.values())
+    for role, parameters in trained.items():
+        if finite:
+            with_grad = [p for p in parameters if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(with_grad, parts.recipe.optimizers[role].max_grad_norm, norms[role])
+            parts.optimizers[role].step()
+            terms[f"grad_norm_{role}"] = norms[role]
         parts.optimizers[role].zero_grad()
-        terms[f"grad_norm_{role}"] = norm
-    return terms
+    if not finite:
+        bad = ", ".join(role for role, norm in norms.items() if not norm.isfinite())
+        if parts.watch.skip() > parts.recipe.health.max_skipped:
+            raise TrainingError(
+                f"the gradient of {bad} was not finite in {parts.recipe.health.max_skipped + 1} updates in a row; "
+                f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
+                "check that the teacher's samples in samples/teacher.png look right"
+            )
+        return {"skipped": torch.ones((), device=accelerator.device)}, False
+    parts.watch.skipped_in_a_row = 0
+    return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
 
 
-def average_gradients(parts: Parts, turn: Turn) -> None:
-    """The mean over processes. Gradients are reduced by hand, not by a DDP wrapper: one module is called several times
-    in an update, by several players, and keeps its own attributes."""
-    for role in turn.roles:
-        for p in parts.networks[role].parameters():
-            if p.grad is not None:
-                p.grad = parts.accelerator.reduce(p.grad, "mean")
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients of a role, over all processes."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
@@ -228,21 +327,27 @@ def due(step: int, every: int, last: int) -> bool:
 
 def reset_roles(parts: Parts, turn: Turn, step: int) -> None:
     """Re-initialises the roles a turn asks for from the pretrained weights, with fresh optimizers; a student's average
-    starts anew with it. Fresh heads depend on the seed and the step alone, also after a restart."""
+    starts anew with it. Fresh heads and adapters depend on the seed and the step alone, also after a restart."""
     if not turn.reset:
         return
-    recipe = parts.recipe
+    recipe, key = parts.recipe, make_key(parts.recipe.seed, step, "reset")
+    if parts.strategy == "fsdp":
+        raise TrainingError("re-initialising divided networks is not supported; set train.strategy: ddp")
     with torch.random.fork_rng():
-        torch.manual_seed(make_key(recipe.seed, step, "reset"))
+        torch.manual_seed(key)
         fresh = recipe.objective.auxiliary(parts.backbone, recipe.rollout) | {
             "student": parts.backbone.load("student")
         }
     for role in turn.reset:
-        parts.networks[role].load_state_dict(fresh[role].state_dict())
+        module = parts.networks[role]
+        if isinstance(module, LoraDenoiser):
+            module.reset(key)
+        else:
+            module.load_state_dict(fresh[role].state_dict())
         if role in parts.optimizers:
-            parts.optimizers[role] = recipe.optimizers[role].build(parts.networks[role].parameters())
+            parts.optimizers[role] = recipe.optimizers[role].build(module.parameters())
         if role == "student":
-            parts.ema.module.load_state_dict(fresh[role].state_dict())
+            parts.ema.move(module, 0.0)
             parts.ema.updates = 0
 
 
@@ -253,7 +358,7 @@ def set_rates(parts: Parts, roles: Iterable[str], step: int) -> None:
 
 
 def snapshot(networks: Networks, turn: Turn) -> dict[str, Tensor]:
-    return {f"{r}.{name}": p.detach().clone() for r in turn.roles for name, p in networks[r].named_parameters()}
+    return {f"{r}.{n}": local(p).detach().clone() for r in turn.roles for n, p in networks[r].named_parameters()}
 
 
 def report_moved(
@@ -263,7 +368,11 @@ def report_moved(
     have moved it), or gradient left on a role of another turn, which would enter that role's next step."""
     for role in turn.roles:
         parameters = dict(parts.networks[role].named_parameters())
-        still = [name for name, p in parameters.items() if torch.equal(p, before[f"{role}.{name}"])]
+        same = [torch.equal(local(p), before[f"{role}.{name}"]) for name, p in parameters.items()]
+        flags = torch.tensor(same, dtype=torch.int32, device=parts.accelerator.device)
+        if parts.strategy == "fsdp":  # a part that moved on any process
+            dist.all_reduce(flags, dist.ReduceOp.MIN)
+        still = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
         if terms[f"grad_norm_{role}"] == 0 or len(still) == len(parameters):
             raise TrainingError(f"turn {turn.name} moved no parameter of {role}: its loss does not reach it")
         unmoved = f"; unmoved: {', '.join(still[:5])}{' ...' if len(still) > 5 else ''}" if still else ""
@@ -275,6 +384,48 @@ def report_moved(
                 f"turn {turn.name} left a gradient on {role}, which it does not update; wrap the call in "
                 "fastgen.networks.frozen or torch.no_grad"
             )
+
+
+def weight_marks(parts: Parts) -> dict[str, Tensor]:
+    """A few values of every tensor of every trained role, to see later whether they moved."""
+    return {
+        role: torch.cat([local(p).detach().reshape(-1)[:16].float() for p in parts.networks[role].parameters()])
+        for role in parts.recipe.objective.trained_roles
+    }
+
+
+def watch(parts: Parts, step: int, log: RunLog, marks: Mapping[str, Tensor], console: Console) -> None:
+    """Looks at the student's samples and the run's terms; writes what it sees, and warns in words.
+
+    Raises TrainingError at a warning if health.stop says so."""
+    config = parts.recipe.health
+    now = weight_marks(parts)
+    moved = {
+        role: ((now[role] - old).square().mean() / old.square().mean().clamp_min(1e-6)).sqrt().item()
+        for role, old in marks.items()
+    }
+    latents = student_latents(parts, config.num_samples)
+    seen, warnings = parts.watch.look(step, latents, log.means(), moved)
+    log.record(step, {f"health/{name}": value for name, value in seen.items()})
+    for warning in warnings:
+        log.warn(step, warning)
+        tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
+    stop = torch.tensor(float(bool(warnings and config.stop)), device=parts.accelerator.device)
+    if parts.accelerator.reduce(stop, "sum") > 0:
+        raise TrainingError(f"health.stop: {warnings[0] if warnings else 'another process saw a warning'}")
+
+
+def student_latents(parts: Parts, count: int) -> Tensor:
+    """Samples of the student as it is now, of fixed prompts and seeds."""
+    sampler = Sampler(parts.backbone, parts.networks.student, parts.recipe.rollout)
+    return fixed_latents(parts, sampler, count)
+
+
+def fixed_latents(parts: Parts, sampler: Sampler, count: int) -> Tensor:
+    """Latents of fixed prompts, seeds 0, 1, 2, ..., a batch at a time: [count, ...]."""
+    size = parts.recipe.train.batch_size
+    chunks = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    return torch.cat([sampler.latents([parts.prompts[i] for i in chunk], chunk) for chunk in chunks])
 
 
 def role_table(recipe: Recipe, networks: Networks) -> Table:
@@ -293,23 +444,30 @@ def role_table(recipe: Recipe, networks: Networks) -> Table:
 
 def show(parts: Parts, sampler: Sampler, path: Path) -> None:
     """A picture of fixed prompts and seeds: the data stream's first prompts, seeds 0, 1, 2, ..."""
-    path.parent.mkdir(exist_ok=True)
     points = sampler.backbone.output == "points"
-    count = 2000 if points else parts.recipe.train.num_samples
-    positions = torch.arange(count)
-    samples = sampler.sample(parts.stream.prompts(positions), range(count))
+    count = len(parts.prompts) if points else parts.recipe.train.num_samples
+    samples = sampler.sample(parts.prompts[:count], range(count))
+    if not parts.accelerator.is_main_process:
+        return
+    path.parent.mkdir(exist_ok=True)
     if points:
-        exact = parts.stream.latents(positions)
+        exact = parts.stream.latents(torch.arange(count))
         plot_points({"samples": samples} | ({} if exact is None else {"exact": exact}), path)
     else:
         save_grid(samples, path, columns=max(1, round(count**0.5)))
+    if sampler.backbone.fps:
+        save_video(side_by_side(samples), path.with_suffix(".mp4"), sampler.backbone.fps)
 
 
 def show_teacher(parts: Parts, path: Path, console: Console) -> None:
-    """Samples the teacher through our own wrapper, before anything is trained: if this looks wrong, stop here."""
-    config = parts.recipe.eval
-    steps = max(config.teacher_steps, default=50)
-    show(parts, teacher_sampler(parts.backbone, steps, config.teacher_guidance_scale), path)
+    """Samples the teacher through our own wrapper, before anything is trained: if this looks wrong, stop here. What
+    the health watch compares with is measured here too, on all processes alike."""
+    sampler = parts.teacher(max(parts.recipe.eval.teacher_steps, default=50))
+    if parts.samples_here:
+        show(parts, sampler, path)
+    if parts.recipe.health.every:
+        parts.watch.memory.reference = statistics(fixed_latents(parts, sampler, parts.recipe.health.num_samples))
+    steps = sampler.policy.num_steps
     console.print(f"the teacher at {steps} steps: {path}; if this picture is wrong, stop here", markup=False)
 
 
@@ -320,8 +478,10 @@ def quick_metrics(parts: Parts) -> dict[str, float]:
 def teacher_metrics(parts: Parts) -> dict[str, dict[str, float]]:
     """The teacher at `eval.teacher_steps`, measured as the student is: what the card compares with."""
     config = parts.recipe.eval
-    samplers = {k: teacher_sampler(parts.backbone, k, config.teacher_guidance_scale) for k in config.teacher_steps}
-    return {f"teacher, {k} steps": evaluate(s, config.quick(), progress=False)["metrics"] for k, s in samplers.items()}
+    return {
+        f"teacher, {k} steps": evaluate(parts.teacher(k), config.quick(), progress=False)["metrics"]
+        for k in config.teacher_steps
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -335,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, CheckpointError, DataError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

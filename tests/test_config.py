@@ -102,13 +102,21 @@ def test_true_is_no_number(mixture_recipe: Path, override: str) -> None:
     assert refusal(mixture_recipe, override).startswith(override.partition("=")[0])
 
 
+def test_a_key_given_twice_is_refused(mixture_recipe: Path, tmp_path: Path) -> None:
+    """YAML itself lets the last one win, without a word."""
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(mixture_recipe.read_text() + "\nseed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match="the key 'seed' is given twice"):
+        load_recipe(twice)
+
+
 @pytest.mark.parametrize(
     ("override", "section", "spelling"),
     [
         ("backbone.name=gausian_mixture", "backbone", "gaussian_mixture"),
         ("objective.name=dmd", "objective", "dmd2"),
         ("data.name=mixtur", "data", "mixture"),
-        ("data.name=q", "data", "digits, images, mixture, prompts"),
+        ("data.name=q", "data", "digits, hub, images, mixture, prepared, prompts, webdataset"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(
@@ -271,15 +279,15 @@ def test_changed_keys_are_named(mixture_recipe: Path) -> None:
 
     assert changed("train.steps=9", "train.log_every=3", "output_dir=elsewhere", "eval.num_samples=5") == []
     assert changed("seed=1") == ["seed"]
-    assert changed("optimizers.student.lr=1", "train.steps=9", "train.batch_size=3") == [
+    assert changed("optimizers.student.lr=1", "train.steps=9", "train.ema_decay=0.5") == [
         "optimizers.student.lr",
-        "train.batch_size",
+        "train.ema_decay",
     ]
     assert changed("objective.renoise_time.low=0.1") == ["objective.renoise_time.low"]
     assert changed("rollout.timesteps=[1.0, 0.5]") == ["rollout.timesteps"]
     added = changed(*GAN)
     assert "objective.gan_weight" in added and "optimizers.discriminator.lr" in added
-    assert "train.steps" in MUTABLE_KEYS and "train.batch_size" not in MUTABLE_KEYS
+    assert "train.steps" in MUTABLE_KEYS and "train.ema_decay" not in MUTABLE_KEYS
 
 
 @pytest.mark.parametrize(

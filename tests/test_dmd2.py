@@ -51,6 +51,7 @@ class Recording(nn.Module):
     def __init__(self, denoiser: Denoiser):
         super().__init__()
         self.denoiser, self.schedule, self.prediction_type = denoiser, denoiser.schedule, denoiser.prediction_type
+        self.per_expert = denoiser.per_expert
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, **kwargs: Any) -> Tensor:
         self.x_t, self.t = x_t, t

@@ -1,25 +1,29 @@
 """What a model family has to provide."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.lora import LoraConfig, LoraDenoiser, SharedBase
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
+from fastgen.sharding import WeightMap
 
-Output = Literal["pixels", "points"]
+Output = Literal["pixels", "frames", "points"]
 
 
 class BackboneConfig(ABC):
     """The recipe's `backbone:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
+    can_checkpoint: ClassVar[bool] = True  # whether its networks can compute activations again
 
     @abstractmethod
     def check(self) -> None:
@@ -33,28 +37,58 @@ class BackboneConfig(ABC):
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Backbone":
         """The backbone; weights load when they are first needed."""
 
+    def unloaded(self) -> "BackboneConfig":
+        """The section for planning: its sizes are known without weights and without the network. Raises ValueError if
+        they are not."""
+        return self
+
 
 class Backbone(ABC):
     """A pretrained pipeline: networks by role, prompts and images to tensors and back, and export."""
 
     config: Any
 
-    output: Output  # what decode returns: pixels [B, 3, H, W] in [0, 1] or points [B, D]
+    output: Output  # what decode returns: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D]
     schedule: Schedule
     latent_shape: tuple[int, ...]
-    image_size: int | None  # pixels of a side, for images to be read at; None for points
+    image_size: int | None  # pixels of a side, for images to be read at; None for points and frames
+    fps: int | None = None  # frames a second, for videos to be written at; None for points and pixels
     time_dim: int  # width of the time embedding, for extra inputs
     device: torch.device
     dtype: torch.dtype
 
+    lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers adapters go on by default
+    teacher_is_base: ClassVar[bool] = True  # whether the teacher is the network that adapters share
+    adapters: Mapping[str, LoraConfig] = MappingProxyType({})
+    frozen_dtype: torch.dtype | None = None
+    deferred: bool = False  # networks are made without their weights, which are read when they have been divided
+    shared: SharedBase | None = None
+
     @abstractmethod
-    def make(self, role: str) -> Denoiser:
+    def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
 
     def load(self, role: str) -> Denoiser:
-        """The same, the teacher frozen and in evaluation mode, the others trainable."""
-        trained = role != "teacher"
-        return self.make(role).requires_grad_(trained).train(trained)
+        """The same, the teacher frozen and in evaluation mode, the others trainable; or, for a role in `adapters`
+        (and then the teacher), a view of the one shared base."""
+        frozen_dtype = self.frozen_dtype or self.dtype
+        is_base = role == "teacher" and self.teacher_is_base and self.adapters
+        if is_base or role in self.adapters:
+            if self.shared is None:
+                base = self.make("teacher" if self.teacher_is_base else "base", frozen_dtype)
+                self.shared = SharedBase(base, self.lora_targets, self.dtype)
+            return LoraDenoiser(self.shared, None) if is_base else self.shared.role(role, self.adapters[role])
+        if role == "teacher":
+            return self.make(role, frozen_dtype).requires_grad_(False).eval()
+        return self.make(role, self.dtype).requires_grad_(True).train()
+
+    def weights(self) -> WeightMap:
+        """Where the pretrained weights of a denoiser's parameters lie, for networks made without them."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """What the user should know about this pipeline before it is trained."""
+        return []
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -66,7 +100,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents to pixels [B, 3, H, W] in [0, 1], or to points [B, D]."""
+        """Normalised latents to what `output` says: pixels or frames in [0, 1], or points."""
 
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:

@@ -6,11 +6,12 @@ With component weights w_k, means m_k and diagonal covariances S_k, x_t = alpha 
 Students and fake scores are small MLPs, fitted to that posterior mean: their "pretrained weights", made in seconds.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -38,6 +39,7 @@ class GaussianMixtureConfig(BackboneConfig):
     means: Rows
     stds: tuple[float, ...] | Rows
     name: Literal["gaussian_mixture"] = "gaussian_mixture"
+    can_checkpoint: ClassVar[bool] = False
     weights: tuple[float, ...] | None = None
     classes: tuple[int, ...] | None = None
     uncond_weights: tuple[float, ...] | None = None
@@ -74,6 +76,9 @@ class GaussianMixtureConfig(BackboneConfig):
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Our own folder holds any policy."""
+
+    def unloaded(self) -> "GaussianMixtureConfig":
+        return dataclasses.replace(self, fit_steps=0)
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "GaussianMixture":
         return GaussianMixture(self, device, dtype, seed)
@@ -219,6 +224,8 @@ class GaussianMixture(Backbone):
 
     output = "points"
     image_size = None
+    lora_targets = ("inlet", "1", "3", "outlet.2")
+    teacher_is_base = False  # it is a formula; the base is the network fitted to it
 
     def __init__(self, config: GaussianMixtureConfig, device: torch.device, dtype: torch.dtype, seed: int):
         self.config, self.device, self.dtype, self.seed = config, device, dtype, seed
@@ -232,14 +239,14 @@ class GaussianMixture(Backbone):
     def num_classes(self) -> int:
         return max(self.config.classes) + 1 if self.config.classes else 0
 
-    def make(self, role: str) -> Denoiser:
+    def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         if role == "teacher":
             return AnalyticDenoiser(self.mixture, self.schedule)
         if self._pretrained is None:
             self._pretrained = fit(new_network(self.config, self.schedule), self.mixture, self.config, self.seed)
         denoiser = new_network(self.config, self.schedule)
         denoiser.load_state_dict(self._pretrained.state_dict())
-        return denoiser.to(self.device, self.dtype)
+        return denoiser.to(self.device, dtype)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         names = [str(c) for c in range(self.num_classes)]

@@ -1,29 +1,38 @@
 """What every family of diffusers pipelines shares: the folder's checks, loading, and a table of encoded prompts."""
 
+import dataclasses
 import importlib
+import inspect
 import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import snapshot_download
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, ExtraInputs
+from fastgen.denoiser import Denoiser, Experts, ExtraInputs
+from fastgen.lora import LoraDenoiser
 from fastgen.rollout import RolloutPolicy
+from fastgen.sharding import WeightMap
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TABLE_BYTES = 1 << 30  # prompt embeddings kept in memory; beyond it they are encoded anew
 PROJECT = Path(__file__).resolve().parents[2]
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of well-known hub ids
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -34,6 +43,7 @@ class PipelineConfig(BackboneConfig):
     path: str
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
+    prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
 
     def check(self) -> None:
         """Raises ValueError if the path is neither a complete pipeline folder of this family nor a hub id."""
@@ -51,12 +61,26 @@ class PipelineConfig(BackboneConfig):
             )
         check_components(folder, index)
 
+    @abstractmethod
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "PipelineBackbone": ...
+
     def local_folder(self) -> Path | None:
         """The folder `path` names, if there is one."""
         for candidate in (Path(self.path), PROJECT / self.path):
             if candidate.is_dir():
                 return candidate
         return None
+
+    def unloaded(self) -> "PipelineConfig":
+        """Of a hub id, the configs that ship with fastgen (configs/README.md)."""
+        if self.local_folder() is not None:
+            return self
+        folder = CONFIGS / self.path
+        if not folder.is_dir():
+            known = ", ".join(str(p.parent.relative_to(CONFIGS)) for p in sorted(CONFIGS.glob("*/*/model_index.json")))
+            raise ValueError(f"path: the configs of {self.path} are not known without the network; download it and "
+                             f"give the folder. Known are {known}")  # fmt: skip
+        return dataclasses.replace(self, path=str(folder))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -114,6 +138,28 @@ def missing_weights(part: Path) -> str:
     return "" if any(part.glob("*.safetensors")) else "safetensors weights"
 
 
+def weight_files(part: Path) -> list[Path]:
+    """The safetensors files of a component: those of its index, or its one file."""
+    for index in sorted(part.glob("*.safetensors.index.json")):
+        return [part / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(part.glob("*.safetensors"))[:1]
+
+
+def networks_of(denoiser: Denoiser) -> list[Any]:
+    """The diffusers networks of a denoiser, from high noise to low."""
+    parts = denoiser.experts if isinstance(denoiser, Experts) else [denoiser]
+    return [part.network for part in parts]
+
+
+class PromptRows(Protocol):
+    """Prompts encoded before, as `fastgen prepare` stores them."""
+
+    def __contains__(self, prompt: str) -> bool: ...
+
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        """Rows of encode_chunk, on the CPU."""
+
+
 class PipelineBackbone(Backbone):
     """A diffusers pipeline. Families say which networks it has and how they are called; this class loads them.
 
@@ -121,8 +167,23 @@ class PipelineBackbone(Backbone):
 
     config: PipelineConfig
     network_class: ClassVar[str]
+    lora_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "net.0.proj",
+        "net.2",
+    )  # attention and feed-forward layers, by diffusers' names
     subfolder: ClassVar[str] = "transformer"
     vae_class: ClassVar[str] = "AutoencoderKL"
+    # how an export is called, for its card
+    call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
+image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]"""
 
     def __init__(self, config: PipelineConfig, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
@@ -131,6 +192,7 @@ class PipelineBackbone(Backbone):
         self.options: dict[str, Any] = {
             "use_safetensors": True, "local_files_only": folder is not None, "torch_dtype": dtype,
         }  # fmt: skip
+        self.prepared: PromptRows | None = None  # read instead of encoding; set by prepared data
         self._rows: dict[str, int] = {}
         self._table: Conditioning | None = None
         self._ready: Conditioning | None = None
@@ -141,6 +203,15 @@ class PipelineBackbone(Backbone):
     def wrap(self, network: ModelMixin) -> Denoiser:
         """The network behind the contract."""
 
+    @property
+    def subfolders(self) -> tuple[str, ...]:
+        """The folders of the denoising networks: several, from high noise to low, for a model of several experts."""
+        return (self.subfolder,)
+
+    def join(self, parts: list[Denoiser]) -> Denoiser:
+        """One denoiser from those of `subfolders`."""
+        return parts[0]
+
     @cached_property
     def network_config(self) -> dict[str, Any]:
         """config.json of the network, without its weights."""
@@ -149,22 +220,56 @@ class PipelineBackbone(Backbone):
             self.source, subfolder=self.subfolder, local_files_only=self.options["local_files_only"]
         )
 
-    def make(self, role: str) -> Denoiser:
-        network = getattr(diffusers, self.network_class).from_pretrained(
-            self.source, subfolder=self.subfolder, **self.options
-        )
-        return self.wrap(network).to(self.device)
+    def make(self, role: str, dtype: torch.dtype) -> Denoiser:
+        if self.deferred:
+            return self.make_empty(dtype)
+        return self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
 
-    def make_empty(self) -> Denoiser:
+    def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
+        """The denoiser of a pipeline folder or hub id."""
+        cls = getattr(diffusers, self.network_class)
+        parts = [self.wrap(cls.from_pretrained(source, subfolder=name, **options)) for name in self.subfolders]
+        return self.join(parts).to(self.device)
+
+    def make_empty(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """The denoiser with its parameters on the meta device: sizes without memory."""
         with init_empty_weights(include_buffers=False):
-            network = getattr(diffusers, self.network_class).from_config(self.network_config)
-        return self.wrap(network)
+            cls = getattr(diffusers, self.network_class)
+            networks = [cls.from_config(self.network_config) for _ in self.subfolders]
+        return self.join([self.wrap(network) for network in networks]).to(dtype)
+
+    def weights(self) -> WeightMap:
+        """parameter or buffer -> (file, name in the file); a hub id's files are downloaded."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(self.source, allow_patterns=[f"{name}/*" for name in self.subfolders]))
+        found: dict[str, tuple[Path, str]] = {}
+        for i, name in enumerate(self.subfolders):
+            prefix = f"experts.{i}.network." if len(self.subfolders) > 1 else "network."
+            for path in weight_files(folder / name):
+                with safe_open(path, framework="pt") as file:
+                    found |= {prefix + key: (path, key) for key in file.keys()}  # noqa: SIM118
+        return found
 
     def load_exported(self, folder: Path) -> Denoiser:
         options = self.options | {"local_files_only": True}
-        network = getattr(diffusers, self.network_class).from_pretrained(folder, subfolder=self.subfolder, **options)
-        return self.wrap(network).to(self.device).requires_grad_(False).eval()
+        if not (folder / LORA_WEIGHTS).is_file():
+            return self.read_networks(folder, **options).requires_grad_(False).eval()
+        student = self.read_networks(self.source, **self.options)
+        for network, file in zip(networks_of(student), self.lora_files, strict=True):
+            network.load_lora_adapter(str(folder), weight_name=file, prefix=self.subfolder)
+        return student.to(self.device).requires_grad_(False).eval()
+
+    @property
+    def lora_files(self) -> list[str]:
+        """A file for each network; diffusers wants each under the name of the first."""
+        return [LORA_WEIGHTS, *(LORA_WEIGHTS.replace(".", f"_{name}.") for name in self.subfolders[1:])]
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """config.json of the VAE, without its weights."""
+        cls = getattr(diffusers, self.vae_class)
+        return cls.load_config(self.source, subfolder="vae", local_files_only=self.options["local_files_only"])
 
     @cached_property
     def vae(self) -> Any:
@@ -175,9 +280,12 @@ class PipelineBackbone(Backbone):
 
     @cached_property
     def text_pipeline(self) -> DiffusionPipeline:
-        """The stock pipeline without its denoising networks and VAE: its own prompt encoding."""
-        absent = {name: None for name in ("transformer", "transformer_2", "unet", "vae") if name in self.parts}
-        pipeline = DiffusionPipeline.from_pretrained(self.source, **absent, **self.options)
+        """The stock pipeline without what draws and judges images: its own prompt encoding."""
+        unused = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "image_encoder")
+        absent: dict[str, Any] = {name: None for name in unused if name in self.parts}
+        if "safety_checker" in absent:
+            absent["requires_safety_checker"] = False  # nothing is drawn here
+        pipeline = self.pipeline_class.from_pretrained(self.source, **absent, **self.options)
         return pipeline.to(self.device)
 
     @cached_property
@@ -186,9 +294,25 @@ class PipelineBackbone(Backbone):
         local = self.options["local_files_only"]
         return DiffusionPipeline.load_config(self.source, local_files_only=local)
 
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """The stock pipeline's own class. DiffusionPipeline.from_pretrained ignores a component that is passed to it
+        where the class has a default for it, as WanPipeline has for its transformers, and loads the stored one."""
+        return getattr(diffusers, self.parts["_class_name"])
+
+    @property
+    def stock_call(self) -> tuple[int, float]:
+        """num_inference_steps and guidance_scale of the stock pipeline's call, where it is given none."""
+        parameters = inspect.signature(self.pipeline_class.__call__).parameters
+        return parameters["num_inference_steps"].default, parameters["guidance_scale"].default
+
     @abstractmethod
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """The stock pipeline's own encoding of a few prompts."""
+
+    @abstractmethod
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's conditioning by key, at its longest, for planning."""
 
     def finish_table(self, table: Conditioning) -> Conditioning:
         """What networks are given, from the rows of all prompts seen so far."""
@@ -207,11 +331,22 @@ class PipelineBackbone(Backbone):
         """Encodes prompts and appends them to the table, which is emptied first when it would grow too large."""
         if self._table is not None and sum(v.nbytes for v in self._table.values()) > TABLE_BYTES:
             new, self._rows, self._table = sorted(wanted), {}, None
-        chunks = [self.encode_chunk(new[i : i + 32]) for i in range(0, len(new), 32)]
+        stored = [p for p in new if self.prepared is not None and p in self.prepared]
+        new = list(dict.fromkeys([*stored, *new]))
+        chunks = [self.read_chunk(stored)] if stored else []
+        chunks += [self.encode_chunk(new[i : i + 32]) for i in range(len(stored), len(new), 32)]
         self._table = Conditioning.cat([*([self._table] if self._table else []), *chunks])
         self._ready = self.finish_table(self._table)
         for prompt in new:
             self._rows[prompt] = len(self._rows)
+
+    def read_chunk(self, prompts: list[str]) -> Conditioning:
+        """Rows of encode_chunk from the prepared prompts."""
+        assert self.prepared is not None
+        rows = self.prepared.read(prompts)
+        return Conditioning({
+            k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in rows.items()
+        })  # fmt: skip
 
     # --- export
 
@@ -219,9 +354,30 @@ class PipelineBackbone(Backbone):
         """The stock pipeline with the student as its network and the policy in its scheduler."""
         if isinstance(student.time_embedding, ExtraInputs):
             raise ValueError(f"a network with extra time inputs does not fit {self.parts['_class_name']}")
-        replaced = {self.subfolder: student.network, "scheduler": self.student_scheduler(policy)}
-        pipeline = DiffusionPipeline.from_pretrained(self.source, **replaced, **self.options)
+        if isinstance(student, LoraDenoiser):
+            self.save_lora(student, policy, folder)
+            return
+        replaced: dict[str, Any] = dict(zip(self.subfolders, networks_of(student), strict=True))
+        replaced["scheduler"] = self.student_scheduler(policy)
+        pipeline = self.pipeline_class.from_pretrained(self.source, **replaced, **self.options)
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def save_lora(self, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:
+        """The adapter as diffusers' `load_lora_weights` reads it, and the scheduler. The factor alpha / rank is
+        multiplied into B, so that readers which do not look for alpha agree."""
+        assert student.role is not None
+        config = student.shared.configs[student.role]
+        factor = (config.alpha or config.rank) / config.rank
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(self.lora_files):
+            prefix = f"experts.{i}.network." if len(self.lora_files) > 1 else "network."
+            layers = {
+                f"{self.subfolder}.{name.removeprefix(prefix)}": p.detach() * (factor if ".lora_B." in name else 1.0)
+                for name, p in student.named_parameters()
+                if name.startswith(prefix)
+            }
+            save_file({name: p.cpu().contiguous() for name, p in layers.items()}, folder / file)
+        self.student_scheduler(policy).save_pretrained(folder / "scheduler")
 
     @abstractmethod
     def student_scheduler(self, policy: RolloutPolicy) -> Any:

@@ -18,6 +18,8 @@ from fastgen.pipelines.schedulers import flow_match_config
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 
+CLIP_TOKENS = 77  # before the T5 tokens
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SD3Config(PipelineConfig):
@@ -50,8 +52,8 @@ class SD3Denoiser(Denoiser):
         folded = {"context_log_repeats": cond["log_repeats"]} if "log_repeats" in cond else None
         return self.network(
             hidden_states=x_t.to(self.network.dtype),
-            encoder_hidden_states=cond["prompt_embeds"],
-            pooled_projections=cond["pooled"],
+            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
+            pooled_projections=cond["pooled"].to(self.network.dtype),
             timestep=timestep,
             joint_attention_kwargs=folded,
             return_dict=False,
@@ -82,7 +84,7 @@ class SD3(PipelineBackbone):
 
     @property
     def pixels_per_latent(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -112,6 +114,16 @@ class SD3(PipelineBackbone):
             do_classifier_free_guidance=False, max_sequence_length=self.config.max_sequence_length,
         )  # fmt: skip
         return Conditioning({"prompt_embeds": out[0], "pooled": out[2]})
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = CLIP_TOKENS + self.config.max_sequence_length
+        width = {"prompt_embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+        sizes = {key: self.network_config[name] for key, name in width.items()}
+        return {
+            "prompt_embeds": (length, sizes["prompt_embeds"]),
+            "pooled": (sizes["pooled"],),
+            "log_repeats": (length,),
+        }
 
     def finish_table(self, table: Conditioning) -> Conditioning:
         """prompt_embeds [B, L, D], pooled [B, P] and log_repeats [B, L] (see sd3_attention)."""

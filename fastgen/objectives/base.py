@@ -48,6 +48,11 @@ class Objective:
         raise NotImplementedError
 
     @property
+    def own_networks(self) -> tuple[str, ...]:
+        """Trained roles that are not copies of the teacher (discriminator heads), so that they cannot be adapters."""
+        return ()
+
+    @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that must be there: any of latents, pixels, pairs, group."""
         return frozenset()

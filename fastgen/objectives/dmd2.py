@@ -38,11 +38,14 @@ from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
 from fastgen.schedule import PredictionType, TimeSampler
 
+Guidance = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
     name: Literal["dmd2"] = "dmd2"
-    guidance_scale: float = Field(default=1.0, ge=0)  # 1.75 SD1.5, 8 SDXL (released configs); 1 is off
+    # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one an expert of the teacher, from high noise to low
+    guidance_scale: Guidance = 1.0
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
     fake_updates: int = Field(default=5, ge=1)  # "5 fake updates per generator update", Sec. 4.2
@@ -66,6 +69,10 @@ class DMD2(Objective):
     @property
     def trained_roles(self) -> tuple[str, ...]:
         return ("student", "fake_score", "discriminator") if self.gan_weight else ("student", "fake_score")
+
+    @property
+    def own_networks(self) -> tuple[str, ...]:
+        return ("discriminator",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -133,7 +140,7 @@ class DMD2(Objective):
         fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
         real = signals.guided(
             networks.teacher, x_t, t, batch.cond, batch.uncond,
-            self.guidance_scale, self.guidance_interval, self.guidance_rescale,
+            networks.teacher.per_expert(self.guidance_scale, t), self.guidance_interval, self.guidance_rescale,
         )  # fmt: skip
         grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
         return grad, signals.score_lag(rollout.x, fake, real)

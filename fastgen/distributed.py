@@ -1,0 +1,119 @@
+"""How several processes share a run: who they are, how networks are divided, how gradients are averaged."""
+
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from fastgen.backbones.base import Backbone
+from fastgen.config import Recipe, RecipeError
+from fastgen.denoiser import Denoiser, ExtraInputs
+from fastgen.lora import LoraDenoiser
+from fastgen.sharding import shard
+
+Strategy = Literal["single", "ddp", "fsdp"]
+BUCKET_BYTES = 25 << 20  # of gradients, averaged in one call
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """The processes this program was launched with, all of them, on the device that was asked for.
+
+    On a machine without a GPU, accelerate would take a torchrun of two processes for two runs of one, unless it is
+    told that the CPU is meant. Mixed precision is the recipe's business, in the loop, not the launcher's.
+    Raises RecipeError for a device, a number of processes or a launcher's setting that cannot be had."""
+    config = recipe.train
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("train.device: cuda was asked for and there is no GPU here; set it to auto or cpu")
+    for setting, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(setting, "false") == "true":
+            raise RecipeError(f"the launcher asks for {name}, which fastgen does not use; configure accelerate for "
+                              "multi-GPU or FSDP")  # fmt: skip
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    for asked, what in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
+        if asked not in (None, accelerator.num_processes):
+            raise RecipeError(
+                f"{what} asks for {asked} processes and accelerate started {accelerator.num_processes}; on a CPU use "
+                "torchrun --nproc_per_node, as accelerate launch --cpu starts one"
+            )
+    if strategy_of(recipe, accelerator) == "fsdp" and accelerator.num_processes == 1:
+        raise RecipeError("train.strategy: fsdp divides networks over processes and there is one; launch more, or set "
+                          "it to auto")  # fmt: skip
+    return accelerator
+
+
+def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
+    """What `auto` means under this launcher."""
+    asked = recipe.train.strategy
+    if asked == "auto":
+        asked = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else "ddp"
+    return "single" if asked == "ddp" and accelerator.num_processes == 1 else asked
+
+
+def divide(modules: dict[str, nn.Module], backbone: Backbone, accelerator: Accelerator) -> None:
+    """`fully_shard` for every role, the frozen ones too, in place; roles that share a base divide it once."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    weights = backbone.weights()
+    for module in modules.values():
+        if not isinstance(module, LoraDenoiser):
+            blocks = module.shard_modules if isinstance(module, Denoiser) else ()
+            shard(module, blocks, mesh, accelerator.device, weights, stored_name)
+    if backbone.shared is not None:
+        base = backbone.shared.denoiser
+        shard(base, base.shard_modules, mesh, accelerator.device, weights, stored_name)
+        backbone.shared.refresh()
+
+
+def stored_name(module: nn.Module, name: str) -> str:
+    """The name a tensor has in the pretrained weights: without the wrappers put around its layer since."""
+    *path, last = name.split(".")
+    kept = []
+    for part in path:
+        wrapped = (isinstance(module, ExtraInputs) and part == "embedding") or (
+            isinstance(module, BaseTunerLayer) and part == "base_layer"
+        )
+        if not wrapped:
+            kept.append(part)
+        module = module.get_submodule(part)
+    return ".".join([*kept, last])
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """The mean over processes, in buckets; divided networks have averaged theirs already. A gradient that some process
+    does not have (of an expert it did not call) counts there as zero.
+
+    By hand, not by a DDP wrapper: one module is called several times in an update, by several players."""
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    used = torch.tensor([p.grad is not None for p in whole], dtype=torch.uint8, device=accelerator.device)
+    if not len(used):
+        return
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    bucket: list[Tensor] = []
+    for p, somewhere in zip(whole, used.tolist(), strict=True):
+        if not somewhere:
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if bucket and (sum(g.nbytes for g in bucket) > BUCKET_BYTES or bucket[0].dtype != p.grad.dtype):
+            average(bucket, accelerator.num_processes)
+            bucket = []
+        bucket.append(p.grad)
+    if bucket:
+        average(bucket, accelerator.num_processes)
+
+
+def average(gradients: list[Tensor], num_processes: int) -> None:
+    """One all-reduce of several gradients, in place."""
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / num_processes).split([g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

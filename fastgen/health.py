@@ -1,0 +1,171 @@
+"""The watch over a run: numbers that say early, and in words, that a student is going wrong.
+
+Statistics of the student's own samples are compared with the teacher's, made from the same prompts and noise before
+the first step. Losses of distribution matching do not tell quality; these do tell collapse.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+Statistics = dict[str, float]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class HealthConfig:
+    """When the watch speaks. All factors are ours, set so that the shipped recipes stay quiet.
+
+    every: student updates between looks, 0 switches the watch off. num_samples: samples of one look. grace: updates
+    before blurred or similar samples are warned of, as a one-step student starts from blurred means. stop: end the run
+    at the first warning."""
+
+    every: int = Field(default=50, ge=0)
+    num_samples: int = Field(default=32, ge=4)
+    grace: int = Field(default=100, ge=0)
+    max_skipped: int = Field(default=10, ge=0)  # updates in a row whose gradient is not finite; one more stops the run
+    mean_shift: float = Field(default=0.75, gt=0)  # of the samples' mean, in the teacher's standard deviations
+    std_ratio: tuple[float, float] = (0.5, 1.7)  # of the samples' std over the teacher's
+    saturation: float = Field(default=0.05, gt=0)  # share of values beyond three of the teacher's std, above its own
+    diversity_ratio: float = Field(default=0.6, gt=0)  # of the mean distance between two samples over the teacher's
+    fake_lag: float = Field(default=1.0, gt=0)  # |lag|: the fake score's own error over the gradient's energy
+    grad_growth: float = Field(default=30.0, gt=1)  # of a role's gradient norm over its median so far
+    movement: tuple[float, float] = (1e-7, 1.0)  # of a role's weights between two looks, relative to their size
+    lead: float = Field(default=1.25, gt=0)  # of the student's relative movement over the fake score's
+    stop: bool = False
+
+
+def statistics(latents: Tensor, center: float | None = None, scale: float | None = None) -> Statistics:
+    """mean, std, diversity and saturation of samples [B, ...].
+
+    diversity: the mean distance of two samples, a value, sqrt(mean |x_i - x_j|^2).
+    saturation: the share of values further than 3 scale from center (the teacher's std and mean; the samples' own by
+    default)."""
+    x = latents.detach().double().flatten(1)
+    center = x.mean().item() if center is None else center
+    scale = x.std().item() if scale is None else scale
+    pairs = torch.pdist(x) / x.shape[1] ** 0.5
+    far = ((x - center).abs() > 3 * scale).double().mean()
+    return {"mean": x.mean().item(), "std": x.std().item(), "diversity": pairs.mean().item(), "saturation": far.item()}
+
+
+@plain_dataclass
+class Memory:
+    """What the watch remembers; a checkpoint keeps it. reference: the teacher's statistics."""
+
+    reference: Statistics = field(default_factory=dict)
+    grad_norms: dict[str, list[float]] = field(default_factory=dict)
+    alarmed: bool = False
+
+
+class Watch:
+    """Looks at a run from time to time."""
+
+    def __init__(self, config: HealthConfig):
+        self.config = config
+        self.memory = Memory()
+        self.skipped_in_a_row = 0
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the last look ended in a warning, or updates are being skipped."""
+        return self.memory.alarmed or self.skipped_in_a_row > 0
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.memory = Memory(**memory)
+
+    def skip(self) -> int:
+        """Counts an update that could not be made; returns how many there were in a row."""
+        self.skipped_in_a_row += 1
+        return self.skipped_in_a_row
+
+    def look(
+        self, step: int, samples: Tensor, terms: Mapping[str, float], movement: Mapping[str, float]
+    ) -> tuple[Statistics, list[str]]:
+        """Compares the student's samples [B, ...], and the mean log terms since the last row, with what is healthy.
+
+        movement: role -> relative change of its weights since the last look. Returns the statistics and the warnings.
+        Samples that are blurred or alike are not warned of before the grace is over."""
+        teacher = self.memory.reference
+        seen = statistics(samples, teacher["mean"], teacher["std"])
+        warnings = self.running_away(seen) + self.lagging(terms) + self.moving(movement) + self.growing(terms)
+        if step > self.config.grace:
+            warnings += self.collapsed(seen)
+        self.memory.alarmed = bool(warnings)
+        return seen, warnings
+
+    def running_away(self, seen: Statistics) -> list[str]:
+        """Samples that leave the teacher's range."""
+        config, teacher, warnings = self.config, self.memory.reference, []
+        if not all(map(math.isfinite, seen.values())):
+            return ["the student's samples are not finite: lower optimizers.student.lr and start from the last good "
+                    "checkpoint"]  # fmt: skip
+        shift, std = abs(seen["mean"] - teacher["mean"]) / teacher["std"], seen["std"] / teacher["std"]
+        if shift > config.mean_shift:
+            warnings.append(f"the student's samples have drifted: their mean is {shift:.1f} teacher standard "
+                            "deviations off (colour or brightness runs away); lower optimizers.student.lr or raise "
+                            "objective.fake_updates")  # fmt: skip
+        if std > config.std_ratio[1] or seen["saturation"] > teacher["saturation"] + config.saturation:
+            warnings.append(f"the student's samples are over-saturated: {std:.2f} times the teacher's standard "
+                            f"deviation, {seen['saturation']:.1%} of the values far out; lower guidance_scale, or use "
+                            "guidance_rescale or guidance_interval, and lower optimizers.student.lr")  # fmt: skip
+        return warnings
+
+    def collapsed(self, seen: Statistics) -> list[str]:
+        """Samples that say too little."""
+        config, teacher, warnings = self.config, self.memory.reference, []
+        std, diversity = (seen[k] / max(teacher[k], 1e-12) for k in ("std", "diversity"))
+        if std < config.std_ratio[0]:
+            warnings.append(f"the student's samples are washed out: {std:.2f} times the teacher's standard deviation "
+                            "(grey, blurred or empty); check that the student trains, lower its rate, or raise "
+                            "objective.fake_updates")  # fmt: skip
+        if diversity < config.diversity_ratio:
+            warnings.append(f"the student's samples look alike: their distances are {diversity:.2f} times the "
+                            "teacher's (mode collapse); raise objective.fake_updates, lower optimizers.student.lr, or "
+                            "add the discriminator")  # fmt: skip
+        return warnings
+
+    def lagging(self, terms: Mapping[str, float]) -> list[str]:
+        lag = max((abs(v) for k, v in terms.items() if k.endswith("/fake_lag")), default=0.0)
+        if lag <= self.config.fake_lag:
+            return []
+        return [f"the fake score does not follow the student: its own error is {lag:.1f} times the gradient; raise "
+                "objective.fake_updates or optimizers.fake_score.lr, or lower optimizers.student.lr"]  # fmt: skip
+
+    def moving(self, movement: Mapping[str, float]) -> list[str]:
+        """Roles whose weights hardly move (float32 resolves relative changes of 1e-7), or are being overwritten."""
+        (low, high), warnings = self.config.movement, []
+        for role, moved in movement.items():
+            if moved < low:
+                warnings.append(f"{role} is not learning: its weights changed by {moved:.1g} of their size since the "
+                                f"last look; raise optimizers.{role}.lr")  # fmt: skip
+            if moved > high:
+                warnings.append(f"{role} forgets what it started from: its weights changed by {moved:.1f} times their "
+                                f"size since the last look; lower optimizers.{role}.lr")  # fmt: skip
+        student, fake = movement.get("student", 0.0), movement.get("fake_score", 0.0)
+        if fake > low and student > self.config.lead * fake:
+            warnings.append(f"the student runs ahead of the fake score, {student / fake:.1f} times as far since the "
+                            "last look; lower optimizers.student.lr, or raise optimizers.fake_score.lr or "
+                            "objective.fake_updates")  # fmt: skip
+        return warnings
+
+    def growing(self, terms: Mapping[str, float]) -> list[str]:
+        """Roles whose gradient norm is far above its median so far; the first three looks only listen."""
+        warnings = []
+        for name, value in terms.items():
+            if "/grad_norm_" not in name:
+                continue
+            history = self.memory.grad_norms.setdefault(name, [])
+            usual = sorted(history)[len(history) // 2] if len(history) >= 3 else float("inf")
+            if value > self.config.grad_growth * usual:
+                role = name.rpartition("grad_norm_")[2]
+                warnings.append(f"the gradient of {role} has grown to {value / usual:.0f} times what it was; lower "
+                                f"optimizers.{role}.lr")  # fmt: skip
+            history.append(value)
+        return warnings

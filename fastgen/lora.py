@@ -1,0 +1,236 @@
+"""Roles as LoRA adapters on one copy of the weights.
+
+The teacher is the base with every adapter off; student and fake score are adapters on it. A forward names its role:
+`SharedBase.using(role)` switches the layers for its duration, and again whenever activation checkpointing repeats the
+forward during the backward pass. Every adapter keeps `requires_grad`; peft's own `set_adapter` clears it on the
+others, and gradients of a graph built before the switch then go missing without a word.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser
+from fastgen.noise import make_key
+from fastgen.recomputation import remembered
+from fastgen.schedule import PredictionType
+from fastgen.sharding import local, own_slice
+
+AVERAGE = "average"  # the adapter that holds the student's moving average
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class LoraConfig:
+    """One role's adapter: W + (alpha / rank) B A, with B zero at the start         (LoRA, arXiv 2106.09685 Sec. 4.1)
+
+    alpha: None is the rank, a factor of one. targets: endings of the names of the linear layers it goes on; None is
+    the family's attention and feed-forward layers."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+
+
+class SharedBase:
+    """A frozen denoiser with one adapter a role. dtype: of the adapters; the base keeps its own."""
+
+    def __init__(self, denoiser: Denoiser, default_targets: Sequence[str], dtype: torch.dtype = torch.float32):
+        self.denoiser = denoiser.requires_grad_(False).eval()
+        self.dtype = dtype
+        self.default_targets = tuple(default_targets)
+        self.configs: dict[str, LoraConfig] = {}
+        self._layers: list[BaseTunerLayer] = []
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
+        self._role: str | None = None
+
+    def add(self, role: str, config: LoraConfig) -> "LoraDenoiser":
+        """A new adapter, which changes nothing yet. Raises ValueError if a target matches no linear layer."""
+        targets = config.targets or self.default_targets
+        linear = [name for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)]
+        original = [name.removesuffix(".base_layer") for name in linear]
+        for target in config.targets or ():
+            if not any(name == target or name.endswith(f".{target}") for name in original):
+                raise ValueError(f"lora.{role}.targets: no linear layer's name ends with {target!r}")
+        chosen = [name for name in original if any(name == t or name.endswith(f".{t}") for t in targets)]
+        alpha = config.rank if config.alpha is None else config.alpha
+        peft_config = PeftLoraConfig(r=config.rank, lora_alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the idea
+            inject_adapter_in_model(peft_config, self.denoiser, adapter_name=role)
+        for name, p in self.denoiser.named_parameters():
+            if is_adapter_parameter(name, role):
+                p.data = p.data.to(self.dtype)
+        self.configs[role] = config
+        self._layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        self.refresh()
+        self.switch(None)
+        for r in self.configs:
+            for p in self.parameters(r).values():
+                p.requires_grad_(r != AVERAGE)
+        return LoraDenoiser(self, role)
+
+    def role(self, role: str, config: LoraConfig) -> "LoraDenoiser":
+        """The adapter of this name, made when it is first asked for."""
+        return LoraDenoiser(self, role) if role in self.configs else self.add(role, config)
+
+    def refresh(self) -> None:
+        """Looks for the adapters' parameters anew, after they have been replaced (by `fully_shard`)."""
+        named = dict(self.denoiser.named_parameters())
+        self._parameters = {
+            role: {n.replace(f".{role}.", "."): p for n, p in named.items() if is_adapter_parameter(n, role)}
+            for role in self.configs
+        }
+        for role, embedding in self._embeddings.items():
+            if role is not None:
+                tables = embedding.tables.named_parameters()  # type: ignore[union-attr, operator]
+                self._parameters[role] |= {f"inputs.{name}": p for name, p in tables}
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters; names as in the base, without the adapter's name."""
+        return self._parameters[role]
+
+    def switch(self, role: str | None) -> None:
+        for layer in self._layers:  # not peft's set_adapter: see above
+            layer._disable_adapters = role is None
+            layer._active_adapter = [] if role is None else [role]
+        if len(self._embeddings) > 1:
+            self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
+        self._role = role
+
+    def add_inputs(self, role: str, counts: Mapping[str, int], dim: int) -> None:
+        """Extends one role by integer inputs: it gets a time embedder of its own, around the shared one."""
+        self.switch(None)
+        self.denoiser.add_inputs(counts, dim)
+        self._embeddings[role] = self.denoiser.time_embedding
+        self.refresh()
+        self.switch(None)
+        self.denoiser.set_time_embedding(self._embeddings[None])
+
+    @contextmanager
+    def using(self, role: str | None) -> Iterator[None]:
+        """Forwards inside are the role's (None: the base's own), and so are their repetitions."""
+        before = self._role
+        self.switch(role)
+        try:
+            with remembered(lambda: self.using(role)):
+                yield
+        finally:
+            self.switch(before)
+
+    def unload(self, role: str) -> Denoiser:
+        """A copy of the base with the role's adapter added into its weights and no adapters left."""
+        whole = deepcopy(self.denoiser)
+        for name, layer in list(whole.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(adapter_names=[role])
+                whole.set_submodule(name, layer.get_base_layer())
+        return whole
+
+
+def is_adapter_parameter(name: str, role: str) -> bool:
+    return f".lora_A.{role}." in name or f".lora_B.{role}." in name
+
+
+class LoraDenoiser(Denoiser):
+    """One role of a shared base, behind the ordinary contract. role None: the base itself, frozen.
+
+    Its parameters are its adapter's alone; the base is not a submodule of it."""
+
+    def __init__(self, shared: SharedBase, role: str | None):
+        nn.Module.__init__(self)
+        self.__dict__["shared"] = shared
+        self.role = role
+        self.schedule = shared.denoiser.schedule
+        self.prediction_type = shared.denoiser.prediction_type
+        self.feature_dim = shared.denoiser.feature_dim
+        self.shared: SharedBase
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        told_time: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        predict: PredictionType = "sample",
+    ) -> Tensor:
+        with self.shared.using(self.role):
+            return self.shared.denoiser(x_t, t, cond, told_time=told_time, extras=extras, predict=predict)
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        with self.shared.using(self.role):
+            return self.shared.denoiser.time_embedding
+
+    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+        assert self.role is not None
+        self.shared.add_inputs(self.role, counts, dim)
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        return self.shared.denoiser.feature_modules
+
+    @property
+    def captured_modules(self) -> Sequence[nn.Module]:
+        return self.shared.denoiser.captured_modules
+
+    def capture(self) -> AbstractContextManager[list[Tensor]]:  # type: ignore[override]
+        return self.shared.denoiser.capture()
+
+    def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
+        return self.shared.denoiser.per_expert(value, t)
+
+    @property
+    def is_divided(self) -> bool:
+        return self.shared.denoiser.is_divided
+
+    def enable_checkpointing(self) -> None:
+        self.shared.denoiser.enable_checkpointing()
+
+    def named_parameters(  # type: ignore[override]
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.role is not None:
+            for name, p in self.shared.parameters(self.role).items():
+                yield (f"{prefix}.{name}" if prefix else name), p
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        """In place. Raises ValueError if names or shapes differ."""
+        own = dict(self.named_parameters())
+        if own.keys() != state_dict.keys():
+            raise ValueError(f"adapter weights for other layers: {sorted(own.keys() ^ state_dict.keys())[:4]}")
+        for name, p in own.items():
+            local(p).copy_(own_slice(state_dict[name], p))
+
+    def average(self) -> "LoraDenoiser":
+        """A further, frozen adapter that starts as this one: the place of its moving average."""
+        assert self.role is not None
+        return self.shared.add(AVERAGE, self.shared.configs[self.role])
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """A uniform in +- 1 / sqrt(inputs), as nn.Linear's, and B zero: the network is the base again. The draw
+        depends on the seed, the role and the layer alone."""
+        for name, p in self.named_parameters():
+            if ".lora_A." not in name:  # B, and the tables of further inputs
+                local(p).zero_()
+                continue
+            generator = torch.Generator().manual_seed(make_key(seed, self.role or "", name) % 2**63)
+            drawn = (2 * torch.rand(p.shape, generator=generator) - 1) / p.shape[1] ** 0.5
+            local(p).copy_(own_slice(drawn, p))

@@ -1,0 +1,91 @@
+"""Networks divided over processes with FSDP2's `fully_shard`, and tensors that read and write as if they were whole.
+
+No process ever holds a whole network: parameters are made on the meta device, divided, and then filled, each process
+reading its own slice of the weight files. A whole copy of one tensor at a time exists while a checkpoint is written.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in the file)
+
+
+def shard(
+    module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, device: torch.device, weights: WeightMap,
+    stored_name: Callable[[nn.Module, str], str],
+) -> nn.Module:  # fmt: skip
+    """Divides a module's parameters over the mesh: one gather a block, and one for what is left.
+
+    Parameters on the meta device are filled from `weights` (a file and a name each), under the name `stored_name`
+    gives them; others keep their values.
+    Raises ValueError if a parameter on the meta device has no weights."""
+    if not any(True for _ in module.parameters()):
+        return module.to(device)
+    held = {n: t.detach().clone() for n, t in named_tensors(module).items() if not t.is_meta}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module).items():
+            if name in held:
+                local(tensor).copy_(own_slice(held[name], tensor))
+            elif ".lora_" in name:
+                local(tensor).zero_()  # until LoraDenoiser.reset
+            else:
+                fill(tensor, stored_name(module, name), weights)
+    return module
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
+    """Copies this process's slice of a stored tensor."""
+    if name not in weights:
+        raise ValueError(f"the pretrained weights have no tensor {name}")
+    path, key = weights[name]
+    with safe_open(path, framework="pt") as file:
+        stored = file.get_slice(key)
+        if tuple(stored.get_shape()) != tuple(tensor.shape):
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(stored.get_shape())}, {name} needs {tuple(tensor.shape)}"
+            )
+        part = stored[slices(tensor)] if tensor.dim() else file.get_tensor(key)
+    local(tensor).copy_(part)
+
+
+def slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this process's part lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, n) for n in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))
+
+
+def own_slice(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds of `like`."""
+    return whole[slices(like)] if whole.dim() else whole
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; the tensor itself where it is not divided. Shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every process; all of them must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)

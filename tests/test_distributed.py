@@ -1,0 +1,130 @@
+"""Several processes: the same run as one, networks divided for real, and checkpoints that fit any number of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgen import checkpoint
+from fastgen.config import RecipeError, load_recipe
+from fastgen.train import main, train
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "recipes/digits_dmd2_4step.yaml"
+SMALL = [
+    "train.dtype=float64", "train.accumulate=1", "train.sample_every=0", "train.eval_every=0", "train.num_samples=4",
+    "train.checkpoint_every=3", "train.steps=3", "objective.fake_updates=1", "health.num_samples=4",
+    "eval.quick_num_samples=20", "eval.teacher_steps=[2]", "eval.metrics=[throughput]", "train.keep_checkpoints=9",
+]  # fmt: skip
+LORA = "lora={student: {rank: 4}, fake_score: {rank: 4}}"
+GAN = ["objective.gan_weight=0.01", "optimizers.discriminator={lr: 2e-4}"]
+
+
+def launch(processes: int, *arguments: str, program: str = "fastgen/train.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def run(folder: Path, processes: int, *overrides: str) -> Path:
+    """A digits run of `processes` processes and 4 samples an update in all."""
+    arguments = [*SMALL, f"train.batch_size={4 // processes}", f"output_dir={folder}", *overrides]
+    if processes == 1:
+        return train(load_recipe(ROOT / DIGITS, arguments))
+    result = launch(processes, DIGITS, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of any tensor of the two newest checkpoints."""
+    first, second = (checkpoint.complete(folder / "checkpoints")[-1] for folder in (one, other))
+    assert first.name == second.name
+    largest = 0.0
+    for file in sorted(first.glob("*.safetensors")):
+        a, b = load_file(file), load_file(second / file.name)
+        assert a.keys() == b.keys()
+        largest = max([largest, *((a[k].double() - b[k].double()).abs().max().item() for k in a)])
+    return largest
+
+
+@pytest.mark.parametrize(
+    ("strategy", "extra"), [("fsdp", GAN), ("fsdp", [LORA, "train.gradient_checkpointing=true"])], ids=["full", "lora"]
+)
+def test_divided_networks_train_as_one(tmp_path: Path, strategy: str, extra: list[str]) -> None:
+    one = run(tmp_path / "one", 1, *[e for e in extra if "checkpointing" not in e])
+    two = run(tmp_path / "two", 2, f"train.strategy={strategy}", *extra)
+    error = difference(one, two)
+    print(f"largest difference {error:.2g}")
+    assert error < 1e-9
+    names = {f.name for f in (two / "export").rglob("*") if f.is_file()}
+    assert names == {f.name for f in (one / "export").rglob("*") if f.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("extra", [[], [LORA]], ids=["full", "lora"])
+def test_twenty_updates_of_two_processes_are_those_of_one(tmp_path: Path, strategy: str, extra: list[str]) -> None:
+    long = [*extra, "train.steps=20", "train.checkpoint_every=20"]
+    error = difference(run(tmp_path / "one", 1, *long), run(tmp_path / "two", 2, f"train.strategy={strategy}", *long))
+    print(f"{strategy}: largest difference after 20 updates {error:.2g}")
+    assert error < 1e-5
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 1, "train.steps=6")
+    four = run(tmp_path / "parts", 4, "train.strategy=fsdp")
+    assert json.loads((four / "checkpoints/step_00000003/counters.json").read_text())["samples_per_update"] == 4
+    run(four, 2, "train.strategy=fsdp", "train.steps=5", "train.checkpoint_every=1")
+    run(four, 1, "train.steps=6")
+    error = difference(whole, four)
+    print(f"4, then 2, then 1 process against one: {error:.2g}")
+    assert error < 1e-9
+
+
+def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
+    """Bytes allocated by every process, counted at each operation while the networks are made, and those held after
+    an update of every turn."""
+    result = launch(2, DIGITS, *SMALL, "train.batch_size=2", f"output_dir={tmp_path / 'run'}", "train.strategy=fsdp",
+                    program="tests/measure_shards.py")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"run/shards_{rank}.json").read_text())
+        print(rank, seen)
+        assert seen["all_divided"]
+        assert seen["held"] <= 0.52 * seen["whole"]  # two processes; a few tensors do not divide evenly
+        assert seen["peak_while_loading"] <= seen["held"] + 1.1 * seen["largest_block"]
+
+
+def test_a_run_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", 1)
+    arguments = [str(ROOT / DIGITS), *SMALL, f"output_dir={tmp_path / 'run'}", "train.steps=4"]
+    assert main([*arguments, "train.batch_size=2"]) == 2
+    assert "was started with 4 samples an update" in capsys.readouterr().err
+    assert main([*arguments, "train.batch_size=2", "train.accumulate=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.strategy=fsdp", "there is one"),
+        ("train.num_processes=2", "accelerate started 1"),
+        pytest.param("train.device=cuda", "there is no GPU", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="needs a machine without a GPU")),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for_and_cannot_be_had(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}", override]))
+
+
+def test_a_launcher_configured_for_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RecipeError, match="DeepSpeed"):
+        train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}"]))

@@ -1,0 +1,158 @@
+"""The watch: quiet on a healthy run, and in words on planted collapses."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgen import checkpoint
+from fastgen import train as program
+from fastgen.config import load_recipe
+from fastgen.health import HealthConfig, Watch, statistics
+from fastgen.objectives import DMD2, Loss
+from fastgen.train import TrainingError, train
+
+ROOT = Path(__file__).parents[1]
+RING = ROOT / "recipes/mixture_dmd2_4step.yaml"
+SHORT = [
+    "train.sample_every=0", "train.eval_every=0", "backbone.fit_steps=300", "eval.num_samples=64", "train.steps=200",
+    "eval.quick_num_samples=64", "train.batch_size=128", "health.num_samples=64", "train.checkpoint_every=50",
+]  # fmt: skip
+TEACHER = {"mean": 0.0, "std": 1.0, "diversity": 1.4, "saturation": 0.003}
+
+
+def warnings_of(folder: Path) -> str:
+    path = folder / "warnings.log"
+    return path.read_text() if path.is_file() else ""
+
+
+def watched(samples: Tensor, terms: dict[str, float] | None = None, moved: float = 0.1) -> list[str]:
+    watch = Watch(HealthConfig())
+    watch.memory.reference = TEACHER
+    return watch.look(500, samples, terms or {}, {"student": moved})[1]
+
+
+def normal(count: int = 64) -> Tensor:
+    return torch.randn(count, 100, generator=torch.Generator().manual_seed(0))
+
+
+def test_statistics_of_a_known_law() -> None:
+    """Of standard normal samples: distance a value sqrt(2), 0.27 % beyond three standard deviations."""
+    seen = statistics(normal(500))
+    assert seen["mean"] == pytest.approx(0, abs=0.02) and seen["std"] == pytest.approx(1, abs=0.01)
+    assert seen["diversity"] == pytest.approx(2**0.5, rel=0.01)
+    assert seen["saturation"] == pytest.approx(0.0027, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (normal() + 2, "drifted"),
+        (0.2 * normal(), "washed out"),
+        (3 * normal(), "over-saturated"),
+        (normal(1).expand(64, -1) + 0.01 * normal(), "look alike"),
+        (normal() * float("nan"), "not finite"),
+    ],
+)
+def test_what_goes_wrong_is_said(samples: Tensor, said: str) -> None:
+    assert any(said in warning for warning in watched(samples))
+
+
+def test_healthy_samples_are_quiet() -> None:
+    assert watched(normal(), {"student/fake_lag": -0.4, "student/grad_norm_student": 1.0}) == []
+    assert any("does not follow" in w for w in watched(normal(), {"student/fake_lag": -3.0}))
+    assert any("is not learning" in w for w in watched(normal(), moved=1e-9))
+    assert any("forgets" in w for w in watched(normal(), moved=3.0))
+
+
+def test_gradients_that_grow_are_said_after_some_looks() -> None:
+    watch = Watch(HealthConfig())
+    watch.memory.reference = TEACHER
+    looks = [watch.look(500, normal(), {"student/grad_norm_student": norm}, {})[1] for norm in (1, 2, 1, 1, 100)]
+    assert looks[:4] == [[], [], [], []] and "grown to 100 times" in looks[4][0]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(load_recipe(RING, [*SHORT, f"output_dir={tmp_path_factory.mktemp('healthy') / 'run'}"]))
+
+
+def test_a_healthy_run_is_quiet(healthy: Path) -> None:
+    assert warnings_of(healthy) == ""
+    looks = [row for row in map(json.loads, (healthy / "log.jsonl").open()) if "health/std" in row]
+    assert [row["step"] for row in looks] == [50, 100, 150, 200]
+
+
+def planted(folder: Path, *overrides: str) -> str:
+    try:
+        train(load_recipe(RING, [*SHORT, f"output_dir={folder}", *overrides]))
+    except TrainingError as error:
+        return warnings_of(folder) + str(error)
+    return warnings_of(folder)
+
+
+def test_a_student_frozen_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its samples are nearly the origin, and its learning rate does nothing about it."""
+    build = program.build
+
+    def with_zero_student(*arguments: Any) -> program.Parts:
+        parts = build(*arguments)
+        parts.networks.student.register_forward_hook(lambda _module, _inputs, x0: 1e-3 * x0)
+        return parts
+
+    monkeypatch.setattr(program, "build", with_zero_student)
+    said = planted(tmp_path / "run", "optimizers.student.lr=1e-9", "optimizers.student.weight_decay=0")
+    print(said)
+    assert "look alike" in said and "washed out" in said
+
+
+def test_a_fake_score_that_does_not_update(tmp_path: Path) -> None:
+    said = planted(tmp_path / "run", "optimizers.fake_score.lr=1e-20", "optimizers.fake_score.weight_decay=0")
+    print(said)
+    assert "fake_score is not learning" in said
+
+
+def test_a_learning_rate_a_hundred_times_too_high(tmp_path: Path) -> None:
+    usual = load_recipe(RING).optimizers["student"].lr
+    said = planted(tmp_path / "run", f"optimizers.student.lr={100 * usual}")
+    print(said)
+    assert "lower optimizers.student.lr" in said
+
+
+def test_stopping_at_a_warning_and_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint from before the first warning survives rotation."""
+    look = Watch.look
+    monkeypatch.setattr(Watch, "look", lambda self, step, samples, *rest: look(
+        self, step, samples + (1000.0 if step >= 80 else 0.0), *rest))  # fmt: skip
+    options = [*SHORT, "health.every=20", "health.grace=0", "train.checkpoint_every=20", "train.keep_checkpoints=1",
+               "train.steps=160", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    folder = train(load_recipe(RING, options))
+    assert "drifted" in warnings_of(folder)
+    assert [c.name for c in checkpoint.complete(folder / "checkpoints")] == ["step_00000060", "step_00000160"]
+    with pytest.raises(TrainingError, match=r"health\.stop.*drifted"):
+        train(load_recipe(RING, [*options, f"output_dir={tmp_path / 'stopped'}", "health.stop=true"]))
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bad losses cost three updates and leave the weights finite; eleven in a row end the run."""
+    loss, calls, bad = DMD2.loss, itertools.count(), {30, 31, 40}
+
+    def sometimes_broken(*arguments: Any) -> Loss:
+        whole = loss(*arguments)
+        return Loss(whole.total * float("nan"), whole.terms) if next(calls) in bad else whole
+
+    monkeypatch.setattr(DMD2, "loss", sometimes_broken)
+    options = [*SHORT, "train.steps=20", "train.log_every=20", "train.accumulate=1", "objective.fake_updates=4"]
+    folder = train(load_recipe(RING, [*options, f"output_dir={tmp_path / 'run'}"]))
+    row = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert row["fake_score/skipped"] * 80 + row["student/skipped"] * 20 == pytest.approx(3)
+    last = checkpoint.complete(folder / "checkpoints")[-1]
+    assert all(v.isfinite().all() for file in last.glob("*.safetensors") for v in load_file(file).values())
+    bad.update(range(200, 10**4))
+    with pytest.raises(TrainingError, match="not finite in 11 updates in a row"):
+        train(load_recipe(RING, [*options, "train.steps=60", f"output_dir={tmp_path / 'ended'}"]))
