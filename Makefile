@@ -19,11 +19,11 @@ dev: $(VENV)/.dev
 
 # The tests a change must pass: everything but the longer training runs.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not hub"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not hub"
 
 # One training run for each kind of signal, and the longer oracles.
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,9 +34,10 @@ style: $(VENV)/.dev
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
 
-# The full acceptance, all seeds and rows; resumable.
+# The full acceptance, all seeds and rows; resumable. Then runs that are killed again and again.
 accept: $(VENV)/.dev
 	$(BIN)/python tools/accept.py
+	$(BIN)/python tools/kill_runs.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fastgen import checkpoint
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
 from fastgen.data import DATA, DataSource
@@ -74,6 +75,7 @@ class Recipe:
     eval: EvalConfig
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
+    init_from: str | None = None  # a run or an export: its student (and fake score) are where this run starts
     seed: int = Field(default=0, ge=0)
 
 
@@ -247,6 +249,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.train.frozen_dtype in ("bfloat16", "float16") and recipe.train.mixed_precision == "no":
         raise RecipeError(f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
                           "need train.mixed_precision: bf16")  # fmt: skip
+    check_init(recipe)
     missing = objective.needs - recipe.data.provides
     if missing:
         raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
@@ -269,6 +272,22 @@ def check_lora(recipe: Recipe) -> None:
         if role not in possible:
             raise RecipeError(f"lora.{role}: this objective's roles that can be adapters are {', '.join(possible)}"
                               f"{nearest(role, possible)}")  # fmt: skip
+
+
+def check_init(recipe: Recipe) -> None:
+    """init_from must hold a student of the same kind: a run with a checkpoint and the same adapters, or an export."""
+    if recipe.init_from is None:
+        return
+    path = Path(recipe.init_from)
+    before, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
+    if not before.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
+        raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export")
+    there, here = load_recipe(before).lora.get("student"), recipe.lora.get("student")
+    if there != here:
+        raise RecipeError(f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "
+                          "lora.student the same, or export it with --merge")  # fmt: skip
+    if here and not checkpoints:
+        raise RecipeError(f"init_from: {path} is an exported adapter; name the run it came from")
 
 
 def to_dict(value: Any) -> Any:

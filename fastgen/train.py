@@ -108,7 +108,8 @@ def train(recipe: Recipe) -> Path:
         step, position, good = counters["step"], counters["position"], counters["last_good"]
         console.print(f"continuing from {resumed.name}")
     else:
-        console.print("no checkpoint: starting from the pretrained weights")
+        console.print(f"no checkpoint: starting from {recipe.init_from or 'the pretrained weights'}")
+        start_from(parts)
         show_teacher(parts, folder / "samples" / "teacher.png", console)
 
     log = RunLog(folder, step, enabled=main)
@@ -210,10 +211,12 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
 def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     """The checkpoint `train.resume_from` names, later ones set aside; else the newest complete one, if there is any.
 
-    Raises RecipeError if the named one is not there."""
+    Raises RecipeError if the named one is not there, CheckpointError if it is damaged; before weights load."""
     folder, name = recipe.output_dir / "checkpoints", recipe.train.resume_from
     found = checkpoint.complete(folder)
     if name is None:
+        if found:
+            checkpoint.counters_of(found[-1])
         return found[-1] if found else None
     if name not in [c.name for c in found]:
         have = f"complete there are {', '.join(c.name for c in found)}" if found else "there is no complete one"
@@ -229,6 +232,21 @@ def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | Non
             c.rename(aside / c.name)
     accelerator.wait_for_everyone()
     return folder / name
+
+
+def start_from(parts: Parts) -> None:
+    """The student of `init_from`, and its fake score and other trained roles where a run has them."""
+    if parts.recipe.init_from is None:
+        return
+    path, networks = Path(parts.recipe.init_from), parts.networks
+    if checkpoints := checkpoint.complete(path / "checkpoints"):
+        checkpoint.read_into(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
+        for role in parts.recipe.objective.trained_roles:
+            if role != "student" and (checkpoints[-1] / f"{role}.safetensors").is_file():
+                checkpoint.read_into(checkpoints[-1] / f"{role}.safetensors", networks[role].state_dict())
+    else:
+        networks.student.load_state_dict(parts.backbone.load_exported(path).state_dict())
+    parts.ema.move(networks.student, 0.0)
 
 
 def resume(parts: Parts, path: Path, per_update: int) -> dict[str, Any]:
@@ -317,6 +335,7 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_recipe(recipe))
+    accelerator.wait_for_everyone()
     return folder
 
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 RING = ROOT / "recipes/mixture_dmd2_4step.yaml"
 SHORT = [
     "train.sample_every=0", "train.eval_every=0", "backbone.fit_steps=300", "eval.num_samples=64", "train.steps=200",
-    "eval.quick_num_samples=64", "train.batch_size=128", "health.num_samples=64", "train.checkpoint_every=50",
+    "eval.quick_num_samples=64", "train.batch_size=64", "health.num_samples=64", "train.checkpoint_every=50",
+    "objective.fake_updates=3", "eval.teacher_steps=[4]",
 ]  # fmt: skip
 TEACHER = {"mean": 0.0, "std": 1.0, "diversity": 1.4, "saturation": 0.003}
 
@@ -106,20 +107,22 @@ def test_a_student_frozen_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return parts
 
     monkeypatch.setattr(program, "build", with_zero_student)
-    said = planted(tmp_path / "run", "optimizers.student.lr=1e-9", "optimizers.student.weight_decay=0")
+    fixed = ["optimizers.student.lr=1e-9", "optimizers.student.weight_decay=0", "train.steps=150"]
+    said = planted(tmp_path / "run", *fixed)
     print(said)
     assert "look alike" in said and "washed out" in said
 
 
 def test_a_fake_score_that_does_not_update(tmp_path: Path) -> None:
-    said = planted(tmp_path / "run", "optimizers.fake_score.lr=1e-20", "optimizers.fake_score.weight_decay=0")
+    fixed = ["optimizers.fake_score.lr=1e-20", "optimizers.fake_score.weight_decay=0", "train.steps=100"]
+    said = planted(tmp_path / "run", *fixed)
     print(said)
     assert "fake_score is not learning" in said
 
 
 def test_a_learning_rate_a_hundred_times_too_high(tmp_path: Path) -> None:
     usual = load_recipe(RING).optimizers["student"].lr
-    said = planted(tmp_path / "run", f"optimizers.student.lr={100 * usual}")
+    said = planted(tmp_path / "run", f"optimizers.student.lr={100 * usual}", "train.steps=100")
     print(said)
     assert "lower optimizers.student.lr" in said
 

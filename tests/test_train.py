@@ -1,7 +1,9 @@
 """The loop: what a run leaves behind, and that dividing or interrupting the work changes nothing."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +143,34 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert error < 1e-10
     world = json.loads((checkpoint.complete(tmp_path / "two/checkpoints")[-1] / "counters.json").read_text())
     assert world["position"] == 3 * 3 * 8  # three updates of three turns of eight samples: both processes took part
+
+
+def test_a_run_may_start_from_another(tmp_path: Path) -> None:
+    """From a run, student and fake score; from an export, the student. The student's average begins there too."""
+    first = train(tiny(tmp_path / "first"))
+    last = checkpoint.complete(first / "checkpoints")[-1]
+    still = ["train.steps=1", "optimizers.student.lr=2e-7", "optimizers.fake_score.lr=2e-7", "health.every=0",
+             "optimizers.student.weight_decay=0", "optimizers.fake_score.weight_decay=0"]  # fmt: skip
+    for source in (first, first / "export"):
+        second = train(tiny(tmp_path / f"from_{source.name}", *still, f"init_from={source}"))
+        found = weights(second)
+        for role, origin in (("student", "ema"), ("ema", "ema"), ("fake_score", "fake_score")):
+            expected = load_file(last / f"{origin}.safetensors")
+            far = max((found[f"{role}.{k}"] - v).abs().max().item() for k, v in expected.items())
+            assert (far < 1e-6) == (source == first or role != "fake_score"), (source, role, far)
+
+
+def test_a_few_step_teacher_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export of ours, and a name that says so; the digits teacher itself is not."""
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", [f"output_dir={tmp_path}"])
+    assert recipe.backbone.build(torch.device("cpu"), torch.float32, 0).warnings() == []
+    for name, marked in (("digits-turbo", False), ("plain", True)):
+        folder = shutil.copytree(ROOT / "assets/teachers/digits", tmp_path / name)
+        if marked:
+            (folder / "fastgen.json").write_text("{}")
+        config = dataclasses.replace(recipe.backbone, path=str(folder))
+        (warning,) = config.build(torch.device("cpu"), torch.float32, 0).warnings()
+        assert "init_from" in warning
 
 
 def test_a_run_is_evaluated_without_further_options(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Plans against what is measured on real weights, at sizes a CPU can train; the shipped configs' parameter counts."""
+
+import dataclasses
+import gc
+import importlib.util
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import SD3Transformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from rich.console import Console
+from tiny_pipelines import tiny_sd
+from tiny_wan import tiny_wan
+
+from fastgen.backbones.pipeline import CONFIGS, read_index
+from fastgen.config import Recipe, RecipeError, build_recipe, load_recipe
+from fastgen.plan import advise, plan, report
+from fastgen.weightless import LiveBytes, Weightless, empty, weightless
+
+PROJECT = Path(__file__).resolve().parents[1]
+LORA = {"student": {"rank": 4}, "fake_score": {"rank": 4}}
+
+spec = importlib.util.spec_from_file_location("measure_peak", PROJECT / "tools" / "measure_peak.py")
+assert spec is not None and spec.loader is not None
+measure_peak = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measure_peak)
+
+
+def recipe_of(backbone: dict[str, Any], batch_size: int, **extra: Any) -> Recipe:
+    """Four-step DMD2 with guidance on any backbone."""
+    prompts = {"name": "prompts", "prompts": ["a cat runs", "a red dog sleeps"]}
+    train = {"steps": 1, "batch_size": batch_size, "device": "cpu", "num_samples": 1} | extra.pop("train", {})
+    return build_recipe({
+        "output_dir": "unused",
+        "backbone": backbone,
+        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
+        "data": {"name": "digits"} if backbone["name"] == "sd3" else prompts,
+        "objective": {"name": "dmd2", "guidance_scale": 2.0, "fake_updates": 1},
+        "optimizers": {"student": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
+        "train": train,
+        "eval": {"metrics": ["throughput"], "num_samples": 2, "quick_num_samples": 2, "prompts": ["a cat runs"]},
+        **extra,
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], int]]:
+    """name -> (backbone section, batch size), of three families."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    wan = {"name": "wan", "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+    return {
+        "digits": ({"name": "sd3", "path": str(PROJECT / "assets/teachers/digits")}, 16),
+        "sd": ({"name": "sd", "path": str(tiny_sd(folder / "sd"))}, 4),
+        "wan": (wan | {"path": str(tiny_wan(folder / "wan"))}, 4),
+    }
+
+
+VARIANTS = {
+    "full": {},
+    "checkpointed": {"train": {"gradient_checkpointing": True}},
+    "lora": {"lora": LORA},
+    "lora, checkpointed, bf16": {
+        "lora": LORA,
+        "train": {"gradient_checkpointing": True, "mixed_precision": "bf16", "frozen_dtype": "bfloat16"},
+    },
+    "accumulated, bf16": {"train": {"accumulate": 2, "mixed_precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["digits", "sd", "wan"])
+def test_the_plan_is_within_ten_percent_of_the_measured_one(backbones, name, variant) -> None:
+    backbone, batch_size = backbones[name]
+    recipe = recipe_of(backbone, batch_size, **VARIANTS[variant])
+    measured, _ = measure_peak.measure(recipe, draws=2)
+    for turn, expected in measure_peak.planned(plan(recipe, gpu=False)).items():
+        ratio = expected / measured[turn]
+        print(f"{name}, {variant}, {turn}: planned / measured {ratio:.3f} ({measured[turn] / 1e6:.1f} MB)")
+        assert 0.9 <= ratio <= 1.1
+
+
+@pytest.fixture(scope="module")
+def middle_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits pipeline with a random transformer of 63 million parameters."""
+    folder = tmp_path_factory.mktemp("middle") / "pipeline"
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(PROJECT / "assets/teachers/digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = dict(pipeline.transformer.config) | {
+            "num_layers": 6, "num_attention_heads": 16, "caption_projection_dim": 512,
+        }  # fmt: skip
+        pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_lora_run_takes_at_most_1_15_of_the_least(middle_sized: Path) -> None:
+    """The least: base weights, the adapters' gradients and moments, and one student pass's activations."""
+    recipe = recipe_of({"name": "sd3", "path": str(middle_sized)}, 4, lora=LORA)
+    result = measure_peak.lora_ratio(recipe)
+    print({name: round(value / 1e6, 2) if name != "ratio" else round(value, 3) for name, value in result.items()})
+    assert result["base weights"] > 200e6
+    assert result["ratio"] <= 1.15
+
+
+def test_live_bytes_count_storages_once_and_while_they_live() -> None:
+    for make in (torch.empty, empty):
+        with LiveBytes() as live:
+            x = make(1000)
+            y = x + 1
+            view = y.view(10, 100).t()
+            del y
+            kept = live.live
+            del view
+            assert live.live == kept - 4000
+            _ = x.sum()
+        assert live.peak() == kept + (4 if make is torch.empty else 0) or live.peak() == kept
+
+
+def test_weightless_tensors_give_the_layouts_of_real_ones() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU())
+    real = network(torch.randn(2, 4, 8, 8))
+    real.sum().backward()
+    shapes = [p.grad.shape for p in network.parameters()]
+    network.zero_grad()
+    planned = weightless(network)(empty(2, 4, 8, 8))
+    planned.sum().backward()
+    assert isinstance(planned, Weightless) and planned.stride() == real.stride() and planned.device.type == "cpu"
+    assert [p.grad.shape for p in network.parameters()] == shapes
+
+
+COUNTS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
+    "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656},
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584},
+}
+
+
+@pytest.mark.parametrize("checkpoint", COUNTS)
+def test_shipped_configs_have_the_published_parameter_counts(checkpoint: str) -> None:
+    folder = CONFIGS / checkpoint
+    index = read_index(folder)
+    for name, expected in COUNTS[checkpoint].items():
+        library, class_name = index[name]
+        with torch.device("meta"):
+            if library == "diffusers":
+                cls: type[ModelMixin] = getattr(diffusers, class_name)
+                module = cls.from_config(cls.load_config(folder / name))
+            else:
+                module = getattr(transformers, class_name)(
+                    getattr(transformers, class_name).config_class.from_pretrained(folder / name)
+                )
+        count = sum(p.numel() for p in module.parameters())
+        print(f"{checkpoint} {name}: {count:,}")
+        assert count == expected
+
+
+def test_an_unknown_hub_id_is_refused(project: Path) -> None:
+    recipe = load_recipe(project / "recipes/sdxl_dmd2_4step.yaml", ["backbone.path=someone/else"])
+    with pytest.raises(RecipeError, match=r"not known without the network.*stable-diffusion-xl-base-1\.0"):
+        plan(recipe)
+
+
+def test_evaluations_are_counted_and_fewer_lines_are_advised(backbones) -> None:
+    backbone, _ = backbones["digits"]
+    recipe = recipe_of(backbone, 16)
+    found = plan(recipe, gpu=False)
+    student = next(p for p in found.turns if p.turn.name == "student")
+    assert student.evaluations["teacher"] == 2 and student.evaluations["fake_score"] == 1
+    assert 1.5 < student.evaluations["student"] < 3.5
+    assert advise(found, found.peak).lines == ()
+    advice = advise(found, 0.6 * found.peak)
+    print(advice)
+    assert advice.lines is not None and advice.peak <= 0.6 * found.peak
+    assert advise(found, 1e3).lines is None
+    with Console(file=(Path("/dev/null")).open("w")).capture():
+        report(found, 0.6 * found.peak, Console(quiet=True))
+
+
+def test_fsdp_divides_what_is_held(backbones) -> None:
+    backbone, _ = backbones["digits"]
+    found = plan(recipe_of(backbone, 4, train={"strategy": "fsdp"}), gpus=2, gpu=False)
+    whole = dataclasses.replace(found, gpus=1)
+    networks = sum(r.held + r.moments for r in found.roles)
+    assert abs(whole.held - found.held - networks / 2) < 8
+    assert whole.peak > found.peak > whole.peak / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan22_a14b", "sdxl"])
+def test_the_largest_recipes_are_planned_in_20_seconds_and_4_gigabytes(project: Path, name: str) -> None:
+    """CPU seconds of a fresh process, as the machine may be busy with others."""
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "fastgen", "plan", f"recipes/{name}_dmd2_4step.yaml", "--gpus", "8"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=200)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(done.stdout[-1500:], f"{seconds:.1f} CPU seconds, {after.ru_maxrss / 1e6:.2f} GB")
+    assert done.returncode == 0, done.stderr
+    assert seconds < 20 and after.ru_maxrss < 4e6

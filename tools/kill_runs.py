@@ -1,0 +1,128 @@
+"""Kills a training with SIGKILL again and again, and holds what comes out against an uninterrupted run, to the bit.
+
+    python tools/kill_runs.py --kills 10 --kills-while-saving 3
+
+Digits and a mixture, full and LoRA. A kill falls at a random moment between the first checkpoint and the end; those
+`while saving` fall when a checkpoint is half written. The report goes to docs/acceptance/kills.json."""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LORA = "lora={student: {rank: 4}, fake_score: {rank: 4}}"
+QUIET = ["train.sample_every=0", "train.eval_every=0", "eval.quick_num_samples=20", "eval.teacher_steps=[2]"]
+CASES = {
+    "mixture": ("recipes/mixture_dmd2_4step.yaml", ["train.steps=600", "train.checkpoint_every=10",
+                                                    "train.batch_size=32", "backbone.fit_steps=200"]),
+    "digits": ("recipes/digits_dmd2_4step.yaml", ["train.steps=60", "train.checkpoint_every=2", "train.batch_size=4",
+                                                  "train.num_samples=4", "health.num_samples=4",
+                                                  "eval.metrics=[throughput]"]),
+}  # fmt: skip
+
+
+def start(recipe: str, folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "fastgen/train.py"), recipe, *overrides, f"output_dir={folder}"]
+    log = (folder.parent / f"{folder.name}.log").open("ab")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+
+def steps_done(folder: Path) -> int:
+    """The step of the newest complete checkpoint; 0 if there is none."""
+    found = [f.name for f in (folder / "checkpoints").glob("step_*") if not f.name.endswith(".partial")]
+    return max((int(name.removeprefix("step_")) for name in found), default=0)
+
+
+def is_saving(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step_????????.partial"))
+
+
+def kill_once(recipe: str, folder: Path, overrides: list[str], moment: int, while_saving: bool) -> bool:
+    """Starts or continues the run, and kills it once `moment` steps are checkpointed (and the next is being written).
+    False if it came to its end first."""
+    process = start(recipe, folder, overrides)
+    delay = random.uniform(0, 0.5)
+    while process.poll() is None:
+        if steps_done(folder) >= moment and (is_saving(folder) or not while_saving):
+            if not while_saving:
+                time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return process.returncode == -signal.SIGKILL
+        time.sleep(0.0005)
+    return False
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    """Whether the final checkpoints and exports hold the same tensors."""
+    last = max((one / "checkpoints").glob("step_????????")).name
+    folders = [(f / "checkpoints" / last, f / "export") for f in (one, other)]
+    files = sorted(p.relative_to(d) for d in folders[0] for p in d.rglob("*.safetensors"))
+    again = sorted(p.relative_to(d) for d in folders[1] for p in d.rglob("*.safetensors"))
+    if files != again:
+        return False
+    for mine, theirs in zip(folders[0], folders[1], strict=True):
+        for path in mine.rglob("*.safetensors"):
+            a, b = load_file(path), load_file(theirs / path.relative_to(mine))
+            if a.keys() != b.keys() or not all(a[k].equal(b[k]) for k in a):
+                return False
+    return True
+
+
+def run_case(name: str, recipe: str, overrides: list[str], kills: int, saving: int, folder: Path) -> dict[str, object]:
+    """One row of the report."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    whole, killed = folder / "whole", folder / "killed"
+    if start(recipe, whole, overrides).wait():
+        raise SystemExit(f"{name}: the uninterrupted run failed; see {folder / 'whole.log'}")
+    total = steps_done(whole)
+    every = next(int(o.split("=")[1]) for o in overrides if o.startswith("train.checkpoint_every"))
+    moments = sorted(random.randrange(every, total - every, every) for _ in range(kills))
+    chosen = set(random.sample(range(kills), saving))
+    done = []
+    for i, moment in enumerate(moments):
+        before = steps_done(killed)
+        happened = kill_once(recipe, killed, overrides, max(moment, before), i in chosen)
+        done.append({"after_step": steps_done(killed), "while_saving": i in chosen, "killed": happened})
+    if start(recipe, killed, overrides).wait():
+        raise SystemExit(f"{name}: continuing failed; see {folder / 'killed.log'}")
+    row = {"kills": done, "bit_identical": same_bits(whole, killed), "steps": total}
+    print(name, json.dumps(row))
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills-while-saving", type=int, default=3)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/kills")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs/acceptance/kills.json")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    rows = json.loads(arguments.report.read_text()) if arguments.report.is_file() else {}
+    for name, (recipe, overrides) in CASES.items():
+        for suffix, extra in (("", []), ("_lora", [LORA])):
+            case = name + suffix
+            if arguments.only not in case:
+                continue
+            rows[case] = run_case(case, recipe, [*QUIET, *overrides, *extra], arguments.kills,
+                                  arguments.kills_while_saving, arguments.folder / case)  # fmt: skip
+            arguments.report.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(row["bit_identical"] for row in rows.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
