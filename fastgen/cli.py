@@ -40,6 +40,26 @@ def train(
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many share the run.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of one; says what would make it fit.")] = None,
+) -> None:
+    """What a recipe needs: parameters, bytes, activations, network evaluations. Loads nothing, downloads nothing."""
+    from rich.console import Console
+
+    from fastgen.config import RecipeError, load_recipe
+    from fastgen.plan import plan as plan_recipe
+    from fastgen.plan import report
+
+    try:
+        report(plan_recipe(load_recipe(recipe, overrides or []), gpus), memory and memory * 1e9, Console())
+    except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="A recipe, YAML, whose data has prompts or images.")],
     output: Annotated[Path, typer.Option(help="Folder to write, or to continue.")],

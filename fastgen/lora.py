@@ -67,7 +67,8 @@ class SharedBase:
         peft_config = PeftLoraConfig(r=config.rank, lora_alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the idea
-            inject_adapter_in_model(peft_config, self.denoiser, adapter_name=role)
+            empty = next(self.denoiser.parameters()).is_meta  # then the adapter is too
+            inject_adapter_in_model(peft_config, self.denoiser, adapter_name=role, low_cpu_mem_usage=empty)
         for name, p in self.denoiser.named_parameters():
             if is_adapter_parameter(name, role):
                 p.data = p.data.to(self.dtype)

@@ -30,6 +30,8 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.sharding import WeightMap
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 TABLE_BYTES = 1 << 30  # prompt embeddings kept in memory; beyond it they are encoded anew
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of well-known hub ids
@@ -236,7 +238,12 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         with init_empty_weights(include_buffers=False):
             cls = getattr(diffusers, self.network_class)
             networks = [cls.from_config(self.network_config) for _ in self.subfolders]
-        return self.join([self.wrap(network) for network in networks]).to(dtype)
+        for network in networks:  # as from_pretrained casts: some layers of a family stay in float32
+            kept = tuple(network._keep_in_fp32_modules or ()) if dtype.itemsize < 4 else ()
+            for name, tensor in network.state_dict(keep_vars=True).items():
+                if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
+                    tensor.data = tensor.data.to(dtype)
+        return self.join([self.wrap(network) for network in networks])
 
     def weights(self) -> WeightMap:
         """parameter or buffer -> (file, name in the file); a hub id's files are downloaded."""
@@ -299,6 +306,17 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         """The stock pipeline's own class. DiffusionPipeline.from_pretrained ignores a component that is passed to it
         where the class has a default for it, as WanPipeline has for its transformers, and loads the stored one."""
         return getattr(diffusers, self.parts["_class_name"])
+
+    def warnings(self) -> list[str]:
+        """Whether the teacher looks like a few-step student itself, by its name, its scheduler or our card."""
+        folder = self.config.local_folder()
+        exported = folder is not None and (folder / "fastgen.json").is_file()
+        named = any(word in Path(self.source).name.lower() for word in FEW_STEP_NAMES)
+        if not (exported or named or self.parts["scheduler"][1] in FEW_STEP_SCHEDULERS):
+            return []
+        return [f"{self.source} looks like a few-step student. Between its own steps it is no diffusion model any "
+                "more, and training it further blurs it. The anchored way: name the original pipeline as "
+                "backbone.path, and this one as init_from"]  # fmt: skip
 
     @property
     def stock_call(self) -> tuple[int, float]:

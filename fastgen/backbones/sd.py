@@ -199,7 +199,8 @@ image = pipeline("a prompt", **options).images[0]"""
         return Conditioning({"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (CLIP_TOKENS, self.network_config["cross_attention_dim"])}
+        width = self.network_config["cross_attention_dim"]
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (CLIP_TOKENS, width)}
         if not self.is_xl:
             return shapes
         sizes = 6 * self.network_config["addition_time_embed_dim"]

@@ -1,0 +1,598 @@
+"""What a recipe needs, before anything is loaded: `fastgen plan recipe.yaml`.
+
+The recipe's own objects are made without weights (`weightless`), and every turn of the objective runs once on them,
+loss and backward pass, while the bytes of live tensors are counted. So any objective is planned as it is written.
+
+    held      parameters and buffers of the roles and the average; AdamW's two moments of what is trained; text
+              encoders and VAE, which load when first needed and stay (encoders not with prepared prompts)
+    turn      activations, autocast's bfloat16 copies of float32 weights among them, and gradients as the backward pass
+              leaves them; with train.accumulate > 1 all from the start, as in every micro-batch after the first
+    step      all gradients of a turn's roles and, on a GPU, one role's second moments again (AdamW's `foreach`)
+    samples   the guided teacher, or the decoding, of the pictures that are sampled at once
+
+`fsdp` divides roles, average, moments and gradients over the GPUs; not activations, encoders and VAE. Beside its share
+a GPU then holds the layers outside the blocks, two gathered blocks and one block's gradients (derived, not measured).
+
+Not counted: what kernels use inside, fragmentation and the CUDA context (together about a gigabyte), metrics'
+networks, what encoding prompts needs, and prompt embeddings kept for later (at most a gigabyte). Prompts are taken at
+their longest where the encoders are large.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import diffusers
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.batch import Batch, Conditioning
+from fastgen.config import Recipe, RecipeError, apply_override, build_recipe, to_dict
+from fastgen.denoiser import Denoiser
+from fastgen.lora import LoraDenoiser
+from fastgen.networks import Networks
+from fastgen.objectives import Loss, State, Turn
+from fastgen.schedule import PredictionType
+from fastgen.signals import guided
+from fastgen.train import DTYPES
+from fastgen.weightless import LiveBytes, empty, weightless
+
+DRAWS = 32  # updates whose network evaluations are counted
+SMALL_ENCODERS = 64 << 20  # bytes; the text encoders of a local folder up to this size are run, for the true length
+LORA = "{rank: 64}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One network. Bytes are whole, not divided; parameters: its own, an adapter's without the base."""
+
+    name: str
+    kind: str  # trained, adapter, frozen, average
+    parameters: int
+    dtype: str
+    held: int
+    gradients: int = 0
+    moments: int = 0
+    largest: int = 0  # bytes of the largest parameter
+    outside: int = 0  # bytes of the layers outside the blocks
+    block: int = 0  # bytes of the largest block
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A text encoder or the VAE."""
+
+    name: str
+    parameters: int
+    held: int
+    use: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnPlan:
+    """One turn: its live bytes as they were counted, and network evaluations a sample by role."""
+
+    turn: Turn
+    live: LiveBytes
+    evaluations: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All numbers of a recipe in bytes, for one number of GPUs."""
+
+    recipe: Recipe
+    gpus: int
+    gpu: bool  # whether AdamW is the GPU's
+    roles: tuple[Role, ...]
+    components: tuple[Component, ...]
+    turns: tuple[TurnPlan, ...]
+    teacher_bytes: int  # activations of the guided teacher on a grid of samples
+    decode_bytes: int
+
+    @property
+    def divided(self) -> bool:
+        return self.recipe.train.strategy == "fsdp"
+
+    @property
+    def held(self) -> int:
+        """Bytes on one GPU all the time."""
+        ways = self.gpus if self.divided else 1
+        networks = sum(-(-(r.held + r.moments) // ways) for r in self.roles)
+        return networks + sum(c.held for c in self.components)
+
+    @property
+    def gathered(self) -> int:
+        return max(r.outside + 3 * r.block for r in self.roles) if self.divided and self.gpus > 1 else 0
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """Bytes on one GPU at the largest moment of each kind."""
+        ways = self.gpus if self.divided else 1
+        result = {}
+        for part in self.turns:
+            trained = [r for r in self.roles if r.name in part.turn.roles]
+            again = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
+            result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways)
+            step = sum(r.gradients for r in trained) + again
+            result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
+        result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
+        result["samples, decoding"] = self.held + self.decode_bytes
+        return result
+
+    @property
+    def peak(self) -> int:
+        """Bytes on one GPU."""
+        return max(self.moments.values())
+
+
+def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bool = True) -> Plan:
+    """Plans a recipe. gpus: how many share the run. gpu: False plans AdamW and autocast as a CPU runs them; by default
+    what train.device says, `auto` being a GPU. activations: False leaves them out, which gives a lower bound at once.
+
+    Raises RecipeError if the sizes cannot be known without the network."""
+    gpu = recipe.train.device != "cpu" if gpu is None else gpu
+    try:
+        config = recipe.backbone.unloaded()
+    except ValueError as error:
+        raise RecipeError(f"backbone: {error}") from None
+    train = recipe.train
+    backbone: Backbone = config.build(torch.device("cpu"), DTYPES[train.dtype], recipe.seed)
+    backbone.adapters, backbone.deferred = recipe.lora, True
+    backbone.frozen_dtype = DTYPES[train.frozen_dtype] if train.frozen_dtype else None
+    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
+    modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
+    modules = {role: m if role == "teacher" else m.to(backbone.dtype) for role, m in modules.items()}
+    average = modules["student"].average()  # type: ignore[operator]
+    for module in (*modules.values(), average, *([backbone.shared.denoiser] if backbone.shared else ())):
+        if not isinstance(module, LoraDenoiser):
+            if train.strategy != "fsdp":
+                keep_float32(module)
+            weightless(module)
+    if backbone.shared is not None:
+        backbone.shared.refresh()
+    for module in modules.values():
+        if train.gradient_checkpointing and isinstance(module, Denoiser):
+            module.enable_checkpointing()
+    networks = Networks(modules, recipe.rollout)
+    roles = [role_of(name, module, recipe, backbone) for name, module in networks.items()]
+    roles.append(dataclasses.replace(role_of("average", average, recipe, backbone), kind="average"))
+    components = components_of(recipe, backbone)
+    if not activations:
+        quick = tuple(TurnPlan(turn, LiveBytes(), {}) for turn in first_turns(recipe))
+        return Plan(recipe, gpus, gpu, tuple(roles), components, quick, 0, 0)
+    prompt = prompt_rows(recipe, backbone, components)
+    teacher, decode = plan_samples(recipe, backbone, networks, prompt)
+    if gpu and train.mixed_precision == "bf16":
+        for module in (*modules.values(), *([backbone.shared.denoiser] if backbone.shared else ())):
+            norms_in_float32(module)
+    turns = tuple(plan_turn(turn, recipe, backbone, networks, prompt) for turn in first_turns(recipe))
+    return Plan(recipe, gpus, gpu, tuple(roles), components, turns, teacher, decode)
+
+
+def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
+    return recipe.objective.turns(0, recipe.objective.init_state())
+
+
+def keep_float32(module: nn.Module) -> None:
+    """Wan's time embedder, norms and positions, as from_pretrained leaves them. Divided networks have one dtype."""
+    for network in module.modules():
+        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()) if kept else ():
+            if kept & set(name.split(".")) and tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def size(held: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
+    """The numbers of one role. The base that adapters share counts as the teacher's, or as a role of its own."""
+    adapter = isinstance(module, LoraDenoiser) and module.role is not None
+    network = backbone.shared.denoiser if isinstance(module, LoraDenoiser) and backbone.shared else module
+    if isinstance(module, LoraDenoiser) and not adapter:
+        own = [t for n, t in (*network.named_parameters(), *network.named_buffers()) if ".lora_" not in n]
+    else:
+        own = tensors(module)
+    trained = name in recipe.optimizers
+    parameters = list(module.parameters()) if adapter or trained else own
+    blocks = list(network.shard_modules) if isinstance(network, Denoiser) else []
+    largest_block = max((size(tensors(b)) for b in blocks), default=0)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in parameters if t.is_floating_point()})
+    return Role(
+        name=name,
+        kind="adapter" if adapter else "trained" if trained else "frozen",
+        parameters=sum(p.numel() for p in parameters),
+        dtype=", ".join(dtypes) or "-",
+        held=size(own),
+        gradients=size(parameters) if trained else 0,
+        moments=2 * size(parameters) if trained else 0,
+        largest=max((size([p]) for p in parameters), default=0),
+        outside=size(tensors(network)) - sum(size(tensors(b)) for b in blocks) if blocks else 0,
+        block=largest_block,
+    )
+
+
+# --- text encoders, VAE, prompts
+
+
+def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
+    """What the pipeline has beside its denoisers. The VAE becomes the backbone's, without weights."""
+    if not isinstance(backbone, PipelineBackbone):
+        return ()
+    found = []
+    for name, entry in backbone.parts.items():
+        if not isinstance(entry, list) or entry[0] is None or not name.startswith(("text_encoder", "vae")):
+            continue
+        dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
+        with torch.device("meta"):
+            if entry[0] == "diffusers":
+                cls = getattr(diffusers, entry[1])
+                module = cls.from_config(cls.load_config(backbone.source, subfolder=name, local_files_only=True))
+            else:
+                cls = getattr(transformers, entry[1])
+                module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
+        module = module.to(dtype)
+        use = "encoding prompts" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
+        held = size(tensors(module))
+        if name == "vae":
+            vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
+            if isinstance(module, diffusers.AutoencoderKLWan):
+                module.enable_slicing()
+        elif recipe.data.name == "prepared":
+            use, held = "not loaded: prepared prompts", 0
+        found.append(Component(name, sum(p.numel() for p in module.parameters()), held, use))
+    return tuple(found)
+
+
+def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
+    """Conditioning of any number of prompts: weightless and of the greatest length or, where the encoders are at hand
+    and small, as long as the recipe's own."""
+    encoders = sum(c.held for c in components if c.name != "vae")
+    if not isinstance(backbone, PipelineBackbone):
+        one = backbone.encode_prompts([""])
+        return lambda count: Conditioning({k: v.expand(count, *v.shape[1:]) for k, v in one.items()})
+    shapes = backbone.prompt_shapes()
+    if recipe.backbone.local_folder() is not None and 0 < encoders <= SMALL_ENCODERS:
+        stream = recipe.data.open(backbone, recipe.seed)
+        prompts = stream.prompts(torch.arange(2 * recipe.train.batch_size))
+        shapes = {k: tuple(v.shape[1:]) for k, v in backbone.encode_prompts([*prompts, ""]).items()}
+    return lambda count: Conditioning({k: empty(count, *s, dtype=backbone.dtype) for k, s in shapes.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightlessBatch(Batch):
+    """A batch whose noise has no values; ids, levels and choices are real, as they decide the graph."""
+
+    def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
+        count = len(self._rows(by_group) if rows is None else rows)
+        return noise.normal(empty(count, dtype=torch.int64), self.latent_shape, 0, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingBatch(WeightlessBatch):
+    """For counting network evaluations alone: its noise is not even drawn."""
+
+    def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
+        return empty(len(self._rows(by_group) if rows is None else rows), *self.latent_shape, dtype=self.dtype)
+
+
+def make_batch(
+    recipe: Recipe, backbone: Backbone, prompt: Callable[[int], Conditioning], key: int,
+    kind: type[WeightlessBatch] = WeightlessBatch,
+) -> Batch:  # fmt: skip
+    count, needs = recipe.train.batch_size, recipe.objective.needs
+    ids = torch.arange(count)
+
+    def data(*shape: int) -> Tensor:
+        return empty(count, *shape, dtype=backbone.dtype)
+
+    latents, side = data(*backbone.latent_shape), backbone.image_size
+    return kind(
+        ids=ids,
+        key=key,
+        cond=prompt(count),
+        uncond=prompt(count),
+        latent_shape=backbone.latent_shape,
+        prompts=("",) * count,
+        latents=latents if "latents" in needs else None,
+        pixels=data(3, side, side) if "pixels" in needs and side else None,
+        pairs=(latents, data(*backbone.latent_shape)) if "pairs" in needs else None,
+        group=ids if "group" in needs else None,
+        dtype=backbone.dtype,
+    )
+
+
+# --- one turn
+
+
+def norms_in_float32(network: nn.Module) -> None:
+    """As under a GPU's autocast; a CPU's leaves norms in bfloat16."""
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def plan_turn(
+    turn: Turn, recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning]
+) -> TurnPlan:
+    """Counts network evaluations over a few draws, and the live bytes of the draw that has most of them."""
+    state = recipe.objective.init_state()
+    counted = {key: evaluations(turn, recipe, backbone, networks, prompt, state, key) for key in range(DRAWS)}
+    rows = {role: sum(c[role] for c in counted.values()) / DRAWS for role in networks}
+    key = max(counted, key=lambda k: sum(counted[k].values()))
+    parameters = [p for role in turn.roles for p in networks[role].parameters()]
+    with LiveBytes() as live:
+        hooks = live.own_gradients(parameters)
+        if recipe.train.accumulate > 1:
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+                live.own_gradient(p)
+        batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key))
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
+            for loss in losses(recipe, turn, networks, batch, state):
+                (loss.total / recipe.train.accumulate).backward()
+    for remove in hooks:
+        remove()
+    for p in parameters:
+        p.grad = None
+    return TurnPlan(turn, live, {role: n / recipe.train.batch_size for role, n in rows.items() if n})
+
+
+def losses(recipe: Recipe, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
+    found = recipe.objective.loss(turn, networks, batch, state)
+    return iter([found]) if isinstance(found, Loss) else found
+
+
+class Counted(Denoiser):
+    """Stands in for a denoiser: counts the rows it is called with and gives its input back."""
+
+    def __init__(self, denoiser: Denoiser):
+        nn.Module.__init__(self)
+        self.__dict__["denoiser"] = denoiser  # not a submodule
+        self.denoiser: Denoiser
+        self.schedule, self.prediction_type = denoiser.schedule, denoiser.prediction_type
+        self.feature_dim = getattr(denoiser, "feature_dim", 0)
+        self.rows = 0
+        self._features: list[list[Tensor]] = []
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        told_time: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        predict: PredictionType = "sample",
+    ) -> Tensor:
+        self.rows += len(x_t)
+        for features in self._features:
+            features += [x_t.new_zeros(len(x_t), 1, self.feature_dim) for _ in self.denoiser.feature_modules]
+        return x_t
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Tensor]]:
+        features: list[Tensor] = []
+        self._features.append(features)
+        try:
+            yield features
+        finally:
+            self._features.remove(features)
+
+    def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
+        return self.denoiser.per_expert(value, t)
+
+    @property
+    def is_divided(self) -> bool:
+        return False
+
+
+def evaluations(
+    turn: Turn, recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning],
+    state: State, key: int,
+) -> dict[str, int]:  # fmt: skip
+    """Rows that each network of a turn is called with in one micro-batch."""
+    stand_ins = {role: Counted(m) if isinstance(m, Denoiser) else m for role, m in networks.items()}
+    batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key), CountingBatch)
+    with torch.no_grad():
+        for _ in losses(recipe, turn, Networks(stand_ins, networks.policy), batch, state):
+            pass
+    return {role: m.rows if isinstance(m, Counted) else 0 for role, m in stand_ins.items()}
+
+
+@torch.no_grad()
+def plan_samples(
+    recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning]
+) -> tuple[int, int]:
+    """Activations of the guided teacher on the pictures of `samples/`, and of decoding them."""
+    if not isinstance(backbone, PipelineBackbone):
+        return 0, 0
+    count, teacher = recipe.train.num_samples, networks.teacher
+    with LiveBytes() as sampling:
+        x, t = empty(count, *backbone.latent_shape, dtype=backbone.dtype), torch.full((count,), 0.5)
+        guided(teacher, x, t, prompt(count), prompt(count), max_guidance(recipe, teacher, t))
+    with LiveBytes() as decoding:
+        backbone.decode(x).float()
+    return sampling.peak(), decoding.peak()
+
+
+def max_guidance(recipe: Recipe, teacher: Denoiser, t: Tensor) -> float | Tensor:
+    return teacher.per_expert(recipe.eval.teacher_guidance_scale, t)
+
+
+# --- what would make it fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Overrides of a recipe that take less memory. prepared: prompts are encoded once, by fastgen prepare. divided:
+    networks are divided over the GPUs. Both leave the turns as they are."""
+
+    lines: tuple[str, ...]
+    prepared: bool = False
+    divided: bool = False
+
+
+def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
+    """What may still be changed, cheapest first."""
+    train, found = recipe.train, list[Change]()
+    if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
+        found.append(Change(("train.gradient_checkpointing=true",)))
+    half = [f"train.{key}={value}" for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
+            if getattr(train, key) != value]  # fmt: skip
+    if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
+        found.append(Change(tuple(half)))
+    if encoders:
+        found.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
+    if train.batch_size > 1:
+        product = train.batch_size * train.accumulate
+        found.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
+    roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.own_networks)]
+    if roles:
+        found.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
+    if gpus > 1 and train.strategy != "fsdp":
+        found.append(Change(("train.strategy=fsdp",), divided=True))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """tried: what each change alone would leave on a GPU; a lower bound where that is already too much. lines: the
+    fewest that fit together, None if none do; peak: theirs, or with all changes; gpus: how many would hold it all
+    divided, None if no number does."""
+
+    tried: tuple[tuple[tuple[str, ...], int, bool], ...]
+    lines: tuple[str, ...] | None
+    peak: int
+    gpus: int | None = None
+
+
+class Variants:
+    """Plans of a recipe under combinations of changes; networks are run once for each that changes the turns."""
+
+    def __init__(self, base: Plan):
+        self.base = base
+        self._known: dict[tuple[tuple[str, ...], bool], Plan] = {((), True): base}
+
+    def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
+        """whole: False leaves out activations."""
+        lines = tuple(line for c in chosen if not (c.prepared or c.divided) for line in c.lines)
+        key = (lines, whole or (lines, True) in self._known)
+        if key not in self._known:
+            self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
+        found = self._known[key]
+        if any(c.prepared for c in chosen):
+            left = tuple(dataclasses.replace(c, held=0) if c.name != "vae" else c for c in found.components)
+            found = dataclasses.replace(found, components=left)
+        if any(c.divided for c in chosen):
+            train = dataclasses.replace(found.recipe.train, strategy="fsdp")
+            found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
+        return found
+
+    def changed(self, lines: Sequence[str]) -> Recipe:
+        raw = to_dict(self.base.recipe)
+        for line in lines:
+            apply_override(raw, line)
+        return build_recipe(raw)
+
+
+def advise(base: Plan, memory: float) -> Advice:
+    """The fewest recipe lines with which the peak is at most `memory` bytes a GPU."""
+    variants = Variants(base)
+    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.name != "vae"))
+    tried = []
+    for option in options:
+        bound = variants.plan([option], whole=False).peak
+        exact = bound <= memory
+        tried.append((option.lines, variants.plan([option]).peak if exact else bound, exact))
+    sets = [c for n in range(len(options) + 1) for c in itertools.combinations(options, n)]
+    for chosen in sorted(sets, key=lambda c: sum(len(option.lines) for option in c)):
+        if variants.plan(chosen, whole=False).peak <= memory:
+            found = variants.plan(chosen)
+            if found.peak <= memory:
+                return Advice(tuple(tried), tuple(line for c in chosen for line in c.lines), found.peak)
+    whole = variants.plan([*(o for o in options if not o.divided), Change((), divided=True)])
+    counts = (2**i for i in range(1, 13))
+    enough = next((n for n in counts if dataclasses.replace(whole, gpus=n).peak <= memory), None)
+    return Advice(tuple(tried), None, variants.plan(options).peak, enough)
+
+
+# --- the report
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3g}" if count < 1e9 else f"{count / 1e9:.1f}"
+
+
+def report(found: Plan, memory: float | None, console: Console) -> None:
+    """Prints the plan and, for `memory` bytes a GPU, what would make it fit."""
+    table = Table("role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, GB, undivided")
+    for r in found.roles:
+        sizes = (gigabytes(n) if n else "" for n in (r.held, r.gradients, r.moments))
+        table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
+    for c in found.components:
+        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held) if c.held else "")
+    console.print(table)
+
+    per_update: dict[str, float] = {}
+    table = Table("turn", "inner updates", "activations, GB", "network evaluations a sample", title="Turns")
+    for part in found.turns:
+        for role, n in part.evaluations.items():
+            per_update[role] = per_update.get(role, 0) + n * part.turn.updates
+        calls = ", ".join(f"{role} {n:.3g}" for role, n in part.evaluations.items())
+        activations = max(live for live, _ in part.live.history)
+        table.add_row(part.turn.name, str(part.turn.updates), gigabytes(activations), calls)
+    console.print(table)
+    train = found.recipe.train
+    samples = train.batch_size * train.accumulate
+    calls = ", ".join(f"{role} {n:.3g}" for role, n in per_update.items())
+    console.print(f"Network evaluations per student update: {sum(per_update.values()):.3g} a sample ({calls}), for "
+                  f"{samples} samples on each GPU.", highlight=False)  # fmt: skip
+
+    table = Table("moment", "GB a GPU", title=f"{found.gpus} GPU{'s' * (found.gpus > 1)}, {strategy(found)}")
+    table.add_row("held all the time", gigabytes(found.held))
+    for name, n in found.moments.items():
+        table.add_row(name, gigabytes(n))
+    table.add_row("[bold]peak[/bold]", f"[bold]{gigabytes(found.peak)}[/bold]")
+    console.print(table)
+    if memory is not None:
+        report_advice(found, memory, console)
+
+
+def strategy(found: Plan) -> str:
+    return "networks divided (fsdp)" if found.divided else "every network on each"
+
+
+def report_advice(found: Plan, memory: float, console: Console) -> None:
+    if found.peak <= memory:
+        console.print(f"It fits: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+        return
+    advice = advise(found, memory)
+    console.print(f"It does not fit: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+    table = Table("change", "GB a GPU", title="One change at a time")
+    for lines, peak, exact in advice.tried:
+        table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")
+    console.print(table)
+    if advice.lines is not None:
+        console.print(f"Fits with these, at {gigabytes(advice.peak)} GB:", highlight=False)
+        for line in advice.lines:
+            console.print(f"  {line}", markup=False, highlight=False)
+    elif advice.gpus is not None:
+        console.print(f"All of them together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
+                      f"{advice.gpus} GPUs would hold it.", highlight=False)  # fmt: skip
+    else:
+        console.print(f"All of them together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
+                      "what is not divided is too large. Make samples smaller.", highlight=False)  # fmt: skip

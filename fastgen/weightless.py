@@ -1,0 +1,210 @@
+"""Tensors without memory, and a count of the bytes that live tensors hold: how a run's peak is known before it runs.
+
+A `Weightless` tensor has the shape, dtype and memory size of one on the CPU and no values. Unlike a meta tensor it
+says that it is on the CPU, so that autocast applies, and it goes together with small real ones (sample ids, noise
+levels, stop indices), whose values may decide the graph.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+SMALL = 4096  # elements up to which a constant tensor is made with its values
+aten = torch.ops.aten
+CONSTANTS_LIKE = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
+CONSTANTS_NEW = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default}
+
+
+class Memory:
+    """What stands for a storage: views share it."""
+
+    __slots__ = ("__weakref__", "nbytes")
+
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+
+
+class Layout:
+    """Everything about a tensor but its values."""
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.strides, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+        self.dtype, self.nbytes = tensor.dtype, tensor.untyped_storage().nbytes()
+
+    def make(self, memory: Memory | None) -> "Weightless":
+        return Weightless(self, memory or Memory(self.nbytes))
+
+
+class Weightless(Tensor):
+    """A tensor of known size without values. What an operation returns is found once on meta tensors and remembered by
+    the layouts of its arguments, as networks repeat their blocks."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    memory: Memory
+
+    @staticmethod
+    def __new__(cls, layout: Layout, memory: Memory) -> "Weightless":
+        result = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, layout.shape, layout.strides, layout.offset, dtype=layout.dtype, device=CPU
+        )
+        result.memory = memory
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in CONSTANTS_LIKE and args[0].numel() <= SMALL:
+            return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
+        if func in CONSTANTS_NEW and torch.Size(args[1]).numel() <= SMALL:
+            return func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs)
+        kind = kind_of(func)
+        if kind == "in place":
+            return args[0]
+        key = (func, signature(args), signature(tuple(kwargs.items())) if kwargs else ())
+        if key not in _results:
+            result = func(*tree_map(bare, args), **tree_map(bare, kwargs))
+            _results[key] = tree_map(lambda value: Layout(value) if isinstance(value, Tensor) else value, result)
+        memory = args[0].memory if kind == "view" else None
+        found = _results[key]
+        if isinstance(found, Layout):
+            return found.make(memory)
+        return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found)
+
+
+_results: dict[Any, Any] = {}
+_kinds: dict[Any, str] = {}
+
+
+def kind_of(func: Any) -> str:
+    """What an operation returns: its first argument ("in place"), a view of it, or something new."""
+    if func not in _kinds:
+        aliased = any(r.alias_info is not None for r in func._schema.returns)
+        _kinds[func] = "in place" if func._schema.name.endswith("_") else "view" if aliased else "new"
+    return _kinds[func]
+
+
+def signature(value: Any) -> Any:
+    """What the layouts of an operation's results depend on, as a key."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.storage_offset(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple([signature(v) for v in value])
+    return (type(value), value)
+
+
+def bare(value: Any) -> Any:
+    """The meta tensor of a tensor's layout."""
+    if isinstance(value, Weightless):
+        memory = torch.empty(value.memory.nbytes // value.element_size(), dtype=value.dtype, device=META)
+        return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, Tensor):
+        return value.to(META) if value.dim() else value  # a scalar promotes types by its own rules
+    return META if isinstance(value, torch.device) else value
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Weightless:
+    return Layout(torch.empty(shape, dtype=dtype, device=META)).make(None)
+
+
+def weightless(module: nn.Module) -> nn.Module:
+    """Replaces parameters and buffers, in place, by weightless ones; shared ones stay shared."""
+    seen: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is None or isinstance(tensor, Weightless):
+                    continue
+                if tensor not in seen:
+                    new = empty(*tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    seen[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                held[name] = seen[tensor]  # type: ignore[assignment]
+    return module
+
+
+def memory_of(tensor: Tensor) -> Any:
+    return tensor.memory if isinstance(tensor, Weightless) else tensor.untyped_storage()
+
+
+def identity(memory: Any) -> int:
+    return id(memory) if isinstance(memory, Memory) else memory._cdata
+
+
+def nbytes(memory: Any) -> int:
+    return memory.nbytes if isinstance(memory, Memory) else memory.nbytes()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made since it was entered and that are still alive; of real tensors
+    and of weightless ones. What kernels use inside and give back is not seen.
+
+    gradients: those of storages declared by `own_gradients`. history: (other bytes, gradients) whenever either has a
+    new maximum beside the last one kept; their largest sum is the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.gradients = 0, 0
+        self.history: list[tuple[int, int]] = [(0, 0)]
+        self._known: dict[int, weakref.ref] = {}
+        self._owned: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if kind_of(func) != "new":
+            return out
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self.note(memory_of(value))
+        return out
+
+    def note(self, memory: Any) -> None:
+        key = identity(memory)
+        if key in self._known:
+            return
+        size = nbytes(memory)
+        self._known[key] = weakref.ref(memory, lambda _: self.release(key, size))
+        self.live += size
+        self.mark()
+
+    def release(self, key: int, size: int) -> None:
+        del self._known[key]
+        if key in self._owned:
+            self._owned.remove(key)
+            self.gradients -= size
+        else:
+            self.live -= size
+
+    def mark(self) -> None:
+        """Keeps this moment if no later one can be told to be at least as large in both numbers."""
+        while self.history and self.history[-1][0] <= self.live and self.history[-1][1] <= self.gradients:
+            self.history.pop()
+        if not self.history or self.live > self.history[-1][0] or self.gradients > self.history[-1][1]:
+            self.history.append((self.live, self.gradients))
+
+    def own_gradient(self, parameter: Tensor) -> None:
+        """Counts a parameter's gradient as such."""
+        assert parameter.grad is not None
+        memory = memory_of(parameter.grad)
+        key = identity(memory)
+        if key in self._known and key not in self._owned:
+            self._owned.add(key)
+            self.live -= nbytes(memory)
+            self.gradients += nbytes(memory)
+
+    def own_gradients(self, parameters: Iterable[Tensor]) -> list[Callable[[], None]]:
+        """Does that as gradients are accumulated. Returns the hooks' removers."""
+        return [
+            p.register_post_accumulate_grad_hook(self.own_gradient).remove  # type: ignore[attr-defined]
+            for p in parameters
+            if p.requires_grad
+        ]
+
+    def peak(self, divided_by: int = 1) -> int:
+        """The most bytes alive at once, with gradients divided over this many processes."""
+        return max(live + -(-gradients // divided_by) for live, gradients in self.history)

@@ -1,0 +1,146 @@
+"""Measured peaks beside planned ones: one update of every turn of a recipe, for real, on its real weights.
+
+    python tools/measure_peak.py recipes/digits_dmd2_4step.yaml train.gradient_checkpointing=true
+    python tools/measure_peak.py recipe.yaml --device cuda         # torch.cuda.max_memory_allocated; not tried here
+    python tools/measure_peak.py recipe.yaml --lora                # acceptance: a LoRA run's memory
+
+On a CPU, live bytes are counted by storage, as the plan counts them (fastgen/weightless.py); what kernels use inside
+is not seen by either. `--lora` compares the peak of a whole student update, all turns, with what it cannot do without:
+the base's weights, the adapters' gradients and moments, and one student pass's activations, forward and backward."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from fastgen.config import Recipe, load_recipe
+from fastgen.data import make_batch
+from fastgen.noise import make_key
+from fastgen.plan import Plan, plan, size, tensors
+from fastgen.rollout import predict_x0
+from fastgen.train import Parts, build, update
+from fastgen.weightless import LiveBytes
+
+
+def networks_bytes(parts: Parts) -> int:
+    """Parameters and buffers of all roles, of the average and of the base that adapters share, each storage once."""
+    modules: list[nn.Module] = [*parts.networks.values(), parts.ema.module]
+    if parts.backbone.shared is not None:
+        modules.append(parts.backbone.shared.denoiser)
+    return size(list({t.untyped_storage()._cdata: t for m in modules for t in tensors(m)}.values()))
+
+
+def moments_bytes(parts: Parts) -> int:
+    """Of all optimizers, as they are now."""
+    states = (s for o in parts.optimizers.values() for s in o.state.values())
+    return size([t for s in states for t in s.values() if isinstance(t, torch.Tensor) and t.dim()])
+
+
+def make_moments(parts: Parts) -> None:
+    """AdamW makes its moments in its first step; here with gradients of zero."""
+    for optimizer in parts.optimizers.values():
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def per_update(recipe: Recipe) -> int:
+    return recipe.train.batch_size * recipe.train.accumulate
+
+
+def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], Parts]:
+    """Peak bytes of an update of every turn, when all moments are there: networks, moments and what lives beside them.
+    draws: updates tried, the largest counts; the stop of a rollout decides what is alive.
+
+    Text encoders and VAE are not counted: `planned` leaves them out too."""
+    parts = build(recipe, Accelerator(cpu=True))
+    turns = recipe.objective.turns(0, parts.state)
+    make_moments(parts)
+    parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
+    held = networks_bytes(parts) + moments_bytes(parts)
+    peaks = {}
+    for turn in turns:
+        for draw in range(draws):
+            with LiveBytes() as live:
+                update(parts, turn, 0, make_key(draw, turn.name))
+            peaks[turn.name] = max(peaks.get(turn.name, 0), held + live.peak())
+    return peaks, parts
+
+
+def measure_cuda(recipe: Recipe) -> dict[str, int]:
+    """The same by the CUDA allocator; text encoders are loaded and count. Not tried: no GPU here."""
+    parts = build(recipe, Accelerator())
+    turns = recipe.objective.turns(0, parts.state)
+    make_moments(parts)
+    parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
+    peaks = {}
+    for turn in turns:
+        torch.cuda.reset_peak_memory_stats()
+        update(parts, turn, 0, make_key(1, turn.name))
+        peaks[turn.name] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def planned(found: Plan, encoders: bool = False) -> dict[str, int]:
+    """The plan's peak of an update of every turn, its optimizer step included."""
+    other = 0 if encoders else sum(c.held for c in found.components)
+    moments = found.moments
+    return {
+        p.turn.name: max(moments[f"turn {p.turn.name}"], moments[f"step of {p.turn.name}"]) - other
+        for p in found.turns
+    }
+
+
+def lora_ratio(recipe: Recipe) -> dict[str, float]:
+    """A student update of a LoRA recipe, all turns, against the least it could take."""
+    peaks, parts = measure(recipe)
+    adapters = [m for role, m in parts.networks.items() if role in recipe.lora]
+    batch = make_batch(parts.stream, parts.backbone, torch.arange(recipe.train.batch_size), 0, recipe.objective.needs)
+    noise = batch.normal("initial")
+    t = torch.full((len(noise),), recipe.rollout.timesteps[0])
+    with LiveBytes() as live:
+        hooks = live.own_gradients([p for m in adapters for p in m.parameters()])
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
+            predict_x0(parts.networks.student, noise, t, batch.cond, recipe.rollout).square().mean().backward()
+    for remove in hooks:
+        remove()
+    parts.optimizers["student"].zero_grad()
+    assert parts.backbone.shared is not None
+    base = parts.backbone.shared.denoiser
+    result = {
+        "base weights": size([t for n, t in (*base.named_parameters(), *base.named_buffers()) if ".lora_" not in n]),
+        "adapters' gradients": sum(size(list(m.parameters())) for m in adapters),
+        "adapters' moments": moments_bytes(parts),
+        "activations of one student pass": max(bytes_ for bytes_, _ in live.history),
+    }
+    least, peak = sum(result.values()), max(peaks.values())
+    return result | {"least": least, "peak of an update": peak, "ratio": peak / least}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--lora", action="store_true")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"train.device={arguments.device}"])
+    if arguments.lora:
+        for name, value in lora_ratio(recipe).items():
+            print(f"{name:32} {value:,.3f}" if name == "ratio" else f"{name:32} {value / 1e6:12,.1f} MB")
+        return
+    on_gpu = arguments.device == "cuda"
+    peaks = measure_cuda(recipe) if on_gpu else measure(recipe)[0]
+    for turn, expected in planned(plan(recipe, gpu=on_gpu), encoders=on_gpu).items():
+        ratio = expected / peaks[turn]
+        print(f"{turn:16} planned {expected / 1e6:10.1f} MB  measured {peaks[turn] / 1e6:10.1f} MB  {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
