@@ -21,9 +21,9 @@ dev: $(VENV)/.dev
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not hub"
 
-# One training run for each kind of signal, and the longer oracles.
+# One training run for each kind of signal, and the longer oracles; one after the other, as some measure time.
 slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -m slow
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
