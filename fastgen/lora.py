@@ -101,6 +101,10 @@ class SharedBase:
         """The adapter's own parameters; names as in the base, without the adapter's name."""
         return self._parameters[role]
 
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The weights that all roles share."""
+        return [p for name, p in self.denoiser.named_parameters() if ".lora_" not in name]
+
     def switch(self, role: str | None) -> None:
         for layer in self._layers:  # not peft's set_adapter: see above
             layer._disable_adapters = role is None

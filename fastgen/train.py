@@ -452,6 +452,8 @@ def role_table(recipe: Recipe, networks: Networks) -> Table:
     table = Table("role", "network", "parameters", "trainable", "MB", "dtype", "learning rate", title="Networks")
     for role, module in networks.items():
         parameters = list(module.parameters())
+        if isinstance(module, LoraDenoiser) and module.role is None:
+            parameters = module.shared.base_parameters()
         count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad) if role in recipe.optimizers else 0
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "-"

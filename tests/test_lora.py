@@ -162,6 +162,16 @@ def test_the_export_is_a_lora_that_plain_diffusers_loads(tmp_path: Path, monkeyp
     assert "load_lora_weights" in card and "FlowMatchEulerDiscreteScheduler" in card
 
 
+def test_the_shared_base_may_be_stored_in_half_the_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is bfloat16 and the role table says so; adapters, moments and average stay float32 and finite."""
+    half = ["train.frozen_dtype=bfloat16", "train.mixed_precision=bf16"]
+    folder = train(digits(tmp_path / "run", *half))
+    printed = capsys.readouterr().out
+    assert "bfloat16" in printed and "teacher" in printed
+    for file in checkpoint.complete(folder / "checkpoints")[-1].glob("*.safetensors"):
+        assert all(v.dtype == torch.float32 and v.isfinite().all() for v in load_file(file).values()), file.name
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -208,12 +208,6 @@ image = pipeline("a prompt", **options).images[0]"""
         return shapes | {"pooled": (pooled,), "time_ids": (6,)}
 
     # --- images
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """config.json of the VAE, without its weights."""
-        local = self.options["local_files_only"]
-        return AutoencoderKL.load_config(self.source, subfolder="vae", local_files_only=local)
 
     @cached_property
     def vae(self) -> Any:
