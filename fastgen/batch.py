@@ -40,7 +40,7 @@ class Batch:
     latents  [B, *latent_shape] real data, normalised as the backbone's `encode` leaves them.
     pixels   [B, 3, H, W] real images in [0, 1].
     pairs    (noise, x0), each [B, *latent_shape]: the teacher's own ODE end points.
-    group    [B] int64, the prompt-group id of group-relative objectives."""
+    group    [B] int64, the prompt-group id: samples of a group share their prompt and are all in this batch."""
 
     ids: Tensor
     key: int
@@ -73,5 +73,5 @@ class Batch:
         if not by_group:
             return self.ids
         if self.group is None:
-            raise ValueError("a draw by group needs Batch.group; the objective must declare needs={'group'}")
+            raise ValueError("a draw by group needs Batch.group")
         return self.group

@@ -310,7 +310,7 @@ def make_batch(
         latents=latents if "latents" in needs else None,
         pixels=data(3, side, side) if "pixels" in needs and side else None,
         pairs=(latents, data(*backbone.latent_shape)) if "pairs" in needs else None,
-        group=ids if "group" in needs else None,
+        group=ids // recipe.objective.group_size,
         dtype=backbone.dtype,
     )
 

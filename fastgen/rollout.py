@@ -1,7 +1,9 @@
 """How a few-step student turns noise into samples: the same code trains, evaluates and exports."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.schedule import Schedule
+from fastgen.signals import transition_log_prob
 
 Noise = Callable[[str], Tensor]
+Draw = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -23,12 +27,15 @@ class RolloutPolicy:
 
     timesteps: noise levels at which the network is called, strictly decreasing in (0, 1]; the end point 0 is implied.
     transition: renoise = x0 plus fresh noise at the next level (DMD2, consistency models);
-                ode = x0 and the network's own noise prediction (DDIM, which for flow matching is Euler).
+                ode = x0 and the network's own noise prediction (DDIM, which for flow matching is Euler);
+                cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS).
+    eta: of cps only, strictly between 0 (which is ode) and 1 (which is renoise).
     told_time: one-step students only: the level the network is told while it is fed pure noise
                (DMD2's SDXL one-step student is told 399 of 1000)."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
-    transition: Literal["renoise", "ode"] = "renoise"
+    transition: Literal["renoise", "ode", "cps"] = "renoise"
+    eta: float | None = Field(default=None, gt=0, lt=1)
     told_time: float | None = Field(default=None, gt=0, le=1)
 
     @field_validator("timesteps")
@@ -44,11 +51,18 @@ class RolloutPolicy:
     def _one_step(self) -> "RolloutPolicy":
         if self.told_time is not None and len(self.timesteps) != 1:
             raise ValueError("told_time is for one-step students: give one timestep or remove told_time")
+        if (self.eta is not None) != (self.transition == "cps"):
+            raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD); give both or neither")
         return self
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def freshness(self) -> float:
+        """eta of the transition: 0 for ode, 1 for renoise."""
+        return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -91,13 +105,40 @@ def predict_x0(student: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, po
     return student(x_t, t, cond, told_time=told)
 
 
-def transition(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, fresh: Tensor | None) -> Tensor:
-    """From (x_t, x0 prediction) at level t to level t_next < t.
+def transition_law(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of x_{t_next} given (x_t, x0 prediction), t_next < t: the few-step Gaussian policy.
 
-    fresh [B, ...]: renoise, alpha(t_next) x0 + sigma(t_next) fresh. None: the DDIM step, which re-uses the noise that
-    x_t and x0 imply."""
-    noise = schedule.from_sample(x0, x_t, t, "epsilon") if fresh is None else fresh
-    return schedule.add_noise(x0, noise, t_next)
+        mean = alpha' x0 + sigma' cos(eta pi / 2) noise_hat,   std = sigma' sin(eta pi / 2)   (CPS, arXiv 2605.26108)
+
+    noise_hat is the noise that x_t and x0 imply. The two noises add to sigma' for every eta, so that with the true
+    (x0, noise) pair the law of x_{t_next} is exact. eta = 0 is the DDIM step (Euler for flow matching), 1 is
+    renoising. x0, x_t: [B, ...]; t, t_next: [B]. Returns the mean [B, ...], which carries gradient, and the std
+    [B, 1, ...]."""
+    alpha, sigma = schedule.coefficients(t_next, x0)
+    if eta == 1:
+        return alpha * x0, sigma
+    mean = schedule.add_noise(x0, math.cos(eta * math.pi / 2) * schedule.from_sample(x0, x_t, t, "epsilon"), t_next)
+    return mean, math.sin(eta * math.pi / 2) * sigma
+
+
+def transition(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, fresh: Tensor | None, eta: float = 1.0
+) -> Tensor:
+    """A draw of `transition_law`. fresh: [B, ...] standard normal; None: the DDIM step, whatever eta."""
+    if fresh is None:
+        return transition_law(schedule, x0, x_t, t, t_next, 0.0)[0]
+    mean, std = transition_law(schedule, x0, x_t, t, t_next, eta)
+    return mean + std * fresh
+
+
+def step_to(
+    schedule: Schedule, policy: RolloutPolicy, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, draw: Draw
+) -> Tensor:
+    """The policy's own step from (x_t, x0 prediction) to a level below; draw() is its fresh noise, if it has any."""
+    fresh = draw() if policy.freshness else None
+    return transition(schedule, x0, x_t, t, t_next, fresh, policy.freshness)
 
 
 def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise) -> Tensor:
@@ -112,22 +153,24 @@ def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: 
         t = x.new_full((len(x),), level)
         x0 = predict_x0(student, x, t, cond, policy)
         if i + 1 < policy.num_steps:
-            fresh = noise(f"step{i + 1}") if policy.transition == "renoise" else None
-            x = transition(student.schedule, x0, x, t, torch.full_like(t, policy.timesteps[i + 1]), fresh)
+            t_next = torch.full_like(t, policy.timesteps[i + 1])
+            x = step_to(student.schedule, policy, x0, x, t, t_next, partial(noise, f"step{i + 1}"))
     if isinstance(policy, TeacherPolicy) and policy.final_level:
         return transition(student.schedule, x0, x, t, torch.full_like(t, policy.final_level), None)
     return x0
 
 
 def backward_simulation(
-    student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True
+    student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True, to: Tensor | None = None
 ) -> Rollout:
     """DMD2's backward simulation: the student is trained on inputs it made itself    (arXiv 2405.14867 Sec. 4.4)
 
     Runs the sampler without gradient up to step stop[i] of sample i and executes that step, with gradient if asked.
     stop: [B] int64 in [0, num_steps). A sample whose stop is reached leaves the batch, so that mixed stops cost no
-    more network evaluations than a shared one of the same mean. Returns the clean predictions x, at s = 0.
-    renoise draws noise independent of the initial one for the stopping input, as DMD2 does."""
+    more network evaluations than a shared one of the same mean. renoise draws noise independent of the initial one for
+    the stopping input, as DMD2 does.
+    to: [B], the level the executed step goes to, by the policy's transition with noise of its own ("exit"): x is then
+    x_s at s = to. None: the clean prediction, s = 0."""
     x_in = batch.normal("initial")
     with torch.no_grad():
         for i in range(farthest(student, stop)):
@@ -136,15 +179,48 @@ def backward_simulation(
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy).to(x_in.dtype)
             t_next = torch.full_like(t, policy.timesteps[i + 1])
-            fresh = batch.normal(f"step{i + 1}", rows=active) if policy.transition == "renoise" else None
-            x_next = transition(student.schedule, x0, x_t, t, t_next, fresh)
+            draw = partial(batch.normal, f"step{i + 1}", rows=active)
+            x_next = step_to(student.schedule, policy, x0, x_t, t, t_next, draw)
             if bool(reached.any()):
                 x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
         x0 = predict_x0(student, x_in, t_stop, batch.cond, policy)
-    executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x0)
-    return Rollout(x=x0, s=torch.zeros_like(t_stop), stop=stop, steps=(executed,))
+        x = x0 if to is None else step_to(student.schedule, policy, x0, x_in, t_stop, to, lambda: batch.normal("exit"))
+    executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x)
+    return Rollout(x=x, s=torch.zeros_like(t_stop) if to is None else to, stop=stop, steps=(executed,))
+
+
+def next_levels(policy: RolloutPolicy, stop: Tensor, like: Tensor) -> Tensor:
+    """[B]: the level the step stop[i] goes to, 0 after the last."""
+    return like.new_tensor((*policy.timesteps[1:], 0.0))[stop]
+
+
+def trajectory(
+    student: Denoiser, policy: RolloutPolicy, batch: Batch, shared_steps: Collection[int] = (), log_prob: bool = True
+) -> Rollout:
+    """The whole sampler, every step kept: x is the clean sample, steps[i] the step at timesteps[i].
+
+    shared_steps: indices i of steps whose transition noise all samples of a prompt group share (SubGRPO, arXiv
+    2605.26108): what then differs within a group is owed to the other steps. The initial noise is never shared.
+    log_prob: each stochastic step carries the log-probability of what it drew, `signals.transition_log_prob` with its
+    defaults; the last one, which is deterministic, has none. No gradient: call it under no_grad."""
+    x, steps = batch.normal("initial"), list[Step]()
+    for i, level in enumerate(policy.timesteps):
+        t = x.new_full((len(x),), level)
+        x0 = predict_x0(student, x, t, batch.cond, policy).to(x.dtype)
+        if i + 1 == policy.num_steps:
+            steps.append(Step(x, t, x0, x0))
+            break
+        fresh = batch.normal(f"step{i + 1}", by_group=i in shared_steps)
+        t_next = torch.full_like(t, policy.timesteps[i + 1])
+        mean, std = transition_law(student.schedule, x0, x, t, t_next, policy.freshness)
+        x_next = mean + std * fresh
+        scored = transition_log_prob(x_next, mean, std) if log_prob and policy.freshness else None
+        steps.append(Step(x, t, x0, x_next, scored))
+        x = x_next
+    last = steps[-1]
+    return Rollout(last.x0, torch.zeros_like(last.t), torch.full_like(batch.ids, len(steps) - 1), tuple(steps))
 
 
 def farthest(student: Denoiser, stop: Tensor) -> int:

@@ -1,7 +1,8 @@
-"""What objectives are made of, as pure functions: guidance, score differences, surrogates, denoising and GAN
-losses."""
+"""What objectives are made of, as pure functions: guidance, score differences, surrogates, denoising and GAN losses,
+group statistics, transition log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +49,19 @@ def guided(
     return result
 
 
-def score_difference(x0: Tensor, fake_x0: Tensor, real_x0: Tensor, floor: float = 1e-6) -> Tensor:
+def score_difference(
+    x0: Tensor, fake_x0: Tensor, real_x0: Tensor, floor: float = 1e-6, group: Tensor | None = None
+) -> Tensor:
     """The normalised distribution-matching gradient with respect to a student sample.
 
         g = (fake_x0 - real_x0) / max(mean|x0 - real_x0|, floor)         (DMD eq. 7-8, arXiv 2311.18828; DMD2's code)
 
-    Both predictions are made at the same x_t renoised from x0, the real one guided. The mean is over each sample.
-    All [B, ...]. Returns [B, ...], detached; NaN and infinities become zero."""
+    Both predictions are made at the same x_t renoised from x0, the real one guided. The mean is over each sample; with
+    group [B] it is over all samples of a prompt group (GNDM). All [B, ...]. Returns [B, ...], detached; NaN and
+    infinities become zero."""
     with torch.no_grad():
-        normaliser = per_sample_mean((x0 - real_x0).abs()).clamp_min(floor)
+        distance = per_sample_mean((x0 - real_x0).abs())
+        normaliser = (distance if group is None else group_mean(distance, group)).clamp_min(floor)
         return torch.nan_to_num((fake_x0 - real_x0) / expand(normaliser, x0), posinf=0.0, neginf=0.0)
 
 
@@ -68,15 +73,38 @@ def surrogate(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def denoising_loss(
-    prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, space: PredictionType
-) -> Tensor:
+    prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, space: PredictionType,
+    weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Mean squared error of an x0 prediction, measured as an error of the named prediction type.
 
     In every space the optimum is E[x0 | x_t]; the spaces differ by a weight that depends on t alone: 1 for sample,
     (alpha / sigma)^2 for epsilon, ((alpha + sigma) / sigma)^2 for flow_prediction, 1 / sigma^2 for v_prediction (VP).
-    Gradient flows to `prediction`."""
+    weight: [B], multiplies each sample's error. Gradient flows to `prediction`."""
     error = schedule.from_sample(prediction, x_t, t, space) - schedule.from_sample(x0, x_t, t, space)
-    return error.square().mean()
+    squared = error.square()
+    return squared.mean() if weight is None else (expand(weight, squared) * squared).mean()
+
+
+def renoised_target(schedule: Schedule, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """What a fake score regresses on where its data is x_s, at a level s above 0: an x0 target that is unbiased.
+
+        x_s / alpha_s - alpha_ts sigma_s^2 / (alpha_s sigma_ts) noise,   x_t = alpha_ts x_s + sigma_ts noise
+                                             (Phased DMD's v target, arXiv 2510.27684, as an x0 target: derived)
+
+    Its mean given x_t is the E[x0 | x_t] that belongs to the score of x_t, which is E[-noise / sigma_ts | x_t]; as a
+    velocity it is Phased DMD's. At s = 0 it is x_s. Regressing on the sample itself (the naive target) is biased.
+    It grows like 1 / sigma_ts as t falls to s: clamp with `renoised_weight`. x_s, noise: [B, ...]; s < t: [B]."""
+    (alpha_s, sigma_s), (ratio, sigma_ts) = schedule.coefficients(s, x_s), schedule.renoise_coefficients(s, t, x_s)
+    return x_s / alpha_s - ratio * sigma_s**2 / (alpha_s * sigma_ts) * noise
+
+
+def renoised_weight(schedule: Schedule, s: Tensor, t: Tensor, clamp: float = 10.0) -> Tensor:
+    """[B]: min(1, clamp sigma_ts^2), the weight of a squared velocity error whose target is `renoised_target`.
+
+    min(1 / sigma_ts^2, clamp) |sigma_ts (v - v_target)|^2          (Phased DMD's clamp; RTDMD's code has clamp 10)
+    """
+    return (clamp * schedule.renoise_coefficients(s, t, t)[1] ** 2).clamp_max(1.0)
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
@@ -87,6 +115,16 @@ def gan_generator_loss(fake_logits: Tensor) -> Tensor:
 def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """mean softplus(D(fake)) + mean softplus(-D(real)): at the optimum D = log(p_real / p_fake)."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean D(fake): the generator's side of the hinge GAN                                       (arXiv 1802.05957)"""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); at its optimum 2 (1 - TV(real, fake))."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
 
 
 def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
@@ -102,3 +140,80 @@ def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
     with torch.no_grad():
         d = fake_x0 - real_x0
         return ((x0 - fake_x0) * d).sum() / d.square().sum().clamp_min(1e-12)
+
+
+def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B]: the mean of value [B] over samples that share their group id [B]; mask [B] bool: over those alone, 0 where
+    there is none."""
+    _, index = group.unique(return_inverse=True)
+    keep = torch.ones_like(value) if mask is None else mask.to(value)
+    total = value.new_zeros(int(index.max()) + 1).index_add(0, index, torch.where(keep > 0, value, 0.0))
+    count = value.new_zeros(len(total)).index_add(0, index, keep)
+    return (total / count.clamp_min(1))[index]
+
+
+def advantages(
+    reward: Tensor,
+    group: Tensor,
+    valid: Tensor | None = None,
+    std: Literal["group", "batch", "none"] = "group",
+    clip: float = 5.0,
+    floor: float = 1e-4,
+) -> Tensor:
+    """Rewards compared within their prompt group: [B] float32, detached, in [-clip, clip].
+
+        A = (r - mean_g r) / (std + floor)                                        (GRPO; Flow-GRPO, arXiv 2505.05470)
+
+    std: of the group, or of the whole batch after centring (Flow-GRPO's default, RTDMD, DiffusionNFT), or none.
+    Invalid samples, and those of a group in which all rewards are equal or fewer than two are valid, get 0."""
+    with torch.no_grad():
+        r = reward.float()
+        valid = torch.ones_like(r, dtype=torch.bool) if valid is None else valid
+        centred = torch.where(valid, r - group_mean(r, group, valid), 0.0)
+        scatter = group_mean(centred.square(), group, valid)
+        if std != "none":
+            spread = scatter if std == "group" else centred[valid].square().mean()
+            centred = centred / (spread.sqrt() + floor)
+        return torch.where(valid & (scatter > 1e-12), centred, 0.0).clamp(-clip, clip)
+
+
+def gdpo_advantages(
+    parts: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, valid: Tensor, clip: float = 5.0
+) -> Tensor:
+    """Decoupled advantages of several rewards: each standardised alone, weighted, added, standardised once more.
+
+    A = standardise(sum_k w_k A_k)        (GDPO as in RTDMD's code, arXiv 2605.26108); equal weights, equal influence
+    """
+    total = sum(weights[k] * advantages(r, group, valid, std="batch", clip=clip) for k, r in parts.items())
+    assert isinstance(total, Tensor)
+    spread = total[valid].square().mean().sqrt() if bool(valid.any()) else total.new_ones(())
+    return (total / (spread + 1e-4)).clamp(-clip, clip)
+
+
+def transition_log_prob(
+    x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean", scaled: bool = False
+) -> Tensor:
+    """[B]: the log-probability of x under N(mean, std^2), without the terms that depend on std alone.
+
+        scaled: -|x - mean|^2 / (2 std^2), a log-probability in nats;   else -|x - mean|^2, RTDMD's unit
+        reduction: over the d elements of a sample. Repositories take the mean, so that a "ratio" is the true one to
+        the power 1 / d; this is why their clip ranges look like 1e-5.
+
+    x is detached: gradient flows through the mean alone. Raises ValueError where std is 0: a deterministic step has no
+    log-probability."""
+    if bool((std == 0).any()):
+        raise ValueError("a deterministic step has no log-probability; leave the last step out")
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    error = (x.detach().to(dtype) - mean.to(dtype)).square()
+    error = error / (2 * std.to(dtype) ** 2) if scaled else error
+    return -(error.flatten(1).mean(1) if reduction == "mean" else error.flatten(1).sum(1))
+
+
+def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Scalar PPO loss of log pi / pi_old [B] and advantages [B]; samples with advantage 0 do not count.
+
+    mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)              (PPO, arXiv 1707.06347)
+    """
+    ratio, used = log_ratio.exp(), advantage != 0
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(used, loss, 0.0).sum() / used.sum().clamp_min(1)

@@ -275,7 +275,7 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str,
     for micro in range(config.accumulate):
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
-        batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs)
+        batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs, objective.group_size)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             losses = objective.loss(turn, parts.networks, batch, parts.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:

@@ -101,7 +101,8 @@ def lora_ratio(recipe: Recipe) -> dict[str, float]:
     """A student update of a LoRA recipe, all turns, against the least it could take."""
     peaks, parts = measure(recipe)
     adapters = [m for role, m in parts.networks.items() if role in recipe.lora]
-    batch = make_batch(parts.stream, parts.backbone, torch.arange(recipe.train.batch_size), 0, recipe.objective.needs)
+    positions, objective = torch.arange(recipe.train.batch_size), recipe.objective
+    batch = make_batch(parts.stream, parts.backbone, positions, 0, objective.needs, objective.group_size)
     noise = batch.normal("initial")
     t = torch.full((len(noise),), recipe.rollout.timesteps[0])
     with LiveBytes() as live:

@@ -136,12 +136,17 @@ def permutation(size: int, key: int, epoch: int) -> Tensor:
     return noise.uniform(torch.arange(size), (), noise.make_key(key, "epoch", epoch), torch.float64).argsort()
 
 
-def make_batch(stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str]) -> Batch:
-    """The batch of these global positions, with the fields in `needs`, in the backbone's dtype."""
-    prompts = stream.prompts(positions)
+def make_batch(
+    stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str], group_size: int = 1
+) -> Batch:
+    """The batch of these global positions, with the fields in `needs`, in the backbone's dtype.
+
+    group_size: so many positions in a row are one prompt group and read one row of the data."""
+    group = positions // group_size
+    prompts = stream.prompts(group)
     both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
-    latents = stream.latents(positions) if "latents" in needs else None
-    pixels = stream.pixels(positions) if "pixels" in needs else None
+    latents = stream.latents(group) if "latents" in needs else None
+    pixels = stream.pixels(group) if "pixels" in needs else None
     device = backbone.device
     return Batch(
         ids=positions.to(device),
@@ -152,5 +157,6 @@ def make_batch(stream: Stream, backbone: Backbone, positions: Tensor, key: int, 
         prompts=tuple(prompts),
         latents=None if latents is None else latents.to(device, backbone.dtype),
         pixels=None if pixels is None else pixels.to(device, backbone.dtype),
+        group=group.to(device),
         dtype=backbone.dtype,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -41,6 +42,9 @@ class Objective:
     checkpointed as well, trained or not."""
 
     name: str
+    group_size: int = 1  # samples of one prompt, all in the same micro-batch; Batch.group tells them apart
+    reward_use: Literal["none", "score", "gradient"] = "none"  # gradient: backpropagates through differentiable ones
+    rewards_required: bool = False
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of Batch that must be there: any of latents, pixels, pairs, group."""
+        """Fields of Batch that must be there: any of latents, pixels, pairs."""
         return frozenset()
 
     def check(self, policy: RolloutPolicy) -> None:

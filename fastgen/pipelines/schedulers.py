@@ -83,6 +83,8 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     So every evenly spaced list is held, for renoise also one rounded to multiples of k, and every list of one step.
     total: the steps of the diffusion. Raises ValueError for any other list, naming the nearest that is held and begins
     at the same level."""
+    if policy.transition == "cps":
+        raise ValueError("transition: cps cannot be stored in a stock scheduler of this family; use renoise or ode")
     if policy.told_time is not None:
         raise ValueError(
             f"told_time {policy.told_time} cannot be stored: the stock schedulers convert at the step they tell the "
