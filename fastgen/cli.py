@@ -66,14 +66,20 @@ def prepare(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of what is stored.")] = "float32",
     shard_size: Annotated[int, typer.Option(min=1, help="Rows of a file.")] = 256,
+    pairs: Annotated[int, typer.Option(min=0, help="ODE pairs of the teacher to sample as well.")] = 0,
+    pair_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher's own scheduler for them.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance of the teacher for them.")] = 1.0,
 ) -> None:
     """Encode a recipe's prompts and images once; started again, it verifies and continues."""
     from fastgen.config import RecipeError, load_recipe
     from fastgen.data import DataError
+    from fastgen.data.pairs import PairSettings
     from fastgen.prepare import prepare as prepare_folder
 
     try:
-        manifest = prepare_folder(load_recipe(recipe, overrides or []), output, dtype, shard_size)
+        loaded = load_recipe(recipe, overrides or [])
+        wanted = PairSettings(pairs, pair_steps, guidance_scale, loaded.seed) if pairs else None
+        manifest = prepare_folder(loaded, output, dtype, shard_size, wanted)
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
     except DataError as error:
@@ -82,8 +88,10 @@ def prepare(
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again to continue {output}", file=sys.stderr)
         raise typer.Exit(130) from None
+    count = (manifest["pairs"] or {"count": 0})["count"]
     print(f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} "
-          f"latents in {output}; train on them with \"data={{name: prepared, folder: {output}}}\"")  # fmt: skip
+          f"latents{f' and {count} pairs' if count else ''} in {output}; train on them with "
+          f"\"data={{name: prepared, folder: {output}}}\"")  # fmt: skip
 
 
 @app.command()

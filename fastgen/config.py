@@ -1,6 +1,7 @@
 """Recipes: one YAML file, complete, checked before anything heavy loads.
 
-Sections are frozen pydantic dataclasses. `backbone`, `objective` and `data` name their class, which is its own schema.
+Sections are frozen pydantic dataclasses. `backbone`, `objective`, `data` and each of `rewards.parts` name their class,
+which is its own schema.
 Every refusal names the key's full path and, for a misspelt one, the nearest valid spelling.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,6 +28,7 @@ from fastgen.health import HealthConfig
 from fastgen.lora import LoraConfig
 from fastgen.networks import OptimizerConfig
 from fastgen.objectives import OBJECTIVES, Objective
+from fastgen.rewards import REWARDS, Composite, Reward
 from fastgen.rollout import RolloutPolicy
 
 
@@ -60,6 +63,11 @@ class TrainConfig:
     keep_checkpoints: int = Field(default=2, ge=1)
     resume_from: str | None = None  # a checkpoint's name, step_00000200; None: the newest complete one
 
+    def autocast(self, device: str) -> torch.autocast:
+        """Around the forward passes of a turn. Without torch's cache of bfloat16 weights: until the turn ends it would
+        hold a copy of every network that the turn calls."""
+        return torch.autocast(device, torch.bfloat16, enabled=self.mixed_precision == "bf16", cache_enabled=False)
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Recipe:
@@ -73,13 +81,16 @@ class Recipe:
     optimizers: dict[str, OptimizerConfig]
     train: TrainConfig
     eval: EvalConfig
+    rewards: Composite | None = None  # for objectives that use them
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
     init_from: str | None = None  # a run or an export: its student (and fake score) are where this run starts
     seed: int = Field(default=0, ge=0)
 
 
-BASES: dict[str, type] = {"backbone": BackboneConfig, "data": DataSource, "objective": Objective}
+BASES: dict[str, type] = {
+    "backbone": BackboneConfig, "data": DataSource, "objective": Objective, "rewards": Reward,
+}  # fmt: skip
 
 # Keys a continued run may change: they do not alter what has already been computed.
 MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
@@ -142,6 +153,8 @@ def build_recipe(raw: Mapping[str, Any]) -> Recipe:
         if section not in values:
             raise RecipeError(f"missing key {section}: choose one by name, of {', '.join(registry)}")
         values[section] = build_section(section, values[section], registry)
+    if isinstance(values.get("rewards"), dict):
+        values["rewards"] = values["rewards"] | {"parts": build_parts(values["rewards"].get("parts"))}
     recipe = validated(Recipe, values, "")
     check_recipe(recipe)
     return recipe
@@ -160,16 +173,37 @@ def build_section(section: str, value: Any, registry: Mapping[str, Any]) -> Any:
     return validated(cls, values, f"{section}.")
 
 
+def build_parts(value: Any) -> tuple[Reward, ...]:
+    """The rewards of `rewards.parts`; a name that imports a callable which is no class is a FunctionReward of it."""
+    if not isinstance(value, list) or not value:
+        raise RecipeError(f"rewards.parts must be a list of rewards, each with a name, one of {', '.join(REWARDS)}")
+    parts = []
+    for i, part in enumerate(value):
+        section = f"rewards.parts.{i}"
+        name = part.get("name") if isinstance(part, dict) else None
+        if isinstance(name, str) and ":" in name and not isinstance(import_name(section, name), type):
+            if "function" in part:
+                raise RecipeError(f"{section}.function: the name, {name}, already says which")
+            part = part | {"name": "function", "function": name}
+        parts.append(build_section(section, part, REWARDS))
+    return tuple(parts)
+
+
+def import_name(section: str, name: str) -> Any:
+    """What `my_module:attribute` is."""
+    module, _, attribute = name.partition(":")
+    try:
+        return vars(importlib.import_module(module))[attribute]
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
+
+
 def resolve(section: str, name: str, registry: Mapping[str, Any]) -> type:
     """The class of a registered name, or of `my_module:MyClass` from the import path."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            cls = vars(importlib.import_module(module))[attribute]
-        except (ImportError, KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, BASES[section])):
-            base = BASES[section].__name__
+        cls, parent = import_name(section, name), BASES[section.partition(".")[0]]
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, parent)):
+            base = parent.__name__
             raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base}")
         return cls
     if name not in registry:
@@ -250,6 +284,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError(f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
                           "need train.mixed_precision: bf16")  # fmt: skip
     check_init(recipe)
+    if recipe.train.batch_size % objective.group_size:
+        raise RecipeError(f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
+                          f"objective.group_size {objective.group_size}; make it a multiple")  # fmt: skip
+    check_rewards(recipe)
     missing = objective.needs - recipe.data.provides
     if missing:
         raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
@@ -257,7 +295,8 @@ def check_recipe(recipe: Recipe) -> None:
     for section, check in (("objective", lambda: objective.check(recipe.rollout)),
                            ("backbone", lambda: recipe.backbone.check()),
                            ("data", lambda: recipe.data.check(recipe.backbone)),
-                           ("rollout", lambda: recipe.backbone.check_export(recipe.rollout))):  # fmt: skip
+                           ("rollout", lambda: recipe.backbone.check_export(recipe.rollout)),
+                           ("objective", lambda: objective.check_recipe(recipe))):  # fmt: skip
         try:
             check()
         except ValueError as error:
@@ -270,8 +309,33 @@ def check_lora(recipe: Recipe) -> None:
     possible = [role for role in objective.trained_roles if role not in objective.own_networks]
     for role in recipe.lora:
         if role not in possible:
-            raise RecipeError(f"lora.{role}: this objective's roles that can be adapters are {', '.join(possible)}"
-                              f"{nearest(role, possible)}")  # fmt: skip
+            allowed = ", ".join(possible) or "none"
+            raise RecipeError(f"lora.{role}: this objective's roles that can be adapters are {allowed}"
+                              f"{nearest(role, possible) if possible else ''}")  # fmt: skip
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Rewards are there for an objective that uses them, and fit its use and the backbone."""
+    objective, rewards = recipe.objective, recipe.rewards
+    if rewards is None:
+        if objective.rewards_required:
+            raise RecipeError(f"missing key rewards: objective {objective.name} needs a reward; give rewards.parts, "
+                              f"each with a name, one of {', '.join(REWARDS)}")  # fmt: skip
+        return
+    if objective.reward_use == "none":
+        raise RecipeError(f"rewards: objective {objective.name} uses none; leave the section out")
+    if objective.reward_use == "gradient" and not rewards.used(grad=True):
+        raise RecipeError(f"rewards.parts: objective {objective.name} backpropagates through rewards, and "
+                          f"of {', '.join(rewards.used(grad=False))} none is differentiable; add one")  # fmt: skip
+    if rewards.calibration == "group" and objective.group_size == 1:
+        raise RecipeError(f"rewards.calibration: group compares the samples of a prompt, and objective "
+                          f"{objective.name} makes one at a time; choose none or zscore, or raise "
+                          "objective.group_size where it has one")  # fmt: skip
+    for i, part in enumerate(rewards.parts):
+        try:
+            part.check(recipe.backbone)
+        except ValueError as error:
+            raise RecipeError(f"rewards.parts.{i}: {error}") from None
 
 
 def check_init(recipe: Recipe) -> None:
@@ -307,7 +371,7 @@ def to_dict(value: Any) -> Any:
 def registered_name(cls: type) -> str:
     """The name a recipe chooses this class by."""
     path = f"{cls.__module__}:{cls.__qualname__}"
-    entries = {**BACKBONES, **DATA, **OBJECTIVES}.items()
+    entries = {**BACKBONES, **DATA, **OBJECTIVES, **REWARDS}.items()
     return next((name for name, entry in entries if entry is cls or entry == path), path)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -168,6 +169,13 @@ def add_stop_input(denoiser: Denoiser, num_stops: int, dim: int) -> Denoiser:
     return denoiser
 
 
+def unextended(denoiser: Denoiser) -> list[nn.Parameter]:
+    """Its parameters but for the tables of extra inputs, in order: those of the network it was made from."""
+    inputs = [m for m in denoiser.modules() if isinstance(m, ExtraInputs)]
+    added = {id(p) for m in inputs for p in m.tables.parameters()}
+    return [p for p in denoiser.parameters() if id(p) not in added]
+
+
 class Experts(Denoiser):
     """Networks of one kind that share the noise levels: expert 0 from boundaries[0] up to t = 1, expert i from
     boundaries[i] up to below boundaries[i - 1], the last one below all of them.
@@ -288,6 +296,12 @@ class Experts(Denoiser):
     @property
     def _parts(self) -> list[Denoiser]:
         return list(self.experts)  # type: ignore[arg-type]
+
+
+def networks_of(denoiser: Denoiser) -> list[Any]:
+    """The networks behind a denoiser, from high noise to low."""
+    parts = denoiser.experts if isinstance(denoiser, Experts) else [denoiser]
+    return [part.network for part in parts]
 
 
 class TokenHeads(nn.Module):

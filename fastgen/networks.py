@@ -2,16 +2,18 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
+from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.recomputation import remembered
+from fastgen.rewards import Score, Scorer
 from fastgen.rollout import RolloutPolicy
 from fastgen.sharding import local
 
@@ -47,11 +49,13 @@ class OptimizerConfig:
 class Networks(Mapping[str, nn.Module]):
     """role -> module. `student` and `teacher` are always there; an objective adds its own (fake_score, discriminator).
 
-    No role is wrapped: the loop averages gradients over processes itself, so a module keeps its attributes."""
+    No role is wrapped: the loop averages gradients over processes itself, so a module keeps its attributes.
+    scorer: the recipe's rewards behind the backbone's decoder, where there are any."""
 
-    def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy):
+    def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy, scorer: Scorer | None = None):
         self.modules = modules
         self.policy = policy
+        self.scorer = scorer
 
     def __getitem__(self, role: str) -> nn.Module:
         return self.modules[role]
@@ -74,6 +78,15 @@ class Networks(Mapping[str, nn.Module]):
     def fake_score(self) -> Denoiser:
         return self.modules["fake_score"]  # type: ignore[return-value]
 
+    def rewards(self, x0: Tensor, batch: Batch, grad: bool = False) -> Score:
+        """The recipe's rewards of clean samples x0 [B, *latent_shape] made for this batch's prompts, decoded once.
+
+        grad: gradient flows to x0, and the value is that of the differentiable parts alone; otherwise nothing does.
+        Raises ValueError if the run has no rewards."""
+        if self.scorer is None:
+            raise ValueError("this run has no rewards; give the recipe a rewards section")
+        return self.scorer(x0, batch.prompts, batch.group, grad)
+
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
@@ -88,6 +101,22 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+@torch.no_grad()
+def blend(kept: Iterable[Tensor], given: Iterable[Tensor], decay: float) -> None:
+    """kept <- decay kept + (1 - decay) given, in place, each process what it holds; divided alike."""
+    if mine := [local(p) for p in kept]:  # a stand-in has no parameters
+        torch._foreach_lerp_(mine, [local(p).detach() for p in given], 1 - decay)
+
+
+@torch.no_grad()
+def move(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) module, over the parameters, each process moving what it holds; buffers
+    are copied. In place, for modules of the same structure, divided alike."""
+    blend(average.parameters(), module.parameters(), decay)
+    for kept, given in zip(average.buffers(), module.buffers(), strict=True):
+        kept.copy_(given)
 
 
 class Ema:
@@ -106,9 +135,5 @@ class Ema:
         self.move(module, min(self.decay, (1 + self.updates) / (10 + self.updates)))
         self.updates += 1
 
-    @torch.no_grad()
     def move(self, module: nn.Module, decay: float) -> None:
-        average = [local(p) for p in self.module.parameters()]
-        torch._foreach_lerp_(average, [local(p).detach() for p in module.parameters()], 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
+        move(self.module, module, decay)

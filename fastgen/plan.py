@@ -5,17 +5,17 @@ loss and backward pass, while the bytes of live tensors are counted. So any obje
 
     held      parameters and buffers of the roles and the average; AdamW's two moments of what is trained; text
               encoders and VAE, which load when first needed and stay (encoders not with prepared prompts)
-    turn      activations, autocast's bfloat16 copies of float32 weights among them, and gradients as the backward pass
-              leaves them; with train.accumulate > 1 all from the start, as in every micro-batch after the first
+    turn      activations, the bfloat16 weights that autocast keeps for the backward pass among them, and gradients as
+              that leaves them; with train.accumulate > 1 all from the start, as in every micro-batch after the first
     step      all gradients of a turn's roles and, on a GPU, one role's second moments again (AdamW's `foreach`)
     samples   the guided teacher, or the decoding, of the pictures that are sampled at once
 
 `fsdp` divides roles, average, moments and gradients over the GPUs; not activations, encoders and VAE. Beside its share
 a GPU then holds the layers outside the blocks, two gathered blocks and one block's gradients (derived, not measured).
 
-Not counted: what kernels use inside, fragmentation and the CUDA context (together about a gigabyte), metrics'
-networks, what encoding prompts needs, and prompt embeddings kept for later (at most a gigabyte). Prompts are taken at
-their longest where the encoders are large.
+Not counted: what kernels use inside, fragmentation and the CUDA context (together about a gigabyte), rewards' and
+metrics' networks, what encoding prompts needs, and prompt embeddings kept for later (at most a gigabyte). Prompts are
+taken at their longest where the encoders are large.
 """
 
 import dataclasses
@@ -39,8 +39,9 @@ from fastgen.denoiser import Denoiser
 from fastgen.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
+from fastgen.rewards import Score, Scorer
 from fastgen.schedule import PredictionType
-from fastgen.signals import guided
+from fastgen.signals import guided, per_sample_mean
 from fastgen.train import DTYPES
 from fastgen.weightless import LiveBytes, empty, weightless
 
@@ -147,7 +148,8 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
     backbone: Backbone = config.build(torch.device("cpu"), DTYPES[train.dtype], recipe.seed)
     backbone.adapters, backbone.deferred = recipe.lora, True
     backbone.frozen_dtype = DTYPES[train.frozen_dtype] if train.frozen_dtype else None
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
+    student = recipe.objective.make_student(backbone, recipe.rollout)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
     modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
     modules = {role: m if role == "teacher" else m.to(backbone.dtype) for role, m in modules.items()}
     average = modules["student"].average()  # type: ignore[operator]
@@ -161,7 +163,8 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
     for module in modules.values():
         if train.gradient_checkpointing and isinstance(module, Denoiser):
             module.enable_checkpointing()
-    networks = Networks(modules, recipe.rollout)
+    scorer = StandInScorer(recipe.rewards, backbone.decode) if recipe.rewards else None
+    networks = Networks(modules, recipe.rollout, scorer)
     roles = [role_of(name, module, recipe, backbone) for name, module in networks.items()]
     roles.append(dataclasses.replace(role_of("average", average, recipe, backbone), kind="average"))
     components = components_of(recipe, backbone)
@@ -178,7 +181,10 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
 
 
 def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
-    return recipe.objective.turns(0, recipe.objective.init_state())
+    """Those of the first update, and others that the last one has: a run may begin with a phase of its own."""
+    objective = recipe.objective
+    turns = [t for step in (0, recipe.train.steps - 1) for t in objective.turns(step, objective.init_state())]
+    return tuple({turn.name: turn for turn in reversed(turns)}.values())[::-1]
 
 
 def keep_float32(module: nn.Module) -> None:
@@ -289,6 +295,19 @@ class CountingBatch(WeightlessBatch):
         return empty(len(self._rows(by_group) if rows is None else rows), *self.latent_shape, dtype=self.dtype)
 
 
+class StandInScorer(Scorer):
+    """Decodes what the rewards read, and makes scores up: the rewards' own networks are not counted. With gradient the
+    score is a mean over what was decoded; without, it is real, as advantages decide what enters a loss."""
+
+    def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
+        used, made_up = self.composite.used(grad), torch.linspace(0, 1, len(x0))
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            latents = all(part.input == "latents" for part in used.values())
+            seen = per_sample_mean(x0 if latents else self.decode(x0, clamp=not grad)).float()
+        value = seen if grad else made_up
+        return Score(value, torch.ones(len(x0), dtype=torch.bool), dict.fromkeys(used, made_up))
+
+
 def make_batch(
     recipe: Recipe, backbone: Backbone, prompt: Callable[[int], Conditioning], key: int,
     kind: type[WeightlessBatch] = WeightlessBatch,
@@ -341,7 +360,7 @@ def plan_turn(
                 p.grad = torch.empty_like(p)
                 live.own_gradient(p)
         batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key))
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
+        with recipe.train.autocast("cpu"):
             for loss in losses(recipe, turn, networks, batch, state):
                 (loss.total / recipe.train.accumulate).backward()
     for remove in hooks:
@@ -408,7 +427,7 @@ def evaluations(
     stand_ins = {role: Counted(m) if isinstance(m, Denoiser) else m for role, m in networks.items()}
     batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key), CountingBatch)
     with torch.no_grad():
-        for _ in losses(recipe, turn, Networks(stand_ins, networks.policy), batch, state):
+        for _ in losses(recipe, turn, Networks(stand_ins, networks.policy, networks.scorer), batch, state):
             pass
     return {role: m.rows if isinstance(m, Counted) else 0 for role, m in stand_ins.items()}
 

@@ -1,4 +1,5 @@
-"""`fastgen prepare`: a recipe's prompts and images, encoded once into a folder that data {name: prepared} reads.
+"""`fastgen prepare`: a recipe's prompts and images, encoded once into a folder that data {name: prepared} reads, and
+ODE pairs of its teacher.
 
 The manifest is written anew after every file, and every file beside its place and then renamed; so the work may be
 stopped at any moment, and goes on after the last complete file when it is started again."""
@@ -7,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.config import Recipe, to_dict
 from fastgen.data.base import Samples, SampleSource, encode_picture
+from fastgen.data.pairs import PairSettings, sample_pairs
 from fastgen.data.prepared import (
     ENCODER_FILES,
     FORMAT,
     MANIFEST,
     TABLES,
+    TEACHER_FILES,
     VAE_FILES,
     Manifest,
+    PreparedPrompts,
     differing,
     fold,
     identity,
@@ -39,16 +43,19 @@ from fastgen.data.prepared import (
 from fastgen.data.prompts import read_prompts
 from fastgen.evaluation import EvalConfig
 from fastgen.metrics.reference import open_reference
+from fastgen.pipelines.sampler import teacher_sampler
 
 ENCODED_AT_ONCE = 32  # prompts, as PipelineBackbone does
 
 Make = Callable[[], bytes]
 
 
-def prepare(recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: int = 256) -> Manifest:
-    """Encodes every prompt of the recipe's data and evaluation, and every image of its data. dtype: of the stored
-    prompt tokens and latents. shard_size: rows a file, which is also what an interruption may lose. Returns the
-    manifest.
+def prepare(
+    recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: int = 256, pairs: PairSettings | None = None
+) -> Manifest:
+    """Encodes every prompt of the recipe's data and evaluation, and every image of its data, and samples ODE pairs of
+    its teacher if they are asked for, here or by its data. dtype: of the stored prompt tokens and latents. shard_size:
+    rows a file, which is also what an interruption may lose. Returns the manifest.
 
     A folder that is complete is verified, byte for byte, and what is damaged is made again. Raises ValueError, before
     weights load, for data that cannot be prepared, and for a folder that holds anything else or was prepared with
@@ -59,6 +66,7 @@ def prepare(recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: in
     if not isinstance(source, SampleSource) or getattr(source, "streaming", False):
         raise ValueError("data.name: prepare needs a source with random access to its rows: prompts, images, "
                          "webdataset, or hub with streaming: false")  # fmt: skip
+    pairs = pairs or getattr(source, "pairs", None)
     known = begun(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = config.build(device, getattr(torch, recipe.train.dtype), recipe.seed)
@@ -69,25 +77,30 @@ def prepare(recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: in
         "format": FORMAT,
         "fastgen": fastgen.__version__,
         "source": config.path,
-        "identity": identity(config, samples.num_pictures > 0, known),
+        "identity": identity(config, samples.num_pictures > 0, known, pairs is not None),
         "data": to_dict(source),
         "dtype": dtype,
         "shard_size": shard_size,
         "num_samples": len(samples.prompts),
         "num_prompts": len(prompts),
         "num_pictures": samples.num_pictures,
+        "pairs": None if pairs is None else to_dict(pairs),
         "samples_sha256": hashlib.sha256(prompt_lines(prompts) + sample_rows(samples, prompts)).hexdigest(),
     }
     if known is not None:
         check_settings(folder, known, manifest)
-    manifest["source_stamps"] = stamps(config)
+    manifest["source_stamps"] = stamps(config, pairs is not None)
     for key, empty in (("lengths", {}), ("complete", False), ("files", {})):
         manifest[key] = empty if known is None else known[key]
 
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / MANIFEST, dump(manifest))
-    with tqdm(total=len(prompts) + samples.num_pictures, desc="preparing", unit="row") as bar:
+    count = len(prompts) + samples.num_pictures + (pairs.count if pairs else 0)
+    with tqdm(total=count, desc="preparing", unit="row") as bar:
         files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
+        if pairs is not None:
+            backbone.prepared = PreparedPrompts(folder, manifest, prompts)  # pairs come after the prompts
+            files |= plan_pairs(backbone, samples, pairs, getattr(torch, dtype), shard_size, bar)
         for name, (rows, make) in files.items():
             if name in manifest["files"] and verified(folder / name, manifest["files"][name]):
                 bar.update(rows if name not in TABLES else 0)
@@ -120,6 +133,22 @@ def plan(
     return files
 
 
+def plan_pairs(
+    backbone: PipelineBackbone, samples: Samples, pairs: PairSettings, dtype: torch.dtype, shard_size: int, bar: Any
+) -> dict[str, tuple[int, Make]]:
+    """The files of the pairs. Raises ValueError if the teacher's own sampler draws noise on its way."""
+    if backbone.teacher_policy(pairs.steps).transition != "ode":
+        raise ValueError("pairs are of the teacher's ODE, and its own scheduler is stochastic; use another pipeline")
+    prompts = [samples.prompts[i] for i in pairs.samples(len(samples.prompts)).tolist()]
+    teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded if one is missing
+
+    def make(rows: range) -> bytes:
+        return save({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar).to(dtype)})
+
+    spanned = enumerate(spans(pairs.count, shard_size))
+    return {shard_name("pairs", i): (len(rows), partial(make, rows)) for i, rows in spanned}
+
+
 def begun(folder: Path) -> Manifest | None:
     """The manifest of a folder that was begun; None for a new or empty one. Raises ValueError for any other."""
     if (folder / MANIFEST).is_file():
@@ -132,17 +161,18 @@ def begun(folder: Path) -> Manifest | None:
 def check_settings(folder: Path, known: Manifest, wanted: Manifest) -> None:
     """Raises ValueError if the folder was begun with other settings."""
     keys = [key for key in wanted if key not in ("fastgen", "source")]
-    if changed := differing({key: known[key] for key in keys}, {key: wanted[key] for key in keys}):
+    if changed := differing({key: known.get(key) for key in keys}, {key: wanted[key] for key in keys}):
         raise ValueError(f"{folder} was prepared with other settings: {'; '.join(changed)}. Choose another --output, "
                          "or undo the change to continue")  # fmt: skip
 
 
-def stamps(config: PipelineConfig) -> dict[str, list[int]]:
+def stamps(config: PipelineConfig, pairs: bool) -> dict[str, list[int]]:
     """Size and time of the pipeline's files, so that an unchanged one is hashed once; {} for a hub id."""
     folder = config.local_folder()
     if folder is None:
         return {}
-    return {name: stamp(folder / name) for name in source_files(folder, (*ENCODER_FILES, *VAE_FILES))}
+    patterns = (*ENCODER_FILES, *VAE_FILES, *(TEACHER_FILES if pairs else ()))
+    return {name: stamp(folder / name) for name in source_files(folder, patterns)}
 
 
 def evaluation_prompts(config: EvalConfig) -> Sequence[str]:

@@ -231,8 +231,9 @@ def farthest(student: Denoiser, stop: Tensor) -> int:
     return int(last)
 
 
-def draw_stops(batch: Batch, num_steps: int, shared: bool) -> Tensor:
-    """[B] int64 stop indices: one for the whole update (DMD2), or one a sample, keyed by the sample's id."""
+def draw_stops(batch: Batch, num_steps: int, shared: bool, by_group: bool = False) -> Tensor:
+    """[B] int64 stop indices: one for the whole update (DMD2), or one a sample, keyed by the sample's id, or one a
+    prompt group."""
     if shared:
         return torch.full_like(batch.ids, batch.integer("stop", num_steps))
-    return (batch.uniform("stop") * num_steps).long().clamp(max=num_steps - 1)
+    return (batch.uniform("stop", by_group) * num_steps).long().clamp(max=num_steps - 1)

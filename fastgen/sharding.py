@@ -4,6 +4,7 @@ No process ever holds a whole network: parameters are made on the meta device, d
 reading its own slice of the weight files. A whole copy of one tensor at a time exists while a checkpoint is written.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -45,12 +46,28 @@ def shard(
     return module
 
 
+@torch.no_grad()
+def refill(
+    module: nn.Module, fresh: nn.Module, weights: WeightMap, stored_name: Callable[[nn.Module, str], str]
+) -> None:
+    """Sets a module's parameters and buffers, divided or whole, to those of a freshly made one, in place; what is on
+    the meta device there is filled from `weights`, as `shard` does."""
+    values = named_tensors(fresh)
+    for name, tensor in named_tensors(module).items():
+        if values[name].is_meta:
+            fill(tensor, stored_name(module, name), weights)
+        else:
+            local(tensor).copy_(own_slice(values[name], tensor))
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
-    """Copies this process's slice of a stored tensor."""
+    """Copies this process's slice of a stored tensor. Experts made of one network are all filled from it."""
+    if name not in weights:
+        name = re.sub(r"^experts\.\d+\.", "", name)
     if name not in weights:
         raise ValueError(f"the pretrained weights have no tensor {name}")
     path, key = weights[name]

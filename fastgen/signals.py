@@ -107,6 +107,22 @@ def renoised_weight(schedule: Schedule, s: Tensor, t: Tensor, clamp: float = 10.
     return (clamp * schedule.renoise_coefficients(s, t, t)[1] ** 2).clamp_max(1.0)
 
 
+def log_ratio_rate(schedule: Schedule, x0: Tensor, t: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+    """[B]: the rate in t at which the log-ratio of two models at x0 adds up, estimated from one x_t renoised from x0.
+
+        log p_real(x0) - log p_fake(x0) = int_0^1 E_noise[rate] dt,
+        rate = -1/2 dSNR/dt (|x0 - fake_x0|^2 - |x0 - real_x0|^2),   SNR = (alpha / sigma)^2
+
+    (derived, from the denoising form of the likelihood, arXiv 2107.00630; for flow matching it is (1 - t) / t times
+    the gap of squared velocity errors.) Both predictions are made at the same x_t; the squares are summed over a
+    sample's elements, so that the integral is in nats. x0, fake_x0, real_x0: [B, ...]; t: [B] in (0, 1)."""
+    with torch.enable_grad():
+        level = t.detach().double().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(((schedule.alpha(level) / schedule.sigma(level)) ** 2).sum(), level)
+    gap = ((x0 - fake_x0).square() - (x0 - real_x0).square()).flatten(1).sum(1)
+    return -0.5 * slope.to(gap.dtype) * gap
+
+
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating: mean softplus(-D(fake))."""
     return F.softplus(-fake_logits).mean()
@@ -125,6 +141,42 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); at its optimum 2 (1 - TV(real, fake))."""
     return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+Divergence = Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman"]
+
+
+def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
+    """h(r) = f''(r) r^2: D_f(p | q) = E_q[f(p / q)] has the gradient -E_q[h(r) (s_p - s_q) dx], r = p / q.
+
+        rkl 1   kl r   js r / (1 + r)   sf 1 / (1 + r)   sh sqrt(r) / 4   jf 1 + r   neyman 1 / r
+                                                                                    (f-distill, arXiv 2502.15681)
+
+    rkl: reverse KL, which is DMD; kl: forward; js: Jensen-Shannon (twice it); sf: softened reverse KL; sh: squared
+    Hellinger; jf: Jeffreys. p is the data, q the student. Any shape; ratio > 0."""
+    weights: dict[Divergence, Callable[[Tensor], Tensor]] = {
+        "rkl": torch.ones_like,
+        "kl": lambda r: r,
+        "js": lambda r: r / (1 + r),
+        "sf": lambda r: 1 / (1 + r),
+        "sh": lambda r: r.sqrt() / 4,
+        "jf": lambda r: 1 + r,
+        "neyman": lambda r: 1 / r,
+    }
+    return weights[name](ratio)
+
+
+def density_ratio(logits: Tensor) -> Tensor:
+    """[B]: p / q from a discriminator's logits [B, heads], exp of their mean, detached.
+
+    The mean is clamped to +-10 and the ratio to [0.1, 20], as in f-distill's code. Exact where the logits are optimal
+    for `gan_discriminator_loss` and within the clamps."""
+    return logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
+
+
+def effective_share(weight: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) in (0, 1]: the share of n samples that weights [n] >= 0 leave in effect (Kish)."""
+    return weight.sum().square() / (len(weight) * weight.square().sum()).clamp_min(1e-12)
 
 
 def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fastgen.checkpoint import CheckpointError
 from fastgen.config import Recipe, RecipeError, changed_keys, dump_recipe, load_recipe
 from fastgen.data import DataError, Stream, make_batch
 from fastgen.denoiser import Denoiser
-from fastgen.distributed import Strategy, average_gradients, divide, start, strategy_of
+from fastgen.distributed import Strategy, average_gradients, divide, start, stored_name, strategy_of
 from fastgen.evaluation import evaluate
 from fastgen.health import Watch, statistics
 from fastgen.lora import LoraDenoiser
@@ -42,8 +42,9 @@ from fastgen.pipelines.export import export, export_run
 from fastgen.pipelines.sampler import Sampler, teacher_sampler
 from fastgen.pipelines.video import save_video, side_by_side
 from fastgen.report import plot_points, save_grid
+from fastgen.rewards import Scorer
 from fastgen.run_log import RunLog
-from fastgen.sharding import local
+from fastgen.sharding import local, refill
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -119,9 +120,9 @@ def train(recipe: Recipe) -> Path:
         student_moved = False
         for turn in recipe.objective.turns(step, parts.state):
             reset_roles(parts, turn, step)
-            set_rates(parts, turn.roles, step)
+            set_rates(parts, turn, step)
             for inner in range(turn.updates):
-                before = snapshot(parts.networks, turn) if step == 0 and inner == 0 else None
+                before = bit_sums(parts.networks, turn) if step == 0 and inner == 0 else None
                 terms, stepped = update(parts, turn, position, make_key(recipe.seed, step, turn.name, inner))
                 recipe.objective.finish(turn, parts.networks, parts.state)
                 position += per_update
@@ -174,7 +175,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
     backbone = recipe.backbone.build(accelerator.device, dtype, recipe.seed)
     backbone.adapters, backbone.deferred = recipe.lora, strategy == "fsdp"
     backbone.frozen_dtype = DTYPES[config.frozen_dtype] if config.frozen_dtype else None
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
+    student = recipe.objective.make_student(backbone, recipe.rollout)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
     modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
     modules = {role: m if role == "teacher" else m.to(dtype) for role, m in modules.items()}
     average = modules["student"].average()  # type: ignore[operator]
@@ -189,7 +191,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
             raise RecipeError(f"lora.{role}: this objective's {role} is not a copy of the teacher")
         if config.gradient_checkpointing and isinstance(module, Denoiser):
             module.enable_checkpointing()
-    networks = Networks(modules, recipe.rollout)
+    scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
+    networks = Networks(modules, recipe.rollout, scorer)
     roles = recipe.objective.trained_roles
     stream = recipe.data.open(backbone, recipe.seed)
     shown = 2000 if backbone.output == "points" else max(config.num_samples, recipe.health.num_samples)
@@ -276,7 +279,7 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str,
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
         batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs, objective.group_size)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        with config.autocast(accelerator.device.type):
             losses = objective.loss(turn, parts.networks, batch, parts.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:
                 (loss.total / config.accumulate).backward()
@@ -350,19 +353,20 @@ def reset_roles(parts: Parts, turn: Turn, step: int) -> None:
     if not turn.reset:
         return
     recipe, key = parts.recipe, make_key(parts.recipe.seed, step, "reset")
-    if parts.strategy == "fsdp":
-        raise TrainingError("re-initialising divided networks is not supported; set train.strategy: ddp")
+    fresh: dict[str, nn.Module] = {}
     with torch.random.fork_rng():
         torch.manual_seed(key)
-        fresh = recipe.objective.auxiliary(parts.backbone, recipe.rollout) | {
-            "student": parts.backbone.load("student")
-        }
+        if any(not isinstance(parts.networks[role], LoraDenoiser) for role in turn.reset):
+            fresh = dict(recipe.objective.auxiliary(parts.backbone, recipe.rollout))
+        if "student" in turn.reset:
+            fresh["student"] = recipe.objective.make_student(parts.backbone, recipe.rollout)
+    weights = parts.backbone.weights() if parts.strategy == "fsdp" else {}
     for role in turn.reset:
         module = parts.networks[role]
         if isinstance(module, LoraDenoiser):
             module.reset(key)
         else:
-            module.load_state_dict(fresh[role].state_dict())
+            refill(module, fresh[role], weights, stored_name)
         if role in parts.optimizers:
             parts.optimizers[role] = recipe.optimizers[role].build(module.parameters())
         if role == "student":
@@ -370,24 +374,31 @@ def reset_roles(parts: Parts, turn: Turn, step: int) -> None:
             parts.ema.updates = 0
 
 
-def set_rates(parts: Parts, roles: Iterable[str], step: int) -> None:
-    for role in roles:
+def set_rates(parts: Parts, turn: Turn, step: int) -> None:
+    for role in turn.roles:
         for group in parts.optimizers[role].param_groups:
-            group["lr"] = parts.recipe.optimizers[role].rate(step, parts.recipe.train.steps)
+            group["lr"] = parts.recipe.optimizers[role].rate(*(turn.progress or (step, parts.recipe.train.steps)))
 
 
-def snapshot(networks: Networks, turn: Turn) -> dict[str, Tensor]:
-    return {f"{r}.{n}": local(p).detach().clone() for r in turn.roles for n, p in networks[r].named_parameters()}
+def bit_sums(networks: Networks, turn: Turn) -> dict[str, int]:
+    """A weighted sum over the bits of every parameter of a turn's roles, which changes when its elements do."""
+    named = {f"{r}.{n}": local(p).detach() for r in turn.roles for n, p in networks[r].named_parameters()}
+    return {name: bit_sum(p.reshape(-1).view(torch.int32)) for name, p in named.items()}
 
 
-def report_moved(
-    parts: Parts, turn: Turn, before: dict[str, Tensor], terms: dict[str, Tensor], console: Console
-) -> None:
+def bit_sum(bits: Tensor, chunk: int = 1 << 20) -> int:
+    """sum_i (2 i + 1) bits_i, i from 0 in every chunk: opposite changes of two elements do not cancel."""
+    weights = torch.arange(1, 2 * min(chunk, len(bits)) + 1, 2, device=bits.device)
+    return sum(int((part.long() * weights[: len(part)]).sum()) for part in bits.split(chunk))
+
+
+def report_moved(parts: Parts, turn: Turn, before: dict[str, int], terms: dict[str, Tensor], console: Console) -> None:
     """Says which parameters the first update moved. An error: a role without gradient (weight decay alone may still
     have moved it), or gradient left on a role of another turn, which would enter that role's next step."""
+    after = bit_sums(parts.networks, turn)
     for role in turn.roles:
         parameters = dict(parts.networks[role].named_parameters())
-        same = [torch.equal(local(p), before[f"{role}.{name}"]) for name, p in parameters.items()]
+        same = [after[f"{role}.{name}"] == before[f"{role}.{name}"] for name in parameters]
         flags = torch.tensor(same, dtype=torch.int32, device=parts.accelerator.device)
         if parts.strategy == "fsdp":  # a part that moved on any process
             dist.all_reduce(flags, dist.ReduceOp.MIN)
@@ -417,14 +428,15 @@ def watch(parts: Parts, step: int, log: RunLog, marks: Mapping[str, Tensor], con
     """Looks at the student's samples and the run's terms; writes what it sees, and warns in words.
 
     Raises TrainingError at a warning if health.stop says so."""
-    config = parts.recipe.health
+    config, terms = parts.recipe.health, log.means()
     now = weight_marks(parts)
     moved = {
         role: ((now[role] - old).square().mean() / old.square().mean().clamp_min(1e-6)).sqrt().item()
         for role, old in marks.items()
+        if any(name.endswith(f"/grad_norm_{role}") for name in terms)  # not a role whose turn has not come yet
     }
     latents = student_latents(parts, config.num_samples)
-    seen, warnings = parts.watch.look(step, latents, log.means(), moved)
+    seen, warnings = parts.watch.look(step, latents, terms, moved)
     log.record(step, {f"health/{name}": value for name, value in seen.items()})
     for warning in warnings:
         log.warn(step, warning)

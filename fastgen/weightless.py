@@ -65,7 +65,7 @@ class Weightless(Tensor):
             return func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs)
         kind = kind_of(func)
         if kind == "in place":
-            return args[0]
+            return args[0] if func._schema.returns else None
         key = (func, signature(args), signature(tuple(kwargs.items())) if kwargs else ())
         if key not in _results:
             result = func(*tree_map(bare, args), **tree_map(bare, kwargs))

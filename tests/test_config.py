@@ -266,8 +266,9 @@ def test_every_recipe_of_the_project_loads_and_round_trips(project: Path, tmp_pa
     recipes = sorted((project / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        (tmp_path / path.name).write_text(dump_recipe(load_recipe(path)))
-        assert load_recipe(tmp_path / path.name) == load_recipe(path), path.name
+        recipe = load_recipe(path, ["init_from=null"])  # a run of another recipe, which is not there
+        (tmp_path / path.name).write_text(dump_recipe(recipe))
+        assert load_recipe(tmp_path / path.name) == recipe, path.name
 
 
 def test_changed_keys_are_named(mixture_recipe: Path) -> None:

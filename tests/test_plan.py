@@ -222,3 +222,14 @@ def cpu_seconds(folder: Path, *arguments: str) -> tuple[float, str]:
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+
+SMALL = [p for p in sorted(Path(__file__).parents[1].glob("recipes/*.yaml")) if p.stem.startswith(("digits_", "mix"))]
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
+def test_every_objective_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of the first and the last update, rewards among them, on tensors without memory."""
+    monkeypatch.chdir(path.parents[1])
+    recipe = load_recipe(path, ["init_from=null"])
+    assert 1e6 < plan(recipe).peak < 1e9

@@ -34,7 +34,7 @@ def ours(recipe: Recipe) -> Callable[[int], None]:
 
     def step(index: int) -> None:
         for turn in recipe.objective.turns(index, {}):
-            set_rates(parts, turn.roles, index)
+            set_rates(parts, turn, index)
             for inner in range(turn.updates):
                 position = recipe.train.batch_size * (index * 10 + inner)
                 update(parts, turn, position, make_key(index, turn.name, inner))

@@ -107,7 +107,7 @@ def lora_ratio(recipe: Recipe) -> dict[str, float]:
     t = torch.full((len(noise),), recipe.rollout.timesteps[0])
     with LiveBytes() as live:
         hooks = live.own_gradients([p for m in adapters for p in m.parameters()])
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
+        with recipe.train.autocast("cpu"):
             predict_x0(parts.networks.student, noise, t, batch.cond, recipe.rollout).square().mean().backward()
     for remove in hooks:
         remove()

@@ -16,6 +16,7 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
 from fastgen.sharding import WeightMap
 
+# What decode returns: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D].
 Output = Literal["pixels", "frames", "points"]
 
 
@@ -23,6 +24,7 @@ class BackboneConfig(ABC):
     """The recipe's `backbone:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
+    output: ClassVar[Output]
     can_checkpoint: ClassVar[bool] = True  # whether its networks can compute activations again
 
     @abstractmethod
@@ -37,6 +39,16 @@ class BackboneConfig(ABC):
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Backbone":
         """The backbone; weights load when they are first needed."""
 
+    def own_boundaries(self) -> tuple[float, ...] | None:
+        """Levels between the experts of this pipeline; () where it has one network, None where that is only known when
+        it loads."""
+        return ()
+
+    def check_experts(self, boundaries: Sequence[float]) -> None:
+        """Raises ValueError if an export could not hold a student of several experts, made from copies of this
+        pipeline's one network. Loads no weights."""
+        raise ValueError(f"backbone {self.name} exports a single network, no experts")
+
     def unloaded(self) -> "BackboneConfig":
         """The section for planning: its sizes are known without weights and without the network. Raises ValueError if
         they are not."""
@@ -48,7 +60,6 @@ class Backbone(ABC):
 
     config: Any
 
-    output: Output  # what decode returns: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D]
     schedule: Schedule
     latent_shape: tuple[int, ...]
     image_size: int | None  # pixels of a side, for images to be read at; None for points and frames
@@ -63,6 +74,10 @@ class Backbone(ABC):
     frozen_dtype: torch.dtype | None = None
     deferred: bool = False  # networks are made without their weights, which are read when they have been divided
     shared: SharedBase | None = None
+
+    @property
+    def output(self) -> Output:
+        return self.config.output
 
     @abstractmethod
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
@@ -82,6 +97,10 @@ class Backbone(ABC):
             return self.make(role, frozen_dtype).requires_grad_(False).eval()
         return self.make(role, self.dtype).requires_grad_(True).train()
 
+    def make_empty(self) -> Denoiser:
+        """A denoiser for its sizes alone: without memory for its parameters, where the family can."""
+        return self.make("sizes", self.dtype)
+
     def weights(self) -> WeightMap:
         """Where the pretrained weights of a denoiser's parameters lie, for networks made without them."""
         return {}
@@ -99,8 +118,9 @@ class Backbone(ABC):
         """Data to normalised latents (the space x_t lives in)."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents to what `output` says: pixels or frames in [0, 1], or points."""
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """Normalised latents to what `output` says: pixels or frames in [0, 1], or points. Gradient flows to latents.
+        clamp: False leaves out the clamp, which has no gradient outside [0, 1]; pixels may then lie beyond."""
 
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.backbones.base import Backbone, BackboneConfig, Output
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Experts, networks_of
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
 
@@ -39,6 +39,7 @@ class GaussianMixtureConfig(BackboneConfig):
     means: Rows
     stds: tuple[float, ...] | Rows
     name: Literal["gaussian_mixture"] = "gaussian_mixture"
+    output: ClassVar[Output] = "points"
     can_checkpoint: ClassVar[bool] = False
     weights: tuple[float, ...] | None = None
     classes: tuple[int, ...] | None = None
@@ -76,6 +77,9 @@ class GaussianMixtureConfig(BackboneConfig):
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Our own folder holds any policy."""
+
+    def check_experts(self, boundaries: Sequence[float]) -> None:
+        """And any experts."""
 
     def unloaded(self) -> "GaussianMixtureConfig":
         return dataclasses.replace(self, fit_steps=0)
@@ -144,6 +148,10 @@ class AnalyticDenoiser(Denoiser):
     @property
     def time_embedding(self) -> nn.Module:
         return self.network
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return []
 
     def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         """As Denoiser.forward; exact at every t, so there is no separate network time."""
@@ -222,7 +230,6 @@ class PointDenoiser(Denoiser):
 class GaussianMixture(Backbone):
     """The backbone of recipes with `backbone: {name: gaussian_mixture, ...}`. Latents are the points themselves."""
 
-    output = "points"
     image_size = None
     lora_targets = ("inlet", "1", "3", "outlet.2")
     teacher_is_base = False  # it is a formula; the base is the network fitted to it
@@ -259,26 +266,37 @@ class GaussianMixture(Backbone):
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         return latents
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         return RolloutPolicy(timesteps=tuple(1 - i / num_steps for i in range(num_steps)), transition="ode")
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """model.safetensors (the PointMLP) and config.json (the mixture's configuration)."""
+        """model.safetensors (the PointMLP; model_2.safetensors, ... of further experts), config.json (the mixture's
+        configuration) and experts.json (the boundaries)."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous().cpu() for k, v in student.network.state_dict().items()}, folder / "model.safetensors"
-        )
+        for i, network in enumerate(networks_of(student)):
+            weights = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+            save_file(weights, folder / weight_name(i))
+        if isinstance(student, Experts):
+            (folder / "experts.json").write_text(json.dumps({"boundaries": student.boundaries}) + "\n")
         config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def load_exported(self, folder: Path) -> Denoiser:
         """The student that save_pipeline wrote, frozen."""
-        denoiser = new_network(self.config, self.schedule)
-        denoiser.network.load_state_dict(load_file(folder / "model.safetensors"))
+        path = folder / "experts.json"
+        boundaries = json.loads(path.read_text())["boundaries"] if path.is_file() else []
+        parts = [new_network(self.config, self.schedule) for _ in range(len(boundaries) + 1)]
+        for i, part in enumerate(parts):
+            part.network.load_state_dict(load_file(folder / weight_name(i)))
+        denoiser: Denoiser = Experts(parts, boundaries) if boundaries else parts[0]
         return denoiser.to(self.device, self.dtype).requires_grad_(False).eval()
+
+
+def weight_name(expert: int) -> str:
+    return f"model_{expert + 1}.safetensors" if expert else "model.safetensors"
 
 
 def build_mixture(config: GaussianMixtureConfig) -> Mixture:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Experts, ExtraInputs
+from fastgen.denoiser import Denoiser, ExtraInputs, networks_of
 from fastgen.lora import LoraDenoiser
 from fastgen.rollout import RolloutPolicy
 from fastgen.sharding import WeightMap
@@ -147,10 +147,10 @@ def weight_files(part: Path) -> list[Path]:
     return sorted(part.glob("*.safetensors"))[:1]
 
 
-def networks_of(denoiser: Denoiser) -> list[Any]:
-    """The diffusers networks of a denoiser, from high noise to low."""
-    parts = denoiser.experts if isinstance(denoiser, Experts) else [denoiser]
-    return [part.network for part in parts]
+def boundaries_in(part: Path) -> tuple[float, ...]:
+    """The boundaries of the experts that one component holds, by its config.json; () for one network or a hub id."""
+    path = part / "config.json"
+    return tuple(json.loads(path.read_text()).get("boundaries", ())) if path.is_file() else ()
 
 
 class PromptRows(Protocol):
@@ -375,10 +375,17 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         if isinstance(student, LoraDenoiser):
             self.save_lora(student, policy, folder)
             return
-        replaced: dict[str, Any] = dict(zip(self.subfolders, networks_of(student), strict=True))
-        replaced["scheduler"] = self.student_scheduler(policy)
+        replaced = self.student_parts(student) | {"scheduler": self.student_scheduler(policy)}
         pipeline = self.pipeline_class.from_pretrained(self.source, **replaced, **self.options)
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def student_parts(self, student: Denoiser) -> dict[str, Any]:
+        """What of the stock pipeline the student replaces, beside the scheduler. Raises ValueError for experts that it
+        has no place for."""
+        networks = networks_of(student)
+        if len(networks) != len(self.subfolders):
+            raise ValueError(f"{self.parts['_class_name']} has no place for {len(networks)} experts")
+        return dict(zip(self.subfolders, networks, strict=True))
 
     def save_lora(self, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:
         """The adapter as diffusers' `load_lora_weights` reads it, and the scheduler. The factor alpha / rank is
@@ -399,7 +406,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @abstractmethod
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
-        """A stock scheduler that holds the policy. Raises ValueError if none can."""
+        """A stock scheduler that holds the policy, or one of `few_step`. Raises ValueError if none can."""
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler."""

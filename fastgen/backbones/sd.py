@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from fastgen.backbones.base import Output
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, ExtraInputs
@@ -38,6 +39,7 @@ class SDConfig(PipelineConfig):
     name: Literal["sd"] = "sd"
     resolution: int | None = Field(default=None, ge=8)
 
+    output: ClassVar[Output] = "pixels"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # SDXL's time_ids
 
@@ -111,7 +113,6 @@ class SD(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: sd, path: ...}`."""
 
     config: SDConfig
-    output = "pixels"
     network_class = "UNet2DConditionModel"
     subfolder = "unet"
 
@@ -243,10 +244,11 @@ image = pipeline("a prompt", **options).images[0]"""
         mean, std = self.latent_moments(z)
         return ((z - mean) / std).to(self.dtype)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         z = latents.to(self.vae.dtype)
         mean, std = self.latent_moments(z)
-        return (self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        pixels = self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5
+        return pixels.clamp(0, 1) if clamp else pixels
 
     def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the VAE's latents, as the pipelines take them from its config: std = 1 / scaling_factor, and

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.base import Output
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, boundaries_in
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
-from fastgen.pipelines.schedulers import flow_match_config
+from fastgen.denoiser import Denoiser, Experts, networks_of
+from fastgen.pipelines.few_step import SD3Experts
+from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 
@@ -30,10 +33,21 @@ class SD3Config(PipelineConfig):
     resolution: int | None = Field(default=None, ge=16)
     max_sequence_length: int = Field(default=256, ge=1, le=512)
 
+    output: ClassVar[Output] = "pixels"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
 
+    def check(self) -> None:
+        """Also raises ValueError for an exported student of several experts, which is no teacher."""
+        super().check()
+        folder = self.local_folder()
+        if folder is not None and boundaries_in(folder / "transformer"):
+            raise ValueError(f"path: {folder} is a student of several experts; name the pipeline it came from")
+
     def check_export(self, policy: RolloutPolicy) -> None:
-        flow_match_config(policy)
+        flow_match_scheduler(policy)
+
+    def check_experts(self, boundaries: Sequence[float]) -> None:
+        """A `few_step.SD3Experts` holds any."""
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "SD3":
         return SD3(self, device, dtype)
@@ -75,7 +89,6 @@ class SD3(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: sd3, path: ...}`."""
 
     config: SD3Config
-    output = "pixels"
     network_class = "SD3Transformer2DModel"
 
     def __init__(self, config: SD3Config, device: torch.device, dtype: torch.dtype):
@@ -136,9 +149,10 @@ class SD3(PipelineBackbone):
         z = self.vae.encode(pixels.to(self.device, self.dtype) * 2 - 1).latent_dist.mode()
         return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         z = latents.to(self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        pixels = self.vae.decode(z, return_dict=False)[0] / 2 + 0.5
+        return pixels.clamp(0, 1) if clamp else pixels
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         scheduler = self.scheduler()
@@ -148,5 +162,17 @@ class SD3(PipelineBackbone):
         told = told if num_steps == 1 and told != 1 else None
         return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, told)
 
-    def student_scheduler(self, policy: RolloutPolicy) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
+    def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
+        boundaries = boundaries_in(Path(source) / self.subfolder)
+        if not boundaries:
+            return super().read_networks(source, **options)
+        joined = SD3Experts.from_pretrained(source, subfolder=self.subfolder, **options)
+        return Experts([self.wrap(network) for network in joined.experts], boundaries).to(self.device)
+
+    def student_parts(self, student: Denoiser) -> dict[str, Any]:
+        if not isinstance(student, Experts):
+            return super().student_parts(student)
+        return {self.subfolder: SD3Experts.of(networks_of(student), student.boundaries)}
+
+    def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        return flow_match_scheduler(policy)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from fastgen.backbones.base import Output
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, read_index
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Experts, ExtraInputs
-from fastgen.pipelines.schedulers import flow_match_config
+from fastgen.denoiser import Denoiser, Experts, ExtraInputs, networks_of
+from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.pipelines.video import check_writer
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
@@ -38,6 +39,7 @@ class WanConfig(PipelineConfig):
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     fps: int = Field(default=16, ge=1)
 
+    output: ClassVar[Output] = "frames"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
     def check(self) -> None:
@@ -54,10 +56,21 @@ class WanConfig(PipelineConfig):
         check_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
 
     def check_export(self, policy: RolloutPolicy) -> None:
-        config = flow_match_config(policy)
+        scheduler = flow_match_scheduler(policy)
+        for boundary in self.own_boundaries() or ():
+            check_boundary(policy, scheduler, boundary)
+
+    def own_boundaries(self) -> tuple[float, ...] | None:
         folder = self.local_folder()
-        if folder is not None:
-            check_boundary(policy, config, find_experts(read_index(folder))[1])
+        if folder is None:
+            return None
+        boundary = find_experts(read_index(folder))[1]
+        return () if boundary is None else (boundary,)
+
+    def check_experts(self, boundaries: Sequence[float]) -> None:
+        """The stock pipeline holds two, transformer and transformer_2, and boundary_ratio."""
+        if len(boundaries) != 1:
+            raise ValueError(f"a WanPipeline holds two experts, not {len(boundaries) + 1}")
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Wan":
         return Wan(self, device, dtype)
@@ -119,11 +132,8 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_boundary(policy: RolloutPolicy, config: dict[str, Any], boundary: float | None) -> None:
+def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
     """Raises ValueError if the exported list, which is the policy's up to rounding, would call another expert."""
-    if boundary is None:
-        return
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(policy.num_steps)
     stored = scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps  # the stock pipeline's rule
     for t, high in zip(policy.timesteps, stored.tolist(), strict=True):
@@ -199,7 +209,6 @@ class Wan(PipelineBackbone):
     at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler."""
 
     config: WanConfig
-    output = "frames"
     image_size = None
     network_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
@@ -284,12 +293,14 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
             z = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
         return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """In float32, also under autocast. The VAE itself clamps: no gradient where a pixel is saturated."""
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """In float32, also under autocast. The VAE itself clamps: no gradient where a pixel is saturated, whatever
+        `clamp` says."""
         z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
         with torch.autocast(self.device.type, enabled=False):
             video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
-        return (video / 2 + 0.5).clamp(0, 1)
+        video = video / 2 + 0.5
+        return video.clamp(0, 1) if clamp else video
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it tells the network whole numbers."""
@@ -301,7 +312,23 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         told = told if num_steps == 1 and told != 1 else None
         return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, told)
 
-    def student_scheduler(self, policy: RolloutPolicy) -> FlowMatchEulerDiscreteScheduler:
-        config = flow_match_config(policy)
-        check_boundary(policy, config, self.boundary)
-        return FlowMatchEulerDiscreteScheduler(**config)
+    def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
+        """Of this pipeline, or of a student of two experts that it has been exported to."""
+        own = str(source) == self.source or not Path(source).is_dir()
+        names, boundary = find_experts(self.parts if own else read_index(Path(source)))
+        networks = [WanTransformer3DModel.from_pretrained(source, subfolder=name, **options) for name in names]
+        parts = [self.wrap(network) for network in networks]
+        return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
+
+    def student_parts(self, student: Denoiser) -> dict[str, Any]:
+        """Experts of our own making go where the stock pipeline has them, with their boundary."""
+        if not isinstance(student, Experts) or self.boundary is not None:
+            return super().student_parts(student)
+        high, low = networks_of(student)
+        return {"transformer": high, "transformer_2": low, "boundary_ratio": student.boundaries[0]}
+
+    def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        scheduler = flow_match_scheduler(policy)
+        if self.boundary is not None:
+            check_boundary(policy, scheduler, self.boundary)
+        return scheduler

@@ -5,7 +5,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
+
+if TYPE_CHECKING:
+    from fastgen.data.pairs import Pairs
 
 LATENT_BYTES = 1 << 30  # latents a stream keeps in memory; pictures beyond it are read and encoded anew
 
@@ -28,7 +31,7 @@ class DataSource(ABC):
 
     @property
     def provides(self) -> frozenset[str]:
-        """Fields of Batch beside the prompts: any of latents, pixels."""
+        """Fields of Batch beside the prompts: any of latents, pixels, pairs."""
         return frozenset()
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
@@ -40,7 +43,7 @@ class DataSource(ABC):
 
 
 class Stream(ABC):
-    """prompts, latents and pixels by global sample position [B] int64."""
+    """prompts, latents, pixels and pairs by global sample position [B] int64."""
 
     @abstractmethod
     def prompts(self, positions: Tensor) -> list[str]:
@@ -52,6 +55,11 @@ class Stream(ABC):
 
     def pixels(self, positions: Tensor) -> Tensor | None:
         """Real images [B, 3, H, W] in [0, 1] for the same positions, where the source has any."""
+        return None
+
+    def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The teacher's ODE pairs (noise, x0), [B, *latent_shape] each, for the same positions' prompts, where the
+        source has any."""
         return None
 
 
@@ -81,15 +89,21 @@ class SampleSource(DataSource):
 
 
 class SampleStream(Stream):
-    """Rows in an order of their own each epoch. Latents are kept in memory, up to a gigabyte."""
+    """Rows in an order of their own each epoch; with ODE pairs, the rows of the pairs in theirs. Latents are kept in
+    memory, up to a gigabyte."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int):
-        self._samples, self._backbone, self._key = samples, backbone, key
+    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: "Pairs | None" = None):
+        self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
         self._latents: dict[int, Tensor] = {}
 
     def rows(self, positions: Tensor) -> Tensor:
         """The row of each position, [B] int64."""
+        if self._pairs is not None:
+            return self._pairs.sample_of[self._pairs.index(positions, self._key)]
         return shuffled(positions, len(self._samples.prompts), self._key)
+
+    def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self._pairs is None else self._pairs[self._pairs.index(positions, self._key)]
 
     def prompts(self, positions: Tensor) -> list[str]:
         return [self._samples.prompts[i] for i in self.rows(positions).tolist()]
@@ -147,6 +161,7 @@ def make_batch(
     both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
     latents = stream.latents(group) if "latents" in needs else None
     pixels = stream.pixels(group) if "pixels" in needs else None
+    pairs = stream.pairs(group) if "pairs" in needs else None
     device = backbone.device
     return Batch(
         ids=positions.to(device),
@@ -157,6 +172,7 @@ def make_batch(
         prompts=tuple(prompts),
         latents=None if latents is None else latents.to(device, backbone.dtype),
         pixels=None if pixels is None else pixels.to(device, backbone.dtype),
+        pairs=None if pairs is None else (pairs[0].to(device, backbone.dtype), pairs[1].to(device, backbone.dtype)),
         group=group.to(device),
         dtype=backbone.dtype,
     )

@@ -5,6 +5,7 @@ prompts.jsonl                       the prompts, one JSON string a line; the fir
 samples.safetensors                 prompt [N] and, with images, picture [N], int64: the rows of every sample
 prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
 latents-00000.safetensors ...       latents [n, *latent_shape], normalised
+pairs-00000.safetensors ...         x0 [n, *latent_shape] of ODE pairs; the manifest gives their noise and prompts
 """
 
 import hashlib
@@ -28,12 +29,14 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Samples, SampleStream, Stream
+from fastgen.data.pairs import Pairs, PairSettings
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TABLES = ("prompts.jsonl", "samples.safetensors")
 ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
 VAE_FILES = ("vae/*.safetensors",)
+TEACHER_FILES = ("transformer*/*", "unet/*", "scheduler/*")
 LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of the VAE's config
 
 Manifest = dict[str, Any]
@@ -41,10 +44,12 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PreparedData(DataSource):
-    """A folder that `fastgen prepare` wrote: prompts, their embeddings, and latents if its source had images. The text
-    encoders are not loaded, except for prompts that are not in it. Rows are read from the shards as they are needed.
+    """A folder that `fastgen prepare` wrote: prompts, their embeddings, latents if its source had images, and ODE
+    pairs if it was asked for them, in whose order samples then are. The text encoders are not loaded, except for
+    prompts that are not in it. Rows are read from the shards as they are needed.
 
-    Refused unless it was prepared with this recipe's text encoders and, where it has latents, its VAE and resolution.
+    Refused unless it was prepared with this recipe's text encoders and, where it has latents, its VAE and resolution;
+    where it has pairs, its teacher.
     Of the shards, sizes and headers are checked here; `fastgen prepare`, run again, checks every byte."""
 
     folder: str
@@ -55,8 +60,8 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            return frozenset({"latents", "pixels"})  # check says what is wrong with the folder
-        return frozenset({"latents"} if manifest["num_pictures"] else ())
+            return frozenset({"latents", "pixels", "pairs"})  # check says what is wrong with the folder
+        return frozenset(k for k, n in (("latents", "num_pictures"), ("pairs", "pairs")) if manifest.get(n))
 
     def check(self, backbone: Any) -> None:
         folder = Path(self.folder)
@@ -65,7 +70,7 @@ class PreparedData(DataSource):
             raise ValueError(f"folder: {folder} is not complete; run the same fastgen prepare again to finish it")
         if not isinstance(backbone, PipelineConfig):
             raise ValueError(f"name: prepared data is for diffusers pipelines, not backbone {backbone.name}")
-        wanted = identity(backbone, bool(manifest["num_pictures"]), manifest)
+        wanted = identity(backbone, bool(manifest["num_pictures"]), manifest, bool(manifest.get("pairs")))
         if changed := differing(manifest["identity"], wanted):
             raise ValueError(f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
                              "a new folder with this recipe, or train with the backbone of that one")  # fmt: skip
@@ -79,14 +84,22 @@ class PreparedData(DataSource):
         rows = load_file(folder / TABLES[1])
         backbone.prepared = PreparedPrompts(folder, manifest, prompts)
         samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
-        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), ShardRows(folder, manifest, "latents"))
+        pairs = None
+        if manifest.get("pairs"):
+            shards = ShardRows(folder, manifest, "pairs")
+            settings = PairSettings(**manifest["pairs"])
+            pairs = Pairs(settings, len(samples.prompts), backbone, lambda rows: shards.read(rows)["x0"])
+        latents = ShardRows(folder, manifest, "latents")
+        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), latents, pairs)
 
 
 class PreparedStream(SampleStream):
     """The samples of the source that was prepared, in the same order, with stored latents."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, stored: "ShardRows"):
-        super().__init__(samples, backbone, key)
+    def __init__(
+        self, samples: Samples, backbone: Backbone, key: int, stored: "ShardRows", pairs: Pairs | None = None
+    ):
+        super().__init__(samples, backbone, key, pairs)
         self._stored = stored
 
     def latent(self, picture: int) -> Tensor:
@@ -189,11 +202,13 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
         raise ValueError(f"folder: {path} has {sorted(rows)} rows instead of {entry['rows']}; {again}")
 
 
-def identity(config: PipelineConfig, images: bool, known: Manifest | None = None) -> dict[str, Any]:
+def identity(
+    config: PipelineConfig, images: bool, known: Manifest | None = None, pairs: bool = False
+) -> dict[str, Any]:
     """What prepared tensors depend on: the family and its settings for prompts, the text encoders and tokenizers by
-    their files' sha256 and, with images, the VAE, scaling, resolution and latent shape. Of a hub id, the commit. Reads
-    configs and hashes files; those whose size and time stamp a manifest knows are not read again. Raises ValueError if
-    they are not there."""
+    their files' sha256 and, with images, the VAE, scaling, resolution and latent shape; with pairs, the teacher, its
+    scheduler and the latent shape. Of a hub id, the commit. Reads configs and hashes files; those whose size and time
+    stamp a manifest knows are not read again. Raises ValueError if they are not there."""
     try:
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
@@ -207,6 +222,9 @@ def identity(config: PipelineConfig, images: bool, known: Manifest | None = None
                 "resolution": backbone.image_size,
                 "latent_shape": list(backbone.latent_shape),
             }
+        if pairs:
+            teacher = fingerprint(config, TEACHER_FILES, known)
+            result |= {"teacher": teacher, "latent_shape": list(backbone.latent_shape)}
     except OSError as error:
         raise ValueError(f"cannot read the configs of the backbone: {error}") from None
     return result
@@ -220,7 +238,7 @@ def fingerprint(config: PipelineConfig, patterns: Sequence[str], known: Manifest
         index = try_to_load_from_cache(config.path, "model_index.json")
         return {"commit": Path(str(index)).parent.name}
     found, stamps = (known["identity"], known["source_stamps"]) if known else ({}, {})
-    hashes = found.get("encoders", {}) | found.get("vae", {})
+    hashes = found.get("encoders", {}) | found.get("vae", {}) | found.get("teacher", {})
     result = {}
     for name in source_files(folder, patterns):
         trusted = name in hashes and stamps.get(name) == stamp(folder / name)

@@ -1,26 +1,38 @@
 """The shipped digits, and exact samples of a mixture."""
 
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import DataSource, Samples, SampleSource, Stream
+from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
+from fastgen.data.pairs import PairSettings, made_pairs, pair_noise, pair_samples
+
+if TYPE_CHECKING:
+    from fastgen.pipelines.sampler import Sampler
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DigitsData(SampleSource):
-    """scikit-learn's handwritten digits, the training two thirds, each in all four wordings; 32 pixels a side."""
+    """scikit-learn's handwritten digits, the training two thirds, each in all four wordings; 32 pixels a side.
+    pairs: ODE pairs of the teacher, sampled anew when a run first asks for them."""
 
     name: Literal["digits"] = "digits"
+    pairs: PairSettings | None = None
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels"})
+        return frozenset({"latents", "pixels"} | ({"pairs"} if self.pairs else set()))
+
+    def open(self, backbone: Backbone, seed: int) -> Stream:
+        samples = self.samples(backbone)
+        pairs = None if self.pairs is None else made_pairs(self.pairs, samples.prompts, backbone)
+        return SampleStream(samples, backbone, noise.make_key(seed, "data"), pairs)
 
     def samples(self, backbone: Backbone) -> Samples:
         from fastgen.digits import PROMPTS, load_digits, prompt_for
@@ -30,26 +42,30 @@ class DigitsData(SampleSource):
         return Samples(prompts, torch.arange(len(labels)).repeat_interleave(len(PROMPTS)), pixels.__getitem__)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class MixtureData(DataSource):
-    """Class labels drawn by their weight, and exact samples of the mixture, for the gaussian_mixture backbone."""
+    """Class labels drawn by their weight, exact samples of the mixture, and pairs of the exact teacher's ODE, made as
+    they are asked for, for the gaussian_mixture backbone. pair_steps, pair_guidance_scale: of the ODE."""
 
     name: Literal["mixture"] = "mixture"
+    pair_steps: int = Field(default=50, ge=1)
+    pair_guidance_scale: float = Field(default=1.0, ge=0)
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents"})
+        return frozenset({"latents", "pairs"})
 
     def check(self, backbone: Any) -> None:
         if backbone.name != "gaussian_mixture":
             raise ValueError(f"mixture data needs the gaussian_mixture backbone, not {backbone.name}")
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
-        return MixtureStream(backbone, noise.make_key(seed, "data"))
+        return MixtureStream(backbone, noise.make_key(seed, "data"), self)
 
 
 class MixtureStream(Stream):
-    def __init__(self, backbone: Any, key: int):
+    def __init__(self, backbone: Any, key: int, data: MixtureData):
+        self._backbone, self._data = backbone, data
         self._mixture, self._key, self._classes = backbone.mixture, key, backbone.config.classes
         self._num_classes, self._weights = backbone.num_classes, backbone.config.weights
 
@@ -67,3 +83,14 @@ class MixtureStream(Stream):
 
     def latents(self, positions: Tensor) -> Tensor:
         return self._mixture.sample(positions, self.labels(positions), self._key)
+
+    def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        key = noise.make_key(self._key, "pairs")
+        x0 = pair_samples(self._teacher, self.prompts(positions), positions.tolist(), key)
+        return pair_noise(self._backbone, positions, key), x0
+
+    @cached_property
+    def _teacher(self) -> "Sampler":
+        from fastgen.pipelines.sampler import teacher_sampler  # with diffusers
+
+        return teacher_sampler(self._backbone, self._data.pair_steps, self._data.pair_guidance_scale)

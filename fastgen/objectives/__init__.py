@@ -1,9 +1,42 @@
 """Objectives by name. A new one is a file beside this and a line here, or out of tree: `name:
 my_module:MyObjective`."""
 
+from fastgen.objectives.adm import ADM
+from fastgen.objectives.adp import ADP
 from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.crd import CRD
+from fastgen.objectives.disback import DisBack
 from fastgen.objectives.dmd2 import DMD2
+from fastgen.objectives.f_distill import FDistill
+from fastgen.objectives.gndm import GNDM
+from fastgen.objectives.phased_dmd import PhasedDMD
+from fastgen.objectives.re_dmd import ReDMD
+from fastgen.objectives.rtdmd import RTDMD
+from fastgen.objectives.sc_dmd import SCDMD
 
-OBJECTIVES: dict[str, type[Objective]] = {"dmd2": DMD2}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "adm": ADM,
+    "adp": ADP,
+    "dmd2": DMD2, "f_distill": FDistill, "re_dmd": ReDMD, "sc_dmd": SCDMD, "disback": DisBack,
+    "gndm": GNDM, "rtdmd": RTDMD, "crd": CRD,
+    "phased_dmd": PhasedDMD,
+}  # fmt: skip
 
-__all__ = ["DMD2", "OBJECTIVES", "Loss", "Objective", "State", "Turn"]
+__all__ = [
+    "ADM",
+    "ADP",
+    "CRD",
+    "DMD2",
+    "GNDM",
+    "OBJECTIVES",
+    "RTDMD",
+    "SCDMD",
+    "DisBack",
+    "FDistill",
+    "Loss",
+    "Objective",
+    "PhasedDMD",
+    "ReDMD",
+    "State",
+    "Turn",
+]

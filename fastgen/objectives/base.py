@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
+from fastgen.denoiser import Denoiser
 from fastgen.networks import Networks
 from fastgen.rollout import RolloutPolicy
+
+if TYPE_CHECKING:
+    from fastgen.config import Recipe
 
 State = dict[str, Tensor]
 
@@ -17,12 +21,15 @@ State = dict[str, Tensor]
 @dataclass(frozen=True)
 class Turn:
     """One player's move: the roles it updates, how many inner updates it makes, and the roles that are re-initialised
-    from the teacher, with fresh optimizers, before it begins."""
+    from the teacher, with fresh optimizers, before it begins.
+
+    progress: (k, n), the learning rates are those of update k of a run of n; None: of this update of the whole run."""
 
     name: str
     roles: tuple[str, ...]
     updates: int = 1
     reset: tuple[str, ...] = ()
+    progress: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Objective:
 
     @property
     def own_networks(self) -> tuple[str, ...]:
-        """Trained roles that are not copies of the teacher (discriminator heads), so that they cannot be adapters."""
+        """Trained roles that cannot be adapters: networks that are not copies of the teacher (discriminator heads), or
+        whose weights are blended with another's or copied."""
         return ()
 
     @property
@@ -63,6 +71,14 @@ class Objective:
 
     def check(self, policy: RolloutPolicy) -> None:
         """Raises ValueError if the objective cannot train a student that samples like this."""
+
+    def check_recipe(self, recipe: "Recipe") -> None:
+        """Raises ValueError if other sections of the recipe do not fit; called when they have been checked, before any
+        weight loads."""
+
+    def make_student(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
+        """The student, freshly made: where a run starts, and what its export is read into."""
+        return backbone.load("student")
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """The networks beside student and teacher, freshly made: {role: module}."""

@@ -20,23 +20,32 @@ The algorithm, for every student update:
 One fake score that is shared by all stops of the rollout only knows the mixture of their outputs: each step's samples
 are then pushed to match the teacher *together*, not each on its own. With `condition_on_stop` the fake score is also
 told the stop index (our extension), and every step's output is matched to the teacher by itself.
+
+Two options of a few lines each, off by default:
+    ca_time    Decoupled DMD (arXiv 2511.22677). Guidance leaves the score difference and becomes a term of its own,
+               renoised by itself below the level t_k of the executed step:
+                   g = lambda_DM (mu_fake - mu_real)(x_t) / n  -  (w - 1) (mu_real - mu_uncond)(x_t') / n'
+    ida_decay  implicit distribution alignment (SenseFlow, arXiv 2506.00523). After each student update
+                   fake_score <- lambda fake_score + (1 - lambda) student
+Those that weigh samples or remember something are objectives of their own, made of the methods here: f_distill,
+re_dmd, sc_dmd, disback.
 """
 
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen import signals
 from fastgen.backbones.base import Backbone
-from fastgen.batch import Batch
-from fastgen.denoiser import TokenHeads, add_stop_input
-from fastgen.networks import Networks, frozen
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import TokenHeads, add_stop_input, unextended
+from fastgen.networks import Networks, blend, frozen
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
-from fastgen.schedule import PredictionType, TimeSampler
+from fastgen.schedule import PredictionType, TimeSampler, expand
 
 Guidance = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
 
@@ -58,6 +67,10 @@ class DMD2(Objective):
     gan_weight: float = Field(default=0.0, ge=0)  # lambda_G: 5e-3 SDXL, 3e-3 ImageNet (released configs); 0: data-free
     discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
     gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
+    # Decoupled DMD: levels of the guidance term in a step from t_k, between low and high t_k; {} is the paper's hybrid
+    ca_time: TimeSampler | None = None
+    dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
+    ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code
 
     @field_validator("guidance_interval")
     @classmethod
@@ -66,13 +79,32 @@ class DMD2(Objective):
             raise ValueError(f"guidance_interval must be [low, high] with 0 <= low < high <= 1, got {list(value)}")
         return value
 
+    @model_validator(mode="after")
+    def _decoupled(self) -> "DMD2":
+        if self.ca_time is None:
+            if self.dm_weight != 1:
+                raise ValueError("dm_weight weighs the score difference against the guidance term: give ca_time, too")
+            return self
+        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+        if all(scale == 1 for scale in scales):
+            raise ValueError("ca_time renoises the guidance term by itself, and guidance_scale 1 has none; raise it")
+        if self.guidance_interval != (0, 1) or self.guidance_rescale:
+            raise ValueError("with ca_time the guidance term has its own levels and is not part of the teacher's "
+                             "prediction: leave out guidance_interval and guidance_rescale")  # fmt: skip
+        return self
+
+    def check(self, policy: RolloutPolicy) -> None:
+        if self.ca_time is not None and self.ca_time.high * policy.timesteps[-1] <= self.ca_time.low:
+            raise ValueError(f"ca_time leaves no level below the last step's: low = {self.ca_time.low} must be below "
+                             f"high * {policy.timesteps[-1]}")  # fmt: skip
+
     @property
     def trained_roles(self) -> tuple[str, ...]:
         return ("student", "fake_score", "discriminator") if self.gan_weight else ("student", "fake_score")
 
     @property
     def own_networks(self) -> tuple[str, ...]:
-        return ("discriminator",)
+        return ("discriminator",) if self.ida_decay is None else ("discriminator", "student", "fake_score")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -93,10 +125,17 @@ class DMD2(Objective):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
 
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        if turn.name == "student" and self.ida_decay is not None:
+            blend(unextended(networks.fake_score), unextended(networks.student), self.ida_decay)
+
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """Surrogate of the score difference, and the generator's side of the GAN."""
-        rollout = self.rollout(networks, batch, grad=True)
+        return self.matching_loss(networks, batch, self.rollout(networks, batch, grad=True))
+
+    def matching_loss(self, networks: Networks, batch: Batch, rollout: Rollout, weight: Tensor | None = None) -> Loss:
+        """Surrogate of the score difference, and the generator's side of the GAN. weight: [B], of each sample's g."""
         grad, lag = self.score_gradient(networks, batch, rollout)
+        grad = grad if weight is None else expand(weight, grad) * grad
         total = signals.surrogate(rollout.x, grad)
         terms = {"dm_grad": grad.abs().mean(), "fake_lag": lag}
         if self.gan_weight:
@@ -135,20 +174,44 @@ class DMD2(Objective):
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """g at the student's samples [B, ...], and the fake score's lag."""
-        t = self.renoise_time(batch.uniform("renoise_time"))
-        x_t = networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t)
+        x_t, t = self.renoised(networks, batch, rollout.x)
         fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        scale = self.guidance_scale if self.ca_time is None else 1.0
         real = signals.guided(
             networks.teacher, x_t, t, batch.cond, batch.uncond,
-            networks.teacher.per_expert(self.guidance_scale, t), self.guidance_interval, self.guidance_rescale,
+            networks.teacher.per_expert(scale, t), self.guidance_interval, self.guidance_rescale,
         )  # fmt: skip
         grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
+        if self.ca_time is not None:
+            grad = self.dm_weight * grad + self.guidance_gradient(networks, batch, rollout, self.ca_time)
         return grad, signals.score_lag(rollout.x, fake, real)
 
+    def guidance_gradient(self, networks: Networks, batch: Batch, rollout: Rollout, time: TimeSampler) -> Tensor:
+        """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at a renoising of its own; the normaliser is
+        that of the unguided teacher (byliutao/cdm's code)."""
+        teacher, t_k = networks.teacher, rollout.steps[-1].t
+        level = (time(batch.uniform("ca_time")) - time.low) / (time.high - time.low)
+        t = time.low + level * (time.high * t_k - time.low)
+        x_t = teacher.schedule.add_noise(rollout.x, batch.normal("ca_noise"), t)
+        both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([batch.cond, batch.uncond]))
+        real, uncond = both.chunk(2)
+        w = teacher.per_expert(self.guidance_scale, t)
+        augmentation = ((expand(w, real) if isinstance(w, Tensor) else w) - 1) * (real - uncond)
+        return signals.score_difference(rollout.x, real - augmentation, real, self.normaliser_floor)
+
+    def renoised(self, networks: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t [B, ...] and t [B], where the scores are compared."""
+        t = self.renoise_time(batch.uniform("renoise_time"))
+        return networks.teacher.schedule.add_noise(x0, batch.normal("renoise"), t), t
+
     def logits(self, networks: Networks, batch: Batch, x0: Tensor, stop: Tensor, name: str) -> Tensor:
-        """D(x0 renoised) [B, depths], from the fake score's features."""
+        """D [B, depths] at x0 renoised by the draws of this name."""
         t = self.gan_time(batch.uniform(f"{name}_time"))
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t)
+        return self.judged(networks, batch, x_t, t, stop)
+
+    def judged(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
+        """D(x_t, t) [B, depths], from the fake score's features."""
         with networks.fake_score.capture() as features:
             networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(stop))
         return networks["discriminator"](features)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.config import Recipe, dump_recipe, load_recipe, to_dict
 from fastgen.denoiser import Denoiser
 from fastgen.lora import LoraDenoiser
+from fastgen.pipelines import few_step
 from fastgen.pipelines.sampler import METADATA
 
 CALL = """```python
@@ -28,7 +29,13 @@ from diffusers import DiffusionPipeline
 
 The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
 trained at, {timesteps}. Other numbers of steps, or a guidance scale above 1, are not what it was trained for. With
-`transition: renoise` every step adds fresh noise; the seed above decides it."""
+`transition: renoise` or `cps` every step adds fresh noise; the seed above decides it."""
+
+OWN_PARTS = """
+
+This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and loads another
+package's only once that has been imported, and from a local folder. From the hub, download the folder first, with
+`huggingface_hub.snapshot_download`."""
 
 OWN_CALL = """```python
 from pathlib import Path
@@ -61,7 +68,7 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
     }
     (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
     (partial / "recipe.yaml").write_text(dump_recipe(recipe))
-    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows))
+    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows, own_parts(partial)))
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -69,11 +76,24 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
         shutil.rmtree(old)
 
 
-def model_card(backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: what it is, how to call it, the numbers, the recipe."""
+def own_parts(folder: Path) -> list[str]:
+    """The components of an exported pipeline whose class is fastgen's own."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text()).items() if index.is_file() else ()
+    return [name for name, entry in parts if isinstance(entry, list) and entry[0] == few_step.__name__]
+
+
+def model_card(
+    backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]], own: Sequence[str] = ()
+) -> str:
+    """Markdown: what it is, how to call it, the numbers, the recipe. own: components of a class of fastgen's."""
     teacher = to_dict(recipe.backbone)
     call = CALL.replace("{call}", backbone.call) if isinstance(backbone, PipelineBackbone) else OWN_CALL
-    call = call.replace("{load}", loading(backbone, recipe))
+    load = loading(backbone, recipe)
+    if own:
+        load = f"import {few_step.__name__}\n\n{load}"
+        call += OWN_PARTS.replace("{parts}", " and its ".join(own))
+    call = call.replace("{load}", load)
     call = call.replace("{num_steps}", str(recipe.rollout.num_steps))
     call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
     source = teacher.get("path", "an analytic mixture of Gaussians")
@@ -110,8 +130,9 @@ def loading(backbone: Backbone, recipe: Recipe) -> str:
     for i, file in enumerate(backbone.lora_files):
         more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
         lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}"{more})')
-    kind = type(backbone.student_scheduler(recipe.rollout)).__name__
-    lines[0] = f"from diffusers import {kind}\n\n{lines[0]}"
+    scheduler = type(backbone.student_scheduler(recipe.rollout))
+    kind, module = scheduler.__name__, scheduler.__module__
+    lines[0] = f"from {'diffusers' if module.startswith('diffusers.') else module} import {kind}\n\n{lines[0]}"
     lines.append(f'pipeline.scheduler = {kind}.from_pretrained("path/to/this/folder", subfolder="scheduler")')
     return "\n".join(lines)
 
@@ -146,7 +167,7 @@ def export_run(
     recipe = load_recipe(run / "recipe.yaml")
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
     backbone.adapters = recipe.lora
-    student = backbone.load("student")
+    student = recipe.objective.make_student(backbone, recipe.rollout)
     student.load_state_dict(load_file(checkpoints[-1] / "ema.safetensors"))
     step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
     if merge and isinstance(student, LoraDenoiser):

@@ -55,15 +55,15 @@ class Sampler:
         return self.backbone.decode(self.latents(prompts, seeds)).float().cpu()
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """The same before decoding: [B, *latent_shape], on the backbone's device."""
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], key: int | str = "sample") -> Tensor:
+        """The same before decoding: [B, *latent_shape], on the backbone's device. Another key, other noise."""
         backbone = self.backbone
         both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
         cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
         def draw(name: str) -> Tensor:
-            return noise.normal(ids, backbone.latent_shape, noise.make_key("sample", name), backbone.dtype)
+            return noise.normal(ids, backbone.latent_shape, noise.make_key(key, name), backbone.dtype)
 
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
         return sample(network, self.policy, cond, draw)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""Step lists as parameters of stock diffusers schedulers, so that plain diffusers samples a student as it was
-trained."""
+"""Step lists as parameters of diffusers schedulers, of stock ones where possible, so that plain diffusers samples a
+student as it was trained."""
 
 import itertools
 import math
@@ -22,6 +22,21 @@ def flow_match_sigmas(num_steps: int, config: dict[str, Any]) -> list[float]:
     return scheduler.sigmas[:-1].tolist()
 
 
+def flow_match_scheduler(policy: RolloutPolicy) -> Any:
+    """The scheduler with which a flow-matching pipeline samples the policy at num_inference_steps = K: the stock one,
+    or for cps fastgen's own. Raises ValueError if neither can."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from fastgen.pipelines.few_step import FlowMatchCPSScheduler
+
+    if policy.transition != "cps":
+        return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
+    if policy.told_time is not None:
+        raise ValueError("told_time with transition: cps cannot be stored; a single step is the same as ode, use that")
+    assert policy.eta is not None
+    return FlowMatchCPSScheduler(list(policy.timesteps), policy.eta)
+
+
 def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
     """Parameters of FlowMatchEulerDiscreteScheduler for which num_inference_steps = K gives exactly the policy's list.
 
@@ -30,6 +45,8 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
     `shift` is the one number left, and it is solved for; every list of the form sigma = a u' / (1 + (a - 1) u'), u' =
     1, (K-1)/K, ..., 1/K, is held exactly. A told time becomes num_train_timesteps, as the network is given sigma *
     num_train_timesteps. Raises ValueError if the list cannot be held to 1e-6."""
+    if policy.transition == "cps":
+        raise ValueError("the stock scheduler has no transition: cps; use renoise or ode")
     times = policy.timesteps
     config: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": None}
     config["stochastic_sampling"] = policy.transition == "renoise"

@@ -1,0 +1,219 @@
+"""AC-DMD, the first stage of RTDMD: every step is matched at the level it goes to    (arXiv 2605.26108, and its code).
+
+    paper              here                  what it is
+    G_theta            networks.student      few-step generator; its steps are stochastic (rollout.transition: cps)
+    v_T                networks.teacher      frozen denoiser, guided
+    v_phi              networks.fake_score   denoiser of the student's x_s, trained online
+    K'                 rollout.stop          index of the step that is executed
+    s = t_{K'+1}       rollout.s             the level that step goes to, 0 after the last
+    x_s                rollout.x             the state there, not the clean prediction
+    a, sigma_{t|s}     renoise_coefficients  x_t = a x_s + sigma_{t|s} noise,  t ~ U(s + .01, 1)
+    h                  prediction            the fake score's clean prediction, a martingale of the reverse process
+    eta                policy.freshness      of all transitions, also of the two below
+
+The algorithm, for every student update:
+    fake_updates times:
+        x_s = rollout of the student, no gradient
+        fake_score <- min(1, 10 sigma_{t|s}^2) |v - v*|^2 at x_t renoised from x_s, with the unbiased target v*
+                      + consistency_weight (h(x1, t') - h(x_t, t)) (h(x2, t') - h(x_t, t)),  x1, x2 two steps t -> t'
+    once:
+        x_s = rollout of the student, gradient through the last executed step
+        x_s^F, x_s^T = one step t -> s of the fake score and of the teacher from the same x_t, with the same noise
+        student    <- surrogate of g = (x_s^F - x_s^T) / mean|x_s - x_s^T|
+
+The shared noise cancels in the difference, which is a factor times that of the clean predictions (derived):
+    x_s^F - x_s^T = (alpha_s - sigma_s cos(eta pi / 2) alpha_t / sigma_t) (mu_fake - mu_real),
+and at s = 0 the whole is DMD. It does not cancel in the normaliser. A fake score that is told the stop index
+(`condition_on_stop`, ours) matches every step by itself, as in dmd2.py.
+
+Tilting the critic (`critic_weight: inverse_tilt`, derived; from no paper). The fake score's regression is weighted by
+exp(-r(x) / beta), so that it becomes the score of p_theta exp(-r / beta). The field then vanishes where p_theta is
+p_teacher exp(r / beta), with its normaliser or without, and no gradient of r is needed. A reward is of clean samples:
+every step's clean prediction is matched, at s = 0, instead of its x_s.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen import signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import add_stop_input
+from fastgen.networks import Networks
+from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.dmd2 import Guidance
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, transition
+from fastgen.schedule import Schedule, TimeSampler
+
+MARGIN, LOW, HIGH = 0.01, 0.02, 0.98  # t ~ U{1000 s + 10..1000} of 1000, clamped to [20, 980]; the released code
+WEIGHT_RANGE = 4.0  # |log w| of inverse_tilt is at most this; ours
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ACDMD(Objective):
+    # SD3 and SD3.5; 4 for FLUX.2-klein. Several: one an expert of the teacher, from high noise to low
+    guidance_scale: Guidance = 7.0
+    fake_updates: int = Field(default=10, ge=1)  # 10 in stage 1, 1 in stage 2
+    # shared: one stop index an update, the released code. last: that step alone, RTDMD's stage 2
+    stops: Literal["shared", "per_sample", "last"] = "shared"
+    condition_on_stop: bool = False  # ours, see above
+    normalise: bool = True  # false: the field itself, whose fixed points are known (ours)
+    consistency_weight: float = Field(default=0.01, ge=0)
+    consistency_step: TimeSampler = TimeSampler(low=0.001, high=0.2)  # t - t' ~ U{1..200} of 1000
+    critic_weight: Literal["none", "inverse_tilt"] = "none"  # ours, see above
+    reward_temperature: float | None = Field(default=None, gt=0)  # beta, of inverse_tilt
+
+    @model_validator(mode="after")
+    def _temperature(self) -> "ACDMD":
+        if (self.reward_temperature is not None) != (self.critic_weight == "inverse_tilt"):
+            raise ValueError("reward_temperature belongs to critic_weight: inverse_tilt, which needs it")
+        return self
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return ("student", "fake_score")
+
+    @property
+    def rewards_required(self) -> bool:  # type: ignore[override]
+        return self.critic_weight == "inverse_tilt"
+
+    @property
+    def reward_use(self) -> Literal["none", "score", "gradient"]:  # type: ignore[override]
+        return "score" if self.critic_weight == "inverse_tilt" else "none"
+
+    def check(self, policy: RolloutPolicy) -> None:
+        if not policy.freshness:
+            raise ValueError(f"{self.name} trains a student with stochastic steps; set rollout.transition: cps and "
+                             "rollout.eta: 0.9")  # fmt: skip
+        if max(policy.timesteps[1:], default=0) + MARGIN >= HIGH:
+            raise ValueError(f"steps must go to levels below {HIGH - MARGIN:g}, from which {self.name} renoises up to "
+                             f"{HIGH:g}; lower rollout.timesteps after the first")  # fmt: skip
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        fake_score = backbone.load("fake_score")
+        if self.condition_on_stop:
+            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
+        return {"fake_score": fake_score}
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        return (Turn("fake_score", ("fake_score",), self.fake_updates), Turn("student", ("student",)))
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
+        return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
+
+    def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
+        """Denoising of the student's x_s with the unbiased target, and the martingale product."""
+        schedule, rollout = networks.teacher.schedule, self.rollout(networks, batch, grad=False)
+        t, noise = renoise_level(batch.uniform("fake_time"), rollout.s), batch.normal("fake_noise")
+        x_t = schedule.renoise(rollout.x, noise, rollout.s, t)
+        target = signals.renoised_target(schedule, rollout.x, noise, rollout.s, t)
+        weight, terms = signals.renoised_weight(schedule, rollout.s, t), dict[str, Tensor]()
+        if self.critic_weight == "inverse_tilt":
+            tilt = self.tilt_weight(networks, batch, rollout.x)
+            weight, terms = weight * tilt, {"weight_sample_size": tilt.mean().square() / tilt.square().mean()}
+        prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        total = signals.denoising_loss(prediction, target, x_t, t, schedule, "flow_prediction", weight)
+        terms["loss"] = total.detach()
+        if self.consistency_weight:
+            consistency = self.consistency(networks, batch, rollout, prediction, x_t, t)
+            total, terms["consistency"] = total + self.consistency_weight * consistency, consistency.detach()
+        return Loss(total, terms)
+
+    def consistency(
+        self, networks: Networks, batch: Batch, rollout: Rollout, h: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """The martingale product from t to t' = t - U(.001, .2), not below s, where the process ends (ours)."""
+
+        def predict(x: Tensor, level: Tensor) -> Tensor:
+            twice = Conditioning.cat([batch.cond, batch.cond])
+            return networks.fake_score(x, level, twice, extras=self.stop_input(rollout.stop.repeat(2)))
+
+        t_next = torch.maximum(t - self.consistency_step(batch.uniform("consistency_step")), rollout.s.clamp_min(1e-3))
+        draws = batch.normal("consistency1"), batch.normal("consistency2")
+        schedule, eta = networks.fake_score.schedule, networks.policy.freshness
+        return martingale_product(predict, schedule, h, x_t, t, t_next, draws, eta)
+
+    def student_loss(self, networks: Networks, batch: Batch) -> Loss:
+        """Surrogate of the field at the student's x_s."""
+        rollout = self.rollout(networks, batch, grad=True)
+        grad, terms = self.field(networks, batch, rollout)
+        total = signals.surrogate(rollout.x, grad)
+        return Loss(total, terms | {"loss": total.detach()})
+
+    @torch.no_grad()
+    def field(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """g at the student's x_s [B, ...], and its terms: the mean |g| and the fake score's lag."""
+        schedule, s = networks.teacher.schedule, rollout.s
+        t, noise = renoise_level(batch.uniform("renoise_time"), s), batch.normal("renoise")
+        x_t = schedule.renoise(rollout.x, noise, s, t)
+        fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        scale = networks.teacher.per_expert(self.guidance_scale, t)
+        real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
+        fresh, eta = batch.normal("back"), networks.policy.freshness
+        fake_s, real_s = (transition(schedule, x0, x_t, t, s, fresh, eta) for x0 in (fake, real))
+        grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
+        target = signals.renoised_target(schedule, rollout.x, noise, s, t)
+        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(target, fake, real)}
+
+    def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
+        stop = self.draw_stop(networks.policy, batch)
+        clean = self.critic_weight == "inverse_tilt"
+        to = None if clean else next_levels(networks.policy, stop, batch.ids.to(batch.dtype))
+        return backward_simulation(networks.student, networks.policy, batch, stop, grad, to)
+
+    def draw_stop(self, policy: RolloutPolicy, batch: Batch) -> Tensor:
+        """[B]: the step that is matched."""
+        if self.stops == "last":
+            return torch.full_like(batch.ids, policy.num_steps - 1)
+        return draw_stops(batch, policy.num_steps, shared=self.stops == "shared")
+
+    def tilt_weight(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
+        """inverse_tilt at clean samples x, normalised within prompt groups or, without them, over the batch."""
+        assert self.reward_temperature is not None and batch.group is not None
+        score = networks.rewards(x, batch)
+        group = batch.group if self.group_size > 1 else torch.zeros_like(batch.group)
+        return inverse_tilt(score.value, score.valid, group, self.reward_temperature)
+
+    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
+        return {"stop": stop} if self.condition_on_stop else {}
+
+
+def renoise_level(u: Tensor, s: Tensor) -> Tensor:
+    """[B]: t ~ U(s + .01, 1), clamped to [.02, .98], from uniform u and the levels s, [B] each."""
+    start = s + MARGIN
+    return (start + (1 - start) * u).clamp(LOW, HIGH)
+
+
+def martingale_product(
+    predict: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, h: Tensor, x_t: Tensor, t: Tensor,
+    t_next: Tensor, draws: tuple[Tensor, Tensor], eta: float,
+) -> Tensor:  # fmt: skip
+    """mean (h(x1, t') - h) (h(x2, t') - h),   h = h(x_t, t),  x1, x2 two independent steps t -> t' from (x_t, sg h).
+
+    Unbiased for mean |E[h(x', t') | x_t] - h|^2, so a batch's may be negative; with one draw squared the variance of
+    h(x', t') would be added (RTDMD's code, arXiv 2605.26108). Of the exact clean prediction it is 0 for the ancestral
+    step, cos(eta pi / 2) = alpha_t sigma_t' / (alpha_t' sigma_t); with a fixed eta a bias is left, which is why its
+    weight is small (derived).
+
+    predict(x [2 B, ...], level [2 B]): the clean prediction, x1 above x2. h, x_t, draws: [B, ...]; t, t_next: [B].
+    Gradient flows through all three predictions, not through x1 and x2. Returns a scalar."""
+    with torch.no_grad():
+        x1, x2 = (transition(schedule, h, x_t, t, t_next, fresh, eta) for fresh in draws)
+    first, second = predict(torch.cat([x1, x2]), t_next.repeat(2)).chunk(2)
+    return ((first - h) * (second - h)).mean()
+
+
+def inverse_tilt(reward: Tensor, valid: Tensor, group: Tensor, temperature: float) -> Tensor:
+    """[B]: exp(-r / temperature), of mean 1 within each group; 0 for invalid samples, which then count for nothing.
+
+    Clamped to e^{+-WEIGHT_RANGE} about the group's mean reward: beyond it the tilt is less than exp(r / temperature).
+    reward [B], valid [B] bool, group [B]. No gradient."""
+    with torch.no_grad():
+        log_weight = (signals.group_mean(reward, group, valid) - reward) / temperature
+        weight = torch.where(valid, log_weight.clamp(-WEIGHT_RANGE, WEIGHT_RANGE).exp(), 0.0)
+        return weight / signals.group_mean(weight, group).clamp_min(1e-12)

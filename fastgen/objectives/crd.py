@@ -1,0 +1,248 @@
+"""CRD: centred reward distillation (arXiv 2603.14128), by forward-process samples alone.
+
+    paper            here                   what it is
+    v_theta          networks.student       the network that is trained, here as a velocity, see below
+    v_old            networks["reference"]  moving average of the student, from which the implicit reward is measured
+    sampling policy  networks["sampler"]    another moving average, which makes the samples; first the student itself
+    v_ref^CFG        networks.teacher       frozen, guided: the anchor
+    x0               x0                     clean samples of the sampler, group_size of each prompt
+    A, R             advantage, reward      rewards standardised within the prompt, clipped; R = A / 10 + 1/2 in [0, 1]
+    r_theta          implicit               implicit reward: how much better the student explains x0 than the reference
+
+The algorithm, for every student update:
+    x0 = samples of the sampler, no gradient;  R from their rewards
+    for several (t, noise), the same for all samples of a prompt:
+        x_t = x0 noised;  v* = noise - x0
+        r_theta = -(mean|v_theta - v*|^2 / w_theta - mean|v_old - v*|^2 / w_old),   w = sg(mean|v - v*|), or 1
+        student <- clip / beta * mean (beta (r_theta - sg(mean_g r_theta)) - (R - mean_g R))^2
+                   + kl * mean (c_min + R (1 - c_min)) |v_theta - v_ref^CFG|^2
+    reference and sampler move towards the student, each at its own decay; the average of the student moves, once.
+
+Why: at the optimum of E[r] - beta KL(p || p_old), r = beta log(p / p_old) + beta log Z(prompt), and centring within a
+prompt removes log Z. On a finite set the loss is zero at p = p_old exp(r / beta) / Z alone, whatever the sampling.
+
+Levels. t is a level at which the student is called when it samples, times 1 +- `jitter`: a few-step student is trained
+where sampling visits it (Flow-Factory takes t from the sampler's steps too). v_theta is the velocity its x0 prediction
+implies, noise_hat - x0_hat; for flow matching |v - v*|^2 = |x0_hat - x0|^2 / t^2. Of a student that has learned the
+posterior mean (the teacher; many ode steps) r_theta is then a term of its log-likelihood ratio at x0. The prediction
+of a distilled student is a sample: r_theta is the log-ratio of Gaussian kernels around two predictions, not of laws.
+
+What a run reaches (derived). Every (t, noise) has a square of its own, which must vanish by itself; that their sum be
+the log-ratio is not enough. With w = 1, no anchor and a reference that stays (`reference_decay: {first: 1.0}`) the
+student of a Gaussian N(m, S) of D dimensions and a reward a'x has zero loss exactly at
+    x0_hat = x0_hat_old + D V_t a / (4 clip beta std(a'x)),   V_t = alpha^2 S + sigma^2,   for flow matching
+while p_old exp(R / beta) would need sigma^2 S a / (2 clip beta std(a'x) V_t): a fixed point, and not that tilt. With a
+reference that keeps up with the student beta drops out and tilts compound; the anchor alone ends that, where (w = 1)
+    x0_hat = x0_hat_ref + Cov(A, x0 | x_t) / (kl c),   c the mean of the anchor's strength at x_t
+for a student that is the posterior mean of its own samples: to first order p_ref exp(A / (kl c)); exactly, for a
+Gaussian and c_min = 1. For a few-step student the anchor is a blur: at t = 1 the teacher's prediction is a mean.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen import signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+from fastgen.denoiser import Denoiser
+from fastgen.networks import Networks, move
+from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.dmd2 import Guidance
+from fastgen.rewards import Score
+from fastgen.rollout import RolloutPolicy, predict_x0, sample
+from fastgen.signals import group_mean, per_sample_mean
+
+COPIES = ("reference", "sampler")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Decay:
+    """The decay of a moving average after n updates: first up to n = delay, then min(first + slope (n - delay), last).
+    1 keeps the average where it started, 0 makes it the network itself. Raises ValueError if last is below first."""
+
+    first: float = Field(default=0.0, ge=0, le=1)
+    slope: float = Field(default=0.0, ge=0)
+    delay: int = Field(default=0, ge=0)
+    last: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Decay":
+        if self.last < self.first:
+            raise ValueError(f"a decay rises from first to last, got first {self.first:g} and last {self.last:g}")
+        return self
+
+    def __call__(self, n: int) -> float:
+        return min(self.first + self.slope * max(n - self.delay, 0), self.last)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class CRD(Objective):
+    """Values without a further word are those of the paper's runs in Flow-Factory."""
+
+    trained_roles = ("student",)
+    reward_use = "score"
+    rewards_required = True
+
+    name: Literal["crd"] = "crd"
+    group_size: int = Field(default=24, ge=2)  # K
+    beta: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=5.0, gt=0)  # of advantages
+    std: Literal["group", "batch"] = "group"  # ours; theirs is the batch's, here of one process's micro-batch
+    loss_type: Literal["mse", "bce"] = "mse"
+    self_normalised: bool = True  # w = sg(mean|v - v*|); False: w = 1
+    temperature: float | None = Field(default=None, ge=0)  # tau of the centring weights; None: uniform
+    draws: int | None = Field(default=None, ge=1)  # (t, noise) an update; None: one a level of the student's, ours
+    jitter: float = Field(default=0.0, ge=0, lt=1)  # ours
+    anchor_weight: float = Field(default=0.1, ge=0)  # kl; 0 is off
+    anchor_guidance_scale: Guidance = 4.5
+    anchor_floor: float | None = Field(default=None, ge=0, le=1)  # c_min; None: 1e-4 / kl; 1: the same for all rewards
+    reference_decay: Decay = Decay(first=0.25, slope=0.005, last=0.999)
+    sampler_decay: Decay = Decay(slope=0.0075, delay=75, last=0.999)
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        """Two networks like the student, adapters where it is one; they become it in the first update."""
+        adapter = backbone.adapters.get("student")
+        if adapter is None:
+            return {role: backbone.load(role).requires_grad_(False).eval() for role in COPIES}
+        assert backbone.shared is not None  # the student's
+        return {role: backbone.shared.role(role, adapter) for role in COPIES}
+
+    def init_state(self) -> State:
+        return {"updates": torch.zeros((), dtype=torch.int64)}
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        return (Turn("student", ("student",)),)
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
+        if state["updates"] == 0:
+            for role in COPIES:
+                move(networks[role], networks.student, 0.0)  # which `init_from` may have changed
+        with torch.no_grad():
+            x0 = sample(networks["sampler"], networks.policy, batch.cond, batch.normal)  # type: ignore[arg-type]
+        score = networks.rewards(x0, batch)
+        assert batch.group is not None
+        advantage = signals.advantages(score.value, batch.group, score.valid, std=self.std, clip=self.clip)
+        draws = self.draws or networks.policy.num_steps
+        first = batch.integer("first_level", networks.policy.num_steps)
+        for k in range(draws):
+            level = networks.policy.timesteps[(first + k) % networks.policy.num_steps]
+            loss = self.draw_loss(networks, batch, x0, advantage, score, level, str(k))
+            terms = {name: value / draws for name, value in (loss.terms | score.terms()).items()}
+            yield Loss(loss.total / draws, terms)
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        n = int(state["updates"].add_(1))
+        move(networks["reference"], networks.student, self.reference_decay(n))
+        move(networks["sampler"], networks.student, self.sampler_decay(n))
+
+    def draw_loss(
+        self, networks: Networks, batch: Batch, x0: Tensor, advantage: Tensor, score: Score, level: float, name: str
+    ) -> Loss:
+        """The loss at one (t, noise)."""
+        assert batch.group is not None
+        offset = 2 * batch.uniform(f"level{name}", by_group=True).to(x0.dtype) - 1
+        t = (level * (1 + self.jitter * offset)).clamp(max=1.0)
+        noise = batch.normal(f"noise{name}", by_group=True)
+        x_t = networks.teacher.schedule.add_noise(x0, noise, t).to(x0.dtype)
+        v = velocity(networks.student, x_t, t, batch, networks.policy)
+        with torch.no_grad():
+            v_old = velocity(networks["reference"], x_t, t, batch, networks.policy)  # type: ignore[arg-type]
+        implicit = implicit_reward(v, v_old, noise - x0, self.self_normalised)
+        used = score.valid & (group_mean(advantage.square(), batch.group, score.valid) > 0)  # not where all are equal
+        reward = advantage / (2 * self.clip) + 0.5
+        weights = centring_weights(advantage, batch.group, used, self.temperature)
+        matching = matching_loss(implicit, reward, batch.group, used, self.beta, weights, self.loss_type)
+        total = matching * self.clip / self.beta
+        gain = self.gain(implicit.detach(), reward, batch.group, used)
+        terms = {"matching": total.detach(), "gain": gain, "matched": used.float().mean()}
+        if self.anchor_weight:
+            teacher = partial(networks.teacher, predict="flow_prediction")
+            scale = networks.teacher.per_expert(self.anchor_guidance_scale, t)
+            with torch.no_grad():
+                v_ref = signals.guided(teacher, x_t, t, batch.cond, batch.uncond, scale)
+            distance = per_sample_mean((v - v_ref).square())
+            terms["anchor"] = mean_over(distance.detach(), score.valid)
+            total = total + self.anchor_weight * mean_over(self.strength(reward) * distance, score.valid)
+        return Loss(total, terms | {"loss": total.detach()})
+
+    def strength(self, reward: Tensor) -> Tensor:
+        """c_min + R (1 - c_min): [B]; samples of high reward are anchored hardest."""
+        floor = min(1e-4 / self.anchor_weight, 1.0) if self.anchor_floor is None else self.anchor_floor
+        return floor + reward * (1 - floor)
+
+    def gain(self, implicit: Tensor, reward: Tensor, group: Tensor, used: Tensor) -> Tensor:
+        """The slope of beta r_theta on R within prompts: 0 where student and reference agree, 1 at zero loss."""
+        target = torch.where(used, reward - group_mean(reward, group, used), 0.0)
+        return self.beta * (implicit * target).sum() / target.square().sum().clamp_min(1e-12)
+
+
+def velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, policy: RolloutPolicy) -> Tensor:
+    """noise_hat - x0_hat of the prediction the sampler would make at x_t: [B, ...]."""
+    x0 = predict_x0(denoiser, x_t, t, batch.cond, policy)
+    return denoiser.schedule.from_sample(x0, x_t, t, "flow_prediction")
+
+
+def implicit_reward(v: Tensor, v_old: Tensor, v_star: Tensor, self_normalised: bool) -> Tensor:
+    """r_theta = -(mean|v - v*|^2 / w - mean|v_old - v*|^2 / w_old),   w = sg(mean|v - v*|) or 1
+
+    [B], with gradient to v; means are over a sample's elements."""
+
+    def error(velocity: Tensor) -> Tensor:
+        squared, weight = (per_sample_mean(f(velocity - v_star)) for f in (torch.square, torch.abs))
+        return squared / weight.detach().clamp_min(1e-5) if self_normalised else squared
+
+    return -(error(v) - error(v_old.detach()))
+
+
+def centring_weights(advantage: Tensor, group: Tensor, used: Tensor, temperature: float | None) -> tuple[Tensor, ...]:
+    """The weights [B] of the means that are subtracted, one or two sets of them (the losses of two are averaged).
+
+    None: uniform. tau > 0: exp(A / tau) and exp(-A / tau). 0: uniform over the samples with A > 0, and over those with
+    A < 0 (Flow-Factory takes the signs of R, which is never negative). Not normalised; 0 where not used."""
+    if temperature is None:
+        return (used.to(advantage),)
+    if temperature == 0:
+        return tuple((used & (sign * advantage > 0)).to(advantage) for sign in (1, -1))
+    _, index = group.unique(return_inverse=True)
+    sets = []
+    for logit in (advantage / temperature, -advantage / temperature):
+        logit = torch.where(used, logit, -torch.inf)
+        top = torch.full_like(logit, -torch.inf).scatter_reduce(0, index, logit, "amax")[index]
+        sets.append(torch.where(used, (logit - top).exp(), 0.0))
+    return tuple(sets)
+
+
+def matching_loss(
+    implicit: Tensor, reward: Tensor, group: Tensor, used: Tensor, beta: float, weights: tuple[Tensor, ...],
+    loss_type: Literal["mse", "bce"] = "mse",
+) -> Tensor:  # fmt: skip
+    """Scalar: centred implicit rewards against centred rewards, over the samples that are used.
+
+        mse: mean (beta (r_theta - sg(mean_g r_theta)) - (R - mean_g R))^2
+        bce: mean BCE(sigmoid(beta (r_theta - sg(mean_g r_theta))), sigmoid(R - mean_g R))
+
+    implicit, reward: [B]; mean_g: over the prompt's samples, by each set of weights [B]. 0 if no sample is used.
+    Gradient flows to `implicit`."""
+    losses = []
+    for weight in weights:
+        total = group_mean(weight, group, used).clamp_min(1e-12)
+        wanted = reward - group_mean(weight * reward, group, used) / total
+        found = beta * (implicit - group_mean(weight * implicit.detach(), group, used) / total)
+        if loss_type == "bce":
+            each = F.binary_cross_entropy_with_logits(found, wanted.sigmoid(), reduction="none")
+        else:
+            each = (found - wanted).square()
+        losses.append(mean_over(each, used))
+    return torch.stack(losses).mean()
+
+
+def mean_over(value: Tensor, mask: Tensor) -> Tensor:
+    """The mean of value [B] over mask [B] bool; 0 where there is none."""
+    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,99 @@
+"""DisBack: distribution backtracking (Zhang et al., arXiv 2408.15991).
+
+    paper          here                          what it is
+    G_stu          networks.student              generator
+    s_theta        networks.teacher = path[0]    the teacher
+    path[i]        networks["path<i>"]           the teacher, degraded by i * path_every updates; i = 1 .. N - 1
+    s_phi          networks.fake_score           starts as path[N]
+
+Far from the student the teacher's score says little. The teacher is first led to the student, and the student then
+follows the way back:
+    degradation   N * path_every updates: a copy of the teacher is trained to denoise samples of the untrained student,
+                  and stored every path_every updates. The copy is the fake score, so that it ends as path[N].
+    backtracking  DMD2, with path[N - 1], ..., path[1], path[0] in turn as the real score, `interval` student updates
+                  each; the rest of the run is with the teacher itself.
+
+A degradation update counts as one of train.steps: the student and its average rest meanwhile. The path is N - 1 frozen
+networks (adapters would be smaller, and are not supported). The README of the released code writes the switch as
+`idx // interval == 0`, where its algorithm has one target after the other.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+from fastgen.networks import Networks, move
+from fastgen.objectives.base import Loss, State, Turn
+from fastgen.objectives.dmd2 import DMD2
+from fastgen.rollout import RolloutPolicy
+
+if TYPE_CHECKING:
+    from fastgen.config import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class PathTurn(Turn):
+    """point: the index on the path that is stored after a degradation update (0: none), or aimed at by the student."""
+
+    point: int = 0
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class DisBack(DMD2):
+    name: Literal["disback"] = "disback"  # type: ignore[assignment]
+    path_length: int = Field(default=5, ge=2)  # N; ours
+    path_every: int = Field(default=100, ge=1)  # updates from one point to the next, the released code
+    interval: int = Field(default=1000, ge=1)  # student updates with one target, the released code
+
+    @field_validator("condition_on_stop")
+    @classmethod
+    def _untold(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("points of the path stand in for the teacher, which is not told a stop: set it to false")
+        return value
+
+    def check_recipe(self, recipe: "Recipe") -> None:
+        super().check_recipe(recipe)
+        if recipe.train.steps <= self.degradation:
+            raise ValueError(f"train.steps is {recipe.train.steps}, and the first {self.degradation} updates, "
+                             "path_length * path_every, only degrade the teacher; raise it")  # fmt: skip
+
+    @property
+    def own_networks(self) -> tuple[str, ...]:
+        return (*super().own_networks, "fake_score")
+
+    @property
+    def degradation(self) -> int:
+        """Updates before the first of the student."""
+        return self.path_length * self.path_every
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        path = {f"path{i}": backbone.load(f"path{i}").requires_grad_(False) for i in range(1, self.path_length)}
+        return super().auxiliary(backbone, policy) | path
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        if step < self.degradation:
+            point, rest = divmod(step + 1, self.path_every)
+            return (PathTurn("degrade", self.trained_roles[1:], point=0 if rest else point),)
+        fake, _ = super().turns(step, state)
+        return fake, PathTurn("student", ("student",), point=self.target(step - self.degradation))
+
+    def target(self, update: int) -> int:
+        """The index of the real score at 0-based student update `update`."""
+        return max(0, self.path_length - 1 - update // self.interval)
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        if isinstance(turn, PathTurn) and turn.name == "student" and turn.point:
+            aimed = {**networks, "teacher": networks[f"path{turn.point}"]}
+            networks = Networks(aimed, networks.policy, networks.scorer)
+        return super().loss(turn, networks, batch, state)
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        super().finish(turn, networks, state)
+        if isinstance(turn, PathTurn) and turn.name == "degrade" and 0 < turn.point < self.path_length:
+            move(networks[f"path{turn.point}"], networks.fake_score, 0.0)

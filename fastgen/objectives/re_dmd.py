@@ -1,0 +1,73 @@
+"""Re-DMD: rewarded distribution matching distillation (Reward Forcing; formulas from its released code).
+
+    paper      here                       what it is
+    G_theta    networks.student           few-step generator
+    r(x, c)    networks.rewards           any reward of the clean sample; no gradient through it
+    beta       beta                       sharpness of the weights
+    -          state["reward"]            [2]: decayed sums of rewards and of ones, for their running mean (ours)
+
+DMD2, where each sample's score difference is multiplied by a weight:
+    w = exp(beta (r - mean r)),   the exponent clamped to +-clip
+    g = w (mu_fake - mu_real^w) / mean|x - mu_real^w|
+The fake score's loss is not weighted. Without the running mean a constant added to the reward would scale the loss.
+
+The weight is positive and multiplies a field that vanishes where student and teacher agree: the optimum stays the
+*teacher's* law, whatever the reward (derived). Well rewarded samples are corrected first and most; what they gain is
+what a student of limited capacity, or one stopped early, gets wrong elsewhere. For a law that is tilted by the reward
+take an objective whose optimum is tilted.
+"""
+
+from typing import Literal
+
+import torch
+from accelerate.utils import reduce
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen import signals
+from fastgen.batch import Batch
+from fastgen.networks import Networks
+from fastgen.objectives.base import Loss, State, Turn
+from fastgen.objectives.dmd2 import DMD2
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ReDMD(DMD2):
+    reward_use = "score"
+    rewards_required = True
+    name: Literal["re_dmd"] = "re_dmd"  # type: ignore[assignment]
+    beta: float = Field(default=2.0, gt=0)  # of a normalised reward, the released code
+    clip: float = Field(default=4.0, gt=0)  # of beta (r - mean r); ours
+    reward_memory: float = Field(default=0.9, ge=0, lt=1)  # kept of the running mean's sums at each update; ours
+
+    def init_state(self) -> State:
+        return {"reward": torch.zeros(2), "seen": torch.zeros(2)}
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        if turn.name != "student":
+            return self.fake_loss(networks, batch)
+        rollout = self.rollout(networks, batch, grad=True)
+        weight, terms = self.reward_weight(networks, batch, rollout.x, state)
+        loss = self.matching_loss(networks, batch, rollout, weight)
+        return Loss(loss.total, loss.terms | terms)
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        super().finish(turn, networks, state)
+        if turn.name == "student":
+            state["reward"].mul_(self.reward_memory).add_(state["seen"])
+            state["seen"].zero_()
+
+    @torch.no_grad()
+    def reward_weight(
+        self, networks: Networks, batch: Batch, x0: Tensor, state: State
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """w [B]; 1 until a mean is known, after the first update. Invalid samples leave the loss and its mean."""
+        score = networks.rewards(x0, batch)
+        valid = score.valid.to(score.value)
+        total, count = state["reward"]
+        centred = torch.where(count > 0, score.value - total / count.clamp_min(1e-12), 0.0)
+        weight = (self.beta * centred).clamp(-self.clip, self.clip).exp()
+        state["seen"] += reduce(torch.stack([(valid * score.value).sum(), valid.sum()]), "sum")  # over processes
+        terms = score.terms() | {"effective_share": signals.effective_share(weight * valid)}
+        return weight * valid / valid.mean().clamp_min(1 / len(valid)), terms

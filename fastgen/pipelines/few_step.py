@@ -1,0 +1,110 @@
+"""diffusers components for students that no stock one holds: a scheduler of CPS transitions, and a transformer made of
+several experts.
+
+Exports that contain one name this module in their model_index.json. diffusers loads such a component if the module has
+been imported before, and imports none by itself:
+
+    import fastgen.pipelines.few_step
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+
+class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
+    """CPS sampling of a flow-matching network along a stored list of noise levels, a call at each, then to 0.
+
+        x' = (1 - s') x0 + s' (cos(eta pi / 2) noise_hat + sin(eta pi / 2) fresh)               (arXiv 2605.26108)
+
+    with x0 and noise_hat as the velocity v says: x - s v and x + (1 - s) v.
+
+    levels: decreasing in (0, 1]; any list, held exactly. eta: between 0 (Euler) and 1 (renoising)."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, levels: Sequence[float] = (1.0,), eta: float = 0.9, num_train_timesteps: int = 1000):
+        self.set_timesteps(len(levels))
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Raises ValueError for another number of steps than the list has."""
+        levels = self.config.levels
+        if num_inference_steps != len(levels):
+            raise ValueError(f"this student has {len(levels)} steps, at {list(levels)}; got {num_inference_steps}")
+        self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self.num_inference_steps = num_inference_steps
+        self._step_index = 0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """From one level to the next: call it once a timestep, in order. Computes in float32."""
+        sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
+        self._step_index += 1
+        x, v = sample.float(), model_output.float()
+        angle = self.config.eta * math.pi / 2
+        fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = math.cos(angle) * (x + (1 - sigma) * v) + math.sin(angle) * fresh
+        x_next = ((1 - sigma_next) * (x - sigma * v) + sigma_next * noise).to(model_output.dtype)
+        return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+
+
+class SD3Experts(SD3Transformer2DModel):
+    """SD3 transformers that share the noise levels as those of `fastgen.denoiser.Experts` do: expert 0 from
+    boundaries[0] up to 1, expert i from boundaries[i] up to below boundaries[i - 1], the last one below all of them.
+
+    Called as one SD3Transformer2DModel, so that StableDiffusion3Pipeline does not know. The other arguments are those
+    of each expert."""
+
+    @register_to_config
+    def __init__(
+        self,
+        boundaries: Sequence[float] = (0.5,),
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: Sequence[int] = (),
+        qk_norm: str | None = None,
+    ):
+        ModelMixin.__init__(self)
+        one = {k: v for k, v in self.config.items() if k != "boundaries" and not k.startswith("_")}
+        self.experts = nn.ModuleList(SD3Transformer2DModel(**one) for _ in range(len(boundaries) + 1))
+
+    @classmethod
+    def of(cls, networks: Sequence[SD3Transformer2DModel], boundaries: Sequence[float]) -> "SD3Experts":
+        """The given networks, from high noise to low, not copies."""
+        with torch.device("meta"):
+            joined = cls.from_config({**networks[0].config, "boundaries": list(boundaries)})
+        joined.experts = nn.ModuleList(networks)
+        return joined
+
+    def forward(self, hidden_states: Tensor, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
+        """As each expert's; timestep [B] = 1000 t chooses it. Raises ValueError if the rows need several."""
+        index = torch.stack([timestep < 1000 * b for b in self.config.boundaries]).sum(0)
+        if bool((index != index[0]).any()):
+            raise ValueError(f"one call has levels of one expert; the boundaries are {list(self.config.boundaries)}")
+        return self.experts[int(index[0])](hidden_states, *args, timestep=timestep, **kwargs)

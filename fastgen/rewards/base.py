@@ -1,0 +1,89 @@
+"""What a reward is: samples and their prompts to one number each, higher is better."""
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.schedule import expand
+
+if TYPE_CHECKING:
+    from fastgen.backbones.base import BackboneConfig
+
+Input = Literal["pixels", "frames", "latents", "points"]
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """value: [B] float32, higher is better. valid: [B] bool. An invalid sample leaves the loss and its denominators;
+    the 0 that stands in its place is not a score. parts: [B] each, detached, to be logged."""
+
+    value: Tensor
+    valid: Tensor
+    parts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def terms(self) -> dict[str, Tensor]:
+        """For Loss.terms: means over valid samples, `reward` and `reward_<part>`, and their share, `reward_valid`."""
+        count = self.valid.sum().clamp_min(1)
+        named = {"reward": self.value.detach()} | {f"reward_{name}": part for name, part in self.parts.items()}
+        means = {name: torch.where(self.valid, value, 0).sum() / count for name, value in named.items()}
+        return means | {"reward_valid": self.valid.float().mean()}
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Reward(ABC):
+    """A part of the recipe's `rewards:` section. Subclasses are frozen pydantic dataclasses and write `score`.
+
+    input: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], latents [B, *latent_shape], or points [B, D].
+    differentiable: whether gradient flows from the score to the input.
+    weight: of this part in the composite; negative where less is better.
+    mean, std: of the score over the teacher's samples, for `calibration: zscore`."""
+
+    input: ClassVar[Input]
+    differentiable: ClassVar[bool]
+
+    weight: float = Field(default=1.0, kw_only=True)
+    mean: float = Field(default=0.0, kw_only=True)
+    std: float | None = Field(default=None, gt=0, kw_only=True)
+
+    @abstractmethod
+    def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor | Score:
+        """x: what `input` says, float32; prompts: one a sample. Returns [B], not finite where a sample has no score,
+        or a Score, to mark them itself. Preprocessing belongs here, in torch where the reward is differentiable."""
+
+    def __call__(self, x: Tensor, prompts: Sequence[str]) -> Score:
+        """The score in float32, also under autocast. Samples without one get neither value nor gradient.
+
+        Raises ValueError if `score` does not return one number a sample."""
+        own = x.float().view_as(x)  # a node of its own, whose gradient is this reward's alone
+        with torch.autocast(x.device.type, enabled=False):
+            result = self.score(own, prompts)
+        result = result if isinstance(result, Score) else Score(result, torch.ones_like(result, dtype=torch.bool))
+        value = result.value.to(x.device, torch.float32)
+        if value.shape != (len(x),):
+            raise ValueError(f"reward {self.label} must give {len(x)} numbers, one a sample, got {list(value.shape)}")
+        valid = result.valid.to(x.device) & value.isfinite()
+        if own.requires_grad:  # what is not finite has a NaN as gradient even where its value is not used
+            own.register_hook(lambda grad: torch.where(expand(valid, grad), grad, 0))
+        parts = {name: part.detach().to(x.device, torch.float32) for name, part in result.parts.items()}
+        return Score(torch.where(valid, value, 0), valid, parts)
+
+    def check(self, config: "BackboneConfig") -> None:
+        """Raises ValueError, before weights load, if this backbone's samples are not what the reward reads."""
+        if self.input not in ("latents", config.output):
+            raise ValueError(
+                f"{self.label} reads {self.input}, and backbone {config.name} gives {config.output}; "
+                f"choose a reward that reads {config.output} or latents"
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name in logs: the class's, in lower case with underscores."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()

@@ -1,0 +1,139 @@
+"""Several rewards as one, and what they see of a student's samples."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, InstanceOf, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.rewards.base import CONFIG, Reward, Score
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Composite:
+    """The recipe's `rewards:` section. With r_k the score of part k, w_k its weight and g the sample's prompt group:
+
+    calibration   none:   c_k = r_k
+                  zscore: c_k = (r_k - mean_k) / std_k, the part's own mean and std
+                  group:  c_k = (r_k - mean_g r_k) / std_g r_k, over the group's valid samples; 0 where they are equal
+    aggregate, of v_k = w_k c_k
+                  sum:            sum_k v_k
+                  min:            min_k v_k
+                  mean_minus_std: mean_k v_k - std_k v_k                                 (arXiv 2312.09244)
+
+    Standard deviations divide by the count. A group's mean and std carry no gradient: that of c_k is r_k's, divided.
+    Raises ValueError for zscore without every part's std."""
+
+    parts: Annotated[tuple[InstanceOf[Reward], ...], Field(min_length=1)]
+    calibration: Literal["none", "zscore", "group"] = "none"
+    aggregate: Literal["sum", "min", "mean_minus_std"] = "sum"
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> "Composite":
+        if self.calibration == "zscore":
+            for i, part in enumerate(self.parts):
+                if part.std is None:
+                    raise ValueError(
+                        f"calibration zscore needs parts.{i}.std ({part.label}): measure mean and std of its score "
+                        "over the teacher's samples, or set calibration to none or group"
+                    )
+        return self
+
+    def used(self, grad: bool) -> dict[str, Reward]:
+        """The parts by their names in logs; those that enter with gradient are the differentiable ones."""
+        labels = [part.label for part in self.parts]
+        names = [name if labels.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(labels)]
+        return {name: p for name, p in zip(names, self.parts, strict=True) if p.differentiable or not grad}
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], prompts: Sequence[str], group: Tensor | None = None, grad: bool = False
+    ) -> Score:
+        """inputs: {a part's `input`: [B, ...]}. group: [B] int64, complete prompt groups; only `group` reads it.
+        Returns a value with gradient to the inputs if `grad`, over the differentiable parts alone; valid where all of
+        them are; and each part's own score, before calibration and weight.
+
+        Raises ValueError without a differentiable part for `grad`, or without groups for `group`."""
+        used = self.used(grad)
+        if not used:
+            raise ValueError(f"no gradient: none of {', '.join(self.used(False))} is differentiable")
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            scores = {name: part(inputs[part.input], prompts) for name, part in used.items()}
+            valid = torch.stack([score.valid for score in scores.values()]).all(0)
+            values = [p.weight * self.calibrated(p, scores[n].value, valid, group) for n, p in used.items()]
+            total = self.aggregated(torch.stack(values))
+        own = {name: score.value.detach() for name, score in scores.items()}
+        inner = {f"{name}_{key}": part for name, score in scores.items() for key, part in score.parts.items()}
+        return Score(torch.where(valid, total, 0), valid, own | inner)
+
+    def calibrated(self, part: Reward, value: Tensor, valid: Tensor, group: Tensor | None) -> Tensor:
+        """c_k: [B] float32."""
+        if self.calibration == "none":
+            return value
+        if self.calibration == "zscore":
+            assert part.std is not None
+            return (value - part.mean) / part.std
+        if group is None:
+            raise ValueError("calibration group needs Batch.group, the prompt group of every sample")
+        mean, std = group_moments(value.detach(), valid, group)
+        return torch.where(std > 0, (value - mean) / torch.where(std > 0, std, 1), 0).float()
+
+    def aggregated(self, values: Tensor) -> Tensor:
+        """[K, B] to [B]."""
+        if self.aggregate == "sum":
+            return values.sum(0)
+        if self.aggregate == "min":
+            return values.amin(0)
+        variance = values.var(0, correction=0)
+        spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)  # the root has no gradient at 0
+        return values.mean(0) - spread
+
+
+def group_moments(value: Tensor, valid: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the valid samples of each sample's own group: [B] float64 each.
+
+    In float64, in which the mean of equal float32 numbers is that number; a spread within their rounding is 0."""
+    index = group.unique(return_inverse=True)[1]
+
+    def mean(x: Tensor) -> Tensor:
+        sums = x.new_zeros(len(group)).index_add(0, index, torch.where(valid, x, 0))
+        counts = x.new_zeros(len(group)).index_add(0, index, valid.to(x.dtype))
+        return (sums / counts.clamp_min(1))[index]
+
+    value = value.double()
+    center = mean(value)
+    std, size = mean((value - center).square()).sqrt(), mean(value.square()).sqrt()
+    return center, torch.where(std > 1e-6 * size, std, 0)
+
+
+class StraightThroughClamp(torch.autograd.Function):
+    """Clamps to [0, 1]; the gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A composite on a backbone's latents. decode: `Backbone.decode`."""
+
+    composite: Composite
+    decode: Callable[..., Tensor]
+
+    def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
+        """x0: [B, *latent_shape] clean samples, decoded once, without autocast, so that a reward sees what an
+        evaluation does. Pictures are in [0, 1]; with `grad` the clamp passes gradient as if it were not there."""
+        inputs = {"latents": x0}
+        kinds = {part.input for part in self.composite.used(grad).values()} - {"latents"}
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast(x0.device.type, enabled=False):
+            for kind in sorted(kinds):
+                decoded = self.decode(x0, clamp=not grad)
+                inputs[kind] = StraightThroughClamp.apply(decoded) if grad and kind != "points" else decoded  # type: ignore[no-untyped-call]
+        return self.composite(inputs, prompts, group, grad)

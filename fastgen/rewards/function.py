@@ -1,0 +1,47 @@
+"""A callable as a reward."""
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.rewards.base import CONFIG, Input, Reward, Score
+
+
+@dataclass(frozen=True, config=CONFIG)
+class FunctionReward(Reward):
+    """r(x, prompts) = function(x, prompts): [B], or a Score. function: a callable, or in a recipe its import path
+    `my_module:my_function`. What it reads and whether it carries gradient cannot be seen: say so."""
+
+    function: str | Callable[[Tensor, Sequence[str]], Tensor | Score]
+    input: Input = Field(kw_only=True)  # type: ignore[misc]
+    differentiable: bool = Field(kw_only=True)  # type: ignore[misc]
+
+    @field_validator("function")
+    @classmethod
+    def _callable(cls, value: Any) -> Any:
+        found = imported(value)
+        if not callable(found):
+            raise ValueError(f"{value} is not callable; it is called as f(x, prompts)")
+        return value
+
+    def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor | Score:
+        return imported(self.function)(x, prompts)
+
+    @property
+    def label(self) -> str:
+        path = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "function")
+        return path.rpartition(":")[2]
+
+
+def imported(function: Any) -> Any:
+    """The object of an import path; anything else as it is. Raises ValueError if it cannot be imported."""
+    if not isinstance(function, str):
+        return function
+    try:
+        return pkgutil.resolve_name(function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {function!r}: {error!r}") from None
