@@ -196,6 +196,15 @@ def next_levels(policy: RolloutPolicy, stop: Tensor, like: Tensor) -> Tensor:
     return like.new_tensor((*policy.timesteps[1:], 0.0))[stop]
 
 
+def step_log_prob(
+    schedule: Schedule, policy: RolloutPolicy, step: int, x0: Tensor, x_t: Tensor, x_next: Tensor
+) -> Tensor:
+    """[B]: the log-probability of x_next under the policy's stochastic step from timesteps[step], given its clean
+    prediction x0, which alone carries gradient; in the unit of `signals.transition_log_prob`'s defaults."""
+    t, t_next = (x0.new_full((len(x0),), level) for level in policy.timesteps[step : step + 2])
+    return transition_log_prob(x_next, *transition_law(schedule, x0, x_t, t, t_next, policy.freshness))
+
+
 def trajectory(
     student: Denoiser, policy: RolloutPolicy, batch: Batch, shared_steps: Collection[int] = (), log_prob: bool = True
 ) -> Rollout:

@@ -28,7 +28,7 @@ from fastgen.evaluation import evaluate_path
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, GNDM, Loss, State, Turn
 from fastgen.rewards import Score
-from fastgen.rollout import RolloutPolicy
+from fastgen.rollout import RolloutPolicy, step_log_prob
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule, expand
 from fastgen.train import main
 
@@ -374,7 +374,8 @@ def test_ratios_are_one_on_policy() -> None:
     ppo, x = gradients(networks.student), used["x"].unbind(1)
     for k in range(3):
         x0 = networks.student(x[k], x[k].new_full((32,), FOUR.timesteps[k]), batch.cond)
-        (-used["advantage"] * objective.transition_log_prob(networks, x0, x, k)).mean().backward()
+        log_prob = step_log_prob(networks.student.schedule, networks.policy, k, x0, x[k], x[k + 1])
+        (-used["advantage"] * log_prob).mean().backward()
     error = largest(ppo, gradients(networks.student))
     print(f"PPO against REINFORCE {error:.1e}")
     assert error < 1e-6
@@ -403,7 +404,8 @@ def test_the_last_step_is_trained_by_the_path_form_alone() -> None:
     used = replay.recall(state, batch.ids)
     x = used["x"].unbind(1)
     predictions = [student(x[k], x[k].new_full((64,), policy.timesteps[k]), batch.cond) for k in range(3)]
-    new = [objective.transition_log_prob(networks, x0, x, k) for k, x0 in enumerate(predictions)]
+    schedule = networks.student.schedule
+    new = [step_log_prob(schedule, networks.policy, k, x0, x[k], x[k + 1]) for k, x0 in enumerate(predictions)]
     weight = (torch.stack(new, 1) - used["log_prob"]).sum(1).exp().clamp(max=1.3).detach()
     g, _ = objective.score_gradient(networks, batch, student.a[3] + student.b[3] * x[3], torch.full((64,), 3))
     exact = (weight * g[:, 0]).mean().item()
@@ -724,7 +726,7 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
 def test_the_score_form_needs_a_stochastic_step(policy: RolloutPolicy) -> None:
     GNDM().check(policy)
     GNDM(form="score").check(RolloutPolicy((1.0, 0.5), "cps", 0.9))
-    with pytest.raises(ValueError, match="stochastic step"):
+    with pytest.raises(ValueError, match="stochastic steps"):
         GNDM(form="score").check(policy)
 
 

@@ -224,7 +224,8 @@ def cpu_seconds(folder: Path, *arguments: str) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
-SMALL = [p for p in sorted(Path(__file__).parents[1].glob("recipes/*.yaml")) if p.stem.startswith(("digits_", "mix"))]
+DIGITS = [p for p in sorted(Path(__file__).parents[1].glob("recipes/digits_*.yaml")) if "dmd2_" not in p.stem]
+SMALL = [*DIGITS, Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"]
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)

@@ -59,6 +59,32 @@ def rows() -> list[Row]:
                     Row(f"digits_{steps}step{suffix}_seed{seed}", f"recipes/digits_dmd2_{steps}step.yaml",
                         {"accuracy": (">=", 0.97)}, (f"seed={seed}", *extra), 60.0, {"fid": (50, factor)})
                 )  # fmt: skip
+        result += objectives(seed)
+    return result
+
+
+def objectives(seed: int) -> list[Row]:
+    """The other objectives, on the ring and, seed 0 alone, on the digits: FD at most 1.5 times DMD2's own, and with the
+    reward digit_stroke one within-class standard deviation more ink than the teacher's, 0.312 + 0.031."""
+    energy = {"phased_dmd": 0.012, "gndm": 0.012, "rtdmd": 0.012, "adm": 0.02}
+    result = [
+        Row(f"mixture_{name}_4step_seed{seed}", f"recipes/mixture_{name}_4step.yaml", {"energy_distance": ("<=", most)},
+            (f"seed={seed}",))
+        for name, most in energy.items()
+    ]  # fmt: skip
+    if seed:
+        return result
+    for name in energy:
+        bounds = {"accuracy": (">=", 0.97), "fid": ("<=", 1.5 * 0.946)}  # 0.946: digits_4step_seed0
+        result.append(Row(f"digits_{name}_4step", f"recipes/digits_{name}_4step.yaml", bounds, (), 60.0))
+    for name, start in (
+        ("gndm", "digits_4step_seed0"),
+        ("crd", "digits_4step_seed0"),
+        ("rtdmd", "digits_rtdmd_4step"),
+    ):
+        bounds = {"accuracy": (">=", 0.95), "digit_stroke": (">=", 0.343)}
+        overrides = (f"init_from={RUNS / start}",)
+        result.append(Row(f"digits_{name}_stroke", f"recipes/digits_{name}_stroke.yaml", bounds, overrides, 60.0))
     return result
 
 

@@ -1,15 +1,14 @@
 """GNDM: distribution matching as a reward, normalised within prompt groups (arXiv 2603.28460).
 
-Of the paper we know the abstract alone: R_dm as a reward, its group normalisation (GNDM), other rewards beside it
-(GNDMR), samples re-used by importance sampling. Every formula here is derived, every default ours.
+Of the paper we know the abstract alone: R_dm as a reward, group normalisation (GNDM), other rewards (GNDMR), samples
+re-used by importance sampling. Every formula here is derived, every default ours.
 
     paper     here                 what it is
     pi_theta  networks.student     few-step generator; its stochastic steps are Gaussian policies
     p_real    networks.teacher     frozen denoiser, guided
     p_fake    networks.fake_score  denoiser of the student's own samples, trained online as in DMD2
     R_dm      log_ratio            log p_real(x_t) - log p_fake(x_t) in nats, x renoised to levels t ~ renoise_time
-    group     batch.group          group_size samples of one prompt, judged at the same levels with the same noises, so
-                                   that what differs is owed to the samples
+    group     batch.group          group_size samples of one prompt, judged at the same levels, with the same noises
     r         networks.rewards     the recipe's rewards, one number a sample (GNDMR)
 
 E[R_dm] is -KL(student | teacher), averaged over levels. For x_t = (1 - t) x + t eps its two gradients agree (Stein):
@@ -18,8 +17,7 @@ E[R_dm] is -KL(student | teacher), averaged over levels. For x_t = (1 - t) x + t
 form: path, after fake_updates of the fake score:
     x = rollout of the student, gradient through the last executed step;  stop, t and noise: one a group
     student <- surrogate of g = (mu_fake - mu_real) / mean_group mean|x - mu_real|  at x renoised
-    DMD divides by each sample's own distance, which weighs the samples of a prompt by how well the teacher predicts
-    them; with group_size 1 this is DMD2. The mean *vector* of a group is never subtracted: unlike the mean of a scalar
+    With group_size 1 this is DMD2. The mean *vector* of a group is never subtracted: unlike the mean of a scalar
     reward it is signal, and a student that is off by a shift would stay there.
     With rewards: g <- g - w dr/dx,   w = reward_weight |g| / |dr/dx|, averaged over past updates (decay 0.9).
 
@@ -32,12 +30,11 @@ form: score, after fake_updates of the fake score:
     The last step, deterministic, has none. With x_K detached in both terms,
         grad E[R(x)] = E[R grad log pi(x_1 ... x_K)] + E[grad R . df/dtheta]
     so the path form supplies what the score form cannot reach. Rewards act through A alone, and need no gradient.
-    The levels matter: with R_dm at t = 0 alone, the likelihood ratio of clean samples, a student of two modes in two
-    steps ended at energy distances of .06 to .22, and with the default at .01.
+    With R_dm at t = 0 alone a student of two modes in two steps ended at energy distances of .06 to .22, not .01.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -53,7 +50,7 @@ from fastgen.denoiser import add_stop_input
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
-from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, trajectory, transition_law
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, step_log_prob, trajectory
 from fastgen.schedule import PredictionType, TimeSampler, expand
 
 FIELDS_OF_FORM = {
@@ -78,8 +75,7 @@ class GNDM(Objective):
     condition_on_stop: bool = False  # the fake score is told the stop index, see DMD2
     # form: score
     num_pairs: int = Field(default=4, ge=1)  # (t, noise) in an estimate of R_dm
-    # In nats: near convergence R_dm differs by noise and the fake score's error alone, which must not be blown up to 1
-    std_floor: float = Field(default=0.1, gt=0)
+    std_floor: float = Field(default=0.1, gt=0)  # nats; below it R_dm differs by noise, not to be blown up to 1
     clip: float = Field(default=0.2, gt=0, lt=1)  # PPO's; of the ratio to the power 2 std^2 / d
     replay_updates: int = Field(default=1, ge=1)  # student updates that trajectories are used for
     last_step_weight: float = Field(default=1.0, gt=0)  # of the path form on the last step
@@ -109,8 +105,7 @@ class GNDM(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if self.form == "score" and (policy.num_steps == 1 or not policy.freshness):
-            raise ValueError("form: score needs a stochastic step before the last, which this rollout has not: give "
-                             "several timesteps and transition: renoise or cps, or use form: path")  # fmt: skip
+            raise ValueError("form: score needs stochastic steps: several timesteps, transition renoise or cps")
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         fake_score = backbone.load("fake_score")
@@ -119,8 +114,8 @@ class GNDM(Objective):
         return {"fake_score": fake_score}
 
     def init_state(self) -> State:
-        """path: the reward's weight, and the sums of |g|^2 and |dr/dx|^2 over the update in progress. score: the age
-        of the trajectories, which join it: replay.x [N, K, ...], .log_prob [N, K - 1], .advantage [N], .cond.<key>."""
+        """path: the reward's weight, and sums of |g|^2 and |dr/dx|^2 over this update. score: the age of the
+        trajectories, which join it: replay.x [N, K, ...], .log_prob [N, K - 1], .advantage [N], .cond.<key>."""
         if self.form == "path":
             return {"reward.weight": torch.zeros(()), "reward.squares": torch.zeros(2)}
         return replay.empty()
@@ -160,9 +155,10 @@ class GNDM(Objective):
         made = self.rollout(networks, batch, grad=True)
         grad, terms = self.score_gradient(networks, batch, made.x, made.stop)
         if self.reward_weight:
-            leaf = made.x.detach().requires_grad_()
-            score = networks.rewards(leaf, batch, grad=True)
-            ascent = torch.autograd.grad(score.value.sum(), leaf)[0]
+            with torch.enable_grad():
+                leaf = made.x.detach().requires_grad_()
+                score = networks.rewards(leaf, batch, grad=True)
+                ascent = torch.autograd.grad(score.value.sum(), leaf)[0]
             squares = torch.stack([grad.square().sum(), ascent.square().sum()]).to(state["reward.squares"])
             state["reward.squares"] += reduce(squares, "sum")
             weight = state["reward.weight"].clone()
@@ -171,7 +167,7 @@ class GNDM(Objective):
         return Loss(total, terms | {"loss": total.detach()})
 
     def score_loss(self, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
-        """One loss for every stochastic step, PPO's, and one for the last step, the path form."""
+        """PPO's loss for every stochastic step, and the path form on the last."""
         used, terms = self.trajectories(networks, batch, state)
         cond = {key.removeprefix("cond."): value for key, value in used.items() if key.startswith("cond.")}
         batch = dataclasses.replace(batch, cond=Conditioning(cond))
@@ -181,14 +177,15 @@ class GNDM(Objective):
             x0 = networks.student(x[k], x[k].new_full((len(x[k]),), level), batch.cond)
             if k == last:
                 break
-            log_ratio = self.transition_log_prob(networks, x0, x, k) - used["log_prob"][:, k]
+            log_prob = step_log_prob(networks.student.schedule, networks.policy, k, x0, x[k], x[k + 1])
+            log_ratio = log_prob - used["log_prob"][:, k]
             total = signals.policy_loss(log_ratio, used["advantage"], self.clip)
             total_ratio = total_ratio + log_ratio.detach()
             yield Loss(total, {"loss": total.detach()})
         grad, more = self.score_gradient(networks, batch, x0, torch.full_like(batch.ids, last))
         importance = total_ratio.exp()
-        grad = expand(importance.clamp(max=1 + self.clip), grad).to(grad) * grad
-        total = self.last_step_weight * signals.surrogate(x0, grad)
+        weight = expand(importance.clamp(max=1 + self.clip), grad).to(grad)
+        total = self.last_step_weight * signals.surrogate(x0, weight * grad)
         yield Loss(total, terms | more | {"loss": total.detach(), "importance": importance.mean()})
 
     @torch.no_grad()
@@ -214,16 +211,10 @@ class GNDM(Objective):
             replay.store(state, new)
         return new, terms
 
-    def transition_log_prob(self, networks: Networks, x0: Tensor, x: Sequence[Tensor], k: int) -> Tensor:
-        """log pi(x[k + 1] | x[k]) [B] of a stochastic step, given its x0, which alone carries gradient."""
-        t, t_next = (x0.new_full((len(x0),), level) for level in networks.policy.timesteps[k : k + 2])
-        mean, std = transition_law(networks.student.schedule, x0, x[k], t, t_next, networks.policy.freshness)
-        return signals.transition_log_prob(x[k + 1], mean, std)
-
     @torch.no_grad()
     def log_ratio(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
-        """R_dm [B], from num_pairs draws a group: of a level t, stratified over renoise_time, and of the integral of
-        `signals.log_ratio_rate` from t up, sampled at one level, log-uniform in (t, 1), with one noise."""
+        """R_dm [B], from num_pairs draws a group of a level t, stratified over renoise_time, and of the integral of
+        `signals.log_ratio_rate` from t up, at one level, log-uniform in (t, 1), with one noise."""
         total = x.new_zeros(len(x))
         for i in range(self.num_pairs):
             t = self.renoise_time((i + batch.uniform(f"ratio_from{i}", by_group=True)) / self.num_pairs)
@@ -253,8 +244,7 @@ class GNDM(Objective):
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """path: a sample at a random stop. score: one of the whole sampler."""
+        stop = draw_stops(batch, networks.policy.num_steps, self.stops == "shared", self.stops == "per_group")
         if self.form == "score":
-            stop = torch.full_like(batch.ids, networks.policy.num_steps - 1)
-        else:
-            stop = draw_stops(batch, networks.policy.num_steps, self.stops == "shared", self.stops == "per_group")
+            stop = torch.full_like(stop, networks.policy.num_steps - 1)
         return backward_simulation(networks.student, networks.policy, batch, stop, grad)
