@@ -387,9 +387,12 @@ def bit_sums(networks: Networks, turn: Turn) -> dict[str, int]:
 
 
 def bit_sum(bits: Tensor, chunk: int = 1 << 20) -> int:
-    """sum_i (2 i + 1) bits_i, i from 0 in every chunk: opposite changes of two elements do not cancel."""
-    weights = torch.arange(1, 2 * min(chunk, len(bits)) + 1, 2, device=bits.device)
-    return sum(int((part.long() * weights[: len(part)]).sum()) for part in bits.split(chunk))
+    """sum_i (2 i + 1) bits_i, so that opposite changes of two elements do not cancel; a chunk at a time."""
+    total = 0
+    for number, part in enumerate(bits.split(chunk)):
+        weights = 2 * (number * chunk + torch.arange(len(part), device=bits.device)) + 1
+        total += int((part.long() * weights).sum())
+    return total
 
 
 def report_moved(parts: Parts, turn: Turn, before: dict[str, int], terms: dict[str, Tensor], console: Console) -> None:

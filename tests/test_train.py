@@ -18,7 +18,7 @@ from fastgen.config import Recipe, RecipeError, load_recipe
 from fastgen.evaluation import evaluate, evaluate_path
 from fastgen.pipelines.export import export_run
 from fastgen.pipelines.sampler import load_sampler, teacher_sampler
-from fastgen.train import TrainingError, main, train
+from fastgen.train import TrainingError, bit_sum, main, train
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -218,6 +218,16 @@ def test_the_digits_in_eighty_updates(tmp_path: Path) -> None:
     print(f"FD of the student {student['fid']:.3f}, of the teacher at four steps {teacher['fid']:.3f}")
     assert student["fid"] <= 0.75 * teacher["fid"]
     assert student["accuracy"] >= 0.97
+
+
+def test_opposite_moves_of_two_elements_are_seen() -> None:
+    """What tells whether a tensor moved: one element a bit up and another a bit down, also in different chunks."""
+    p = torch.ones(5)
+    moved = p.clone()
+    moved[1], moved[3] = torch.nextafter(p[1], p[1] + 1), torch.nextafter(p[3], p[3] - 1)
+    for chunk in (2, 5, 100):
+        assert bit_sum(p.view(torch.int32), chunk) == bit_sum(p.clone().view(torch.int32), chunk)
+        assert bit_sum(p.view(torch.int32), chunk) != bit_sum(moved.view(torch.int32), chunk)
 
 
 def test_bf16_autocast_keeps_float32_weights(tmp_path: Path) -> None:

@@ -64,14 +64,13 @@ def rows() -> list[Row]:
 
 
 def objectives(seed: int) -> list[Row]:
-    """The other objectives, on the ring and, seed 0 alone, on the digits: FD at most 1.5 times DMD2's own, and with the
-    reward digit_stroke one within-class standard deviation more ink than the teacher's, 0.312 + 0.031."""
+    """The other objectives, on the ring and, seed 0 alone, on the digits: FD at most 1.5 times DMD2's own, and with
+    the reward digit_stroke one within-class standard deviation more ink than the teacher's, 0.312 + 0.031."""
     energy = {"phased_dmd": 0.012, "gndm": 0.012, "rtdmd": 0.012, "adm": 0.02}
-    result = [
-        Row(f"mixture_{name}_4step_seed{seed}", f"recipes/mixture_{name}_4step.yaml", {"energy_distance": ("<=", most)},
-            (f"seed={seed}",))
-        for name, most in energy.items()
-    ]  # fmt: skip
+    result = []
+    for name, most in energy.items():
+        recipe, bounds = f"recipes/mixture_{name}_4step.yaml", {"energy_distance": ("<=", most)}
+        result.append(Row(f"mixture_{name}_4step_seed{seed}", recipe, bounds, (f"seed={seed}",)))
     if seed:
         return result
     for name in energy:
