@@ -83,10 +83,10 @@ class GNDM(Objective):
     @model_validator(mode="after")
     def _one_form(self) -> "GNDM":
         other = "score" if self.form == "path" else "path"
-        for field in dataclasses.fields(self):
-            default = getattr(field.default, "default", field.default)
-            if field.name in FIELDS_OF_FORM[other] and getattr(self, field.name) != default:
-                raise ValueError(f"{field.name} belongs to form: {other}; this is form: {self.form}, leave it out")
+        defaults = type(self).__pydantic_fields__  # type: ignore[attr-defined]
+        for name in FIELDS_OF_FORM[other]:
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(f"{name} belongs to form: {other}; this is form: {self.form}, leave it out")
         if self.form == "score" and self.group_size == 1:
             raise ValueError("group_size: form: score compares the samples of a prompt; give at least 2")
         return self
