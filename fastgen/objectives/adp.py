@@ -216,7 +216,7 @@ class VisionNetwork(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         names = ("vision_encoder", "vision_model")  # of models that also read prompts or text
         self.encoder = next((getattr(model, name) for name in names if hasattr(model, name)), model)
         config, settings = self.encoder.config, json.loads((folder / "preprocessor_config.json").read_text())
