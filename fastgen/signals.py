@@ -204,6 +204,17 @@ def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tens
     return (total / count.clamp_min(1))[index]
 
 
+def group_moments(value: Tensor, group: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (dividing by the count) of each sample's own group, over `mask`: [B] float64 each.
+
+    In float64, in which the mean of equal float32 numbers is that number; a spread within their rounding, 1e-6 of
+    their size, is 0."""
+    value = value.double()
+    mean = group_mean(value, group, mask)
+    std, size = (group_mean(v.square(), group, mask).sqrt() for v in (value - mean, value))
+    return mean, torch.where(std > 1e-6 * size, std, 0.0)
+
+
 def advantages(
     reward: Tensor,
     group: Tensor,
@@ -219,14 +230,13 @@ def advantages(
     std: of the group, or of the whole batch after centring (Flow-GRPO's default, RTDMD, DiffusionNFT), or none.
     Invalid samples, and those of a group in which all rewards are equal or fewer than two are valid, get 0."""
     with torch.no_grad():
-        r = reward.float()
-        valid = torch.ones_like(r, dtype=torch.bool) if valid is None else valid
-        centred = torch.where(valid, r - group_mean(r, group, valid), 0.0)
-        scatter = group_mean(centred.square(), group, valid)
+        valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+        mean, group_std = group_moments(reward, group, valid)
+        centred = torch.where(valid & (group_std > 0), reward.double() - mean, 0.0)
         if std != "none":
-            spread = scatter if std == "group" else centred[valid].square().mean()
-            centred = centred / (spread.sqrt() + floor)
-        return torch.where(valid & (scatter > 1e-12), centred, 0.0).clamp(-clip, clip)
+            spread = group_std if std == "group" else centred[valid].square().mean().sqrt()
+            centred = centred / (spread + floor)
+        return centred.clamp(-clip, clip).float()
 
 
 def gdpo_advantages(

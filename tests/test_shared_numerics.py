@@ -206,6 +206,14 @@ def test_advantages_are_centred_scale_free_and_zero_without_a_difference() -> No
     assert signals.advantages(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100).long()).max() == 5.0
 
 
+def test_equal_rewards_have_no_advantage_whatever_their_size() -> None:
+    """The float32 mean of ten equal numbers is not always that number; its rounding is no difference of rewards."""
+    group = torch.zeros(10, dtype=torch.int64)
+    for value in (0.1, 300.1, -7e4 / 3, 1e-9, 0.0):
+        for std in ("group", "batch", "none"):
+            assert torch.equal(signals.advantages(torch.full((10,), value), group, std=std), torch.zeros(10))  # type: ignore[arg-type]
+
+
 def test_an_invalid_reward_is_left_out_and_is_not_a_zero() -> None:
     reward, group = torch.tensor([1.0, 3.0, float("nan"), 5.0, 2.0]), torch.tensor([0, 0, 0, 1, 1])
     valid = torch.tensor([True, True, False, True, False])

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.rewards.base import CONFIG, Reward, Score
+from fastgen.signals import group_moments
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -77,7 +78,7 @@ class Composite:
             return (value - part.mean) / part.std
         if group is None:
             raise ValueError("calibration group needs Batch.group, the prompt group of every sample")
-        mean, std = group_moments(value.detach(), valid, group)
+        mean, std = group_moments(value.detach(), group, valid)
         return torch.where(std > 0, (value - mean) / torch.where(std > 0, std, 1), 0).float()
 
     def aggregated(self, values: Tensor) -> Tensor:
@@ -89,23 +90,6 @@ class Composite:
         variance = values.var(0, correction=0)
         spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)  # the root has no gradient at 0
         return values.mean(0) - spread
-
-
-def group_moments(value: Tensor, valid: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the valid samples of each sample's own group: [B] float64 each.
-
-    In float64, in which the mean of equal float32 numbers is that number; a spread within their rounding is 0."""
-    index = group.unique(return_inverse=True)[1]
-
-    def mean(x: Tensor) -> Tensor:
-        sums = x.new_zeros(len(group)).index_add(0, index, torch.where(valid, x, 0))
-        counts = x.new_zeros(len(group)).index_add(0, index, valid.to(x.dtype))
-        return (sums / counts.clamp_min(1))[index]
-
-    value = value.double()
-    center = mean(value)
-    std, size = mean((value - center).square()).sqrt(), mean(value.square()).sqrt()
-    return center, torch.where(std > 1e-6 * size, std, 0)
 
 
 class StraightThroughClamp(torch.autograd.Function):
