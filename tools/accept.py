@@ -25,6 +25,19 @@ ONE_STEP = (
     "train.ema_decay=0.998",
 )
 GAN = ("objective.gan_weight=0.01", "optimizers.discriminator={lr: 2e-4, betas: [0.0, 0.99], weight_decay: 0.0}")
+LORA = (
+    "lora.student.rank=32",
+    "lora.fake_score.rank=32",
+    "optimizers.student.lr=5e-4",
+    "optimizers.fake_score.lr=2e-3",
+)
+# One step of the objectives that are not DMD2 there: its own length, and their recipe's other values.
+ONE_STEP_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "phased_dmd": ("objective.phases=[{first: 0, last: 1, updates: 2600}]", "train.steps=2600"),
+    "gndm": ("train.steps=2600",),
+    "rtdmd": ("train.steps=2600",),
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 COMPARE = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -38,6 +51,8 @@ class Row:
     overrides: tuple[str, ...] = ()
     cpu_minutes: float = 5.0
     teacher_bounds: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # metric -> (steps, factor)
+    starts_from: str | None = None  # another row, whose run this one continues (init_from)
+    tilt: bool = False  # measured by measure_tilt.py, not by `fastgen eval`
 
 
 def mixture(energy: float) -> dict[str, tuple[str, float]]:
@@ -67,37 +82,79 @@ def objectives(seed: int) -> list[Row]:
     """The other objectives, on the ring and, seed 0 alone, on the digits: FD at most 1.5 times DMD2's own, and with
     the reward digit_stroke one within-class standard deviation more ink than the teacher's, 0.312 + 0.031."""
     energy = {"phased_dmd": 0.012, "gndm": 0.012, "rtdmd": 0.012, "adm": 0.02}
-    result = []
+    chosen, result = (f"seed={seed}",), []
     for name, most in energy.items():
         recipe, bounds = f"recipes/mixture_{name}_4step.yaml", {"energy_distance": ("<=", most)}
-        result.append(Row(f"mixture_{name}_4step_seed{seed}", recipe, bounds, (f"seed={seed}",)))
+        result.append(Row(f"mixture_{name}_4step_seed{seed}", recipe, bounds, chosen))
+    one = ("rollout.timesteps=[1.0]", "objective.condition_on_stop=false", *chosen)
+    for name, more in ONE_STEP_OBJECTIVES.items():
+        recipe, bounds = f"recipes/mixture_{name}_4step.yaml", {"energy_distance": ("<=", 0.006)}
+        result.append(Row(f"mixture_{name}_1step_seed{seed}", recipe, bounds, (*one, *more)))
+    adp, bounds = f"mixture_adp_1step_seed{seed}", {"energy_distance": ("<=", 0.012)}
+    result.append(Row(adp, "recipes/mixture_adp_1step.yaml", {}, chosen))
+    result.append(Row(f"mixture_adm_1step_seed{seed}", "recipes/mixture_adm_4step.yaml", bounds,
+                      (*one, "train.steps=600"), starts_from=adp))  # fmt: skip
     if seed:
         return result
+    near = {"fid": ("<=", 1.5 * 0.946)}  # that of digits_4step_seed0
     for name in energy:
-        bounds = {"accuracy": (">=", 0.97), "fid": ("<=", 1.5 * 0.946)}  # 0.946: digits_4step_seed0
-        result.append(Row(f"digits_{name}_4step", f"recipes/digits_{name}_4step.yaml", bounds, (), 60.0))
-    for name, start in (
-        ("gndm", "digits_4step_seed0"),
-        ("crd", "digits_4step_seed0"),
-        ("rtdmd", "digits_rtdmd_4step"),
-    ):
+        recipe, bounds = f"recipes/digits_{name}_4step.yaml", {"accuracy": (">=", 0.97), **near}
+        result.append(Row(f"digits_{name}_4step", recipe, bounds, (), 60.0))
+    result.append(Row("digits_lora_4step", "recipes/digits_dmd2_4step.yaml", near, LORA, 60.0))
+    starts = {"gndm": "digits_4step_seed0", "crd": "digits_4step_seed0", "rtdmd": "digits_rtdmd_4step"}
+    for name, start in starts.items():
         bounds = {"accuracy": (">=", 0.95), "digit_stroke": (">=", 0.343)}
-        overrides = (f"init_from={RUNS / start}",)
-        result.append(Row(f"digits_{name}_stroke", f"recipes/digits_{name}_stroke.yaml", bounds, overrides, 60.0))
+        result.append(Row(f"digits_{name}_stroke", f"recipes/digits_{name}_stroke.yaml", bounds, (), 60.0,
+                          starts_from=start))  # fmt: skip
+    return result + tilts()
+
+
+def tilts() -> list[Row]:
+    """A reward on one Gaussian and on four modes: rtdmd against the minimiser of its own objective, and with
+    critic_weight: inverse_tilt against p exp(r / beta)."""
+    quadratic = ("rewards.parts=[{name: quadratic, center: [-1.0], curvature: [0.3]}]",)
+    gaussian = ("backbone.means=[[0.7]]", "backbone.stds=[1.3]", "backbone.weights=[1]")
+    result = []
+    for law, forward, inverse in (
+        ("gaussian", "gaussian_rtdmd_tilt", gaussian),
+        ("mixture1d", "mixture1d_rtdmd_tilt", ()),
+    ):
+        for reward, chosen in (("linear", ()), ("quadratic", quadratic)):
+            for kind, recipe, goal, more in (
+                ("tilt", forward, "minimiser", ()),
+                ("inverse_tilt", "mixture1d_rtdmd_inverse_tilt", "tilt", inverse),
+            ):
+                bounds = {f"{goal}_offset": ("<=", 0.05), f"{goal}_energy": ("<=", 0.01)}
+                name = f"{law}_{kind}_{reward}"
+                result.append(Row(name, f"recipes/{recipe}.yaml", bounds, (*more, *chosen), tilt=True))
     return result
+
+
+def train(row: Row) -> None:
+    """Trains a row's run, or continues it; nothing where it is complete."""
+    if (RUNS / row.name / "export").is_dir():
+        return
+    command = [sys.executable, str(ROOT / "fastgen/train.py"), row.recipe, f"output_dir={RUNS / row.name}"]
+    command += row.overrides
+    if row.starts_from:
+        command.append(f"init_from={RUNS / row.starts_from}")
+    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
 
 
 def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
     """Trains (or continues) and evaluates; returns the record that is kept."""
     run, results = RUNS / row.name, RUNS / row.name / "acceptance.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if row.starts_from:  # its numbers may be kept, and its run gone
+        train(next(other for other in rows() if other.name == row.starts_from))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    train = [sys.executable, str(ROOT / "fastgen/train.py"), row.recipe, f"output_dir={run}", *row.overrides]
-    subprocess.run(train, cwd=ROOT, check=True, env=environment)
+    train(row)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    evaluate = [sys.executable, "-m", "fastgen", "eval", str(run), "--output", str(results)]
-    subprocess.run(evaluate, cwd=ROOT, check=True, env=environment)
-    metrics = json.loads(results.read_text())["metrics"]
+    if row.tilt:
+        metrics: dict[str, float] = measure_tilt(run)
+    else:
+        evaluate = [sys.executable, "-m", "fastgen", "eval", str(run), "--output", str(results)]
+        subprocess.run(evaluate, cwd=ROOT, check=True, env=ENVIRONMENT)
+        metrics = json.loads(results.read_text())["metrics"]
     bounds = dict(row.bounds)
     for metric, (steps, factor) in row.teacher_bounds.items():
         bounds[metric] = ("<=", factor * teacher[str(steps)]["metrics"][metric])
@@ -115,6 +172,13 @@ def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def measure_tilt(run: Path) -> dict[str, float]:
+    sys.path.insert(0, str(ROOT))
+    from tools.measure_tilt import measure
+
+    return measure(run)
 
 
 def measure_teacher() -> dict[str, Any]:

@@ -107,7 +107,8 @@ def student_samples(run: Path, recipe: Recipe, backbone: Any) -> Tensor:
     return x[:, 0].double()
 
 
-def report(run: Path) -> str:
+def measure(run: Path) -> dict[str, float]:
+    """The student's mean and std, and, for each law, its own, the offset of the mean in its std, and the energy."""
     recipe = load_recipe(run / "recipe.yaml")
     backbone, objective = recipe.backbone.unloaded().build(torch.device("cpu"), torch.float32, 0), recipe.objective
     x = student_samples(run, recipe, backbone)
@@ -122,11 +123,21 @@ def report(run: Path) -> str:
     laws = {"tilt": tilted(backbone.mixture, reward, strength)}
     if not inverse:
         laws["minimiser"] = minimiser(backbone.mixture, reward, strength)
-    lines = [f"{run}: student {x.mean():.4f} +- {x.std():.4f}"]
+    found = {"mean": x.mean().item(), "std": x.std().item()}
     for name, law in laws.items():
         mean, std = moments(law)
-        off = (x.mean().item() - mean) / std
-        lines.append(f"  {name} {mean:.4f} +- {std:.4f}: mean off {off:+.4f} std, energy {energy(x, law):.4f}")
+        found |= {f"{name}_mean": mean, f"{name}_std": std, f"{name}_offset": abs(found["mean"] - mean) / std,
+                  f"{name}_energy": energy(x, law)}  # fmt: skip
+    return found
+
+
+def report(run: Path) -> str:
+    found = measure(run)
+    lines = [f"{run}: student {found['mean']:.4f} +- {found['std']:.4f}"]
+    for name in ("tilt", "minimiser"):
+        if f"{name}_mean" in found:
+            mean, std, off, far = (found[f"{name}_{key}"] for key in ("mean", "std", "offset", "energy"))
+            lines.append(f"  {name} {mean:.4f} +- {std:.4f}: mean off by {off:.4f} std, energy {far:.4f}")
     return "\n".join(lines)
 
 
