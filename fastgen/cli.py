@@ -51,7 +51,7 @@ def plan(
 
     from fastgen.config import RecipeError, load_recipe
     from fastgen.plan import plan as plan_recipe
-    from fastgen.plan import report
+    from fastgen.plan_report import report
 
     try:
         report(plan_recipe(load_recipe(recipe, overrides or []), gpus), memory and memory * 1e9, Console())

@@ -22,7 +22,8 @@ from tiny_wan import tiny_wan
 
 from fastgen.backbones.pipeline import CONFIGS, read_index
 from fastgen.config import Recipe, RecipeError, build_recipe, load_recipe
-from fastgen.plan import advise, plan, report
+from fastgen.plan import plan
+from fastgen.plan_report import advise, report
 from fastgen.weightless import LiveBytes, Weightless, empty, weightless
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -206,7 +207,7 @@ def test_the_largest_recipes_are_planned_in_20_seconds_and_4_gigabytes(project: 
     """CPU seconds of a fresh process, as the machine may be busy with others; where importing alone takes longer than
     the 8.5 seconds it took when this was written, as many more."""
     gc.collect()
-    imports, _ = cpu_seconds(project, "-c", "import fastgen.plan")
+    imports, _ = cpu_seconds(project, "-c", "import fastgen.plan_report")
     seconds, output = cpu_seconds(project, "-m", "fastgen", "plan", f"recipes/{name}_dmd2_4step.yaml", "--gpus", "8")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(output[-1500:], f"{seconds:.1f} CPU seconds, of them {imports:.1f} for imports, {memory / 1e6:.2f} GB")

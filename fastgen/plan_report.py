@@ -1,0 +1,172 @@
+"""What `fastgen plan` prints: what a recipe needs, and which of its lines would make it fit."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgen.config import Recipe, apply_override, build_recipe, to_dict
+from fastgen.plan import Plan, plan
+
+LORA = "{rank: 64}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Overrides of a recipe that take less memory. prepared: prompts are encoded once, by fastgen prepare. divided:
+    networks are divided over the GPUs. Both leave the turns as they are."""
+
+    lines: tuple[str, ...]
+    prepared: bool = False
+    divided: bool = False
+
+
+def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
+    """What may still be changed, cheapest first."""
+    train, found = recipe.train, list[Change]()
+    if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
+        found.append(Change(("train.gradient_checkpointing=true",)))
+    half = [f"train.{key}={value}" for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
+            if getattr(train, key) != value]  # fmt: skip
+    if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
+        found.append(Change(tuple(half)))
+    if encoders:
+        found.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
+    if train.batch_size > 1:
+        product = train.batch_size * train.accumulate
+        found.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
+    roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.own_networks)]
+    if roles:
+        found.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
+    if gpus > 1 and train.strategy != "fsdp":
+        found.append(Change(("train.strategy=fsdp",), divided=True))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """tried: what each change alone would leave on a GPU; a lower bound where that is already too much. lines: the
+    fewest that fit together, None if none do; peak: theirs, or with all changes; gpus: how many would hold it all
+    divided, None if no number does."""
+
+    tried: tuple[tuple[tuple[str, ...], int, bool], ...]
+    lines: tuple[str, ...] | None
+    peak: int
+    gpus: int | None = None
+
+
+class Variants:
+    """Plans of a recipe under combinations of changes; networks are run once for each that changes the turns."""
+
+    def __init__(self, base: Plan):
+        self.base = base
+        self._known: dict[tuple[tuple[str, ...], bool], Plan] = {((), True): base}
+
+    def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
+        """whole: False leaves out activations."""
+        lines = tuple(line for c in chosen if not (c.prepared or c.divided) for line in c.lines)
+        key = (lines, whole or (lines, True) in self._known)
+        if key not in self._known:
+            self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
+        found = self._known[key]
+        if any(c.prepared for c in chosen):
+            left = tuple(dataclasses.replace(c, held=0) if c.name != "vae" else c for c in found.components)
+            found = dataclasses.replace(found, components=left)
+        if any(c.divided for c in chosen):
+            train = dataclasses.replace(found.recipe.train, strategy="fsdp")
+            found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
+        return found
+
+    def changed(self, lines: Sequence[str]) -> Recipe:
+        raw = to_dict(self.base.recipe)
+        for line in lines:
+            apply_override(raw, line)
+        return build_recipe(raw)
+
+
+def advise(base: Plan, memory: float) -> Advice:
+    """The fewest recipe lines with which the peak is at most `memory` bytes a GPU."""
+    variants = Variants(base)
+    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.name != "vae"))
+    tried = []
+    for option in options:
+        bound = variants.plan([option], whole=False).peak
+        exact = bound <= memory
+        tried.append((option.lines, variants.plan([option]).peak if exact else bound, exact))
+    sets = [c for n in range(len(options) + 1) for c in itertools.combinations(options, n)]
+    for chosen in sorted(sets, key=lambda c: sum(len(option.lines) for option in c)):
+        if variants.plan(chosen, whole=False).peak <= memory:
+            found = variants.plan(chosen)
+            if found.peak <= memory:
+                return Advice(tuple(tried), tuple(line for c in chosen for line in c.lines), found.peak)
+    whole = variants.plan([*(o for o in options if not o.divided), Change((), divided=True)])
+    counts = (2**i for i in range(1, 13))
+    enough = next((n for n in counts if dataclasses.replace(whole, gpus=n).peak <= memory), None)
+    return Advice(tuple(tried), None, variants.plan(options).peak, enough)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3g}" if count < 1e9 else f"{count / 1e9:.1f}"
+
+
+def report(found: Plan, memory: float | None, console: Console) -> None:
+    """Prints the plan and, for `memory` bytes a GPU, what would make it fit."""
+    table = Table("role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, GB, undivided")
+    for r in found.roles:
+        sizes = (gigabytes(n) if n else "" for n in (r.held, r.gradients, r.moments))
+        table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
+    for c in found.components:
+        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held) if c.held else "")
+    console.print(table)
+
+    per_update: dict[str, float] = {}
+    table = Table("turn", "inner updates", "activations, GB", "network evaluations a sample", title="Turns")
+    for part in found.turns:
+        for role, n in part.evaluations.items():
+            per_update[role] = per_update.get(role, 0) + n * part.turn.updates
+        calls = ", ".join(f"{role} {n:.3g}" for role, n in part.evaluations.items())
+        activations = max(live for live, _ in part.live.history)
+        table.add_row(part.turn.name, str(part.turn.updates), gigabytes(activations), calls)
+    console.print(table)
+    train = found.recipe.train
+    samples = train.batch_size * train.accumulate
+    calls = ", ".join(f"{role} {n:.3g}" for role, n in per_update.items())
+    console.print(f"Network evaluations per student update: {sum(per_update.values()):.3g} a sample ({calls}), for "
+                  f"{samples} samples on each GPU.", highlight=False)  # fmt: skip
+
+    table = Table("moment", "GB a GPU", title=f"{found.gpus} GPU{'s' * (found.gpus > 1)}, {strategy(found)}")
+    table.add_row("held all the time", gigabytes(found.held))
+    for name, n in found.moments.items():
+        table.add_row(name, gigabytes(n))
+    table.add_row("[bold]peak[/bold]", f"[bold]{gigabytes(found.peak)}[/bold]")
+    console.print(table)
+    if memory is not None:
+        report_advice(found, memory, console)
+
+
+def strategy(found: Plan) -> str:
+    return "networks divided (fsdp)" if found.divided else "every network on each"
+
+
+def report_advice(found: Plan, memory: float, console: Console) -> None:
+    if found.peak <= memory:
+        console.print(f"It fits: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+        return
+    advice = advise(found, memory)
+    console.print(f"It does not fit: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+    table = Table("change", "GB a GPU", title="One change at a time")
+    for lines, peak, exact in advice.tried:
+        table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")
+    console.print(table)
+    if advice.lines is not None:
+        console.print(f"Fits with these, at {gigabytes(advice.peak)} GB:", highlight=False)
+        for line in advice.lines:
+            console.print(f"  {line}", markup=False, highlight=False)
+    elif advice.gpus is not None:
+        console.print(f"All of them together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
+                      f"{advice.gpus} GPUs would hold it.", highlight=False)  # fmt: skip
+    else:
+        console.print(f"All of them together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
+                      "what is not divided is too large. Make samples smaller.", highlight=False)  # fmt: skip
