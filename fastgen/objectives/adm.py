@@ -29,11 +29,20 @@ linear, to first order in dt it is 2 - dt E[grad D . (v_fake - v_real)], and D g
 step function of it. `r1_weight` (ours; FastGen's approximate R1) bounds D before that: the optimum then has grad D
 proportional to the part of v_fake - v_real that is a gradient field, which is DMD2's direction (derived).
 
+The student's gradient is then (1 - t) (v_fake - v_real), that of DMD2 times about 1 - t (derived): low noise, where
+each sample looks after its own mode, outweighs high noise, which spreads samples over all of them. A `renoise_time`
+with a shift above 1 puts it right: on the digits at four steps FD fell to 2.9, where it had risen to 5.5.
+
+D's heads multiply two linear maps of a feature (ours): what D has to learn, a difference of log-densities, is
+quadratic for Gaussians, and that part alone says how wide the student's modes are. With a SiLU between two layers, as
+in DMD2's heads, D's gradient on digits agreed less with DMD2's direction after equal updates (cosine 0.43, not 0.55).
+
 In bfloat16 its noise does not shrink: rounding, 2^-8 of a value, is of the size of the difference; raise ode_step.
 
 The mixture teacher is a formula without features; D then reads those of the network fitted to it (role `features`).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -44,7 +53,7 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-from fastgen.denoiser import Denoiser, TokenHeads, add_stop_input
+from fastgen.denoiser import Denoiser, add_stop_input
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
@@ -182,12 +191,30 @@ def critic(networks: Networks) -> Denoiser:
     return networks.get("features", networks.teacher)  # type: ignore[return-value]
 
 
+class ProductHeads(nn.Module):
+    """Heads on features of several depths: LayerNorm, the product of two Linear maps, mean over tokens, Linear."""
+
+    def __init__(self, feature_dim: int, depths: int, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(feature_dim) for _ in range(depths))
+        self.inner = nn.ModuleList(nn.Linear(feature_dim, 2 * width) for _ in range(depths))
+        self.outer = nn.ModuleList(nn.Linear(width, 1) for _ in range(depths))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """features: [B, N, feature_dim] a depth. Returns logits [B, depths]."""
+        logits = []
+        for feature, norm, inner, outer in zip(features, self.norms, self.inner, self.outer, strict=True):
+            one, other = inner(norm(feature)).chunk(2, dim=-1)
+            logits.append(outer((one * other).mean(1)))
+        return torch.cat(logits, dim=1)
+
+
 class StopHeads(nn.Module):
-    """Token heads on several depths, one set of them for each stop of the rollout, or one for all."""
+    """Heads on several depths, one set of them for each stop of the rollout, or one for all."""
 
     def __init__(self, feature_dim: int, depths: int, width: int, stops: int):
         super().__init__()
-        self.heads = nn.ModuleList(TokenHeads(feature_dim, depths, width) for _ in range(stops))
+        self.heads = nn.ModuleList(ProductHeads(feature_dim, depths, width) for _ in range(stops))
 
     def forward(self, features: list[Tensor], stop: Tensor) -> Tensor:
         """features: [B, N, feature_dim] a depth; stop: [B]. Returns logits [B, depths]."""
