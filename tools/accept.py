@@ -65,7 +65,9 @@ def rows() -> list[Row]:
         for name in ("mixture", "mixture_corners", "mixture8d"):
             four = f"recipes/{name}_dmd2_4step.yaml"
             one = "recipes/mixture_dmd2_1step.yaml" if name == "mixture" else four
-            more = {"mixture": (), "mixture_corners": (*ONE_STEP, "train.ema_decay=0.999"), "mixture8d": ONE_STEP}[name]
+            more = () if name == "mixture" else ONE_STEP
+            if name == "mixture_corners":
+                more = (*more, "train.ema_decay=0.999")
             result.append(Row(f"{name}_4step_seed{seed}", four, mixture(0.010), (f"seed={seed}",)))
             result.append(Row(f"{name}_1step_seed{seed}", one, mixture(0.005), (f"seed={seed}", *more)))
         for steps, factor in ((4, 1.2), (1, 2.0)):
