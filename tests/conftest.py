@@ -2,14 +2,17 @@
 
 import os
 
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before diffusers imports triton: its kernels then run on the CPU
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import Tensor
 

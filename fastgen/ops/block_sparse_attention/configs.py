@@ -1,0 +1,67 @@
+"""Which hardware tile each kernel uses, by architecture, head dimension and capacity of the layout's tiles.
+
+configs.json holds them, so that tools/tune_block_sparse_attention.py can write it and the compile tests can read it.
+A layout's tile is processed in parts of block_m x block_n, both at most its capacity.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = Path(__file__).with_name("configs.json")
+KERNELS = ("forward", "dq", "dkv")
+HEAD_DIMS = (64, 128)
+CAPACITIES = (64, 128)
+
+# bytes of shared memory that one program may have (CUDA programming guide, compute capabilities)
+SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """block_m: query rows, block_n: key rows of one step.  num_warps, num_stages: as Triton's."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The configuration's architecture for a CUDA compute capability; sm_86 stands for every GPU with 99 KB.
+
+    Raises ValueError for a device that nothing here was compiled for."""
+    major, minor = capability
+    known = {8: "sm_80" if minor == 0 else "sm_86", 9: "sm_90", 10: "sm_100", 12: "sm_86"}
+    if major not in known:
+        raise ValueError(
+            f"no tile configurations for compute capability {major}.{minor}; there are {', '.join(SHARED_MEMORY)}"
+        )
+    return known[major]
+
+
+@functools.cache
+def shipped_configs() -> dict[str, Any]:
+    """architecture -> head dimension -> capacity -> kernel -> KernelConfig's fields."""
+    return json.loads(CONFIG_FILE.read_text())
+
+
+def kernel_config(arch: str, head_dim: int, capacity: int, kernel: str) -> KernelConfig:
+    """The configuration for layouts of tiles of `capacity`: of 128 and more, of 64, or that of 64 cut down."""
+    table = shipped_configs()[arch][str(head_dim)]["128" if capacity >= 128 else "64"]
+    config = KernelConfig(**table[kernel])
+    return KernelConfig(
+        min(config.block_m, capacity), min(config.block_n, capacity), config.num_warps, config.num_stages
+    )
+
+
+def write_config(arch: str, head_dim: int, capacity: int, kernel: str, config: KernelConfig) -> None:
+    """Records one configuration in configs.json."""
+    table = json.loads(CONFIG_FILE.read_text()) if CONFIG_FILE.exists() else {}
+    entry = table.setdefault(arch, {}).setdefault(str(head_dim), {}).setdefault(str(capacity), {})
+    entry[kernel] = asdict(config)
+    lines = json.dumps(table, indent=2)
+    CONFIG_FILE.write_text(lines + "\n")
+    shipped_configs.cache_clear()
