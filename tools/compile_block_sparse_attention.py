@@ -9,6 +9,7 @@ architecture's limit, and whether the matrix products are WGMMA instructions. Ne
 
 import argparse
 import inspect
+import itertools
 import json
 import os
 import re
@@ -52,9 +53,9 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: str, arch: str, head_dim: int, capacity: int, config: KernelConfig, two_sources: bool = False
+    kernel: str, arch: str, head_dim: int, capacity: int, config: KernelConfig, two_sources: bool, float32: bool
 ) -> Compiled:
-    """One kernel in bfloat16, specialised as by a launch on contiguous tensors. Raises what the compiler raises."""
+    """One kernel in bfloat16 or float32, specialised as by a launch on contiguous tensors. Raises what Triton raises."""
     function = FUNCTIONS[kernel]
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "QUERY_TILE": capacity,
@@ -63,7 +64,7 @@ def compile_kernel(
     if kernel != "dkv":
         constants["TWO_SOURCES"] = two_sources
     names = list(inspect.signature(function.fn).parameters)
-    signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
+    signature = {name: "constexpr" if name in constants else argument_type(name, float32) for name in names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -81,10 +82,10 @@ def compile_kernel(
     return Compiled(registers, spills, compiled.metadata.shared, products)
 
 
-def argument_type(name: str) -> str:
+def argument_type(name: str, float32: bool) -> str:
     """Triton's type of an argument, from its name."""
     if name.startswith("p_"):
-        return "*fp32" if name in FLOATS else "*i32" if name in INTEGERS else "*bf16"
+        return "*i32" if name in INTEGERS else "*fp32" if name in FLOATS or float32 else "*bf16"
     return "fp32" if name.startswith("scale") else "i32"
 
 
@@ -121,22 +122,19 @@ def main() -> None:
     parser.add_argument("--capacity", nargs="+", type=int, choices=CAPACITIES, default=CAPACITIES)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--two-sources", action="store_true", help="as with a cache, instead of without")
+    parser.add_argument("--float32", action="store_true", help="instead of bfloat16")
     parser.add_argument(
         "--config", type=int, nargs=4, help="block_m block_n num_warps num_stages, not the shipped one"
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    for arch in args.arch:
-        for head_dim in args.head_dim:
-            for capacity in args.capacity:
-                for kernel in args.kernel:
-                    config = (
-                        KernelConfig(*args.config) if args.config else kernel_config(arch, head_dim, capacity, kernel)
-                    )
-                    result = compile_kernel(kernel, arch, head_dim, capacity, config, args.two_sources)
-                    names = {"arch": arch, "head_dim": head_dim, "capacity": capacity, "kernel": kernel}
-                    row = {**names, **asdict(config), **asdict(result), "limit": SHARED_MEMORY[arch]}
-                    print(json.dumps(row) if args.json else " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    for arch, head_dim, capacity, kernel in itertools.product(args.arch, args.head_dim, args.capacity, args.kernel):
+        shipped = kernel_config(arch, head_dim, capacity, kernel, args.float32)
+        config = KernelConfig(*args.config) if args.config else shipped
+        result = compile_kernel(kernel, arch, head_dim, capacity, config, args.two_sources, args.float32)
+        names = {"arch": arch, "head_dim": head_dim, "capacity": capacity, "kernel": kernel}
+        row = {**names, **asdict(config), **asdict(result), "limit": SHARED_MEMORY[arch]}
+        print(json.dumps(row) if args.json else " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,13 +101,13 @@ class FlexAttention(Backend):
         return None
 
     def run(self, call: Call) -> Result:
+        from torch.nn.attention.flex_attention import AuxRequest
+
         query, key, value = (tensor.transpose(1, 2) for tensor in call.rows())
         attend = _compiled_flex() if call.query.is_cuda else _flex()
-        mask = flex_block_mask(call.layout)
-        out, lse = attend(
-            query, key, value, block_mask=mask, scale=softmax_scale(call.query, call.scale), return_lse=True
-        )
-        return Result(out.transpose(1, 2), lse)
+        named = {"block_mask": flex_block_mask(call.layout), "scale": softmax_scale(call.query, call.scale)}
+        out, aux = attend(query, key, value, **named, return_aux=AuxRequest(lse=True))
+        return Result(out.transpose(1, 2), aux.lse)
 
 
 def _flex() -> Callable[..., Any]:

@@ -48,13 +48,14 @@ def shipped_configs() -> dict[str, Any]:
     return json.loads(CONFIG_FILE.read_text())
 
 
-def kernel_config(arch: str, head_dim: int, capacity: int, kernel: str) -> KernelConfig:
-    """The configuration for layouts of tiles of `capacity`: of 128 and more, of 64, or that of 64 cut down."""
+def kernel_config(arch: str, head_dim: int, capacity: int, kernel: str, float32: bool = False) -> KernelConfig:
+    """The configuration for layouts of tiles of `capacity`: of 128 and more, of 64, or that of 64 cut down.
+
+    float32 has no tensor cores and twice the bytes: small tiles, the same everywhere (ours, not tuned)."""
     table = shipped_configs()[arch][str(head_dim)]["128" if capacity >= 128 else "64"]
-    config = KernelConfig(**table[kernel])
-    return KernelConfig(
-        min(config.block_m, capacity), min(config.block_n, capacity), config.num_warps, config.num_stages
-    )
+    config = KernelConfig(32, 32, 4, 2) if float32 else KernelConfig(**table[kernel])
+    parts = min(config.block_m, capacity), min(config.block_n, capacity)
+    return KernelConfig(*parts, config.num_warps, config.num_stages)
 
 
 def write_config(arch: str, head_dim: int, capacity: int, kernel: str, config: KernelConfig) -> None:

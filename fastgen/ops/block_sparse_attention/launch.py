@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgen.ops.block_sparse_attention.configs import KernelConfig, arch_of, kernel_config
+from fastgen.ops.block_sparse_attention.configs import KERNELS, KernelConfig, arch_of, kernel_config
 from fastgen.ops.block_sparse_attention.kernel import forward_kernel
 from fastgen.ops.block_sparse_attention.kernel_backward import delta_kernel, dkv_kernel, dq_kernel
 from fastgen.ops.block_sparse_attention.layout import BlockLayout, BlockLists
@@ -19,16 +19,11 @@ Configs = dict[str, KernelConfig]  # by kernel: forward, dq, dkv
 
 
 def configs_for(query: Tensor, layout: BlockLayout) -> Configs:
-    """The shipped configuration of each kernel, cut down to the layout's tiles; float32 takes half of everything."""
+    """The shipped configuration of each kernel for this device, cut down to the layout's tiles."""
     arch = "sm_90" if INTERPRETED else arch_of(torch.cuda.get_device_capability(query.device))
     capacity = min(layout.q_tiles.capacity, layout.k_tiles.capacity)
-    result = {}
-    for kernel in ("forward", "dq", "dkv"):
-        config = kernel_config(arch, query.shape[-1], capacity, kernel)
-        if query.dtype == torch.float32:
-            config = KernelConfig(min(32, config.block_m), min(32, config.block_n), 4, 2)
-        result[kernel] = config
-    return result
+    float32 = query.dtype == torch.float32
+    return {kernel: kernel_config(arch, query.shape[-1], capacity, kernel, float32) for kernel in KERNELS}
 
 
 def launch_forward(
