@@ -73,7 +73,7 @@ def test_every_device_has_configurations() -> None:
                     config = kernel_config(arch, head_dim, capacity, kernel)
                     assert capacity % config.block_m == capacity % config.block_n == 0
     assert kernel_config("sm_90", 128, 32, "forward").block_m == 32
-    assert kernel_config("sm_90", 128, 128, "forward", float32=True) == KernelConfig(32, 32, 4, 2)
+    assert kernel_config("sm_90", 128, 128, "forward", float32=True) == KernelConfig(16, 16, 4, 1)
 
 
 def test_devices_are_known_by_their_capability() -> None:

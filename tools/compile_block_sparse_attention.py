@@ -55,7 +55,7 @@ class Compiled:
 def compile_kernel(
     kernel: str, arch: str, head_dim: int, capacity: int, config: KernelConfig, two_sources: bool, float32: bool
 ) -> Compiled:
-    """One kernel in bfloat16 or float32, specialised as by a launch on contiguous tensors. Raises what Triton raises."""
+    """One kernel in bfloat16 or float32, as by a launch on contiguous tensors. Raises what Triton does."""
     function = FUNCTIONS[kernel]
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "QUERY_TILE": capacity,

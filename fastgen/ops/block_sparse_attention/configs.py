@@ -44,25 +44,24 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def shipped_configs() -> dict[str, Any]:
-    """architecture -> head dimension -> capacity -> kernel -> KernelConfig's fields."""
+    """architecture -> head dimension -> capacity -> kernel -> KernelConfig's fields; and "source", how they were found."""
     return json.loads(CONFIG_FILE.read_text())
 
 
 def kernel_config(arch: str, head_dim: int, capacity: int, kernel: str, float32: bool = False) -> KernelConfig:
     """The configuration for layouts of tiles of `capacity`: of 128 and more, of 64, or that of 64 cut down.
 
-    float32 has no tensor cores and twice the bytes: small tiles, the same everywhere (ours, not tuned)."""
+    float32 runs without tensor cores: the largest tile that spills nothing, the same everywhere (ours, not tuned)."""
     table = shipped_configs()[arch][str(head_dim)]["128" if capacity >= 128 else "64"]
-    config = KernelConfig(32, 32, 4, 2) if float32 else KernelConfig(**table[kernel])
+    config = KernelConfig(16, 16, 4, 1) if float32 else KernelConfig(**table[kernel])
     parts = min(config.block_m, capacity), min(config.block_n, capacity)
     return KernelConfig(*parts, config.num_warps, config.num_stages)
 
 
-def write_config(arch: str, head_dim: int, capacity: int, kernel: str, config: KernelConfig) -> None:
-    """Records one configuration in configs.json."""
-    table = json.loads(CONFIG_FILE.read_text()) if CONFIG_FILE.exists() else {}
-    entry = table.setdefault(arch, {}).setdefault(str(head_dim), {}).setdefault(str(capacity), {})
-    entry[kernel] = asdict(config)
-    lines = json.dumps(table, indent=2)
-    CONFIG_FILE.write_text(lines + "\n")
+def write_configs(arch: str, head_dim: int, capacity: int, configs: dict[str, KernelConfig], source: str) -> None:
+    """Records the configuration of each kernel in configs.json, and in words how the architecture's were found."""
+    table = json.loads(CONFIG_FILE.read_text())
+    table[arch]["source"] = source
+    table[arch][str(head_dim)][str(capacity)] = {kernel: asdict(config) for kernel, config in configs.items()}
+    CONFIG_FILE.write_text(json.dumps(table, indent=2) + "\n")
     shipped_configs.cache_clear()
