@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.ops.block_sparse_attention import layout as layout_module
+from fastgen.ops.block_sparse_attention import selection as selection_module
 from fastgen.ops.block_sparse_attention.layout import (
     BlockLayout,
     dense_layout,
@@ -22,6 +24,7 @@ from fastgen.ops.block_sparse_attention.selection import (
     mass_map,
     pool,
     pooled_scores,
+    scores_without_gradient,
     tiles_touched,
     top_k_map,
 )
@@ -309,3 +312,40 @@ def test_the_density_of_a_layout_is_known_where_it_can_be() -> None:
     assert dense_layout(tiles, tiles).sees_all
     assert static_layout(torch.eye(10, dtype=torch.bool), tiles, tiles).density == pytest.approx(0.1)
     assert kept_tiles(0.8, tiles) == 2 and kept_tiles(0.81, tiles) == 2 and kept_tiles(1.0, tiles) == 1
+
+
+@pytest.fixture
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selection kernels where a GPU would run them, interpreted."""
+    for module in (layout_module, selection_module):
+        monkeypatch.setattr(module, "kernels_run_on", lambda device: True)
+
+
+PAIR = tile_tokens(20, 16), tile_tokens(111, 16, (20, 50))
+RULES = [
+    TopK(*PAIR, 3),
+    TopK(*PAIR, 0, forced=((0, 21),)),
+    TopK(*PAIR, 99),
+    Mass(*PAIR, 0.6),
+    Mass(*PAIR, 1e-9),
+    Mass(*PAIR, 0.9, forced=((0, 21), (100, 101))),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__} {rule.density}")
+def test_selection_kernels_equal_torch(rule: TopK | Mass, request: pytest.FixtureRequest) -> None:
+    """Scores to rounding; maps and lists exactly, also where scores are tied, or -0 and 0."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 20, 1, 64, generator=generator), torch.randn(1, 111, 1, 64, generator=generator)
+    scores = scores_without_gradient(query, key, rule.q_tiles, rule.k_tiles)
+    tied = [scores, (8 * scores).round()]
+    expected = [rule.from_scores(each) for each in tied]
+    expected_lists = [[*layout.key_lists, *layout.query_lists] for layout in expected]
+    request.getfixturevalue("by_kernel")
+    again = scores_without_gradient(query, key, rule.q_tiles, rule.k_tiles)
+    assert not torch.equal(again, torch.zeros_like(again)) and torch.allclose(again, scores, atol=1e-6)
+    for layout, lists, each in zip(expected, expected_lists, tied, strict=True):
+        ours = rule.from_scores(each)
+        assert torch.equal(ours.block_map, layout.block_map)
+        pairs = zip([*ours.key_lists, *ours.query_lists], lists, strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)

@@ -35,11 +35,24 @@ from fastgen.ops.block_sparse_attention.configs import (
     kernel_config,
 )
 from fastgen.ops.block_sparse_attention.kernel import forward_kernel
-from fastgen.ops.block_sparse_attention.kernel_backward import dkv_kernel, dq_kernel
+from fastgen.ops.block_sparse_attention.kernel_backward import delta_kernel, dkv_kernel, dq_kernel
+from fastgen.ops.block_sparse_attention.kernel_selection import lists_kernel, pool_kernel, select_kernel
 
-FUNCTIONS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-FLOATS = {"p_lse", "p_delta"}
-INTEGERS = {"p_tiles", "p_lists", "p_count", "p_full"}
+FUNCTIONS = {
+    "forward": forward_kernel,
+    "dq": dq_kernel,
+    "dkv": dkv_kernel,
+    "delta": delta_kernel,
+    "pool": pool_kernel,
+    "select": select_kernel,
+    "lists": lists_kernel,
+}
+TYPES = {
+    "*fp32": ("p_lse", "p_dlse", "p_delta", "p_means", "p_scores"),
+    "*i32": ("p_tiles", "p_lists", "p_counts", "p_count", "p_full"),
+    "*u8": ("p_map", "p_forced"),
+    "fp32": ("scale", "scale_log2", "amount"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,12 @@ def compile_kernel(
 ) -> Compiled:
     """One kernel in bfloat16 or float32, as by a launch on contiguous tensors. Raises what Triton does."""
     function = FUNCTIONS[kernel]
-    constants = {
+    every = {
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "QUERY_TILE": capacity,
-        "KEY_TILE": capacity, "UPCAST": False,
+        "KEY_TILE": capacity, "CAPACITY": capacity, "COLUMNS": 512, "UPCAST": False, "TWO_SOURCES": two_sources,
+        "BY_MASS": True, "HAS_DLSE": True,
     }  # fmt: skip
-    if kernel != "dkv":
-        constants["TWO_SOURCES"] = two_sources
+    constants = {name: every[name] for name in inspect.signature(function.fn).parameters if name.isupper()}
     names = list(inspect.signature(function.fn).parameters)
     signature = {name: "constexpr" if name in constants else argument_type(name, float32) for name in names}
     aligned = {
@@ -84,9 +97,8 @@ def compile_kernel(
 
 def argument_type(name: str, float32: bool) -> str:
     """Triton's type of an argument, from its name."""
-    if name.startswith("p_"):
-        return "*i32" if name in INTEGERS else "*fp32" if name in FLOATS or float32 else "*bf16"
-    return "fp32" if name.startswith("scale") else "i32"
+    known = next((kind for kind, names in TYPES.items() if name in names), None)
+    return known or (("*fp32" if float32 else "*bf16") if name.startswith("p_") else "i32")
 
 
 def assemble(ptx: str) -> tuple[int, int]:
@@ -120,7 +132,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--capacity", nargs="+", type=int, choices=CAPACITIES, default=CAPACITIES)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=FUNCTIONS, default=KERNELS)
     parser.add_argument("--two-sources", action="store_true", help="as with a cache, instead of without")
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16")
     parser.add_argument(
@@ -129,8 +141,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     for arch, head_dim, capacity, kernel in itertools.product(args.arch, args.head_dim, args.capacity, args.kernel):
-        shipped = kernel_config(arch, head_dim, capacity, kernel, args.float32)
-        config = KernelConfig(*args.config) if args.config else shipped
+        if args.config:
+            config = KernelConfig(*args.config)
+        elif kernel in KERNELS:
+            config = kernel_config(arch, head_dim, capacity, kernel, args.float32)
+        else:
+            config = KernelConfig(64, 64, 4, 3)  # Triton's default; the small kernels have no configurations
         result = compile_kernel(kernel, arch, head_dim, capacity, config, args.two_sources, args.float32)
         names = {"arch": arch, "head_dim": head_dim, "capacity": capacity, "kernel": kernel}
         row = {**names, **asdict(config), **asdict(result), "limit": SHARED_MEMORY[arch]}

@@ -5,15 +5,19 @@ A layout's tile is processed in parts of block_m x block_n, both at most its cap
 """
 
 import functools
+import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CONFIG_FILE = Path(__file__).with_name("configs.json")
 KERNELS = ("forward", "dq", "dkv")
 HEAD_DIMS = (64, 128)
 CAPACITIES = (64, 128)
+MAX_COLUMNS = 4096  # tiles that a program of the selection kernels holds: 524,288 tokens in tiles of 128
 
 # bytes of shared memory that one program may have (CUDA programming guide, compute capabilities)
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -27,6 +31,11 @@ class KernelConfig:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton and an NVIDIA GPU are there; without them, torch does what the small kernels do."""
+    return device.type == "cuda" and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -44,7 +53,7 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def shipped_configs() -> dict[str, Any]:
-    """architecture -> head dimension -> capacity -> kernel -> KernelConfig's fields; and "source", how they were found."""
+    """architecture -> head dimension -> capacity -> kernel -> KernelConfig's fields; and "source", how found."""
     return json.loads(CONFIG_FILE.read_text())
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen.ops.block_sparse_attention.configs import MAX_COLUMNS, kernels_run_on
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, Tiles, entries, full_first, tile_of_token
 
 
@@ -91,7 +92,11 @@ def block_lists(block_map: Tensor, columns: Tiles) -> BlockLists:
     """The lists of a map [b, h, rows, len(columns)].
 
     Position of a tile = number of kept tiles before it, in the order full, then ragged: a cumulative sum and a scatter
-    of distinct positions, so equal maps give equal lists on every device."""
+    of distinct positions, so equal maps give equal lists on every device. On a GPU one kernel does it."""
+    if kernels_run_on(block_map.device) and len(columns) <= MAX_COLUMNS:
+        from fastgen.ops.block_sparse_attention.launch_selection import lists_by_kernel
+
+        return lists_by_kernel(block_map, columns)
     order, num_full = full_first(columns, block_map.device)
     ordered = block_map[..., order]
     packed = entries(columns, block_map.device)[order].expand(ordered.shape)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastgen.ops.block_sparse_attention.configs import MAX_COLUMNS, kernels_run_on
 from fastgen.ops.block_sparse_attention.layout import BlockLayout
 from fastgen.ops.block_sparse_attention.naive import softmax_scale
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, Tiles, entries, tile_of_token
@@ -49,6 +50,25 @@ def pooled_scores(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles, sc
     query, key: [B, L, H, D]; key holds the rows of all sources."""
     product = pool(query, q_tiles) @ pool(key, k_tiles).transpose(-1, -2)
     return product * softmax_scale(query, scale)
+
+
+def scores_without_gradient(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
+    """`pooled_scores`, in three launches on a GPU."""
+    dim = query.shape[-1]
+    if not kernels_run_on(query.device) or dim & (dim - 1):
+        with torch.no_grad():
+            return pooled_scores(query, key, q_tiles, k_tiles)
+    from fastgen.ops.block_sparse_attention.launch_selection import pool_by_kernel
+
+    means = [pool_by_kernel(tokens.detach(), tiles) for tokens, tiles in ((query, q_tiles), (key, k_tiles))]
+    flat_query, flat_key = (mean.flatten(0, 1) for mean in means)
+    nothing = flat_query.new_empty(())
+    scores = torch.baddbmm(nothing, flat_query, flat_key.transpose(1, 2), beta=0, alpha=softmax_scale(query, None))
+    return scores.unflatten(0, means[0].shape[:2])
+
+
+def _by_kernel(scores: Tensor) -> bool:
+    return kernels_run_on(scores.device) and scores.dtype == torch.float32 and scores.shape[-1] <= MAX_COLUMNS
 
 
 def top_k_map(scores: Tensor, k: int, forced: Tensor | None = None, allowed: Tensor | None = None) -> Tensor:
@@ -103,7 +123,7 @@ def tiles_touched(tiles: Tiles, ranges: tuple[tuple[int, int], ...], device: tor
 
 @dataclass(frozen=True)
 class Selection(ABC):
-    """A rule that gives each head of each sample its own layout.
+    """A rule that gives each head of each sample its own layout; on a GPU in a handful of launches.
 
     forced: ranges of key rows, first to last + 1, whose tiles are always kept. In streaming they are the sink, the
     current chunk and the last past chunk; what is selected comes on top of them."""
@@ -114,7 +134,7 @@ class Selection(ABC):
 
     def __call__(self, query: Tensor, key: Tensor) -> BlockLayout:
         """query, key: [B, L, H, D]; the key has the rows of all sources."""
-        return self.from_scores(pooled_scores(query, key, self.q_tiles, self.k_tiles))
+        return self.from_scores(scores_without_gradient(query, key, self.q_tiles, self.k_tiles))
 
     def from_scores(self, scores: Tensor) -> BlockLayout:
         """scores: [B, H, q, k]."""
@@ -139,7 +159,12 @@ class TopK(Selection):
     k: int
 
     def block_map(self, scores: Tensor) -> Tensor:
-        return top_k_map(scores, self.k, self.forced_tiles(scores.device))
+        forced = self.forced_tiles(scores.device)
+        if _by_kernel(scores):
+            from fastgen.ops.block_sparse_attention.launch_selection import select_by_kernel
+
+            return select_by_kernel(scores.detach(), forced, top_k=self.k)
+        return top_k_map(scores, self.k, forced)
 
     @property
     def density(self) -> float:
@@ -154,7 +179,12 @@ class Mass(Selection):
     mass: float
 
     def block_map(self, scores: Tensor) -> Tensor:
-        return mass_map(scores, self.mass, self.forced_tiles(scores.device))
+        forced = self.forced_tiles(scores.device)
+        if _by_kernel(scores):
+            from fastgen.ops.block_sparse_attention.launch_selection import select_by_kernel
+
+            return select_by_kernel(scores.detach(), forced, mass=self.mass)
+        return mass_map(scores, self.mass, forced)
 
     @property
     def density(self) -> None:
