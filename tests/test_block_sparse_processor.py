@@ -87,6 +87,19 @@ def test_wan_by_the_kernels() -> None:
     assert len(results[0]) == 5 and all(apart(one, other) < 1e-5 for one, other in zip(*results, strict=True))
 
 
+def test_autocast_reaches_the_attention(wan: WanTransformer3DModel) -> None:
+    """Queries stay float32 under autocast, values do not; torch's own call casts both, and so does ours."""
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = run(wan)
+        set_sparse_attention(wan, dense_layout(TILES, TILES))
+        processor: Any = wan.blocks[0].attn1.processor
+        attend = processor.attend
+        processor.attend = lambda *args: seen.append([t.dtype for t in args[1:4]]) or attend(*args)
+        assert apart(run(wan), stock) < 1e-2
+    assert seen == [[torch.bfloat16] * 3]
+
+
 def test_causal_wan_frames_do_not_see_later_chunks(wan: WanTransformer3DModel) -> None:
     """Frames of the first chunk keep their output whatever the second one holds; without the layout they do not."""
     video, other = draw(0, 1, CHANNELS, 4, 8, 8), draw(0, 1, CHANNELS, 4, 8, 8)

@@ -92,7 +92,7 @@ def time_backend(call: Call, attend: Callable[[], Tensor], device: str, repeats:
     tera = tera_flops(call)
     with torch.no_grad():
         forward = measure(attend, device, repeats)
-    row: Row = {"forward_ms": forward * 1e3, "forward_tflops": tera / forward}
+    row: Row = {"visited_tflop": tera, "forward_ms": forward * 1e3, "forward_tflops": tera / forward}
     if backward:
 
         def both() -> None:

@@ -52,7 +52,7 @@ def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     """delta [B, H, Lq] = rowsum(out * dout) - dlse, float32; dlse is that of the natural lse."""
     batch, queries, heads, dim = out.shape
     delta = torch.empty(batch, heads, queries, device=out.device)
-    rows, block = batch * queries * heads, 64
+    rows, block = batch * queries * heads, 32
     with on_device(out):
         delta_kernel[(triton.cdiv(rows, block),)](
             out, dout, delta if dlse is None else dlse, delta, rows, heads, queries,

@@ -112,6 +112,9 @@ class _Replaced(TorchFunctionMode):
         if any(given.values()):
             names = ", ".join(name for name, value in given.items() if value)
             raise ValueError(f"sparse attention takes its mask from the layout, but the layer asks for {names}")
+        if torch.is_autocast_enabled(query.device.type):  # as torch does for this function
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return self.attend(*(tensor.transpose(1, 2) for tensor in (query, key, value)), scale).transpose(1, 2)
 
 

@@ -9,6 +9,7 @@ import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -55,16 +56,24 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.starts)
 
-    @property
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.starts, self.lengths, self.capacity, self.num_tokens))
+
+    def __hash__(self) -> int:
+        """Computed once: every call looks its tiles up."""
+        return self._hash
+
+    @cached_property
     def covered_tokens(self) -> int:
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def covers_all(self) -> bool:
         """Whether every row belongs to a tile."""
         return self.covered_tokens == self.num_tokens
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """Whether tile i holds the tokens from i * capacity on, as other libraries' blocks do."""
         return self.covers_all and all(start == i * self.capacity for i, start in enumerate(self.starts))
