@@ -314,13 +314,6 @@ def test_the_density_of_a_layout_is_known_where_it_can_be() -> None:
     assert kept_tiles(0.8, tiles) == 2 and kept_tiles(0.81, tiles) == 2 and kept_tiles(1.0, tiles) == 1
 
 
-@pytest.fixture
-def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The selection kernels where a GPU would run them, interpreted."""
-    for module in (layout_module, selection_module):
-        monkeypatch.setattr(module, "kernels_run_on", lambda device: True)
-
-
 PAIR = tile_tokens(20, 16), tile_tokens(111, 16, (20, 50))
 RULES = [
     TopK(*PAIR, 3),
@@ -333,19 +326,22 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__} {rule.density}")
-def test_selection_kernels_equal_torch(rule: TopK | Mass, request: pytest.FixtureRequest) -> None:
+def test_selection_kernels_equal_torch(rule: TopK | Mass, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores to rounding; maps and lists exactly, also where scores are tied, or -0 and 0."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(1, 20, 1, 64, generator=generator), torch.randn(1, 111, 1, 64, generator=generator)
-    scores = scores_without_gradient(query, key, rule.q_tiles, rule.k_tiles)
-    tied = [scores, (8 * scores).round()]
-    expected = [rule.from_scores(each) for each in tied]
-    expected_lists = [[*layout.key_lists, *layout.query_lists] for layout in expected]
-    request.getfixturevalue("by_kernel")
-    again = scores_without_gradient(query, key, rule.q_tiles, rule.k_tiles)
-    assert not torch.equal(again, torch.zeros_like(again)) and torch.allclose(again, scores, atol=1e-6)
-    for layout, lists, each in zip(expected, expected_lists, tied, strict=True):
-        ours = rule.from_scores(each)
-        assert torch.equal(ours.block_map, layout.block_map)
-        pairs = zip([*ours.key_lists, *ours.query_lists], lists, strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
+    query, key = (torch.randn(1, length, 1, 64, generator=generator).to(device) for length in (20, 111))
+
+    def outcome(scores: Tensor, by_kernel: bool) -> list[Tensor]:
+        """The scores, and the map and lists of the given ones."""
+        for module in (layout_module, selection_module):
+            monkeypatch.setattr(module, "kernels_run_on", lambda device: by_kernel)
+        layout = rule.from_scores(scores)
+        own = scores_without_gradient(query, key, rule.q_tiles, rule.k_tiles)
+        return [own, layout.block_map, *layout.key_lists, *layout.query_lists]
+
+    scores = outcome(torch.zeros(1, 1, len(rule.q_tiles), len(rule.k_tiles), device=device), by_kernel=False)[0]
+    for given in (scores, (8 * scores).round()):
+        (one, *chosen), (other, *expected) = outcome(given, by_kernel=True), outcome(given, by_kernel=False)
+        assert torch.allclose(one, other, atol=1e-5) and one.any()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected, strict=True))

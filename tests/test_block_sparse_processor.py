@@ -10,6 +10,7 @@ from tiny_wan import CHANNELS, TEXT_WIDTH, transformer
 from torch import Tensor
 
 from fastgen.ops.block_sparse_attention.coarse import coarse_attention
+from fastgen.ops.block_sparse_attention.launch import INTERPRETED
 from fastgen.ops.block_sparse_attention.layout import dense_layout, static_layout
 from fastgen.ops.block_sparse_attention.linear_branch import linear_attention, linear_state
 from fastgen.ops.block_sparse_attention.naive import naive_attention
@@ -67,6 +68,7 @@ def test_a_wan_transformer_over_all_tiles_is_the_stock_one(wan: WanTransformer3D
     assert torch.equal(run(wan), stock)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the tensors are on the CPU")
 def test_wan_by_the_kernels() -> None:
     """Two heads of 64, output and gradients, against the naive backend."""
     with torch.random.fork_rng():

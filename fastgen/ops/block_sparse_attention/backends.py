@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops.block_sparse_attention.configs import arch_of
+from fastgen.ops.block_sparse_attention.configs import HEAD_DIMS, arch_of
 from fastgen.ops.block_sparse_attention.layout import BlockLayout
 from fastgen.ops.block_sparse_attention.naive import Cache, naive_attention, readable_rows, softmax_scale
 from fastgen.ops.block_sparse_attention.result import Result
@@ -65,7 +65,7 @@ class Triton(Backend):
     def refusal(self, call: Call) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        from fastgen.ops.block_sparse_attention.function import DTYPES, HEAD_DIMS
+        from fastgen.ops.block_sparse_attention.function import DTYPES
         from fastgen.ops.block_sparse_attention.launch import INTERPRETED
 
         if call.query.shape[-1] not in HEAD_DIMS:

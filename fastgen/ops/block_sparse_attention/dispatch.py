@@ -78,7 +78,8 @@ def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None)
     if reason is not None:
         log_once(name, f"{because}; not sdpa, however dense: {reason}".removeprefix("; "), warn=False)
         return name, call
-    limit = break_even_density(call, name, when_dense_wins) if break_even is None else break_even
+    dense = "full" if call.layout.sees_all else when_dense_wins  # nothing is hidden: SDPA needs no mask
+    limit = break_even_density(call, name, dense) if break_even is None else break_even
     side = "at least" if call.layout.density >= limit else "below"
     compared = f"density {call.layout.density:.3f} is {side} the break-even density {limit:.3f}"
     because = f"{because}; {compared}".removeprefix("; ")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgen.ops.block_sparse_attention.configs import HEAD_DIMS
 from fastgen.ops.block_sparse_attention.launch import (
     INTERPRETED,
     Configs,
@@ -21,7 +22,6 @@ from fastgen.ops.block_sparse_attention.layout import BlockLayout
 from fastgen.ops.block_sparse_attention.naive import Cache, check_shapes, softmax_scale
 from fastgen.ops.block_sparse_attention.result import Result
 
-HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
