@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.ops.block_sparse_attention import break_even
-from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call, aligned_bias
+from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call, aligned_bias, flex_block_mask
 from fastgen.ops.block_sparse_attention.break_even import crossing, random_call, remembered
 from fastgen.ops.block_sparse_attention.dispatch import attention, choose, log_once
 from fastgen.ops.block_sparse_attention.launch import INTERPRETED
@@ -73,6 +73,24 @@ def test_backends_compute_the_same_function(backend: Any, name: str) -> None:
         difference = float((one[finite] - other[finite]).norm() / other[finite].norm())
         print(index, f"{difference:.1e}")
         assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_the_block_mask_of_flex_attention_is_the_layout(name: str) -> None:
+    """Uncompiled, flex_attention reads the mask function alone; compiled it walks these lists."""
+    layout = layouts()[name]
+    mask = flex_block_mask(layout)
+    rows, columns = torch.arange(70)[:, None], torch.arange(70)
+    for head in range(layout.block_map.shape[1]):
+        zero, one = torch.tensor(0), torch.tensor(head)
+        assert torch.equal(mask.mask_mod(zero, one, rows, columns), layout.mask()[0, head])
+    if not layout.k_tiles.is_uniform:  # made by torch, token by token, in blocks of its own
+        return
+    assert torch.equal(mask.to_dense().bool(), layout.block_map)
+    lists = layout.key_lists
+    assert torch.equal(mask.full_kv_num_blocks, lists.full)
+    assert torch.equal(mask.kv_num_blocks + mask.full_kv_num_blocks, lists.counts)
+    assert (mask.kv_num_blocks <= 1).all() and (mask.kv_indices[..., 0] == 4).all()  # the last tile has 6 tokens
 
 
 def test_backends_refuse_in_words(caplog: pytest.LogCaptureFixture) -> None:

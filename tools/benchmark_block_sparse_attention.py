@@ -47,6 +47,7 @@ COLUMNS = (
     "forward_speedup", "both_speedup",
 )  # fmt: skip
 FIELDS = {"forward_speedup": "forward", "both_speedup": "forward and backward"}
+COLOURS = {"triton": "C0", "flex_attention": "C1", "xformers": "C2", "sdpa": "C3"}
 MASK_BYTES = 8e9  # masked backends are left out above this: the mask has an element for each pair and head
 
 
@@ -194,23 +195,26 @@ def break_even(rows: list[Row], column: str) -> float | None:
 def draw(report: Row, path: Path) -> None:
     """Speed-up over the best dense kernel against density: a column each shape, forward above, both below."""
     shapes = list(dict.fromkeys((row["queries"], row["keys"]) for row in report["rows"]))
+    densities = sorted({row["density"] for row in report["rows"]})
     figure, axes = plt.subplots(2, len(shapes), figsize=(5 * len(shapes), 7), squeeze=False, layout="constrained")
     for column, shape in enumerate(shapes):
         for line, (field, title) in enumerate(FIELDS.items()):
             axis = axes[line][column]
-            for name in ("triton", "flex_attention", "xformers", "sdpa"):
+            for name in COLOURS:
                 points = sorted(
                     (row["density"], row[field])
                     for row in report["rows"]
                     if (row["queries"], row["keys"]) == shape and row["backend"] == name and field in row
                 )
                 if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.axhline(1, color="black", linewidth=0.8)
+                    axis.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[name])
             axis.set(xscale="log", yscale="log", xlabel="density", title=f"{shape[0]} x {shape[1]}, {title}")
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_xticks(densities, [f"{density:g}" for density in densities], minor=False)
+            axis.minorticks_off()
     axes[0][0].legend()
     axes[0][0].set_ylabel("speed-up over the best dense kernel")
-    figure.suptitle(f"{report['device']}, torch {report['torch']}, triton {report['triton']}")
+    figure.suptitle(f"{report['device']}\ntorch {report['torch']}, triton {report['triton']}", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

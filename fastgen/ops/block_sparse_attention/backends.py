@@ -5,6 +5,7 @@ Each says in words what it cannot do. None repairs its input, and none changes w
 
 import functools
 import importlib.util
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from fastgen.ops.block_sparse_attention.result import Result
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, tile_of_token
 
 HALF = (torch.bfloat16, torch.float16)
+_BLOCK_MASKS: weakref.WeakKeyDictionary[BlockLayout, Any] = (
+    weakref.WeakKeyDictionary()
+)  # one layout serves many layers
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class FlexAttention(Backend):
 
         query, key, value = (tensor.transpose(1, 2) for tensor in call.rows())
         attend = _compiled_flex() if call.query.is_cuda else _flex()
-        named = {"block_mask": flex_block_mask(call.layout), "scale": softmax_scale(call.query, call.scale)}
+        if call.layout not in _BLOCK_MASKS:
+            _BLOCK_MASKS[call.layout] = flex_block_mask(call.layout)
+        named = {"block_mask": _BLOCK_MASKS[call.layout], "scale": softmax_scale(call.query, call.scale)}
         out, aux = attend(query, key, value, **named, return_aux=AuxRequest(lse=True))
         return Result(out.transpose(1, 2), aux.lse)
 
