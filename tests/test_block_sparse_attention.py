@@ -87,8 +87,8 @@ LAYOUTS: dict[str, Callable[[], BlockLayout]] = {
     "causal": lambda: causal_layout(VideoMask(11, (3, 2, 2)), 16),
     "window and sink": lambda: causal_layout(VIDEO, 16),
     "teacher forcing": lambda: teacher_forcing_layout(VideoMask(11, (2, 1), window=3, sink=1), 16),
-    "sliding tile": lambda: SlidingTile(TileGrid((4, 5, 4), (2, 2, 2)), (1, 3, 2)).layout(),
-    "radial": lambda: Radial(frames=4, frame_tokens=24, capacity=16).layout(),
+    "sliding tile": lambda: SlidingTile(TileGrid((3, 6, 4), (2, 2, 4)), (1, 3, 1)).layout(),
+    "radial": lambda: Radial(frames=3, frame_tokens=24, capacity=16).layout(),
 }
 
 
