@@ -170,6 +170,9 @@ def test_gradient_of_a_part_of_the_keys() -> None:
         not partial["d key"][:, :20].any() and not partial["d key"][:, 82:].any() and partial["d key"][:, 20:82].any()
     )
     check(layout, tensors(layout, cached=50), grad_keys=(20, 82))
+    halves = [tensor.bfloat16() for tensor in tensors(layout, cached=50)]
+    partial = outcome(triton_attention, layout, halves, torch.bfloat16, grad_keys=(0, 20))
+    assert not partial["d key"].any() and partial["d cache key"].any()
     with pytest.raises(ValueError, match="token 21 lies inside tile 1"):
         triton_attention(*on(tensors(layout)), layout.to(DEVICE), grad_keys=(21, 82))
 

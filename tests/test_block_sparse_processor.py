@@ -161,6 +161,17 @@ def test_coarse_attention_is_attention_between_means() -> None:
     assert all(gradient.any() for gradient in gradients)
 
 
+def test_what_inference_mode_leaves_behind_serves_training() -> None:
+    """Tables of tiles are kept between calls."""
+    tiles = tile_tokens(40, 16, (24,))  # used nowhere else
+    query = draw(0, 1, 40, 1, 8)
+    with torch.inference_mode():
+        coarse_attention(query, query, query, tiles, tiles)
+    query.requires_grad_()
+    coarse_attention(query, query, query, tiles, tiles)[0].sum().backward()
+    assert query.grad is not None and query.grad.any()
+
+
 def test_tokens_in_cuboid_order_give_the_stock_output(wan: WanTransformer3DModel) -> None:
     """Also with a time of its own for each token; removed hooks leave nothing behind."""
     grid = TileGrid((4, 4, 4), (2, 2, 2))

@@ -6,7 +6,7 @@ backward). SDPA without a mask is timed with each of its kernels and the best on
 xformers where their mask fits. Selection by pooled top k and the building of lists are timed apart.
 
     python tools/benchmark_block_sparse_attention.py --output docs/benchmarks/h100
-    python tools/benchmark_block_sparse_attention.py --smoke --output /tmp/smoke   # seconds on a CPU; says nothing
+    python tools/benchmark_block_sparse_attention.py --smoke --output runs/smoke   # seconds on a CPU; says nothing
 """
 
 import argparse

@@ -96,7 +96,7 @@ def launch_dkv(
     starts, lengths = layout.k_tiles.starts[first:last], layout.k_tiles.lengths[first:last]
     dk, dv = (like(key, covered=sum(lengths) == key.shape[1]) for _ in range(2))
     if not starts:
-        return dk, dv
+        return dk.to(key.dtype), dv.to(key.dtype)
     lists = layout.query_lists
     capacity = layout.k_tiles.capacity
     with on_device(query):

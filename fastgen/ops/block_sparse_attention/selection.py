@@ -112,6 +112,7 @@ def _candidates(scores: Tensor, forced: Tensor | None, allowed: Tensor | None) -
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def tiles_touched(tiles: Tiles, ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """[1, 1, 1, len(tiles)] bool: the tiles that hold any of the rows first to last + 1. Kept on the device."""
     touched = torch.zeros(len(tiles) + 1, dtype=torch.bool)

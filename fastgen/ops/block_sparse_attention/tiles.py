@@ -105,6 +105,7 @@ def tile_tokens(num_tokens: int, capacity: int, cuts: Sequence[int] = ()) -> Til
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)  # what is kept may serve a training step later
 def entries(tiles: Tiles, device: torch.device) -> Tensor:
     """[len(tiles)] int32: start * 256 + length - 1 of each tile; what block lists are made of. Kept on the device."""
     packed = [start * MAX_CAPACITY + length - 1 for start, length in zip(tiles.starts, tiles.lengths, strict=True)]
@@ -112,6 +113,7 @@ def entries(tiles: Tiles, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)  # what is kept may serve a training step later
 def tile_of_token(tiles: Tiles, device: torch.device) -> Tensor:
     """[num_tokens] int64: the tile of each row, len(tiles) for rows in none. Kept on the device."""
     result = torch.full((tiles.num_tokens,), len(tiles))
@@ -121,6 +123,7 @@ def tile_of_token(tiles: Tiles, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)  # what is kept may serve a training step later
 def full_first(tiles: Tiles, device: torch.device) -> tuple[Tensor, int]:
     """The order [len(tiles)] int64 that puts full tiles before ragged ones, ascending each, and how many are full."""
     order = sorted(range(len(tiles)), key=lambda index: (tiles.lengths[index] < tiles.capacity, index))
