@@ -1,0 +1,1 @@
+"""Triton operators, one folder each: naive.py is the specification, README.md there the derivation."""

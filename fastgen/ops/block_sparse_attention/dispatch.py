@@ -1,0 +1,102 @@
+"""Which backend computes a call: named by the caller, or chosen and logged.
+
+Every backend computes the same function; one that cannot do a call is refused in words. Above the density at which
+dense attention is faster on this device, `auto` leaves the sparse kernels.
+"""
+
+import functools
+import logging
+from typing import Literal
+
+from torch import Tensor
+
+from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call
+from fastgen.ops.block_sparse_attention.break_even import break_even_density
+from fastgen.ops.block_sparse_attention.layout import BlockLayout, dense_layout
+from fastgen.ops.block_sparse_attention.naive import Cache, check_shapes
+from fastgen.ops.block_sparse_attention.result import Result
+
+BackendName = Literal["auto", "triton", "flex_attention", "xformers", "sdpa", "naive"]
+WhenDenseWins = Literal["mask", "full", "stay"]
+
+# the order in which `auto` asks; xformers, which expands the mask as SDPA does, only when it is named
+AUTO = {"cuda": ("triton", "flex_attention", "sdpa", "naive"), "cpu": ("sdpa", "naive")}
+SPARSE = ("triton", "flex_attention")
+
+logger = logging.getLogger(__name__)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    cache: Cache | None = None,
+    scale: float | None = None,
+    grad_keys: tuple[int, int] | None = None,
+    needs_lse: bool = False,
+    backend: BackendName = "auto",
+    when_dense_wins: WhenDenseWins = "mask",
+    break_even: float | None = None,
+) -> Result:
+    """The tensors are `naive_attention`'s. needs_lse: result.lse will be used; without it some backends give None.
+
+    when_dense_wins, with `auto` and a layout whose density is at least the break-even one: `mask`, SDPA with the same
+    mask, the same function; `full`, attention over every row of a tile, which is what a selected layout approximates
+    and a causal one must not become; `stay`, keep the sparse kernel.
+    break_even: that density; measured once on this device and cached, if None. Give it where several processes must
+    agree. A layout whose density is not known on the host always stays sparse.
+
+    Raises ValueError if a named backend cannot do the call, with its reason."""
+    check_shapes(query, key, value, layout, cache)
+    call = Call(query, key, value, layout, cache, scale, grad_keys, needs_lse)
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+        reason = BACKENDS[backend].refusal(call)
+        if reason is not None:
+            raise ValueError(f"backend {backend} cannot do this: {reason}")
+        return BACKENDS[backend].run(call)
+    name, call = choose(call, when_dense_wins, break_even)
+    return BACKENDS[name].run(call)
+
+
+def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None) -> tuple[str, Call]:
+    """The backend of an `auto` call, and the call itself, over all tiles where dense wins and `full` was asked for."""
+    refused = []
+    for name in AUTO.get(call.query.device.type, ("sdpa", "naive")):
+        reason = BACKENDS[name].refusal(call)
+        if reason is None:
+            break
+        refused.append(f"not {name}: {reason}")
+    because = "; ".join(refused)
+    if name not in SPARSE or when_dense_wins == "stay" or call.layout.density is None:
+        log_once(name, because, warn=bool(refused))
+        return name, call
+    reason = BACKENDS["sdpa"].refusal(call)
+    if reason is not None:
+        log_once(name, f"{because}; not sdpa, however dense: {reason}".removeprefix("; "), warn=False)
+        return name, call
+    dense = "full" if call.layout.sees_all else when_dense_wins  # nothing is hidden: SDPA needs no mask
+    limit = break_even_density(call, name, dense) if break_even is None else break_even
+    side = "at least" if call.layout.density >= limit else "below"
+    compared = f"density {call.layout.density:.3f} is {side} the break-even density {limit:.3f}"
+    because = f"{because}; {compared}".removeprefix("; ")
+    if side == "below":
+        log_once(name, because, warn=bool(refused))
+        return name, call
+    log_once(f"sdpa ({when_dense_wins})", because, warn=True)
+    return "sdpa", widened(call) if when_dense_wins == "full" else call
+
+
+def widened(call: Call) -> Call:
+    """The same call over every pair of tiles."""
+    layout = dense_layout(call.layout.q_tiles, call.layout.k_tiles).to(call.query.device)
+    return Call(call.query, call.key, call.value, layout, call.cache, call.scale, call.grad_keys, call.needs_lse)
+
+
+@functools.lru_cache(maxsize=1024)
+def log_once(name: str, because: str, warn: bool) -> None:
+    """Each choice with its reason, once: a warning where the first choice was not taken."""
+    logger.log(logging.WARNING if warn else logging.INFO, "attention by %s%s", name, f": {because}" if because else "")

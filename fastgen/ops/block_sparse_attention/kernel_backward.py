@@ -1,0 +1,199 @@
+"""The backward kernels; README.md has the derivation. No atomics: every gradient is written once, in a fixed order.
+
+Both recompute p = exp2(scale_log2 * dot(q, k) - lse) from the raw operands, as the forward does, and
+ds = p * (dot(dout, v) - delta), where delta = rowsum(out * dout) - dlse.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgen.ops.block_sparse_attention.kernel import load_rows, pick_source
+
+
+@triton.jit
+def delta_kernel(
+    p_out, p_dout, p_dlse, p_delta, num_rows, num_heads, num_queries,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """delta [B, H, Lq] float32.  out, dout [B, Lq, H, HEAD_DIM] contiguous, dlse [B, H, Lq], of the natural lse.
+
+    Grid: (B * Lq * H / BLOCK_M,)."""
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # over (batch, query, head)
+    length = num_rows - tl.program_id(0).to(tl.int64) * BLOCK_M
+    i_block = tl.program_id(0).to(tl.int64) * BLOCK_M * HEAD_DIM
+    b_out = load_rows(p_out + i_block, HEAD_DIM, length, BLOCK_M, HEAD_DIM, True, UPCAST)
+    b_dout = load_rows(p_dout + i_block, HEAD_DIM, length, BLOCK_M, HEAD_DIM, True, UPCAST)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    i_token = i_row // num_heads
+    i_query = ((i_token // num_queries) * num_heads + i_row % num_heads) * num_queries + i_token % num_queries
+    if HAS_DLSE:
+        b_delta -= tl.load(p_dlse + i_query, mask=i_row < num_rows, other=0.0)
+    tl.store(p_delta + i_query, b_delta, mask=i_row < num_rows)
+
+
+@triton.jit
+def gather_dq(
+    b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
+    p_list, i_first, i_last, num_cached, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILE: tl.constexpr,
+    RAGGED: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds ds k over entries i_first to i_last of a list to b_dq [BLOCK_M, HEAD_DIM]."""
+    PARTS: tl.constexpr = KEY_TILE // BLOCK_N
+    for i in tl.range(i_first * PARTS, i_last * PARTS):
+        entry = tl.load(p_list + i // PARTS)
+        skipped = (i % PARTS) * BLOCK_N
+        row = (entry >> 8) + skipped
+        length = (entry & 255) + 1 - skipped
+        p_key, stride_key = pick_source(row, p_kc, p_k, stride_kcl, stride_kl, num_cached, TWO_SOURCES)
+        b_k = load_rows(p_key, stride_key, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+        p_value, stride_value = pick_source(row, p_vc, p_v, stride_vcl, stride_vl, num_cached, TWO_SOURCES)
+        b_v = load_rows(p_value, stride_value, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        if RAGGED:
+            b_s = tl.where(tl.arange(0, BLOCK_N)[None, :] < length, b_s, float("-inf"))
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    return b_dq
+
+
+@triton.jit
+def dq_kernel(
+    p_q, p_k, p_v, p_kc, p_vc, p_dout, p_lse, p_delta, p_dq, p_tiles, p_lists, p_count, p_full,
+    scale_log2, scale, num_heads, num_queries, num_cached,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    stride_kcb, stride_kcl, stride_kch, stride_vcb, stride_vcl, stride_vch,
+    stride_listb, stride_listh, stride_listn, stride_countb, stride_counth,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq [B, Lq, H, HEAD_DIM] contiguous, as dout. Grid: (query tiles * QUERY_TILE // BLOCK_M, batch * heads)."""
+    PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
+    i_tile = tl.program_id(0) // PARTS
+    i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    i_head = (tl.program_id(1) % num_heads).to(tl.int64)
+    tile = tl.load(p_tiles + i_tile)
+    skipped = (tl.program_id(0) % PARTS) * BLOCK_M
+    row = (tile >> 8) + skipped
+    length = (tile & 255) + 1 - skipped
+    if length <= 0:
+        return
+    i_row = tl.arange(0, BLOCK_M)
+
+    i_stat = (i_batch * num_heads + i_head) * num_queries + row + i_row
+    b_lse = tl.load(p_lse + i_stat, mask=i_row < length, other=float("inf"))
+    b_delta = tl.load(p_delta + i_stat, mask=i_row < length, other=0.0)
+    p_query = p_q + i_batch * stride_qb + i_head * stride_qh + row.to(tl.int64) * stride_ql
+    b_q = load_rows(p_query, stride_ql, length, BLOCK_M, HEAD_DIM, True, UPCAST)
+    i_out = ((i_batch * num_queries + row) * num_heads + i_head) * HEAD_DIM
+    b_dout = load_rows(p_dout + i_out, num_heads * HEAD_DIM, length, BLOCK_M, HEAD_DIM, True, UPCAST)
+    p_list = p_lists + i_batch * stride_listb + i_head * stride_listh + i_tile.to(tl.int64) * stride_listn
+    i_count = i_batch * stride_countb + i_head * stride_counth + i_tile
+    count = tl.load(p_count + i_count)
+    full = tl.load(p_full + i_count)
+    p_k += i_batch * stride_kb + i_head * stride_kh
+    p_v += i_batch * stride_vb + i_head * stride_vh
+    p_kc += i_batch * stride_kcb + i_head * stride_kch
+    p_vc += i_batch * stride_vcb + i_head * stride_vch
+
+    b_dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    b_dq = gather_dq(
+        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
+        p_list, 0, full, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, False, TWO_SOURCES, UPCAST,
+    )  # fmt: skip
+    b_dq = gather_dq(
+        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
+        p_list, full, count, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, True, TWO_SOURCES, UPCAST,
+    )  # fmt: skip
+    i_dq = ((i_batch * num_queries + row + i_row) * num_heads + i_head) * HEAD_DIM
+    p_block = p_dq + i_dq[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(p_block, (b_dq * scale).to(p_dq.dtype.element_ty), mask=i_row[:, None] < length)
+
+
+@triton.jit
+def gather_dkv(
+    b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, i_first, i_last, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
+    RAGGED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds ds^T q and p^T dout over entries i_first to i_last of a list to b_dk, b_dv [BLOCK_N, HEAD_DIM].
+
+    Query rows beyond a ragged tile have lse +inf, so p = 0; key rows beyond one spoil only themselves."""
+    PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
+    i_row = tl.arange(0, BLOCK_M)
+    for i in tl.range(i_first * PARTS, i_last * PARTS):
+        entry = tl.load(p_list + i // PARTS)
+        skipped = (i % PARTS) * BLOCK_M
+        row = ((entry >> 8) + skipped).to(tl.int64)
+        length = (entry & 255) + 1 - skipped
+        if RAGGED:
+            b_lse = tl.load(p_lse + row + i_row, mask=i_row < length, other=float("inf"))
+            b_delta = tl.load(p_delta + row + i_row, mask=i_row < length, other=0.0)
+        else:
+            b_lse = tl.load(p_lse + row + i_row)
+            b_delta = tl.load(p_delta + row + i_row)
+        b_q = load_rows(p_q + row * stride_ql, stride_ql, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+        b_p = tl.exp2(b_s - b_lse[None, :])
+        b_dout = load_rows(p_dout + row * stride_dl, stride_dl, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit
+def dkv_kernel(
+    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_dk, p_dv, p_tiles, p_lists, p_count, p_full,
+    scale_log2, scale, num_heads, num_queries, num_keys, first_row, i_first_tile,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    stride_listb, stride_listh, stride_listn, stride_countb, stride_counth,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [B, num_keys, H, HEAD_DIM] contiguous, of one source, whose row 0 is row `first_row` of all keys.
+
+    Grid: (key tiles * KEY_TILE // BLOCK_N, batch * heads), over the key tiles from i_first_tile on."""
+    PARTS: tl.constexpr = KEY_TILE // BLOCK_N
+    i_tile = i_first_tile + tl.program_id(0) // PARTS
+    i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    i_head = (tl.program_id(1) % num_heads).to(tl.int64)
+    tile = tl.load(p_tiles + i_tile)
+    skipped = (tl.program_id(0) % PARTS) * BLOCK_N
+    row = (tile >> 8) + skipped - first_row
+    length = (tile & 255) + 1 - skipped
+    if length <= 0:
+        return
+    i_row = tl.arange(0, BLOCK_N)
+
+    p_key = p_k + i_batch * stride_kb + i_head * stride_kh + row.to(tl.int64) * stride_kl
+    p_value = p_v + i_batch * stride_vb + i_head * stride_vh + row.to(tl.int64) * stride_vl
+    b_k = load_rows(p_key, stride_kl, length, BLOCK_N, HEAD_DIM, True, UPCAST)
+    b_v = load_rows(p_value, stride_vl, length, BLOCK_N, HEAD_DIM, True, UPCAST)
+    p_list = p_lists + i_batch * stride_listb + i_head * stride_listh + i_tile.to(tl.int64) * stride_listn
+    i_count = i_batch * stride_countb + i_head * stride_counth + i_tile
+    count = tl.load(p_count + i_count)
+    full = tl.load(p_full + i_count)
+    p_q += i_batch * stride_qb + i_head * stride_qh
+    p_dout += (i_batch * num_queries * num_heads + i_head) * HEAD_DIM
+    p_lse += (i_batch * num_heads + i_head) * num_queries
+    p_delta += (i_batch * num_heads + i_head) * num_queries
+    stride_dl = num_heads * HEAD_DIM
+
+    b_dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    b_dk, b_dv = gather_dkv(
+        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, 0, full, scale_log2,
+        HEAD_DIM, BLOCK_M, QUERY_TILE, False, UPCAST,
+    )  # fmt: skip
+    b_dk, b_dv = gather_dkv(
+        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, full, count, scale_log2,
+        HEAD_DIM, BLOCK_M, QUERY_TILE, True, UPCAST,
+    )  # fmt: skip
+    i_dk = ((i_batch * num_keys + row + i_row) * num_heads + i_head) * HEAD_DIM
+    i_block = i_dk[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(p_dk + i_block, (b_dk * scale).to(p_dk.dtype.element_ty), mask=i_row[:, None] < length)
+    tl.store(p_dv + i_block, b_dv.to(p_dv.dtype.element_ty), mask=i_row[:, None] < length)

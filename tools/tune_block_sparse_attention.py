@@ -1,0 +1,119 @@
+"""Times tile configurations of the block-sparse attention kernels on the GPU at hand and records the fastest.
+
+Each candidate is compiled first; what spills registers or needs more shared memory than there is, is not timed. Writes
+fastgen/ops/block_sparse_attention/configs.json for this GPU's architecture; run the compile tests afterwards.
+
+    python tools/tune_block_sparse_attention.py                        # everything
+    python tools/tune_block_sparse_attention.py --list --arch sm_90    # what would be timed; needs no GPU
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compile_block_sparse_attention import compile_kernel  # before triton: its interpreter must be off
+
+import torch
+import triton
+
+from fastgen.ops.block_sparse_attention.backends import Call
+from fastgen.ops.block_sparse_attention.break_even import random_call
+from fastgen.ops.block_sparse_attention.configs import (
+    CAPACITIES,
+    HEAD_DIMS,
+    KERNELS,
+    SHARED_MEMORY,
+    KernelConfig,
+    arch_of,
+    kernel_config,
+    write_configs,
+)
+from fastgen.ops.block_sparse_attention.launch import Sources, launch_delta, launch_dkv, launch_dq, launch_forward
+
+Timer = Callable[[KernelConfig], float]
+
+
+def candidates(arch: str, head_dim: int, capacity: int, kernel: str) -> list[KernelConfig]:
+    """Every tile that divides the layout's, with 4 or 8 warps and 1 to 4 stages, that spills nothing and fits."""
+    sides = [side for side in (64, 128) if side <= capacity]
+    result = []
+    for values in itertools.product(sides, sides, (4, 8), (1, 2, 3, 4)):
+        config = KernelConfig(*values)
+        compiled = compile_kernel(kernel, arch, head_dim, capacity, config, two_sources=False, float32=False)
+        if compiled.spills == 0 and compiled.shared <= SHARED_MEMORY[arch]:
+            result.append(config)
+    return result
+
+
+def fastest(configs: list[KernelConfig], shipped: KernelConfig, seconds: Timer) -> KernelConfig:
+    """The configuration of the least time; the shipped one unless another is at least 1 % faster than it."""
+    times = {config: seconds(config) for config in dict.fromkeys([shipped, *configs])}
+    best = min(times, key=lambda config: times[config])
+    for config, time in sorted(times.items(), key=lambda item: item[1]):
+        print(f"  {time * 1000:8.3f} ms  {config}{'  (shipped)' if config == shipped else ''}", flush=True)
+    return best if times[best] < 0.99 * times[shipped] else shipped
+
+
+def timer(call: Call, arch: str, kernel: str) -> Timer:
+    """Seconds of one launch of the kernel alone, by its configuration."""
+    query, key, value, layout = call.query, call.key, call.value, call.layout
+    scale, sources, tiles = query.shape[-1] ** -0.5, Sources(key, value, None, None), (0, len(layout.k_tiles))
+    shipped = {name: kernel_config(arch, query.shape[-1], layout.k_tiles.capacity, name) for name in KERNELS}
+    out, lse = launch_forward(query, sources, layout, scale, shipped)
+    dout = torch.ones_like(out)
+    delta = launch_delta(out, dout, None)
+
+    def seconds(config: KernelConfig) -> float:
+        configs = {**shipped, kernel: config}
+        launches: dict[str, Callable[[], object]] = {
+            "forward": lambda: launch_forward(query, sources, layout, scale, configs),
+            "dq": lambda: launch_dq(query, sources, dout, lse, delta, layout, scale, configs),
+            "dkv": lambda: launch_dkv(query, key, value, 0, tiles, dout, lse, delta, layout, scale, configs),
+        }
+        return float(triton.testing.do_bench(launches[kernel], warmup=5, rep=25, return_mode="median")) / 1000
+
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--capacity", nargs="+", type=int, choices=CAPACITIES, default=CAPACITIES)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="with --list; tuning does all")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--list", action="store_true", help="only list what would be timed")
+    parser.add_argument("--arch", choices=SHARED_MEMORY, help="with --list: not this GPU's")
+    parser.add_argument("--dry-run", action="store_true", help="time, but record nothing")
+    args = parser.parse_args()
+    if not (args.list or torch.cuda.is_available()):
+        sys.exit("timing needs a GPU; --list needs none")
+    arch = args.arch if args.list and args.arch else arch_of(torch.cuda.get_device_capability())
+    for head_dim, capacity in itertools.product(args.head_dim, args.capacity):
+        if args.list:
+            for kernel in args.kernel:
+                for config in candidates(arch, head_dim, capacity, kernel):
+                    print(arch, head_dim, capacity, kernel, config, flush=True)
+            continue
+        call = random_call(
+            torch.device("cuda"), torch.bfloat16, head_dim, capacity, False, args.density, args.tokens, args.heads
+        )
+        best = {}
+        for kernel in KERNELS:
+            print(f"{arch}, head dimension {head_dim}, tiles of {capacity}, {kernel}:")
+            shipped = kernel_config(arch, head_dim, capacity, kernel)
+            found = candidates(arch, head_dim, capacity, kernel)
+            best[kernel] = fastest(found, shipped, timer(call, arch, kernel))
+        if not args.dry_run:
+            source = f"timed on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+            write_configs(arch, head_dim, capacity, best, source)
+
+
+if __name__ == "__main__":
+    main()
