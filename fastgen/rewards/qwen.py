@@ -145,7 +145,8 @@ class Judge:
         self.modules, self.device, self.dtype = weights.freeze(modules, device), device, dtype
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
         self.tokenizer.add_tokens(list(tokens), special_tokens=True)
-        self.special: Any = self.tokenizer.convert_tokens_to_ids(list(tokens))
+        special: Any = self.tokenizer.convert_tokens_to_ids(list(tokens))
+        self.special: list[int] = special
         if max(self.special) >= config.text_config.vocab_size:
             raise ValueError(f"{source} embeds {config.text_config.vocab_size} tokens, and base's tokenizer has more; "
                              "give the base that it was trained from")  # fmt: skip
