@@ -31,20 +31,14 @@ SCORERS = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic", "hps
 
 
 def make_reward(name: str, keys: Mapping[str, Any]) -> Reward:
-    """A registered reward with these keys, its local files and packages checked and no weights loaded.
-
-    Raises ValueError, a line an error, each with its key."""
+    """A registered reward with these keys; `Reward.ready` looks at its files. Raises ValueError, a line an error, each
+    with its key."""
     module, _, attribute = REWARDS[name].partition(":")
     try:
-        reward: Reward = TypeAdapter(vars(importlib.import_module(module))[attribute]).validate_python(dict(keys))
+        return TypeAdapter(vars(importlib.import_module(module))[attribute]).validate_python(dict(keys))
     except ValidationError as error:
         problems = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
         raise ValueError("\n".join(f"{name}.{key}: {message}" for key, message in problems)) from None
-    try:
-        reward.ready()
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
-    return reward
 
 
 __all__ = ["REWARDS", "SCORERS", "Composite", "Reward", "Score", "Scorer", "make_reward"]
