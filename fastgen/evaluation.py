@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -263,10 +264,8 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
     values: dict[str, Any] = {}
     own = (path / "recipe.yaml").is_file()
     if own:
-        from fastgen.config import load_recipe
-
-        recipe = load_recipe(path / "recipe.yaml")
-        values = {field.name: vars(recipe.eval)[field.name] for field in dataclasses.fields(EvalConfig)}
+        # The section alone: files that only training needs may have stayed behind.
+        values = (yaml.safe_load((path / "recipe.yaml").read_text()) or {}).get("eval") or {}
     elif is_image_folder(path):
         values = {"num_samples": len(sample_files(path))}
     values |= {**given, "scorers": merged_scorers(values.get("scorers", {}), given.get("scorers", {}))}

@@ -30,6 +30,14 @@ PIXEL_METRICS = ("fid", "accuracy", "diversity", "precision_recall", "throughput
 POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error")
 
 
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("scorers")
+    clip = str(tiny.tiny_clip_score(root / "clip"))
+    return {"clip_score": {"path": clip}, "pickscore": {"path": clip},
+            "aesthetic": {"path": str(tiny.tiny_aesthetic(root / "aesthetic")), "clip": clip}}  # fmt: skip
+
+
 class InterruptedSampler(CopyingSampler):
     """Gets SIGINT while it makes its third batch; once."""
 
@@ -46,10 +54,14 @@ def without_speed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"metrics": {k: v for k, v in row["metrics"].items() if k != "images_per_second"}}
 
 
-def test_an_interrupted_evaluation_continues_to_the_same_bits(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_continues_to_the_same_bits(
+    scorers: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     """After the batch in which the signal came; every metric of pictures restores what it had gathered."""
     InterruptedSampler.calls, partial = 0, tmp_path / "results.partial.safetensors"
-    config = EvalConfig(metrics=PIXEL_METRICS, num_samples=100, reference="digits", batch_size=16)
+    options: dict[str, Any] = {"metrics": (*PIXEL_METRICS, "clip_score"), "scorers": scorers, "num_samples": 100,
+                               "reference": "digits", "batch_size": 16}  # fmt: skip
+    config = EvalConfig(**options)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_with_samples(InterruptedSampler(), config, False, partial)  # type: ignore[arg-type]
     assert InterruptedSampler.calls == 3 and partial.is_file()
@@ -59,7 +71,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_bits(tmp_path: Path) ->
     whole, first = evaluation.evaluate_with_samples(CopyingSampler(), config, False)  # type: ignore[arg-type]
     assert without_speed(continued) == without_speed(whole) and torch.equal(kept, first) and len(kept) == 64
     with pytest.raises(ValueError, match="is of another evaluation, which differs in seed; remove it"):
-        other = EvalConfig(metrics=PIXEL_METRICS, num_samples=100, reference="digits", batch_size=16, seed=1)
+        other = EvalConfig(**options, seed=1)
         evaluation.evaluate_with_samples(CopyingSampler(), other, False, partial)  # type: ignore[arg-type]
     partial.write_bytes(b"half a file")
     with pytest.raises(ValueError, match="cannot be read; remove it"):
@@ -82,14 +94,6 @@ def test_metrics_of_points_continue_too(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_with_samples(sampler, config, False, partial)
     assert evaluation.evaluate_with_samples(sampler, config, False, partial)[0] == whole
-
-
-@pytest.fixture(scope="module")
-def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    root = tmp_path_factory.mktemp("scorers")
-    clip = str(tiny.tiny_clip_score(root / "clip"))
-    return {"clip_score": {"path": clip}, "pickscore": {"path": clip},
-            "aesthetic": {"path": str(tiny.tiny_aesthetic(root / "aesthetic")), "clip": clip}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
