@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -95,7 +95,7 @@ def measure(
     written = time.monotonic()
     with (
         tqdm(total=count, initial=done, desc="evaluating", unit="sample", disable=not progress) as bar,
-        stopping() as asked,
+        stopping() if partial else nullcontext(lambda: False) as asked,
     ):
         for start, stop in batches(done, count, batch_size):
             samples = finite(draw(start, stop), start)
