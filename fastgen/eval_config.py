@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -69,13 +69,17 @@ class EvalConfig:
                 close = difflib.get_close_matches(name, SCORERS, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(SCORERS)}"
                 raise ValueError(f"scorers.{name}: there is no such scorer; {hint}")
+        self._made(self.scorers)
         self.rewards()
         return self
 
     def rewards(self) -> dict[str, Reward]:
         """The rewards with keys that metrics measure. Raises ValueError for keys that are missing or wrong."""
+        return self._made(name for name in self.metrics if name in SCORERS)
+
+    def _made(self, names: Iterable[str]) -> dict[str, Reward]:
         try:
-            return {name: make_reward(name, self.scorers.get(name, {})) for name in self.metrics if name in SCORERS}
+            return {name: make_reward(name, self.scorers.get(name, {})) for name in names}
         except ValueError as error:
             raise ValueError("\n".join(f"scorers.{line}" for line in str(error).splitlines())) from None
 

@@ -129,8 +129,9 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
     scorers: dict[str, dict[str, Any]], pictures: Path, tmp_path: Path
 ) -> None:
     for options, words in (
-        ({"metrics": "clip_score"}, r"scorers\.clip_score\.path: Field required"),
+        ({"metrics": "clip_score"}, r"scorers\.clip_score\.path: needed and not given"),
         ({"metrics": "clip_score", "scorers": {"clip_scor": {}}}, "did you mean 'clip_score'"),
+        ({"metrics": "fid", "scorers": {"hpsv2": {"pat": "a/b"}}}, r"scorers\.hpsv2\.pat"),
         ({"metrics": "clip_score", "scorers": {"clip_score": {"path": "nowhere/at/all"}}}, "neither a local folder"),
         ({"metrics": "clip_score", "scorers": scorers}, "holds no captions"),
         ({"metrics": "motion", "scorers": {"motion": {"path": "a/b"}}, "prompts": "neutral"}, "measures frames"),

@@ -302,7 +302,7 @@ def test_what_a_recipe_gets_wrong_is_refused_before_weights_load(
     (tmp_path / "other.py").write_text("INSTRUCTION = 3")
     hpsv3, video = files["hpsv3"], files["video_reward"]
     for name, keys, words in (
-        ("clip_score", {}, "clip_score.path: Field required"),
+        ("clip_score", {}, "clip_score.path: needed and not given"),
         ("clip_score", {"path": "no/such/folder"}, "neither a local folder nor a hub id"),
         ("clip_score", {"path": str(empty)}, "has no config.json"),
         ("clip_score", {"path": "a/b", "size": 3}, "size"),
