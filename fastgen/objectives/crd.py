@@ -129,7 +129,7 @@ class CRD(Objective):
         score = networks.rewards(x0, batch)
         assert batch.group is not None
         advantage = signals.advantages(score.value, batch.group, score.valid, std=self.std, clip=self.clip)
-        watched = signals.group_terms(score.parts, batch.group, score.valid, advantage, self.clip)
+        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
         draws = self.draws or networks.policy.num_steps
         first = batch.integer("first_level", networks.policy.num_steps)
         for k in range(draws):

@@ -204,7 +204,7 @@ class GNDM(Objective):
             score = networks.rewards(made.x, batch)
             rewarded = signals.advantages(score.value, group, score.valid)
             advantage = advantage + self.reward_weight * rewarded
-            terms |= score.terms() | signals.group_terms(score.parts, group, score.valid, rewarded)
+            terms |= score.terms() | signals.group_terms(score.own, group, score.valid, rewarded)
         log_prob = torch.stack([step.log_prob for step in made.steps if step.log_prob is not None], 1)
         new = {"x": torch.stack([step.x_t for step in made.steps], 1), "log_prob": log_prob, "advantage": advantage}
         new |= {f"cond.{key}": value for key, value in batch.cond.items()}

@@ -129,7 +129,7 @@ class RTDMD(ACDMD):
             yield self.policy_step(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
         last = self.matching_step(networks, batch, rollout, score)
         assert batch.group is not None
-        watched = signals.group_terms(score.parts, batch.group, score.valid, advantage, self.advantage_clip)
+        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
         yield Loss(last.total, last.terms | watched)
 
     def selected(self, batch: Batch, policy: RolloutPolicy) -> list[int]:

@@ -30,6 +30,11 @@ class Score:
     valid: Tensor
     parts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The numbers it is made of: its parts, or itself where it has none."""
+        return self.parts or {"reward": self.value.detach()}
+
     def terms(self) -> dict[str, Tensor]:
         """For Loss.terms: means over valid samples, `reward` and `reward_<part>`, and their share, `reward_valid`."""
         count = self.valid.sum().clamp_min(1)
