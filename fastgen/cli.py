@@ -19,6 +19,10 @@ PathArgument = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps, for a plain pipeline (an export has its own).")]
 GuidanceOption = Annotated[float | None, typer.Option(min=0, help="Guidance scale, for a plain pipeline.")]
+ScorerOption = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=PATH, a folder or hub id of a scorer, or NAME.KEY=VALUE; may be given several times."),
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples at a time; does not change the result.")]
 
 
@@ -130,16 +134,21 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Results, JSON; an HTML page is written beside it.")] = Path(
         "results.json"
     ),
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file, one prompt a line; 'neutral' ships with it.")] = None,
     reference: Annotated[str | None, typer.Option(help="'digits', or a folder of real images.")] = None,
     features: Annotated[str | None, typer.Option(help="Feature network of fid: digits or inception.")] = None,
-    inception_weights: Annotated[Path | None, typer.Option(help="Local weights of the inception network.")] = None,
+    inception_weights: Annotated[
+        str | None,
+        typer.Option(help="Inception's weights: a local file, or ORG/NAME/FILE.pth on the hub."),
+    ] = None,
+    scorer: ScorerOption = None,
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Measure a pipeline, a run or a folder of images; print a table, write JSON and a page."""
+    """Measure a pipeline, a run or a folder of images; print a table, write JSON and a page. It can be interrupted."""
     from fastgen.config import RecipeError
+    from fastgen.eval_config import scorer_keys
     from fastgen.evaluation import compare, evaluate_path
 
     try:
@@ -151,10 +160,41 @@ def evaluate(
         evaluate_path(
             path, metrics=metrics, num_samples=num_samples, seed=seed, output=output, prompts=prompts,
             reference=reference, features=features, inception_weights=inception_weights, num_steps=num_steps,
-            guidance_scale=guidance_scale, batch_size=batch_size,
+            guidance_scale=guidance_scale, batch_size=batch_size, scorers=scorer_keys(scorer) if scorer else None,
         )  # fmt: skip
     except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="A folder of images.")],
+    metrics: Annotated[str, typer.Option(help="Comma-separated scorers: clip_score, hpsv2, ...")],
+    prompts: Annotated[
+        str | None, typer.Option(help="A file, one prompt for each image or one for all; by default the captions.")
+    ] = None,
+    scorer: ScorerOption = None,
+    output: Annotated[Path, typer.Option(help="Scores of each image, JSON.")] = Path("scores.json"),
+    batch_size: BatchOption = 16,
+) -> None:
+    """Score the images of a folder one by one; print a table, write JSON."""
+    import torch
+    from rich.console import Console
+
+    from fastgen.eval_config import scorer_keys
+    from fastgen.scoring import score_folder, score_table
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        result = score_folder(images, names, scorer_keys(scorer or []), prompts, output, batch_size, device)
+    except ValueError as error:
+        raise refuse(error) from None
+    Console().print(score_table(result))
+    print(f"scores of each image in {output}")
 
 
 @app.command()

@@ -154,7 +154,10 @@ def build_recipe(raw: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"missing key {section}: choose one by name, of {', '.join(registry)}")
         values[section] = build_section(section, values[section], registry)
     if isinstance(values.get("rewards"), dict):
-        values["rewards"] = values["rewards"] | {"parts": build_parts(values["rewards"].get("parts"))}
+        given = values["rewards"]
+        values["rewards"] = given | {"parts": build_parts(given.get("parts"))}
+        if given.get("held_out"):
+            values["rewards"]["held_out"] = build_parts(given["held_out"], "held_out")
     recipe = validated(Recipe, values, "")
     check_recipe(recipe)
     return recipe
@@ -173,13 +176,14 @@ def build_section(section: str, value: Any, registry: Mapping[str, Any]) -> Any:
     return validated(cls, values, f"{section}.")
 
 
-def build_parts(value: Any) -> tuple[Reward, ...]:
-    """The rewards of `rewards.parts`; a name that imports a callable which is no class is a FunctionReward of it."""
+def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
+    """The rewards of `rewards.parts` or `rewards.held_out`; a name that imports a callable which is no class is a
+    FunctionReward of it."""
     if not isinstance(value, list) or not value:
-        raise RecipeError(f"rewards.parts must be a list of rewards, each with a name, one of {', '.join(REWARDS)}")
+        raise RecipeError(f"rewards.{key} must be a list of rewards, each with a name, one of {', '.join(REWARDS)}")
     parts = []
     for i, part in enumerate(value):
-        section = f"rewards.parts.{i}"
+        section = f"rewards.{key}.{i}"
         name = part.get("name") if isinstance(part, dict) else None
         if isinstance(name, str) and ":" in name and not isinstance(import_name(section, name), type):
             if "function" in part:
@@ -296,6 +300,7 @@ def check_recipe(recipe: Recipe) -> None:
                            ("backbone", lambda: recipe.backbone.check()),
                            ("data", lambda: recipe.data.check(recipe.backbone)),
                            ("rollout", lambda: recipe.backbone.check_export(recipe.rollout)),
+                           ("eval", lambda: recipe.eval.check()),
                            ("objective", lambda: objective.check_recipe(recipe))):  # fmt: skip
         try:
             check()
@@ -331,11 +336,15 @@ def check_rewards(recipe: Recipe) -> None:
         raise RecipeError(f"rewards.calibration: group compares the samples of a prompt, and objective "
                           f"{objective.name} makes one at a time; choose none or zscore, or raise "
                           "objective.group_size where it has one")  # fmt: skip
-    for i, part in enumerate(rewards.parts):
-        try:
-            part.check(recipe.backbone)
-        except ValueError as error:
-            raise RecipeError(f"rewards.parts.{i}: {error}") from None
+    if rewards.held_out and not recipe.health.every:
+        raise RecipeError("rewards.held_out: the watch alone looks at it, and health.every: 0 switches the watch off; "
+                          "set it above 0")  # fmt: skip
+    for key, parts in (("parts", rewards.parts), ("held_out", rewards.held_out)):
+        for i, part in enumerate(parts):
+            try:
+                part.check(recipe.backbone)
+            except ValueError as error:
+                raise RecipeError(f"rewards.{key}.{i}: {error}") from None
 
 
 def check_init(recipe: Recipe) -> None:

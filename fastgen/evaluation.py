@@ -1,91 +1,40 @@
 """Evaluation: prompts and seeds to samples, samples to numbers, and the numbers with all it takes to repeat them."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
-from pydantic.dataclasses import dataclass
+import yaml
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from tqdm import tqdm
 
 import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Output
 from fastgen.backbones.gaussian_mixture import GaussianMixture
 from fastgen.data import MixtureData, read_prompts
+from fastgen.eval_config import EvalConfig, merged_scorers
+from fastgen.measure import KEPT, Partial, measure
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
-from fastgen.metrics.features import FeatureNetwork
+from fastgen.metrics.features import FeatureNetwork, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
-from fastgen.pipelines.video import stills
+from fastgen.rewards import SCORERS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastgen.pipelines.sampler import Sampler
 
-KEPT = {2: 2000, 4: 64, 5: 8}  # by their dimensions, the points, images or videos an evaluation returns for the report
-
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class EvalConfig:
-    """The recipe's `eval:` section.
-
-    metrics: names of METRICS. num_samples: of an evaluation; quick_num_samples: of those during training.
-    seed: sample i has seed `seed + i`. reference: "digits" (the 599 held-out ones) or a folder of images, each with an
-    optional caption in a .txt of the same name; none for mixtures, whose law is exact.
-    features: the network of fid, diversity and precision_recall; inception_weights: its local file, for inception.
-    prompts: a file with one a line, or a list; the reference's own if left out, and drawn labels for mixtures.
-    Sample i has prompt `prompts[i % len(prompts)]`.
-    teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares with."""
-
-    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
-    num_samples: int = Field(default=599, ge=1)
-    quick_num_samples: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=64, ge=1)
-    reference: str | None = None
-    features: Literal["digits", "inception"] = "digits"
-    inception_weights: str | None = None
-    prompts: str | tuple[str, ...] | None = None
-    teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    teacher_guidance_scale: float | tuple[float, ...] = 1.0  # several: one an expert, from high noise to low
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in METRICS:
-                close = difflib.get_close_matches(name, METRICS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(METRICS)}"
-                raise ValueError(f"unknown metric {name!r}; {hint}")
-        if len(set(value)) < len(value):
-            raise ValueError(f"each metric once, got {', '.join(value)}")
-        return value
-
-    @model_validator(mode="after")
-    def _weights(self) -> "EvalConfig":
-        if (self.features == "inception") != (self.inception_weights is not None):
-            raise ValueError(
-                "features: inception and inception_weights: <local file> go together; give both or neither"
-            )
-        return self
-
-    def quick(self) -> "EvalConfig":
-        """The same evaluation on quick_num_samples."""
-        return dataclasses.replace(self, num_samples=self.quick_num_samples)
 
 
 def evaluate(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> Row:
@@ -93,13 +42,17 @@ def evaluate(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> R
     return evaluate_with_samples(sampler, config, progress)[0]
 
 
-def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> tuple[Row, Tensor]:
+def evaluate_with_samples(
+    sampler: "Sampler", config: EvalConfig, progress: bool = True, partial: Path | None = None
+) -> tuple[Row, Tensor]:
     """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images,
     a few frames of 8 videos, or 2,000 points) for a report.
 
-    The batch size changes no prompt and no seed. Raises ValueError, before the first sample, for metrics that do not
-    fit the backbone or lack a reference, and for samples that are not finite."""
-    started = time.perf_counter()
+    The same machine, configuration and weights give the same result, to the bit (but for throughput's seconds). The
+    batch size changes no prompt and no seed. partial: a file that holds what an interrupted call has gathered, and
+    from which this one continues; it is left to the caller to remove. Raises ValueError, before the first sample, for
+    metrics that do not fit the backbone or lack a reference, and for samples that are not finite."""
+    config.check()
     backbone = sampler.backbone
     reference = find_reference(backbone.output, config)
     prompts = find_prompts(sampler, config, reference)
@@ -111,6 +64,8 @@ def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool
         make_features(config, backbone.output, backbone.device),
         backbone.mixture if isinstance(backbone, GaussianMixture) else None,
         timing,
+        config.rewards(),
+        backbone.device,
     )
 
     def draw(start: int, stop: int) -> Tensor:
@@ -120,7 +75,7 @@ def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool
         timing.batches.append((stop - start, time.perf_counter() - began))
         return samples
 
-    values, kept = measure(draw, prompts, make_metrics(config, context, backbone.output), config, progress)
+    metrics = make_metrics(config, context, backbone.output)
     policy, scale = sampler.policy, sampler.guidance_scale
     subject = {
         "seeds": "seed + index",
@@ -134,7 +89,10 @@ def evaluate_with_samples(sampler: "Sampler", config: EvalConfig, progress: bool
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    return describe(values, prompts, config, subject, started), kept
+    facts = describe(prompts, config, subject)
+    unfinished = Partial(partial, facts) if partial else None
+    values, kept = measure(draw, prompts, metrics, config.batch_size, progress, unfinished)
+    return {"metrics": values, **facts}, kept
 
 
 def evaluate_images(folder: Path, config: EvalConfig, progress: bool = True) -> Row:
@@ -142,21 +100,39 @@ def evaluate_images(folder: Path, config: EvalConfig, progress: bool = True) -> 
     return evaluate_images_with_samples(folder, config, progress)[0]
 
 
-def evaluate_images_with_samples(folder: Path, config: EvalConfig, progress: bool = True) -> tuple[Row, Tensor]:
+def evaluate_images_with_samples(
+    folder: Path,
+    config: EvalConfig,
+    progress: bool = True,
+    partial: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Row, Tensor]:
     """As evaluate_with_samples for the first num_samples images of a folder, in the order of their names. Prompts:
-    those of the config, or the captions beside the images, or empty. Raises ValueError if there are too few images."""
-    started = time.perf_counter()
+    those of the config, or the captions beside the images, or empty. device: of the scorers and of inception.
+
+    Raises ValueError if there are too few images, or no prompts for scorers that compare pictures with prompts."""
+    config.check()
     files = sample_files(folder)
     if len(files) < config.num_samples:
         raise ValueError(f"{folder} holds {len(files)} images; num_samples = {config.num_samples} asks for more")
     files = files[: config.num_samples]
     prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
+    readers = [name for name in config.metrics if name in SCORERS and name != "aesthetic"]
+    if readers and not any(prompts):
+        raise ValueError(f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
+                         "eval.prompts, --prompts FILE")  # fmt: skip
     reference = find_reference("pixels", config)
-    features = make_features(config, "pixels", "cpu")
-    context = MetricContext(config.num_samples, config.seed, reference, features)
+    features = make_features(config, "pixels", device)
+    context = MetricContext(
+        config.num_samples, config.seed, reference, features, rewards=config.rewards(), device=device
+    )
     metrics = make_metrics(config, context, "pixels")
-    values, kept = measure(lambda start, stop: read_images(files[start:stop]), prompts, metrics, config, progress)
-    return describe(values, prompts, config, {"images_sha256": hash_files(files)}, started), kept
+    facts = describe(prompts, config, {"images_sha256": hash_files(files), "device": str(device)})
+    unfinished = Partial(partial, facts) if partial else None
+    values, kept = measure(
+        lambda start, stop: read_images(files[start:stop]), prompts, metrics, config.batch_size, progress, unfinished
+    )
+    return {"metrics": values, **facts}, kept
 
 
 def find_reference(output: Output, config: EvalConfig) -> Reference | None:
@@ -186,7 +162,7 @@ def make_features(config: EvalConfig, output: Output, device: torch.device | str
     """The digits network stays on the CPU, where it is fast enough and always gives the same numbers."""
     if output != "pixels":
         return None
-    weights = None if config.inception_weights is None else Path(config.inception_weights)
+    weights = config.inception_weights
     return FeatureNetwork(config.features, weights, "cpu" if weights is None else device, config.batch_size)
 
 
@@ -199,38 +175,15 @@ def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> 
     return [METRICS[name](context) for name in config.metrics]
 
 
-def measure(
-    draw: Callable[[int, int], Tensor],
-    prompts: Sequence[str],
-    metrics: Sequence[Metric],
-    config: EvalConfig,
-    progress: bool,
-) -> tuple[dict[str, float], Tensor]:
-    """Streams draw(start, stop) through the metrics. Returns their values and the first samples."""
-    kept: list[Tensor] = []
-    with tqdm(total=config.num_samples, desc="evaluating", unit="sample", disable=not progress) as bar:
-        for start in range(0, config.num_samples, config.batch_size):
-            stop = min(start + config.batch_size, config.num_samples)
-            samples = draw(start, stop)
-            if not bool(samples.isfinite().all()):
-                raise ValueError(f"samples {start} to {stop - 1} are not all finite: the weights have diverged")
-            for metric in metrics:
-                metric.update(samples, prompts[start:stop])
-            if start < KEPT[samples.dim()]:
-                kept.append(stills(samples) if samples.dim() == 5 else samples)
-            bar.update(stop - start)
-    first = torch.cat(kept)
-    values = {key: value for metric in metrics for key, value in metric.compute().items()}
-    return values, first[: KEPT[first.dim()]]
-
-
-def describe(
-    values: Mapping[str, float], prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, Any], started: float
-) -> Row:
-    """The result: the numbers, what was measured, and what is needed to measure it again."""
-    packages = {name: version(name) for name in ("torch", "diffusers", "torchmetrics")}
+def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, Any]) -> Row:
+    """What was measured, and everything that is needed to measure it again: the result, but for its numbers."""
+    packages = ["torch", "torchvision", "diffusers", "transformers", "torchmetrics"]
+    packages += ["open_clip_torch"] * ("hpsv2" in config.metrics)
+    versions = {name: version(name) for name in packages}
+    networks = {name: reward.facts() for name, reward in config.rewards().items()}
+    if config.inception_weights is not None:
+        networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
     return {
-        "metrics": dict(values),
         "num_samples": config.num_samples,
         "seed": config.seed,
         **subject,
@@ -238,8 +191,9 @@ def describe(
         "reference": config.reference,
         "features": config.features if any(METRICS[name].output == "pixels" for name in config.metrics) else None,
         "batch_size": config.batch_size,
-        "versions": {"fastgen": fastgen.__version__, "python": platform.python_version(), **packages},
-        "seconds": round(time.perf_counter() - started, 3),
+        "threads": torch.get_num_threads(),
+        **({"scorers": networks} if networks else {}),
+        "versions": {"fastgen": fastgen.__version__, "python": platform.python_version(), **versions},
     }
 
 
@@ -266,32 +220,38 @@ def evaluate_path(
     options: fields of EvalConfig; None means not given; metrics may be one text, "a,b". A folder with a recipe.yaml
     takes the others from its `eval:` section. Without a recipe, images are compared with the held-out digits unless
     reference or prompts say otherwise, and all images of a folder count. device: a GPU where there is one.
-    Prints a table. output: a JSON file, written with an HTML page of the same stem.
-    Raises ValueError for anything that does not fit."""
+    Prints a table. output: a JSON file, written with an HTML page of the same stem; an evaluation that is interrupted
+    leaves <stem>.partial.safetensors there and, called again, continues to the same file. Raises ValueError for
+    anything that does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
+    config.check()
     samples: dict[str, Tensor] = {}
-    name = path.resolve().name
+    name, started = path.resolve().name, time.perf_counter()
+    partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
-        result, samples[name] = evaluate_images_with_samples(path, config, progress)
+        result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
     else:
         from fastgen.pipelines.sampler import load_sampler
 
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
         if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
             config = dataclasses.replace(config, reference="digits")
-        result, samples[name] = evaluate_with_samples(sampler, config, progress)
+        result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
         if isinstance(sampler.backbone, GaussianMixture):
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result}
     print_table([result])
+    print(f"measured in {time.perf_counter() - started:.0f} seconds")
     if output is not None:
         write_json(Path(output), result)
         write_page(Path(output).with_suffix(".html"), [result], samples)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     return result
 
 
@@ -304,15 +264,15 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
     values: dict[str, Any] = {}
     own = (path / "recipe.yaml").is_file()
     if own:
-        from fastgen.config import load_recipe
-
-        recipe = load_recipe(path / "recipe.yaml")
-        values = {field.name: vars(recipe.eval)[field.name] for field in dataclasses.fields(EvalConfig)}
+        # The section alone: files that only training needs may have stayed behind.
+        values = (yaml.safe_load((path / "recipe.yaml").read_text()) or {}).get("eval") or {}
     elif is_image_folder(path):
-        values = {"num_samples": len(sample_files(path)), "reference": "digits"}
-    values |= given
+        values = {"num_samples": len(sample_files(path))}
+    values |= {**given, "scorers": merged_scorers(values.get("scorers", {}), given.get("scorers", {}))}
     if isinstance(values.get("metrics"), str):
         values["metrics"] = tuple(name.strip() for name in values["metrics"].split(",") if name.strip())
+    if not own and is_image_folder(path) and not set(values.get("metrics", ())) <= set(SCORERS):
+        values = {"reference": "digits"} | values
     if "metrics" not in values:
         raise ValueError(f"say what to measure, --metrics a,b of {', '.join(METRICS)}: {path} has no recipe.yaml")
     try:

@@ -15,6 +15,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen import hacking
+from fastgen.rewards import Composite, Score
+
 Statistics = dict[str, float]
 
 
@@ -38,6 +41,10 @@ class HealthConfig:
     grad_growth: float = Field(default=30.0, gt=1)  # of a role's gradient norm over its median so far
     movement: tuple[float, float] = (1e-7, 1.0)  # of a role's weights between two looks, relative to their size
     lead: float = Field(default=1.25, gt=0)  # of the student's relative movement over the fake score's
+    held_out_drop: float = Field(default=1.0, gt=0)  # of a held-out reward from its best, in the teacher's std
+    anchor_distance: float = Field(default=0.3, gt=0)  # of the samples to the teacher's, in shares of their spread
+    zero_groups: float = Field(default=0.5, ge=0)  # share of prompt groups whose rewards are all equal
+    clipped: float = Field(default=0.2, ge=0)  # share of advantages at the clip
     stop: bool = False
 
 
@@ -57,9 +64,13 @@ def statistics(latents: Tensor, center: float | None = None, scale: float | None
 
 @plain_dataclass
 class Memory:
-    """What the watch remembers; a checkpoint keeps it. reference: the teacher's statistics."""
+    """What the watch remembers; a checkpoint keeps it. reference: the teacher's statistics. reward_spread: the
+    standard deviation of each reward over the teacher's samples. rewards: a row a look, its step, each reward's mean
+    and the samples' distance to the anchor."""
 
     reference: Statistics = field(default_factory=dict)
+    reward_spread: dict[str, float] = field(default_factory=dict)
+    rewards: list[dict[str, float]] = field(default_factory=list)
     grad_norms: dict[str, list[float]] = field(default_factory=dict)
     alarmed: bool = False
 
@@ -71,6 +82,7 @@ class Watch:
         self.config = config
         self.memory = Memory()
         self.skipped_in_a_row = 0
+        self.anchor: Tensor | None = None  # the teacher's samples, where the run has rewards
 
     @property
     def alarmed(self) -> bool:
@@ -95,10 +107,25 @@ class Watch:
         teacher = self.memory.reference
         seen = statistics(samples, teacher["mean"], teacher["std"])
         warnings = self.running_away(seen) + self.lagging(terms) + self.moving(movement) + self.growing(terms)
+        warnings += hacking.idle_groups(terms, self.config)
         if step > self.config.grace:
             warnings += self.collapsed(seen)
         self.memory.alarmed = bool(warnings)
         return seen, warnings
+
+    def look_at_rewards(
+        self, step: int, samples: Tensor, scores: Mapping[str, Score], rewards: Composite
+    ) -> tuple[Statistics, list[str]]:
+        """Compares the rewards of the same samples, optimised and held out, and their distance to the anchor, with
+        those of earlier looks. The first look, before the first update, only listens."""
+        assert self.anchor is not None
+        row = {"anchor_distance": hacking.anchor_distance(samples, self.anchor)} | hacking.means(scores)
+        self.memory.rewards.append({"step": float(step)} | row)
+        warnings = hacking.gamed(self.memory.rewards, self.memory.reward_spread, rewards, self.config)
+        first = self.memory.rewards[0]["anchor_distance"]
+        warnings += hacking.left_the_anchor(row["anchor_distance"], first, self.config)
+        self.memory.alarmed |= bool(warnings)
+        return row, warnings
 
     def running_away(self, seen: Statistics) -> list[str]:
         """Samples that leave the teacher's range."""

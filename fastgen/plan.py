@@ -297,9 +297,11 @@ class StandInScorer(Scorer):
 
     def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
         used, made_up = self.composite.used(grad), torch.linspace(0, 1, len(x0))
+        inputs = self.seen(x0, used.values(), grad)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            latents = all(part.input == "latents" for part in used.values())
-            seen = per_sample_mean(x0 if latents else self.decode(x0, clamp=not grad)).float()
+            seen = torch.stack(
+                [per_sample_mean(inputs[kind]).float() for kind in {p.input for p in used.values()}]
+            ).sum(0)
         value = seen if grad else made_up
         return Score(value, torch.ones(len(x0), dtype=torch.bool), dict.fromkeys(used, made_up))
 

@@ -252,6 +252,18 @@ def gdpo_advantages(
     return (total / (spread + 1e-4)).clamp(-clip, clip)
 
 
+def group_terms(
+    parts: Mapping[str, Tensor], group: Tensor, valid: Tensor, advantage: Tensor, clip: float = 5.0
+) -> dict[str, Tensor]:
+    """For Loss.terms: `zero_groups`, the share of prompt groups in which every reward [B] is the same for all valid
+    samples, so that their advantages are 0; `clipped`, the share of valid samples whose advantage is at +-clip."""
+    spread = torch.stack([group_moments(reward, group, valid)[1] for reward in parts.values()]).amax(0)
+    first = torch.cat([(group == g).nonzero()[0] for g in group.unique()])
+    at_clip = (advantage.abs() >= clip) & valid
+    return {"zero_groups": (spread[first] == 0).float().mean(),
+            "clipped": at_clip.sum().float() / valid.sum().clamp_min(1)}  # fmt: skip
+
+
 def transition_log_prob(
     x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean", scaled: bool = False
 ) -> Tensor:

@@ -33,6 +33,7 @@ from fastgen.data import DataError, Stream, make_batch
 from fastgen.denoiser import Denoiser
 from fastgen.distributed import Strategy, average_gradients, divide, start, stored_name, strategy_of
 from fastgen.evaluation import evaluate
+from fastgen.hacking import spreads
 from fastgen.health import Watch, statistics
 from fastgen.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
@@ -42,7 +43,7 @@ from fastgen.pipelines.export import export, export_run
 from fastgen.pipelines.sampler import Sampler, teacher_sampler
 from fastgen.pipelines.video import save_video, side_by_side
 from fastgen.report import plot_points, save_grid
-from fastgen.rewards import Scorer
+from fastgen.rewards import Score, Scorer
 from fastgen.run_log import RunLog
 from fastgen.sharding import local, refill
 
@@ -108,10 +109,12 @@ def train(recipe: Recipe) -> Path:
         counters = resume(parts, resumed, per_update)
         step, position, good = counters["step"], counters["position"], counters["last_good"]
         console.print(f"continuing from {resumed.name}")
+        set_anchor(parts)
     else:
         console.print(f"no checkpoint: starting from {recipe.init_from or 'the pretrained weights'}")
         start_from(parts)
         show_teacher(parts, folder / "samples" / "teacher.png", console)
+        set_anchor(parts)
 
     log = RunLog(folder, step, enabled=main)
     bar = tqdm(total=config.steps, initial=step, desc="training", disable=not main)
@@ -440,6 +443,9 @@ def watch(parts: Parts, step: int, log: RunLog, marks: Mapping[str, Tensor], con
     }
     latents = student_latents(parts, config.num_samples)
     seen, warnings = parts.watch.look(step, latents, terms, moved)
+    if parts.recipe.rewards:
+        rewarded, more = parts.watch.look_at_rewards(step, latents, scores_of(parts, latents), parts.recipe.rewards)
+        seen, warnings = seen | rewarded, warnings + more
     log.record(step, {f"health/{name}": value for name, value in seen.items()})
     for warning in warnings:
         log.warn(step, warning)
@@ -447,6 +453,33 @@ def watch(parts: Parts, step: int, log: RunLog, marks: Mapping[str, Tensor], con
     stop = torch.tensor(float(bool(warnings and config.stop)), device=parts.accelerator.device)
     if parts.accelerator.reduce(stop, "sum") > 0:
         raise TrainingError(f"health.stop: {warnings[0] if warnings else 'another process saw a warning'}")
+
+
+def set_anchor(parts: Parts) -> None:
+    """What the watch compares rewards with: the teacher's samples, and, before the first update, their rewards'
+    spread and a first look at the student. On all processes alike."""
+    recipe, watch = parts.recipe, parts.watch
+    if not recipe.rewards or not recipe.health.every:
+        return
+    count = recipe.health.num_samples
+    watch.anchor = fixed_latents(parts, parts.teacher(max(recipe.eval.teacher_steps, default=50)), count)
+    if not watch.memory.rewards:
+        watch.memory.reward_spread = spreads(scores_of(parts, watch.anchor))
+        latents = student_latents(parts, count)
+        watch.look_at_rewards(0, latents, scores_of(parts, latents), recipe.rewards)
+
+
+def scores_of(parts: Parts, latents: Tensor) -> dict[str, Score]:
+    """Every reward, optimised and held out, of samples of the fixed prompts, a batch at a time."""
+    assert parts.networks.scorer is not None
+    size, chunks = parts.recipe.train.batch_size, list[dict[str, Score]]()
+    for i in range(0, len(latents), size):
+        rows = latents[i : i + size]
+        chunks.append(parts.networks.scorer.each(rows, parts.prompts[i : i + len(rows)]))
+    return {
+        name: Score(torch.cat([c[name].value for c in chunks]), torch.cat([c[name].valid for c in chunks]))
+        for name in chunks[0]
+    }
 
 
 def student_latents(parts: Parts, count: int) -> Tensor:

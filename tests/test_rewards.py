@@ -141,7 +141,7 @@ def test_a_sample_without_a_score_gets_neither_value_nor_gradient() -> None:
     assert score.valid.tolist() == [True, False, False, True] and score.value.tolist() == pytest.approx([0, 0, 0, 1])
     score.value.sum().backward()
     assert x.grad is not None and x.grad[:, 0].tolist() == pytest.approx([1, 0, 0, 1 / math.e])
-    assert score.terms()["reward"] == 0.5 and score.terms()["reward_valid"] == 0.5
+    assert score.terms()["reward"] == pytest.approx(0.5) and score.terms()["reward_valid"] == 0.5
 
 
 def test_a_reward_that_fails_on_all_samples_logs_no_nan() -> None:

@@ -155,8 +155,12 @@ def make_batch(
 ) -> Batch:
     """The batch of these global positions, with the fields in `needs`, in the backbone's dtype.
 
-    group_size: so many positions in a row are one prompt group and read one row of the data."""
+    group_size: so many positions in a row are one prompt group and read one row of the data. Raises ValueError if a
+    group is not whole: what compares its samples would compare some of them."""
     group = positions // group_size
+    if group_size > 1 and bool((group.unique(return_counts=True)[1] != group_size).any()):
+        raise ValueError(f"positions {int(positions[0])} to {int(positions[-1])} divide a prompt group of {group_size}"
+                         "; make train.batch_size a multiple of objective.group_size")  # fmt: skip
     prompts = stream.prompts(group)
     both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
     latents = stream.latents(group) if "latents" in needs else None

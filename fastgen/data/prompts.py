@@ -11,10 +11,13 @@ from fastgen.backbones.base import Backbone
 from fastgen.data.base import Samples, SampleSource
 from fastgen.data.tables import TABLES, read_captions, read_lines
 
+NEUTRAL = Path(__file__).resolve().parents[1] / "prompts" / "neutral.txt"  # 64 sentences, ours
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PromptData(SampleSource):
-    """prompts: a list; a text file with one a line; or a csv, tsv, jsonl or parquet file with a column of them.
+    """prompts: a list; a text file with one a line; a csv, tsv, jsonl or parquet file with a column of them; or
+    "neutral", the 64 that ship.
     column: its name; `prompt`, `caption` or `text` by default, the first of these that is there."""
 
     prompts: str | tuple[str, ...]
@@ -37,7 +40,7 @@ def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> lis
         if not prompts:
             raise ValueError("there are no prompts")
         return list(prompts)
-    path = Path(prompts)
+    path = NEUTRAL if prompts == "neutral" and not Path(prompts).exists() else Path(prompts)
     if not path.is_file():
         raise ValueError(f"no prompt file at {prompts}; give a txt, csv, tsv, jsonl or parquet file, or a list")
     if path.suffix.lower() in TABLES:

@@ -8,7 +8,7 @@ from fastgen.metrics.fid import FID
 from fastgen.metrics.mode_share import ModeShare
 from fastgen.metrics.moments import CovError, MeanError
 from fastgen.metrics.precision_recall import PrecisionRecall
-from fastgen.metrics.reward import DigitClassReward, DigitStrokeReward, JpegSizeReward
+from fastgen.metrics.reward import REWARD_METRICS
 from fastgen.metrics.throughput import Throughput
 
 METRICS: dict[str, type[Metric]] = {
@@ -21,9 +21,7 @@ METRICS: dict[str, type[Metric]] = {
     "cov_error": CovError,
     "mode_share_error": ModeShare,
     "throughput": Throughput,
-    "digit_class": DigitClassReward,
-    "digit_stroke": DigitStrokeReward,
-    "jpeg_size": JpegSizeReward,
+    **REWARD_METRICS,
 }
 
 # Which way is better, for every number the metrics return.

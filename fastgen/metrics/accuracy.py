@@ -1,6 +1,6 @@
 """Does the picture show the digit that the prompt asks for?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,12 @@ class Accuracy(Metric):
         logits = network.classifier.head(self.features(samples).to(self.features.device)).cpu()
         self.right += int((logits.argmax(1) == wanted).sum())
         self.count += len(samples)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"counts": torch.tensor([self.right, self.count])}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.right, self.count = state["counts"].tolist()
 
     def compute(self) -> dict[str, float]:
         if not self.count:

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fastgen.backbones.gaussian_mixture import Mixture
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.reference import Reference
+from fastgen.rewards import Reward
 
 Direction = Literal["lower", "higher", "neither"]
 Directions = Mapping[str, Direction]  # number -> which way it is better
@@ -31,7 +33,8 @@ class MetricContext:
 
     num_samples, seed: of the evaluation; sample i has seed `seed + i`.
     reference: real images. features: shared by all metrics, so that each batch is embedded once.
-    mixture: the exact target law of points. timing: only where a sampler runs (not for a folder of images)."""
+    mixture: the exact target law of points. timing: only where a sampler runs (not for a folder of images). rewards:
+    by the names of the metrics that measure them, where they have keys of their own. device: their networks' place."""
 
     num_samples: int
     seed: int
@@ -39,6 +42,8 @@ class MetricContext:
     features: FeatureNetwork | None = None
     mixture: Mixture | None = None
     timing: Timing | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
 
 
 class Metric(ABC):
@@ -48,7 +53,7 @@ class Metric(ABC):
     way each is better. Subclasses raise ValueError from __init__ if the context lacks what they need."""
 
     name: ClassVar[str]
-    output: ClassVar[Literal["pixels", "points", "any"]]
+    output: ClassVar[Literal["pixels", "frames", "points", "any"]]
     directions: ClassVar[Directions]
 
     def __init__(self, context: MetricContext):
@@ -56,11 +61,21 @@ class Metric(ABC):
 
     @abstractmethod
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
-        """samples: pixels [B, 3, H, W] in [0, 1] or points [B, D], on the CPU, ordered by seed. prompts: [B]."""
+        """samples: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D], on the CPU, ordered by
+        seed. prompts: [B]."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The numbers named in `directions`. Raises ValueError if there were too few samples."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `update` has gathered, so that an evaluation can be interrupted."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        """What `state` gave, into a metric that is new; prompts: of all samples it had seen. The numbers that come of
+        it are the same to the bit."""
 
     def need_features(self) -> FeatureNetwork:
         if self.context.features is None:

@@ -1,7 +1,7 @@
 """How different are the samples of one prompt from each other?"""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -31,9 +31,24 @@ class Diversity(Metric):
         self.kept: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
-        for feature, prompt in zip(self.features(samples), prompts, strict=True):
+        self._keep(self.features(samples), prompts)
+
+    def _keep(self, features: Tensor, prompts: Sequence[str]) -> None:
+        for feature, prompt in zip(features, prompts, strict=True):
             if len(self.kept[prompt]) < MAX_PER_PROMPT:
                 self.kept[prompt].append(feature)
+
+    def state(self) -> dict[str, Tensor]:
+        rows = [row for kept in self.kept.values() for row in kept]
+        return {"features": torch.stack(rows) if rows else torch.zeros(0, 0)}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        """Rows lie by prompt, in the order of the prompts' first appearance."""
+        start = 0
+        for prompt, count in Counter(prompts).items():
+            stop = start + min(count, MAX_PER_PROMPT)
+            self._keep(state["features"][start:stop], [prompt] * (stop - start))
+            start = stop
 
     def compute(self) -> dict[str, float]:
         groups = [torch.stack(rows).double() for rows in self.kept.values() if len(rows) > 1]

@@ -1,5 +1,6 @@
 """Feature networks of the image metrics: pixels to vectors, each batch once however many metrics ask."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fastgen.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
 from fastgen.metrics.reference import Reference
 
+HUB_FILE = r"[\w-][\w.-]*/[\w.-]+/[\w./-]+\.pth"
 FeatureName = Literal["digits", "inception"]
 
 
@@ -31,22 +33,41 @@ class DigitsFeatures(nn.Module):
 class InceptionFeatures(nn.Module):
     """The 2,048 pool features of the Inception v3 that published FID numbers use, on 8-bit images of any size.
 
-    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases. Nothing is ever
-    downloaded. Raises ValueError if the file or the package torch-fidelity, which holds the network, is missing."""
+    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases, or one on the hub,
+    "org/name/file.pth", which is downloaded once. See check_inception for what is raised."""
 
-    def __init__(self, weights: Path):
+    def __init__(self, weights: str):
         super().__init__()
-        if not weights.is_file():
-            raise ValueError(f"inception_weights: there is no file {weights}; give a local copy of "
-                             "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases")  # fmt: skip
-        if find_spec("torch_fidelity") is None:
-            raise ValueError("features: inception needs the package torch-fidelity: pip install torch-fidelity")
+        check_inception(weights)
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception_file(weights)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network((pixels * 255).round().to(torch.uint8))
+
+
+def check_inception(weights: str) -> None:
+    """Raises ValueError if these weights are neither a local file nor one on the hub, or if the package
+    torch-fidelity, which holds the network, is missing. Does not go online."""
+    if not Path(weights).is_file() and not re.fullmatch(HUB_FILE, weights):
+        raise ValueError(f"inception_weights: there is no file {weights}; give a local copy of "
+                         "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases, or a file on the "
+                         "hub, org/name/file.pth")  # fmt: skip
+    if find_spec("torch_fidelity") is None:
+        raise ValueError(
+            "features: inception needs the package torch-fidelity: pip install 'fastgen-distill[inception]'"
+        )
+
+
+def inception_file(weights: str) -> Path:
+    """Where the weights lie, after a download if they are a hub's."""
+    if Path(weights).is_file():
+        return Path(weights)
+    from huggingface_hub import hf_hub_download
+
+    org, name, file = weights.split("/", 2)
+    return Path(hf_hub_download(f"{org}/{name}", file))
 
 
 class FeatureNetwork:
@@ -58,12 +79,12 @@ class FeatureNetwork:
     def __init__(
         self,
         name: FeatureName = "digits",
-        inception_weights: Path | None = None,
+        inception_weights: str | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 64,
     ):
         if name == "inception" and inception_weights is None:
-            raise ValueError("features: inception needs inception_weights, a local file with its weights")
+            raise ValueError("features: inception needs inception_weights, a file with its weights")
         self.name, self.inception_weights, self.device, self.batch_size = name, inception_weights, device, batch_size
         self._network: nn.Module | None = None
         self._last: tuple[Tensor, Tensor] | None = None

@@ -1,11 +1,14 @@
 """Frechet distance of feature distributions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fastgen.metrics.base import Directions, Metric, MetricContext
+
+# Sums over the generated features, which torchmetrics keeps.
+MOMENTS = ("fake_features_sum", "fake_features_cov_sum", "fake_features_num_samples")
 
 
 class Precomputed(nn.Identity):
@@ -43,6 +46,13 @@ class FID(Metric):
         left = self.count - int(self.distance.fake_features_num_samples)
         if left > 0:
             self.distance.update(self.features(samples)[:left].double(), real=False)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: getattr(self.distance, name).clone() for name in MOMENTS}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        for name in MOMENTS:
+            getattr(self.distance, name).copy_(state[name])
 
     def compute(self) -> dict[str, float]:
         if int(self.distance.fake_features_num_samples) != self.count:

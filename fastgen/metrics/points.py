@@ -1,8 +1,7 @@
 """What the metrics of points share: they keep all samples, and compare those of each label with that label's law."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def labels_of(mixture: Mixture, prompts: Sequence[str]) -> Tensor:
 class PointMetric(Metric):
     """Collects points [B, D] and labels. Needs the exact mixture."""
 
-    output: ClassVar[Literal["pixels", "points", "any"]] = "points"
+    output = "points"
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
@@ -47,6 +46,12 @@ class PointMetric(Metric):
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
         self.points.append(samples.double())
         self.labels.append(labels_of(self.mixture, prompts))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"points": torch.cat(self.points), "labels": torch.cat(self.labels)}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.points, self.labels = [state["points"]], [state["labels"]]
 
     def groups(self, least: int) -> Iterator[Group]:
         """The samples by label. Raises ValueError if a label has fewer than `least`."""

@@ -1,6 +1,6 @@
 """Fidelity and coverage as two numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,12 @@ class PrecisionRecall(Metric):
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
         self.generated.append(self.features(samples))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"generated": torch.cat(self.generated)}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.generated = [state["generated"]]
 
     def compute(self) -> dict[str, float]:
         real = self.features.of_reference(self.reference, self.count).double()

@@ -1,12 +1,12 @@
 """What a reward gives the samples, whether or not anything was trained on it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fastgen.metrics.base import Directions, Metric, MetricContext
+from fastgen.metrics.base import Direction, Directions, Metric, MetricContext
 from fastgen.rewards import Reward
 from fastgen.rewards.digit_class import DigitClass
 from fastgen.rewards.digit_stroke import DigitStroke
@@ -15,19 +15,33 @@ from fastgen.rewards.jpeg_size import JpegSize
 
 class RewardMetric(Metric):
     """<name>: mean of the reward over the samples that have one; <name>_std: their standard deviation, dividing by the
-    count. Both are what `calibration: zscore` asks for, measured on the teacher's samples."""
+    count. Both are what `calibration: zscore` asks for, measured on the teacher's samples.
+
+    The reward is the one of the context, or the class's own, which has no keys. Raises ValueError without either, and
+    if files of it are missing. Its network, if it has one, loads with the first batch."""
 
     output = "pixels"
-    reward: ClassVar[Reward]
+    reward: ClassVar[Reward | None] = None
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
+        found = context.rewards.get(self.name, type(self).reward)
+        if found is None:
+            raise ValueError(f"{self.name} reads a network and must be told where it lies; set "
+                             f"eval.scorers.{self.name}.path, --scorer {self.name}=FOLDER")  # fmt: skip
+        self.measured: Reward = found
         self.values: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
-        score = self.reward(samples, prompts)
-        self.values.append(score.value[score.valid].double())
+        score = self.measured(samples.to(self.context.device), prompts)
+        self.values.append(score.value[score.valid].double().cpu())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"values": torch.cat(self.values)}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.values = [state["values"]]
 
     def compute(self) -> dict[str, float]:
         values = torch.cat(self.values) if self.values else torch.zeros(0)
@@ -36,16 +50,23 @@ class RewardMetric(Metric):
         return {self.name: float(values.mean()), f"{self.name}_std": float(values.std(correction=0))}
 
 
-class DigitClassReward(RewardMetric):
-    name, reward = "digit_class", DigitClass()
-    directions: ClassVar[Directions] = {"digit_class": "higher", "digit_class_std": "neither"}
+def reward_metric(name: str, kind: str = "pixels", better: Direction = "higher", reward: Reward | None = None) -> type:
+    """The metric of a registered reward; reward: itself, where it needs no keys."""
+    directions: Directions = {name: better, f"{name}_std": "neither"}
+    members = {"name": name, "output": kind, "directions": directions, "reward": reward, "__module__": __name__}
+    return type(f"{name}_metric", (RewardMetric,), members)
 
 
-class DigitStrokeReward(RewardMetric):
-    name, reward = "digit_stroke", DigitStroke()
-    directions: ClassVar[Directions] = {"digit_stroke": "neither", "digit_stroke_std": "neither"}
-
-
-class JpegSizeReward(RewardMetric):
-    name, reward = "jpeg_size", JpegSize()
-    directions: ClassVar[Directions] = {"jpeg_size": "neither", "jpeg_size_std": "neither"}
+REWARD_METRICS: dict[str, type[RewardMetric]] = {
+    "digit_class": reward_metric("digit_class", reward=DigitClass()),
+    "digit_stroke": reward_metric("digit_stroke", better="neither", reward=DigitStroke()),
+    "jpeg_size": reward_metric("jpeg_size", better="neither", reward=JpegSize()),
+    "clip_score": reward_metric("clip_score"),
+    "hpsv2": reward_metric("hpsv2"),
+    "pickscore": reward_metric("pickscore"),
+    "image_reward": reward_metric("image_reward"),
+    "aesthetic": reward_metric("aesthetic"),
+    "hpsv3": reward_metric("hpsv3"),
+    "video_reward": reward_metric("video_reward", "frames"),
+    "motion": reward_metric("motion", "frames", "neither"),
+}

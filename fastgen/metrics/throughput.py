@@ -1,8 +1,9 @@
 """How fast does it sample?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastgen.metrics.base import Directions, Metric, MetricContext
@@ -24,6 +25,12 @@ class Throughput(Metric):
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
         """Nothing to do: the evaluation fills the timing."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {"batches": torch.tensor(self.timing.batches, dtype=torch.float64).reshape(-1, 2)}
+
+    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.timing.batches = [(int(count), seconds) for count, seconds in state["batches"].tolist()]
 
     def compute(self) -> dict[str, float]:
         batches = self.timing.batches[1:] or self.timing.batches

@@ -129,12 +129,13 @@ class CRD(Objective):
         score = networks.rewards(x0, batch)
         assert batch.group is not None
         advantage = signals.advantages(score.value, batch.group, score.valid, std=self.std, clip=self.clip)
+        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
         draws = self.draws or networks.policy.num_steps
         first = batch.integer("first_level", networks.policy.num_steps)
         for k in range(draws):
             level = networks.policy.timesteps[(first + k) % networks.policy.num_steps]
             loss = self.draw_loss(networks, batch, x0, advantage, score, level, str(k))
-            terms = {name: value / draws for name, value in (loss.terms | score.terms()).items()}
+            terms = {name: value / draws for name, value in (loss.terms | score.terms() | watched).items()}
             yield Loss(loss.total / draws, terms)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:

@@ -202,8 +202,9 @@ class GNDM(Objective):
         terms = {"r_dm": r_dm.mean(), "r_dm_std": spread.square().mean().sqrt()}
         if self.reward_weight:
             score = networks.rewards(made.x, batch)
-            advantage = advantage + self.reward_weight * signals.advantages(score.value, group, score.valid)
-            terms |= score.terms()
+            rewarded = signals.advantages(score.value, group, score.valid)
+            advantage = advantage + self.reward_weight * rewarded
+            terms |= score.terms() | signals.group_terms(score.own, group, score.valid, rewarded)
         log_prob = torch.stack([step.log_prob for step in made.steps if step.log_prob is not None], 1)
         new = {"x": torch.stack([step.x_t for step in made.steps], 1), "log_prob": log_prob, "advantage": advantage}
         new |= {f"cond.{key}": value for key, value in batch.cond.items()}

@@ -127,7 +127,10 @@ class RTDMD(ACDMD):
         advantage = self.advantage(networks, batch, score)
         for i in selected:
             yield self.policy_step(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
-        yield self.matching_step(networks, batch, rollout, score)
+        last = self.matching_step(networks, batch, rollout, score)
+        assert batch.group is not None
+        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
+        yield Loss(last.total, last.terms | watched)
 
     def selected(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
         """m of the stochastic steps, the same in all micro-batches and processes of an update."""

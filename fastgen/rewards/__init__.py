@@ -1,5 +1,11 @@
 """Rewards by name, as `rewards.parts` of a recipe chooses them; a class is imported only when it is chosen."""
 
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
 from fastgen.rewards.base import Reward, Score
 from fastgen.rewards.composite import Composite, Scorer
 
@@ -9,7 +15,34 @@ REWARDS: dict[str, str] = {
     "digit_class": "fastgen.rewards.digit_class:DigitClass",
     "digit_stroke": "fastgen.rewards.digit_stroke:DigitStroke",
     "jpeg_size": "fastgen.rewards.jpeg_size:JpegSize",
+    "clip_score": "fastgen.rewards.clip_score:ClipScore",
+    "hpsv2": "fastgen.rewards.hpsv2:HPSv2",
+    "pickscore": "fastgen.rewards.pickscore:Pickscore",
+    "image_reward": "fastgen.rewards.image_reward:ImageReward",
+    "aesthetic": "fastgen.rewards.aesthetic:Aesthetic",
+    "hpsv3": "fastgen.rewards.hpsv3:HPSv3",
+    "video_reward": "fastgen.rewards.video_reward:VideoReward",
+    "motion": "fastgen.rewards.motion:Motion",
     "function": "fastgen.rewards.function:FunctionReward",
 }
 
-__all__ = ["REWARDS", "Composite", "Reward", "Score", "Scorer"]
+# Those that read networks of their own, which must be told where these lie.
+SCORERS = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic", "hpsv3", "video_reward", "motion")
+
+
+def make_reward(name: str, keys: Mapping[str, Any]) -> Reward:
+    """A registered reward with these keys; `Reward.ready` looks at its files. Raises ValueError, a line an error, each
+    with its key."""
+    module, _, attribute = REWARDS[name].partition(":")
+    try:
+        return TypeAdapter(vars(importlib.import_module(module))[attribute]).validate_python(dict(keys))
+    except ValidationError as error:
+        needed = "needed and not given; docs/rewards.md says what it is"
+        raise ValueError("\n".join(
+            f"{name}.{'.'.join(map(str, e['loc']))}: "
+            f"{needed if e['type'] == 'missing' else e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )) from None  # fmt: skip
+
+
+__all__ = ["REWARDS", "SCORERS", "Composite", "Reward", "Score", "Scorer", "make_reward"]

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -28,6 +29,11 @@ class Score:
     value: Tensor
     valid: Tensor
     parts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The numbers it is made of: its parts, or itself where it has none."""
+        return self.parts or {"reward": self.value.detach()}
 
     def terms(self) -> dict[str, Tensor]:
         """For Loss.terms: means over valid samples, `reward` and `reward_<part>`, and their share, `reward_valid`."""
@@ -76,12 +82,38 @@ class Reward(ABC):
         return Score(torch.where(valid, value, 0), valid, parts)
 
     def check(self, config: "BackboneConfig") -> None:
-        """Raises ValueError, before weights load, if this backbone's samples are not what the reward reads."""
+        """Raises ValueError, before weights load, if this backbone's samples are not what the reward reads, or if
+        files of the reward are missing."""
+        self.ready()
         if self.input not in ("latents", config.output):
             raise ValueError(
                 f"{self.label} reads {self.input}, and backbone {config.name} gives {config.output}; "
                 f"choose a reward that reads {config.output} or latents"
             )
+
+    def ready(self) -> None:  # noqa: B027 - most rewards have no files
+        """Raises ValueError if a local file, or a package, that the reward needs is missing. Loads no weights and does
+        not use the network."""
+
+    def weight_files(self) -> list[Path]:
+        """The files its networks are read from; of a hub id, after a download."""
+        return []
+
+    @property
+    def input_size(self) -> str:
+        """What its network sees of a picture, in words."""
+        return "the picture as it is"
+
+    def facts(self) -> dict[str, Any]:
+        """What repeating its numbers takes: its keys, its input, the sha256 of its weights."""
+        from fastgen.rewards.weights import sha256
+
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        keys = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
+        for name in ("weight", "mean", "std"):  # of a composite, not of the score
+            keys.pop(name)
+        hashes = {file.name: sha256(file) for file in self.weight_files()}
+        return keys | {"input": self.input, "input_size": self.input_size, "weights": hashes}
 
     @property
     def label(self) -> str:

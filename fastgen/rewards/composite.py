@@ -1,7 +1,8 @@
 """Several rewards as one, and what they see of a student's samples."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field, InstanceOf, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen.recomputation import checkpointed
 from fastgen.rewards.base import CONFIG, Reward, Score
 from fastgen.signals import group_moments
 
@@ -26,9 +28,11 @@ class Composite:
                   mean_minus_std: mean_k v_k - std_k v_k                                 (arXiv 2312.09244)
 
     Standard deviations divide by the count. A group's mean and std carry no gradient: that of c_k is r_k's, divided.
-    Raises ValueError for zscore without every part's std."""
+    held_out: rewards that nothing optimises, which the health watch looks at beside the parts.
+    Raises ValueError for zscore without every part's std, and for a held-out reward that is among the parts."""
 
     parts: Annotated[tuple[InstanceOf[Reward], ...], Field(min_length=1)]
+    held_out: tuple[InstanceOf[Reward], ...] = ()
     calibration: Literal["none", "zscore", "group"] = "none"
     aggregate: Literal["sum", "min", "mean_minus_std"] = "sum"
 
@@ -41,13 +45,28 @@ class Composite:
                         f"calibration zscore needs parts.{i}.std ({part.label}): measure mean and std of its score "
                         "over the teacher's samples, or set calibration to none or group"
                     )
+        plain = [dataclasses.replace(part, weight=1.0, mean=0.0, std=None) for part in self.parts]
+        for i, part in enumerate(self.held_out):
+            if dataclasses.replace(part, weight=1.0, mean=0.0, std=None) in plain:
+                raise ValueError(
+                    f"held_out.{i}: {part.label} is among the parts, so it is not held out; choose another"
+                )
         return self
 
     def used(self, grad: bool) -> dict[str, Reward]:
         """The parts by their names in logs; those that enter with gradient are the differentiable ones."""
-        labels = [part.label for part in self.parts]
+        return {name: p for name, p in self._named(self.parts).items() if p.differentiable or not grad}
+
+    @property
+    def watched(self) -> dict[str, Reward]:
+        """The held-out rewards by their names in logs."""
+        return self._named(self.held_out, "held_out_")
+
+    @staticmethod
+    def _named(rewards: Sequence[Reward], prefix: str = "") -> dict[str, Reward]:
+        labels = [reward.label for reward in rewards]
         names = [name if labels.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(labels)]
-        return {name: p for name, p in zip(names, self.parts, strict=True) if p.differentiable or not grad}
+        return {prefix + name: reward for name, reward in zip(names, rewards, strict=True)}
 
     def __call__(
         self, inputs: Mapping[str, Tensor], prompts: Sequence[str], group: Tensor | None = None, grad: bool = False
@@ -114,10 +133,25 @@ class Scorer:
     def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
         """x0: [B, *latent_shape] clean samples, decoded once, without autocast, so that a reward sees what an
         evaluation does. Pictures are in [0, 1]; with `grad` the clamp passes gradient as if it were not there."""
+        return self.composite(self.seen(x0, self.composite.used(grad).values(), grad), prompts, group, grad)
+
+    @torch.no_grad()
+    def each(self, x0: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
+        """Every part's own score, neither calibrated nor weighted, and every held-out reward's, by name."""
+        rewards = self.composite.used(grad=False) | self.composite.watched
+        inputs = self.seen(x0, rewards.values(), grad=False)
+        return {name: reward(inputs[reward.input], prompts) for name, reward in rewards.items()}
+
+    def seen(self, x0: Tensor, rewards: Iterable[Reward], grad: bool) -> dict[str, Tensor]:
+        """What these rewards read, by their `input`. With `grad` the decoder's activations are not kept: they are
+        computed again in the backward pass, so that they do not add to those of the student and of the rewards."""
         inputs = {"latents": x0}
-        kinds = {part.input for part in self.composite.used(grad).values()} - {"latents"}
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast(x0.device.type, enabled=False):
-            for kind in sorted(kinds):
-                decoded = self.decode(x0, clamp=not grad)
-                inputs[kind] = StraightThroughClamp.apply(decoded) if grad and kind != "points" else decoded  # type: ignore[no-untyped-call]
-        return self.composite(inputs, prompts, group, grad)
+        grad = grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), torch.autocast(x0.device.type, enabled=False):
+            for kind in sorted({reward.input for reward in rewards} - {"latents"}):
+                if not grad:
+                    inputs[kind] = self.decode(x0, clamp=True)
+                else:
+                    decoded = checkpointed(partial(self.decode, clamp=False), x0)
+                    inputs[kind] = decoded if kind == "points" else StraightThroughClamp.apply(decoded)  # type: ignore[no-untyped-call]
+        return inputs

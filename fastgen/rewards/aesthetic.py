@@ -1,0 +1,63 @@
+"""How much would people like to look at it? LAION's predictor of ratings, which reads no prompt."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.rewards import weights
+from fastgen.rewards.base import CONFIG, Reward
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+
+EXAMPLE = "christophschuhmann/improved-aesthetic-predictor"
+FILES = ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth")
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Aesthetic(Reward):
+    """r(x) = head(CLIP image / its length): a mean rating, 1 to 10, mostly 4 to 7.
+
+    The head is linear all the way, width -> 1024 -> 128 -> 64 -> 16 -> 1, its dropout for training only (LAION's
+    predictor v2). Input: OpenAI's own, shorter side to 224, bicubic, centre crop. Gradient: to the pixels of the crop.
+
+    path: the folder with sac+logos+ava1-l14-linearMSE.pth (its source is a GitHub repository, not the hub; a
+    .safetensors of the same name does too), or a hub id that holds the file. clip: ViT-L/14, a folder or the hub id
+    openai/clip-vit-large-patch14."""
+
+    path: str
+    clip: str
+
+    input = "pixels"
+    differentiable = True
+
+    def ready(self) -> None:
+        weights.check_files(self.path, "path", EXAMPLE, FILES)
+        weights.check_files(self.clip, "clip", "openai/clip-vit-large-patch14", *CLIP_FILES, TOKENIZER_FILES)
+
+    def weight_files(self) -> list[Path]:
+        return [weights.find(self.path, *FILES), *weight_files(self.clip)]
+
+    @property
+    def input_size(self) -> str:
+        return "shorter side to the network's (224), bicubic, centre crop"
+
+    def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        features = load_clip(self.clip, self.clip, x.device).image(x, round_half=True)
+        return load_head(self.path, features.shape[1], x.device)(features).squeeze(1)
+
+
+def linear_stack(width: int) -> nn.Sequential:
+    """The head of aesthetic and image_reward, with the numbers its published layers have among their dropouts."""
+    sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    return nn.Sequential(*(nn.Linear(*sizes[i]) if i in sizes else nn.Identity() for i in range(8)))
+
+
+@lru_cache(maxsize=4)
+def load_head(path: str, width: int, device: torch.device) -> nn.Module:
+    file = weights.find(path, *FILES)
+    head = nn.ModuleDict({"layers": linear_stack(width)})
+    weights.load_strictly(head, weights.read_tensors(file), file)
+    return weights.freeze(head, device)["layers"]

@@ -1,0 +1,80 @@
+"""CLIP as transformers holds it, shared by the scorers that read it: one copy of a checkpoint, one table of texts."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.rewards import images, weights
+
+CLIP_FILES = (("config.json",), ("*.safetensors",))
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+PATTERNS = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
+MAX_TEXTS = 4096  # text features that are kept
+
+
+class Texts:
+    """Features of prompts, [B, D], each encoded once; kept on the CPU, the oldest dropped beyond MAX_TEXTS."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(
+        self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor], device: torch.device
+    ) -> Tensor:
+        """encode: prompts to [N, D]; called under no_grad, for those that are new."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        found = {prompt: self.known[prompt] for prompt in prompts if prompt in self.known}
+        if new:
+            with torch.no_grad():
+                found |= dict(zip(new, encode(new).cpu(), strict=True))
+        self.known |= found
+        for prompt in list(self.known)[: max(0, len(self.known) - MAX_TEXTS)]:
+            del self.known[prompt]
+        return torch.stack([found[prompt] for prompt in prompts]).to(device)
+
+
+class Clip:
+    """A frozen CLIP of any size. Features are float32 and of length 1."""
+
+    def __init__(self, path: str, tokenizer: str, device: torch.device):
+        from transformers import AutoTokenizer, CLIPModel
+
+        self.device = device
+        self.model = weights.freeze(weights.pretrained(CLIPModel, str(weights.snapshot(path, *PATTERNS))), device)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(weights.snapshot(tokenizer, "*.json", "*.txt")))
+        self.size: int = self.model.config.vision_config.image_size
+        self.scale = float(self.model.logit_scale.detach().exp())
+        self.texts = Texts()
+
+    def image(self, pixels: Tensor, round_half: bool = False) -> Tensor:
+        """[B, 3, H, W] in [0, 1] to [B, D], with gradient: shorter side to the network's size, centre, normalise."""
+        x = images.center_crop(images.shortest_side(pixels, self.size), self.size, round_half)
+        pooled = self.model.vision_model(pixel_values=images.normalise(x)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """[B, D]; prompts are cut at the network's length, 77 tokens."""
+        return self.texts(prompts, self._encode, self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
+        pooled = self.model.text_model(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+
+@lru_cache(maxsize=4)
+def load_clip(path: str, tokenizer: str, device: torch.device) -> Clip:
+    """Raises ValueError if the checkpoint is not exactly a CLIP."""
+    return Clip(path, tokenizer, device)
+
+
+def weight_files(path: str) -> list[Path]:
+    """The safetensors of a folder or hub id."""
+    return sorted(weights.snapshot(path, *PATTERNS).glob("*.safetensors"))

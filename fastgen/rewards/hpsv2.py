@@ -1,0 +1,90 @@
+"""Human Preference Score v2 and v2.1: CLIP-H fine-tuned on rankings of generated pictures."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.rewards import images, weights
+from fastgen.rewards.base import CONFIG, Reward
+from fastgen.rewards.clip import Texts
+
+EXAMPLE = "xswu/HPSv2"
+FILES = {
+    "v2": ("HPS_v2_compressed.safetensors", "HPS_v2_compressed.pt"),
+    "v2.1": ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt"),
+}
+
+
+@dataclass(frozen=True, config=CONFIG)
+class HPSv2(Reward):
+    """r(x, prompt) = cos(image, text) without logit scale, .20 to .37; published tables hold 100 r. The scales of v2
+    and v2.1 differ: compare within one version, and best within one prompt (Wu et al., arXiv 2306.09341).
+
+    Input: the longer side to 224, bicubic with antialiasing, zeros around the other, then normalised. Official numbers
+    move with torchvision, whose tensor resize antialiases by default since 0.17; here it always does. A picture whose
+    longer side is 224 already is padded too, which the official code forgets. Gradient: to all pixels.
+
+    path: the folder with HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or the hub id xswu/HPSv2. The architecture is
+    open_clip's ViT-H-14, or what an open_clip_config.json in a local folder says."""
+
+    path: str
+    version: Literal["v2", "v2.1"] = "v2.1"
+
+    input = "pixels"
+    differentiable = True
+
+    def ready(self) -> None:
+        weights.check_package("open_clip", self.label, "scores")
+        weights.check_files(self.path, "path", EXAMPLE, FILES[self.version])
+
+    def weight_files(self) -> list[Path]:
+        return [weights.find(self.path, *FILES[self.version])]
+
+    @property
+    def input_size(self) -> str:
+        return "longer side to the network's (224), bicubic, padded with black"
+
+    def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        network = load(self.path, self.version, x.device)
+        return (network.image(x) * network.text(prompts)).sum(1)
+
+
+class Network:
+    """open_clip's CLIP, frozen; features of length 1."""
+
+    def __init__(self, path: str, version: str, device: torch.device):
+        import open_clip
+
+        file, own = weights.find(path, *FILES[version]), Path(path) / "open_clip_config.json"
+        config: dict[str, Any] = (
+            weights.read_json(own)["model_cfg"] if own.is_file() else open_clip.get_model_config("ViT-H-14")
+        )
+        model = open_clip.CLIP(**config)
+        tensors = weights.read_tensors(file)
+        weights.load_strictly(model, tensors.get("state_dict", tensors), file)
+        self.model, self.device = weights.freeze(model, device), device
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+        self.size: int = config["vision_cfg"]["image_size"]
+        self.texts = Texts()
+
+    def image(self, pixels: Tensor) -> Tensor:
+        padded = images.longest_side_padded(pixels, self.size)
+        return F.normalize(self.model.encode_image(images.normalise(padded)), dim=-1)
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        return self.texts(prompts, self._encode, self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return F.normalize(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device)), dim=-1)
+
+
+@lru_cache(maxsize=2)
+def load(path: str, version: str, device: torch.device) -> Network:
+    """Raises ValueError if the checkpoint is not exactly the network."""
+    return Network(path, version, device)

@@ -1,0 +1,144 @@
+"""How much moves in a video, and how steadily?"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.recomputation import checkpointed
+from fastgen.rewards import images, weights
+from fastgen.rewards.base import CONFIG, Reward, Score
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+
+EXAMPLE = "openai/clip-vit-large-patch14"
+RAFT_FILES = ("raft_small*.safetensors", "raft_small*.pth")
+RAFT_SIDE = 128  # the least that RAFT reads
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Motion(Reward):
+    """Both methods are ours; pair them with a reward for quality, as motion alone is easily had.
+
+    features, with e_k the CLIP embedding (length 1) of frame k:
+        r = 1/2 mean_k |e_{k+1} - e_k|^2 - smoothness 1/2 mean_k |e_{k+2} - 2 e_{k+1} + e_k|^2
+      The first term is 1 - cos of neighbours. A still video has 0, steady change r > 0. Independent frames (noise,
+      flicker, cuts) have s^2 - 3 smoothness s^2 with s^2 their spread, which is below 0 from smoothness 1/3 on.
+    raft, with F_k the optical flow from frame k to k + 1 in shares of the frame's diagonal, 0 where the way back does
+    not lead home (|F_k + B_k|^2 > 0.01 (|F_k|^2 + |B_k|^2) + 0.5 pixels^2, arXiv 1711.07837), and m_k the mean of the
+    largest tenth of |F_k|:
+        r = log(1 + mean_k m_k / scale) - smoothness mean_k mean |F_{k+2} - 2 F_{k+1} + F_k| / scale
+      at most log(1 + cap). RAFT (arXiv 2003.12039) sees frames of at least 128 pixels a side, multiples of 8.
+
+    The parts `change` and `jerk` are the two terms. Frames [B, F, 3, H, W], F >= 3, or 4 for raft. Gradient: to all
+    frames; a sample's networks are computed again in the backward pass.
+
+    path: features: a transformers CLIPModel, a folder or hub id; raft: a folder or hub id that holds torchvision's
+    raft_small weights (raft_small_C_T_V2-01064c6d.pth)."""
+
+    path: str
+    method: Literal["features", "raft"] = "features"
+    smoothness: float = Field(default=0.5, ge=0)
+    scale: float = Field(default=0.01, gt=0)  # raft: of m, a hundredth of the diagonal
+    cap: float = Field(default=10.0, gt=0)  # raft: of m / scale
+
+    input = "frames"
+    differentiable = True
+
+    def ready(self) -> None:
+        if self.method == "features":
+            weights.check_files(self.path, "path", EXAMPLE, *CLIP_FILES, TOKENIZER_FILES)
+        else:
+            weights.check_files(self.path, "path", "a folder with raft_small_C_T_V2-01064c6d.pth", RAFT_FILES)
+
+    def weight_files(self) -> list[Path]:
+        return weight_files(self.path) if self.method == "features" else [weights.find(self.path, *RAFT_FILES)]
+
+    @property
+    def input_size(self) -> str:
+        if self.method == "features":
+            return "shorter side to the network's (224), bicubic, centre crop"
+        return "multiples of 8 from 128 on, bicubic"
+
+    def score(self, x: Tensor, prompts: Sequence[str]) -> Score:
+        least = 3 if self.method == "features" else 4
+        if x.shape[1] < least:
+            raise ValueError(f"motion reads at least {least} frames, and the video has {x.shape[1]}")
+        if self.method == "features":
+            clip = load_clip(self.path, self.path, x.device)
+            terms = [feature_motion(checkpointed(clip.image, frames)) for frames in x]
+        else:
+            terms = [self.flow_terms(frames) for frames in x]
+        change, jerk = (torch.stack(column) for column in zip(*terms, strict=True))
+        if self.method == "raft":
+            change = torch.log1p((change / self.scale).clamp_max(self.cap))
+            jerk = jerk / self.scale
+        value = change - self.smoothness * jerk
+        return Score(value, torch.ones_like(value, dtype=torch.bool), {"change": change, "jerk": jerk})
+
+    def flow_terms(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        raft = load_raft(self.path, frames.device)
+        height, width = (max(RAFT_SIDE, round(side / 8) * 8) for side in frames.shape[-2:])
+        x = 2 * images.resize(frames, height, width) - 1
+        return flow_motion(checkpointed(raft, x[:-1], x[1:]), checkpointed(raft, x[1:], x[:-1]))
+
+
+def feature_motion(e: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the mean squared first and second differences of [F, D] along F."""
+    step = e.diff(dim=0)
+    return 0.5 * step.square().sum(1).mean(), 0.5 * step.diff(dim=0).square().sum(1).mean()
+
+
+def flow_motion(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest tenth of consistent flow, and its mean second difference, in shares of the diagonal; forward,
+    backward: [F, 2, H, W] pixels, between neighbouring frames. A pixel that is inconsistent in one step has no jerk
+    there either."""
+    home = forward + warp(backward, forward)
+    size = forward.square().sum(1) + backward.square().sum(1)
+    consistent = (home.square().sum(1) <= 0.01 * size + 0.5).to(forward.dtype)
+    height, width = forward.shape[-2:]
+    flow = forward * consistent[:, None] / (height**2 + width**2) ** 0.5
+    length = norm(flow).flatten(1)
+    change = length.topk(max(1, length.shape[1] // 10), dim=1).values.mean()
+    return change, norm(flow.diff(dim=0).diff(dim=0)).mean()
+
+
+def norm(vectors: Tensor) -> Tensor:
+    """[F, 2, H, W] to [F, H, W]; with a gradient of 0 at 0."""
+    square = vectors.square().sum(1)
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
+
+
+def warp(values: Tensor, flow: Tensor) -> Tensor:
+    """values at x + flow(x), bilinear, borders repeated: [F, C, H, W] and [F, 2, H, W] pixels (across, down)."""
+    height, width = flow.shape[-2:]
+    down, across = torch.meshgrid(*(torch.arange(n, device=flow.device) for n in (height, width)), indexing="ij")
+    x = (across + flow[:, 0]) * 2 / max(width - 1, 1) - 1
+    y = (down + flow[:, 1]) * 2 / max(height - 1, 1) - 1
+    return F.grid_sample(values, torch.stack([x, y], -1), padding_mode="border", align_corners=True)
+
+
+class Raft:
+    """torchvision's RAFT-small, frozen: pairs of frames [N, 3, H, W] in [-1, 1] to flow [N, 2, H, W] in pixels."""
+
+    def __init__(self, path: str, device: torch.device):
+        from torchvision.models.optical_flow import raft_small
+
+        file = weights.find(path, *RAFT_FILES)
+        network = raft_small()
+        weights.load_strictly(network, weights.read_tensors(file), file)
+        self.network = weights.freeze(network, device)
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.network(first, second)[-1]
+
+
+@lru_cache(maxsize=1)
+def load_raft(path: str, device: torch.device) -> Raft:
+    """Raises ValueError if the checkpoint is not exactly the network."""
+    return Raft(path, device)

@@ -1,0 +1,142 @@
+"""`fastgen score`: what each scorer gives each picture of a folder."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgen.data import read_prompts
+from fastgen.evaluation import write_json
+from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
+from fastgen.report import format_value
+from fastgen.rewards import REWARDS, SCORERS, Reward, make_reward
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN = 20  # rows of the printed table
+
+
+def score_folder(
+    folder: Path,
+    names: Sequence[str],
+    keys: dict[str, dict[str, Any]],
+    prompts: str | None = None,
+    output: Path | None = None,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores all images of a folder, of any sizes. names: rewards that read pixels; keys: theirs, by name. prompts: a
+    file with one for each image in the order of their names, or one for all; by default the captions beside them.
+
+    Returns, and writes as JSON: a row an image with its file, prompt and scores (null where there is none), the means
+    over images that have one, and what repeating it takes. Raises ValueError for anything that does not fit, before
+    weights load."""
+    files = sample_files(folder)
+    texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
+    rewards = choose(names, keys)
+    readers = [name for name in rewards if name in SCORERS and name != "aesthetic"]
+    if readers and not any(texts):
+        raise ValueError(f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
+                         "--prompts FILE")  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(files), desc="scoring", unit="image", disable=not progress) as bar:
+        for pixels, start in batches(files, batch_size):
+            stop = start + len(pixels)
+            columns = score(rewards, pixels.to(device), texts[start:stop])
+            rows += [
+                {"file": files[i].name, "prompt": texts[i], **{k: v[i - start] for k, v in columns.items()}}
+                for i in range(start, stop)
+            ]
+            bar.update(len(pixels))
+    scored = [key for key in rows[0] if key not in ("file", "prompt")]
+    result = {
+        "means": {key: mean([row[key] for row in rows]) for key in scored},
+        "images_sha256": hash_files(files),
+        "scorers": {name: reward.facts() for name, reward in rewards.items()},
+        "images": rows,
+    }
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def choose(names: Sequence[str], keys: dict[str, dict[str, Any]]) -> dict[str, Reward]:
+    """The rewards by name, their files checked. Raises ValueError for names and keys that do not fit."""
+    possible = [name for name in REWARDS if name not in ("linear", "quadratic", "function")]
+    for name in (*names, *keys):
+        if name not in possible:
+            raise ValueError(f"there is no scorer {name}; choose of {', '.join(possible)}")
+    if unused := [name for name in keys if name not in names]:
+        raise ValueError(f"--scorer {unused[0]}: it is not among the metrics, {', '.join(names)}; add it there")
+    rewards = {}
+    for name in names:
+        rewards[name] = make_reward(name, keys.get(name, {}))
+        if rewards[name].input != "pixels":
+            raise ValueError(f"{name} reads {rewards[name].input}, and a folder holds pictures; leave it out")
+        try:
+            rewards[name].ready()
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+    return rewards
+
+
+def match(prompts: list[str], count: int, source: str | None) -> list[str]:
+    """One prompt an image. Raises ValueError unless there is one for each or one for all."""
+    if len(prompts) not in (1, count):
+        raise ValueError(f"{source} holds {len(prompts)} prompts for {count} images; give one for each, in the order "
+                         "of the images' names, or one for all")  # fmt: skip
+    return prompts * count if len(prompts) < count else prompts
+
+
+def batches(files: Sequence[Path], size: int) -> Iterator[tuple[Tensor, int]]:
+    """Pixels [B, 3, H, W] of at most `size` images in a row that are of one size, and the number of the first."""
+    kept: list[Tensor] = []
+    for i, file in enumerate(files):
+        pixels = read_images([file])
+        if kept and (len(kept) == size or kept[0].shape != pixels.shape):
+            yield torch.cat(kept), i - len(kept)
+            kept = []
+        kept.append(pixels)
+    yield torch.cat(kept), len(files) - len(kept)
+
+
+@torch.no_grad()
+def score(rewards: dict[str, Reward], pixels: Tensor, prompts: Sequence[str]) -> dict[str, list[float | None]]:
+    """name, and name_part -> a number an image, None where there is none."""
+    columns: dict[str, list[float | None]] = {}
+    for name, reward in rewards.items():
+        found = reward(pixels, prompts)
+        for key, values in {name: found.value, **{f"{name}_{k}": v for k, v in found.parts.items()}}.items():
+            pairs = zip(values.tolist(), found.valid.tolist(), strict=True)
+            columns[key] = [value if valid and math.isfinite(value) else None for value, valid in pairs]
+    return columns
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def score_table(result: dict[str, Any]) -> "Table":
+    """The first images and the means, a rich table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = list(result["means"])
+    table = Table("image", "prompt", title=f"{len(result['images'])} images")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in result["images"][:SHOWN]:
+        cells = (format_value(row[column]) for column in columns)
+        table.add_row(Text(row["file"]), Text(row["prompt"][:48]), *cells)
+    if len(result["images"]) > SHOWN:
+        table.add_row("...", "", *[""] * len(columns))
+    table.add_section()
+    table.add_row("mean", "", *(format_value(result["means"][column]) for column in columns))
+    return table
