@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastgen.denoiser import carried_names
 from fastgen.sharding import local, slices, whole
 
 PREFIX = "step_"
@@ -176,6 +177,17 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{path} does not fit this recipe's network: {', '.join(differing[:4])}")
         for name, tensor in tensors.items():
             local(tensor).copy_(read_slice(file, name, tensor))
+
+
+def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills a student's tensors from another's file, which may lack its further inputs: these stay as they are."""
+    with open_tensors(path) as file:
+        try:
+            names = carried_names(tensors, file.keys())
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit this recipe's student: {error}") from None
+        for name, stored in names.items():
+            local(tensors[name]).copy_(read_slice(file, stored, tensors[name]))
 
 
 def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:

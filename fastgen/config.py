@@ -292,6 +292,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError(f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
                           f"objective.group_size {objective.group_size}; make it a multiple")  # fmt: skip
     check_rewards(recipe)
+    if recipe.rollout.inputs and not objective.takes_inputs:
+        keys = " and ".join({"s": "next_time", "guidance": "told_guidance"}[name] for name in recipe.rollout.inputs)
+        raise RecipeError(f"rollout: objective {objective.name} trains no student that is told {keys}; leave it out")
     missing = objective.needs - recipe.data.provides
     if missing:
         raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
@@ -355,7 +358,11 @@ def check_init(recipe: Recipe) -> None:
     before, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
     if not before.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
         raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export")
-    there, here = load_recipe(before).lora.get("student"), recipe.lora.get("student")
+    earlier = load_recipe(before)
+    if more := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
+        raise RecipeError(f"init_from: the student there is told {', '.join(sorted(more))}, and here it is not; give "
+                          "rollout the same next_time and a told_guidance")  # fmt: skip
+    there, here = earlier.lora.get("student"), recipe.lora.get("student")
     if there != here:
         raise RecipeError(f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "
                           "lora.student the same, or export it with --merge")  # fmt: skip

@@ -1,6 +1,7 @@
 """The one network contract: an unmodified network behind `forward(x_t, t, cond) -> x0 prediction`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
@@ -24,6 +25,7 @@ class Denoiser(nn.Module):
     whose outputs serve as features (`feature_modules`) and say how wide those are (`feature_dim`)."""
 
     feature_dim: int
+    extra_inputs: "type[ExtraInputs]"  # how the family's time embedder is wrapped; set below
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType):
         super().__init__()
@@ -32,7 +34,8 @@ class Denoiser(nn.Module):
         self.prediction_type: PredictionType = prediction_type
 
     def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """The raw network output. timestep is in the network's own unit; [B], or [B, 1 + n] with n extra inputs."""
+        """The raw network output. timestep is in the network's own unit; like t, or [*t.shape, 1 + n] with n extra
+        inputs."""
         raise NotImplementedError
 
     def forward(
@@ -48,11 +51,12 @@ class Denoiser(nn.Module):
         """Predicts from x_t [B, ...] at noise level t [B] in [0, 1]; the result has the shape of x_t.
 
         told_time: the level the network is told when it differs from t (a one-step student that starts from pure noise
-        but is conditioned on an earlier time). extras: the scalar inputs the network was extended by, each [B].
+        but is conditioned on an earlier time). extras: the scalar inputs the network was extended by, each [B]; of a
+        two-time network s, the level its jump ends at, each like t.
         predict: what to return; conversions run in at least float32, and differentiably."""
         timestep = self.schedule.network_time(t if told_time is None else told_time)
         if isinstance(self.time_embedding, ExtraInputs) or extras:
-            timestep = pack_extras(self.time_embedding, timestep, extras or {})
+            timestep = pack_extras(self.time_embedding, timestep, t, extras or {})
         output = self.call_network(x_t, timestep, cond).to(torch.promote_types(x_t.dtype, torch.float32))
         if predict == self.prediction_type:
             return output
@@ -73,10 +77,10 @@ class Denoiser(nn.Module):
         """Modules at increasing depth whose outputs are features for a discriminator."""
         raise NotImplementedError
 
-    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
-        """Extends the network by integer inputs, name -> number of values, without changing what it computes.
-        dim: width of its time embedding."""
-        self.set_time_embedding(ExtraInputs(self.time_embedding, dim, counts))
+    def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
+        """Extends the network by inputs, without changing what it computes. counts: of integers, name -> number of
+        values. levels: of continuous ones, any of `LEVELS`. dim: width of its time embedding."""
+        self.set_time_embedding(self.extra_inputs(self.time_embedding, dim, counts, levels))
 
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
         """What holds at level t of a value that may differ by expert, such as a guidance scale. One network has one:
@@ -133,34 +137,80 @@ class Denoiser(nn.Module):
                 hook.remove()
 
 
+LEVELS = ("s", "guidance")
+FREQUENCIES = tuple(math.pi * 2 ** (-1 + 3 * i / 7) for i in range(8))  # pi / 2 to 4 pi
+
+
 class ExtraInputs(nn.Module):
     """A time embedder that also reads extra scalars: embedding(t) + sum_i table_i(extra_i).
 
     The scalars travel inside the timestep tensor, [B, 1 + n] instead of [B], so that JVP and activation checkpointing
     see them. The added branches start at zero: a freshly extended network is exactly the one it was made from.
-    counts: name -> number of values, for integer inputs such as the stop index of a rollout."""
+    counts: name -> number of values, for integer inputs such as the stop index of a rollout. levels: names of
+    continuous inputs."""
 
-    def __init__(self, embedding: nn.Module, dim: int, counts: Mapping[str, int]):
+    def __init__(self, embedding: nn.Module, dim: int, counts: Mapping[str, int], levels: Sequence[str] = ()):
+        """Raises ValueError for a level that is none of LEVELS."""
         super().__init__()
+        if unknown := set(levels) - set(LEVELS):
+            raise ValueError(f"continuous inputs are {list(LEVELS)}, got {sorted(unknown)}")
         self.embedding = embedding
-        self.tables = nn.ModuleDict({n: nn.Embedding(c, dim, _weight=torch.zeros(c, dim)) for n, c in counts.items()})
+        self.tables = nn.ModuleDict({name: IntegerInput(count, dim) for name, count in counts.items()})
+        self.tables.update({name: LevelInput(dim) for name in levels})
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
-        return self.add(self.embedding(timestep[:, 0], *rest), timestep)
+        return self.add(self.embedding(timestep[:, 0], *rest), timestep[:, 1:])
 
-    def add(self, embedding: Tensor, timestep: Tensor) -> Tensor:
-        """embedding [B, dim] plus the branches of the extra scalars."""
-        for column, table in enumerate(self.tables.values(), start=1):
-            embedding = embedding + table(timestep[:, column].round().long())
+    def add(self, embedding: Tensor, columns: Tensor) -> Tensor:
+        """embedding [..., dim] plus the branches of the extra scalars, columns [..., n]."""
+        for column, table in enumerate(self.tables.values()):
+            embedding = embedding + table(columns[..., column]).to(embedding.dtype)
         return embedding
 
 
-def pack_extras(embedding: nn.Module, timestep: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-    """[B, 1 + n]: the timestep and the extra scalars in the order of the embedder's tables."""
-    expected = list(embedding.tables) if isinstance(embedding, ExtraInputs) else []
-    if set(extras) != set(expected):
-        raise ValueError(f"this network takes the extra inputs {expected}, got {sorted(extras)}")
-    return torch.stack([timestep] + [extras[name].to(timestep.dtype) for name in expected], dim=1)
+class IntegerInput(nn.Embedding):
+    """A row for each value, all zero at the start. No derivative with respect to the value."""
+
+    def __init__(self, count: int, dim: int):
+        super().__init__(count, dim, _weight=torch.zeros(count, dim))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(value.round().long())
+
+
+class LevelInput(nn.Linear):
+    """A zero-initialised linear layer on sin(f z) and 1 - cos(f z), which vanish at z = 0. The frequencies f are low,
+    so that a derivative with respect to z does not amplify what the network has not learned."""
+
+    def __init__(self, dim: int):
+        super().__init__(2 * len(FREQUENCIES), dim, bias=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """value: [...], float. Returns [..., dim]; the waves are computed in the dtype of value."""
+        angle = value[..., None] * torch.tensor(FREQUENCIES, device=value.device, dtype=value.dtype)
+        return super().forward(torch.cat([angle.sin(), 1 - angle.cos()], dim=-1).to(self.weight.dtype))
+
+
+Denoiser.extra_inputs = ExtraInputs
+
+
+def level_column(name: str, value: Tensor, t: Tensor) -> Tensor:
+    """What a branch reads: zero where the input is neutral. s, the level a jump ends at: t - s. guidance, the embedded
+    scale w: (w - 1) / 10."""
+    return t - value if name == "s" else (value - 1) / 10
+
+
+def pack_extras(embedding: nn.Module, timestep: Tensor, t: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+    """[*t.shape, 1 + n]: the timestep and the extra scalars in the order of the embedder's tables."""
+    tables = dict(embedding.tables.items()) if isinstance(embedding, ExtraInputs) else {}
+    if set(extras) != set(tables):
+        raise ValueError(f"this network takes the extra inputs {list(tables)}, got {sorted(extras)}")
+    columns = [
+        level_column(name, extras[name], t) if isinstance(table, LevelInput) else extras[name]
+        for name, table in tables.items()
+    ]
+    return torch.stack([timestep] + [column.to(timestep.dtype) for column in columns], dim=-1)
 
 
 def add_stop_input(denoiser: Denoiser, num_stops: int, dim: int) -> Denoiser:
@@ -174,6 +224,23 @@ def unextended(denoiser: Denoiser) -> list[nn.Parameter]:
     inputs = [m for m in denoiser.modules() if isinstance(m, ExtraInputs)]
     added = {id(p) for m in inputs for p in m.tables.parameters()}
     return [p for p in denoiser.parameters() if id(p) not in added]
+
+
+def carried_names(own: Iterable[str], given: Iterable[str]) -> dict[str, str]:
+    """own name -> given name of the same weight, where one of two students has further inputs, which wrap its time
+    embedder. Inputs that only the own one has are left out. Raises ValueError for anything else that differs."""
+
+    def plain(names: Iterable[str]) -> dict[str, str]:
+        names = list(names)
+        wrapped = {name.partition(".tables.")[0] for name in names if ".tables." in name}
+        return {next((n.replace(f"{w}.embedding.", f"{w}.") for w in wrapped if n.startswith(f"{w}.embedding.")), n): n
+                for n in names}  # fmt: skip
+
+    mine, theirs = plain(own), plain(given)
+    new = {name for name in mine.keys() - theirs.keys() if ".tables." in name or name.startswith("inputs.")}
+    if differing := (mine.keys() ^ theirs.keys()) - new:
+        raise ValueError(f"the weights are of another network: {', '.join(sorted(differing)[:4])}")
+    return {mine[name]: theirs[name] for name in mine.keys() & theirs.keys()}
 
 
 class Experts(Denoiser):
@@ -261,9 +328,9 @@ class Experts(Denoiser):
         """The first expert's; all have one of this kind."""
         return self._parts[0].time_embedding
 
-    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+    def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
         for expert in self._parts:
-            expert.add_inputs(counts, dim)
+            expert.add_inputs(counts, dim, levels)
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:
@@ -298,10 +365,19 @@ class Experts(Denoiser):
         return list(self.experts)  # type: ignore[arg-type]
 
 
+def denoisers_of(denoiser: Denoiser) -> list[Any]:
+    """A denoiser's experts, from high noise to low; itself if it has none."""
+    return list(denoiser.experts) if isinstance(denoiser, Experts) else [denoiser]
+
+
 def networks_of(denoiser: Denoiser) -> list[Any]:
     """The networks behind a denoiser, from high noise to low."""
-    parts = denoiser.experts if isinstance(denoiser, Experts) else [denoiser]
-    return [part.network for part in parts]
+    return [part.network for part in denoisers_of(denoiser)]
+
+
+def embeddings_of(denoiser: Denoiser) -> list[Any]:
+    """Their time embedders."""
+    return [part.time_embedding for part in denoisers_of(denoiser)]
 
 
 class TokenHeads(nn.Module):

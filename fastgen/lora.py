@@ -49,6 +49,7 @@ class SharedBase:
         self.dtype = dtype
         self.default_targets = tuple(default_targets)
         self.configs: dict[str, LoraConfig] = {}
+        self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> what extends it
         self._layers: list[BaseTunerLayer] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
@@ -113,10 +114,11 @@ class SharedBase:
             self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
         self._role = role
 
-    def add_inputs(self, role: str, counts: Mapping[str, int], dim: int) -> None:
-        """Extends one role by integer inputs: it gets a time embedder of its own, around the shared one."""
+    def add_inputs(self, role: str, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
+        """Extends one role by further inputs: it gets a time embedder of its own, around the shared one."""
         self.switch(None)
-        self.denoiser.add_inputs(counts, dim)
+        self.denoiser.add_inputs(counts, dim, levels)
+        self.inputs[role] = (counts, dim, levels)
         self._embeddings[role] = self.denoiser.time_embedding
         self.refresh()
         self.switch(None)
@@ -135,7 +137,8 @@ class SharedBase:
 
     def unload(self, role: str) -> Denoiser:
         """A copy of the base with the role's adapter added into its weights and no adapters left."""
-        whole = deepcopy(self.denoiser)
+        with self.using(role):  # with its own time embedder
+            whole = deepcopy(self.denoiser)
         for name, layer in list(whole.named_modules()):
             if isinstance(layer, BaseTunerLayer):
                 layer.merge(adapter_names=[role])
@@ -179,9 +182,9 @@ class LoraDenoiser(Denoiser):
         with self.shared.using(self.role):
             return self.shared.denoiser.time_embedding
 
-    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
+    def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
         assert self.role is not None
-        self.shared.add_inputs(self.role, counts, dim)
+        self.shared.add_inputs(self.role, counts, dim, levels)
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:
@@ -226,7 +229,10 @@ class LoraDenoiser(Denoiser):
     def average(self) -> "LoraDenoiser":
         """A further, frozen adapter that starts as this one: the place of its moving average."""
         assert self.role is not None
-        return self.shared.add(AVERAGE, self.shared.configs[self.role])
+        average = self.shared.add(AVERAGE, self.shared.configs[self.role])
+        if self.role in self.shared.inputs:
+            average.add_inputs(*self.shared.inputs[self.role])
+        return average
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -31,12 +32,17 @@ class RolloutPolicy:
                 cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS).
     eta: of cps only, strictly between 0 (which is ode) and 1 (which is renoise).
     told_time: one-step students only: the level the network is told while it is fed pure noise
-               (DMD2's SDXL one-step student is told 399 of 1000)."""
+               (DMD2's SDXL one-step student is told 399 of 1000).
+    next_time: the network is also told the level s its step ends at (a flow map): that of the next call for ode, 0 for
+               renoise. Its prediction x0 = x_t - t u then makes the ode step the jump x_t - (t - s) u.
+    told_guidance: the network has the guidance scale as an input, and is told this one when it samples."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
     transition: Literal["renoise", "ode", "cps"] = "renoise"
     eta: float | None = Field(default=None, gt=0, lt=1)
     told_time: float | None = Field(default=None, gt=0, le=1)
+    next_time: bool = False
+    told_guidance: float | None = Field(default=None, ge=0)
 
     @field_validator("timesteps")
     @classmethod
@@ -53,6 +59,8 @@ class RolloutPolicy:
             raise ValueError("told_time is for one-step students: give one timestep or remove told_time")
         if (self.eta is not None) != (self.transition == "cps"):
             raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD); give both or neither")
+        if self.next_time and (self.transition == "cps" or self.told_time is not None):
+            raise ValueError("next_time goes with transition: ode (or renoise, each step to 0), without told_time")
         return self
 
     @property
@@ -63,6 +71,31 @@ class RolloutPolicy:
     def freshness(self) -> float:
         """eta of the transition: 0 for ode, 1 for renoise."""
         return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The continuous inputs a student of this policy has beside its time, by `denoiser.LEVELS`."""
+        return ("s",) * self.next_time + ("guidance",) * (self.told_guidance is not None)
+
+    @property
+    def any_step(self) -> bool:
+        """Whether the student samples with any number of steps: a flow map's jumps."""
+        return self.next_time and self.transition == "ode"
+
+    def with_steps(self, num_steps: int) -> "RolloutPolicy":
+        """The same sampler with another number of steps, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n, whose
+        shift k is that of the first two of its timesteps (1, which is uniform, if it has one). The same policy for its
+        own number. Raises ValueError for a student that has one number of steps."""
+        if num_steps == self.num_steps:
+            return self
+        if not self.any_step or self.timesteps[0] != 1:
+            raise ValueError(f"this student was distilled to {self.num_steps} steps; leave out the number of steps")
+        shift = 1.0
+        if self.num_steps > 1:
+            u, t = 1 - 1 / self.num_steps, self.timesteps[1]
+            shift = t * (1 - u) / (u * (1 - t))
+        grid = (1 - i / num_steps for i in range(num_steps))
+        return replace(self, timesteps=tuple(shift * u / (1 + (shift - 1) * u) for u in grid))
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -99,10 +132,17 @@ class Rollout:
     steps: tuple[Step, ...] = ()
 
 
-def predict_x0(student: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, policy: RolloutPolicy) -> Tensor:
-    """The student's clean prediction, with the policy's told time."""
+def predict_x0(
+    student: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, policy: RolloutPolicy, t_next: Tensor | None = None
+) -> Tensor:
+    """The student's clean prediction, with the policy's told time and inputs. t_next: [B], the level the policy's step
+    goes to from here; None: 0, or a prediction that is used by itself."""
     told = None if policy.told_time is None else torch.full_like(t, policy.told_time)
-    return student(x_t, t, cond, told_time=told)
+    if not policy.inputs:
+        return student(x_t, t, cond, told_time=told)
+    to = torch.zeros_like(t) if t_next is None or policy.transition != "ode" else t_next
+    extras = {"s": to, "guidance": torch.full_like(t, policy.told_guidance or 0.0)}
+    return student(x_t, t, cond, told_time=told, extras={name: extras[name] for name in policy.inputs})
 
 
 def transition_law(
@@ -151,9 +191,9 @@ def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: 
         x = policy.initial_scale * x
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
-        x0 = predict_x0(student, x, t, cond, policy)
+        t_next = torch.full_like(t, (*policy.timesteps, 0.0)[i + 1])
+        x0 = predict_x0(student, x, t, cond, policy, t_next)
         if i + 1 < policy.num_steps:
-            t_next = torch.full_like(t, policy.timesteps[i + 1])
             x = step_to(student.schedule, policy, x0, x, t, t_next, partial(noise, f"step{i + 1}"))
     if isinstance(policy, TeacherPolicy) and policy.final_level:
         return transition(student.schedule, x0, x, t, torch.full_like(t, policy.final_level), None)
@@ -177,15 +217,15 @@ def backward_simulation(
             reached = stop > i
             active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)  # called, not kept
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
-            x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy).to(x_in.dtype)
             t_next = torch.full_like(t, policy.timesteps[i + 1])
+            x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next).to(x_in.dtype)
             draw = partial(batch.normal, f"step{i + 1}", rows=active)
             x_next = step_to(student.schedule, policy, x0, x_t, t, t_next, draw)
             if bool(reached.any()):
                 x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
-        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy)
+        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy, to)
         x = x0 if to is None else step_to(student.schedule, policy, x0, x_in, t_stop, to, lambda: batch.normal("exit"))
     executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x)
     return Rollout(x=x, s=torch.zeros_like(t_stop) if to is None else to, stop=stop, steps=(executed,))
@@ -217,12 +257,12 @@ def trajectory(
     x, steps = batch.normal("initial"), list[Step]()
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
-        x0 = predict_x0(student, x, t, batch.cond, policy).to(x.dtype)
+        t_next = torch.full_like(t, (*policy.timesteps, 0.0)[i + 1])
+        x0 = predict_x0(student, x, t, batch.cond, policy, t_next).to(x.dtype)
         if i + 1 == policy.num_steps:
             steps.append(Step(x, t, x0, x0))
             break
         fresh = batch.normal(f"step{i + 1}", by_group=i in shared_steps)
-        t_next = torch.full_like(t, policy.timesteps[i + 1])
         mean, std = transition_law(student.schedule, x0, x, t, t_next, policy.freshness)
         x_next = mean + std * fresh
         scored = transition_log_prob(x_next, mean, std) if log_prob and policy.freshness else None

@@ -4,6 +4,7 @@ Every conversion between what networks predict and what objectives need is here,
 least float32: DMD2 does the epsilon -> x0 conversion in double (tianweiy/DMD2 main/sd_guidance.py).
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -21,7 +22,8 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """alpha(t), sigma(t) for t in [0, 1], any shape; t is float. Subclasses: FlowSchedule, VPSchedule."""
+    """alpha(t), sigma(t) for t in [0, 1], any shape; t is float. Subclasses: FlowSchedule, VPSchedule,
+    TrigSchedule."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -135,12 +137,53 @@ class VPSchedule(Schedule):
         return (t * (len(self.table) - 1) - 1).clamp_min(0)
 
 
+class TrigSchedule(Schedule):
+    """TrigFlow (sCM, arXiv 2410.11081): alpha = cos a, sigma = sigma_data sin a at the angle a = (pi / 2) t, which is
+    what networks see. sigma_data: the data's standard deviation; alpha^2 Var(x0) + sigma^2 is then the same at every
+    level. Keep angles near pi / 2 in float64."""
+
+    def __init__(self, sigma_data: float = 1.0):
+        self.sigma_data = sigma_data
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t * (math.pi / 2))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * torch.sin(t * (math.pi / 2))
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t * (math.pi / 2)
+
+
+def trig_to_flow(x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The flow-matching state and level with the signal and the noise of a TrigFlow state, in the same proportion.
+
+        x_FM = x_a / (cos a + sigma_d sin a),   t = sigma_d sin a / (cos a + sigma_d sin a)
+                       (SANA-Sprint, arXiv 2503.09641, in latents of standard deviation sigma_d: derived; theirs: 1)
+
+    x: [B, ...]; angle: [B] in [0, pi / 2]. Differentiable in both, also forward."""
+    size = torch.cos(angle) + sigma_data * torch.sin(angle)
+    return x / expand(size, x), sigma_data * torch.sin(angle) / size
+
+
+def flow_to_trig_velocity(velocity: Tensor, x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """dx_a / da of TrigFlow from a flow-matching network's velocity v at `trig_to_flow`(x, a): a teacher converted
+    without training. sCM's network is F = dx_a / da / sigma_d.
+
+        dx_a / da = cos a sigma_d noise - sin a x0,   x0 = x_FM - t v,   noise = x_FM + (1 - t) v
+
+    velocity, x: [B, ...], x the TrigFlow state; angle: [B]. Returns [B, ...]."""
+    x_flow, t = trig_to_flow(x, angle, sigma_data)
+    x0, noise = x_flow - expand(t, x) * velocity, x_flow + expand(1 - t, x) * velocity
+    return expand(sigma_data * torch.cos(angle), x) * noise - expand(torch.sin(angle), x) * x0
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TimeSampler:
     """A law of noise levels, as the map from a uniform draw u in (0, 1) to t in [low, high].
 
     uniform:       t = u
-    logit_normal:  t = sigmoid(mean + std Phi^-1(u))
+    logit_normal:  t = sigmoid(mean + std Phi^-1(u)); the noise-to-signal ratio t / (1 - t) is then lognormal (EDM)
     shift:         t' = shift t / (1 + (shift - 1) t), flow models' resolution shift, then low + (high - low) t."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"

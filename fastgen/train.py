@@ -30,7 +30,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.checkpoint import CheckpointError
 from fastgen.config import Recipe, RecipeError, changed_keys, dump_recipe, load_recipe
 from fastgen.data import DataError, Stream, make_batch
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, carried_names
 from fastgen.distributed import Strategy, average_gradients, divide, start, stored_name, strategy_of
 from fastgen.evaluation import evaluate
 from fastgen.hacking import spreads
@@ -246,12 +246,13 @@ def start_from(parts: Parts) -> None:
         return
     path, networks = Path(parts.recipe.init_from), parts.networks
     if checkpoints := checkpoint.complete(path / "checkpoints"):
-        checkpoint.read_into(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
+        checkpoint.read_student(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
         for role in parts.recipe.objective.trained_roles:
             if role != "student" and (checkpoints[-1] / f"{role}.safetensors").is_file():
                 checkpoint.read_into(checkpoints[-1] / f"{role}.safetensors", networks[role].state_dict())
     else:
-        networks.student.load_state_dict(parts.backbone.load_exported(path).state_dict())
+        own, given = networks.student.state_dict(), parts.backbone.load_exported(path).state_dict()
+        networks.student.load_state_dict(own | {n: given[g] for n, g in carried_names(own, given).items()})
     parts.ema.move(networks.student, 0.0)
 
 

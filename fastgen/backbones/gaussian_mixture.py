@@ -274,13 +274,15 @@ class GaussianMixture(Backbone):
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """model.safetensors (the PointMLP; model_2.safetensors, ... of further experts), config.json (the mixture's
-        configuration) and experts.json (the boundaries)."""
+        configuration), experts.json (the boundaries) and inputs.json (the names of a flow map's further inputs)."""
         folder.mkdir(parents=True, exist_ok=True)
         for i, network in enumerate(networks_of(student)):
             weights = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
             save_file(weights, folder / weight_name(i))
         if isinstance(student, Experts):
             (folder / "experts.json").write_text(json.dumps({"boundaries": student.boundaries}) + "\n")
+        if policy.inputs:
+            (folder / "inputs.json").write_text(json.dumps(policy.inputs) + "\n")
         config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -289,7 +291,10 @@ class GaussianMixture(Backbone):
         path = folder / "experts.json"
         boundaries = json.loads(path.read_text())["boundaries"] if path.is_file() else []
         parts = [new_network(self.config, self.schedule) for _ in range(len(boundaries) + 1)]
+        inputs = folder / "inputs.json"
         for i, part in enumerate(parts):
+            if inputs.is_file():
+                part.add_inputs({}, self.time_dim, json.loads(inputs.read_text()))
             part.network.load_state_dict(load_file(folder / weight_name(i)))
         denoiser: Denoiser = Experts(parts, boundaries) if boundaries else parts[0]
         return denoiser.to(self.device, self.dtype).requires_grad_(False).eval()

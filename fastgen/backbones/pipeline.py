@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, ExtraInputs, networks_of
+from fastgen.denoiser import Denoiser, ExtraInputs, denoisers_of, embeddings_of, networks_of
 from fastgen.lora import LoraDenoiser
+from fastgen.pipelines import flow_map
 from fastgen.rollout import RolloutPolicy
 from fastgen.sharding import WeightMap
 
@@ -261,11 +262,22 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def load_exported(self, folder: Path) -> Denoiser:
         options = self.options | {"local_files_only": True}
         if not (folder / LORA_WEIGHTS).is_file():
-            return self.read_networks(folder, **options).requires_grad_(False).eval()
+            student = self.read_networks(folder, **options)
+            if (folder / flow_map.INPUTS).is_file():
+                self.read_inputs(student, folder)
+            return student.requires_grad_(False).eval()
         student = self.read_networks(self.source, **self.options)
         for network, file in zip(networks_of(student), self.lora_files, strict=True):
             network.load_lora_adapter(str(folder), weight_name=file, prefix=self.subfolder)
         return student.to(self.device).requires_grad_(False).eval()
+
+    def read_inputs(self, student: Denoiser, folder: Path) -> None:
+        """Extends the network of an exported flow map by its inputs."""
+        told, parts = flow_map.read_inputs(folder)
+        student.add_inputs({}, self.time_dim, told["names"])
+        for embedding, weights in zip(embeddings_of(student), parts, strict=True):
+            embedding.tables.load_state_dict(weights)
+        student.to(self.device, self.dtype)
 
     @property
     def lora_files(self) -> list[str]:
@@ -299,7 +311,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def parts(self) -> dict[str, Any]:
         """model_index.json: component -> [library, class]."""
         local = self.options["local_files_only"]
-        return DiffusionPipeline.load_config(self.source, local_files_only=local)
+        index = dict(DiffusionPipeline.load_config(self.source, local_files_only=local))
+        return index | {"_class_name": index["_class_name"].removeprefix(flow_map.PREFIX)}
 
     @property
     def pipeline_class(self) -> type[DiffusionPipeline]:
@@ -371,13 +384,35 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """The stock pipeline with the student as its network and the policy in its scheduler."""
         if isinstance(student.time_embedding, ExtraInputs):
-            raise ValueError(f"a network with extra time inputs does not fit {self.parts['_class_name']}")
+            self.save_flow_map(student, policy, folder)
+            return
         if isinstance(student, LoraDenoiser):
             self.save_lora(student, policy, folder)
             return
         replaced = self.student_parts(student) | {"scheduler": self.student_scheduler(policy)}
         pipeline = self.pipeline_class.from_pretrained(self.source, **replaced, **self.options)
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def save_flow_map(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+        """A pipeline of `flow_map`: the stock one without the further inputs of its networks, and those beside it. An
+        adapter is added into the weights."""
+        if isinstance(student, LoraDenoiser):
+            student = student.shared.unload(student.role or "")
+        embeddings, parts = embeddings_of(student), denoisers_of(student)
+        if list(embeddings[0].tables) != list(policy.inputs):
+            raise ValueError(f"a network with the extra time inputs {list(embeddings[0].tables)} does not fit "
+                             f"{self.parts['_class_name']}, whose sampler gives it {list(policy.inputs)}")  # fmt: skip
+        for part, embedding in zip(parts, embeddings, strict=True):
+            part.set_time_embedding(embedding.embedding)
+        try:
+            self.save_pipeline(student, policy, folder)
+        finally:
+            for part, embedding in zip(parts, embeddings, strict=True):
+                part.set_time_embedding(embedding)
+        flow_map.save_inputs(embeddings, policy, self.schedule, folder)
+        path = folder / "model_index.json"
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(index | {"_class_name": flow_map.PREFIX + index["_class_name"]}, indent=2) + "\n")
 
     def student_parts(self, student: Denoiser) -> dict[str, Any]:
         """What of the stock pipeline the student replaces, beside the scheduler. Raises ValueError for experts that it

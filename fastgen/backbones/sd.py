@@ -3,7 +3,7 @@
 Guidance in our x0 predictions is guidance in the network's outputs, as the stock pipelines do it: at a fixed x_t the
 conversion is affine, and the two weights of guidance sum to one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -64,10 +64,7 @@ class UNetExtraInputs(ExtraInputs):
     """A UNet gives its time embedding the projected timestep and, in `timestep_cond`, the extra scalars [B, n]."""
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
-        out = self.embedding(timestep)
-        for column, table in enumerate(self.tables.values()):
-            out = out + table(rest[0][:, column].round().long())
-        return out
+        return self.add(self.embedding(timestep), rest[0])
 
 
 class SDDenoiser(Denoiser):
@@ -75,6 +72,7 @@ class SDDenoiser(Denoiser):
     is where DMD2's discriminator looks (arXiv 2405.14867 Sec. 4.3)."""
 
     network: UNet2DConditionModel
+    extra_inputs = UNetExtraInputs
 
     def __init__(self, network: UNet2DConditionModel, schedule: VPSchedule, prediction_type: PredictionType):
         super().__init__(network, schedule, prediction_type)
@@ -98,9 +96,6 @@ class SDDenoiser(Denoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.time_embedding = module
-
-    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
-        self.set_time_embedding(UNetExtraInputs(self.time_embedding, dim, counts))
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:

@@ -145,17 +145,17 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
 class WanExtraInputs(ExtraInputs):
     """ExtraInputs around Wan's condition embedder.
 
-    The network takes a timestep [B, 1 + n] for one a token and flattens it; this undoes that, and returns the
-    embedding of one token, which the blocks broadcast. The extra scalars reach the blocks as well: their modulation is
-    projected from the sum."""
+    The network flattens the timesteps it is given, [B, 1 + n] or, with a level for each token, [B, L (1 + n)]; this
+    undoes that, and returns the embedding of one token, which the blocks broadcast, or of all. The extra scalars reach
+    the blocks as well: their modulation is projected from the sum."""
 
     def forward(self, timestep: Tensor, *rest: Tensor, timestep_seq_len: int) -> tuple[Tensor, ...]:  # type: ignore[override]
-        packed = timestep.unflatten(0, (-1, timestep_seq_len))
+        packed = timestep.unflatten(0, (-1, timestep_seq_len)).unflatten(1, (-1, 1 + len(self.tables)))
         embedder: Any = self.embedding
-        embedding, _, *others = embedder(packed[:, 0], *rest)
-        embedding = self.add(embedding, packed)
-        modulation = embedder.time_proj(embedder.act_fn(embedding))
-        return embedding[:, None], modulation[:, None], *others
+        times, tokens = packed[..., 0], packed.shape[1]
+        embedding, _, *others = embedder(times.flatten(), *rest, timestep_seq_len=tokens)
+        embedding = self.add(embedding, packed[..., 1:])
+        return embedding, embedder.time_proj(embedder.act_fn(embedding)), *others
 
 
 class WanDenoiser(Denoiser):
@@ -165,15 +165,18 @@ class WanDenoiser(Denoiser):
     three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
 
     network: WanTransformer3DModel
+    extra_inputs = WanExtraInputs
 
     def __init__(self, network: WanTransformer3DModel):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
     def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        if timestep.dim() == 2 and not isinstance(self.time_embedding, ExtraInputs):
+        extended = isinstance(self.time_embedding, ExtraInputs)
+        if timestep.dim() == 2 + extended:  # a level a frame
             _, height, width = self.network.config.patch_size
             timestep = timestep.repeat_interleave(x_t.shape[-2] // height * (x_t.shape[-1] // width), dim=1)
+            timestep = timestep.flatten(1)
         return self.network(
             hidden_states=x_t.to(self.network.dtype).transpose(1, 2),
             timestep=timestep,
@@ -187,9 +190,6 @@ class WanDenoiser(Denoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.condition_embedder = module
-
-    def add_inputs(self, counts: Mapping[str, int], dim: int) -> None:
-        self.set_time_embedding(WanExtraInputs(self.time_embedding, dim, counts))
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:

@@ -8,7 +8,10 @@ from fastgen.objectives.crd import CRD
 from fastgen.objectives.disback import DisBack
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.f_distill import FDistill
+from fastgen.objectives.flow_map import FlowMap
 from fastgen.objectives.gndm import GNDM
+from fastgen.objectives.mean_flow import MeanFlow
+from fastgen.objectives.ode_regression import ODERegression
 from fastgen.objectives.phased_dmd import PhasedDMD
 from fastgen.objectives.re_dmd import ReDMD
 from fastgen.objectives.rtdmd import RTDMD
@@ -20,6 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2": DMD2, "f_distill": FDistill, "re_dmd": ReDMD, "sc_dmd": SCDMD, "disback": DisBack,
     "gndm": GNDM, "rtdmd": RTDMD, "crd": CRD,
     "phased_dmd": PhasedDMD,
+    "ode_regression": ODERegression, "flow_map": FlowMap, "mean_flow": MeanFlow,
 }  # fmt: skip
 
 __all__ = [
@@ -33,7 +37,10 @@ __all__ = [
     "SCDMD",
     "DisBack",
     "FDistill",
+    "FlowMap",
     "Loss",
+    "MeanFlow",
+    "ODERegression",
     "Objective",
     "PhasedDMD",
     "ReDMD",

@@ -52,6 +52,7 @@ class Objective:
     group_size: int = 1  # samples of one prompt, all in the same micro-batch; Batch.group tells them apart
     reward_use: Literal["none", "score", "gradient"] = "none"  # gradient: backpropagates through differentiable ones
     rewards_required: bool = False
+    takes_inputs: bool = False  # whether it can train a student that is told more than its time (RolloutPolicy.inputs)
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -77,8 +78,12 @@ class Objective:
         weight loads."""
 
     def make_student(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
-        """The student, freshly made: where a run starts, and what its export is read into."""
-        return backbone.load("student")
+        """The student, freshly made: where a run starts, and what its export is read into. It has the policy's further
+        inputs, which change nothing yet."""
+        student = backbone.load("student")
+        if policy.inputs:
+            student.add_inputs({}, backbone.time_dim, policy.inputs)
+        return student
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """The networks beside student and teacher, freshly made: {role: module}."""

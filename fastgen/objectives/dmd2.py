@@ -52,6 +52,8 @@ Guidance = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
+    takes_inputs = True
+
     name: Literal["dmd2"] = "dmd2"
     # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one an expert of the teacher, from high noise to low
     guidance_scale: Guidance = 1.0

@@ -16,7 +16,7 @@ from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.config import Recipe, dump_recipe, load_recipe, to_dict
 from fastgen.denoiser import Denoiser
 from fastgen.lora import LoraDenoiser
-from fastgen.pipelines import few_step
+from fastgen.pipelines import few_step, flow_map
 from fastgen.pipelines.sampler import METADATA
 
 CALL = """```python
@@ -37,6 +37,13 @@ This student needs fastgen installed, and the import above: diffusers has no cla
 package's only once that has been imported, and from a local folder. From the hub, download the folder first, with
 `huggingface_hub.snapshot_download`."""
 
+TOLD = """
+
+Its network is told more than its time, which plain diffusers cannot do: sample it with the class above, of fastgen,
+from a local folder."""
+
+ANY_STEP = """ It is a flow map: other numbers of steps work, too, on the same grid."""
+
 OWN_CALL = """```python
 from pathlib import Path
 
@@ -56,12 +63,13 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
     for stale in (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
-    if isinstance(student, LoraDenoiser) and not isinstance(backbone, PipelineBackbone):
+    whole = bool(recipe.rollout.inputs) or not isinstance(backbone, PipelineBackbone)  # adapters go into the weights
+    if isinstance(student, LoraDenoiser) and whole:
         backbone.save_pipeline(student.shared.unload(student.role or ""), recipe.rollout, partial)
     else:
         backbone.save_pipeline(student, recipe.rollout, partial)
     metadata = {
-        "lora": isinstance(student, LoraDenoiser),
+        "lora": isinstance(student, LoraDenoiser) and not whole,
         "fastgen": fastgen.__version__,
         "backbone": to_dict(recipe.backbone),
         "policy": to_dict(recipe.rollout),
@@ -90,10 +98,12 @@ def model_card(
     teacher = to_dict(recipe.backbone)
     call = CALL.replace("{call}", backbone.call) if isinstance(backbone, PipelineBackbone) else OWN_CALL
     load = loading(backbone, recipe)
-    if own:
+    if own and not recipe.rollout.inputs:
         load = f"import {few_step.__name__}\n\n{load}"
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     call = call.replace("{load}", load)
+    if recipe.rollout.inputs:
+        call += TOLD + (ANY_STEP if recipe.rollout.any_step else "")
     call = call.replace("{num_steps}", str(recipe.rollout.num_steps))
     call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
     source = teacher.get("path", "an analytic mixture of Gaussians")
@@ -124,6 +134,9 @@ weights are the moving average of the student's.
 
 def loading(backbone: Backbone, recipe: Recipe) -> str:
     """The lines that load the export: a whole pipeline, or an adapter for the original one."""
+    if isinstance(backbone, PipelineBackbone) and recipe.rollout.inputs:
+        name = flow_map.PREFIX + backbone.parts["_class_name"]
+        return f'from {flow_map.__name__} import {name}\n\npipeline = {name}.from_pretrained("path/to/this/folder")'
     if not isinstance(backbone, PipelineBackbone) or "student" not in recipe.lora:
         return 'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")'
     lines = [f'pipeline = DiffusionPipeline.from_pretrained("{backbone.config.path}")']

@@ -20,6 +20,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from fastgen.rollout import RolloutPolicy
+
 
 class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
     """CPS sampling of a flow-matching network along a stored list of noise levels, a call at each, then to 0.
@@ -28,23 +30,34 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
 
     with x0 and noise_hat as the velocity v says: x - s v and x + (1 - s) v.
 
-    levels: decreasing in (0, 1]; any list, held exactly. eta: between 0 (Euler) and 1 (renoising)."""
+    levels: decreasing in (0, 1]; any list, held exactly. eta: between 0 (Euler) and 1 (renoising). any_step: of a flow
+    map, which takes other numbers of steps on the same grid (`RolloutPolicy.with_steps`)."""
 
     order = 1
 
     @register_to_config
-    def __init__(self, levels: Sequence[float] = (1.0,), eta: float = 0.9, num_train_timesteps: int = 1000):
+    def __init__(
+        self, levels: Sequence[float] = (1.0,), eta: float = 0.9, num_train_timesteps: int = 1000,
+        any_step: bool = False,
+    ):  # fmt: skip
         self.set_timesteps(len(levels))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Raises ValueError for another number of steps than the list has."""
+        """Raises ValueError for another number of steps than the list has, but for a flow map."""
         levels = self.config.levels
-        if num_inference_steps != len(levels):
+        if self.config.any_step:
+            policy = RolloutPolicy(tuple(levels), "ode", next_time=True)
+            levels = policy.with_steps(num_inference_steps).timesteps
+        elif num_inference_steps != len(levels):
             raise ValueError(f"this student has {len(levels)} steps, at {list(levels)}; got {num_inference_steps}")
         self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
         self.num_inference_steps = num_inference_steps
-        self._step_index = 0
+        self.set_begin_index(0)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The index of the first step, as pipelines set it."""
+        self._step_index = begin_index
 
     def step(
         self,

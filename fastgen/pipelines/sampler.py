@@ -95,7 +95,8 @@ def load_sampler(
     """From a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
 
     num_steps and guidance_scale are a plain pipeline's (by default those of its call in diffusers); an export brings
-    its own, and asking for others raises ValueError, as does a folder that is none of these."""
+    its own, and asking for others raises ValueError (of a flow map, any number of steps may be asked for), as does a
+    folder that is none of these."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
@@ -104,11 +105,13 @@ def load_sampler(
 
         metadata = json.loads((folder / METADATA).read_text())
         policy = RolloutPolicy(**metadata["policy"])
-        if num_steps not in (None, policy.num_steps) or guidance_scale not in (None, 1.0):
+        other = num_steps not in (None, policy.num_steps)
+        if (other and not policy.any_step) or guidance_scale not in (None, 1.0):
             raise ValueError(
                 f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps "
                 "and the guidance scale"
             )
+        policy = policy.with_steps(num_steps or policy.num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export is a whole pipeline itself
         own = {"path": str(folder)} if whole else {}
         backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES).build(device, dtype, 0)

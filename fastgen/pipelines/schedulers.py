@@ -24,11 +24,13 @@ def flow_match_sigmas(num_steps: int, config: dict[str, Any]) -> list[float]:
 
 def flow_match_scheduler(policy: RolloutPolicy) -> Any:
     """The scheduler with which a flow-matching pipeline samples the policy at num_inference_steps = K: the stock one,
-    or for cps fastgen's own. Raises ValueError if neither can."""
+    or for cps and flow maps fastgen's own. Raises ValueError if neither can."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from fastgen.pipelines.few_step import FlowMatchCPSScheduler
 
+    if policy.any_step:
+        return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, any_step=True)
     if policy.transition != "cps":
         return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
     if policy.told_time is not None:

@@ -1,0 +1,196 @@
+"""Flow maps: where the probability-flow ODE carries a point, and the identities networks learn that from.
+
+Time runs from t = 1, noise, to t = 0, data. A network gives the average velocity over [s, t],
+
+    X_{t,s}(x) = x - (t - s) u(x, t, s),    u(x, t, t) = v(x, t),    v the velocity of the ODE dx/dt = v,
+
+of the flow-matching path x_t = (1 - t) x0 + t noise, on which v is E[noise - x0 | x_t]. Four identities, each true of
+the exact map alone (with the diagonal):
+
+    Lagrangian (the end moves)    u - (t - s) d_s u = v(X_{t,s}(x), s)
+    Eulerian (the start moves)    u + (t - s) (d_t u + grad u . v) = v(x, t)           (MeanFlow's)
+    semigroup                     (t - s) u(x, t, s) = (t - m) u(x, t, m) + (m - s) u(X_{t,m}(x), m, s),  s <= m <= t
+    diagonal                      u(x, t, t) = v(x, t)
+
+Everything takes callables: a network, or the exact map of a Gaussian. x: [B, ...]; t, s, m: [B], s <= m <= t.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import signals
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser
+from fastgen.schedule import FlowSchedule, expand
+from fastgen.tangents import live_tangent, tangent
+
+AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(x, t, s)
+Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t)
+Tangent = Callable[..., tuple[Tensor, Tensor]]
+
+SHORTEST = 1e-3  # the level below which no velocity is asked for: it is a quotient of two things that vanish
+
+
+def average_velocity(student: Denoiser, cond: Conditioning, **inputs: Tensor) -> AverageVelocity:
+    """u of a two-time network. inputs: its other further inputs, such as guidance. Raises ValueError if the network is
+    not of flow matching."""
+    require_flow(student)
+    return lambda x, t, s: student(x, t, cond, extras={"s": s, **inputs}, predict="flow_prediction")
+
+
+def require_flow(denoiser: Denoiser) -> None:
+    if not isinstance(denoiser.schedule, FlowSchedule):
+        raise ValueError("flow maps are of flow-matching models; this one has another noise schedule")
+
+
+def check_backbone(backbone: Any) -> None:
+    """The same from a recipe's section, before weights load."""
+    if backbone.name == "sd":
+        raise ValueError("backbone sd is a variance-preserving diffusion, and flow maps are of flow-matching models; "
+                         "use sd3 or wan")  # fmt: skip
+
+
+def rows_of(mask: Tensor, denoiser: Denoiser) -> Tensor:
+    """The rows where mask [B] holds. Networks divided over processes are called by all of them together: there, row 0
+    where it holds nowhere, whose result the caller must not use."""
+    rows = mask.nonzero().squeeze(1)
+    return rows.new_zeros(1) if denoiser.is_divided and not len(rows) else rows
+
+
+def diagonal(u: AverageVelocity) -> Velocity:
+    """The network's own velocity."""
+    return lambda x, t: u(x, t, t)
+
+
+def clamped(velocity: Velocity) -> Velocity:
+    """The same, asked for at levels of at least SHORTEST."""
+    return lambda x, t: velocity(x, t.clamp_min(SHORTEST))
+
+
+def guided_velocity(
+    teacher: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float | Sequence[float],
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Velocity:  # fmt: skip
+    """A frozen teacher's velocity under guidance (`signals.guided`), at levels of at least SHORTEST, without gradient.
+    Raises ValueError if it is not of flow matching."""
+    require_flow(teacher)
+
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        predict = partial(teacher, predict="flow_prediction")
+        return signals.guided(predict, x, t, cond, uncond, teacher.per_expert(scale, t), interval)
+
+    return clamped(velocity)
+
+
+def jump(u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """X_{t,s}(x) = x - (t - s) u(x, t, s)."""
+    return x - expand(t - s, x) * u(x, t, s)
+
+
+def renoised_jump(u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor, noise: Tensor, gamma: float) -> Tensor:
+    """A stochastic step that keeps the law of x_s: a jump to r = (1 - gamma) s, then noise up to s    (TCD's, CTM's)
+
+    x_s = (1 - s) / (1 - r) x_r + sqrt(s^2 - ((1 - s) / (1 - r) r)^2) noise"""
+    r = (1 - gamma) * s
+    return FlowSchedule().renoise(jump(u, x, t, r), noise, r, s)
+
+
+# --- targets: what u(x, t, s) regresses on, without gradient
+
+
+@torch.no_grad()
+def discrete_target(u: AverageVelocity, x: Tensor, t: Tensor, middle: Tensor, s: Tensor, velocity: Tensor) -> Tensor:
+    """The target of a step to `middle`, s <= middle < t, along a velocity [B, ...], and the network's jump from there:
+
+        l velocity + (1 - l) u(x - (t - m) velocity, m, s),    l = (t - m) / (t - s)           (derived: one for all)
+
+    velocity: of the conditional path (consistency training, alpha-Flow), of a teacher (consistency distillation; s is
+    the edge of a phase), u(x, t, m) itself (progressive, shortcut), the mean of two steps of a teacher (progressive
+    distillation). m = s is the velocity alone, and so is t = s."""
+    gap = t - s
+    share = expand(torch.where(gap > 0, (t - middle) / gap.clamp_min(torch.finfo(t.dtype).tiny), 1.0), x)
+    moved = x - expand(t - middle, x) * velocity
+    return share * velocity + (1 - share) * u(moved, middle.clamp_min(SHORTEST), s)
+
+
+@torch.no_grad()
+def eulerian_target(
+    u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor, velocity: Tensor, along: Tensor | None = None,
+    warmup: float = 1.0, differentiate: Tangent = tangent,
+) -> Tensor:  # fmt: skip
+    """velocity - warmup (t - s) D u,    D u = d_t u + grad u . along                    (MeanFlow, arXiv 2505.13447)
+
+    The limit m -> t of `discrete_target`. along: the velocity the point moves by, by default `velocity`. warmup: less
+    than 1 trusts the derivative less, early in training."""
+    _, derivative = eulerian_derivative(u, x, t, s, velocity if along is None else along, differentiate)
+    return velocity - warmup * expand(t - s, x) * derivative
+
+
+def eulerian_derivative(
+    u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor, along: Tensor, differentiate: Tangent = tangent
+) -> tuple[Tensor, Tensor]:
+    """u(x, t, s) and D u = d_t u + grad u . along, s held, both without gradient."""
+    directions = (along, torch.ones_like(t), torch.zeros_like(s))
+    return differentiate(u, (x, t, s), directions, room=(1 - t, t - torch.maximum(s, torch.full_like(s, SHORTEST))))
+
+
+def lagrangian_target(
+    u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, differentiate: Tangent = tangent
+) -> Tensor:
+    """v(X_{t,s}(x), s) + (t - s) d_s u(x, t, s): the Lagrangian identity without gradient through its derivative
+
+    (semigradient; AYF's LMD, arXiv 2506.14603, and FreeFlow's L_pred, 2511.19428, at t = 1)"""
+    directions = (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(s))
+    value, derivative = differentiate(u, (x, t, s), directions, room=(t - s, s))
+    with torch.no_grad():
+        return velocity(x - expand(t - s, x) * value, s) + expand(t - s, x) * derivative
+
+
+# --- residuals with gradient through the derivative
+
+
+def lagrangian_residual(u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """u - (t - s) d_s u - sg v(sg X_{t,s}(x), s)                 (LSD, arXiv 2505.18825, the authors' "convex" form)
+
+    Gradient through u and its derivative in s."""
+    value, derivative = live_tangent(lambda end: u(x, t, end), (s,), (torch.ones_like(s),))
+    with torch.no_grad():
+        target = velocity(x - expand(t - s, x) * value, s)
+    return value - expand(t - s, x) * derivative - target
+
+
+def eulerian_residual(u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """u + (t - s) d_t u + sg[(t - s) grad u . v - v],   v = v(x, t)       (ESD, arXiv 2505.18825, the "full" form)
+
+    Gradient through u and its derivative in t; the spatial derivative is detached."""
+    with torch.no_grad():
+        v = velocity(x, t)
+    zeros = torch.zeros_like(t)
+    _, spatial = tangent(u, (x, t, s), (v, zeros, zeros))
+    value, derivative = live_tangent(lambda start: u(x, start, s), (t,), (torch.ones_like(t),))
+    return value + expand(t - s, x) * (derivative + spatial) - v
+
+
+# --- weights
+
+
+def parts(residual: Tensor, on: Tensor) -> dict[str, Tensor]:
+    """The mean square of a residual off the diagonal and on it, for the log. residual: [B, ...]; on: [B] bool."""
+    square = signals.per_sample_mean(residual.detach().square())
+    return {name: (square * rows).sum() / rows.sum().clamp_min(1)
+            for name, rows in (("map", (~on).to(square)), ("diagonal", on.to(square)))}  # fmt: skip
+
+
+def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor | None = None) -> Tensor:
+    """mean w |r|^2 / sg(|r|^2 + floor)^power,    |r|^2 the sum over a sample's elements   (MeanFlow, arXiv 2505.13447)
+
+    power 0 is the plain square, 1 nearly the direction alone. weight: [B]. With noisy targets a power above 0 weighs
+    by the noise as well: for skewed laws the optimum is then not exactly their mean (derived)."""
+    square = residual.flatten(1).square().sum(1)
+    scaled = square / (square.detach() + floor) ** power
+    return (scaled if weight is None else weight * scaled).mean()

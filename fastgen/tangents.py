@@ -1,0 +1,121 @@
+"""Directional derivatives of networks, by forward-mode differentiation and by what stands in for it.
+
+A training step of MeanFlow, sCM or the semigradient Lagrangian loss takes two passes: `tangent` gives a value and a
+derivative without gradient, then an ordinary forward through the network carries the gradient, with fast attention,
+activation checkpointing and whatever hooks divide the network. Losses with gradient *through* a derivative (Lagrangian
+and Eulerian) use `live_tangent`.
+
+Forward-mode needs the MATH backend of scaled_dot_product_attention, which holds the attention matrix: for long videos
+take finite differences, or `chain_tangent`, a layer at a time. tests/test_tangents.py says what works at the installed
+torch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgen.schedule import expand
+
+Backend = Literal["jvp", "dual", "difference"]
+
+
+def tangent(
+    fn: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    backend: Backend = "jvp",
+    step: float = 5e-3,
+    room: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """fn(*primals) and its derivative along the tangents, both without gradient: [B, ...] each.
+
+    backend: jvp, exact (`dual` is the same by dual tensors, for divided networks before torch 2.8); difference, of two
+    evaluations at -step and +step, see `difference`.
+    Attention is MATH, autocast is off (a derivative in bfloat16 is noise), and the random state is put back, so that
+    the forward that follows draws the same dropout. Under no_grad diffusers does not checkpoint activations."""
+    primals = [p.detach().clone(memory_format=torch.contiguous_format) for p in primals]
+    tangents = [v.detach().clone(memory_format=torch.contiguous_format) for v in tangents]
+    device = primals[0].device
+    cuda = [device] if device.type == "cuda" else []
+    with torch.no_grad(), math_attention(), torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
+        if backend == "jvp":
+            value, derivative = forward_mode(fn, primals, tangents)
+        elif backend == "dual":
+            value, derivative = dual(fn, primals, tangents)
+        else:
+            value, derivative = difference(fn, primals, tangents, step, room)
+    torch.clear_autocast_cache()
+    return value, derivative
+
+
+def live_tangent(
+    fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """fn(*primals) and its derivative along the tangents, both with gradient to what fn is made of (reverse over
+    forward). Attention is MATH and autocast is off. Not with activation checkpointing."""
+    with math_attention(), torch.autocast(primals[0].device.type, enabled=False):
+        return forward_mode(fn, primals, tangents)
+
+
+def forward_mode(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
+    value, derivative = jvp(fn, tuple(primals), tuple(tangents))  # type: ignore[misc]
+    return value, derivative
+
+
+@contextmanager
+def math_attention() -> Iterator[None]:
+    """The one backend of scaled_dot_product_attention that has a forward-mode derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def dual(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    with forward_ad.dual_level():
+        out = fn(*(forward_ad.make_dual(p, v) for p, v in zip(primals, tangents, strict=True)))
+        value, derivative = forward_ad.unpack_dual(out)
+        return value, torch.zeros_like(value) if derivative is None else derivative
+
+
+def difference(
+    fn: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    step: float,
+    room: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """fn(*primals) and (fn(p + a v) - fn(p - b v)) / (a + b), both from the same random state, combined in float64.
+
+    a = b = step; room: [B] each, how far a sample may go forward and back, where that is less (b = 0 is the forward
+    difference). Steps near 5e-3 (AnyFlow's 5 of 1000) smooth networks whose time embedding oscillates as fast, and
+    below 1e-3 float32 is noise; bfloat16 always is."""
+    ahead = behind = primals[0].new_full((len(primals[0]),), step)
+    if room is not None:
+        ahead, behind = torch.minimum(ahead, room[0].to(ahead)), torch.minimum(behind, room[1].to(behind))
+
+    def at(distance: Tensor) -> Tensor:
+        moved = [p + expand(distance, p) * v for p, v in zip(primals, tangents, strict=True)]
+        with torch.random.fork_rng([primals[0].device] if primals[0].device.type == "cuda" else []):
+            return fn(*moved)
+
+    value, above, below = at(torch.zeros_like(ahead)), at(ahead), at(-behind)
+    total = expand((ahead + behind).double().clamp_min(1e-12), value)
+    return value, ((above.double() - below.double()) / total).to(value.dtype)
+
+
+def chain_tangent(
+    layers: Sequence[Callable[..., tuple[Tensor, ...]]], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The same of layers called one after the other, each on what the one before returned, with a derivative of its
+    own (rCM, arXiv 2510.08431): nothing between layers is a dual tensor, so that each may be compiled, divided or
+    split over a context by itself. No gradient. Returns the last layer's outputs and their derivatives."""
+    values, derivatives = tuple(p.detach() for p in primals), tuple(v.detach() for v in tangents)
+    with torch.no_grad(), math_attention():
+        for layer in layers:
+            values, derivatives = forward_mode(layer, values, derivatives)
+    return values, derivatives

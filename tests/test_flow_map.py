@@ -1,0 +1,275 @@
+"""The flow_map objective: exact maps, each named part, and which networks move."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gaussian_map import (
+    FOUR,
+    GAUSSIAN,
+    ONE,
+    GaussianMap,
+    M,
+    S,
+    exact_networks,
+    gaussian_batch,
+    one_loss,
+    square_growth,
+    student_loss,
+)
+from torch import Tensor, nn
+
+from fastgen.config import RecipeError, build_recipe, load_recipe
+from fastgen.evaluation import evaluate
+from fastgen.networks import Networks
+from fastgen.objectives import FlowMap, Loss
+from fastgen.objectives.flow_map import GapTurn, OnPolicy
+from fastgen.pipelines.sampler import load_sampler
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import TimeSampler
+from fastgen.time_pairs import TimePairs
+from fastgen.train import train
+
+ROOT = Path(__file__).parents[1]
+FORMS = ("lagrangian", "semigradient", "eulerian", "progressive")
+PAIRS = TimePairs(diagonal=0.25)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_exact_map_has_no_loss_from_a_teacher(form: Any) -> None:
+    exact, growth = square_growth(FlowMap(form=form, pairs=PAIRS))
+    assert exact < 1e-15 and 90 < growth < 110
+
+
+def test_the_exact_map_has_no_loss_from_the_prior() -> None:
+    exact, growth = square_growth(FlowMap(source="prior", pairs=TimePairs(diagonal=0.0)), ONE)
+    assert exact < 1e-15 and 90 < growth < 110
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_self_distillation_has_the_identity_without_a_teacher(form: Any) -> None:
+    """Off the diagonal the exact map has no loss; on it, the loss is the conditional velocity's own spread, and its
+    mean gradient at the exact map is zero (4 standard errors of 60 batches)."""
+    objective, networks = FlowMap(form=form, teach="self", pairs=PAIRS), exact_networks()
+    del networks.modules["teacher"]
+    assert terms(objective, networks)["map"] < 1e-20
+    if form != "semigradient":
+        return
+    gradients = []
+    for key in range(60):
+        loss = student_loss(objective, networks, gaussian_batch(key=key))
+        gradients.append(float(torch.autograd.grad(loss, networks.student.off)[0]))  # type: ignore[arg-type]
+    assert loss > 0.1
+    found = torch.tensor(gradients)
+    error = float(found.mean().abs() / (found.std() / 60**0.5))
+    print(f"{error:.2f} standard errors")
+    assert error < 4
+
+
+def terms(objective: FlowMap, networks: Networks, key: int = 0) -> dict[str, Tensor]:
+    loss = objective.loss(objective.turns(0, {})[-1], networks, gaussian_batch(key=key), {})
+    assert isinstance(loss, Loss)
+    return loss.terms
+
+
+def test_the_diagonal_and_the_rest_are_told_apart() -> None:
+    """A map that is exact on its diagonal alone has that term zero and the other not."""
+
+    class Diagonal(GaussianMap):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            return super().forward(x_t, t, cond, extras={"s": t}, predict=predict)
+
+    networks = exact_networks()
+    networks.modules["student"] = Diagonal()
+    for form in FORMS:
+        found = terms(FlowMap(form=form, pairs=TimePairs(diagonal=0.5)), networks)
+        assert found["diagonal"] < 1e-20 and found["map"] > 1e-3
+
+
+def test_the_teachers_guidance_reaches_both_parts() -> None:
+    """At w = 1 the exact map has no loss, and with other uncond rows at w = 2 it has."""
+    from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
+
+    two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
+    networks = exact_networks()
+    networks.modules["teacher"] = two.build(torch.device("cpu"), torch.float64, 0).load("teacher")
+    batch = gaussian_batch()
+    uncond = type(batch.cond)({"label": torch.full_like(batch.ids, 2)})
+    batch = dataclasses.replace(batch, uncond=uncond)
+    for scale, bound in ((1.0, (0, 1e-15)), (2.0, (1e-2, 1e9))):
+        objective = FlowMap(guidance_scale=scale, pairs=TimePairs(diagonal=0.5))
+        loss = objective.loss(objective.turns(0, {})[0], networks, batch, {})
+        assert isinstance(loss, Loss)
+        assert bound[0] <= loss.terms["map"] < bound[1] and bound[0] <= loss.terms["diagonal"] < bound[1]
+
+
+def test_the_gap_grows_as_it_is_told() -> None:
+    objective = FlowMap(pairs=TimePairs(diagonal=0.0, max_gap=0.8), gap_growth=4)
+    gaps = [turn.max_gap for k in (0, 1, 3, 9) for turn in objective.turns(k, {}) if isinstance(turn, GapTurn)]
+    assert gaps == pytest.approx([0.2, 0.4, 0.8, 0.8])
+    seen: list[Tensor] = []
+
+    class Recording(GaussianMap):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            seen.append(t - extras["s"])
+            return super().forward(x_t, t, cond, extras=extras, predict=predict)
+
+    networks = exact_networks()
+    networks.modules["student"] = Recording()
+    student_loss(objective, networks, gaussian_batch())
+    assert max(float(gap.detach().max()) for gap in seen) <= 0.2 + 1e-12
+
+
+def test_the_differences_backend_is_close_to_the_derivative() -> None:
+    networks, batch = exact_networks(0.05), gaussian_batch()
+    found = [float(student_loss(FlowMap(derivative=d, pairs=PAIRS), networks, batch)) for d in ("jvp", "difference")]
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0] != found[1]
+
+
+# --- on policy
+
+
+def policy_networks(off: float = 0.0, fake_off: float = 0.0) -> Networks:
+    """The teacher, a student off its map, and a fake score whose law has another mean."""
+    networks = exact_networks(off)
+    networks.modules["fake_score"] = GaussianMap(fake_off)
+    return networks
+
+
+ON = OnPolicy(steps=(1, 3), renoise_time=TimeSampler(low=0.3, high=0.7))
+
+
+def matching(config: OnPolicy, networks: Networks, residual: float = 1.0) -> tuple[Tensor, Tensor]:
+    objective = FlowMap(on_policy=config)
+    return objective.matching_loss(networks, gaussian_batch(), config, torch.tensor(residual, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_no_correction_where_the_fake_score_is_the_teacher(balance: bool) -> None:
+    value, size = matching(dataclasses.replace(ON, balance=balance), policy_networks(off=0.1))
+    assert float(size) < (1e-7 if balance else 1e-12) and value.requires_grad
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_the_correction_widens_samples_that_are_too_narrow(balance: bool) -> None:
+    """Samples m + 0.3 noise against data of 0.5, the fake score exact for them: descent spreads them. A flipped sign,
+    or fake and teacher exchanged, narrows them."""
+    narrow = dataclasses.replace(GAUSSIAN, stds=(0.3,))
+
+    class Narrow(GaussianMap):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            assert predict == "flow_prediction"
+            x0 = M + (0.3 + self.off) * x_t  # from t = 1 in one jump
+            return x_t - x0
+
+    networks = policy_networks()
+    networks.modules["student"] = Narrow()
+    networks.modules["fake_score"] = narrow.build(torch.device("cpu"), torch.float64, 0).load("teacher")
+    config = dataclasses.replace(ON, steps=(1,), balance=balance)
+    value, _ = matching(config, networks)
+    assert float(torch.autograd.grad(value, networks.student.off)[0]) < -1e-3  # type: ignore[arg-type]
+
+
+def test_balance_gives_the_correction_the_size_of_the_residual() -> None:
+    sizes = [
+        float(matching(dataclasses.replace(ON, balance=True), policy_networks(0.0, 0.1), r)[1]) for r in (1.0, 3.0)
+    ]
+    assert sizes[1] == pytest.approx(3 * sizes[0])
+
+
+def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_jumps() -> None:
+    networks, batch = exact_networks(), gaussian_batch()
+    seen: list[tuple[float, float]] = []
+
+    class Recording(GaussianMap):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            seen.append((float(t[0]), float(extras["s"][0])))
+            return super().forward(x_t, t, cond, extras=extras, predict=predict)
+
+    networks.modules["student"] = Recording()
+    lengths = set()
+    for key in range(20):
+        seen.clear()
+        batch = gaussian_batch(key=key)
+        config = OnPolicy(steps=(1, 4))
+        x = FlowMap().rollout(networks, batch, config)
+        assert torch.allclose(x, M + S * batch.normal("initial"), atol=1e-12)
+        assert seen[0][0] == 1.0 and seen[-1][1] == 0.0 and all(a[1] == b[0] for a, b in zip(seen, seen[1:]))  # noqa: B905, RUF007
+        lengths.add(len(seen))
+    assert lengths == {1, 2, 3}
+
+
+def test_each_turn_moves_its_own_networks() -> None:
+    objective = FlowMap(on_policy=OnPolicy(steps=(2, 4)), pairs=PAIRS)
+    assert objective.trained_roles == ("student", "fake_score")
+    torch.manual_seed(0)
+    backbone = GAUSSIAN.build(torch.device("cpu"), torch.float64, 0)
+    student = objective.make_student(backbone, FOUR)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
+    modules |= objective.auxiliary(backbone, FOUR)
+    networks = Networks({role: m.double() for role, m in modules.items()}, FOUR)
+    with torch.no_grad():
+        for p in networks.student.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    for turn in objective.turns(0, {}):
+        for m in networks.values():
+            m.zero_grad()
+        one_loss(objective, turn, networks, gaussian_batch()).backward()
+        for role in ("student", "fake_score"):
+            got = [n for n, p in networks[role].named_parameters() if p.grad is not None and bool(p.grad.any())]
+            missing = {n for n, _ in networks[role].named_parameters()} - set(got)
+            if role in turn.roles:
+                assert missing <= {"network.label.weight"}, missing
+            else:
+                assert not got
+    assert [(turn.name, turn.updates) for turn in objective.turns(3, {})] == [("fake_score", 5), ("student", 1)]
+
+
+# --- the recipe
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    recipe = str(ROOT / "recipes/mixture_flow_map_4step.yaml")
+    for text, lines in {
+        "next_time: true": ["rollout.next_time=false"],
+        "transition: ode": ["rollout.transition=renoise"],
+        "one timestep": ["objective.source=prior"],
+        "no data to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
+        "pairs.diagonal": ["objective.form=progressive", "objective.pairs.diagonal=0"],
+    }.items():
+        with pytest.raises(RecipeError, match=text):
+            load_recipe(recipe, lines)
+    raw = load_recipe(ROOT / "recipes/digits_flow_map_4step.yaml")
+    assert raw.objective.name == "flow_map"
+    with pytest.raises(RecipeError, match="differentiates a derivative"):
+        load_recipe(ROOT / "recipes/digits_flow_map_4step.yaml",
+                    ["objective.form=lagrangian", "train.gradient_checkpointing=true"])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_short_run_learns_a_map_of_any_number_of_steps(tmp_path: Path) -> None:
+    """A two-component mixture, 600 updates: more steps are better, and four are near the floor."""
+    raw: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
+                     "width": 64, "fit_steps": 300},
+        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25], "transition": "ode", "next_time": True},
+        "data": {"name": "mixture"},
+        "objective": {"name": "flow_map", "pairs": {"diagonal": 0.25}},
+        "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}},
+        "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 0, "log_every": 100},
+        "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
+    }  # fmt: skip
+    recipe = build_recipe(raw)
+    run = train(recipe)
+    found = [evaluate(load_sampler(run, num_steps=n), recipe.eval, progress=False)["metrics"]["energy_distance"]
+             for n in (1, 2, 4)]  # fmt: skip
+    print(found)
+    assert found[2] < 0.01 and found[2] < found[0]
+
+
+def test_a_policy_for_one_step_can_be_asked_for_more() -> None:
+    assert ONE.with_steps(3).timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
+    assert RolloutPolicy((1.0,), "ode", next_time=True).any_step

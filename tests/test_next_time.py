@@ -1,0 +1,314 @@
+"""Students that are told the level their step ends at, or a guidance scale: sampling, export, init_from, adapters."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_sd, tiny_sdxl
+from tiny_wan import tiny_wan
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
+from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.sd import SDConfig
+from fastgen.backbones.sd3 import SD3Config
+from fastgen.backbones.wan import WanConfig
+from fastgen.config import RecipeError, build_recipe
+from fastgen.denoiser import Denoiser, carried_names
+from fastgen.lora import LoraConfig
+from fastgen.objectives import DMD2, Objective
+from fastgen.pipelines.export import export
+from fastgen.pipelines.sampler import Sampler, load_sampler
+from fastgen.rollout import RolloutPolicy, backward_simulation, sample
+from fastgen.time_pairs import TimePairs, phase_start, shrinking
+from fastgen.train import train
+
+CPU = torch.device("cpu")
+DIGITS = str(Path(__file__).parents[1] / "assets/teachers/digits")
+FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", next_time=True)
+MIXTURE = GaussianMixtureConfig(means=((0.7, -0.3),), stds=(0.5,), fit_steps=2, width=16, depth=1)
+
+
+class ExactMap(Denoiser):
+    """The exact flow map of N(m, s^2) as a two-time denoiser."""
+
+    def __init__(self, backbone: Any):
+        torch.nn.Module.__init__(self)
+        self.mixture, self.schedule, self.seen = backbone.mixture, backbone.schedule, list[float]()
+
+    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        s = extras["s"]
+        self.seen.append(float(s[0]))
+        here, there = self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t)
+        u = (x_t - self.mixture.flow_map(x_t, here, there)) / (t - s)[:, None]
+        return x_t - t[:, None] * u
+
+    @property
+    def is_divided(self) -> bool:
+        return False
+
+
+def fill_inputs(student: Denoiser) -> Denoiser:
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "tables" in name or name.startswith("inputs."):
+                p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    return student
+
+
+# --- the policy and its sampler
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+def test_jumps_of_the_exact_map_land_on_the_exact_samples(steps: int) -> None:
+    """However many: x0 = m + s noise."""
+    backbone = MIXTURE.build(CPU, torch.float64, 0)
+    draw = noise.normal(torch.arange(50), (2,), 5, torch.float64)
+    cond = backbone.encode_prompts([""] * 50)
+    student = ExactMap(backbone)
+    found = sample(student, FOUR.with_steps(steps), cond, lambda name: draw)
+    wanted = torch.tensor([0.7, -0.3], dtype=torch.float64) + 0.5 * draw
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert student.seen == pytest.approx([*(1 - i / steps for i in range(1, steps)), 0.0])
+
+
+def test_the_sampler_tells_zero_where_each_step_is_renoised() -> None:
+    backbone = MIXTURE.build(CPU, torch.float64, 0)
+    student = ExactMap(backbone)
+    policy = RolloutPolicy((1.0, 0.5), "renoise", next_time=True)
+    sample(student, policy, backbone.encode_prompts([""] * 4), lambda name: torch.ones(4, 2, dtype=torch.float64))
+    assert student.seen == [0.0, 0.0]
+
+
+def test_a_rollout_jumps_and_then_predicts_the_clean_sample(point_batch) -> None:  # type: ignore[no-untyped-def]
+    """Backward simulation: exact jumps to the stopping level, then X_{t,0}; with `to`, X_{t,to}."""
+    backbone, batch = MIXTURE.build(CPU, torch.float64, 0), point_batch(6)
+    student = ExactMap(backbone)
+    rollout = backward_simulation(student, FOUR, batch, torch.full((6,), 2))
+    assert student.seen == [0.75, 0.5, 0.0]
+    wanted = torch.tensor([0.7, -0.3], dtype=torch.float64) + 0.5 * batch.normal("initial")
+    assert torch.allclose(rollout.x, wanted, atol=1e-12)
+    level = torch.full((6,), 0.25, dtype=torch.float64)
+    stopped = backward_simulation(student, FOUR, batch, torch.full((6,), 2), to=level)
+    assert student.seen[-1] == 0.25
+    size = math.hypot(0.75 * 0.5, 0.25)
+    mean = torch.tensor([0.7, -0.3], dtype=torch.float64)
+    assert torch.allclose(stopped.x, 0.75 * mean + size * batch.normal("initial"), atol=1e-12)
+
+
+def test_grids_of_other_numbers_of_steps() -> None:
+    assert FOUR.with_steps(2).timesteps == pytest.approx((1.0, 0.5))
+    shifted = RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode", next_time=True)  # shift 3
+    assert shifted.with_steps(8).timesteps[4] == pytest.approx(0.75)
+    assert shifted.with_steps(4) is shifted
+    with pytest.raises(ValueError, match="distilled to 2 steps"):
+        RolloutPolicy((1.0, 0.5)).with_steps(3)
+    for options in ({"transition": "cps", "eta": 0.5}, {"told_time": 0.4}):
+        with pytest.raises(ValueError, match="next_time"):
+            RolloutPolicy((1.0,), next_time=True, **options)
+
+
+def test_time_pairs_have_their_shares_and_their_order(point_batch) -> None:  # type: ignore[no-untyped-def]
+    pairs = TimePairs(diagonal=0.5, to_zero=0.25, max_gap=0.3)
+    batch = point_batch(1000)
+    t, s = pairs(batch)
+    assert (s <= t).all() and (s >= 0).all() and (t <= 1).all() and (t >= 1e-3).all()
+    assert int((s == t).sum()) == pytest.approx(500, abs=2) and int((s == 0).sum()) == pytest.approx(250, abs=2)
+    free = (s < t) & (s > 0)
+    assert float((t - s)[free].max()) <= 0.3 + 1e-12
+    wide = TimePairs(diagonal=0.0)(batch)
+    assert float((wide[0] - wide[1]).mean()) == pytest.approx(1 / 3, abs=0.03)
+    with pytest.raises(ValueError, match="shares"):
+        TimePairs(diagonal=0.8, to_zero=0.3)
+
+
+def test_phase_edges_and_ects_gap() -> None:
+    t = torch.tensor([1.0, 0.76, 0.75, 0.5, 0.1])
+    assert phase_start(t, 4).tolist() == [0.75, 0.75, 0.5, 0.25, 0.0]
+    one = torch.ones(1)
+    raw = [1 - 2 ** -(stage + 1) * (1 + 8 * torch.sigmoid(-one)) for stage in (0, 1, 3, 7)]
+    assert [float(r) for r in raw] == pytest.approx([-0.576, 0.212, 0.803, 0.988], abs=1e-3)
+    assert [float(shrinking(one, stage)) for stage in (0, 1, 3)] == pytest.approx([0.0, 0.212, 0.803], abs=1e-3)
+    assert [float(shrinking(one, stage, q=4)) for stage in (0, 1, 3)] == pytest.approx([0.212, 0.803, 0.988], abs=1e-3)
+
+
+# --- export
+
+
+def families(root: Path) -> dict[str, PipelineConfig]:
+    return {
+        "sd": SDConfig(path=str(tiny_sd(root / "sd"))),
+        "sdxl": SDConfig(path=str(tiny_sdxl(root / "sdxl"))),
+        "sd3": SD3Config(path=DIGITS),
+        "wan": WanConfig(path=str(tiny_wan(root / "wan", layers=2)), height=32, width=32, num_frames=5),
+        "wan2": WanConfig(path=str(tiny_wan(root / "wan2", 2, layers=2)), height=32, width=32, num_frames=5),
+    }
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PipelineConfig]:
+    return families(tmp_path_factory.mktemp("families"))
+
+
+def call(pipeline: Any, backbone: Any, prompts: list[str], steps: int, scale: float = 1.0) -> Tensor:
+    """What the exported pipeline gives from our noise: pixels [B, 3, H, W] or frames [B, F, 3, H, W]."""
+    start = noise.normal(torch.arange(len(prompts)), backbone.latent_shape, noise.make_key("sample", "initial"))
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
+    if backbone.output == "frames":
+        config = backbone.config
+        frames = pipeline(prompts, height=config.height, width=config.width, num_frames=config.num_frames,
+                          latents=start.transpose(1, 2), **options).frames  # fmt: skip
+        return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+    return torch.from_numpy(pipeline(prompts, latents=start, **options).images).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "wan", "wan2"])
+def test_an_exported_flow_map_gives_the_same_pixels(
+    configs: dict[str, PipelineConfig], family: str, tmp_path: Path
+) -> None:
+    """Our sampler before the export, our sampler on the export, and the exported pipeline class agree; what it is told
+    matters. A flow map of flow matching also samples with another number of steps."""
+    from fastgen.pipelines import flow_map
+
+    backbone: Any = configs[family].build(CPU, torch.float32, 0)
+    policy = RolloutPolicy(FOUR.timesteps, "ode", next_time=True, told_guidance=3.0)
+    student = fill_inputs(DMD2().make_student(backbone, policy)).eval()
+    prompts = ["a handwritten two", "the digit five"] if family == "sd3" else ["a red cat", "two green dogs"]
+    before = Sampler(backbone, student, policy).sample(prompts, range(2))
+    backbone.save_pipeline(student, policy, tmp_path)
+    unlike = Sampler(backbone, student, RolloutPolicy(FOUR.timesteps, "ode", next_time=True, told_guidance=9.0))
+    assert (unlike.sample(prompts, range(2)) - before).abs().max() > 1e-3
+
+    again = Sampler(backbone, backbone.load_exported(tmp_path), policy).sample(prompts, range(2))
+    assert (again - before).abs().max() < 1e-5
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    cls = vars(flow_map)[index["_class_name"]]
+    pipeline = cls.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    found = call(pipeline, backbone, prompts, 4)
+    print(f"{family}: {(found - before).abs().max():.1e}")
+    assert (found - before).abs().max() < 1e-4
+    six = Sampler(backbone, student, policy.with_steps(5)).sample(prompts, range(2))
+    assert (call(pipeline, backbone, prompts, 5) - six).abs().max() < 1e-4
+    assert (six - before).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="does not fit"):
+        backbone.save_pipeline(student, FOUR, tmp_path / "other")
+
+
+def test_plain_diffusers_refuses_the_folder(configs: dict[str, PipelineConfig], tmp_path: Path) -> None:
+    import diffusers
+
+    backbone = configs["sd3"].build(CPU, torch.float32, 0)
+    backbone.save_pipeline(DMD2().make_student(backbone, FOUR), FOUR, tmp_path)
+    with pytest.raises(AttributeError, match="FlowMapStableDiffusion3Pipeline"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_mixtures_flow_map_comes_back_from_its_folder(tmp_path: Path) -> None:
+    backbone = MIXTURE.build(CPU, torch.float32, 0)
+    student = fill_inputs(DMD2().make_student(backbone, FOUR))
+    backbone.save_pipeline(student, FOUR, tmp_path)
+    again = backbone.load_exported(tmp_path)
+    samples = [Sampler(backbone, d, FOUR).sample([""] * 8, range(8)) for d in (student, again)]
+    assert torch.equal(*samples) and not again.training
+
+
+# --- a run: training, checkpoint, export, continuing from it
+
+
+def short_run(raw: dict[str, Any], folder: Path, **sections: Any) -> Path:
+    raw = raw | {"output_dir": str(folder)} | sections
+    raw["backbone"] = raw["backbone"] | {"fit_steps": 20, "width": 16, "depth": 1}
+    raw["train"] = raw["train"] | {"steps": 2, "batch_size": 16, "sample_every": 0, "eval_every": 0}
+    raw["eval"] = raw["eval"] | {"quick_num_samples": 50, "num_samples": 50, "teacher_steps": []}
+    return train(build_recipe(raw))
+
+
+def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A plain student becomes a two-time one with its new branch at zero, from its run or from its export alone; a
+    two-time one starts another; the way back is refused before anything loads."""
+    told = {"timesteps": list(FOUR.timesteps), "transition": "ode", "next_time": True}
+    plain = short_run(raw_recipe, tmp_path / "plain")
+    first = short_run(raw_recipe, tmp_path / "first", rollout=told, init_from=str(plain))
+    sampler = load_sampler(first, num_steps=3)
+    assert sampler.policy.num_steps == 3 and sampler.sample([""] * 4, range(4)).isfinite().all()
+    weights = load_file(first / "export/model.safetensors")
+    assert any("tables.s" in name for name in weights)
+    short_run(raw_recipe, tmp_path / "second", rollout=told, init_from=str(first))
+    with pytest.raises(RecipeError, match="init_from: the student there is told s"):
+        short_run(raw_recipe, tmp_path / "fourth", init_from=str(first))
+    for checkpoint in (plain / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / checkpoint.name)
+    short_run(raw_recipe, tmp_path / "third", rollout=told, init_from=str(plain / "export"))
+
+
+def test_an_objective_that_cannot_is_refused(raw_recipe: dict[str, Any]) -> None:
+    raw_recipe["objective"] = {"name": "adp", "pixel_weight": 0}
+    raw_recipe["rollout"] = {"timesteps": [1.0], "transition": "ode", "next_time": True}
+    raw_recipe["optimizers"] = {role: {"lr": 1e-4} for role in ("student", "latent_discriminator")}
+    with pytest.raises(RecipeError, match="next_time"):
+        build_recipe(raw_recipe)
+
+
+def test_names_of_carried_weights() -> None:
+    own = ["a.time.embedding.w", "a.time.tables.s.weight", "b.w"]
+    assert carried_names(own, ["a.time.w", "b.w"]) == {"a.time.embedding.w": "a.time.w", "b.w": "b.w"}
+    assert carried_names(["inputs.s.weight", "b.w"], ["b.w"]) == {"b.w": "b.w"}
+    for given in (["a.time.w"], ["a.time.w", "b.w", "c.w"]):
+        with pytest.raises(ValueError, match="another network"):
+            carried_names(own, given)
+
+
+# --- adapters
+
+
+def lora_student(backbone: Backbone) -> Any:
+    backbone.adapters = {"student": LoraConfig(rank=2)}
+    student: Any = Objective().make_student(backbone, FOUR)
+    student.reset(0)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if ".lora_B." in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return student
+
+
+def test_an_adapter_has_its_own_inputs_and_so_has_its_average(tmp_path: Path) -> None:
+    """The base and the teacher do not; the average follows; the export is the whole network, with them."""
+    backbone = SD3Config(path=DIGITS).build(CPU, torch.float32, 0)
+    student = lora_student(backbone)
+    teacher = backbone.load("teacher")
+    average = student.average()
+    fill_inputs(student)
+    average.load_state_dict(student.state_dict())
+    sampler = Sampler(backbone, average, FOUR)
+    before = sampler.sample(["a two"], [0])
+    assert torch.equal(Sampler(backbone, student, FOUR).sample(["a two"], [0]), before)
+    cond, x = backbone.encode_prompts(["a two"]), torch.randn(1, *backbone.latent_shape)
+    teacher(x, torch.full((1,), 0.5), cond)
+    backbone.save_pipeline(student, FOUR, tmp_path)
+    found = Sampler(backbone, backbone.load_exported(tmp_path), FOUR).sample(["a two"], [0])
+    assert (found - before).abs().max() < 1e-4
+
+
+def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    raw = yaml.safe_load((root / "recipes/digits_dmd2_4step.yaml").read_text())
+    raw["rollout"] = {"timesteps": list(FOUR.timesteps), "transition": "ode", "next_time": True}
+    raw["backbone"]["path"] = DIGITS
+    recipe = build_recipe(raw | {"lora": {"student": {"rank": 2}}})
+    backbone = recipe.backbone.build(CPU, torch.float32, 0)
+    student = fill_inputs(lora_student(backbone))
+    before = Sampler(backbone, student, FOUR).sample(["a two"], [0])
+    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    found = load_sampler(tmp_path / "export").sample(["a two"], [0])
+    assert (found - before).abs().max() < 1e-4
+    card = (tmp_path / "export/README.md").read_text()
+    assert "from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline" in card and "load_lora" not in card
