@@ -17,7 +17,7 @@ app = typer.Typer(
 PathArgument = Annotated[
     Path, typer.Argument(help="A run folder, an exported folder, or a diffusers pipeline folder.")
 ]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps, for a plain pipeline (an export has its own).")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps, of a plain pipeline or a flow map.")]
 GuidanceOption = Annotated[float | None, typer.Option(min=0, help="Guidance scale, for a plain pipeline.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples at a time; does not change the result.")]
 

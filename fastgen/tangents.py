@@ -58,8 +58,8 @@ def live_tangent(
     fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """fn(*primals) and its derivative along the tangents, both with gradient to what fn is made of (reverse over
-    forward). Not with activation checkpointing; the primals' own graph is kept."""
-    with math_attention():
+    forward). Attention is MATH and autocast is off. Not with activation checkpointing."""
+    with math_attention(), torch.autocast(primals[0].device.type, enabled=False):
         return forward_mode(fn, primals, tangents)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gaussian_map import M, S, average, spread
 from torch import Tensor
 
 from fastgen import flow_maps
@@ -22,25 +23,13 @@ from fastgen.flow_maps import (
 )
 from fastgen.schedule import FlowSchedule, TrigSchedule, expand, flow_to_trig_velocity, trig_to_flow
 
-M, S = 0.7, 0.5
 F64 = torch.float64
-
-
-def spread(t: Tensor) -> Tensor:
-    return ((1 - t) ** 2 * S**2 + t**2).sqrt()
 
 
 def velocity(x: Tensor, t: Tensor) -> Tensor:
     """Of N(0.7, 0.25), closed form."""
     t = expand(t, x)
     return -M + (t - (1 - t) * S**2) / spread(t) ** 2 * (x - (1 - t) * M)
-
-
-def average(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Its exact u, written so that the diagonal is a value: (x - X_{t,s}(x)) / (t - s)."""
-    t, s = expand(t, x), expand(s, x)
-    ratio = ((t + s) * (1 + S**2) - 2 * S**2) / (spread(t) * (spread(t) + spread(s)))  # (S(t) - S(s)) / (S(t) (t - s))
-    return -M + ratio * (x - (1 - t) * M)
 
 
 def number(*values: float) -> list[Tensor]:

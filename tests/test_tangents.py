@@ -257,11 +257,12 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
         "sd": SDConfig(path=str(tiny_sd(root / "sd"))),
         "sd3": SD3Config(path=str(Path(__file__).parents[1] / "assets/teachers/digits")),
         "wan": WanConfig(path=str(tiny_wan(root / "wan", layers=2)), height=32, width=32, num_frames=5),
+        "wan2": WanConfig(path=str(tiny_wan(root / "wan2", 2, 0.5, layers=2)), height=32, width=32, num_frames=5),
     }
     return {name: config.build(cpu, torch.float32, 0) for name, config in configs.items()}
 
 
-FAMILIES = ["mixture", "sd", "sd3", "wan"]
+FAMILIES = ["mixture", "sd", "sd3", "wan", "wan2"]  # wan2: the two samples go to two experts
 
 
 def extended(backbone: Backbone) -> Denoiser:

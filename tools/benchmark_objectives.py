@@ -1,0 +1,64 @@
+"""The cost of a student update of several recipes relative to the first one's, interleaved in one process.
+
+    python tools/benchmark_objectives.py recipes/mixture_dmd2_4step.yaml recipes/mixture_flow_map_4step.yaml ...
+
+A recipe may be followed by overrides of its own: `recipe.yaml,objective.form=eulerian`. Times are CPU seconds of this
+process (one thread), which other programs on the machine change little; each is the median of the repeats."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+
+from fastgen.config import load_recipe
+from fastgen.noise import make_key
+from fastgen.train import build, set_rates, update
+
+
+def stepper(text: str) -> Callable[[int], None]:
+    """One student update, as fastgen/train.py runs it."""
+    path, *overrides = text.split(",")
+    recipe = load_recipe(path, ["init_from=null", *overrides])
+    parts = build(recipe, Accelerator(cpu=True))
+
+    def step(index: int) -> None:
+        for turn in recipe.objective.turns(index, parts.state):
+            set_rates(parts, turn, index)
+            for inner in range(turn.updates):
+                position = recipe.train.batch_size * (index * 10 + inner)
+                update(parts, turn, position, make_key(index, turn.name, inner))
+                recipe.objective.finish(turn, parts.networks, parts.state)
+        parts.ema.update(parts.networks.student)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = {text: stepper(text) for text in arguments.recipes}
+    seconds: dict[str, list[float]] = {text: [] for text in steps}
+    for index in range(arguments.repeats + 2):  # two to warm up
+        for text, step in steps.items():
+            before = time.process_time()
+            step(index)
+            seconds[text].append(time.process_time() - before)
+    medians = {text: statistics.median(times[2:]) for text, times in seconds.items()}
+    first = next(iter(medians.values()))
+    for text, median in medians.items():
+        print(json.dumps({"recipe": text, "cpu_seconds": round(median, 4), "relative": round(median / first, 3)}))
+
+
+if __name__ == "__main__":
+    main()
