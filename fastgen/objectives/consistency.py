@@ -33,8 +33,8 @@ The optimum depends on the grid: n intervals of Euler steps, or of data, leave t
 0.5 gets 0.34 at n = 4, 0.456 at 16 and 0.494 at 128); solver heun and growing grids lessen it. The network is not
 told `end`, so that TSCD's jumps between edges are approximate (flow_map has students that are told).
 
-Departures: paths end at exactly 0, so that no c_skip and c_out are needed (LCM's are 0 and 1 but for the last levels);
-levels are the teacher's own, and noise-to-signal ratios t / (1 - t); gaps are of levels; no LPIPS.
+Departures: paths end at exactly 0, where no c_skip and c_out are needed (LCM's are 0 and 1 but for the last levels);
+levels are the teacher's own, noise-to-signal ratios are t / (1 - t), and gaps are of levels; no LPIPS.
 """
 
 from dataclasses import dataclass as plain_dataclass
@@ -78,6 +78,7 @@ class Consistency(Objective):
     grid: GridPairs | None = None
     shrinking: ShrinkingPairs | None = None
     solver: Literal["euler", "heun"] = "euler"  # LCM, PCM: one DDIM step; CM: Heun
+    solver_steps: int = Field(default=1, ge=1)  # from t to s; CTM: up to 17, and several lessen the bias
     phases: tuple[int, ...] = Field(default=(1,), min_length=1)  # one after the other; Hyper-SD: 8, 4, 2, 1
     phase_updates: int = Field(default=0, ge=0)  # of each entry of phases but the last
     end: Literal["edge", "uniform"] = "edge"  # uniform: TSCD
@@ -95,16 +96,13 @@ class Consistency(Objective):
     def _possible(self) -> "Consistency":
         if (self.grid is None) == (self.shrinking is None):
             raise ValueError("pairs of levels come from grid (CM, iCT, LCM, PCM) or from shrinking (ECT); give one")
-        if self.teach == "data" and (self.solver, self.guidance_scale, self.guidance_range) != ("euler", 1.0, None):
-            raise ValueError("teach: data asks no teacher: leave out solver, guidance_scale and guidance_range")
+        asks = (self.solver, self.solver_steps, self.guidance_scale, self.guidance_range) != ("euler", 1, 1.0, None)
+        if self.teach == "data" and asks:
+            raise ValueError("teach: data asks no teacher: leave out solver, solver_steps and guidance")
         if min(self.phases) < 1 or (len(self.phases) > 1 and not self.phase_updates):
             raise ValueError(f"phases are numbers from 1 up, each but the last for phase_updates updates, got "
                              f"{list(self.phases)} and {self.phase_updates}")  # fmt: skip
         return self
-
-    @property
-    def shift(self) -> float:
-        return self.grid.shift if self.grid else 1.0
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -129,7 +127,9 @@ class Consistency(Objective):
         if count == 1 and policy.transition != "renoise":
             raise ValueError(f"a consistency model of one phase only knows the way to 0: transition: "
                              f"{policy.transition} needs end: uniform, or phases with ode; use renoise")  # fmt: skip
-        edges = time_pairs.shifted(torch.arange(count, 0, -1, dtype=torch.float64) / count, self.shift).tolist()
+        edges = time_pairs.shifted(
+            torch.arange(count, 0, -1, dtype=torch.float64) / count, self.grid.shift if self.grid else 1.0
+        ).tolist()
         held = len(edges) == policy.num_steps and max(abs(a - b) for a, b in zip(edges, policy.timesteps)) < 1e-3  # noqa: B905
         if count > 1 and (policy.transition != "ode" or not held):
             raise ValueError(f"{count} phases are sampled from edge to edge: set rollout.transition: ode, timesteps "
@@ -187,7 +187,7 @@ class Consistency(Objective):
         pairs = self.grid or self.shrinking
         assert batch.latents is not None and pairs is not None
         t, s = pairs(batch, turn.update)
-        edge, upper = time_pairs.phase_edges(t, turn.phases, self.shift)
+        edge, upper = time_pairs.phase_edges(t, turn.phases, self.grid.shift if self.grid else 1.0)
         s = torch.maximum(s, edge)
         end = edge if self.end == "edge" else time_pairs.between(edge, s, batch.uniform("end"))
         noise, schedule = batch.normal("noise"), networks.student.schedule
@@ -231,13 +231,18 @@ class Consistency(Objective):
         return transition(network.schedule, x0, x, t, end, None)
 
     def solved(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s by one step of the solver along the guided teacher."""
-        teacher = networks.teacher
-        drawn = None if self.guidance_range is None else time_pairs.drawn_scale(batch, self.guidance_range)
-        if self.solver == "heun":
-            scale = self.guidance_scale if drawn is None else drawn
-            velocity = flow_maps.guided_velocity(teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
-            return flow_maps.heun_step(velocity, x, t, s).to(x.dtype)
-        own = teacher.per_expert(self.guidance_scale, t) if drawn is None else drawn
-        x0 = signals.guided(teacher, x, t, batch.cond, batch.uncond, own, self.guidance_interval)
-        return transition(teacher.schedule, x0, x, t, s, None).to(x.dtype)
+        """x_s by steps of the solver along the guided teacher."""
+        teacher, scale = networks.teacher, None
+        if self.guidance_range is not None:
+            scale = time_pairs.drawn_scale(batch, self.guidance_range)
+        for i in range(self.solver_steps):
+            here, there = (t + (s - t) * k / self.solver_steps for k in (i, i + 1))
+            if self.solver == "heun":
+                own = self.guidance_scale if scale is None else scale
+                velocity = flow_maps.guided_velocity(teacher, batch.cond, batch.uncond, own, self.guidance_interval)
+                x = flow_maps.heun_step(velocity, x, here, there).to(x.dtype)
+                continue
+            at = teacher.per_expert(self.guidance_scale, here) if scale is None else scale
+            x0 = signals.guided(teacher, x, here, batch.cond, batch.uncond, at, self.guidance_interval)
+            x = transition(teacher.schedule, x0, x, here, there, None).to(x.dtype)
+        return x

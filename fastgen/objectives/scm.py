@@ -21,14 +21,13 @@ SANA-Sprint (arXiv 2503.09641): a flow-matching teacher and student in TrigFlow;
     clean predictions of the student from data. The discriminator's turn comes before the student's.
 TBCM (hustvl/TBCM): source trajectory, image-free. The teacher's guided ODE from noise, a level in each of
     `trajectory_steps` intervals, all of them one batch: rows of a path are correlated, so make train.batch_size small.
-rCM (arXiv 2510.08431): `matching`, DMD2's turns and loss on the student's own samples, matching_weight times, from
-    the end of the tangent warm-up on.
+rCM (arXiv 2510.08431): `matching`, DMD2 on the student's own samples, from the end of the tangent warm-up on.
 
 The exact F has g = 0 at r = 1 alone. |g| is the root mean square of a sample (SANA-Sprint's code), so that c does not
 depend on its size. Departures: the network is the teacher's own, without sCM's embedding and normalisation; it is told
 the level in the teacher's unit, whose embedding may oscillate too fast for the derivative (SANA-Sprint fine-tunes its
-teacher to t instead of 1000 t first): `warmup` and derivative: difference are the remedies here. rCM's form of g, with
-a warm-up of its own, is sCM's here.
+teacher to t instead of 1000 t first): `warmup` and derivative: difference are the remedies here. rCM warms g up in a
+form of its own; here it is sCM's.
 """
 
 import itertools
@@ -104,8 +103,7 @@ class SCM(Objective):
 
     @model_validator(mode="after")
     def _possible(self) -> "SCM":
-        plain = (self.source, self.guidance_scale, self.guidance_range) == ("data", 1.0, None)
-        if self.teach == "data" and not plain:
+        if self.teach == "data" and (self.source, self.guidance_scale, self.guidance_range) != ("data", 1.0, None):
             raise ValueError("teach: data asks no teacher: leave out source, guidance_scale and guidance_range")
         if self.matching is not None and self.matching.gan_weight:
             raise ValueError("matching.gan_weight: the adversarial term here is gan, on the teacher's features")
@@ -192,7 +190,7 @@ class SCM(Objective):
         size = signals.per_sample_mean(g.square()).sqrt()
         g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", by sample
         square = signals.per_sample_mean(((rate(x, angle) - value) / self.sigma_data - g).square())
-        terms = {"tangent": size.mean(), "trust": size.new_tensor(trust)}
+        terms = {"tangent": size.nanmean(), "trust": size.new_tensor(trust)}
         if not self.learned_weight:
             return square.mean(), terms
         weight = networks["weighting"](angle / (math.pi / 2))
