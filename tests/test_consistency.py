@@ -11,6 +11,7 @@ from gaussian_map import GAUSSIAN, M, S, exact_networks, gaussian_batch, one_los
 from torch import Tensor, nn
 
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
+from fastgen.backbones.sd import SDConfig
 from fastgen.batch import Conditioning
 from fastgen.config import RecipeError, load_recipe
 from fastgen.denoiser import Denoiser
@@ -20,7 +21,7 @@ from fastgen.objectives import Consistency
 from fastgen.objectives.consistency import ConsistencyTurn
 from fastgen.objectives.ladd import Ladd
 from fastgen.rollout import RolloutPolicy, sample
-from fastgen.schedule import FlowSchedule, expand
+from fastgen.schedule import FlowSchedule, VPSchedule, expand
 from fastgen.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,30 @@ def test_distillation_has_no_loss_at_its_closed_form_optimum(distance: Any) -> N
           for student in (Affine(optimal_slopes(4)), Exact())]  # fmt: skip
     print(at)
     assert at[0] < 1e-12 and at[1] > 1e-3
+
+
+def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
+    """LCM's DDIM step: prod (alpha alpha' s^2 + sigma sigma') / (alpha^2 s^2 + sigma^2), and x itself at t = 0."""
+    n = 10
+    t = torch.linspace(0, 1, n + 1, dtype=F64)
+    a, b = vp_schedule.alpha(t), vp_schedule.sigma(t)
+    slopes = ((a[1:] * a[:-1] * S**2 + b[1:] * b[:-1]) / (a[1:] ** 2 * S**2 + b[1:] ** 2)).cumprod(0)
+
+    class OnVP(Affine):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            index = (t * n).round().long()
+            return M + expand(self.slopes[index], x_t) * (x_t - expand(vp_schedule.alpha(t), x_t) * M)
+
+    student = OnVP(torch.cat([torch.ones(1, dtype=F64), slopes]))
+    student.schedule = vp_schedule
+    networks = networks_of(student)
+    networks.teacher.schedule = vp_schedule
+    objective = Consistency(grid=GridPairs(count=n), distance="square")
+    at = [float(one_loss(objective, objective.turns(0, {})[-1], networks, gaussian_batch(512)).detach())]
+    student.slopes.data[1:] *= 1.1
+    at.append(float(one_loss(objective, objective.turns(0, {})[-1], networks, gaussian_batch(512)).detach()))
+    print(at)
+    assert at[0] < 1e-12 and at[1] > 1e-4
 
 
 def test_training_has_no_mean_gradient_at_the_same_optimum() -> None:
@@ -464,6 +489,20 @@ def test_what_cannot_be_is_refused() -> None:
     load_recipe(RECIPE, [grid, "objective.guidance_range=[1.0, 5.0]", "rollout.told_guidance=3.0"])
     load_recipe(RECIPE, [grid, "objective.end=uniform", "rollout={timesteps: [1.0, 0.5], transition: tcd, eta: 0.3}"])
     load_recipe(RECIPE, [grid, "lora={student: {rank: 4}}"])
+
+
+def test_exports_hold_what_a_stock_scheduler_does() -> None:
+    """And of told guidance, what our own pipeline classes do (tests/test_next_time.py)."""
+    digits = ROOT / "recipes/digits_consistency_4step.yaml"
+    tcd = "rollout={timesteps: [1.0, 0.75, 0.5, 0.25], transition: tcd, eta: 0.3}"
+    with pytest.raises(RecipeError, match="no transition: tcd; use renoise or ode"):
+        load_recipe(digits, [tcd, "objective.end=uniform"])
+    sd = dataclasses.replace(load_recipe(digits), backbone=SDConfig(path="some/hub-id"))
+    for options in ({"grid": GridPairs(count=18, spacing="karras")}, {"shrinking": ShrinkingPairs(period=5)},
+                    {"grid": FOUR, "solver": "heun"}):  # fmt: skip
+        with pytest.raises(ValueError, match="on backbone sd the grid is uniform"):
+            Consistency(**options).check_recipe(sd)
+    Consistency(grid=GridPairs(count=50)).check_recipe(sd)
 
 
 def test_objectives_that_follow_the_share_of_noise_refuse_tcd() -> None:
