@@ -60,6 +60,7 @@ def rows() -> list[Row]:
                         {"accuracy": (">=", 0.97)}, (f"seed={seed}", *extra), 60.0, {"fid": (50, factor)})
                 )  # fmt: skip
         result += objectives(seed)
+        result += consistency_models(seed)
     return result
 
 
@@ -84,6 +85,24 @@ def objectives(seed: int) -> list[Row]:
         bounds = {"accuracy": (">=", 0.95), "digit_stroke": (">=", 0.343)}
         overrides = (f"init_from={RUNS / start}",)
         result.append(Row(f"digits_{name}_stroke", f"recipes/digits_{name}_stroke.yaml", bounds, overrides, 60.0))
+    return result
+
+
+def consistency_models(seed: int) -> list[Row]:
+    """On the ring at four steps and at one, and, seed 0 alone, on the digits: at most half the teacher's FD at four steps
+    and a quarter of its FD at one."""
+    result = []
+    for name in ("consistency", "scm"):
+        recipe, one = f"recipes/mixture_{name}_4step.yaml", ("rollout.timesteps=[1.0]",)
+        for steps, most, more in ((4, 0.006, ()), (1, 0.012, one)):
+            bounds = {"energy_distance": ("<=", most)}
+            result.append(Row(f"mixture_{name}_{steps}step_seed{seed}", recipe, bounds, (f"seed={seed}", *more)))
+    if seed:
+        return result
+    for name in ("consistency", "scm"):
+        recipe, one = f"recipes/digits_{name}_4step.yaml", ("rollout.timesteps=[1.0]",)
+        result.append(Row(f"digits_{name}_4step", recipe, {}, (), 60.0, {"fid": (4, 0.5)}))
+        result.append(Row(f"digits_{name}_1step", recipe, {}, one, 60.0, {"fid": (1, 0.25)}))
     return result
 
 
