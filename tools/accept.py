@@ -89,8 +89,8 @@ def objectives(seed: int) -> list[Row]:
 
 
 def consistency_models(seed: int) -> list[Row]:
-    """On the ring at four steps and at one, and, seed 0 alone, on the digits: at most half the teacher's FD at four steps
-    and a quarter of its FD at one."""
+    """On the ring at four steps and at one; seed 0 alone also on the digits, with at most half the teacher's FD at
+    four steps and a quarter of its FD at one."""
     result = []
     for name in ("consistency", "scm"):
         recipe, one = f"recipes/mixture_{name}_4step.yaml", ("rollout.timesteps=[1.0]",)
