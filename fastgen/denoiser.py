@@ -396,3 +396,17 @@ class TokenHeads(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         logits = [outer(inner(f).mean(1)) for f, inner, outer in zip(features, self.inner, self.outer, strict=True)]
         return torch.cat(logits, dim=1)
+
+
+class LevelWeight(nn.Module):
+    """A learned log-weight of a noise level, zero at the start: sines, and a linear layer. [B] in [0, 1] -> [B]
+
+    Of sCM's adaptive weighting (arXiv 2410.11081 Sec. 4.2), e^w square - w: at its optimum the weighted square is 1 at
+    every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves, self.bias = LevelInput(1), nn.Parameter(torch.zeros(1))
+
+    def forward(self, level: Tensor) -> Tensor:
+        return (self.waves(level) + self.bias)[:, 0]

@@ -72,17 +72,18 @@ def clamped(velocity: Velocity) -> Velocity:
 
 
 def guided_velocity(
-    teacher: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float | Sequence[float],
+    teacher: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float | Sequence[float] | Tensor,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:  # fmt: skip
     """A frozen teacher's velocity under guidance (`signals.guided`), at levels of at least SHORTEST, without gradient.
-    Raises ValueError if it is not of flow matching."""
+    scale: one number, one an expert, or one a sample, [B]. Raises ValueError if it is not of flow matching."""
     require_flow(teacher)
 
     @torch.no_grad()
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         predict = partial(teacher, predict="flow_prediction")
-        return signals.guided(predict, x, t, cond, uncond, teacher.per_expert(scale, t), interval)
+        own = scale if isinstance(scale, Tensor) else teacher.per_expert(scale, t)
+        return signals.guided(predict, x, t, cond, uncond, own, interval)
 
     return clamped(velocity)
 
@@ -151,6 +152,42 @@ def lagrangian_target(
         return velocity(x - expand(t - s, x) * value, s) + expand(t - s, x) * derivative
 
 
+@torch.no_grad()
+def heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x_s from x_t by the mean of the velocities at both ends of an Euler step      (CM's solver, arXiv 2303.01469)"""
+    first, gap = velocity(x, t), expand(t - s, x)
+    return x - gap * (first + velocity(x - gap * first, s)) / 2
+
+
+@torch.no_grad()
+def euler_path(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(x, t, velocity) at decreasing levels, [B] each, on the way of Euler steps from noise x [B, ...] at t = 1."""
+    t, found = torch.ones_like(levels[0]), list[tuple[Tensor, Tensor, Tensor]]()
+    v = velocity(x, t)
+    for level in levels:
+        x, t = x - expand(t - level, x) * v, level
+        v = velocity(x, t)
+        found.append((x, t, v))
+    return found
+
+
+def trig_tangent(
+    rate: Velocity, x: Tensor, angle: Tensor, along: Tensor, warmup: float = 1.0, differentiate: Tangent = tangent
+) -> tuple[Tensor, Tensor]:
+    """sigma_d F(x / sigma_d, a), and the tangent its square is trained by, both without gradient:
+
+        g = cos a df/da = -cos^2 a (sigma_d F - dx/da) - r (cos a sin a x + sigma_d dF/da cos a sin a),
+        f = cos a x - sin a sigma_d F,  d along dx/da                        (sCM, arXiv 2410.11081, Alg. 1)
+
+    rate: (x [B, ...], a [B]) -> sigma_d F, as `schedule.flow_to_trig_velocity` gives it. along: dx/da. r: the warm-up;
+    the exact F has g = 0 at r = 1 alone. The derivative is taken along (cos a sin a dx/da, cos a sin a) in one piece,
+    as nothing then divides by what vanishes at the ends (sCM Sec. 4.1)."""
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    both = expand(cos * sin, x)
+    value, derivative = differentiate(rate, (x, angle), (both * along, cos * sin))
+    return value, -expand(cos**2, x) * (value - along) - warmup * (both * x + derivative)
+
+
 # --- residuals with gradient through the derivative
 
 
@@ -194,3 +231,13 @@ def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor |
     square = residual.flatten(1).square().sum(1)
     scaled = square / (square.detach() + floor) ** power
     return (scaled if weight is None else weight * scaled).mean()
+
+
+def pseudo_huber(error: Tensor, c: float, weight: Tensor) -> Tensor:
+    """mean w (sqrt(|e|^2 + c^2 d) - c sqrt(d)),  |e|^2 the sum over a sample's d elements   (iCT, arXiv 2310.14189)
+
+    c = 0 is the norm. weight: [B]."""
+    flat = error.flatten(1)
+    floor = c * flat.shape[1] ** 0.5
+    square = flat.square().sum(1) + max(floor, 1e-12) ** 2
+    return (weight * (square.sqrt() - floor)).mean()

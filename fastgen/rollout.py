@@ -29,8 +29,9 @@ class RolloutPolicy:
     timesteps: noise levels at which the network is called, strictly decreasing in (0, 1]; the end point 0 is implied.
     transition: renoise = x0 plus fresh noise at the next level (DMD2, consistency models);
                 ode = x0 and the network's own noise prediction (DDIM, which for flow matching is Euler);
-                cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS).
-    eta: of cps only, strictly between 0 (which is ode) and 1 (which is renoise).
+                cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS);
+                tcd = an ode step to below the next level, then noise up to it, see `jump_law` (TCD, CTM).
+    eta: of cps and tcd only, strictly between 0 (which is ode) and 1 (which is renoise).
     told_time: one-step students only: the level the network is told while it is fed pure noise
                (DMD2's SDXL one-step student is told 399 of 1000).
     next_time: the network is also told the level s its step ends at (a flow map): that of the next call for ode, 0 for
@@ -38,7 +39,7 @@ class RolloutPolicy:
     told_guidance: the network has the guidance scale as an input, and is told this one when it samples."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
-    transition: Literal["renoise", "ode", "cps"] = "renoise"
+    transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
     eta: float | None = Field(default=None, gt=0, lt=1)
     told_time: float | None = Field(default=None, gt=0, le=1)
     next_time: bool = False
@@ -57,9 +58,10 @@ class RolloutPolicy:
     def _one_step(self) -> "RolloutPolicy":
         if self.told_time is not None and len(self.timesteps) != 1:
             raise ValueError("told_time is for one-step students: give one timestep or remove told_time")
-        if (self.eta is not None) != (self.transition == "cps"):
-            raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD); give both or neither")
-        if self.next_time and (self.transition == "cps" or self.told_time is not None):
+        if (self.eta is not None) != (self.transition in ("cps", "tcd")):
+            raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD), and to tcd (0.3 in TCD); "
+                             "give both or neither")  # fmt: skip
+        if self.next_time and (self.transition in ("cps", "tcd") or self.told_time is not None):
             raise ValueError("next_time goes with transition: ode (or renoise, each step to 0), without told_time")
         return self
 
@@ -69,7 +71,10 @@ class RolloutPolicy:
 
     @property
     def freshness(self) -> float:
-        """eta of the transition: 0 for ode, 1 for renoise."""
+        """eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which is none of these."""
+        if self.transition == "tcd":
+            raise ValueError("the share of fresh noise in transition: tcd differs from step to step, which this "
+                             "objective does not follow; use cps, renoise or ode")  # fmt: skip
         return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
 
     @property
@@ -173,10 +178,35 @@ def transition(
     return mean + std * fresh
 
 
+def jump_law(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of x_{t_next} by an ode step to r below it, then noise up  (TCD, arXiv 2402.19159)
+
+        mean = alpha_{t_next|r} (alpha_r x0 + sigma_r noise_hat),   std = sigma_{t_next|r},   r = (1 - eta) t_next
+
+    which keeps the law of x_{t_next} if the step to r does (CTM's gamma sampler is of this kind)."""
+    r = schedule.lowered(t_next, eta)
+    ratio, std = schedule.renoise_coefficients(r, t_next, x0)
+    return ratio * transition(schedule, x0, x_t, t, r, None), std
+
+
+def policy_law(
+    schedule: Schedule, policy: RolloutPolicy, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The law of the policy's own transition."""
+    if policy.transition == "tcd":
+        return jump_law(schedule, x0, x_t, t, t_next, policy.eta or 0.0)
+    return transition_law(schedule, x0, x_t, t, t_next, policy.freshness)
+
+
 def step_to(
     schedule: Schedule, policy: RolloutPolicy, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, draw: Draw
 ) -> Tensor:
     """The policy's own step from (x_t, x0 prediction) to a level below; draw() is its fresh noise, if it has any."""
+    if policy.transition == "tcd":
+        mean, std = policy_law(schedule, policy, x0, x_t, t, t_next)
+        return mean + std * draw()
     fresh = draw() if policy.freshness else None
     return transition(schedule, x0, x_t, t, t_next, fresh, policy.freshness)
 
@@ -242,7 +272,7 @@ def step_log_prob(
     """[B]: the log-probability of x_next under the policy's stochastic step from timesteps[step], given its clean
     prediction x0, which alone carries gradient; in the unit of `signals.transition_log_prob`'s defaults."""
     t, t_next = (x0.new_full((len(x0),), level) for level in policy.timesteps[step : step + 2])
-    return transition_log_prob(x_next, *transition_law(schedule, x0, x_t, t, t_next, policy.freshness))
+    return transition_log_prob(x_next, *policy_law(schedule, policy, x0, x_t, t, t_next))
 
 
 def trajectory(
@@ -263,9 +293,9 @@ def trajectory(
             steps.append(Step(x, t, x0, x0))
             break
         fresh = batch.normal(f"step{i + 1}", by_group=i in shared_steps)
-        mean, std = transition_law(student.schedule, x0, x, t, t_next, policy.freshness)
+        mean, std = policy_law(student.schedule, policy, x0, x, t, t_next)
         x_next = mean + std * fresh
-        scored = transition_log_prob(x_next, mean, std) if log_prob and policy.freshness else None
+        scored = transition_log_prob(x_next, mean, std) if log_prob and policy.transition != "ode" else None
         steps.append(Step(x, t, x0, x_next, scored))
         x = x_next
     last = steps[-1]

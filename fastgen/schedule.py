@@ -64,6 +64,10 @@ class Schedule(ABC):
         ratio, sigma = self.renoise_coefficients(s, t, x_s)
         return ratio * x_s + sigma * noise
 
+    def lowered(self, t: Tensor, gamma: float) -> Tensor:
+        """The level a stochastic step to t jumps to before noise is added: (1 - gamma) t."""
+        return (1 - gamma) * t
+
     def to_sample(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType) -> Tensor:
         """The x0 prediction of a network output of any kind.
 
@@ -136,6 +140,12 @@ class VPSchedule(Schedule):
     def network_time(self, t: Tensor) -> Tensor:
         return (t * (len(self.table) - 1) - 1).clamp_min(0)
 
+    def lowered(self, t: Tensor, gamma: float) -> Tensor:
+        """Of the discrete steps, floor((1 - gamma) step), in float32: as TCDScheduler computes it. Level 0 stays."""
+        total = len(self.table) - 1
+        step = (1 - gamma) * (t * total).round().sub(1).float()
+        return torch.where(t > 0, (step.floor().clamp_min(0) + 1).to(t) / total, t)
+
 
 class TrigSchedule(Schedule):
     """TrigFlow (sCM, arXiv 2410.11081): alpha = cos a, sigma = sigma_data sin a at the angle a = (pi / 2) t, which is
@@ -164,6 +174,16 @@ def trig_to_flow(x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> tuple[Ten
     x: [B, ...]; angle: [B] in [0, pi / 2]. Differentiable in both, also forward."""
     size = torch.cos(angle) + sigma_data * torch.sin(angle)
     return x / expand(size, x), sigma_data * torch.sin(angle) / size
+
+
+def trig_angle(t: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """The TrigFlow angle a whose `trig_to_flow` level is t: tan a = t / ((1 - t) sigma_d). t: any shape, in [0, 1]."""
+    return torch.atan2(t, (1 - t) * sigma_data)
+
+
+def flow_to_trig(x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """The TrigFlow state of a flow-matching state x [B, ...] at `trig_angle` [B]: the inverse of `trig_to_flow`."""
+    return x * expand(torch.cos(angle) + sigma_data * torch.sin(angle), x)
 
 
 def flow_to_trig_velocity(velocity: Tensor, x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> Tensor:

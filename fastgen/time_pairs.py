@@ -1,12 +1,16 @@
 """Pairs of times s <= t: where a flow map is trained, and where consistency models compare two points."""
 
+import math
+from typing import Annotated, Literal
+
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Batch
 from fastgen.flow_maps import SHORTEST
+from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 
 GOLDEN = 0.6180339887498949
@@ -45,14 +49,28 @@ def sorted_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.maximum(a, b), torch.minimum(a, b)
 
 
-def between(s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+def between(s: Tensor | float, t: Tensor | float, u: Tensor) -> Tensor:
     """s + u (t - s): a time of the interval."""
     return s + u * (t - s)
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """shift u / (1 + (shift - 1) u): flow models' resolution shift; its inverse is that of 1 / shift."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def phase_edges(t: Tensor, phases: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Lower and upper edge of the phase t is in, of those between shifted(k / phases)   (PCM, arXiv 2405.18407)
+
+    A phase is open below and closed above: an edge belongs to the phase that it ends."""
+    place = (shifted(t.double(), 1 / shift) * phases - 1e-6).floor().clamp_min(0)
+    low, high = (shifted(k / phases, shift).to(t.dtype) for k in (place, place + 1))
+    return low, high
+
+
 def phase_start(t: Tensor, phases: int) -> Tensor:
-    """The lower edge of the phase (k / phases, (k + 1) / phases] that t is in       (PCM, arXiv 2405.18407)"""
-    return ((t.double() * phases - 1e-9).floor().clamp_min(0) / phases).to(t.dtype)
+    """The lower one, of even phases."""
+    return phase_edges(t, phases)[0]
 
 
 def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
@@ -60,3 +78,106 @@ def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 
 
     t: noise-to-signal ratios, the authors' EDM clock."""
     return t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t))).clamp_min(0)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class GridPairs:
+    """Neighbours on a grid of levels 0 = t_0 < ... < t_n = 1: t = t_i and s = t_{i - 1}.
+
+    count: n. last: if given, n grows from count to last within `updates` updates, by
+        square_root  n = ceil(sqrt(k / K ((last + 1)^2 - (count + 1)^2) + (count + 1)^2) - 1)  (CM, arXiv 2303.01469)
+        doubling     n = min(count 2^floor(k / K'), last),  K' = floor(K / (log2 floor(last / count) + 1))
+                                                                                               (iCT, arXiv 2310.14189)
+    spacing: uniform; shift moves it towards noise. karras: noise-to-signal ratios from 0.002 to 80 by the power 1/7
+        (EDM, arXiv 2206.00364), the ends then moved to levels 0 and 1, where this path has them (derived).
+    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are alike."""
+
+    count: int = Field(ge=1)
+    last: int | None = Field(default=None, ge=1)
+    growth: Literal["square_root", "doubling"] = "square_root"
+    updates: int = Field(default=0, ge=0)
+    spacing: Literal["uniform", "karras"] = "uniform"
+    shift: float = Field(default=1.0, gt=0)
+    time: TimeSampler | None = None
+
+    @model_validator(mode="after")
+    def _growing(self) -> "GridPairs":
+        if self.last is not None and (self.last < self.count or not self.updates):
+            raise ValueError(f"the grid grows from count: {self.count} to last: {self.last} in updates: {self.updates}"
+                             "; last must not be below count, and updates not 0")  # fmt: skip
+        if self.spacing == "karras" and self.shift != 1:
+            raise ValueError("shift moves a uniform grid; leave it out with spacing: karras")
+        return self
+
+    def intervals(self, update: int) -> int:
+        """n of an update, from 0."""
+        if self.last is None:
+            return self.count
+        if self.growth == "doubling":
+            period = max(1, math.floor(self.updates / (math.log2(self.last // self.count) + 1)))
+            return min(self.count * 2 ** min(update // period, 60), self.last)
+        low, high = (self.count + 1) ** 2, (self.last + 1) ** 2
+        return math.ceil(math.sqrt(min(update / self.updates, 1.0) * (high - low) + low) - 1)
+
+    def levels(self, update: int) -> Tensor:
+        """[n + 1] float64, from 0 to 1."""
+        u = torch.linspace(0, 1, self.intervals(update) + 1, dtype=torch.float64)
+        if self.spacing == "uniform":
+            return shifted(u, self.shift)
+        low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+        ratio = (low + u * (high - low)) ** 7
+        t = ratio / (1 + ratio)
+        return (t - t[0]) / (t[-1] - t[0])
+
+    def __call__(self, batch: Batch, update: int, name: str = "pair") -> tuple[Tensor, Tensor]:
+        """t and s < t, [B] each."""
+        levels, u = self.levels(update).to(batch.ids.device), batch.uniform(name)
+        if self.time is None:
+            index = (u.double() * (len(levels) - 1)).long() + 1
+        else:
+            index = torch.searchsorted(levels, self.time(u).double())
+        index = index.clamp(1, len(levels) - 1)
+        return levels[index].to(u.dtype), levels[index - 1].to(u.dtype)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ShrinkingPairs:
+    """A level, and one below it by a gap that narrows every `period` updates: `shrinking`  (ECT, arXiv 2406.14548)
+
+    In noise-to-signal ratios t / (1 - t), the authors' clock. cap: of r / t."""
+
+    period: int = Field(ge=1)  # updates of a stage; the authors' are of 2 to 12 million images
+    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0)  # "lognormal(-1.1, 2)", CIFAR-10
+    q: float = Field(default=2.0, gt=1)  # 2 CIFAR-10, 4 ImageNet; 256 in the one-hour run
+    k: float = Field(default=8.0, ge=0)  # "k = 8"
+    b: float = Field(default=1.0, gt=0)  # "b = 1"
+    cap: float = Field(default=0.999, gt=0, lt=1)  # 0.9961 on ImageNet
+
+    def __call__(self, batch: Batch, update: int, name: str = "pair") -> tuple[Tensor, Tensor]:
+        """t and s < t, [B] each."""
+        t = self.time(batch.uniform(name)).double().clamp(SHORTEST, 1 - 1e-6)
+        ratio = t / (1 - t)
+        r = torch.minimum(shrinking(ratio, update // self.period, self.q, self.k, self.b), self.cap * ratio)
+        return t.to(batch.dtype), (r / (1 + r)).to(batch.dtype)
+
+
+def check_scales(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1]:
+        raise ValueError(f"a range of guidance scales is [low, high] with 0 <= low < high, got {list(value)}")
+    return value
+
+
+ScaleRange = Annotated[tuple[float, float], AfterValidator(check_scales)]
+
+
+def drawn_scale(batch: Batch, scales: ScaleRange) -> Tensor:
+    """[B]: guidance scales in [low, high], one a sample, the same whenever a batch is asked."""
+    return between(*scales, batch.uniform("guidance"))
+
+
+def check_told(policy: RolloutPolicy, scales: ScaleRange | None) -> None:
+    """Raises ValueError if a sampler tells the student a guidance scale that it has not learned."""
+    told = policy.told_guidance
+    if told is not None and (scales is None or not scales[0] <= told <= scales[1]):
+        raise ValueError(f"rollout.told_guidance {told:g} must lie in objective.guidance_range, the scales that the "
+                         f"student learns, which is {scales and list(scales)}")  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.schedulers import scheduling_lcm
+from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from tiny_pipelines import PROMPTS, TEXT_WIDTH, tiny_sd, tiny_sdxl, with_scheduler
 from torch import Tensor, nn
 
@@ -225,6 +225,39 @@ def test_an_export_gives_the_same_pixels_in_plain_diffusers(
     assert recipe.rollout.transition == "ode" or not list(fresh)
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "timesteps"),
+    [
+        ("sd", {}, (1.0, 0.75, 0.5, 0.25)),
+        ("sdxl", {}, (1.0, 0.75, 0.5, 0.25)),
+        ("sd", {}, (0.9, 0.6, 0.3)),
+        ("sd", {}, (1.0, 0.667, 0.334)),
+        ("sd", TRAILING | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, (1.0, 0.5)),
+    ],
+)
+def test_a_tcd_export_gives_the_same_pixels_in_plain_diffusers(
+    variant: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
+    options: dict[str, Any], timesteps: tuple[float, ...],
+) -> None:  # fmt: skip
+    """Given its eta, which pipelines hand to TCDScheduler; that ends at step 0, clean in its betas."""
+    backbone = open_backbone(variant(family, options))
+    rollout = f"{{timesteps: {list(timesteps)}, transition: tcd, eta: 0.3}}"
+    recipe = student_recipe(tmp_path / "variant", tmp_path, rollout)
+    student = another(backbone)
+    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    assert "eta=0.3" in (tmp_path / "export/README.md").read_text()
+    ours = load_sampler(tmp_path / "export").sample(PROMPTS, SEEDS)
+    assert difference(ours, Sampler(backbone, student, recipe.rollout).sample(PROMPTS, SEEDS)) < 1e-5
+
+    fresh = iter([draws(f"step{i}") for i in range(1, len(timesteps))])
+    monkeypatch.setattr(scheduling_tcd, "randn_tensor", lambda *_, **__: next(fresh))
+    pipeline = open_pipeline(tmp_path / "export")
+    images = pipeline(list(PROMPTS), num_inference_steps=len(timesteps), guidance_scale=1.0, eta=0.3,
+                      latents=draws("initial"), output_type="np").images  # fmt: skip
+    assert difference(ours, torch.from_numpy(images).permute(0, 3, 1, 2)) < 1e-4
+    assert not list(fresh)
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_cards_call_runs_and_its_seed_decides(
     folders: dict[str, Path], backbones: dict[str, SD], tmp_path: Path, family: str
@@ -252,6 +285,8 @@ def test_the_cards_call_runs_and_its_seed_decides(
         ("{timesteps: [1.0, 0.66667, 0.33333]}", "multiples of 1/1000"),
         ("{timesteps: [1.0], told_time: 0.4}", r"give timesteps: \[0.4\]"),
         ("{timesteps: [0.001]}", r"nearest list is \[0.002\]"),
+        ("{timesteps: [1.0, 0.9, 0.5, 0.25], transition: tcd, eta: 0.3}", "cannot be stored in TCDScheduler"),
+        ("{timesteps: [0.01, 0.005], transition: tcd, eta: 0.8}", "would pass by step 0"),
     ],
 )
 @pytest.mark.parametrize("path", ["stabilityai/stable-diffusion-xl-base-1.0", None])

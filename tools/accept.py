@@ -78,7 +78,7 @@ def rows() -> list[Row]:
                     Row(f"digits_{steps}step{suffix}_seed{seed}", f"recipes/digits_dmd2_{steps}step.yaml",
                         {"accuracy": (">=", 0.97)}, (f"seed={seed}", *extra), 60.0, {"fid": (50, factor)})
                 )  # fmt: skip
-        result += objectives(seed) + flow_maps(seed)
+        result += objectives(seed) + flow_maps(seed) + consistency_models(seed)
     return result
 
 
@@ -165,6 +165,24 @@ def flow_maps(seed: int) -> list[Row]:
         result.append(Row(f"digits_{objective}_4step", recipe, {}, (), 60.0, {"fid": (4, 0.5)}))
         one = ("rollout.timesteps=[1.0]",)
         result.append(Row(f"digits_{objective}_1step", recipe, {}, one, 60.0, {"fid": (1, 0.25)}))
+    return result
+
+
+def consistency_models(seed: int) -> list[Row]:
+    """On the ring at four steps and at one; seed 0 alone also on the digits, with at most half the teacher's FD at
+    four steps and a quarter of its FD at one."""
+    result = []
+    for name in ("consistency", "scm"):
+        recipe, one = f"recipes/mixture_{name}_4step.yaml", ("rollout.timesteps=[1.0]",)
+        for steps, most, more in ((4, 0.006, ()), (1, 0.012, one)):
+            bounds = {"energy_distance": ("<=", most)}
+            result.append(Row(f"mixture_{name}_{steps}step_seed{seed}", recipe, bounds, (f"seed={seed}", *more)))
+    if seed:
+        return result
+    for name in ("consistency", "scm"):
+        recipe, one = f"recipes/digits_{name}_4step.yaml", ("rollout.timesteps=[1.0]",)
+        result.append(Row(f"digits_{name}_4step", recipe, {}, (), 60.0, {"fid": (4, 0.5)}))
+        result.append(Row(f"digits_{name}_1step", recipe, {}, one, 60.0, {"fid": (1, 0.25)}))
     return result
 
 

@@ -123,7 +123,7 @@ class SD(PipelineBackbone):
         """LCMScheduler draws from the generator it is given, unlike the flow-matching ones."""
         size = f"height={self.image_size}, width={self.image_size}, " if self.config.resolution else ""
         return f"""generator = torch.manual_seed(0)
-options = dict(num_inference_steps={{num_steps}}, guidance_scale=1, {size}generator=generator)
+options = dict(num_inference_steps={{num_steps}}, guidance_scale=1, {size}generator=generator{{eta}})
 image = pipeline("a prompt", **options).images[0]"""
 
     # --- noise

@@ -4,6 +4,7 @@ my_module:MyObjective`."""
 from fastgen.objectives.adm import ADM
 from fastgen.objectives.adp import ADP
 from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.consistency import Consistency
 from fastgen.objectives.crd import CRD
 from fastgen.objectives.disback import DisBack
 from fastgen.objectives.dmd2 import DMD2
@@ -16,6 +17,7 @@ from fastgen.objectives.phased_dmd import PhasedDMD
 from fastgen.objectives.re_dmd import ReDMD
 from fastgen.objectives.rtdmd import RTDMD
 from fastgen.objectives.sc_dmd import SCDMD
+from fastgen.objectives.scm import SCM
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "adm": ADM,
@@ -24,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gndm": GNDM, "rtdmd": RTDMD, "crd": CRD,
     "phased_dmd": PhasedDMD,
     "ode_regression": ODERegression, "flow_map": FlowMap, "mean_flow": MeanFlow,
+    "consistency": Consistency, "scm": SCM,
 }  # fmt: skip
 
 __all__ = [
@@ -35,6 +38,8 @@ __all__ = [
     "OBJECTIVES",
     "RTDMD",
     "SCDMD",
+    "SCM",
+    "Consistency",
     "DisBack",
     "FDistill",
     "FlowMap",

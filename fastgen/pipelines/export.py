@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 
 The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
 trained at, {timesteps}. Other numbers of steps, or a guidance scale above 1, are not what it was trained for. With
-`transition: renoise` or `cps` every step adds fresh noise; the seed above decides it."""
+`transition: renoise`, `cps` or `tcd` every step adds fresh noise; the seed above decides it."""
 
 OWN_PARTS = """
 
@@ -104,7 +104,8 @@ def model_card(
     call = call.replace("{load}", load)
     if recipe.rollout.inputs:
         call += TOLD + (ANY_STEP if recipe.rollout.any_step else "")
-    call = call.replace("{num_steps}", str(recipe.rollout.num_steps))
+    eta = f", eta={recipe.rollout.eta:g}" if recipe.rollout.transition == "tcd" else ""
+    call = call.replace("{num_steps}", str(recipe.rollout.num_steps)).replace("{eta}", eta)
     call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
     source = teacher.get("path", "an analytic mixture of Gaussians")
     return f"""---

@@ -47,8 +47,8 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
     `shift` is the one number left, and it is solved for; every list of the form sigma = a u' / (1 + (a - 1) u'), u' =
     1, (K-1)/K, ..., 1/K, is held exactly. A told time becomes num_train_timesteps, as the network is given sigma *
     num_train_timesteps. Raises ValueError if the list cannot be held to 1e-6."""
-    if policy.transition == "cps":
-        raise ValueError("the stock scheduler has no transition: cps; use renoise or ode")
+    if policy.transition in ("cps", "tcd"):
+        raise ValueError(f"the stock scheduler has no transition: {policy.transition}; use renoise or ode")
     times = policy.timesteps
     config: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": None}
     config["stochastic_sampling"] = policy.transition == "renoise"
@@ -95,7 +95,8 @@ def solve_shift(times: tuple[float, ...]) -> float:
 
 
 def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
-    """(S, k) for which DDIMScheduler (ode, S = K) or LCMScheduler (renoise) calls the network at the policy's levels.
+    """(S, k) for which DDIMScheduler (ode, S = K) or LCMScheduler (renoise) calls the network at the policy's levels;
+    TCDScheduler (tcd) takes LCMScheduler's steps.
 
     LCMScheduler keeps the steps k, 2k, ..., S k (one-based; S is its original_inference_steps) and calls the network
     at K of them, (S - floor(i S / K)) k for i = 0, ..., K - 1. DDIMScheduler with trailing spacing is the case S = K.
@@ -103,7 +104,8 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     total: the steps of the diffusion. Raises ValueError for any other list, naming the nearest that is held and begins
     at the same level."""
     if policy.transition == "cps":
-        raise ValueError("transition: cps cannot be stored in a stock scheduler of this family; use renoise or ode")
+        raise ValueError("transition: cps cannot be stored in a stock scheduler of this family; use renoise, ode or "
+                         "tcd")  # fmt: skip
     if policy.told_time is not None:
         raise ValueError(
             f"told_time {policy.told_time} cannot be stored: the stock schedulers convert at the step they tell the "
@@ -120,11 +122,16 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     best = min(step_candidates(policy, total), key=rank)
     if rank(best)[1] > TOLERANCE:
         near = [round(step / total, 6) for step in lcm_steps(*best, policy.num_steps)]
-        scheduler = "LCMScheduler" if policy.transition == "renoise" else "DDIMScheduler"
+        scheduler = {"renoise": "LCMScheduler", "tcd": "TCDScheduler"}.get(policy.transition, "DDIMScheduler")
         raise ValueError(
             f"timesteps {list(policy.timesteps)} cannot be stored in {scheduler}, which holds evenly spaced multiples "
             f"of 1/{total}; the nearest list is {near}"
         )
+    if policy.transition == "tcd":
+        steps = [step - 1 for step in lcm_steps(*best, policy.num_steps)[1:]]
+        if lowest := [step for step in steps if int((1 - (policy.eta or 0.0)) * step) < 1]:
+            raise ValueError(f"a step of transition: tcd to step {lowest[0]} of {total} would pass by step 0, which "
+                             "TCDScheduler takes for clean; lower rollout.eta or raise the timestep")  # fmt: skip
     return best
 
 
@@ -143,17 +150,23 @@ def step_candidates(policy: RolloutPolicy, total: int) -> Iterator[tuple[int, in
 
 
 def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
-    """LCMScheduler (renoise) or DDIMScheduler (ode) that samples the policy with num_inference_steps = K.
+    """LCMScheduler (renoise), DDIMScheduler (ode) or TCDScheduler (tcd) that samples the policy with
+    num_inference_steps = K. A pipeline with a TCDScheduler must also be given the policy's eta in its call.
 
     config: of the pipeline's own scheduler, for its noise and prediction type. LCMScheduler mixes x_t into its
     predictions by 1 / (1 + (2 timestep timestep_scaling)^2), at most 2.5e-9 with the timestep_scaling written here.
+    TCDScheduler ends at step 0 instead of at clean data: the betas written here make that step clean, and all others
+    what they were.
     Where no list that begins at the last step fits, num_train_timesteps, by which the stock schedulers count, is the
     list's first step; the noise is still that of all the steps."""
-    from diffusers import DDIMScheduler, LCMScheduler
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     noise = stock_noise(config)
     betas = DDIMScheduler(**noise).betas.tolist()
     original, stride = discrete_steps(policy, len(betas))
+    if policy.transition == "tcd":
+        betas = [0.0, 1 - (1 - betas[0]) * (1 - betas[1]), *betas[2:]]
+        noise |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
     if len(betas) // original != stride:
         noise |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
         betas = betas[: original * stride]
@@ -163,6 +176,8 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
     }  # fmt: skip
     if policy.transition == "ode":
         return DDIMScheduler(**options, timestep_spacing="trailing")
+    if policy.transition == "tcd":
+        return TCDScheduler(**options, original_inference_steps=original)
     return LCMScheduler(**options, original_inference_steps=original, timestep_scaling=1e4)
 
 

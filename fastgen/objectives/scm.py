@@ -1,0 +1,250 @@
+"""sCM: continuous-time consistency models (arXiv 2410.11081), of flow-matching networks as they are.
+
+    paper            here                        what it is
+    x_t, t           x, angle                    TrigFlow: cos a x0 + sin a sigma_d z; an angle from 0 to pi / 2
+    sigma_d F        rate(...)                   dx/da of a flow network, converted without training (SANA-Sprint)
+    f_theta          networks.student            cos a x - sin a sigma_d F, its clean prediction
+    dx_t/dt          along                       the guided teacher's rate, or cos a sigma_d z - sin a x0 from data
+    g                tangent                     cos a df/da, the derivative by one JVP without gradient
+    r, c             turn.trust, normaliser      tangent warm-up; tangent normalisation g / (|g| + c)
+    w_phi(t)         networks.weighting          learned log-weight of a level
+    omega            scale                       guidance drawn by sample, told to the student (rollout.told_guidance)
+
+The algorithm, for every student update:
+    x at a random angle, from data and noise; or x along the teacher's own trajectory from noise (source: trajectory)
+    g = -cos^2 a (sigma_d F^- - dx/da) - r (cos a sin a x + sigma_d dF/da),   then g / (|g| + c)
+    student, weighting <- e^w / (sigma_d tan a) mean |F(x, a) - sg(F^- + g)|^2 - w
+    the average of the student's weights moves, once.
+
+SANA-Sprint (arXiv 2503.09641): a flow-matching teacher and student in TrigFlow; the network sees its own level and
+    state, a pair of factors away. `gan`, its adversarial term, is LADD: heads on the frozen teacher's features tell
+    clean predictions of the student from data. The discriminator's turn comes before the student's.
+TBCM (hustvl/TBCM): source trajectory, image-free. The teacher's guided ODE from noise, a level in each of
+    `trajectory_steps` intervals, all of them one batch: rows of a path are correlated, so make train.batch_size small.
+rCM (arXiv 2510.08431): `matching`, DMD2 on the student's own samples, from the end of the tangent warm-up on.
+
+The exact F has g = 0 at r = 1 alone. |g| is the root mean square of a sample (SANA-Sprint's code), so that c does not
+depend on its size. Departures: the network is the teacher's own, without sCM's embedding and normalisation; it is told
+the level in the teacher's unit, whose embedding may oscillate too fast for the derivative (SANA-Sprint fine-tunes its
+teacher to t instead of 1000 t first): `warmup` and derivative: difference are the remedies here. rCM warms g up in a
+form of its own; here it is sCM's.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass as plain_dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen import flow_maps, signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import Denoiser, LevelWeight
+from fastgen.flow_maps import Velocity, guided_velocity
+from fastgen.networks import Networks
+from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.dmd2 import DMD2, Guidance
+from fastgen.objectives.ladd import Ladd
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import TimeSampler, expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
+from fastgen.tangents import Backend, tangent
+from fastgen.time_pairs import ScaleRange, between, check_told, drawn_scale, shifted
+
+if TYPE_CHECKING:
+    from fastgen.config import Recipe
+
+
+@plain_dataclass(frozen=True)
+class TrustTurn(Turn):
+    """trust: of the derivative, 1 when warm."""
+
+    trust: float = 1.0
+
+
+@plain_dataclass(frozen=True)
+class States:
+    """Rows x [N, ...] of the flow path at level t [N], their velocity, and what their networks are told."""
+
+    x: Tensor
+    t: Tensor
+    velocity: Tensor
+    cond: Conditioning
+    told: dict[str, Tensor]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class SCM(Objective):
+    takes_inputs = True
+
+    name: Literal["scm"] = "scm"
+    teach: Literal["teacher", "data"] = "teacher"
+    source: Literal["data", "trajectory"] = "data"
+    sigma_data: float = Field(default=1.0, gt=0)  # of latents: "0.5", sCM and SANA-Sprint, which scale theirs
+    # sigma_d tan a = t / (1 - t): lognormal(-1, 1.4) sCM, (0.2, 1.6) SANA-Sprint, (0.7, 1.6) rCM's code
+    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.0, std=1.4)
+    warmup: int = Field(default=10_000, ge=0)  # "10k" sCM, 4000 SANA-Sprint; 0 trusts the derivative at once
+    normaliser: float = Field(default=0.1, gt=0)  # "c = 0.1"
+    learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
+    derivative: Backend = "jvp"
+    guidance_scale: Guidance = 1.0
+    guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # as DMD2's
+    trajectory_steps: int = Field(default=16, ge=2)  # TBCM's code
+    trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code
+    gan: Ladd | None = None  # SANA-Sprint: weight 0.5
+    max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that start at a = pi / 2
+    matching: DMD2 | None = None  # rCM; its guidance_scale etc. are DMD2's
+    matching_weight: float = Field(default=0.01, gt=0)  # "lambda = 0.01"
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SCM":
+        if self.teach == "data" and (self.source, self.guidance_scale, self.guidance_range) != ("data", 1.0, None):
+            raise ValueError("teach: data asks no teacher: leave out source, guidance_scale and guidance_range")
+        if self.matching is not None and self.matching.gan_weight:
+            raise ValueError("matching.gan_weight: the adversarial term here is gan, on the teacher's features")
+        return self
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        there = {"weighting": self.learned_weight, "discriminator": self.gan, "fake_score": self.matching}
+        return ("student", *(role for role, used in there.items() if used))
+
+    @property
+    def own_networks(self) -> tuple[str, ...]:
+        return ("weighting", "discriminator", *(self.matching.own_networks if self.matching else ()))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents"}) if self.source == "data" or self.gan else frozenset()
+
+    def check(self, policy: RolloutPolicy) -> None:
+        if policy.next_time:
+            raise ValueError("a consistency model is not told where its step ends; remove rollout.next_time")
+        if policy.num_steps > 1 and policy.transition != "renoise":
+            raise ValueError(f"a consistency model only knows the way to 0; transition: {policy.transition} steps "
+                             "elsewhere, use renoise")  # fmt: skip
+        check_told(policy, self.guidance_range)
+        if self.matching is not None:
+            self.matching.check(policy)
+
+    def check_recipe(self, recipe: "Recipe") -> None:
+        flow_maps.check_backbone(recipe.backbone)
+
+    def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {"weighting": LevelWeight()} if self.learned_weight else {}
+        if self.matching is not None:
+            modules |= self.matching.auxiliary(backbone, policy)
+        if self.gan is not None:
+            modules |= self.gan.networks(backbone)
+        return modules
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        trust = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        roles = ("student", "weighting") if self.learned_weight else ("student",)
+        before: list[Turn] = []
+        if self.matching is not None and trust == 1:
+            before.append(Turn("fake_score", ("fake_score",), self.matching.fake_updates))
+        if self.gan is not None:
+            before.append(Turn("discriminator", ("discriminator",)))
+        return (*before, TrustTurn("student", roles, trust=trust))
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        if turn.name == "fake_score":
+            assert self.matching is not None
+            return self.matching.fake_loss(networks, batch)
+        if turn.name == "discriminator":
+            assert self.gan is not None and batch.latents is not None
+            with torch.no_grad():
+                fake = self.generated(networks, batch)
+            return self.gan.discriminator_loss(networks, batch, fake, batch.latents)
+        assert isinstance(turn, TrustTurn)
+        states = self.trajectory(networks, batch) if self.source == "trajectory" else self.noised(networks, batch)
+        total, terms = self.consistency_loss(networks, states, turn.trust)
+        if self.gan is not None:
+            gan = self.gan.student_loss(networks, batch, self.generated(networks, batch))
+            total, terms["gan"] = total + self.gan.weight * gan, gan.detach()
+        if self.matching is not None and turn.trust == 1:
+            matching = self.matching.student_loss(networks, batch)
+            total = total + self.matching_weight * matching.total
+            terms |= {name: value for name, value in matching.terms.items() if name != "loss"}
+        return Loss(total, {"loss": total.detach()} | terms)
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        if self.matching is not None:
+            self.matching.finish(turn, networks, state)
+
+    # --- consistency
+
+    def consistency_loss(self, networks: Networks, states: States, trust: float) -> tuple[Tensor, dict[str, Tensor]]:
+        angle = trig_angle(states.t, self.sigma_data)
+        x = flow_to_trig(states.x, angle, self.sigma_data)
+        along = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
+        rate = self.rate(networks.student, states.cond, states.told)
+        differentiate = partial(tangent, backend=self.derivative)
+        value, g = flow_maps.trig_tangent(rate, x, angle, along, trust, differentiate)
+        size = signals.per_sample_mean(g.square()).sqrt()
+        g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", by sample
+        square = signals.per_sample_mean(((rate(x, angle) - value) / self.sigma_data - g).square())
+        terms = {"tangent": size.nanmean(), "trust": size.new_tensor(trust)}
+        if not self.learned_weight:
+            return square.mean(), terms
+        weight = networks["weighting"](angle / (math.pi / 2))
+        prior = (torch.cos(angle) / (self.sigma_data * torch.sin(angle))).clamp_max(1 / flow_maps.SHORTEST)
+        return (weight.exp() * prior * square - weight).mean(), terms
+
+    def rate(self, network: Denoiser, cond: Conditioning, told: dict[str, Tensor]) -> Velocity:
+        """sigma_d F(x / sigma_d, a): dx/da of a flow-matching network."""
+
+        def of(x: Tensor, angle: Tensor) -> Tensor:
+            x_flow, t = trig_to_flow(x, angle, self.sigma_data)
+            velocity = network(x_flow, t, cond, extras=told, predict="flow_prediction")
+            return flow_to_trig_velocity(velocity, x, angle, self.sigma_data)
+
+        return of
+
+    def scale(self, networks: Networks, batch: Batch) -> tuple[Guidance | Tensor, dict[str, Tensor]]:
+        """The teacher's guidance, and what the student is told of it."""
+        if self.guidance_range is None:
+            return self.guidance_scale, {}
+        drawn = drawn_scale(batch, self.guidance_range)
+        return drawn, {} if networks.policy.told_guidance is None else {"guidance": drawn}
+
+    def teacher(self, networks: Networks, batch: Batch, scale: Guidance | Tensor) -> Velocity:
+        return guided_velocity(networks.teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
+
+    def noised(self, networks: Networks, batch: Batch) -> States:
+        """Data at random levels."""
+        assert batch.latents is not None
+        t, noise = self.time(batch.uniform("time")).clamp_min(flow_maps.SHORTEST), batch.normal("noise")
+        x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
+        scale, told = self.scale(networks, batch)
+        along = noise - batch.latents if self.teach == "data" else self.teacher(networks, batch, scale)(x, t)
+        return States(x, t, along, batch.cond, told)
+
+    @torch.no_grad()
+    def trajectory(self, networks: Networks, batch: Batch) -> States:
+        """The states after the first of the teacher's way from noise, a level drawn in each interval of its grid. A
+        rotation of the TrigFlow state along its rate is an Euler step of the flow state: both keep (x0, noise)."""
+        scale, told = self.scale(networks, batch)
+        grid = shifted(torch.linspace(0, 1, self.trajectory_steps + 1, dtype=torch.float64), self.trajectory_shift)
+        levels = [
+            between(low, high, batch.uniform(f"level{i}")).clamp_min(flow_maps.SHORTEST)
+            for i, (low, high) in enumerate(itertools.pairwise(grid.tolist()))
+        ]
+        found = flow_maps.euler_path(self.teacher(networks, batch, scale), batch.normal("initial"), levels[::-1])
+        x, t, v = (torch.cat(parts) for parts in zip(*found, strict=True))
+        told = {name: torch.cat([value] * len(found)) for name, value in told.items()}
+        return States(x, t, v, Conditioning.cat([batch.cond] * len(found)), told)
+
+    def generated(self, networks: Networks, batch: Batch) -> Tensor:
+        """Clean predictions of the student for D, from data at random levels or, a share of max_time, from noise."""
+        assert batch.latents is not None
+        t, noise = self.time(batch.uniform("time")), batch.normal("noise")
+        t = torch.where(batch.uniform("max_time") < self.max_time, torch.ones_like(t), t)
+        x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
+        return networks.student(x, t, batch.cond, extras=self.scale(networks, batch)[1])

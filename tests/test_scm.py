@@ -1,0 +1,408 @@
+"""The scm objective: the exact consistency function, the conversion, each named part, and what it refuses."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gaussian_map import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss, spread
+from torch import Tensor, nn
+
+from fastgen import flow_maps
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
+from fastgen.batch import Conditioning
+from fastgen.config import RecipeError, load_recipe
+from fastgen.denoiser import LevelWeight
+from fastgen.flow_maps import euler_path, heun_step, trig_tangent
+from fastgen.networks import Networks
+from fastgen.objectives import DMD2, SCM
+from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.scm import States, TrustTurn
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
+
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "recipes/mixture_scm_4step.yaml")
+F64 = torch.float64
+RENOISE = RolloutPolicy((1.0, 0.75, 0.5, 0.25))
+WARM = TrustTurn("student", ("student",), trust=1.0)
+PLAIN = SCM(warmup=0, learned_weight=False)
+
+
+class Consistent(GaussianMap):
+    """The exact map told s = 0, off by off * sin(2 x + 3 t)."""
+
+    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        return super().forward(x_t, t, cond, extras={"s": 0 * t}, predict=predict)
+
+
+def networks_of(off: float = 0.0, policy: RolloutPolicy = RENOISE) -> Networks:
+    networks = exact_networks(policy=policy)
+    networks.modules["student"] = Consistent(off)
+    return networks
+
+
+# --- the exact function
+
+
+def exact_rate(sigma_data: float = 1.0):  # type: ignore[no-untyped-def]
+    """sigma_d F of the exact consistency function, and the exact dx/da."""
+    student, teacher = (network.requires_grad_(False) for network in (Consistent(), GaussianMap()))
+
+    def rate(x: Tensor, angle: Tensor) -> Tensor:
+        x_flow, t = trig_to_flow(x, angle, sigma_data)
+        velocity = student(x_flow, t, Conditioning({}), predict="flow_prediction")
+        return flow_to_trig_velocity(velocity, x, angle, sigma_data)
+
+    def along(x: Tensor, angle: Tensor) -> Tensor:
+        x_flow, t = trig_to_flow(x, angle, sigma_data)
+        velocity = teacher(x_flow, t, Conditioning({}), predict="flow_prediction")
+        return flow_to_trig_velocity(velocity, x, angle, sigma_data)
+
+    return rate, along
+
+
+def points(n: int = 64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(n, generator=generator, dtype=F64) * 1.5 + 0.05
+    return M + torch.randn(n, 2, generator=generator, dtype=F64), angle
+
+
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5, 1.43])
+def test_the_exact_function_has_no_tangent(sigma_data: float) -> None:
+    rate, along = exact_rate(sigma_data)
+    x, angle = points()
+    _, g = trig_tangent(rate, x, angle, along(x, angle))
+    assert float(g.abs().max()) < 1e-12
+    _, cold = trig_tangent(rate, x, angle, along(x, angle), warmup=0.5)
+    assert float(cold.abs().max()) > 0.01
+
+
+def test_golden_tangent() -> None:
+    """F = 0 at a = 0.8, x = 1: -0.596958; and the rate and its clean prediction there."""
+    x, angle = torch.ones(1, 1, dtype=F64), torch.tensor([0.8], dtype=F64)
+    rate, along = exact_rate()
+    _, g = trig_tangent(lambda x, a: 0 * x * expand(a, x), x, angle, along(x, angle))
+    assert float(g) == pytest.approx(-0.596958, abs=1e-6)
+    assert float(along(x, angle)) == pytest.approx(-0.200187, abs=1e-6)
+    clean = torch.cos(angle) * x - torch.sin(angle) * rate(x, angle)
+    assert float(clean) == pytest.approx(1.021209, abs=1e-6)
+
+
+def test_the_tangent_is_cos_a_times_that_of_f() -> None:
+    """For any network, against finite differences of f along the trajectory: the sign guard."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double().requires_grad_(False)
+    x, angle = points()
+    v = torch.randn(64, 2, dtype=F64)
+
+    def rate(x: Tensor, a: Tensor) -> Tensor:
+        return net(torch.cat([x, a[:, None]], 1))
+
+    def f(x: Tensor, a: Tensor) -> Tensor:
+        return expand(torch.cos(a), x) * x - expand(torch.sin(a), x) * rate(x, a)
+
+    h = 1e-5
+    wanted = expand(torch.cos(angle), x) * (f(x + h * v, angle + h) - f(x - h * v, angle - h)) / (2 * h)
+    value, g = trig_tangent(rate, x, angle, v)
+    assert torch.equal(value, rate(x, angle))
+    assert torch.allclose(g, wanted, atol=1e-8)
+
+
+def test_angles_and_states_convert_back() -> None:
+    for sigma_data in (1.0, 0.5):
+        angle = torch.linspace(0, math.pi / 2, 9, dtype=F64)
+        x = torch.randn(9, 3, dtype=F64)
+        x_flow, t = trig_to_flow(x, angle, sigma_data)
+        assert torch.allclose(trig_angle(t, sigma_data), angle, atol=1e-12)
+        assert torch.allclose(flow_to_trig(x_flow, angle, sigma_data), x)
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("source", ["data", "trajectory"])
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
+def test_the_exact_function_has_no_loss(source: Any, sigma_data: float) -> None:
+    """The loss at F^- is |g / (|g| + c)|^2: nearly quadratic while |g| is far below c."""
+    objective = dataclasses.replace(PLAIN, source=source, sigma_data=sigma_data)
+    at = [float(one_loss(objective, WARM, networks_of(off), gaussian_batch())) for off in (0.0, 1e-4, 1e-3)]
+    print(at)
+    assert at[0] < 1e-15 and 80 < at[2] / at[1] < 110
+
+
+def test_from_data_the_mean_gradient_vanishes_at_the_exact_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tangent's normalisation, which weighs by the noise (4 standard errors of 60 batches)."""
+    monkeypatch.setattr(flow_maps, "trig_tangent", lambda *args: scaled(trig_tangent(*args)))
+
+    def scaled(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return pair[0], 1e-6 * pair[1]  # far below c: the normalisation is the factor 1 / c
+
+    objective = dataclasses.replace(PLAIN, teach="data")
+    networks, found = networks_of(), []
+    del networks.modules["teacher"]
+    for key in range(60):
+        loss = one_loss(objective, WARM, networks, gaussian_batch(key=key))
+        found.append(float(torch.autograd.grad(loss, networks.student.off)[0]) * 1e5)  # type: ignore[arg-type]
+    mean = torch.tensor(found)
+    error = float(mean.mean().abs() / (mean.std() / 60**0.5))
+    print(f"{error:.2f} standard errors, one batch {mean.std():.3f}")
+    assert error < 4 and float(mean.std()) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_pseudo_objective() -> None:
+    """d loss / d theta = -2 mean g_normalised . dF / d theta: F^- and g are constants."""
+    networks, batch = networks_of(0.05), gaussian_batch()
+    states = PLAIN.noised(networks, batch)
+    total, terms = PLAIN.consistency_loss(networks, states, 1.0)
+    (found,) = torch.autograd.grad(total, networks.student.off)  # type: ignore[arg-type]
+    angle = trig_angle(states.t)
+    x = flow_to_trig(states.x, angle)
+    rate = PLAIN.rate(networks.student, states.cond, {})
+    _, g = trig_tangent(rate, x, angle, flow_to_trig_velocity(states.velocity, x, angle))
+    size = g.square().mean(1, keepdim=True).sqrt()
+    assert torch.allclose(terms["tangent"], size.mean())
+    live = rate(x, angle)
+    (wanted,) = torch.autograd.grad(-2 * (g / (size + 0.1) * live).mean(), networks.student.off)  # type: ignore[arg-type]
+    assert torch.allclose(found, wanted)
+
+
+def test_the_derivative_is_trusted_by_degrees() -> None:
+    objective = SCM(warmup=4)
+    assert [objective.turns(k, {})[-1].trust for k in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]  # type: ignore[attr-defined]
+    assert SCM(warmup=0).turns(0, {})[-1].trust == 1.0  # type: ignore[attr-defined]
+    cold = TrustTurn("student", ("student",), trust=0.0)
+    networks, batch = networks_of(), gaussian_batch()
+    assert float(one_loss(PLAIN, WARM, networks, batch)) < 1e-15 < float(one_loss(PLAIN, cold, networks, batch))
+
+
+def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> None:
+    """At r = 0 the loss vanishes where F is the teacher's own, whose derivative does not count."""
+    networks = exact_networks(policy=RENOISE)
+    networks.modules["student"] = GaussianMap()  # told no s: the velocity
+    cold = TrustTurn("student", ("student",), trust=0.0)
+    assert float(one_loss(PLAIN, cold, networks, gaussian_batch())) < 1e-15
+
+
+def test_the_learned_weight_has_its_optimum_where_the_weighted_square_is_one() -> None:
+    """d / dw of e^w p square - w is p e^w square - 1; p = 1 / (sigma_d tan a)."""
+    objective = SCM(warmup=0, sigma_data=0.5)
+    networks, batch = networks_of(0.3), gaussian_batch()
+    networks.modules["weighting"] = LevelWeight().double()
+    total = one_loss(objective, WARM, networks, batch)
+    (found,) = torch.autograd.grad(total, networks["weighting"].bias)  # type: ignore[arg-type]
+    states = objective.noised(networks, batch)
+    angle = trig_angle(states.t, 0.5)
+    plain = dataclasses.replace(objective, learned_weight=False)
+    squares = [plain.consistency_loss(networks, row(states, i), 1.0)[0].detach() for i in range(len(states.t))]
+    wanted = (torch.stack(squares) / (0.5 * torch.tan(angle))).mean() - 1
+    assert float(found) == pytest.approx(float(wanted))
+
+
+def row(states: States, i: int) -> States:
+    one = slice(i, i + 1)
+    return States(states.x[one], states.t[one], states.velocity[one], states.cond.select(one), {})
+
+
+def test_a_sample_that_is_not_finite_does_not_count() -> None:
+    networks, batch = networks_of(0.3), gaussian_batch()
+    states = PLAIN.noised(networks, batch)
+    states.velocity[3] = math.nan
+    total, _ = PLAIN.consistency_loss(networks, states, 1.0)
+    assert bool(torch.isfinite(total))
+
+
+def test_the_differences_backend_is_close_to_the_derivative() -> None:
+    networks, batch = networks_of(0.3), gaussian_batch()
+    found = [float(one_loss(dataclasses.replace(PLAIN, derivative=d), WARM, networks, batch))
+             for d in ("jvp", "difference")]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], rel=1e-2) and found[0] != found[1]
+
+
+# --- where x comes from
+
+
+def test_levels_have_the_papers_law() -> None:
+    """sigma_d tan a is lognormal(-1, 1.4)."""
+    t = SCM().time(gaussian_batch(20000).uniform("time"))
+    ratio = torch.tan(trig_angle(t, 0.5)).mul(0.5).log()
+    assert float(ratio.mean()) == pytest.approx(-1, abs=0.03) and float(ratio.std()) == pytest.approx(1.4, abs=0.03)
+
+
+def test_a_trajectory_is_the_teachers_with_a_level_in_each_interval() -> None:
+    """TBCM: many steps lie on the exact curve from the same noise; every state has the teacher's velocity there; a
+    rotation of the TrigFlow state is the Euler step."""
+    networks, batch = networks_of(), gaussian_batch(32)
+    errors = []
+    for steps in (16, 64):
+        objective = dataclasses.replace(PLAIN, source="trajectory", trajectory_steps=steps, trajectory_shift=2.5)
+        assert objective.needs == frozenset()
+        states = objective.trajectory(networks, batch)
+        assert len(states.t) == 32 * steps
+        t, x0 = states.t.reshape(steps, 32), batch.normal("initial")
+        assert bool((t[1:] <= t[:-1]).all())
+        edges = torch.linspace(1, 0, steps + 1, dtype=F64)
+        edges = 2.5 * edges / (1 + 1.5 * edges)
+        assert bool((t <= edges[:-1, None] + 1e-9).all()) and bool((t >= edges[1:, None] - 1e-9).all())
+        exact = (1 - states.t)[:, None] * M + spread(states.t)[:, None] * x0.repeat(steps, 1)
+        errors.append(float((states.x - exact).abs().mean()))
+        v = networks.teacher(states.x, states.t, states.cond, predict="flow_prediction")
+        assert torch.allclose(states.velocity, v)
+    print(errors)
+    assert errors[1] < errors[0] / 3 < 0.03
+    angle, h = trig_angle(states.t[:32]), 0.01
+    x = flow_to_trig(states.x[:32], angle)
+    rotated = math.cos(h) * x - math.sin(h) * flow_to_trig_velocity(states.velocity[:32], x, angle)
+    stepped, t = trig_to_flow(rotated, angle - h)
+    assert torch.allclose(stepped, states.x[:32] - (states.t[:32] - t)[:, None] * states.velocity[:32])
+
+
+def test_solver_steps() -> None:
+    """Euler and Heun on dx/dt = x: first and second order."""
+    x, t = torch.ones(1, 1, dtype=F64), torch.ones(1, dtype=F64)
+    exact = math.exp(-0.1)
+    (path,) = euler_path(lambda x, t: x, x, [t - 0.1])
+    heun = heun_step(lambda x, t: x, x, t, t - 0.1)
+    assert float(path[0]) == pytest.approx(0.9) and float(heun) == pytest.approx(exact, abs=2e-4)
+
+
+@pytest.mark.parametrize("source", ["data", "trajectory"])
+def test_guidance_is_drawn_by_sample_and_told(source: Any) -> None:
+    two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
+    batch = gaussian_batch(16)
+    batch = dataclasses.replace(batch, uncond=Conditioning({"label": torch.full_like(batch.ids, 2)}))
+    networks = networks_of(policy=RolloutPolicy((1.0,), told_guidance=3.0))
+    networks.modules["teacher"] = teacher = two.build(torch.device("cpu"), F64, 0).load("teacher")
+    objective = dataclasses.replace(PLAIN, source=source, guidance_range=(2.0, 6.0), trajectory_steps=4)
+    objective.check(networks.policy)
+    states = objective.trajectory(networks, batch) if source == "trajectory" else objective.noised(networks, batch)
+    w = states.told["guidance"]
+    times = 4 if source == "trajectory" else 1
+    assert torch.equal(w, (2 + 4 * batch.uniform("guidance")).repeat(times))
+    uncond = Conditioning.cat([batch.uncond] * times)
+    on, off = (teacher(states.x, states.t, c, predict="flow_prediction") for c in (states.cond, uncond))
+    assert torch.allclose(states.velocity, off + w[:, None] * (on - off))
+    untold = networks_of()
+    untold.modules["teacher"] = teacher
+    assert objective.noised(untold, batch).told == {}
+
+
+# --- adversarial and distribution matching
+
+
+GAN = dataclasses.replace(PLAIN, gan=Ladd(weight=0.5))
+RCM = SCM(warmup=2, learned_weight=False, matching=DMD2(fake_updates=3), matching_weight=0.5)
+
+
+def real_networks(objective: SCM, policy: RolloutPolicy = RENOISE) -> Networks:
+    torch.manual_seed(0)
+    backbone = dataclasses.replace(GAUSSIAN, classes=(0,)).build(torch.device("cpu"), F64, 0)
+    student = objective.make_student(backbone, policy)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
+    modules |= objective.auxiliary(backbone, policy)
+    networks = Networks({role: m.double() for role, m in modules.items()}, policy)
+    with torch.no_grad():
+        for p in networks.student.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return networks
+
+
+@pytest.mark.parametrize("objective", [SCM(warmup=0), GAN, RCM, dataclasses.replace(PLAIN, source="trajectory")],
+                         ids=["plain", "adversarial", "matching", "trajectory"])  # fmt: skip
+def test_each_turn_moves_its_own_networks(objective: SCM) -> None:
+    networks = real_networks(objective)
+    assert set(objective.trained_roles) <= set(networks) | {"weighting"}
+    for turn in objective.turns(5, {}):
+        one_loss(objective, turn, networks, gaussian_batch()).backward()
+        for role, module in networks.items():
+            got = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
+            missing = {n for n, _ in module.named_parameters()} - got
+            if role in turn.roles:
+                assert missing <= {"network.label.weight", "outer.0.bias"}, missing  # the hinge is linear at first
+            else:
+                assert not got, role
+            module.zero_grad()
+    roles = [role for turn in objective.turns(5, {}) for role in turn.roles]
+    assert sorted(roles) == sorted(objective.trained_roles)
+
+
+def test_matching_waits_for_the_tangent() -> None:
+    """rCM: sCM alone while the tangent warms up, then DMD2's turns and its loss, matching_weight times."""
+    assert [turn.name for turn in RCM.turns(0, {})] == ["student"]
+    assert [(turn.name, turn.updates) for turn in RCM.turns(1, {})] == [("fake_score", 3), ("student", 1)]
+    networks, batch = real_networks(RCM), gaussian_batch()
+    cold, warm = (RCM.turns(step, {})[-1] for step in (0, 1))
+    assert "dm_grad" not in RCM.loss(cold, networks, batch, {}).terms
+    loss = RCM.loss(warm, networks, batch, {})
+    assert RCM.matching is not None and "dm_grad" in loss.terms
+    alone = dataclasses.replace(RCM, matching=None)
+    wanted = one_loss(alone, warm, networks, batch) + 0.5 * RCM.matching.student_loss(networks, batch).total
+    assert torch.allclose(loss.total, wanted)
+
+
+def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
+    """Heads that read the first coordinate's sign: descent of the student's term raises it."""
+    networks, batch = networks_of(), gaussian_batch(256)
+
+    class Shifted(Consistent):
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            return super().forward(x_t, t, cond) + self.off
+
+    backbone = GAUSSIAN.build(torch.device("cpu"), F64, 0)
+    networks.modules |= {"student": Shifted(), **GAN.gan.networks(backbone)}  # type: ignore[union-attr]
+    networks.modules["features"].double()
+    networks.modules["discriminator"] = First()
+    networks["features"].network.blocks[0] = First()  # type: ignore[union-attr]
+    generated = GAN.generated(networks, batch)
+    started = float((generated - (M + S * batch.normal("noise"))).abs().amax(1).lt(1e-9).double().mean())
+    assert started == pytest.approx(0.5, abs=0.1)  # max_time: those from pure noise
+    gan = Ladd(weight=1.0)
+    direct = -gan.logits(networks, batch, generated, "gan", None, None).mean()
+    assert torch.equal(gan.student_loss(networks, batch, generated), direct)
+
+
+class First(nn.Module):
+    def forward(self, x: Any) -> Tensor:
+        return x[-1].mean(1)[:, :1] if isinstance(x, list) else x
+
+
+def test_the_discriminators_hinge_and_its_further_fakes() -> None:
+    networks, batch = real_networks(GAN), gaussian_batch(64)
+    gan = Ladd(weight=0.5)
+    fake, real = batch.latents + 3, batch.latents  # type: ignore[operator]
+    fakes, reals = (gan.logits(networks, batch, x, f"gan_{name}", None, None)
+                    for x, name in ((fake, "fake"), (real, "real")))  # fmt: skip
+    wanted = torch.relu(1 + fakes).mean() + torch.relu(1 - reals).mean()
+    assert torch.allclose(gan.discriminator_loss(networks, batch, fake, real).total, wanted)
+    label = torch.arange(64) % 2
+    mixed = dataclasses.replace(batch, cond=Conditioning({"label": label}))
+    more = dataclasses.replace(gan, mismatched=True)
+    others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=1)
+    fakes, reals = (gan.logits(networks, mixed, x, f"gan_{name}", None, None)
+                    for x, name in ((fake, "fake"), (real, "real")))  # fmt: skip
+    wanted = torch.relu(1 + torch.cat([fakes, others])).mean() + torch.relu(1 - reals).mean()
+    assert torch.allclose(more.discriminator_loss(networks, mixed, fake, real).total, wanted)
+    straight = gan.logits(networks, mixed, real, "gan_other", None, None)
+    assert not torch.allclose(straight, others)
+
+
+# --- refusals
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for text, lines in {
+        "asks no teacher": ["objective.teach=data", "objective.source=trajectory"],
+        "low < high": ["objective.guidance_range=[4.0, 2.0]"],
+        "use renoise": ["rollout.transition=ode"],
+        "not told where": ["rollout.next_time=true"],
+        "rollout.told_guidance 3": ["rollout.told_guidance=3.0"],
+        "matching.gan_weight": ["objective.matching={gan_weight: 0.1}"],
+    }.items():
+        with pytest.raises(RecipeError, match=text):
+            load_recipe(RECIPE, lines)
+    fake = "optimizers.fake_score={lr: 1.0e-3}"
+    recipe = load_recipe(RECIPE, ["objective.matching={fake_updates: 2}", fake])
+    assert recipe.objective.matching.fake_updates == 2
+    load_recipe(RECIPE, ["objective.gan={weight: 0.5}", "optimizers.discriminator={lr: 1.0e-3}"])
