@@ -258,9 +258,10 @@ def group_terms(
     """For Loss.terms: `zero_groups`, the share of prompt groups in which every reward [B] is the same for all valid
     samples, so that their advantages are 0; `clipped`, the share of valid samples whose advantage is at +-clip."""
     spread = torch.stack([group_moments(reward, group, valid)[1] for reward in parts.values()]).amax(0)
-    first = torch.cat([(group == g).nonzero()[0] for g in group.unique()])
+    _, index = group.unique(return_inverse=True)
+    of_groups = spread.new_zeros(int(index.max()) + 1).scatter(0, index, spread)  # the same for all of a group
     at_clip = (advantage.abs() >= clip) & valid
-    return {"zero_groups": (spread[first] == 0).float().mean(),
+    return {"zero_groups": (of_groups == 0).float().mean(),
             "clipped": at_clip.sum().float() / valid.sum().clamp_min(1)}  # fmt: skip
 
 
