@@ -36,10 +36,10 @@ from fastgen.denoiser import Denoiser
 from fastgen.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
+from fastgen.parts import DTYPES
 from fastgen.rewards import Score, Scorer
 from fastgen.schedule import PredictionType
 from fastgen.signals import guided, per_sample_mean
-from fastgen.train import DTYPES
 from fastgen.weightless import LiveBytes, empty, weightless
 
 DRAWS = 32  # updates whose network evaluations are counted

@@ -12,11 +12,12 @@ from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureC
 from fastgen.config import RecipeError, load_recipe
 from fastgen.data import MixtureData, make_batch
 from fastgen.health import HealthConfig, Watch
+from fastgen.parts import TrainingError
 from fastgen.rewards import Composite, Score, Scorer
 from fastgen.rewards.digit_class import DigitClass
 from fastgen.rewards.digit_stroke import DigitStroke
 from fastgen.rewards.linear import Linear
-from fastgen.train import TrainingError, train
+from fastgen.train import train
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,8 @@ from fastgen import train as program
 from fastgen.config import load_recipe
 from fastgen.health import HealthConfig, Watch, statistics
 from fastgen.objectives import DMD2, Loss
-from fastgen.train import TrainingError, train
+from fastgen.parts import TrainingError
+from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 RING = ROOT / "recipes/mixture_dmd2_4step.yaml"

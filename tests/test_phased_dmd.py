@@ -32,11 +32,12 @@ from fastgen.distributed import start
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import DMD2, PhasedDMD
 from fastgen.objectives.phased_dmd import Phase, PhaseTurn, velocity_gradient
+from fastgen.parts import Parts, build
 from fastgen.pipelines.export import export_run
 from fastgen.pipelines.sampler import Sampler, load_sampler
 from fastgen.rollout import RolloutPolicy, predict_x0, transition
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
-from fastgen.train import Parts, build, reset_roles, set_rates, train, update
+from fastgen.train import reset_roles, set_rates, train, update
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., Batch]

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from fastgen import checkpoint
 from fastgen.config import Recipe, RecipeError, load_recipe
 from fastgen.evaluation import evaluate, evaluate_path
+from fastgen.parts import TrainingError
 from fastgen.pipelines.export import export_run
 from fastgen.pipelines.sampler import load_sampler, teacher_sampler
-from fastgen.train import TrainingError, bit_sum, main, train
+from fastgen.train import main, train
+from fastgen.watching import bit_sum
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -31,7 +31,8 @@ from fastgen.denoiser import Denoiser
 from fastgen.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import Loss
-from fastgen.train import DTYPES, gradient_norm
+from fastgen.parts import DTYPES
+from fastgen.train import gradient_norm
 
 
 class Clock:

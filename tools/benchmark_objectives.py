@@ -20,7 +20,8 @@ from accelerate import Accelerator
 
 from fastgen.config import load_recipe
 from fastgen.noise import make_key
-from fastgen.train import build, set_rates, update
+from fastgen.parts import build
+from fastgen.train import set_rates, update
 
 
 def stepper(text: str) -> Callable[[int], None]:

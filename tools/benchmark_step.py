@@ -24,8 +24,9 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.config import Recipe, load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
+from fastgen.parts import build
 from fastgen.rollout import draw_stops
-from fastgen.train import build, set_rates, update
+from fastgen.train import set_rates, update
 
 
 def ours(recipe: Recipe) -> Callable[[int], None]:

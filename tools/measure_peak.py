@@ -21,9 +21,10 @@ from torch import nn
 from fastgen.config import Recipe, load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
+from fastgen.parts import Parts, build
 from fastgen.plan import Plan, plan, size, tensors
 from fastgen.rollout import predict_x0
-from fastgen.train import Parts, build, update
+from fastgen.train import update
 from fastgen.weightless import LiveBytes
 
 

@@ -1,0 +1,189 @@
+"""What a recipe becomes: networks, optimizers, state and data, and the run folder they begin or go on in."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from fastgen import checkpoint
+from fastgen.backbones.base import Backbone
+from fastgen.config import Recipe, RecipeError, changed_keys, dump_recipe, load_recipe
+from fastgen.data import Stream
+from fastgen.denoiser import Denoiser, carried_names
+from fastgen.distributed import Strategy, divide, strategy_of
+from fastgen.health import Watch
+from fastgen.lora import LoraDenoiser
+from fastgen.networks import Ema, Networks
+from fastgen.pipelines.sampler import Sampler, teacher_sampler
+from fastgen.rewards import Scorer
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says what was seen and what to try."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a recipe became. The loop's functions take it whole; only its modules, tensors and watch change."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    strategy: Strategy
+    backbone: Backbone
+    networks: Networks
+    optimizers: dict[str, torch.optim.Optimizer]
+    state: dict[str, Tensor]
+    ema: Ema
+    stream: Stream
+    prompts: list[str]  # the first of the stream, for pictures and the watch
+    watch: Watch
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds: every role but the frozen teacher, and the average."""
+        return {role: self.networks[role] for role in self.networks if role != "teacher"} | {"ema": self.ema.module}
+
+    @property
+    def student(self) -> Sampler:
+        """The average of the student, sampling as it will be exported."""
+        return Sampler(self.backbone, self.ema.module, self.recipe.rollout)
+
+    def teacher(self, num_steps: int) -> Sampler:
+        """The teacher as its stock pipeline samples it."""
+        scale = self.recipe.eval.teacher_guidance_scale
+        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @property
+    def samples_here(self) -> bool:
+        """Whether this process samples: the first one, and all where networks are divided."""
+        return self.accelerator.is_main_process or self.strategy == "fsdp"
+
+
+def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
+    """Networks, optimizers, state and data of a recipe; random initialisations come from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    config, strategy = recipe.train, strategy_of(recipe, accelerator)
+    dtype = DTYPES[config.dtype]
+    backbone = recipe.backbone.build(accelerator.device, dtype, recipe.seed)
+    backbone.adapters, backbone.deferred = recipe.lora, strategy == "fsdp"
+    backbone.frozen_dtype = DTYPES[config.frozen_dtype] if config.frozen_dtype else None
+    student = recipe.objective.make_student(backbone, recipe.rollout)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
+    modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
+    modules = {role: m if role == "teacher" else m.to(dtype) for role, m in modules.items()}
+    average = modules["student"].average()  # type: ignore[operator]
+    if strategy == "fsdp":
+        divide(modules | {"average": average}, backbone, accelerator)
+    else:
+        modules = {role: m.to(accelerator.device) for role, m in modules.items()}
+    for role, module in modules.items():
+        if isinstance(module, LoraDenoiser) and module.role:
+            module.reset(recipe.seed)
+        elif role in recipe.lora:
+            raise RecipeError(f"lora.{role}: this objective's {role} is not a copy of the teacher")
+        if config.gradient_checkpointing and isinstance(module, Denoiser):
+            module.enable_checkpointing()
+    scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
+    networks = Networks(modules, recipe.rollout, scorer)
+    roles = recipe.objective.trained_roles
+    stream = recipe.data.open(backbone, recipe.seed)
+    shown = 2000 if backbone.output == "points" else max(config.num_samples, recipe.health.num_samples)
+    return Parts(
+        recipe=recipe,
+        accelerator=accelerator,
+        strategy=strategy,
+        backbone=backbone,
+        networks=networks,
+        optimizers={role: recipe.optimizers[role].build(networks[role].parameters()) for role in roles},
+        state=send_to_device(recipe.objective.init_state(), accelerator.device),
+        ema=Ema(average, networks.student, config.ema_decay),
+        stream=stream,
+        prompts=stream.prompts(torch.arange(shown)),
+        watch=Watch(recipe.health),
+    )
+
+
+def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
+    """The run folder. A new one gets the resolved recipe; an existing one must have been started with the same."""
+    folder = recipe.output_dir
+    path = folder / "recipe.yaml"
+    if path.is_file():
+        if changed := changed_keys(load_recipe(path), recipe):
+            raise RecipeError(
+                f"{folder} was started with other values of {', '.join(changed)}; choose another output_dir, or undo "
+                "the change to continue the run"
+            )
+        if (folder / "export").exists() and not checkpoint.complete(folder / "checkpoints"):
+            raise RecipeError(
+                f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_recipe(recipe))
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """The checkpoint `train.resume_from` names, later ones set aside; else the newest complete one, if there is any.
+
+    Raises RecipeError if the named one is not there, CheckpointError if it is damaged; before weights load."""
+    folder, name = recipe.output_dir / "checkpoints", recipe.train.resume_from
+    found = checkpoint.complete(folder)
+    if name is None:
+        if found:
+            checkpoint.counters_of(found[-1])
+        return found[-1] if found else None
+    if name not in [c.name for c in found]:
+        have = f"complete there are {', '.join(c.name for c in found)}" if found else "there is no complete one"
+        raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {have}")
+    checkpoint.counters_of(folder / name)
+    later = [c for c in found if c.name > name]
+    if later and accelerator.is_main_process:
+        aside = recipe.output_dir / "set_aside"
+        aside.mkdir(exist_ok=True)
+        for c in later:
+            if (aside / c.name).exists():
+                raise RecipeError(f"train.resume_from: {aside / c.name} is in the way of a later checkpoint; move it")
+            c.rename(aside / c.name)
+    accelerator.wait_for_everyone()
+    return folder / name
+
+
+def start_from(parts: Parts) -> None:
+    """The student of `init_from`, and its fake score and other trained roles where a run has them."""
+    if parts.recipe.init_from is None:
+        return
+    path, networks = Path(parts.recipe.init_from), parts.networks
+    if checkpoints := checkpoint.complete(path / "checkpoints"):
+        checkpoint.read_student(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
+        for role in parts.recipe.objective.trained_roles:
+            if role != "student" and (checkpoints[-1] / f"{role}.safetensors").is_file():
+                checkpoint.read_into(checkpoints[-1] / f"{role}.safetensors", networks[role].state_dict())
+    else:
+        own, given = networks.student.state_dict(), parts.backbone.load_exported(path).state_dict()
+        networks.student.load_state_dict(own | {n: given[g] for n, g in carried_names(own, given).items()})
+    parts.ema.move(networks.student, 0.0)
+
+
+def resume(parts: Parts, path: Path, per_update: int) -> dict[str, Any]:
+    """Everything a checkpoint holds, into the parts. Raises RecipeError if an update would be of another size."""
+    counters = checkpoint.counters_of(path)
+    if counters["samples_per_update"] != per_update:
+        raise RecipeError(
+            f"train.batch_size x train.accumulate x processes is {per_update}, and the run was started with "
+            f"{counters['samples_per_update']} samples an update; keep the product"
+        )
+    checkpoint.load(path, parts.saved, parts.optimizers, parts.state, parts.accelerator.device)
+    parts.ema.updates = counters["ema_updates"]
+    parts.watch.recall(counters["watch"])
+    return counters
