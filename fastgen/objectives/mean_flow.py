@@ -141,12 +141,13 @@ class MeanFlow(Objective):
         told = self.told_scale(networks.policy, batch)
         u = flow_maps.average_velocity(networks.student, cond, **told)
         v, own = self.velocities(networks, batch, cond, told, x, t, noise - batch.latents)
-        target, off = v.clone(), (s < t).nonzero().squeeze(1)
+        target, off = v, flow_maps.rows_of(s < t, networks.student)
         if len(off):
-            rows = flow_maps.average_velocity(
-                networks.student, cond.select(off), **{k: w[off] for k, w in told.items()}
-            )
-            target[off] = self.target(rows, turn, x[off], t[off], s[off], v[off], own[off])
+            inputs = {name: value[off] for name, value in told.items()}
+            rows = flow_maps.average_velocity(networks.student, cond.select(off), **inputs)
+            found = self.target(rows, turn, x[off], t[off], s[off], v[off], own[off])
+            found = torch.where(expand((s < t)[off], found), found, v[off])
+            target = v.index_copy(0, off, found.to(v.dtype))
         weight = torch.where(s < t, turn.alpha if self.power else 1 / turn.alpha, 1.0) if turn.alpha else None
         residual = u(x, t, s) - target
         total = flow_maps.adaptive_loss(residual, self.power, self.floor, weight)
