@@ -54,6 +54,13 @@ def check_backbone(backbone: Any) -> None:
                          "use sd3 or wan")  # fmt: skip
 
 
+def rows_of(mask: Tensor, denoiser: Denoiser) -> Tensor:
+    """The rows where mask [B] holds. Networks divided over processes are called by all of them together: there, row 0
+    where it holds nowhere, whose result the caller must not use."""
+    rows = mask.nonzero().squeeze(1)
+    return rows.new_zeros(1) if denoiser.is_divided and not len(rows) else rows
+
+
 def diagonal(u: AverageVelocity) -> Velocity:
     """The network's own velocity."""
     return lambda x, t: u(x, t, t)
@@ -207,6 +214,13 @@ def eulerian_residual(u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tens
 
 
 # --- weights
+
+
+def parts(residual: Tensor, on: Tensor) -> dict[str, Tensor]:
+    """The mean square of a residual off the diagonal and on it, for the log. residual: [B, ...]; on: [B] bool."""
+    square = signals.per_sample_mean(residual.detach().square())
+    return {name: (square * rows).sum() / rows.sum().clamp_min(1)
+            for name, rows in (("map", (~on).to(square)), ("diagonal", on.to(square)))}  # fmt: skip
 
 
 def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor | None = None) -> Tensor:

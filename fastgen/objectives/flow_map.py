@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from fastgen import flow_maps, signals
 from fastgen.backbones.base import Backbone
-from fastgen.batch import Batch, Conditioning
+from fastgen.batch import Batch
 from fastgen.flow_maps import AverageVelocity, Velocity, average_velocity
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
@@ -115,6 +115,8 @@ class FlowMap(Objective):
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.any_step:
             raise ValueError("a flow map is told where it jumps to: set rollout.next_time: true, transition: ode")
+        if policy.told_guidance is not None:
+            raise ValueError("flow_map learns one guidance scale, its guidance_scale; leave out rollout.told_guidance")
         if self.source == "prior" and policy.num_steps > 1:
             raise ValueError("source: prior trains jumps from t = 1 alone; give rollout one timestep")
 
@@ -141,47 +143,49 @@ class FlowMap(Objective):
         assert isinstance(turn, GapTurn)
         residual, on = self.residuals(networks, batch, turn.max_gap)
         total = flow_maps.adaptive_loss(residual, self.power, self.floor)
-        square = signals.per_sample_mean(residual.detach().square())
-        terms = {
-            "map": square[~on].sum() / (~on).sum().clamp_min(1),
-            "diagonal": square[on].sum() / on.sum().clamp_min(1),
-        }
+        terms = flow_maps.parts(residual, on)
         if self.on_policy is not None:
-            matching, size = self.matching_loss(networks, batch, self.on_policy, square.mean().sqrt())
+            error = residual.detach().square().mean().sqrt()
+            matching, size = self.matching_loss(networks, batch, self.on_policy, error)
             total, terms["dm_grad"] = total + self.on_policy.weight * matching, size
         return Loss(total, terms | {"loss": total.detach()})
 
     # --- the map
 
     def residuals(self, networks: Networks, batch: Batch, max_gap: float) -> tuple[Tensor, Tensor]:
-        """What is squared [B, ...], with gradient, the diagonal's samples first; and which they are, [B]."""
+        """What is squared [B, ...], with gradient; and which samples are on the diagonal, [B]."""
         t, s = self.pairs(batch, max_gap=max_gap)
-        noise = batch.normal("noise")
+        on, x = s == t, batch.normal("noise")
         if self.source == "prior":
-            t, s, x = torch.ones_like(t), s + 1 - t, noise
+            t = torch.ones_like(t)
+            s = torch.where(on, t, 1 - max_gap * batch.uniform("end"))
         else:
             assert batch.latents is not None
-            x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        parts, on = [], s == t
-        for rows in (on.nonzero().squeeze(1), (~on).nonzero().squeeze(1)):
-            if not len(rows):
-                continue
-            cond, uncond = batch.cond.select(rows), batch.uncond.select(rows)
-            u = average_velocity(networks.student, cond)
-            x_r, t_r, s_r = x[rows], t[rows], s[rows]
-            if not on[rows[0]]:
-                middle = between(
-                    s_r, t_r, batch.uniform("middle")[rows] if self.middle == "uniform" else 0.5 + 0 * t_r
-                )
-                parts.append(self.residual(u, self.velocity(networks, u, cond, uncond), x_r, t_r, s_r, middle))
-                continue
-            with torch.no_grad():
-                exact = self.velocity(networks, u, cond, uncond)(x_r, t_r) if self.teach == "teacher" else None
-            parts.append(u(x_r, t_r, t_r) - (noise[rows] - batch.latents[rows] if exact is None else exact))  # type: ignore[index]
-        return torch.cat(parts), on[torch.argsort(~on, stable=True)]
+            x = networks.student.schedule.add_noise(batch.latents, x, t).to(x.dtype)
+        residual = torch.zeros_like(x)
+        for part, mask in ((self.diagonal, on), (self.jump, ~on)):
+            rows = flow_maps.rows_of(mask, networks.student)
+            if len(rows):
+                u = average_velocity(networks.student, batch.cond.select(rows))
+                found = part(networks, batch, rows, u, x[rows], t[rows], s[rows])
+                found = torch.where(expand(mask[rows], found), found, 0.0).to(x.dtype)
+                residual = residual.index_add(0, rows, found)
+        return residual, on
 
-    def residual(self, u: AverageVelocity, v: Velocity, x: Tensor, t: Tensor, s: Tensor, middle: Tensor) -> Tensor:
-        """The identity's, with gradient to u; v is asked for without."""
+    def diagonal(
+        self, networks: Networks, batch: Batch, rows: Tensor, u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """u(x, t, t) - v of these rows of the batch."""
+        if self.teach == "teacher":
+            return u(x, t, t) - self.velocity(networks, batch, rows, u)(x, t)
+        assert batch.latents is not None
+        return u(x, t, t) - (batch.normal("noise", rows=rows) - batch.latents[rows])
+
+    def jump(
+        self, networks: Networks, batch: Batch, rows: Tensor, u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """The identity's residual, with gradient to u; the velocity is asked for without."""
+        v = self.velocity(networks, batch, rows, u)
         if self.form == "lagrangian":
             return flow_maps.lagrangian_residual(u, v, x, t, s)
         if self.form == "eulerian":
@@ -189,13 +193,16 @@ class FlowMap(Objective):
         if self.form == "semigradient":
             differentiate = partial(tangent, backend=self.derivative)
             return u(x, t, s) - flow_maps.lagrangian_target(u, v, x, t, s, differentiate)
+        share = batch.uniform("middle")[rows] if self.middle == "uniform" else torch.full_like(t, 0.5)
+        middle = between(s, t, share)
         with torch.no_grad():
             first = u(x, t, middle)
         return u(x, t, s) - flow_maps.discrete_target(u, x, t, middle, s, first)
 
-    def velocity(self, networks: Networks, u: AverageVelocity, cond: Conditioning, uncond: Conditioning) -> Velocity:
+    def velocity(self, networks: Networks, batch: Batch, rows: Tensor, u: AverageVelocity) -> Velocity:
         if self.teach == "self":
             return flow_maps.clamped(flow_maps.diagonal(u))
+        cond, uncond = batch.cond.select(rows), batch.uncond.select(rows)
         return flow_maps.guided_velocity(networks.teacher, cond, uncond, self.guidance_scale, self.guidance_interval)
 
     # --- on policy

@@ -37,7 +37,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen import flow_maps, signals
+from fastgen import flow_maps
 from fastgen.batch import Batch, Conditioning
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
@@ -150,11 +150,7 @@ class MeanFlow(Objective):
         weight = torch.where(s < t, turn.alpha if self.power else 1 / turn.alpha, 1.0) if turn.alpha else None
         residual = u(x, t, s) - target
         total = flow_maps.adaptive_loss(residual, self.power, self.floor, weight)
-        square, on = signals.per_sample_mean(residual.detach().square()), s == t
-        terms = {
-            "map": square[~on].sum() / (~on).sum().clamp_min(1),
-            "diagonal": square[on].sum() / on.sum().clamp_min(1),
-        }
+        terms = flow_maps.parts(residual, s == t)
         return Loss(total, terms | {"loss": total.detach()} | self.schedules(turn, x))
 
     def target(
