@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.batch import Conditioning
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import RecipeError, build_recipe, load_recipe
 from fastgen.denoiser import Denoiser
+from fastgen.evaluation import evaluate
 from fastgen.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import Consistency
 from fastgen.objectives.consistency import ConsistencyTurn
 from fastgen.objectives.ladd import Ladd
+from fastgen.pipelines.sampler import load_sampler
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.schedule import FlowSchedule, VPSchedule, expand
 from fastgen.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
+from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/mixture_consistency_4step.yaml")
@@ -511,3 +514,25 @@ def test_objectives_that_follow_the_share_of_noise_refuse_tcd() -> None:
         assert policy.freshness
     with pytest.raises(RecipeError, match="differs from step to step"):
         load_recipe(ROOT / "recipes/mixture_rtdmd_4step.yaml", ["rollout.transition=tcd"])
+
+
+@pytest.mark.slow
+def test_a_short_run_learns(tmp_path: Path) -> None:
+    """A two-component mixture, 600 updates, four steps; the run resumes with its networks."""
+    raw: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
+                     "width": 64, "fit_steps": 300},
+        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
+        "data": {"name": "mixture"},
+        "objective": {"name": "consistency", "grid": {"count": 4}, "solver": "heun", "solver_steps": 2,
+                      "distance": "square"},
+        "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}},
+        "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 300, "log_every": 100},
+        "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
+    }  # fmt: skip
+    recipe = build_recipe(raw)
+    run = train(recipe)
+    found = evaluate(load_sampler(run), recipe.eval, progress=False)["metrics"]["energy_distance"]
+    print(found)
+    assert found < 0.03

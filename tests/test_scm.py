@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from fastgen import flow_maps
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.batch import Conditioning
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import RecipeError, build_recipe, load_recipe
 from fastgen.denoiser import LevelWeight
+from fastgen.evaluation import evaluate
 from fastgen.flow_maps import euler_path, heun_step, trig_tangent
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCM
 from fastgen.objectives.ladd import Ladd
 from fastgen.objectives.scm import States, TrustTurn
+from fastgen.pipelines.sampler import load_sampler
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
+from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/mixture_scm_4step.yaml")
@@ -219,6 +222,8 @@ def test_the_differences_backend_is_close_to_the_derivative() -> None:
     found = [float(one_loss(dataclasses.replace(PLAIN, derivative=d), WARM, networks, batch))
              for d in ("jvp", "difference")]  # fmt: skip
     assert found[0] == pytest.approx(found[1], rel=1e-2) and found[0] != found[1]
+    wide = dataclasses.replace(PLAIN, derivative="difference", difference_step=0.3)
+    assert abs(float(one_loss(wide, WARM, networks, batch)) - found[0]) > 10 * abs(found[1] - found[0])
 
 
 # --- where x comes from
@@ -406,3 +411,26 @@ def test_what_cannot_be_is_refused() -> None:
     recipe = load_recipe(RECIPE, ["objective.matching={fake_updates: 2}", fake])
     assert recipe.objective.matching.fake_updates == 2
     load_recipe(RECIPE, ["objective.gan={weight: 0.5}", "optimizers.discriminator={lr: 1.0e-3}"])
+
+
+@pytest.mark.slow
+def test_a_short_run_learns(tmp_path: Path) -> None:
+    """A two-component mixture, 600 updates, four steps; the run resumes with its networks."""
+    raw: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
+                     "width": 64, "fit_steps": 300},
+        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
+        "data": {"name": "mixture"},
+        "objective": {"name": "scm", "warmup": 400, "derivative": "difference", "difference_step": 0.2,
+                      "time": {"law": "logit_normal", "low": 0.0, "high": 1.0, "mean": 0.0, "std": 1.6}},
+        "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0},
+                       "weighting": {"lr": 1e-3}},
+        "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 300, "log_every": 100},
+        "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
+    }  # fmt: skip
+    recipe = build_recipe(raw)
+    run = train(recipe)
+    found = evaluate(load_sampler(run), recipe.eval, progress=False)["metrics"]["energy_distance"]
+    print(found)
+    assert found < 0.05

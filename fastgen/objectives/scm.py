@@ -16,9 +16,8 @@ The algorithm, for every student update:
     student, weighting <- e^w / (sigma_d tan a) mean |F(x, a) - sg(F^- + g)|^2 - w
     the average of the student's weights moves, once.
 
-SANA-Sprint (arXiv 2503.09641): a flow-matching teacher and student in TrigFlow; the network sees its own level and
-    state, a pair of factors away. `gan`, its adversarial term, is LADD: heads on the frozen teacher's features tell
-    clean predictions of the student from data. The discriminator's turn comes before the student's.
+SANA-Sprint (arXiv 2503.09641): flow-matching networks in TrigFlow; they see their own level and state. `gan`, its
+    adversarial term, is LADD: heads on the frozen teacher's features tell clean predictions of the student from data.
 TBCM (hustvl/TBCM): source trajectory, image-free. The teacher's guided ODE from noise, a level in each of
     `trajectory_steps` intervals, all of them one batch: rows of a path are correlated, so make train.batch_size small.
 rCM (arXiv 2510.08431): `matching`, DMD2 on the student's own samples, from the end of the tangent warm-up on.
@@ -91,6 +90,7 @@ class SCM(Objective):
     normaliser: float = Field(default=0.1, gt=0)  # "c = 0.1"
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
     derivative: Backend = "jvp"
+    difference_step: float = Field(default=5e-3, gt=0)  # AnyFlow's; longer ones smooth what embeddings add to dF/da
     guidance_scale: Guidance = 1.0
     guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as DMD2's
@@ -185,7 +185,7 @@ class SCM(Objective):
         x = flow_to_trig(states.x, angle, self.sigma_data)
         along = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
         rate = self.rate(networks.student, states.cond, states.told)
-        differentiate = partial(tangent, backend=self.derivative)
+        differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
         value, g = flow_maps.trig_tangent(rate, x, angle, along, trust, differentiate)
         size = signals.per_sample_mean(g.square()).sqrt()
         g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", by sample
