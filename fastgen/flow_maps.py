@@ -201,15 +201,22 @@ def lagrangian_residual(u: AverageVelocity, velocity: Velocity, x: Tensor, t: Te
     return value - expand(t - s, x) * derivative - target
 
 
-def eulerian_residual(u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """u + (t - s) d_t u + sg[(t - s) grad u . v - v],   v = v(x, t)       (ESD, arXiv 2505.18825, the "full" form)
+def eulerian_residual(
+    u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, space: bool = True
+) -> Tensor:
+    """u + (t - s) (d_t u + grad u . v) - v,   v = sg v(x, t)                                  (ESD, arXiv 2505.18825)
 
-    Gradient through u and its derivative in t; the spatial derivative is detached."""
+    Gradient through u and its whole derivative, the authors' "convex" form. space: False detaches grad u . v, their
+    "full" form, for velocities of single samples, whose noise would enter squared; its gradient is that of no square.
+    """
     with torch.no_grad():
         v = velocity(x, t)
-    zeros = torch.zeros_like(t)
+    zeros, ones = torch.zeros_like(t), torch.ones_like(t)
+    if space:
+        value, derivative = live_tangent(lambda point, start: u(point, start, s), (x, t), (v, ones))
+        return value + expand(t - s, x) * derivative - v
     _, spatial = tangent(u, (x, t, s), (v, zeros, zeros))
-    value, derivative = live_tangent(lambda start: u(x, start, s), (t,), (torch.ones_like(t),))
+    value, derivative = live_tangent(lambda start: u(x, start, s), (t,), (ones,))
     return value + expand(t - s, x) * (derivative + spatial) - v
 
 

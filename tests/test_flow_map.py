@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastgen.config import RecipeError, build_recipe, load_recipe
 from fastgen.evaluation import evaluate
 from fastgen.networks import Networks
-from fastgen.objectives import FlowMap, Loss
+from fastgen.objectives import FlowMap, Loss, MeanFlow
 from fastgen.objectives.flow_map import GapTurn, OnPolicy
 from fastgen.pipelines.sampler import load_sampler
 from fastgen.rollout import RolloutPolicy
@@ -273,3 +273,35 @@ def test_a_short_run_learns_a_map_of_any_number_of_steps(tmp_path: Path) -> None
 def test_a_policy_for_one_step_can_be_asked_for_more() -> None:
     assert ONE.with_steps(3).timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
     assert RolloutPolicy((1.0,), "ode", next_time=True).any_step
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_divided_network_is_called_as_often_whatever_the_batch_holds(share: float) -> None:
+    """Processes gather it together, and one may have only diagonal samples. The call that is not needed changes
+    neither the loss nor its gradient."""
+
+    class Divided(GaussianMap):
+        divided, calls = True, 0
+
+        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            return super().forward(x_t, t, cond, extras=extras, predict=predict)
+
+        @property
+        def is_divided(self) -> bool:
+            return self.divided
+
+    found = []
+    for divided in (True, False):
+        for objective in (FlowMap(pairs=TimePairs(diagonal=share)), MeanFlow(pairs=TimePairs(diagonal=share))):
+            networks = exact_networks()
+            networks.modules["student"] = student = Divided(0.1)
+            student.divided = divided
+            loss = student_loss(objective, networks, gaussian_batch(8))
+            found.append((float(loss), float(torch.autograd.grad(loss, student.off)[0]), student.calls))
+    for own, plain in zip(found[:2], found[2:], strict=True):
+        assert own[:2] == pytest.approx(plain[:2]) and own[2] >= plain[2]
+    mixed = exact_networks()
+    mixed.modules["student"] = student = Divided(0.1)
+    student_loss(FlowMap(pairs=PAIRS), mixed, gaussian_batch(8))
+    assert student.calls == found[0][2]

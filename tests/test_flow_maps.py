@@ -122,6 +122,7 @@ def losses(u, v) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
         "lagrangian": lagrangian_residual(u, own, x, t, s),
         "semigradient": u(x, t, s) - lagrangian_target(u, own, x, t, s),
         "eulerian": eulerian_residual(u, own, x, t, s),
+        "eulerian, full": eulerian_residual(u, own, x, t, s, space=False),
         "mean flow": u(x, t, s) - eulerian_target(u, x, t, s, own(x, t)),
         "progressive": u(x, t, s) - discrete_target(u, x, t, m, s, u(x, t, m)),
         "diagonal": u(x, t, t) - velocity(x, t),
@@ -243,9 +244,11 @@ def test_gradient_reaches_the_live_branch_alone() -> None:
 
     v = own(x, t).detach()
     d_along = flow_maps.tangent(u, (x, t, s), (v, torch.ones_like(t), 0 * s))[1]
-    live = torch.sin(phase) + gap * torch.cos(phase)
-    wanted = float((2 * (value + gap * d_along - v) * live).mean())
-    assert gradient(eulerian_residual(u, own, x, t, s).square().mean()) == pytest.approx(wanted, rel=1e-9)
+    for space in (True, False):
+        live = torch.sin(phase) + gap * torch.cos(phase) * (1 + space * v)
+        wanted = float((2 * (value + gap * d_along - v) * live).mean())
+        found = gradient(eulerian_residual(u, own, x, t, s, space).square().mean())
+        assert found == pytest.approx(wanted, rel=1e-9)
 
     for target in (
         lagrangian_target(u, own, x, t, s),
