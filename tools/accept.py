@@ -67,7 +67,7 @@ def rows() -> list[Row]:
             one = "recipes/mixture_dmd2_1step.yaml" if name == "mixture" else four
             more = () if name == "mixture" else ONE_STEP
             if name == "mixture_corners":
-                more = (*more, "train.ema_decay=0.999")
+                more = (*more, "objective.renoise_time={low: 0.02, high: 0.98, shift: 3.0}")
             result.append(Row(f"{name}_4step_seed{seed}", four, mixture(0.010), (f"seed={seed}",)))
             result.append(Row(f"{name}_1step_seed{seed}", one, mixture(0.005), (f"seed={seed}", *more)))
         for steps, factor in ((4, 1.2), (1, 2.0)):

@@ -338,7 +338,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Each prompt is encoded once and kept, up to a gigabyte."""
+        """Each prompt is encoded once and kept, up to a gigabyte; by itself, as an embedding's last bits depend on what
+        shares its batch, and a run that continues meets prompts in other company."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._rows]
         if new:
             self.extend_table(new, set(prompts))
@@ -352,7 +353,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         stored = [p for p in new if self.prepared is not None and p in self.prepared]
         new = list(dict.fromkeys([*stored, *new]))
         chunks = [self.read_chunk(stored)] if stored else []
-        chunks += [self.encode_chunk(new[i : i + 32]) for i in range(len(stored), len(new), 32)]
+        chunks += [self.encode_chunk([prompt]) for prompt in new[len(stored) :]]
         self._table = Conditioning.cat([*([self._table] if self._table else []), *chunks])
         self._ready = self.finish_table(self._table)
         for prompt in new:
