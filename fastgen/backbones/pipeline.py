@@ -338,7 +338,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Each prompt is encoded once and kept, up to a gigabyte. It is encoded by itself: the last bits depend on what
+        """Each prompt is encoded once and kept, up to a gigabyte. By itself, as the last bits depend on what
         shares its batch, and a run that continues meets prompts in other company."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._rows]
         if new:
