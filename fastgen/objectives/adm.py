@@ -36,8 +36,8 @@ without had risen to 5.5 (four updates of D); one seed each, with DMD2's heads.
 
 D's heads multiply two linear maps of a feature (ours): what D has to learn, a difference of log-densities, is
 quadratic for Gaussians, and that part alone says how wide the student's modes are. With a SiLU between two layers, as
-in DMD2's heads, D's gradient on digits agreed less with DMD2's direction after equal updates (cosine 0.43, not 0.55, after 75;
-one seed).
+in DMD2's heads, D's gradient on digits agreed less with DMD2's direction after 75 updates (cosine 0.43, not 0.55; one
+seed).
 
 In bfloat16 its noise does not shrink: rounding, 2^-8 of a value, is of the size of the difference; raise ode_step.
 
