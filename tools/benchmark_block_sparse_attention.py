@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +233,21 @@ def table(report: Row) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace, device: str) -> Row:
-    """Everything measured, with what it was measured on."""
+def reports(args: argparse.Namespace, device: str) -> Iterator[Row]:
+    """Everything measured so far, with what it was measured on; again after each density."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: not a measurement",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "commit": commit.stdout.strip(),
+        "heads": args.heads,
+        "head_dim": args.head_dim,
+        "capacity": args.capacity,
+    }
     rows: list[Row] = []
-    even = {}
+    even: Row = {}
     for shape in args.shapes:
         queries, keys = map(int, shape.split("x"))
         sizes = (queries, keys, args.heads, args.head_dim, args.capacity)
@@ -246,23 +257,11 @@ def run(args: argparse.Namespace, device: str) -> Row:
             overhead = selection_ms(call, density, device, args.repeats)
             for row in sparse_rows(call, device, args.repeats):
                 found.append(row | {"density": density} | (overhead if row["backend"] == "triton" else {}))
-            print(f"{shape} at density {density} is done", flush=True)
-        found = with_speedups(found)
-        even[shape] = {field: break_even(found, field) for field in FIELDS}
-        rows += [{"queries": queries, "keys": keys} | row for row in found]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: not a measurement",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": commit.stdout.strip(),
-        "heads": args.heads,
-        "head_dim": args.head_dim,
-        "capacity": args.capacity,
-        "break_even": even,
-        "rows": rows,
-    }
+            measured = with_speedups([dict(row) for row in found])
+            even[shape] = {field: break_even(measured, field) for field in FIELDS}
+            done = rows + [{"queries": queries, "keys": keys} | row for row in measured]
+            yield about | {"break_even": even, "rows": done}
+        rows = done
 
 
 def main() -> None:
@@ -281,10 +280,11 @@ def main() -> None:
         args.shapes, args.densities, args.heads, args.head_dim, args.capacity = ["40x72"], [1.0, 0.5], 1, 64, 16
     elif device == "cpu":
         sys.exit("this needs a GPU; --smoke tries the script without one")
-    report = run(args, device)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.output / "table.md").write_text(table(report) + "\n")
+    for report in reports(args, device):
+        (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.output / "table.md").write_text(table(report) + "\n")
+        print(f"{len(report['rows'])} measurements are kept", flush=True)
     draw(report, args.output / "speedup.png")
     print(table(report))
 

@@ -73,15 +73,19 @@ def compile_kernel(
     every = {
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "QUERY_TILE": capacity,
         "KEY_TILE": capacity, "CAPACITY": capacity, "COLUMNS": 512, "UPCAST": False, "TWO_SOURCES": two_sources,
+        "TMA": config.tma and not (two_sources and kernel != "dkv"),
         "BY_MASS": True, "HAS_DLSE": True,
     }  # fmt: skip
     constants = {name: every[name] for name in inspect.signature(function.fn).parameters if name.isupper()}
     names = list(inspect.signature(function.fn).parameters)
     signature = {name: "constexpr" if name in constants else argument_type(name, float32) for name in names}
+    if constants.get("TMA"):
+        rows = {"d_k": config.block_n, "d_v": config.block_n, "d_q": config.block_m, "d_dout": config.block_m}
+        signature |= {name: f"tensordesc<bf16[{rows[name]}, {head_dim}]>" for name in names if name in rows}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name.startswith("p_")
+        if signature[name].startswith("*")
         or (name.startswith("stride_") and not name.startswith(("stride_list", "stride_count")))
     }
     source = ASTSource(function, signature, constants, aligned)
@@ -98,7 +102,7 @@ def compile_kernel(
 def argument_type(name: str, float32: bool) -> str:
     """Triton's type of an argument, from its name."""
     known = next((kind for kind, names in TYPES.items() if name in names), None)
-    return known or (("*fp32" if float32 else "*bf16") if name.startswith("p_") else "i32")
+    return known or (("*fp32" if float32 else "*bf16") if name.startswith(("p_", "d_")) else "i32")
 
 
 def assemble(ptx: str) -> tuple[int, int]:
@@ -136,13 +140,13 @@ def main() -> None:
     parser.add_argument("--two-sources", action="store_true", help="as with a cache, instead of without")
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16")
     parser.add_argument(
-        "--config", type=int, nargs=4, help="block_m block_n num_warps num_stages, not the shipped one"
+        "--config", type=int, nargs=5, help="block_m block_n num_warps num_stages tma (0 or 1), not the shipped one"
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     for arch, head_dim, capacity, kernel in itertools.product(args.arch, args.head_dim, args.capacity, args.kernel):
         if args.config:
-            config = KernelConfig(*args.config)
+            config = KernelConfig(*args.config[:4], bool(args.config[4]))
         elif kernel in KERNELS:
             config = kernel_config(arch, head_dim, capacity, kernel, args.float32)
         else:

@@ -8,9 +8,13 @@ fastgen/ops/block_sparse_attention/configs.json for this GPU's architecture; run
 """
 
 import argparse
+import concurrent.futures
+import functools
 import itertools
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,18 +40,37 @@ from fastgen.ops.block_sparse_attention.configs import (
 from fastgen.ops.block_sparse_attention.launch import Sources, launch_delta, launch_dkv, launch_dq, launch_forward
 
 Timer = Callable[[KernelConfig], float]
+Map = Callable[..., Iterable[bool]]
 
 
-def candidates(arch: str, head_dim: int, capacity: int, kernel: str) -> list[KernelConfig]:
-    """Every tile that divides the layout's, with 4 or 8 warps and 1 to 4 stages, that spills nothing and fits."""
+def candidates(arch: str, head_dim: int, capacity: int, kernel: str, run: Map = map) -> list[KernelConfig]:
+    """Every tile that divides the layout's, with 4 or 8 warps, 2 to 4 stages, and from sm_90 on also by tensor
+    descriptors, that spills nothing and fits. run: `map`, or that of a pool of processes."""
     sides = [side for side in (64, 128) if side <= capacity]
-    result = []
-    for values in itertools.product(sides, sides, (4, 8), (1, 2, 3, 4)):
-        config = KernelConfig(*values)
-        compiled = compile_kernel(kernel, arch, head_dim, capacity, config, two_sources=False, float32=False)
-        if compiled.spills == 0 and compiled.shared <= SHARED_MEMORY[arch]:
-            result.append(config)
-    return result
+    loads = (False, True) if int(arch.removeprefix("sm_")) >= 90 else (False,)
+    configs = [KernelConfig(*values) for values in itertools.product(sides, sides, (4, 8), (2, 3, 4), loads)]
+    return [
+        config
+        for config, kept in zip(
+            configs, run(functools.partial(fits, arch, head_dim, capacity, kernel), configs), strict=True
+        )
+        if kept
+    ]
+
+
+def fits(arch: str, head_dim: int, capacity: int, kernel: str, config: KernelConfig) -> bool:
+    """Whether it spills nothing and fits. On that GPU it is launched, too: the timing then finds it compiled."""
+    compiled = compile_kernel(kernel, arch, head_dim, capacity, config, two_sources=False, float32=False)
+    if compiled.spills > 0 or compiled.shared > SHARED_MEMORY[arch]:
+        return False
+    if torch.cuda.is_available() and arch_of(torch.cuda.get_device_capability()) == arch:
+        launcher(small_call(head_dim, capacity), arch, kernel)(config)
+    return True
+
+
+@functools.cache
+def small_call(head_dim: int, capacity: int) -> Call:
+    return random_call(torch.device("cuda"), torch.bfloat16, head_dim, capacity, False, 0.25, 2048, 12)
 
 
 def fastest(configs: list[KernelConfig], shipped: KernelConfig, seconds: Timer) -> KernelConfig:
@@ -59,60 +82,71 @@ def fastest(configs: list[KernelConfig], shipped: KernelConfig, seconds: Timer) 
     return best if times[best] < 0.99 * times[shipped] else shipped
 
 
-def timer(call: Call, arch: str, kernel: str) -> Timer:
-    """Seconds of one launch of the kernel alone, by its configuration."""
+def launcher(call: Call, arch: str, kernel: str) -> Callable[[KernelConfig], object]:
+    """One launch of the kernel alone, by its configuration."""
     query, key, value, layout = call.query, call.key, call.value, call.layout
     scale, sources, tiles = query.shape[-1] ** -0.5, Sources(key, value, None, None), (0, len(layout.k_tiles))
     shipped = {name: kernel_config(arch, query.shape[-1], layout.k_tiles.capacity, name) for name in KERNELS}
     out, lse = launch_forward(query, sources, layout, scale, shipped)
-    dout = torch.ones_like(out)
+    dout = torch.randn_like(out)
     delta = launch_delta(out, dout, None)
 
-    def seconds(config: KernelConfig) -> float:
+    def launch(config: KernelConfig) -> object:
         configs = {**shipped, kernel: config}
-        launches: dict[str, Callable[[], object]] = {
-            "forward": lambda: launch_forward(query, sources, layout, scale, configs),
-            "dq": lambda: launch_dq(query, sources, dout, lse, delta, layout, scale, configs),
-            "dkv": lambda: launch_dkv(query, key, value, 0, tiles, dout, lse, delta, layout, scale, configs),
-        }
-        return float(triton.testing.do_bench(launches[kernel], warmup=5, rep=25, return_mode="median")) / 1000
+        if kernel == "forward":
+            return launch_forward(query, sources, layout, scale, configs)
+        if kernel == "dq":
+            return launch_dq(query, sources, dout, lse, delta, layout, scale, configs)
+        return launch_dkv(query, key, value, 0, tiles, dout, lse, delta, layout, scale, configs)
 
-    return seconds
+    return launch
+
+
+def timer(call: Call, arch: str, kernel: str) -> Timer:
+    """Median seconds of a launch."""
+    launch = launcher(call, arch, kernel)
+    bench = functools.partial(triton.testing.do_bench, warmup=10, rep=50, return_mode="median")
+    return lambda config: float(bench(lambda: launch(config))) / 1000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--capacity", nargs="+", type=int, choices=CAPACITIES, default=CAPACITIES)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="with --list; tuning does all")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--list", action="store_true", help="only list what would be timed")
     parser.add_argument("--arch", choices=SHARED_MEMORY, help="with --list: not this GPU's")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--dry-run", action="store_true", help="time, but record nothing")
     args = parser.parse_args()
     if not (args.list or torch.cuda.is_available()):
         sys.exit("timing needs a GPU; --list needs none")
     arch = args.arch if args.list and args.arch else arch_of(torch.cuda.get_device_capability())
-    for head_dim, capacity in itertools.product(args.head_dim, args.capacity):
-        if args.list:
-            for kernel in args.kernel:
-                for config in candidates(arch, head_dim, capacity, kernel):
-                    print(arch, head_dim, capacity, kernel, config, flush=True)
-            continue
-        call = random_call(
-            torch.device("cuda"), torch.bfloat16, head_dim, capacity, False, args.density, args.tokens, args.heads
-        )
-        best = {}
-        for kernel in KERNELS:
-            print(f"{arch}, head dimension {head_dim}, tiles of {capacity}, {kernel}:")
-            shipped = kernel_config(arch, head_dim, capacity, kernel)
-            found = candidates(arch, head_dim, capacity, kernel)
-            best[kernel] = fastest(found, shipped, timer(call, arch, kernel))
-        if not args.dry_run:
-            source = f"timed on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-            write_configs(arch, head_dim, capacity, best, source)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+        for head_dim, capacity in itertools.product(args.head_dim, args.capacity):
+            tune(arch, head_dim, capacity, args, pool.map)
+
+
+def tune(arch: str, head_dim: int, capacity: int, args: argparse.Namespace, run: Map) -> None:
+    """Lists, or times and records, the configurations of one head dimension and tile size."""
+    found = {kernel: candidates(arch, head_dim, capacity, kernel, run) for kernel in args.kernel}
+    if args.list:
+        for kernel, configs in found.items():
+            print(*(f"{arch} {head_dim} {capacity} {kernel} {config}" for config in configs), sep="\n", flush=True)
+        return
+    device = torch.device("cuda")
+    call = random_call(device, torch.bfloat16, head_dim, capacity, False, args.density, args.tokens, args.heads)
+    best = {kernel: kernel_config(arch, head_dim, capacity, kernel) for kernel in KERNELS}
+    for kernel, configs in found.items():
+        print(f"{arch}, head dimension {head_dim}, tiles of {capacity}, {kernel}:")
+        best[kernel] = fastest(configs, best[kernel], timer(call, arch, kernel))
+    if not args.dry_run:
+        source = f"timed on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+        write_configs(arch, head_dim, capacity, best, source)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100":
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """block_m: query rows, block_n: key rows of one step.  num_warps, num_stages: as Triton's."""
+    """block_m: query rows, block_n: key rows of one step.  num_warps, num_stages: as Triton's.
+    tma: full tiles come through tensor descriptors, by the copy engine of sm_90 and later, where tensors allow it."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 def kernels_run_on(device: torch.device) -> bool:
@@ -64,7 +66,7 @@ def kernel_config(arch: str, head_dim: int, capacity: int, kernel: str, float32:
     table = shipped_configs()[arch][str(head_dim)]["128" if capacity >= 128 else "64"]
     config = KernelConfig(16, 16, 4, 1) if float32 else KernelConfig(**table[kernel])
     parts = min(config.block_m, capacity), min(config.block_n, capacity)
-    return KernelConfig(*parts, config.num_warps, config.num_stages)
+    return KernelConfig(*parts, config.num_warps, config.num_stages, config.tma)
 
 
 def write_configs(arch: str, head_dim: int, capacity: int, configs: dict[str, KernelConfig], source: str) -> None:

@@ -37,11 +37,20 @@ def load_rows(
 
 
 @triton.jit
+def load_described(d_rows, i_row, i_column, UPCAST: tl.constexpr):
+    """The block of a tensor descriptor from this row and column on, by the copy engine (TMA)."""
+    block = d_rows.load([i_row, i_column])
+    if UPCAST:
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
 def attend(
     b_acc, b_sum, b_max, b_q, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-    p_list, i_first, i_last, num_cached, scale_log2,
+    d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, i_first, i_last, num_cached, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILE: tl.constexpr,
-    RAGGED: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr, TWO_SOURCES: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over entries i_first to i_last of a list.
 
@@ -52,20 +61,26 @@ def attend(
         skipped = (i % PARTS) * BLOCK_N
         row = (entry >> 8) + skipped
         length = (entry & 255) + 1 - skipped
-        p_key, stride_key = pick_source(row, p_kc, p_k, stride_kcl, stride_kl, num_cached, TWO_SOURCES)
-        b_k = load_rows(p_key, stride_key, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
-        # the scale comes after the product, in float32: the backward repeats exactly this
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        if TMA and not RAGGED:
+            b_k = load_described(d_k, i_k + row, i_k_column, UPCAST)
+        else:
+            p_key, stride_key = pick_source(row, p_kc, p_k, stride_kcl, stride_kl, num_cached, TWO_SOURCES)
+            b_k = load_rows(p_key, stride_key, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if RAGGED:
             b_s = tl.where(tl.arange(0, BLOCK_N)[None, :] < length, b_s, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        # the scale comes after the product, in float32 and in one multiply-add, as in the backward
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if RAGGED else b_new_max
-        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_shrink = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_acc = b_acc * b_shrink[:, None]
-        p_value, stride_value = pick_source(row, p_vc, p_v, stride_vcl, stride_vl, num_cached, TWO_SOURCES)
-        b_v = load_rows(p_value, stride_value, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+        if TMA and not RAGGED:
+            b_v = load_described(d_v, i_v + row, i_v_column, UPCAST)
+        else:
+            p_value, stride_value = pick_source(row, p_vc, p_v, stride_vcl, stride_vl, num_cached, TWO_SOURCES)
+            b_v = load_rows(p_value, stride_value, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = b_new_max
     return b_acc, b_sum, b_max
@@ -73,13 +88,13 @@ def attend(
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_kc, p_vc, p_out, p_lse, p_tiles, p_lists, p_count, p_full,
-    scale_log2, num_heads, num_queries, num_cached,
+    p_q, p_k, p_v, p_kc, p_vc, d_k, d_v, p_out, p_lse, p_tiles, p_lists, p_count, p_full,
+    scale_log2, num_heads, num_queries, num_cached, step_kb, step_kh, step_kc, step_vb, step_vh, step_vc,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_kcb, stride_kcl, stride_kch, stride_vcb, stride_vcl, stride_vch,
     stride_listb, stride_listh, stride_listn, stride_countb, stride_counth,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+    KEY_TILE: tl.constexpr, TWO_SOURCES: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [B, Lq, H, HEAD_DIM], contiguous.  lse [B, H, Lq] float32: logarithm to base 2.  p_tiles: the query tiles.
 
@@ -106,17 +121,21 @@ def forward_kernel(
     p_v += i_batch * stride_vb + i_head * stride_vh
     p_kc += i_batch * stride_kcb + i_head * stride_kch
     p_vc += i_batch * stride_vcb + i_head * stride_vch
+    i_k, i_k_column = (i_batch * step_kb + i_head * step_kh).to(tl.int32), (i_head * step_kc).to(tl.int32)
+    i_v, i_v_column = (i_batch * step_vb + i_head * step_vh).to(tl.int32), (i_head * step_vc).to(tl.int32)
 
     b_acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_acc, b_sum, b_max = attend(
         b_acc, b_sum, b_max, b_q, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-        p_list, 0, full, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, False, TWO_SOURCES, UPCAST,
+        d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, 0, full, num_cached, scale_log2,
+        HEAD_DIM, BLOCK_N, KEY_TILE, False, TWO_SOURCES, TMA, UPCAST,
     )  # fmt: skip
     b_acc, b_sum, b_max = attend(
         b_acc, b_sum, b_max, b_q, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-        p_list, full, count, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, True, TWO_SOURCES, UPCAST,
+        d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, full, count, num_cached, scale_log2,
+        HEAD_DIM, BLOCK_N, KEY_TILE, True, TWO_SOURCES, TMA, UPCAST,
     )  # fmt: skip
 
     b_seen = b_sum > 0

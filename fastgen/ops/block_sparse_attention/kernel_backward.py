@@ -7,7 +7,7 @@ ds = p * (dot(dout, v) - delta), where delta = rowsum(out * dout) - dlse.
 import triton
 import triton.language as tl
 
-from fastgen.ops.block_sparse_attention.kernel import load_rows, pick_source
+from fastgen.ops.block_sparse_attention.kernel import load_described, load_rows, pick_source
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def delta_kernel(
 @triton.jit
 def gather_dq(
     b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-    p_list, i_first, i_last, num_cached, scale_log2,
+    d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, i_first, i_last, num_cached, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILE: tl.constexpr,
-    RAGGED: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr, TWO_SOURCES: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k over entries i_first to i_last of a list to b_dq [BLOCK_M, HEAD_DIM]."""
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
@@ -45,10 +45,14 @@ def gather_dq(
         skipped = (i % PARTS) * BLOCK_N
         row = (entry >> 8) + skipped
         length = (entry & 255) + 1 - skipped
-        p_key, stride_key = pick_source(row, p_kc, p_k, stride_kcl, stride_kl, num_cached, TWO_SOURCES)
-        b_k = load_rows(p_key, stride_key, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
-        p_value, stride_value = pick_source(row, p_vc, p_v, stride_vcl, stride_vl, num_cached, TWO_SOURCES)
-        b_v = load_rows(p_value, stride_value, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+        if TMA and not RAGGED:
+            b_k = load_described(d_k, i_k + row, i_k_column, UPCAST)
+            b_v = load_described(d_v, i_v + row, i_v_column, UPCAST)
+        else:
+            p_key, stride_key = pick_source(row, p_kc, p_k, stride_kcl, stride_kl, num_cached, TWO_SOURCES)
+            b_k = load_rows(p_key, stride_key, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
+            p_value, stride_value = pick_source(row, p_vc, p_v, stride_vcl, stride_vl, num_cached, TWO_SOURCES)
+            b_v = load_rows(p_value, stride_value, length, BLOCK_N, HEAD_DIM, RAGGED, UPCAST)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
         if RAGGED:
             b_s = tl.where(tl.arange(0, BLOCK_N)[None, :] < length, b_s, float("-inf"))
@@ -61,13 +65,13 @@ def gather_dq(
 
 @triton.jit
 def dq_kernel(
-    p_q, p_k, p_v, p_kc, p_vc, p_dout, p_lse, p_delta, p_dq, p_tiles, p_lists, p_count, p_full,
-    scale_log2, scale, num_heads, num_queries, num_cached,
+    p_q, p_k, p_v, p_kc, p_vc, d_k, d_v, p_dout, p_lse, p_delta, p_dq, p_tiles, p_lists, p_count, p_full,
+    scale_log2, scale, num_heads, num_queries, num_cached, step_kb, step_kh, step_kc, step_vb, step_vh, step_vc,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_kcb, stride_kcl, stride_kch, stride_vcb, stride_vcl, stride_vch,
     stride_listb, stride_listh, stride_listn, stride_countb, stride_counth,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr, TWO_SOURCES: tl.constexpr, UPCAST: tl.constexpr,
+    KEY_TILE: tl.constexpr, TWO_SOURCES: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Lq, H, HEAD_DIM] contiguous, as dout. Grid: (query tiles * QUERY_TILE // BLOCK_M, batch * heads)."""
     PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
@@ -97,15 +101,19 @@ def dq_kernel(
     p_v += i_batch * stride_vb + i_head * stride_vh
     p_kc += i_batch * stride_kcb + i_head * stride_kch
     p_vc += i_batch * stride_vcb + i_head * stride_vch
+    i_k, i_k_column = (i_batch * step_kb + i_head * step_kh).to(tl.int32), (i_head * step_kc).to(tl.int32)
+    i_v, i_v_column = (i_batch * step_vb + i_head * step_vh).to(tl.int32), (i_head * step_vc).to(tl.int32)
 
     b_dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     b_dq = gather_dq(
         b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-        p_list, 0, full, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, False, TWO_SOURCES, UPCAST,
+        d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, 0, full, num_cached, scale_log2,
+        HEAD_DIM, BLOCK_N, KEY_TILE, False, TWO_SOURCES, TMA, UPCAST,
     )  # fmt: skip
     b_dq = gather_dq(
         b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, p_kc, p_vc, stride_kl, stride_vl, stride_kcl, stride_vcl,
-        p_list, full, count, num_cached, scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE, True, TWO_SOURCES, UPCAST,
+        d_k, d_v, i_k, i_k_column, i_v, i_v_column, p_list, full, count, num_cached, scale_log2,
+        HEAD_DIM, BLOCK_N, KEY_TILE, True, TWO_SOURCES, TMA, UPCAST,
     )  # fmt: skip
     i_dq = ((i_batch * num_queries + row + i_row) * num_heads + i_head) * HEAD_DIM
     p_block = p_dq + i_dq[:, None] + tl.arange(0, HEAD_DIM)[None, :]
@@ -114,9 +122,10 @@ def dq_kernel(
 
 @triton.jit
 def gather_dkv(
-    b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, i_first, i_last, scale_log2,
+    b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl,
+    d_q, d_dout, i_q, i_q_column, i_dout, i_dout_column, p_list, i_first, i_last, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
-    RAGGED: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds^T q and p^T dout over entries i_first to i_last of a list to b_dk, b_dv [BLOCK_N, HEAD_DIM].
 
@@ -126,7 +135,8 @@ def gather_dkv(
     for i in tl.range(i_first * PARTS, i_last * PARTS):
         entry = tl.load(p_list + i // PARTS)
         skipped = (i % PARTS) * BLOCK_M
-        row = ((entry >> 8) + skipped).to(tl.int64)
+        first = (entry >> 8) + skipped
+        row = first.to(tl.int64)
         length = (entry & 255) + 1 - skipped
         if RAGGED:
             b_lse = tl.load(p_lse + row + i_row, mask=i_row < length, other=float("inf"))
@@ -134,10 +144,16 @@ def gather_dkv(
         else:
             b_lse = tl.load(p_lse + row + i_row)
             b_delta = tl.load(p_delta + row + i_row)
-        b_q = load_rows(p_q + row * stride_ql, stride_ql, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
+        if TMA and not RAGGED:
+            b_q = load_described(d_q, i_q + first, i_q_column, UPCAST)
+        else:
+            b_q = load_rows(p_q + row * stride_ql, stride_ql, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s - b_lse[None, :])
-        b_dout = load_rows(p_dout + row * stride_dl, stride_dl, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
+        if TMA and not RAGGED:
+            b_dout = load_described(d_dout, i_dout + first, i_dout_column, UPCAST)
+        else:
+            b_dout = load_rows(p_dout + row * stride_dl, stride_dl, length, BLOCK_M, HEAD_DIM, RAGGED, UPCAST)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
@@ -147,12 +163,12 @@ def gather_dkv(
 
 @triton.jit
 def dkv_kernel(
-    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_dk, p_dv, p_tiles, p_lists, p_count, p_full,
-    scale_log2, scale, num_heads, num_queries, num_keys, first_row, i_first_tile,
+    p_q, p_k, p_v, p_dout, d_q, d_dout, p_lse, p_delta, p_dk, p_dv, p_tiles, p_lists, p_count, p_full,
+    scale_log2, scale, num_heads, num_queries, num_keys, first_row, i_first_tile, step_qb, step_qh, step_qc,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_listb, stride_listh, stride_listn, stride_countb, stride_counth,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr, UPCAST: tl.constexpr,
+    KEY_TILE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, num_keys, H, HEAD_DIM] contiguous, of one source, whose row 0 is row `first_row` of all keys.
 
@@ -182,16 +198,20 @@ def dkv_kernel(
     p_lse += (i_batch * num_heads + i_head) * num_queries
     p_delta += (i_batch * num_heads + i_head) * num_queries
     stride_dl = num_heads * HEAD_DIM
+    i_q, i_q_column = (i_batch * step_qb + i_head * step_qh).to(tl.int32), (i_head * step_qc).to(tl.int32)
+    i_dout, i_dout_column = (i_batch * num_queries).to(tl.int32), (i_head * HEAD_DIM).to(tl.int32)
 
     b_dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     b_dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     b_dk, b_dv = gather_dkv(
-        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, 0, full, scale_log2,
-        HEAD_DIM, BLOCK_M, QUERY_TILE, False, UPCAST,
+        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl,
+        d_q, d_dout, i_q, i_q_column, i_dout, i_dout_column, p_list, 0, full, scale_log2,
+        HEAD_DIM, BLOCK_M, QUERY_TILE, False, TMA, UPCAST,
     )  # fmt: skip
     b_dk, b_dv = gather_dkv(
-        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl, p_list, full, count, scale_log2,
-        HEAD_DIM, BLOCK_M, QUERY_TILE, True, UPCAST,
+        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_dl,
+        d_q, d_dout, i_q, i_q_column, i_dout, i_dout_column, p_list, full, count, scale_log2,
+        HEAD_DIM, BLOCK_M, QUERY_TILE, True, TMA, UPCAST,
     )  # fmt: skip
     i_dk = ((i_batch * num_keys + row + i_row) * num_heads + i_head) * HEAD_DIM
     i_block = i_dk[:, None] + tl.arange(0, HEAD_DIM)[None, :]

@@ -1,10 +1,13 @@
 """Launchers: from tensors and a layout to kernel arguments. Forward and backward, without autograd."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgen.ops.block_sparse_attention.configs import KERNELS, KernelConfig, arch_of, kernel_config
 from fastgen.ops.block_sparse_attention.kernel import forward_kernel
@@ -37,13 +40,14 @@ def launch_forward(
     lists = layout.key_lists
     capacity = layout.q_tiles.capacity
     grid = (len(layout.q_tiles) * (capacity // config.block_m), batch * heads)
+    described, steps = keys.described(config)
     with on_device(query):
         forward_kernel[grid](
-            query, *keys.tensors, out, lse, entries(layout.q_tiles, query.device), *lists,
-            scale * math.log2(math.e), heads, queries, keys.num_cached,
+            query, *keys.tensors, *described, out, lse, entries(layout.q_tiles, query.device), *lists,
+            scale * math.log2(math.e), heads, queries, keys.num_cached, *steps,
             *row_strides(query), *keys.strides, *list_strides(lists),
             HEAD_DIM=dim, QUERY_TILE=capacity, KEY_TILE=layout.k_tiles.capacity, TWO_SOURCES=keys.num_cached > 0,
-            **common(config),
+            TMA=is_described(described), **common(config),
         )  # fmt: skip
     return out.to(query.dtype), lse
 
@@ -72,13 +76,14 @@ def launch_dq(
     lists = layout.key_lists
     capacity = layout.q_tiles.capacity
     grid = (len(layout.q_tiles) * (capacity // config.block_m), batch * heads)
+    described, steps = keys.described(config)
     with on_device(query):
         dq_kernel[grid](
-            query, *keys.tensors, dout, lse, delta, dq, entries(layout.q_tiles, query.device), *lists,
-            scale * math.log2(math.e), scale, heads, queries, keys.num_cached,
+            query, *keys.tensors, *described, dout, lse, delta, dq, entries(layout.q_tiles, query.device), *lists,
+            scale * math.log2(math.e), scale, heads, queries, keys.num_cached, *steps,
             *row_strides(query), *keys.strides, *list_strides(lists),
             HEAD_DIM=dim, QUERY_TILE=capacity, KEY_TILE=layout.k_tiles.capacity, TWO_SOURCES=keys.num_cached > 0,
-            **common(config),
+            TMA=is_described(described), **common(config),
         )  # fmt: skip
     return dq.to(query.dtype)
 
@@ -99,12 +104,14 @@ def launch_dkv(
         return dk.to(key.dtype), dv.to(key.dtype)
     lists = layout.query_lists
     capacity = layout.k_tiles.capacity
+    described, steps = describe((query, dout), config.block_m, config.tma)
     with on_device(query):
         dkv_kernel[((last - first) * (capacity // config.block_n), batch * heads)](
-            query, key, value, dout, lse, delta, dk, dv, entries(layout.k_tiles, query.device), *lists,
-            scale * math.log2(math.e), scale, heads, queries, key.shape[1], first_row, first,
+            query, key, value, dout, *described, lse, delta, dk, dv, entries(layout.k_tiles, query.device), *lists,
+            scale * math.log2(math.e), scale, heads, queries, key.shape[1], first_row, first, *steps[:3],
             *row_strides(query), *row_strides(key), *row_strides(value), *list_strides(lists),
-            HEAD_DIM=dim, QUERY_TILE=layout.q_tiles.capacity, KEY_TILE=capacity, **common(config),
+            HEAD_DIM=dim, QUERY_TILE=layout.q_tiles.capacity, KEY_TILE=capacity, TMA=is_described(described),
+            **common(config),
         )  # fmt: skip
     return dk.to(key.dtype), dv.to(key.dtype)
 
@@ -125,6 +132,55 @@ class Sources:
         self.num_cached = 0 if cache_key is None else cache_key.shape[1]
         self.tensors = (key, value, *cached)
         self.strides = tuple(stride for tensor in self.tensors for stride in row_strides(tensor))
+
+    def described(self, config: KernelConfig) -> tuple[tuple[Tensor | TensorDescriptor, ...], tuple[int, ...]]:
+        """`describe` of key and value; with a cache, where a tile may lie in either source, they stay pointers."""
+        return describe(self.tensors[:2], config.block_n, config.tma and not self.num_cached)
+
+
+def describe(
+    tensors: Sequence[Tensor], block_rows: int, tma: bool
+) -> tuple[tuple[Tensor | TensorDescriptor, ...], tuple[int, ...]]:
+    """Descriptors of the tensors, and of each the steps of batch and head in rows, and of head in columns; the tensors
+    themselves and zeros without tma, or if one of them cannot be described."""
+    views = [matrix_view(tensor) for tensor in tensors] if tma else [None]
+    if any(view is None for view in views):
+        return tuple(tensors), (0, 0, 0) * len(tensors)
+    found = [
+        TensorDescriptor(tensor, list(view.shape), [tensor.stride(1), 1], [block_rows, tensor.shape[-1]])
+        for tensor, view in zip(tensors, views, strict=True)
+        if view is not None
+    ]
+    return tuple(found), tuple(step for view in views if view is not None for step in view.steps)
+
+
+def is_described(arguments: Sequence[Tensor | TensorDescriptor]) -> bool:
+    return isinstance(arguments[0], TensorDescriptor)
+
+
+class MatrixView(NamedTuple):
+    """shape: rows and columns; a row is a token.  steps: of batch and head in rows, of head in columns."""
+
+    shape: tuple[int, int]
+    steps: tuple[int, int, int]
+
+
+def matrix_view(tensor: Tensor) -> MatrixView | None:
+    """[B, L, H, D] as a matrix in which a token of one head is one row: heads side by side in a row, or one after the
+    other in rows, as they lie in memory. None where neither is so, or where TMA's 16-byte alignment is not given."""
+    batch, length, heads, dim = tensor.shape
+    stride_batch, stride, stride_head, _ = tensor.stride()
+    size = tensor.element_size()
+    if tensor.data_ptr() % 16 or stride * size % 16 or stride == 0 or stride_head * size % 16:
+        return None
+    side_by_side = (heads - 1) * stride_head + dim <= stride
+    if (batch > 1 and stride_batch % stride) or not (side_by_side or stride_head % stride == 0):
+        return None
+    columns = (heads - 1) * stride_head + dim if side_by_side else dim
+    step_batch = stride_batch // stride if batch > 1 else 0
+    step_head = 0 if side_by_side else stride_head // stride
+    rows = (batch - 1) * step_batch + (heads - 1) * step_head + length
+    return MatrixView((rows, columns), (step_batch, step_head, stride_head if side_by_side else 0))
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int, int]:

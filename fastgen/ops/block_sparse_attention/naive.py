@@ -56,6 +56,9 @@ def naive_attention(
 
 
 def softmax_scale(query: Tensor, scale: float | None) -> float:
+    """D ** -0.5 by default. Raises ValueError unless positive: kernels take a row's maximum before they scale."""
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
