@@ -13,6 +13,7 @@ from fastgen.backbones.gaussian_mixture import (
     AnalyticDenoiser,
     GaussianMixtureConfig,
     Mixture,
+    TimeEmbedding,
     build_mixture,
     fit,
     new_network,
@@ -20,6 +21,7 @@ from fastgen.backbones.gaussian_mixture import (
 from fastgen.batch import Conditioning
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
+from fastgen.tangents import tangent
 
 CLASSED = GaussianMixtureConfig(
     means=((-1.0, 0.5), (2.0, 0.0), (0.3, -1.5)),
@@ -254,9 +256,24 @@ def test_roles_are_separate_copies_of_the_same_weights() -> None:
     assert not list(backbone.load("teacher").parameters())
 
 
-def test_export_round_trip_is_equal(tmp_path: Path) -> None:
+def test_a_slower_time_embedding_has_a_smoother_derivative_in_time() -> None:
+    """Of embeddings with the same weights: the root mean square of d/dt falls with the fastest frequency."""
+    fast, slow = TimeEmbedding(16, 32.0), TimeEmbedding(16, 4.0)
+    slow.load_state_dict(fast.state_dict())
+    t = torch.linspace(0, 1, 200)
+    rough = []
+    for embedding, fastest in ((fast, 32.0), (slow, 4.0)):
+        assert torch.isclose(embedding.frequencies.max(), torch.tensor(fastest * math.pi))
+        _, derivative = tangent(embedding, (1000 * t,), (torch.full_like(t, 1000),))
+        rough.append(derivative.square().mean().sqrt().item())
+    print(f"root mean square of the derivative {rough[0]:.3f}, slower {rough[1]:.3f}")
+    assert rough[1] < rough[0] / 3
+
+
+@pytest.mark.parametrize("time_frequency", [32.0, 4.0])
+def test_export_round_trip_is_equal(tmp_path: Path, time_frequency: float) -> None:
     """save_pipeline then load_exported: the same weights and outputs, frozen; config.json builds the same config."""
-    config = dataclasses.replace(SMALL, fit_steps=0)
+    config = dataclasses.replace(SMALL, fit_steps=0, time_frequency=time_frequency)
     backbone = config.build(CPU, torch.float32, 3)
     student = backbone.load("student")
     backbone.save_pipeline(student, POLICY, tmp_path / "export")

@@ -34,7 +34,8 @@ class GaussianMixtureConfig(BackboneConfig):
     """means: [K][D]. stds: [K], or [K][D] for axis-aligned covariances. weights: [K], normalised; equal if left out.
     classes: [K] class label of each component, 0..C-1; prompts are then "0".."C-1" and the empty prompt is the whole
     mixture. uncond_weights: [K] replaces the weights of the empty prompt (to pose guidance problems with known
-    answers). width, depth: the MLP. fit_steps, fit_batch_size, fit_lr: its fit to the teacher."""
+    answers). width, depth: the MLP. time_frequency: the fastest of its time embedding, times pi. fit_steps,
+    fit_batch_size, fit_lr: its fit to the teacher."""
 
     means: Rows
     stds: tuple[float, ...] | Rows
@@ -46,6 +47,7 @@ class GaussianMixtureConfig(BackboneConfig):
     uncond_weights: tuple[float, ...] | None = None
     width: int = Field(default=128, ge=1)
     depth: int = Field(default=3, ge=1)
+    time_frequency: float = Field(default=32.0, gt=0.5)  # a derivative in time is as rough as it is fast
     fit_steps: int = Field(default=2000, ge=0)
     fit_batch_size: int = Field(default=1024, ge=1)
     fit_lr: float = Field(default=2e-3, gt=0)
@@ -163,11 +165,13 @@ class AnalyticDenoiser(Denoiser):
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep, then two linear layers: [B] -> [B, width]."""
+    """Sines and cosines of the timestep, by frequencies from pi / 2 to `fastest` pi, then two linear layers:
+    [B] -> [B, width]."""
 
-    def __init__(self, width: int, frequencies: int = 16):
+    def __init__(self, width: int, fastest: float, frequencies: int = 16):
         super().__init__()
-        self.frequencies = nn.Buffer(math.pi * 2.0 ** torch.linspace(-1, 5, frequencies), persistent=False)
+        octaves = torch.linspace(-1, math.log2(fastest), frequencies)
+        self.frequencies = nn.Buffer(math.pi * 2.0**octaves, persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timestep: Tensor) -> Tensor:
@@ -181,10 +185,10 @@ class PointMLP(nn.Module):
     Preconditioned as EDM's networks (arXiv 2206.00364 Table 1, for flow matching), with d the mixture's spread and
     v = alpha^2 d^2 + sigma^2:   x0 = (alpha d^2 / v) x + (sigma d / sqrt(v)) F(x / sqrt(v), t)."""
 
-    def __init__(self, dim: int, labels: int, width: int, depth: int, spread: float):
+    def __init__(self, dim: int, labels: int, width: int, depth: int, spread: float, time_frequency: float = 32.0):
         super().__init__()
         self.spread = spread
-        self.time: nn.Module = TimeEmbedding(width)
+        self.time: nn.Module = TimeEmbedding(width, time_frequency)
         self.label = nn.Embedding(labels, width)
         self.inlet = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(
@@ -326,7 +330,8 @@ def new_network(config: GaussianMixtureConfig, schedule: Schedule) -> PointDenoi
     second = (weights * (mixture.variances + (mixture.means - center) ** 2)).sum(0)
     spread = float((second.mean() + center.square().mean()).sqrt())
     labels = max(config.classes) + 2 if config.classes else 1
-    return PointDenoiser(PointMLP(len(config.means[0]), labels, config.width, config.depth, spread), schedule)
+    network = PointMLP(len(config.means[0]), labels, config.width, config.depth, spread, config.time_frequency)
+    return PointDenoiser(network, schedule)
 
 
 @torch.enable_grad()
