@@ -82,6 +82,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Parts:
         divide(modules | {"average": average}, backbone, accelerator)
     else:
         modules = {role: m.to(accelerator.device) for role, m in modules.items()}
+        average = average.to(accelerator.device)
     for role, module in modules.items():
         if isinstance(module, LoraDenoiser) and module.role:
             module.reset(recipe.seed)

@@ -44,7 +44,7 @@ Row = dict[str, Any]
 DENSE_KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 COLUMNS = (
     "forward_ms", "forward_tflops", "both_ms", "backward_tflops", "selection_ms", "selection_both_ms",
-    "forward_speedup", "both_speedup",
+    "selection_graph_ms", "selection_both_graph_ms", "forward_speedup", "both_speedup",
 )  # fmt: skip
 FIELDS = {"forward_speedup": "forward", "both_speedup": "forward and backward"}
 COLOURS = {"triton": "C0", "flex_attention": "C1", "xformers": "C2", "sdpa": "C3"}
@@ -151,7 +151,8 @@ def sparse_rows(call: Call, device: str, repeats: float) -> list[Row]:
 
 
 def selection_ms(call: Call, density: float, device: str, repeats: float) -> Row:
-    """Milliseconds of selecting by pooled top k with the lists of a forward, and with those of a backward, too."""
+    """Milliseconds of selecting by pooled top k with the lists of a forward, and with those of a backward, too: as six
+    launches and more from Python, and as one graph, which is what the GPU itself takes."""
     tiles = call.layout.q_tiles, call.layout.k_tiles
     rule = TopK(*tiles, max(1, round(density * len(tiles[1]))))
     query, key = call.query.detach(), call.key.detach()
@@ -164,7 +165,13 @@ def selection_ms(call: Call, density: float, device: str, repeats: float) -> Row
         return layout.key_lists, layout.query_lists
 
     first, second = (measure(run, device, repeats) * 1e3 for run in (forward, both))
-    return {"selection_ms": first, "selection_both_ms": second}
+    row = {"selection_ms": first, "selection_both_ms": second}
+    if device == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        for name, run in (("selection_graph_ms", forward), ("selection_both_graph_ms", both)):
+            row[name] = float(do_bench_cudagraph(run, rep=20, return_mode="median"))
+    return row
 
 
 def best_dense(rows: list[Row], column: str) -> Row | None:

@@ -22,6 +22,7 @@ from fastgen.ops.block_sparse_attention.result import Result
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, tile_of_token
 
 HALF = (torch.bfloat16, torch.float16)
+MAX_MASK = 2e9  # elements of an expanded mask, a byte each at least; ours
 _BLOCK_MASKS: weakref.WeakKeyDictionary[BlockLayout, Any] = (
     weakref.WeakKeyDictionary()
 )  # one layout serves many layers
@@ -168,11 +169,22 @@ class DenseMask:
         return out if self.mask is None else out.masked_fill(self.blind, 0.0)
 
 
+def mask_refusal(call: Call) -> str | None:
+    """Why the layout cannot be a mask: it would have an element for each pair of tokens and each head with its own."""
+    batch, heads = call.layout.block_map.shape[:2]
+    elements = batch * heads * call.layout.q_tiles.num_tokens * call.layout.k_tiles.num_tokens
+    if call.layout.sees_all or elements <= MAX_MASK:
+        return None
+    return f"its mask would have {elements:.1e} elements, more than {MAX_MASK:.1e}"
+
+
 class SDPA(Backend):
     """torch's scaled_dot_product_attention with the expanded mask; without one, its fastest kernel."""
 
     def refusal(self, call: Call) -> str | None:
-        return "scaled_dot_product_attention returns no lse" if call.needs_lse else None
+        if call.needs_lse:
+            return "scaled_dot_product_attention returns no lse"
+        return mask_refusal(call)
 
     def run(self, call: Call) -> Result:
         query, key, value = (tensor.transpose(1, 2) for tensor in call.rows())
@@ -193,7 +205,7 @@ class XFormers(Backend):
             return "xformers gives no differentiable lse"
         if call.query.dtype not in (*HALF, torch.float32):
             return f"xformers does not compute in {call.query.dtype}"
-        return None
+        return mask_refusal(call)
 
     def run(self, call: Call) -> Result:
         from xformers.ops import memory_efficient_attention

@@ -4,10 +4,12 @@ Every backend computes the same function; one that cannot do a call is refused i
 dense attention is faster on this device, `auto` leaves the sparse kernels.
 """
 
+import dataclasses
 import functools
 import logging
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call
@@ -15,6 +17,7 @@ from fastgen.ops.block_sparse_attention.break_even import break_even_density
 from fastgen.ops.block_sparse_attention.layout import BlockLayout, dense_layout
 from fastgen.ops.block_sparse_attention.naive import Cache, check_shapes
 from fastgen.ops.block_sparse_attention.result import Result
+from fastgen.ops.block_sparse_attention.tiles import Tiles
 
 BackendName = Literal["auto", "triton", "flex_attention", "xformers", "sdpa", "naive"]
 WhenDenseWins = Literal["mask", "full", "stay"]
@@ -74,11 +77,11 @@ def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None)
     if name not in SPARSE or when_dense_wins == "stay" or call.layout.density is None:
         log_once(name, because, warn=bool(refused))
         return name, call
-    reason = BACKENDS["sdpa"].refusal(call)
+    dense = "full" if call.layout.sees_all else when_dense_wins  # nothing is hidden: SDPA needs no mask
+    reason = BACKENDS["sdpa"].refusal(widened(call) if when_dense_wins == "full" else call)
     if reason is not None:
         log_once(name, f"{because}; not sdpa, however dense: {reason}".removeprefix("; "), warn=False)
         return name, call
-    dense = "full" if call.layout.sees_all else when_dense_wins  # nothing is hidden: SDPA needs no mask
     limit = break_even_density(call, name, dense) if break_even is None else break_even
     side = "at least" if call.layout.density >= limit else "below"
     compared = f"density {call.layout.density:.3f} is {side} the break-even density {limit:.3f}"
@@ -92,8 +95,12 @@ def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None)
 
 def widened(call: Call) -> Call:
     """The same call over every pair of tiles."""
-    layout = dense_layout(call.layout.q_tiles, call.layout.k_tiles).to(call.query.device)
-    return Call(call.query, call.key, call.value, layout, call.cache, call.scale, call.grad_keys, call.needs_lse)
+    return dataclasses.replace(call, layout=all_pairs(call.layout.q_tiles, call.layout.k_tiles, call.query.device))
+
+
+@functools.lru_cache(maxsize=64)
+def all_pairs(q_tiles: Tiles, k_tiles: Tiles, device: torch.device) -> BlockLayout:
+    return dense_layout(q_tiles, k_tiles).to(device)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,60 @@
+"""On a GPU: every recipe that needs no download takes its first updates there, and they are those of a CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgen.config import load_recipe
+from fastgen.train import train
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = ("sd15", "sdxl", "wan")  # they name networks that are not here
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if not any(n in p.stem for n in LEFT_OUT))
+FEW = [
+    "train.steps=3", "train.batch_size=24", "train.log_every=1", "train.sample_every=0", "train.eval_every=2",
+    "train.checkpoint_every=2", "eval.num_samples=16", "eval.quick_num_samples=16", "eval.batch_size=16",
+]  # fmt: skip
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def first_updates(name: str, folder: Path, device: str, *overrides: str) -> list[dict[str, Any]]:
+    """The log's lines with losses. A run that continues another starts from its teacher here."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    start = ["init_from=null"] if "init_from" in path.read_text() else []
+    fit = ["backbone.fit_steps=50"] if "fit_steps" in path.read_text() else []
+    fit += ["data.pairs.count=48", "data.pairs.steps=4"] if "pairs: {count" in path.read_text() else []
+    fit += ["objective.phases=[{first: 0, last: 2, updates: 2}, {first: 2, last: 4, updates: 1}]"] * ("phased" in name)
+    recipe = load_recipe(path, [*FEW, *start, *fit, f"output_dir={folder}", f"train.device={device}", *overrides])
+    train(recipe)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(key.endswith("loss") for key in line)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_its_first_updates(name: str, tmp_path: Path) -> None:
+    lines = first_updates(name, tmp_path, "cuda")
+    losses = [value for line in lines for key, value in line.items() if key.endswith("loss")]
+    assert losses and all(abs(value) < 1e6 for value in losses)
+    assert (tmp_path / "export").is_dir()
+
+
+@pytest.mark.parametrize("name", ["mixture_dmd2_4step", "digits_dmd2_4step"])
+def test_the_first_updates_are_those_of_a_cpu(name: str, tmp_path: Path) -> None:
+    """Noise is drawn from counters on the CPU, so that a device changes rounding alone."""
+    here, there = (first_updates(name, tmp_path / device, device) for device in ("cpu", "cuda"))
+    for one, other in zip(here, there, strict=True):
+        for key, value in one.items():
+            if key.endswith("loss"):
+                assert other[key] == pytest.approx(value, rel=2e-3), key
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    exact, mixed = (
+        first_updates("digits_dmd2_4step", tmp_path / name, "cuda", f"train.mixed_precision={name}")
+        for name in ("no", "bf16")
+    )
+    key = "fake_score/loss"
+    assert [line[key] for line in mixed] == pytest.approx([line[key] for line in exact], rel=0.05)
