@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.ops.block_sparse_attention import launch
 from fastgen.ops.block_sparse_attention.configs import KernelConfig
 from fastgen.ops.block_sparse_attention.function import triton_attention
+from fastgen.ops.block_sparse_attention.launch import matrix_view
 from fastgen.ops.block_sparse_attention.layout import BlockLayout, dense_layout, static_layout
 from fastgen.ops.block_sparse_attention.linear_branch import linear_attention, linear_state
 from fastgen.ops.block_sparse_attention.naive import Cache, naive_attention
@@ -296,6 +298,43 @@ def compare_half(layout: BlockLayout, inputs: list[Tensor], dtype: torch.dtype) 
     assert max(errors["out"], errors["lse"]) <= 2e-2
     assert max(value for name, value in errors.items() if name.startswith("d ")) <= 5e-2
     assert all(0.98 <= value <= 1.02 for value in norms.values())
+
+
+@pytest.mark.parametrize("head_major", [False, True], ids=["heads in a row", "heads apart"])
+def test_tensor_descriptors_load_what_pointers_do(head_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full tiles by descriptors, ragged ones by pointers, tiles that start anywhere; a batch, bfloat16."""
+    q_tiles, k_tiles = tile_tokens(43, 16), tile_tokens(60, 16, (21,))
+    layout = static_layout(torch.ones(1, 1, len(q_tiles), len(k_tiles)).triu(-1) > 0, q_tiles, k_tiles)
+    inputs = [tensor.bfloat16() for tensor in tensors(layout, batch=2)]
+    seen: list[Tensor] = []
+    monkeypatch.setattr(launch, "matrix_view", lambda tensor: seen.append(tensor) or matrix_view(tensor))
+
+    def attend(tma: bool) -> dict[str, Tensor]:
+        def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Result:
+            if head_major:
+                query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+            configs = {name: KernelConfig(16, 16, 4, 2, tma) for name in ("forward", "dq", "dkv")}
+            return triton_attention(query, key, value, *rest, configs=configs, **named)
+
+        return outcome(run, layout, inputs, torch.bfloat16)
+
+    expected, actual = attend(False), attend(True)
+    assert len(seen) == 6  # keys and values of the forward and of dq, queries and dout of dkv
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def test_what_a_descriptor_can_show() -> None:
+    """Rows and columns of the matrix, and the steps to a batch and a head; None where memory does not lie so."""
+    tokens = torch.zeros(2, 10, 3, 64, dtype=torch.bfloat16)
+    assert matrix_view(tokens) == ((20, 192), (10, 0, 64))
+    assert matrix_view(tokens.reshape(2, 3, 10, 64).transpose(1, 2)) == ((60, 64), (30, 10, 0))
+    assert matrix_view(torch.zeros(2, 10, 3, 3, 64)[:, :, 1]) == (
+        (20, 192),
+        (10, 0, 64),
+    )  # one of q, k, v in one tensor
+    assert matrix_view(tokens[:, 1:, 1:]) == ((19, 128), (10, 0, 64))
+    assert matrix_view(torch.zeros(2, 10, 3, 66, dtype=torch.bfloat16)[..., :64]) is None  # a head of 132 bytes
+    assert matrix_view(torch.zeros(10 * 192 + 1, dtype=torch.bfloat16)[1:].view(1, 10, 3, 64)) is None
 
 
 @pytest.mark.gpu

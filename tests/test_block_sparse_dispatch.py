@@ -112,6 +112,19 @@ def test_backends_refuse_in_words(caplog: pytest.LogCaptureFixture) -> None:
         attention(*narrow, layout, backend="xformers")
 
 
+def test_a_mask_that_memory_cannot_hold_is_refused() -> None:
+    """At video length an expanded mask is larger than a GPU; over all pairs no mask is needed."""
+    tiles = tile_tokens(32_760, 128)
+    kept = torch.ones(1, 12, len(tiles), len(tiles), dtype=torch.bool).tril()
+    tensors = [torch.zeros(1, 1, 12, 64).expand(1, 32_760, 12, 64) for _ in range(3)]
+    for name in ("sdpa", "xformers"):
+        if name == "xformers" and BACKENDS[name].refusal(Call(*tensors, dense_layout(tiles, tiles))):
+            continue  # not here
+        reason = BACKENDS[name].refusal(Call(*tensors, static_layout(kept, tiles, tiles)))
+        assert reason == "its mask would have 1.3e+10 elements, more than 2.0e+09"
+    assert BACKENDS["sdpa"].refusal(Call(*tensors, dense_layout(tiles, tiles))) is None
+
+
 def test_auto_on_a_cpu_is_sdpa_and_naive_where_lse_is_needed(caplog: pytest.LogCaptureFixture) -> None:
     """The choice is logged once, with its reason."""
     tiles = tile_tokens(20, 16)
