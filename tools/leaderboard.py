@@ -188,7 +188,7 @@ def needed(runs: Mapping[str, Run], only: str, tasks: Sequence[str], rows: Path,
     names = [
         f"{task}_teacher" for task in tasks if only in f"{task}_teacher" and kept(rows, f"{task}_teacher") is None
     ]
-    for run in reversed(runs.values()):  # starts after those that continue them
+    for run in reversed(list(runs.values())):  # starts after those that continue them
         if run.task not in tasks:
             continue
         row = kept(rows, run.name)

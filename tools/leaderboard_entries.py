@@ -6,6 +6,7 @@ batch, average, teacher and evaluation are the budget's, the same for all. Curri
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,7 @@ BUDGETS = {
         "train.ema_decay=0.98", "backbone.fit_steps=800", "eval.metrics=[energy_distance, mode_share_error]",
         "eval.num_samples=4000", "eval.quick_num_samples=20", "eval.batch_size=1000",
     )),
-    "digits": Budget(50, 64, 25.0, 40.0, (
+    "digits": Budget(80, 32, 25.0, 40.0, (
         "train.ema_decay=0.9", "eval.metrics=[fid, accuracy, diversity, digit_stroke]", "eval.num_samples=599",
         "eval.quick_num_samples=20", "eval.batch_size=100",
     )),
@@ -172,6 +173,11 @@ def run_name(entry: str, task: str, steps: int, seed: int) -> str:
     return f"{task}_{entry}_{steps}step_seed{seed}"
 
 
+@cache
+def tells_stop(recipe: str) -> bool:
+    return yaml.safe_load((ROOT / recipe).read_text())["objective"].get("condition_on_stop", False)
+
+
 def make_run(entry: Entry, task: str, steps: int, seed: int, updates: int | None, more: Sequence[str]) -> Run:
     """updates, more: instead of the budget's, and after all other overrides, for trials."""
     budget = BUDGETS[task]
@@ -192,8 +198,7 @@ def make_run(entry: Entry, task: str, steps: int, seed: int, updates: int | None
         f"seed={seed}",
         *more,
     ]
-    told = (yaml.safe_load((ROOT / recipe).read_text())["objective"]).get("condition_on_stop")
-    if steps == 1 and told and entry.objective != "crd":
+    if steps == 1 and tells_stop(recipe) and entry.objective != "crd":
         overrides.append("objective.condition_on_stop=false")  # as in the recipes of one step
     measured = tuple(s for s in STEPS if s <= steps) if entry.any_step and seed == 0 else (steps,)
     start = run_name(entry.start, task, steps, seed) if entry.start else None

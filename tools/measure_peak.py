@@ -64,7 +64,7 @@ def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], Parts]:
     make_moments(parts)
     parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
     held = networks_bytes(parts) + moments_bytes(parts)
-    peaks = {}
+    peaks = dict[str, int]()
     for turn in first_turns(recipe):
         for draw in range(draws):
             with LiveBytes() as live:
