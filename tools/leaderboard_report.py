@@ -111,7 +111,7 @@ def table(found: dict[str, Record], task: str, steps: int) -> list[str]:
     for k in (steps, 50):
         if str(k) in teacher:
             values = [form_of(m)(teacher[str(k)][m]) for m in METRICS[task]]
-            lines.append(f"| the teacher, {k} steps | | {' | '.join(values)} | | | |")
+            lines.append(f"| the teacher, {k} step{'s' * (k > 1)} | | {' | '.join(values)} | | | |")
     return lines
 
 
@@ -186,7 +186,8 @@ def plot(found: dict[str, Record], task: str, folder: Path) -> bool:
         left.plot([], [], "o", color=COLOURS[families.index(family)], label=family)
     left.set(xscale="log", yscale="log", xlabel="network evaluations in training",
              ylabel=f"{METRICS[task][main]} at four steps")  # fmt: skip
-    right.set(xscale="log", xlabel=f"{METRICS[task][main]}: bar and line 4 steps, mean and range; | 2 steps, x 1 step")
+    right.set(xscale="log", xlabel=METRICS[task][main])
+    right.set_title("bar: 4 steps, mean and range of seeds;  | 2 steps;  x 1 step", fontsize=9)
     left.legend(fontsize=7)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{task}.png", dpi=90, metadata={"Software": None})
