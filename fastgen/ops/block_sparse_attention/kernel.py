@@ -1,5 +1,5 @@
-"""The forward kernel; README.md has the derivation. `p_` are pointers, `b_` values on the chip, `i_` indices, `d_` tensor
-descriptors (unused pointers without TMA), `step_` where batches and heads begin in their rows and columns.
+"""The forward kernel; README.md has the derivation. `p_` are pointers, `b_` values on the chip, `i_` indices, `d_`
+tensor descriptors (unused pointers without TMA), `step_` where a batch or head begins in their rows and columns.
 
 A program owns BLOCK_M query rows of one tile and walks the list of key tiles: first the full ones, without a mask,
 then the ragged ones. An entry of a list is start * 256 + length - 1, in rows of [cache | current]; it is all that has
