@@ -177,10 +177,18 @@ def any_step_digits(objective: str) -> Row:
 
 
 def consistency_models(seed: int) -> list[Row]:
-    """On the ring; seed 0 alone also on the digits, with the bounds of flow maps."""
-    names = ("consistency", "scm")
-    result = [any_step_ring(f"mixture_{name}_seed{seed}", name, (f"seed={seed}",)) for name in names]
-    return result if seed else result + [any_step_digits(name) for name in names]
+    """On the ring at four steps and at one; seed 0 alone also on the digits, with the bounds of flow maps."""
+    result, one = [], ("rollout.timesteps=[1.0]",)
+    for name in ("consistency", "scm"):
+        for steps, most, more in ((4, 0.006, ()), (1, 0.012, one)):
+            bounds = {"energy_distance": ("<=", most)}
+            result.append(Row(f"mixture_{name}_{steps}step_seed{seed}", f"recipes/mixture_{name}_4step.yaml", bounds,
+                              (f"seed={seed}", *more)))  # fmt: skip
+            if seed == 0:
+                limit = {"fid": (steps, 0.5 if steps == 4 else 0.25)}
+                recipe = f"recipes/digits_{name}_4step.yaml"
+                result.append(Row(f"digits_{name}_{steps}step", recipe, {}, more, 60.0, limit))
+    return result
 
 
 def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
