@@ -64,6 +64,11 @@ class Denoiser(nn.Module):
         return self.schedule.from_sample(x0, x_t, t, predict)
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the first weight. (diffusers' `dtype` walks through all modules, two milliseconds at each call.)"""
+        return next(self.network.parameters()).dtype
+
+    @property
     def time_embedding(self) -> nn.Module:
         """The submodule that turns the timestep into an embedding."""
         raise NotImplementedError

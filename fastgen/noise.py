@@ -24,13 +24,14 @@ def make_key(*parts: int | str) -> int:
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
     """Logical right shift of signed integers (torch's is arithmetic)."""
-    return (z >> n) & ((1 << (64 - n)) - 1)
+    return (z >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _MIX1
-    z = (z ^ _shift_right(z, 27)) * _MIX2
-    return z ^ _shift_right(z, 31)
+    """In place: most of a draw's time would be new memory."""
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_MIX1)
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_MIX2)
+    return z.bitwise_xor_(_shift_right(z, 31))
 
 
 def _uniform(ids: Tensor, count: int, key: int) -> Tensor:
@@ -38,7 +39,7 @@ def _uniform(ids: Tensor, count: int, key: int) -> Tensor:
     element = torch.arange(1, count + 1, device=ids.device, dtype=torch.int64)
     row = _mix(ids.to(torch.int64) * _GOLDEN + key)
     bits = _mix(_mix(row[:, None] + element * _GOLDEN))
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    return _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53)
 
 
 def uniform(ids: Tensor, shape: tuple[int, ...], key: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,8 +54,8 @@ def normal(ids: Tensor, shape: tuple[int, ...], key: int, dtype: torch.dtype = t
     count = math.prod(shape)
     pairs = (count + 1) // 2
     u = _uniform(ids, 2 * pairs, key)
-    radius, angle = (-2 * u[:, :pairs].log()).sqrt(), 2 * math.pi * u[:, pairs:]
-    z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    radius, angle = u[:, :pairs].log().mul_(-2).sqrt_(), u[:, pairs:] * (2 * math.pi)
+    z = torch.cat([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=1)[:, :count]
     return z.to(dtype).reshape(len(ids), *shape)
 
 

@@ -82,9 +82,9 @@ class SDDenoiser(Denoiser):
         extended = timestep.dim() == 2
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if "pooled" in cond else None
         return self.network(
-            x_t.to(self.network.dtype),
+            x_t.to(self.weight_dtype),
             timestep[:, 0] if extended else timestep,
-            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(self.weight_dtype),
             timestep_cond=timestep[:, 1:] if extended else None,
             added_cond_kwargs=added,
             return_dict=False,

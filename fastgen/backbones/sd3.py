@@ -64,10 +64,11 @@ class SD3Denoiser(Denoiser):
 
     def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         folded = {"context_log_repeats": cond["log_repeats"]} if "log_repeats" in cond else None
+        dtype = self.weight_dtype
         return self.network(
-            hidden_states=x_t.to(self.network.dtype),
-            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
-            pooled_projections=cond["pooled"].to(self.network.dtype),
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            pooled_projections=cond["pooled"].to(dtype),
             timestep=timestep,
             joint_attention_kwargs=folded,
             return_dict=False,

@@ -177,10 +177,11 @@ class WanDenoiser(Denoiser):
             _, height, width = self.network.config.patch_size
             timestep = timestep.repeat_interleave(x_t.shape[-2] // height * (x_t.shape[-1] // width), dim=1)
             timestep = timestep.flatten(1)
+        dtype = self.network.dtype  # not that of its first weights, which stay float32
         return self.network(
-            hidden_states=x_t.to(self.network.dtype).transpose(1, 2),
+            hidden_states=x_t.to(dtype).transpose(1, 2),
             timestep=timestep,
-            encoder_hidden_states=cond["prompt_embeds"].to(self.network.dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             return_dict=False,
         )[0].transpose(1, 2)
 
