@@ -199,10 +199,11 @@ def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     train(row)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    metrics: dict[str, float]
     if row.tilt:
-        metrics: dict[str, float] = measure_tilt(run)
+        metrics = measure_tilt(run)
     else:
-        metrics = evaluate(run)
+        metrics = {} if row.num_steps else evaluate(run)
         for count in row.num_steps:
             named = f", {count} step{'s' * (count > 1)}"
             metrics |= {metric + named: value for metric, value in evaluate(run, count).items()}
@@ -228,11 +229,10 @@ def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(run: Path, num_steps: int | None = None) -> dict[str, float]:
     """What `fastgen eval RUN` gives, with --num-steps where it is not the recipe's."""
-    results = run / (f"acceptance_{num_steps}.json" if num_steps else "acceptance.json")
-    command = [sys.executable, "-m", "fastgen", "eval", str(run), "--output", str(results)]
-    command += ["--num-steps", str(num_steps)] if num_steps else []
-    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
-    return json.loads(results.read_text())["metrics"]
+    sys.path.insert(0, str(ROOT))
+    from fastgen.evaluation import evaluate_path
+
+    return dict(evaluate_path(run, num_steps=num_steps, progress=False)["metrics"])
 
 
 def machine(row: Row) -> str:
