@@ -103,6 +103,20 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[int]]:
+    """Collects how many samples every call of a denoiser inside the context is given; guided, a sample counts twice,
+    and with a forward-mode derivative once. What the backward pass computes again is not counted."""
+    rows: list[int] = []
+    denoisers = [module for module in networks.values() if isinstance(module, Denoiser)]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))) for m in denoisers]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def blend(kept: Iterable[Tensor], given: Iterable[Tensor], decay: float) -> None:
     """kept <- decay kept + (1 - decay) given, in place, each process what it holds; divided alike."""

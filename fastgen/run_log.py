@@ -43,8 +43,10 @@ class RunLog:
                 file.write(f"step {step}: {message}\n")
 
     def write(self, step: int, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, str]:
-        """One row: mean terms, learning rates, seconds a step, memory. Returns what the progress bar shows."""
+        """One row: mean terms, learning rates, seconds a step, memory, and the network evaluations a sample of all
+        updates since the last row. Returns what the progress bar shows."""
         row = self.means()
+        row["evaluations"] = sum(float(sum(v)) for name, v in self._sums.items() if name.endswith("/evaluations"))
         self._sums.clear()
         row |= {f"lr/{role}": optimizer.param_groups[0]["lr"] for role, optimizer in optimizers.items()}
         now = time.perf_counter()

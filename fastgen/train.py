@@ -26,6 +26,7 @@ from fastgen.config import Recipe, RecipeError, dump_recipe, load_recipe
 from fastgen.data import DataError, make_batch
 from fastgen.distributed import average_gradients, start, stored_name
 from fastgen.lora import LoraDenoiser
+from fastgen.networks import counted
 from fastgen.noise import make_key
 from fastgen.objectives import Loss, Turn
 from fastgen.parts import Parts, TrainingError, build, checkpoint_to_resume, open_run, resume, start_from
@@ -138,12 +139,13 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str,
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
         batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs, objective.group_size)
-        with config.autocast(accelerator.device.type):
+        with config.autocast(accelerator.device.type), counted(parts.networks) as rows:
             losses = objective.loss(turn, parts.networks, batch, parts.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:
                 (loss.total / config.accumulate).backward()
                 for name, value in loss.terms.items():
                     terms[name] = terms[name] + value.detach().float() / config.accumulate
+        terms["evaluations"] = terms["evaluations"] + sum(rows) / len(positions) / config.accumulate
     trained = {role: [p for g in parts.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
     if accelerator.num_processes > 1:
         for parameters in trained.values():
@@ -166,7 +168,7 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str,
                 f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
                 "check that the teacher's samples in samples/teacher.png look right"
             )
-        return {"skipped": torch.ones((), device=accelerator.device)}, False
+        return {"skipped": torch.ones((), device=accelerator.device), "evaluations": terms["evaluations"]}, False
     parts.watch.skipped_in_a_row = 0
     return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
 

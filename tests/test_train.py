@@ -60,6 +60,10 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     for key in ("student/loss", "student/fake_lag", "student/grad_norm_student", "fake_score/gan", "fake_score/loss",
                 "fake_score/grad_norm_discriminator", "lr/student", "seconds_per_step", "memory_mb"):  # fmt: skip
         assert key in logged, key
+    # two steps, each of one student update and two of the fake score; a rollout's share differs by its stops
+    student, fake = logged["student/evaluations"], logged["fake_score/evaluations"]
+    assert logged["evaluations"] == pytest.approx(2 * student + 4 * fake)
+    assert 4 <= student <= 7 and 4 <= fake <= 7  # the rollout's 1 to 4, and fake score, teacher and discriminator's
     card = (folder / "export/README.md").read_text()
     assert "| student, 4 steps |" in card and "| teacher, 50 steps |" in card and "6 student updates" in card
     printed = capsys.readouterr().out

@@ -22,7 +22,7 @@ from fastgen.config import Recipe, load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
 from fastgen.parts import Parts, build
-from fastgen.plan import Plan, plan, size, tensors
+from fastgen.plan import Plan, first_turns, plan, size, tensors
 from fastgen.rollout import predict_x0
 from fastgen.train import update
 from fastgen.weightless import LiveBytes
@@ -61,12 +61,11 @@ def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], Parts]:
 
     Text encoders and VAE are not counted: `planned` leaves them out too."""
     parts = build(recipe, Accelerator(cpu=True))
-    turns = recipe.objective.turns(0, parts.state)
     make_moments(parts)
     parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
     held = networks_bytes(parts) + moments_bytes(parts)
-    peaks = {}
-    for turn in turns:
+    peaks = dict[str, int]()
+    for turn in first_turns(recipe):
         for draw in range(draws):
             with LiveBytes() as live:
                 update(parts, turn, 0, make_key(draw, turn.name))
@@ -77,11 +76,10 @@ def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], Parts]:
 def measure_cuda(recipe: Recipe) -> dict[str, int]:
     """The same by the CUDA allocator; text encoders are loaded and count. Not tried: no GPU here."""
     parts = build(recipe, Accelerator())
-    turns = recipe.objective.turns(0, parts.state)
     make_moments(parts)
     parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
     peaks = {}
-    for turn in turns:
+    for turn in first_turns(recipe):
         torch.cuda.reset_peak_memory_stats()
         update(parts, turn, 0, make_key(1, turn.name))
         peaks[turn.name] = torch.cuda.max_memory_allocated()

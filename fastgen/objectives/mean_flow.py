@@ -93,6 +93,7 @@ class MeanFlow(Objective):
     power: float = Field(default=1.0, ge=0, le=1)  # p: "1.0"; 0.75 on CIFAR-10
     floor: float = Field(default=1e-2, gt=0)  # c, of the sum over a sample; 1e-3 on CIFAR-10
     derivative: Backend = "jvp"
+    difference_step: float = Field(default=5e-3, gt=0)  # AnyFlow's; longer ones smooth what embeddings add to D u
     warmup: int = Field(default=0, ge=0)  # FastGen: 2000; 0 trusts the derivative at once
     alpha: AlphaSchedule | None = None
     clip: float | None = Field(default=None, gt=0)  # of alpha-Flow's discrete targets: 4 for XL/2
@@ -159,7 +160,7 @@ class MeanFlow(Objective):
     ) -> Tensor:
         """What u(x, t, s) regresses on where s < t."""
         if not turn.alpha:
-            differentiate = partial(tangent, backend=self.derivative)
+            differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
             return flow_maps.eulerian_target(u, x, t, s, v, own, turn.trust, differentiate)
         found = flow_maps.discrete_target(u, x, t, turn.alpha * s + (1 - turn.alpha) * t, s, v)
         return found if self.clip is None else found.clamp(-self.clip, self.clip)

@@ -1,0 +1,192 @@
+"""The leaderboard has every objective, and its rows are what the single recipes give."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen.checkpoint import complete
+from fastgen.config import Recipe, load_recipe
+from fastgen.evaluation import evaluate_path
+from fastgen.objectives import OBJECTIVES
+from fastgen.train import train
+from tools import leaderboard_report
+from tools.leaderboard import Pool, keep, needed, perform, run_all, run_updates
+from tools.leaderboard_entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASKS, Run, make_runs
+
+ROOT = Path(__file__).parents[1]
+RUNS = make_runs()
+TINY = [
+    "backbone.width=16", "backbone.fit_steps=20", "backbone.fit_batch_size=32", "train.batch_size=16",
+    "eval.num_samples=64", "eval.batch_size=64",
+]  # fmt: skip
+
+
+def test_every_objective_has_an_entry_or_a_reason() -> None:
+    named = {entry.objective for entry in ENTRIES}
+    assert named | ABSENT.keys() == OBJECTIVES.keys()
+    assert not named & ABSENT.keys()
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+def check_run(run: Run) -> Recipe:
+    recipe = load_recipe(run.recipe, [*run.overrides, "output_dir=unused"])
+    assert recipe.objective.name == run.entry.objective, run.name
+    assert (run_updates(recipe), recipe.train.batch_size) == (BUDGETS[run.task].updates, BUDGETS[run.task].batch)
+    assert (recipe.rollout.timesteps, recipe.seed) == (STEPS[run.steps], run.seed)
+    return recipe
+
+
+def test_runs_are_shipped_recipes_under_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for task in TASKS:
+        recipes = [check_run(run) for run in RUNS.values() if (run.task, run.steps, run.seed) == (task, 4, 0)]
+        assert len(recipes) == len(ENTRIES)
+        assert all((r.backbone, r.eval) == (recipes[0].backbone, recipes[0].eval) for r in recipes)
+
+
+@pytest.mark.slow
+def test_all_runs_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for run in RUNS.values():
+        check_run(run)
+
+
+def test_four_steps_have_three_seeds_and_fewer_one() -> None:
+    for task in TASKS:
+        for entry in ENTRIES:
+            own = [run for run in RUNS.values() if (run.entry, run.task) == (entry, task)]
+            wanted = [(4, 0), (4, 1), (4, 2), *((s, 0) for s in (1, 2) if s >= entry.least_steps)]
+            assert sorted((s, run.seed) for run in own for s in run.measured) == sorted(wanted), entry.name
+            assert all(run.start is None or RUNS[run.start].steps == run.steps for run in own)
+
+
+def test_the_whole_takes_four_cpu_hours() -> None:
+    assert sum(run.seconds for run in RUNS.values()) <= 4 * 3600
+
+
+def test_what_is_needed_is_what_has_no_row_and_what_it_starts_from(tmp_path: Path) -> None:
+    runs = make_runs(updates=2)
+    rows, folder = tmp_path / "rows", tmp_path / "runs"
+    assert needed(runs, "teacher", TASKS, rows, folder) == ["ring_teacher", "digits_teacher"]
+    crd = ["ring_crd_1step_seed0", "ring_dmd2_1step_seed0"]
+    assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd
+    keep(rows, crd[1], {"overrides": list(runs[crd[1]].overrides)})
+    assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd  # the row is there, its run is gone
+    (folder / crd[1] / "export").mkdir(parents=True)
+    assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd[:1]
+    keep(rows, crd[0], {"overrides": list(runs[crd[0]].overrides)})
+    assert needed(runs, "crd_1step", ["ring"], rows, folder) == []
+    with pytest.raises(ValueError, match="made with other values"):
+        needed(make_runs(updates=3), "crd_1step", ["ring"], rows, folder)
+
+
+def test_runs_wait_for_their_start_and_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, log = RUNS, tmp_path / "order"
+    names = ["ring_crd_1step_seed0", "ring_dmd2_1step_seed0", "ring_teacher"]
+    write = f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1] + chr(10))"
+    pool = Pool(2, tmp_path / "logs")
+    assert run_all(list(names), runs, pool, [sys.executable, "-S", "-c", write], 60)
+    done = log.read_text().split()
+    assert sorted(done) == names and done.index(names[1]) < done.index(names[0])
+    assert not run_all(list(names), runs, pool, [sys.executable, "-S", "-c", "raise SystemExit(3)"], 60)
+    assert "ring_crd_1step_seed0: not begun" in capsys.readouterr().out
+    began = time.monotonic()
+    assert not run_all(list(names), runs, pool, [sys.executable, "-S", "-c", "import time; time.sleep(60)"], 0.5)
+    assert time.monotonic() - began < 10 and not pool.running
+
+
+def test_a_row_is_what_the_single_recipe_gives(tmp_path: Path) -> None:
+    run = make_runs(2, TINY)["ring_dmd2_2step_seed0"]
+    perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
+    row = json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())
+    train(load_recipe(ROOT / run.recipe, [*row["overrides"], "train.device=cpu", f"output_dir={tmp_path / 'single'}"]))
+    single = evaluate_path(tmp_path / "single", device="cpu", progress=False)["metrics"]
+    assert single == {name: row["results"]["2"][name] for name in single}
+    # four turns of the fake score, one of the student with the teacher; a rollout calls once or twice
+    assert 2 * 16 * (4 * 2 + 3) <= row["evaluations"] <= 2 * 16 * (4 * 3 + 4)
+    assert row["updates"] == 2 and row["seconds_per_update"] > 0 and 0.01 < row["peak_mb"] < 10
+
+
+def test_the_table_is_sorted_and_counts_the_start() -> None:
+    def record(entry: str, seed: int, energy: float, start: str | None = None) -> dict[str, Any]:
+        metrics = {"energy_distance": energy, "mode_share_error": 0.01, "linear": 0.2}
+        return {"entry": entry, "task": "ring", "seed": seed, "start": start, "results": {"4": metrics},
+                "evaluations": 1_000_000, "seconds_per_update": 0.1}  # fmt: skip
+
+    found = {f"d{seed}": record("dmd2", seed, 0.002 + 0.001 * seed) for seed in range(3)}
+    found["c"] = record("crd", 0, 0.001, "d0")
+    lines = leaderboard_report.table(found, "ring", 4)[5:]
+    assert lines[0] == "| `crd` | with a reward, from `dmd2` | 0.0010 | 0.0100 | 0.200 | 0.100 |  | 2.00 M |"
+    assert lines[1].startswith("| `dmd2` | distribution matching | 0.0030 (0.0020 to 0.0040) |")
+    assert leaderboard_report.table(found, "digits", 4) == []
+
+
+def launch(folder: Path, name: str, only: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "tools/leaderboard.py"), "--only", only, "--task", "ring", "--updates", "60",
+               "--runs", str(folder / name), "--rows", str(folder / f"{name}/board/rows"), *TINY]  # fmt: skip
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_killed_leaderboard_goes_on_to_the_same_row(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a training: nothing trains on, and begun again the rows are those of a whole run."""
+    names, only = ("ring_dmd2_1step_seed0", "ring_crd_1step_seed0"), "crd_1step"
+    assert launch(tmp_path, "whole", only).wait() == 0
+    process, checkpoints = launch(tmp_path, "killed", only), tmp_path / "killed" / names[0] / "checkpoints"
+    while not complete(checkpoints):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)
+    there = [c.name for c in complete(checkpoints)]
+    time.sleep(1)
+    assert [c.name for c in complete(checkpoints)] == there != ["step_00000060"]
+    assert launch(tmp_path, "killed", only).wait() == 0
+    for name in names:
+        whole, killed = (
+            json.loads((tmp_path / run / "board/rows" / f"{name}.json").read_text()) for run in ("whole", "killed")
+        )
+        for key in ("results", "evaluations", "updates", "overrides"):
+            assert whole[key] == killed[key], key
+    log = (tmp_path / "killed/logs" / f"{names[0]}.log").read_text()
+    assert "continuing from" in log
+    before = (tmp_path / "killed/board/rows" / f"{names[0]}.json").stat().st_mtime_ns
+    assert launch(tmp_path, "killed", only).wait() == 0
+    assert (tmp_path / "killed/board/rows" / f"{names[0]}.json").stat().st_mtime_ns == before
+    assert "`crd`" in (tmp_path / "killed/board.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [entry.name for entry in ENTRIES if entry.any_step])
+def test_any_number_of_steps_is_one_training(entry: str, tmp_path: Path) -> None:
+    """Measured at one step, the run of four is the recipe of one step."""
+    run = make_runs(2, TINY)[f"ring_{entry}_4step_seed0"]
+    perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
+    row = json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())
+    for steps in (2, 1):
+        single = tmp_path / f"single{steps}"
+        levels = f"rollout.timesteps={list(STEPS[steps])}"
+        train(load_recipe(ROOT / run.recipe, [*row["overrides"], levels, "train.device=cpu", f"output_dir={single}"]))
+        metrics = evaluate_path(single, device="cpu", progress=False)["metrics"]
+        assert metrics == {name: row["results"][str(steps)][name] for name in metrics}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [entry.name for entry in ENTRIES if not entry.any_step])
+def test_every_entry_trains_on_the_ring(entry: str, tmp_path: Path) -> None:
+    runs = make_runs(4, TINY)
+    for steps in STEPS:
+        name = f"ring_{entry}_{steps}step_seed0"
+        if name in runs:
+            chain = [runs[n] for n in (runs[name].start, name) if n]
+            for run in chain:
+                perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
+            assert json.loads((tmp_path / "rows" / f"{name}.json").read_text())["evaluations"] > 0

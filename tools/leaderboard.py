@@ -1,0 +1,341 @@
+"""Every objective on the ring and on the digits, under one budget: docs/leaderboard.md and its plots.
+
+    python tools/leaderboard.py --plan                    # runs, updates and the CPU hours they should take
+    python tools/leaderboard.py                           # all of it; started again, it goes on where it was
+    python tools/leaderboard.py --only dmd2 --task ring   # a part: runs whose name contains this, and their starts
+    python tools/leaderboard.py --jobs 14 --device cuda --deadline 3000
+    python tools/leaderboard.py --report                  # the table and plots again, of the rows there are
+
+Every run is a process of one thread: it trains a recipe as `fastgen train` does, from its last checkpoint if there is
+one, measures it as `fastgen eval` does, and keeps one row in docs/leaderboard/rows. A row that is there is not run
+again. --updates and `key=value` overrides are for trials, whose rows go elsewhere (--rows)."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.leaderboard_entries import BUDGETS, STEPS, TASKS, Run, make_runs  # noqa: E402
+
+ROWS = ROOT / "docs/leaderboard/rows"
+TEACHER_STEPS = (50, 4, 2, 1)
+GRACE = 20.0  # seconds a run has to end when it is asked to
+
+
+# --- one run, in its own process
+
+
+def perform(run: Run, runs: Path, rows: Path, device: str, jobs: int) -> None:
+    """Trains (or continues) a run, measures it, and keeps its row."""
+    from fastgen.config import load_recipe
+    from fastgen.train import train
+
+    recipe = load_recipe(ROOT / run.recipe, launched(run, runs, device))
+    folder = runs / run.name
+    if not (folder / "export").is_dir():
+        train(recipe)
+    results = {str(steps): measure(folder, steps, recipe, device) for steps in run.measured}
+    record = {
+        "name": run.name, "entry": run.entry.name, "task": run.task, "steps": run.steps, "seed": run.seed,
+        "start": run.start, "recipe": run.recipe, "overrides": list(run.overrides), "results": results,
+        **costs(folder, recipe, run, device), "cpu_seconds": cpu_seconds(), "jobs": jobs, **machine(device),
+    }  # fmt: skip
+    keep(rows, run.name, record)
+
+
+def launched(run: Run, runs: Path, device: str) -> list[str]:
+    """The overrides of `fastgen train`."""
+    start = [f"init_from={runs / run.start}"] if run.start else []
+    return [*run.overrides, *start, f"train.device={device}", f"output_dir={runs / run.name}"]
+
+
+def measure(folder: Path, steps: int, recipe: Any, device: str) -> dict[str, float]:
+    """What `fastgen eval` gives of a run with these steps, and the reward of its first samples where points have one.
+
+    Of a student that samples in any number of steps the policy is another one than it was exported with."""
+    from fastgen.evaluation import evaluate_with_samples
+    from fastgen.pipelines.sampler import load_sampler
+
+    sampler = load_sampler(folder, device=device)
+    sampler.policy = dataclasses.replace(sampler.policy, timesteps=STEPS[steps])
+    row, samples = evaluate_with_samples(sampler, recipe.eval, progress=False)
+    return row["metrics"] | point_reward(samples) | {"network_evaluations": sampler.network_evaluations}
+
+
+def point_reward(samples: Any) -> dict[str, float]:
+    """The ring's reward, half of x, of the samples an evaluation returns."""
+    return {"linear": float(samples[:, 0].mean()) / 2} if samples.dim() == 2 else {}
+
+
+def costs(folder: Path, recipe: Any, run: Run, device: str) -> dict[str, float]:
+    """Of the training, by its log: wall seconds a student update, evaluations of networks in all, peak memory."""
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = [row for row in logged if "seconds_per_step" in row]
+    steps = [b - a for a, b in zip([0, *(r["step"] for r in logged)], [r["step"] for r in logged], strict=False)]
+    updates = run_updates(recipe)
+    seconds = sum(row["seconds_per_step"] * n for row, n in zip(logged, steps, strict=True))
+    samples = sum(row["evaluations"] for row in logged) + pair_evaluations(recipe, recipe.train.steps)
+    found = {"updates": updates, "seconds_per_update": seconds / updates}
+    found["evaluations"] = round(samples * recipe.train.batch_size)
+    if device == "cuda":
+        return found | {"peak_mb": logged[-1]["memory_mb"]}
+    return found | ({"peak_mb": peak_memory(run) / 1e6} if run.seed == 0 else {})
+
+
+def run_updates(recipe: Any) -> int:
+    """Of the student: DisBack's degradation is none."""
+    return recipe.train.steps - getattr(recipe.objective, "degradation", 0)
+
+
+def pair_evaluations(recipe: Any, updates: int) -> float:
+    """The teacher's evaluations for ODE pairs, a sample of the batch: the ring's are made for every batch, the digits'
+    once."""
+    if "pairs" not in recipe.objective.needs:
+        return 0.0
+    if recipe.data.name == "mixture":
+        turns = recipe.objective.turns(0, recipe.objective.init_state())
+        return recipe.data.pair_steps * updates * sum(turn.updates for turn in turns)
+    return recipe.data.pairs.count * recipe.data.pairs.steps / recipe.train.batch_size
+
+
+def peak_memory(run: Run) -> int:
+    """Bytes of live tensors at the peak of an update, of all turns the largest: tools/measure_peak.py."""
+    from fastgen.config import load_recipe
+    from tools.measure_peak import measure as peaks
+
+    quick = ["backbone.fit_steps=0"] if run.task == "ring" else []
+    pairs = ["data.pairs={count: 64, steps: 1}"] if any("data.pairs" in o for o in run.overrides) else []
+    recipe = load_recipe(ROOT / run.recipe, [*run.overrides, *quick, *pairs, "output_dir=unused"])
+    return max(peaks(recipe)[0].values())
+
+
+def perform_teacher(task: str, rows: Path, device: str) -> None:
+    """The teacher without guidance, under the same evaluation."""
+    import torch
+
+    from fastgen.config import load_recipe
+    from fastgen.evaluation import evaluate_with_samples
+    from fastgen.pipelines.sampler import teacher_sampler
+
+    run = next(run for run in make_runs().values() if run.task == task)
+    recipe = load_recipe(ROOT / run.recipe, [*run.overrides, "output_dir=unused"])
+    backbone = recipe.backbone.build(torch.device(device), torch.float32, 0)
+    results = {}
+    for steps in TEACHER_STEPS:
+        sampler = teacher_sampler(backbone, steps, 1.0)
+        row, samples = evaluate_with_samples(sampler, recipe.eval, progress=False)
+        results[str(steps)] = row["metrics"] | point_reward(samples)
+    keep(rows, f"{task}_teacher", {"name": f"{task}_teacher", "task": task, "results": results, **machine(device)})
+
+
+def cpu_seconds() -> float:
+    """Of this process: after a kill, of its last life alone."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def machine(device: str) -> dict[str, str]:
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {"device": name, "commit": commit.stdout.strip()}
+
+
+def follow(parent: int) -> None:
+    """Ends this process when the one that began it is gone, so that nothing else trains when it is begun again."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- rows
+
+
+def kept(rows: Path, name: str) -> dict[str, Any] | None:
+    path = rows / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def keep(rows: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Atomically."""
+    rows.mkdir(parents=True, exist_ok=True)
+    partial = rows / f".{name}.{os.getpid()}"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, rows / f"{name}.json")
+
+
+def needed(runs: Mapping[str, Run], only: str, tasks: Sequence[str], rows: Path, folder: Path) -> list[str]:
+    """The names of what is to be done: teachers, and runs without a row; also finished ones whose folder is gone and
+    from which another one starts. Raises ValueError for a row that was made with other values."""
+    names = [
+        f"{task}_teacher" for task in tasks if only in f"{task}_teacher" and kept(rows, f"{task}_teacher") is None
+    ]
+    for run in reversed(list(runs.values())):  # starts after those that continue them
+        if run.task not in tasks:
+            continue
+        row = kept(rows, run.name)
+        if row is not None and row["overrides"] != list(run.overrides):
+            raise ValueError(f"{rows / run.name}.json was made with other values than now; remove it, and "
+                             f"{folder / run.name}")  # fmt: skip
+        asked = only in run.name and row is None
+        started_from = any(runs[name].start == run.name for name in names if name in runs)
+        if asked or (started_from and not (folder / run.name / "export").is_dir()):
+            names.append(run.name)
+    return names
+
+
+# --- many runs
+
+
+@dataclasses.dataclass
+class Pool:
+    """Runs as processes of one thread, at most `jobs` at a time; what `command` a name has is the caller's."""
+
+    jobs: int
+    logs: Path
+    running: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (self.logs / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+    def ended(self) -> dict[str, int]:
+        """Names of those that have ended, and their exit codes."""
+        codes = {name: process.poll() for name, process in self.running.items()}
+        return {name: self.running.pop(name).returncode for name, code in codes.items() if code is not None}
+
+    def stop(self) -> None:
+        """Asks all to end, then ends them; a checkpoint is complete or not there."""
+        for process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        limit = time.monotonic() + GRACE
+        for process in self.running.values():
+            try:
+                process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.running.clear()
+
+
+def run_all(names: list[str], runs: Mapping[str, Run], pool: Pool, command: Sequence[str], deadline: float) -> bool:
+    """Longest first, each after its start. False if any failed or time was up.
+    command: a child's, but for its name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    left = sorted(names, key=lambda n: -runs[n].seconds if n in runs else 0.0)
+    failed, end = list[str](), time.monotonic() + deadline
+    try:
+        while left or pool.running:
+            if time.monotonic() >= end:
+                print(f"time is up: {len(pool.running)} runs ended early, {len(left)} not begun")
+                return False
+            for name, code in pool.ended().items():
+                print(f"{name}: {'done' if code == 0 else f'failed, see {pool.logs / name}.log'}", flush=True)
+                failed += [name] * (code != 0)
+            left = [name for name in left if not lost(name, runs, failed)]
+            waiting = {*left, *pool.running}
+            ready = [n for n in left if n not in runs or runs[n].start not in waiting]
+            for name in ready[: pool.jobs - len(pool.running)]:
+                left.remove(name)
+                pool.start(name, [*command, "--child", name])
+            time.sleep(0.2)
+    finally:
+        pool.stop()
+    return not failed
+
+
+def lost(name: str, runs: Mapping[str, Run], failed: list[str]) -> bool:
+    """Whether what a run starts from has failed; then it has, too."""
+    if name in runs and runs[name].start in failed:
+        failed.append(name)
+        print(f"{name}: not begun, as {runs[name].start} failed")
+        return True
+    return False
+
+
+def print_plan(names: Sequence[str], runs: Mapping[str, Run]) -> None:
+    """What is left to do, and how long it should take on one core."""
+    for task in TASKS:
+        chosen = [runs[n] for n in names if n in runs and runs[n].task == task]
+        hours = sum(run.seconds for run in chosen) / 3600
+        budget = BUDGETS[task]
+        print(
+            f"{task}: {len(chosen)} runs of {budget.updates} updates of {budget.batch} samples, {hours:.2f} CPU hours"
+        )
+    print(f"all: {sum(runs[n].seconds for n in names if n in runs) / 3600:.2f} CPU hours")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="key=value, after those of every run, for trials")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--plan", action="store_true", help="say what is left to do, and stop")
+    parser.add_argument("--report", action="store_true", help="write the table and plots, and stop")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/leaderboard")
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds; then what runs is ended")
+    parser.add_argument("--updates", type=int, help="instead of the budget's, for trials")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if (given.overrides or given.updates) and given.rows == ROWS:
+        parser.error("a trial needs a folder of its own for its rows: --rows FOLDER")
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+    runs, folder, rows = make_runs(given.updates, given.overrides), given.runs.absolute(), given.rows.absolute()
+    if given.child:
+        follow(os.getppid())
+    if given.child in runs:
+        perform(runs[given.child], folder, rows, given.device, given.jobs)
+        return 0
+    if given.child:
+        perform_teacher(given.child.removesuffix("_teacher"), rows, given.device)
+        return 0
+    try:
+        names = needed(runs, given.only, [given.task] if given.task else TASKS, rows, folder)
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    if given.plan:
+        print_plan(names, runs)
+        return 0
+    held = True
+    if not given.report:
+        command = [sys.executable, str(ROOT / "tools/leaderboard.py"), "--device", given.device, "--jobs",
+                   str(given.jobs), "--runs", str(folder), "--rows", str(rows)]  # fmt: skip
+        command += ["--updates", str(given.updates)] if given.updates else []
+        command += given.overrides
+        held = run_all(names, runs, Pool(given.jobs, folder / "logs"), command, given.deadline)
+    from tools.leaderboard_report import write_report
+
+    write_report(rows, rows.parent.with_suffix(".md"))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
