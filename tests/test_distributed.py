@@ -97,6 +97,7 @@ def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(tmp_path: Path
     assert error < 1e-9
 
 
+@pytest.mark.slow
 def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
     """Bytes allocated by every process, counted at each operation while the networks are made, and those held after
     an update of every turn."""

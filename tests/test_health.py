@@ -98,6 +98,7 @@ def planted(folder: Path, *overrides: str) -> str:
     return warnings_of(folder)
 
 
+@pytest.mark.slow
 def test_a_student_frozen_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its samples are nearly the origin, and its learning rate does nothing about it."""
     build = program.build
@@ -121,6 +122,7 @@ def test_a_fake_score_that_does_not_update(tmp_path: Path) -> None:
     assert "fake_score is not learning" in said
 
 
+@pytest.mark.slow
 def test_a_learning_rate_a_hundred_times_too_high(tmp_path: Path) -> None:
     usual = load_recipe(RING).optimizers["student"].lr
     said = planted(tmp_path / "run", f"optimizers.student.lr={100 * usual}", "train.steps=100")
@@ -128,6 +130,7 @@ def test_a_learning_rate_a_hundred_times_too_high(tmp_path: Path) -> None:
     assert "lower optimizers.student.lr" in said
 
 
+@pytest.mark.slow
 def test_stopping_at_a_warning_and_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint from before the first warning survives rotation."""
     look = Watch.look
@@ -142,6 +145,7 @@ def test_stopping_at_a_warning_and_the_last_good_checkpoint(tmp_path: Path, monk
         train(load_recipe(RING, [*options, f"output_dir={tmp_path / 'stopped'}", "health.stop=true"]))
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three bad losses cost three updates and leave the weights finite; eleven in a row end the run."""
     loss, calls, bad = DMD2.loss, itertools.count(), {30, 31, 40}

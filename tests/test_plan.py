@@ -78,9 +78,12 @@ VARIANTS = {
 
 
 CASES = [(n, v) for n in ("digits", "sd", "wan") for v in VARIANTS if n == "sd" or not v.startswith("accumulated")]
+QUICK = [("digits", "full"), ("sd", "accumulated, bf16"), ("wan", "lora, checkpointed, bf16")]  # the rest is slow
 
 
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(
+    ("name", "variant"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_the_plan_is_within_ten_percent_of_the_measured_one(backbones, name, variant) -> None:
     backbone, batch_size = backbones[name]
     recipe = recipe_of(backbone, batch_size, **VARIANTS[variant])
