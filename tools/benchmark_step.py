@@ -5,7 +5,7 @@ loss, backward, clip, AdamW; then a rollout with gradient, teacher and fake forw
 and the moving average. The plain side draws torch.randn noise and has its conditioning ready.
 
 Prints the median of the repeats of each, their ratio, and the median of the ratios of neighbours, which a machine
-that slows down and speeds up moves less."""
+that slows down and speeds up moves less; and the ratio of CPU seconds, which other programs move least."""
 
 import argparse
 import copy
@@ -125,6 +125,11 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
     return step
 
 
+def median_ratio(values: dict[str, list[float]]) -> float:
+    ours, other = (statistics.median(series[2:]) for series in values.values())
+    return ours / other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
@@ -133,16 +138,19 @@ def main() -> None:
     recipe = load_recipe("recipes/digits_dmd2_4step.yaml", ["output_dir=unused", *arguments.overrides])
     steps = {"fastgen": ours(recipe), "plain torch": plain(recipe, arguments.repeats + 2)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    processor: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 2):  # the first two warm up
         for name, step in steps.items():
             torch.manual_seed(repeat)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             step(repeat)
             seconds[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - used)
     medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     paired = [a / b for a, b in zip(seconds["fastgen"][2:], seconds["plain torch"][2:], strict=True)]
     result = {**medians, "ratio of medians": medians["fastgen"] / medians["plain torch"],
               "median of paired ratios": statistics.median(paired), "paired ratios": paired,
+              "ratio of CPU seconds": median_ratio(processor),
               "batch_size": recipe.train.batch_size, "threads": torch.get_num_threads(),
               "torch": torch.__version__}  # fmt: skip
     print(json.dumps(result, indent=2))
