@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the first weight. (diffusers' `dtype` walks through all modules, two milliseconds at each call.)"""
+        """Of the first weight. (diffusers' `dtype` walks through all modules at each call.)"""
         return next(self.network.parameters()).dtype
 
     @property

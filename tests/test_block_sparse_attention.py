@@ -265,6 +265,8 @@ def test_what_the_kernels_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             triton_attention(*change(*on(good)), layout.to(DEVICE))
+    with pytest.raises(ValueError, match=r"scale must be positive, got -0\.5"):
+        triton_attention(*on(good), layout.to(DEVICE), scale=-0.5)
     columns = torch.zeros(1, 20, 64, 2, device=DEVICE).transpose(2, 3)
     with pytest.raises(ValueError, match="last dimension must be contiguous"):
         triton_attention(columns, columns, columns, layout.to(DEVICE))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.ops.block_sparse_attention import break_even
+from fastgen.ops.block_sparse_attention import backends, break_even
 from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call, aligned_bias, flex_block_mask
 from fastgen.ops.block_sparse_attention.break_even import crossing, random_call, remembered
 from fastgen.ops.block_sparse_attention.dispatch import attention, choose, log_once
@@ -177,6 +177,13 @@ def test_sparse_is_left_where_dense_wins(as_on_a_gpu: None, caplog: pytest.LogCa
     full = attention(*tensors, **named, when_dense_wins="full").out
     assert torch.allclose(full, naive_attention(*tensors, wide.layout).out, atol=1e-5)
     assert not torch.allclose(full, masked, atol=1e-2)
+
+
+def test_sparse_stays_where_no_mask_fits(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mask refused, `mask` keeps the kernels; `full` needs none."""
+    monkeypatch.setattr(backends, "MAX_MASK", 1)
+    assert choose(half_dense_call(), "mask", 0.4)[0] == "triton"
+    assert choose(half_dense_call(), "full", 0.4)[0] == "sdpa"
 
 
 def test_a_layout_of_unknown_density_stays_sparse(as_on_a_gpu: None) -> None:

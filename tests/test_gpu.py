@@ -50,7 +50,7 @@ def test_a_recipe_takes_its_first_updates(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mixture_dmd2_4step", "digits_dmd2_4step"])
 def test_the_first_updates_are_those_of_a_cpu(name: str, tmp_path: Path) -> None:
-    """Noise is drawn from counters on the CPU, so that a device changes rounding alone."""
+    """Noise is drawn by counters, so that a device changes rounding alone."""
     here, there = (first_updates(name, tmp_path / device, device) for device in ("cpu", "cuda"))
     for one, other in zip(here, there, strict=True):
         for key, value in one.items():

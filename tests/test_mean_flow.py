@@ -129,6 +129,17 @@ def test_the_derivative_is_trusted_by_degrees() -> None:
     assert torch.allclose(one_loss(none, untrusted, networks, batch), trajectory)
 
 
+def test_a_finite_difference_is_as_long_as_it_is_told() -> None:
+    """At the exact map the loss is 0 with the derivative, and with a central difference of length h of order h^4."""
+    networks, batch = exact_networks(), gaussian_batch()
+    plain = MeanFlow(pairs=TimePairs(diagonal=0.0), power=0.0, derivative="difference")
+    losses = [
+        float(one_loss(dataclasses.replace(plain, difference_step=step), turn(0.0), networks, batch))
+        for step in (0.005, 0.02, 0.1)
+    ]
+    assert losses[0] < 1e-6 and losses[0] < losses[1] / 30 < losses[2] / 900
+
+
 # --- guidance
 
 

@@ -139,12 +139,12 @@ def tilts() -> list[Row]:
     return result
 
 
-def train(row: Row) -> None:
+def train(row: Row, device: str) -> None:
     """Trains a row's run, or continues it; nothing where it is complete."""
     if (RUNS / row.name / "export").is_dir():
         return
     command = [sys.executable, str(ROOT / "fastgen/train.py"), row.recipe, f"output_dir={RUNS / row.name}"]
-    command += row.overrides
+    command += [*row.overrides, f"train.device={device}"]
     if row.starts_from:
         command.append(f"init_from={RUNS / row.starts_from}")
     subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
@@ -195,13 +195,13 @@ def consistency_models(seed: int) -> list[Row]:
     return result
 
 
-def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
+def run_row(row: Row, teacher: dict[str, Any], device: str) -> dict[str, Any]:
     """Trains (or continues) and evaluates; returns the record that is kept."""
     run = RUNS / row.name
     if row.starts_from:  # its numbers may be kept, and its run gone
-        train(next(other for other in rows() if other.name == row.starts_from))
+        train(next(other for other in rows() if other.name == row.starts_from), device)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    train(row)
+    train(row, device)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     metrics: dict[str, float]
     if row.tilt:
@@ -227,7 +227,7 @@ def run_row(row: Row, teacher: dict[str, Any]) -> dict[str, Any]:
         "held": held,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(row),
+        "machine": machine(device),
     }
 
 
@@ -239,13 +239,12 @@ def evaluate(run: Path, num_steps: int | None = None) -> dict[str, float]:
     return dict(evaluate_path(run, num_steps=num_steps, progress=False)["metrics"])
 
 
-def machine(row: Row) -> str:
+def machine(device: str) -> str:
     """What it was trained on, with the versions that matter."""
     import torch
 
-    on_gpu = "train.device=cuda" in row.overrides and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def measure_tilt(run: Path) -> dict[str, float]:
@@ -337,8 +336,6 @@ def main() -> int:
     if arguments.list:
         print("\n".join(row.name for row in chosen))
         return 0
-    if arguments.device == "cuda":
-        chosen = [dataclasses.replace(row, overrides=(*row.overrides, "train.device=cuda")) for row in chosen]
     teacher = kept("digits_teacher") or {}
     missing = [k for k in TEACHER_STEPS if str(k) not in teacher]
     if missing and any(row.teacher_bounds for row in chosen):
@@ -346,7 +343,7 @@ def main() -> int:
         keep("digits_teacher", teacher)
     for row in chosen:
         if kept(row.name) is None:
-            keep(row.name, run_row(row, teacher))
+            keep(row.name, run_row(row, teacher, arguments.device))
         write_report(rows())
     failed = [row.name for row in chosen if not all(kept(row.name)["held"].values())]  # type: ignore[index]
     print(

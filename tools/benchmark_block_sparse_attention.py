@@ -48,6 +48,7 @@ COLUMNS = (
 )  # fmt: skip
 FIELDS = {"forward_speedup": "forward", "both_speedup": "forward and backward"}
 COLOURS = {"triton": "C0", "flex_attention": "C1", "xformers": "C2", "sdpa": "C3"}
+SPEED_UPS = (1 / 16, 1 / 8, 0.25, 0.5, 1, 2, 4, 8, 16)  # what the picture's axis names
 MASK_BYTES = 8e9  # masked backends are left out above this: the mask has an element for each pair and head
 
 
@@ -205,6 +206,10 @@ def draw(report: Row, path: Path) -> None:
     """Speed-up over the best dense kernel against density: a column each shape, forward above, both below."""
     shapes = list(dict.fromkeys((row["queries"], row["keys"]) for row in report["rows"]))
     densities = sorted({row["density"] for row in report["rows"]})
+    limits = []
+    for field in FIELDS:
+        found = [row[field] for row in report["rows"] if row["backend"] in COLOURS and field in row]
+        limits.append((min([0.5, *found]) / 1.2, max([2.0, *found]) * 1.2))
     figure, axes = plt.subplots(2, len(shapes), figsize=(5 * len(shapes), 7), squeeze=False, layout="constrained")
     for column, shape in enumerate(shapes):
         for line, (field, title) in enumerate(FIELDS.items()):
@@ -220,6 +225,8 @@ def draw(report: Row, path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel="density", title=f"{shape[0]} x {shape[1]}, {title}")
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set_xticks(densities, [f"{density:g}" for density in densities], minor=False)
+            axis.set_yticks(SPEED_UPS, [f"{ratio:g}" for ratio in SPEED_UPS])
+            axis.set_ylim(*limits[line])
             axis.minorticks_off()
     axes[0][0].legend()
     axes[0][0].set_ylabel("speed-up over the best dense kernel")
