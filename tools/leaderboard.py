@@ -215,7 +215,8 @@ class Pool:
 
     def start(self, name: str, command: Sequence[str]) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
         with (self.logs / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
