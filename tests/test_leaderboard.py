@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +93,34 @@ def test_what_is_needed_is_what_has_no_row_and_what_it_starts_from(tmp_path: Pat
         needed(make_runs(updates=3), "crd_1step", ["ring"], rows, folder)
 
 
+def write_name(name: str, path: Path) -> None:
+    with path.open("a") as file:
+        file.write(f"{name}\n")
+
+
+def fail(name: str) -> None:
+    sys.exit(3)
+
+
+def wait(name: str) -> None:
+    time.sleep(60)
+
+
 def test_runs_wait_for_their_start_and_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs, log = RUNS, tmp_path / "order"
+    runs, order = RUNS, tmp_path / "order"
     names = ["ring_crd_1step_seed0", "ring_dmd2_1step_seed0", "ring_teacher"]
-    write = f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1] + chr(10))"
-    pool = Pool(2, tmp_path / "logs")
-    assert run_all(list(names), runs, pool, [sys.executable, "-S", "-c", write], 60)
-    done = log.read_text().split()
+
+    def run(work: Callable[[str], None], deadline: float) -> bool:
+        return run_all(list(names), runs, Pool(2, tmp_path / "logs", work, method="fork"), deadline)
+
+    assert run(partial(write_name, path=order), 60)
+    done = order.read_text().split()
     assert sorted(done) == names and done.index(names[1]) < done.index(names[0])
-    assert not run_all(list(names), runs, pool, [sys.executable, "-S", "-c", "raise SystemExit(3)"], 60)
+    assert not run(fail, 60)
     assert "ring_crd_1step_seed0: not begun" in capsys.readouterr().out
     began = time.monotonic()
-    assert not run_all(list(names), runs, pool, [sys.executable, "-S", "-c", "import time; time.sleep(60)"], 0.5)
-    assert time.monotonic() - began < 10 and not pool.running
+    assert not run(wait, 0.5)
+    assert time.monotonic() - began < 10 and not multiprocessing.active_children()
 
 
 def test_a_row_is_what_the_single_recipe_gives(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ again. --updates and `key=value` overrides are for trials, whose rows go elsewhe
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +158,13 @@ def machine(device: str) -> dict[str, str]:
     return {"device": name, "commit": commit.stdout.strip()}
 
 
-def follow(parent: int) -> None:
+def follow() -> None:
     """Ends this process when the one that began it is gone, so that nothing else trains when it is begun again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -207,41 +211,62 @@ def needed(runs: Mapping[str, Run], only: str, tasks: Sequence[str], rows: Path,
 
 @dataclasses.dataclass
 class Pool:
-    """Runs as processes of one thread, at most `jobs` at a time; what `command` a name has is the caller's."""
+    """Runs as processes of one thread, at most `jobs` at a time, forked (but on a GPU) from one that has done the
+    imports. work: what a process does with a run's name, picklable; its exit code is that of sys.exit."""
 
     jobs: int
     logs: Path
-    running: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
+    work: Callable[[str], None]
+    method: str = "forkserver"
+    running: dict[str, BaseProcess] = dataclasses.field(default_factory=dict)
 
-    def start(self, name: str, command: Sequence[str]) -> None:
+    def start(self, name: str) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-        with (self.logs / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        context = multiprocessing.get_context(self.method)
+        context.set_forkserver_preload(["fastgen.train", "fastgen.evaluation"])
+        self.running[name] = context.Process(target=logged, args=(self.logs / f"{name}.log", self.work, name))  # type: ignore[attr-defined]
+        self.running[name].start()
 
     def ended(self) -> dict[str, int]:
         """Names of those that have ended, and their exit codes."""
-        codes = {name: process.poll() for name, process in self.running.items()}
-        return {name: self.running.pop(name).returncode for name, code in codes.items() if code is not None}
+        codes = {name: process.exitcode for name, process in self.running.items()}
+        found = {name: code for name, code in codes.items() if code is not None}
+        for name in found:
+            del self.running[name]
+        return found
 
     def stop(self) -> None:
         """Asks all to end, then ends them; a checkpoint is complete or not there."""
         for process in self.running.values():
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
         limit = time.monotonic() + GRACE
         for process in self.running.values():
-            try:
-                process.wait(max(0.0, limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(max(0.0, limit - time.monotonic()))
+            process.kill()
+            process.join()
         self.running.clear()
 
 
-def run_all(names: list[str], runs: Mapping[str, Run], pool: Pool, command: Sequence[str], deadline: float) -> bool:
-    """Longest first, each after its start. False if any failed or time was up.
-    command: a child's, but for its name."""
+def logged(log: Path, work: Callable[[str], None], name: str) -> None:
+    """In a process of its own: what it prints goes to a file, and it ends when the one that began it is gone."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    follow()
+    work(name)
+
+
+def perform_named(name: str, given: argparse.Namespace) -> None:
+    """A run, or `<task>_teacher`."""
+    runs = make_runs(given.updates, given.overrides)
+    if name in runs:
+        perform(runs[name], given.runs.absolute(), given.rows.absolute(), given.device, given.jobs)
+    else:
+        perform_teacher(name.removesuffix("_teacher"), given.rows.absolute(), given.device)
+
+
+def run_all(names: list[str], runs: Mapping[str, Run], pool: Pool, deadline: float) -> bool:
+    """Longest first, each after its start. False if any failed or time was up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     left = sorted(names, key=lambda n: -runs[n].seconds if n in runs else 0.0)
     failed, end = list[str](), time.monotonic() + deadline
@@ -258,7 +283,7 @@ def run_all(names: list[str], runs: Mapping[str, Run], pool: Pool, command: Sequ
             ready = [n for n in left if n not in runs or runs[n].start not in waiting]
             for name in ready[: pool.jobs - len(pool.running)]:
                 left.remove(name)
-                pool.start(name, [*command, "--child", name])
+                pool.start(name)
             time.sleep(0.2)
     finally:
         pool.stop()
@@ -299,7 +324,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds; then what runs is ended")
     parser.add_argument("--updates", type=int, help="instead of the budget's, for trials")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if (given.overrides or given.updates) and given.rows == ROWS:
         parser.error("a trial needs a folder of its own for its rows: --rows FOLDER")
@@ -309,14 +333,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     runs, folder, rows = make_runs(given.updates, given.overrides), given.runs.absolute(), given.rows.absolute()
-    if given.child:
-        follow(os.getppid())
-    if given.child in runs:
-        perform(runs[given.child], folder, rows, given.device, given.jobs)
-        return 0
-    if given.child:
-        perform_teacher(given.child.removesuffix("_teacher"), rows, given.device)
-        return 0
     try:
         names = needed(runs, given.only, [given.task] if given.task else TASKS, rows, folder)
     except ValueError as error:
@@ -327,11 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     held = True
     if not given.report:
-        command = [sys.executable, str(ROOT / "tools/leaderboard.py"), "--device", given.device, "--jobs",
-                   str(given.jobs), "--runs", str(folder), "--rows", str(rows)]  # fmt: skip
-        command += ["--updates", str(given.updates)] if given.updates else []
-        command += given.overrides
-        held = run_all(names, runs, Pool(given.jobs, folder / "logs"), command, given.deadline)
+        search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)}  # of what it starts
+        method = "spawn" if given.device == "cuda" else "forkserver"
+        pool = Pool(given.jobs, folder / "logs", partial(perform_named, given=given), method)
+        held = run_all(names, runs, pool, given.deadline)
     from tools.leaderboard_report import write_report
 
     write_report(rows, rows.parent.with_suffix(".md"))

@@ -22,7 +22,7 @@ SEEDS = {4: (0, 1, 2), 2: (0,), 1: (0,)}
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """updates: of the student. overhead: CPU seconds of a run beside its updates: imports, the fit of the ring's
+    """updates: of the student. overhead: CPU seconds of a run beside its updates: the fit of the ring's
     network, evaluations, the measurement of memory."""
 
     updates: int
@@ -33,11 +33,11 @@ class Budget:
 
 
 BUDGETS = {
-    "ring": Budget(350, 512, 17.0, 0.0, (
+    "ring": Budget(350, 512, 10.0, 0.0, (
         "train.ema_decay=0.98", "backbone.fit_steps=800", "eval.metrics=[energy_distance, mode_share_error]",
         "eval.num_samples=4000", "eval.quick_num_samples=20", "eval.batch_size=1000",
     )),
-    "digits": Budget(70, 32, 19.0, 40.0, (
+    "digits": Budget(70, 32, 12.0, 40.0, (
         "train.ema_decay=0.9", "eval.metrics=[fid, accuracy, diversity, digit_stroke]", "eval.num_samples=599",
         "eval.quick_num_samples=20", "eval.batch_size=100",
     )),
