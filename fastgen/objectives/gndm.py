@@ -17,8 +17,7 @@ E[R_dm] is -KL(student | teacher), averaged over levels. For x_t = (1 - t) x + t
 form: path, after fake_updates of the fake score:
     x = rollout of the student, gradient through the last executed step;  stop, t and noise: one a group
     student <- surrogate of g = (mu_fake - mu_real) / mean_group mean|x - mu_real|  at x renoised
-    With group_size 1 this is DMD2. The mean *vector* of a group is never subtracted: unlike the mean of a scalar
-    reward it is signal, and a student that is off by a shift would stay there.
+    With group_size 1 this is DMD2. A group's mean *vector* is never subtracted: a student off by a shift would stay.
     With rewards: g <- g - w dr/dx,   w = reward_weight |g| / |dr/dx|, averaged over past updates (decay 0.9).
 
 form: score, after fake_updates of the fake score:
