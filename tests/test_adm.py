@@ -388,7 +388,7 @@ def with_pixels(point_batch: Make) -> tuple[Networks, Batch, ADP]:
     """The tiny mixture with a decoder that doubles, and a picture network on what it gives."""
     objective = ADP(pixel_network="digits", r1_weight=1.0)
     networks = dict(tiny(ADP(pixel_weight=0), ONE_STEP))
-    networks["pixel_features"] = PictureFeatures(Decoded(), lambda z, clamp: 2 * z)
+    networks["pixel_features"] = PictureFeatures(Decoded(), lambda z, clamp: (2 * z).clamp(0, 1) if clamp else 2 * z)
     networks["pixel_discriminator"] = LinearHead((0.3, -0.2))
     return Networks(networks, ONE_STEP), tiny_batch(point_batch), objective
 
@@ -409,6 +409,18 @@ def test_the_two_discriminators_weigh_85_to_15(point_batch: Make) -> None:
     assert abs(loss.total - total) < 1e-12
     pixel = signals.hinge_discriminator_loss(*(objective.pixel_logits(networks, z) for z in (batch.pairs[1], x)))
     assert abs(loss.terms["pixel"] - pixel) < 1e-12
+    real, fake = (objective.latent_logits(networks, batch, z) for z in (batch.pairs[1], x))
+    assert abs(loss.terms["latent"] - signals.hinge_discriminator_loss(real, fake)) < 1e-12
+    assert abs(loss.terms["latent"] - signals.hinge_discriminator_loss(fake, real)) > 1e-6
+    moved = objective.latent_logits(networks, batch, batch.pairs[1], objective.r1_noise * batch.normal("r1"))
+    assert abs(loss.terms["r1"] - (moved - real).square().mean()) < 1e-12 < loss.terms["r1"]
+
+
+def test_pictures_are_judged_without_a_clamp(point_batch: Make) -> None:
+    """Which has no gradient where it acts."""
+    networks, _, _ = with_pixels(point_batch)
+    latents = torch.tensor([[-1.0, 2.0]])
+    assert torch.equal(networks["pixel_features"](latents)[0], 2 * latents[:, None])
 
 
 @pytest.mark.parametrize("turn", ["student", "discriminator"])
@@ -474,6 +486,10 @@ def test_a_local_vision_model_is_the_picture_network(kind: str, tmp_path: Path) 
     assert all(f.shape == (2, 16 + (kind == "vit"), 16) for f in features)
     features[0].square().sum().backward()
     assert pixels.grad is not None and bool(pixels.grad.any())
+    exact = torch.rand(2, 3, 32, 32)
+    normalised = (exact - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.5
+    first = network.encoder(normalised, output_hidden_states=True).hidden_states[1].flatten(1, -2)
+    assert (network(exact)[0] - first).abs().max() < 1e-6
 
 
 # --- what a recipe may say
