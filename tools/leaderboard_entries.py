@@ -37,7 +37,7 @@ BUDGETS = {
         "train.ema_decay=0.98", "backbone.fit_steps=800", "eval.metrics=[energy_distance, mode_share_error]",
         "eval.num_samples=4000", "eval.quick_num_samples=20", "eval.batch_size=1000",
     )),
-    "digits": Budget(60, 32, 12.0, 40.0, (
+    "digits": Budget(50, 32, 12.0, 40.0, (
         "train.ema_decay=0.9", "eval.metrics=[fid, accuracy, diversity, digit_stroke]", "eval.num_samples=599",
         "eval.quick_num_samples=20", "eval.batch_size=100",
     )),
