@@ -188,6 +188,7 @@ def plot(found: dict[str, Record], task: str, folder: Path) -> bool:
              ylabel=f"{METRICS[task][main]} at four steps")  # fmt: skip
     right.set(xscale="log", xlabel=METRICS[task][main])
     right.set_title("bar: 4 steps, mean and range of seeds;  | 2 steps;  x 1 step", fontsize=9)
+    left.margins(x=0.15)  # room for the names
     left.legend(fontsize=7)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{task}.png", dpi=90, metadata={"Software": None})
