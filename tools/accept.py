@@ -32,8 +32,8 @@ LORA = (
     "optimizers.student.lr=5e-4",
     "optimizers.fake_score.lr=2e-3",
 )
-# One step of the objectives that are not DMD2 there: DMD2's own length. AC-DMD's fake score costs three times as much an
-# update; with four of them 1,800 student updates took five minutes, and seed 2 ended at 0.0067.
+# One step of the objectives that are not DMD2 there, about DMD2's own length. AC-DMD's fake score costs three times as
+# much an update; with four of them 1,800 student updates took five minutes, and seed 2 ended at 0.0067.
 ONE_STEP_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "phased_dmd": ("objective.phases=[{first: 0, last: 1, updates: 3000}]", "train.steps=3000"),
     "gndm": ("train.steps=3000",),
