@@ -36,11 +36,14 @@ METHOD = """
 - The numbers are those of `fastgen eval` of the single recipe with the overrides in `docs/leaderboard/rows`: 599
   digits, 4,000 points. The ring's reward is the mean of the first 2,000. Rewards are shown for all; those "with a
   reward" were trained on one, from the run that is named.
-- Seconds: wall time of a student update with all its inner updates: {device}.
+- Seconds: wall time of a student update with all its inner updates, and its share of the ODE pairs, which the digits'
+  runs make before their first: {device}. Other work shared the machine.
 - MB: live bytes of tensors at the peak of an update, networks and optimizers included, libraries not.
 - Evaluations: samples given to any network in training, with those of the run it starts from and of ODE pairs; with a
   derivative a sample counts once. The ring's teacher is a formula, and counts like a network. Sampling takes as many
   evaluations as steps.
+- The digits teacher samples at the levels of its own diffusers scheduler, the last of which is 0.001: K of its steps are
+  worth K - 1.
 - DisBack degrades its teacher for three tenths of the updates more. Too few steps for an objective, and so not there:
   {few}.
 """
@@ -93,7 +96,7 @@ def line(found: dict[str, Record], entry: Any, task: str, steps: int, main: str)
     peaks = [r["peak_mb"] for r in own if "peak_mb" in r]
     cells.append(f"{max(peaks):.0f}" if peaks else "")
     calls = evaluations(found, own[0])
-    cells.append("" if calls is None else f"{calls / 1e6:.2f} M")
+    cells.append("" if calls is None else f"{calls / 1e6:.2f} M" if calls >= 1e5 else f"{calls / 1e3:.0f} k")
     return f"| {' | '.join(cells)} |"
 
 
