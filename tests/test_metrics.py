@@ -1,6 +1,8 @@
 """Metrics against answers known in closed form."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,3 +253,38 @@ def test_what_is_missing_is_said() -> None:
         FeatureNetwork("inception")
     with pytest.raises(ValueError, match="judges pictures"):
         FeatureNetwork("digits")(torch.zeros(1, 3, 64, 64))
+
+
+class Attack:
+    """What a pickle can do when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_in_the_published_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real network at random weights: features are its own, of 8-bit pictures of any size. A file that holds more
+    than tensors is refused before torch-fidelity unpickles it."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], "none")
+    weights = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), weights)
+    features = FeatureNetwork("inception", str(weights))
+    pixels = torch.rand(6, 3, 40, 24)
+    own = network((pixels * 255).round().to(torch.uint8))
+    got = features(pixels)
+    assert got.shape == (6, 2048) and got.std() > 0 and (got - own).abs().max() < 1e-6
+    torch.save({"fc.weight": Attack(tmp_path / "attacked")}, weights)
+    with pytest.raises(ValueError, match="no file of tensors alone"):
+        FeatureNetwork("inception", str(weights))(pixels)
+    assert not (tmp_path / "attacked").exists()

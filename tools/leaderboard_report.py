@@ -42,8 +42,8 @@ METHOD = """
 - Evaluations: samples given to any network in training, with those of the run it starts from and of ODE pairs; with a
   derivative a sample counts once. The ring's teacher is a formula, and counts like a network. Sampling takes as many
   evaluations as steps.
-- The digits teacher samples at the levels of its own diffusers scheduler, the last of which is 0.001: K of its steps are
-  worth K - 1.
+- The digits teacher samples at the levels of its own diffusers scheduler, the last of which is 0.001: K of its steps
+  are worth K - 1.
 - DisBack degrades its teacher for three tenths of the updates more. Too few steps for an objective, and so not there:
   {few}.
 """

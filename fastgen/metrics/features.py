@@ -1,5 +1,6 @@
 """Feature networks of the image metrics: pixels to vectors, each batch once however many metrics ask."""
 
+import pickle
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +40,11 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str):
         super().__init__()
         check_inception(weights)
+        file = inception_file(weights)
+        check_tensors(file)
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception_file(weights)))
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network((pixels * 255).round().to(torch.uint8))
@@ -68,6 +71,16 @@ def inception_file(weights: str) -> Path:
 
     org, name, file = weights.split("/", 2)
     return Path(hf_hub_download(f"{org}/{name}", file))
+
+
+def check_tensors(file: Path) -> None:
+    """Raises ValueError if a file of weights holds anything but tensors: torch-fidelity would unpickle that, too."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"inception_weights: {file} is no file of tensors alone; it was not opened further"
+        ) from error
 
 
 class FeatureNetwork:
