@@ -21,7 +21,7 @@ from fastgen.evaluation import evaluate_path
 from fastgen.objectives import OBJECTIVES
 from fastgen.train import train
 from tools import leaderboard_report
-from tools.leaderboard import Pool, keep, needed, perform, run_all, run_updates
+from tools.leaderboard import Pool, keep, main, needed, perform, run_all, run_updates
 from tools.leaderboard_entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASKS, Run, make_runs
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,17 @@ def test_four_steps_have_three_seeds_and_fewer_one() -> None:
 
 def test_the_whole_takes_four_cpu_hours() -> None:
     assert sum(run.seconds for run in RUNS.values()) <= 4 * 3600
+
+
+def test_the_plan_is_that_of_the_updates_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hours = []
+    for updates in ("10", "1000"):
+        argv = ["--plan", "--task", "ring", "--only", "ring_crd_4step_seed0", "--updates", updates]
+        assert main([*argv, "--rows", str(tmp_path), "--runs", str(tmp_path)]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"ring: 2 runs of {updates} updates of 512 samples")  # it, and what it starts from
+        hours.append(float(first.split()[-3]))
+    assert hours[0] < 0.02 < hours[1]
 
 
 def test_what_is_needed_is_what_has_no_row_and_what_it_starts_from(tmp_path: Path) -> None:

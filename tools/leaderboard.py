@@ -304,10 +304,8 @@ def print_plan(names: Sequence[str], runs: Mapping[str, Run]) -> None:
     for task in TASKS:
         chosen = [runs[n] for n in names if n in runs and runs[n].task == task]
         hours = sum(run.seconds for run in chosen) / 3600
-        budget = BUDGETS[task]
-        print(
-            f"{task}: {len(chosen)} runs of {budget.updates} updates of {budget.batch} samples, {hours:.2f} CPU hours"
-        )
+        each = f" of {chosen[0].updates} updates of {BUDGETS[task].batch} samples" if chosen else ""
+        print(f"{task}: {len(chosen)} runs{each}, {hours:.2f} CPU hours")
     print(f"all: {sum(runs[n].seconds for n in names if n in runs) / 3600:.2f} CPU hours")
 
 

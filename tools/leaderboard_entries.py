@@ -22,8 +22,8 @@ SEEDS = {4: (0, 1, 2), 2: (0,), 1: (0,)}
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """updates: of the student. overhead: CPU seconds of a run beside its updates: the fit of the ring's
-    network, evaluations, the measurement of memory."""
+    """updates: of the student. overhead: CPU seconds of a run beside its updates: the fit of the ring's network,
+    evaluations, the measurement of memory."""
 
     updates: int
     batch: int
@@ -82,6 +82,7 @@ class Run:
     task: str
     steps: int
     seed: int
+    updates: int
     recipe: str
     overrides: tuple[str, ...]
     measured: tuple[int, ...]
@@ -92,7 +93,7 @@ class Run:
         """CPU seconds it is expected to take."""
         budget, cost = BUDGETS[self.task], self.entry.cost[TASKS.index(self.task)] * LESS[self.steps]
         pairs = budget.pairs if any("data.pairs" in o for o in self.overrides) else 0.0
-        return budget.updates * cost + budget.overhead + pairs
+        return self.updates * cost + budget.overhead + pairs
 
 
 def share(updates: int, part: float) -> int:
@@ -206,7 +207,7 @@ def make_run(entry: Entry, task: str, steps: int, seed: int, updates: int | None
     measured = tuple(s for s in STEPS if s <= steps) if entry.any_step and seed == 0 else (steps,)
     start = run_name(entry.start, task, steps, seed) if entry.start else None
     name = run_name(entry.name, task, steps, seed)
-    return Run(name, entry, task, steps, seed, recipe, tuple(overrides), measured, start)
+    return Run(name, entry, task, steps, seed, count, recipe, tuple(overrides), measured, start)
 
 
 def make_runs(updates: int | None = None, more: Sequence[str] = ()) -> dict[str, Run]:
