@@ -47,6 +47,10 @@ def overrides(path: Path, runs: Path, quick: bool) -> list[str]:
         given += ["train.batch_size=16"] + ["backbone.fit_steps=50"] * points
     if raw["data"].get("pairs"):
         given.append("data.pairs={count: 64, steps: 4}")
+    phases = raw["objective"].get("phases")
+    if phases and isinstance(phases[0], dict):  # of Phased DMD: their updates add up to train.steps
+        shared = [phase | {"updates": steps // len(phases)} for phase in phases]
+        given.append(f"objective.phases={json.dumps(shared)}")
     if "init_from" in raw:
         given.append(f"init_from={runs / Path(raw['init_from']).name}")
     return given

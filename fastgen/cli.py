@@ -53,9 +53,10 @@ def plan(
     """What a recipe needs: parameters, bytes, activations, network evaluations. Loads nothing, downloads nothing."""
     from rich.console import Console
 
-    from fastgen.config import RecipeError, load_recipe
-    from fastgen.plan import plan as plan_recipe
-    from fastgen.plan_report import report
+    from fastgen.config import load_recipe
+    from fastgen.planning.plan import plan as plan_recipe
+    from fastgen.planning.report import report
+    from fastgen.registry import RecipeError
 
     try:
         report(plan_recipe(load_recipe(recipe, overrides or []), gpus), memory and memory * 1e9, Console())
@@ -75,10 +76,11 @@ def prepare(
     guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance of the teacher for them.")] = 1.0,
 ) -> None:
     """Encode a recipe's prompts and images once; started again, it verifies and continues."""
-    from fastgen.config import RecipeError, load_recipe
+    from fastgen.config import load_recipe
     from fastgen.data import DataError
     from fastgen.data.pairs import PairSettings
-    from fastgen.prepare import prepare as prepare_folder
+    from fastgen.registry import RecipeError
+    from fastgen.run.prepare import prepare as prepare_folder
 
     try:
         loaded = load_recipe(recipe, overrides or [])
@@ -111,7 +113,7 @@ def sample(
     batch_size: BatchOption = 16,
 ) -> None:
     """Write images (or points) and a grid, one seed an image."""
-    from fastgen.pipelines.sample_folder import sample_folder
+    from fastgen.sampling.folder import sample_folder
 
     try:
         texts = sample_folder(
@@ -147,9 +149,9 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Measure a pipeline, a run or a folder of images; print a table, write JSON and a page. It can be interrupted."""
-    from fastgen.config import RecipeError
-    from fastgen.eval_config import scorer_keys
-    from fastgen.evaluation import compare, evaluate_path
+    from fastgen.evaluation.config import scorer_keys
+    from fastgen.evaluation.evaluate import compare, evaluate_path
+    from fastgen.registry import RecipeError
 
     try:
         if path.suffix == ".json":
@@ -184,8 +186,8 @@ def score(
     import torch
     from rich.console import Console
 
-    from fastgen.eval_config import scorer_keys
-    from fastgen.scoring import score_folder, score_table
+    from fastgen.evaluation.config import scorer_keys
+    from fastgen.evaluation.scoring import score_folder, score_table
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,8 +206,8 @@ def export(
     merge: Annotated[bool, typer.Option(help="Add a LoRA run's adapter into the weights: a whole pipeline.")] = False,
 ) -> None:
     """Write the moving average of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads."""
-    from fastgen.config import RecipeError
-    from fastgen.pipelines.export import export_run
+    from fastgen.registry import RecipeError
+    from fastgen.run.export import export_run
 
     try:
         print(f"exported to {export_run(run, output, merge)}")

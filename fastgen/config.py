@@ -6,91 +6,30 @@ Every refusal names the key's full path and, for a misspelt one, the nearest val
 """
 
 import dataclasses
-import difflib
-import importlib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
-from fastgen import checkpoint
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
-from fastgen.data import DATA, DataSource
-from fastgen.evaluation import EvalConfig
-from fastgen.health import HealthConfig
-from fastgen.lora import LoraConfig
-from fastgen.networks import OptimizerConfig
-from fastgen.objectives import OBJECTIVES, Objective
-from fastgen.rewards import REWARDS, Composite, Reward
-from fastgen.rollout import RolloutPolicy
+from fastgen.data import DATA
+from fastgen.data.base import DataSource
+from fastgen.objectives import OBJECTIVES
+from fastgen.objectives.base import Objective
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError, build_section, check_keys, flatten, import_name, nearest, validated
+from fastgen.rewards import REWARDS
+from fastgen.rewards.base import Reward
+from fastgen.run import checkpoint
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message says which key, what is allowed and what to change."""
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class TrainConfig:
-    """The loop. One step is one student update; every `*_every` counts those, 0 switches the event off.
-
-    strategy: how several processes share the work. ddp: every one holds every network; fsdp: networks are divided
-    (`fully_shard`); auto: fsdp where the launcher was configured for it, else ddp. num_processes: if given, any other
-    number is refused (accelerate's `--cpu --num_processes 2` starts one)."""
-
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # samples of one micro-batch, on each process
-    accumulate: int = Field(default=1, ge=1)  # micro-batches of every inner update
-    mixed_precision: Literal["no", "bf16"] = "no"  # forward passes; weights and optimizers stay float32
-    dtype: Literal["float32", "float64"] = "float32"
-    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # the teacher's; None: dtype
-    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, block by block
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    num_processes: int | None = Field(default=None, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    log_every: int = Field(default=10, ge=1)
-    sample_every: int = Field(default=100, ge=0)
-    num_samples: int = Field(default=16, ge=1)
-    eval_every: int = Field(default=0, ge=0)
-    checkpoint_every: int = Field(default=200, ge=0)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    resume_from: str | None = None  # a checkpoint's name, step_00000200; None: the newest complete one
-
-    def autocast(self, device: str) -> torch.autocast:
-        """Around the forward passes of a turn. Without torch's cache of bfloat16 weights: until the turn ends it would
-        hold a copy of every network that the turn calls."""
-        return torch.autocast(device, torch.bfloat16, enabled=self.mixed_precision == "bf16", cache_enabled=False)
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
-class Recipe:
-    """A whole run. `backbone`, `data` and `objective` are instances of the classes their `name` chose."""
-
-    output_dir: Path
-    backbone: Any
-    objective: Any
-    rollout: RolloutPolicy
-    data: Any
-    optimizers: dict[str, OptimizerConfig]
-    train: TrainConfig
-    eval: EvalConfig
-    rewards: Composite | None = None  # for objectives that use them
-    lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
-    health: HealthConfig = HealthConfig()
-    init_from: str | None = None  # a run or an export: its student (and fake score) are where this run starts
-    seed: int = Field(default=0, ge=0)
-
-
-BASES: dict[str, type] = {
-    "backbone": BackboneConfig, "data": DataSource, "objective": Objective, "rewards": Reward,
-}  # fmt: skip
+SECTIONS: dict[str, tuple[Mapping[str, Any], type]] = {  # section -> its registry, and what its classes derive from
+    "backbone": (BACKBONES, BackboneConfig),
+    "data": (DATA, DataSource),
+    "objective": (OBJECTIVES, Objective),
+    "rewards": (REWARDS, Reward),
+}
 
 # Keys a continued run may change: they do not alter what has already been computed.
 MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
@@ -149,10 +88,11 @@ def build_recipe(raw: Mapping[str, Any]) -> Recipe:
     """Checks keys, then types and ranges, then what sections ask of each other."""
     values = dict(raw)
     check_keys(values, Recipe, "")
-    for section, registry in (("backbone", BACKBONES), ("data", DATA), ("objective", OBJECTIVES)):
+    for section in ("backbone", "data", "objective"):
+        registry, base = SECTIONS[section]
         if section not in values:
             raise RecipeError(f"missing key {section}: choose one by name, of {', '.join(registry)}")
-        values[section] = build_section(section, values[section], registry)
+        values[section] = build_section(section, values[section], registry, base)
     if isinstance(values.get("rewards"), dict):
         given = values["rewards"]
         values["rewards"] = given | {"parts": build_parts(given.get("parts"))}
@@ -161,19 +101,6 @@ def build_recipe(raw: Mapping[str, Any]) -> Recipe:
     recipe = validated(Recipe, values, "")
     check_recipe(recipe)
     return recipe
-
-
-def build_section(section: str, value: Any, registry: Mapping[str, Any]) -> Any:
-    """An instance of the class that `value["name"]` chooses."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise RecipeError(f"{section} must be a section with a name, one of {', '.join(registry)}")
-    cls = resolve(section, value["name"], registry)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values = dict(value) if "name" in fields else {k: v for k, v in value.items() if k != "name"}
-    if ":" in value["name"] and "name" in fields:
-        values.pop("name")
-    check_keys(values, cls, f"{section}.", also=("name",))
-    return validated(cls, values, f"{section}.")
 
 
 def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
@@ -189,85 +116,8 @@ def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
             if "function" in part:
                 raise RecipeError(f"{section}.function: the name, {name}, already says which")
             part = part | {"name": "function", "function": name}
-        parts.append(build_section(section, part, REWARDS))
+        parts.append(build_section(section, part, REWARDS, Reward))
     return tuple(parts)
-
-
-def import_name(section: str, name: str) -> Any:
-    """What `my_module:attribute` is."""
-    module, _, attribute = name.partition(":")
-    try:
-        return vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
-
-
-def resolve(section: str, name: str, registry: Mapping[str, Any]) -> type:
-    """The class of a registered name, or of `my_module:MyClass` from the import path."""
-    if ":" in name:
-        cls, parent = import_name(section, name), BASES[section.partition(".")[0]]
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, parent)):
-            base = parent.__name__
-            raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base}")
-        return cls
-    if name not in registry:
-        raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, registry)}")
-    entry = registry[name]
-    if isinstance(entry, str):  # "module:Class", imported only when chosen
-        module, _, attribute = entry.partition(":")
-        return vars(importlib.import_module(module))[attribute]
-    return entry
-
-
-def nearest(key: str, valid: typing.Iterable[str]) -> str:
-    """'; did you mean ...' or the list of what is valid."""
-    options = sorted(valid)
-    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(options)}"
-
-
-def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence[str] = ()) -> None:
-    """Refuses unknown keys of a section and of the sections in it."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields and key not in also:
-            raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
-    for name, hint in typing.get_type_hints(cls).items():
-        value, section = values.get(name), section_class(hint)
-        if isinstance(value, bool) and bool not in options(hint) and {int, float} & set(options(hint)):
-            raise RecipeError(f"{prefix}{name}: a number is needed, got {str(value).lower()}")
-        if section is not None and isinstance(value, dict):
-            check_keys(value, section, f"{prefix}{name}.")
-        elif typing.get_origin(hint) is dict and isinstance(value, dict):
-            section = section_class(typing.get_args(hint)[1])
-            for role, sub in value.items():
-                if section is not None and isinstance(sub, dict):
-                    check_keys(sub, section, f"{prefix}{name}.{role}.")
-
-
-def section_class(hint: Any) -> type | None:
-    """The dataclass behind a type hint, also as X | None."""
-    return next((o for o in options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the hint alone."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """pydantic's validation with one line an error, each with the full path of its key."""
-    try:
-        return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        lines = []
-        for e in error.errors():
-            path = prefix + ".".join(str(p) for p in e["loc"] if not str(p).startswith(("tuple[", "function-")))
-            message = e["msg"].removeprefix("Value error, ")
-            shown = str(e["input"])[:80]
-            given = "" if isinstance(e["input"], dict) or f"got {shown}" in message else f", got {shown!r}"
-            lines.append(f"{path.rstrip('.')}: {message}{given}")
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -374,7 +224,7 @@ def to_dict(value: Any) -> Any:
     """Plain YAML types of a recipe or a section, defaults filled in; a class from elsewhere is named by its path."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple(BASES.values())):
+        if isinstance(value, tuple(base for _, base in SECTIONS.values())):
             result["name"] = registered_name(type(value))
         return result
     if isinstance(value, Mapping):
@@ -387,20 +237,13 @@ def to_dict(value: Any) -> Any:
 def registered_name(cls: type) -> str:
     """The name a recipe chooses this class by."""
     path = f"{cls.__module__}:{cls.__qualname__}"
-    entries = {**BACKBONES, **DATA, **OBJECTIVES, **REWARDS}.items()
+    entries = [item for registry, _ in SECTIONS.values() for item in registry.items()]
     return next((name for name, entry in entries if entry is cls or entry == path), path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; load_recipe reads it back to an equal one."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, default_flow_style=None, width=119)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def changed_keys(before: Recipe, after: Recipe) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgen.batch import Conditioning
-from fastgen.recomputation import checkpointed
+from fastgen.modules.recomputation import checkpointed
+from fastgen.modules.sharding import is_sharded
 from fastgen.schedule import PredictionType, Schedule
-from fastgen.sharding import is_sharded
 
 
 class Denoiser(nn.Module):

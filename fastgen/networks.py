@@ -1,49 +1,17 @@
 """The networks of a run by role: which are trained, at what rate, and the student's moving average."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
-from fastgen.recomputation import remembered
+from fastgen.modules.recomputation import remembered
+from fastgen.modules.sharding import local
 from fastgen.rewards import Score, Scorer
 from fastgen.rollout import RolloutPolicy
-from fastgen.sharding import local
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class OptimizerConfig:
-    """AdamW with a linear warm-up and a decay towards zero at the last student update.
-
-    The rate at student update k of n is lr * min(1, (k + 1) / warmup) * decay(k / n), where decay is 1 (constant),
-    falls linearly to 0, or follows half a cosine to 0, over the last `decay_fraction` of the run."""
-
-    lr: float = Field(gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.01, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=10.0, gt=0)
-    warmup: int = Field(default=0, ge=0)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_fraction: float = Field(default=1.0, gt=0, le=1)
-
-    def build(self, parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay)
-
-    def rate(self, update: int, total: int) -> float:
-        """The learning rate at 0-based student update `update` of `total`."""
-        start = 1 - self.decay_fraction
-        progress = min(max((update / total - start) / self.decay_fraction, 0.0), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[self.decay]
-        return self.lr * decay * (min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0)
 
 
 class Networks(Mapping[str, nn.Module]):

@@ -20,20 +20,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fastgen import checkpoint
-from fastgen.checkpoint import CheckpointError
-from fastgen.config import Recipe, RecipeError, dump_recipe, load_recipe
+from fastgen.config import dump_recipe, load_recipe
 from fastgen.data import DataError, make_batch
-from fastgen.distributed import average_gradients, start, stored_name
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import refill
 from fastgen.networks import counted
 from fastgen.noise import make_key
 from fastgen.objectives import Loss, Turn
-from fastgen.parts import Parts, TrainingError, build, checkpoint_to_resume, open_run, resume, start_from
-from fastgen.pipelines.export import export, export_run
-from fastgen.run_log import RunLog
-from fastgen.sharding import refill
-from fastgen.watching import (
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
+from fastgen.run.build import Parts, TrainingError, build, checkpoint_to_resume, open_run, resume, start_from
+from fastgen.run.checkpoint import CheckpointError
+from fastgen.run.distributed import average_gradients, start, stored_name
+from fastgen.run.export import export, export_run
+from fastgen.run.log import RunLog
+from fastgen.run.watching import (
     bit_sums,
     quick_metrics,
     report_moved,

@@ -16,12 +16,13 @@ from fastgen import signals
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
+from fastgen.data.digits import assets_dir, load_digits
 from fastgen.denoiser import Denoiser
-from fastgen.digits import assets_dir, load_digits
 from fastgen.networks import Networks
 from fastgen.objectives import ADM, ADP, Objective, Turn
 from fastgen.objectives.adp import DigitsNetwork, PictureFeatures, VisionNetwork
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, TimeSampler, VPSchedule
 from fastgen.train import main

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastgen import checkpoint
-from fastgen.checkpoint import CheckpointError
 from fastgen.config import load_recipe
+from fastgen.run import checkpoint
+from fastgen.run.checkpoint import CheckpointError
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from fastgen.cli import app
-from fastgen.config import MUTABLE_KEYS, RecipeError, build_recipe, changed_keys, dump_recipe, load_recipe
+from fastgen.config import MUTABLE_KEYS, build_recipe, changed_keys, dump_recipe, load_recipe
 from fastgen.objectives import DMD2
+from fastgen.registry import RecipeError
 
 
 def refusal(path: Path, *overrides: str) -> str:

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.batch import Conditioning
-from fastgen.config import RecipeError, build_recipe, load_recipe
+from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import Denoiser
-from fastgen.evaluation import evaluate
-from fastgen.lora import LoraConfig
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.flow.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
+from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import Consistency
 from fastgen.objectives.consistency import ConsistencyTurn
 from fastgen.objectives.ladd import Ladd
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule, VPSchedule, expand
-from fastgen.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -283,7 +284,7 @@ def test_phases_follow_each_other() -> None:
 
 
 def test_weights_and_distances() -> None:
-    from fastgen.flow_maps import pseudo_huber
+    from fastgen.flow.flow_maps import pseudo_huber
 
     error, one = torch.tensor([[3.0, 4.0], [0.3, 0.4]], dtype=F64), torch.ones(2, dtype=F64)
     assert float(pseudo_huber(error, 0.0, one)) == pytest.approx((5 + 0.5) / 2)

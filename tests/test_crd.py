@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig, Mixture, build_mixture
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser
-from fastgen.lora import LoraConfig
 from fastgen.metrics.energy_distance import mean_distance
+from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import CRD, Turn
 from fastgen.objectives.crd import Decay, centring_weights, implicit_reward, matching_loss
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.registry import RecipeError
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule
 from fastgen.signals import group_mean, guided
 from fastgen.train import train

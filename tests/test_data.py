@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.batch import Batch
-from fastgen.config import RecipeError, build_section, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import (
     DATA,
     DataError,
@@ -32,8 +32,9 @@ from fastgen.data import (
     read_prompts,
     shuffled,
 )
+from fastgen.data.digits import assets_dir, label_of, load_digits, prompt_for
 from fastgen.data.hub import BlockStream
-from fastgen.digits import assets_dir, label_of, load_digits, prompt_for
+from fastgen.registry import RecipeError, build_section
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]

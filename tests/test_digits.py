@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from fastgen.digits import (
+from fastgen.data.digits import (
     DIGIT_WORDS,
     PROMPTS,
     DigitsClassifier,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import checkpoint
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
+from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.batch import Batch
-from fastgen.checkpoint import complete
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser, unextended
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCDMD, DisBack, FDistill, ReDMD, Turn
 from fastgen.objectives.disback import PathTurn
-from fastgen.plan import plan
+from fastgen.planning.plan import plan
+from fastgen.registry import RecipeError
 from fastgen.rewards import Score
 from fastgen.rollout import Rollout, RolloutPolicy, Step, backward_simulation, predict_x0, transition
+from fastgen.run.checkpoint import complete
 from fastgen.schedule import FlowSchedule, TimeSampler, expand
 from fastgen.train import train
 

@@ -13,15 +13,16 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.utils import save_image
 
-from fastgen import evaluation, report
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
 from fastgen.config import dump_recipe, load_recipe
-from fastgen.digits import label_of, load_digits, prompt_for
-from fastgen.evaluation import EvalConfig
+from fastgen.data.digits import label_of, load_digits, prompt_for
+from fastgen.evaluation.evaluate import evaluate as evaluation
 from fastgen.metrics.reference import read_images
-from fastgen.pipelines.export import export
-from fastgen.pipelines.sampler import Sampler, teacher_sampler
+from fastgen.planning.report import report
+from fastgen.recipe import EvalConfig
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.export import export
+from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 torch.set_num_threads(1)
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.sd3 import SD3, SD3Config
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser, Experts
 from fastgen.pipelines import few_step
-from fastgen.pipelines.export import export
 from fastgen.pipelines.few_step import FlowMatchCPSScheduler, SD3Experts
-from fastgen.pipelines.sampler import load_sampler
 from fastgen.pipelines.schedulers import flow_match_scheduler
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, transition
+from fastgen.run.export import export
+from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule
 
 ROOT = Path(__file__).parents[1]

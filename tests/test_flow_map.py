@@ -21,15 +21,16 @@ from gaussian_map import (
 )
 from torch import Tensor, nn
 
-from fastgen.config import RecipeError, build_recipe, load_recipe
-from fastgen.evaluation import evaluate
+from fastgen.config import build_recipe, load_recipe
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
 from fastgen.objectives import FlowMap, Loss, MeanFlow
 from fastgen.objectives.flow_map import GapTurn, OnPolicy
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import TimeSampler
-from fastgen.time_pairs import TimePairs
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]

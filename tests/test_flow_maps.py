@@ -7,9 +7,9 @@ import torch
 from gaussian_map import M, S, average, spread
 from torch import Tensor
 
-from fastgen import flow_maps
 from fastgen.backbones.gaussian_mixture import Mixture
-from fastgen.flow_maps import (
+from fastgen.flow import flow_maps
+from fastgen.flow.flow_maps import (
     adaptive_loss,
     diagonal,
     discrete_target,

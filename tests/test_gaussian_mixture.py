@@ -19,9 +19,9 @@ from fastgen.backbones.gaussian_mixture import (
     new_network,
 )
 from fastgen.batch import Conditioning
+from fastgen.flow.tangents import tangent
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
-from fastgen.tangents import tangent
 
 CLASSED = GaussianMixtureConfig(
     means=((-1.0, 0.5), (2.0, 0.0), (0.3, -1.5)),

@@ -19,14 +19,15 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgen import replay, signals
+from fastgen import signals
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import RecipeError, build_recipe
+from fastgen.config import build_recipe
 from fastgen.denoiser import Denoiser
-from fastgen.evaluation import evaluate_path
+from fastgen.evaluation.evaluate import evaluate_path
 from fastgen.networks import Networks
-from fastgen.objectives import DMD2, GNDM, Loss, State, Turn
+from fastgen.objectives import DMD2, GNDM, Loss, State, Turn, replay
+from fastgen.registry import RecipeError
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, step_log_prob
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule, expand

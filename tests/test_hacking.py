@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen import checkpoint, hacking, signals
+from fastgen import signals
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
-from fastgen.config import RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import MixtureData, make_batch
-from fastgen.health import HealthConfig, Watch
-from fastgen.parts import TrainingError
+from fastgen.recipe import HealthConfig
+from fastgen.registry import RecipeError
 from fastgen.rewards import Composite, Score, Scorer
 from fastgen.rewards.digit_class import DigitClass
 from fastgen.rewards.digit_stroke import DigitStroke
 from fastgen.rewards.linear import Linear
+from fastgen.run import checkpoint, hacking
+from fastgen.run.build import TrainingError
+from fastgen.run.health import Watch
 from fastgen.train import train
 
 torch.set_num_threads(1)

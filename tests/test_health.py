@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgen import checkpoint
 from fastgen import train as program
 from fastgen.config import load_recipe
-from fastgen.health import HealthConfig, Watch, statistics
 from fastgen.objectives import DMD2, Loss
-from fastgen.parts import TrainingError
+from fastgen.recipe import HealthConfig
+from fastgen.run import checkpoint
+from fastgen.run.build import TrainingError
+from fastgen.run.health import Watch, statistics
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]

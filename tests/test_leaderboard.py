@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from fastgen.checkpoint import complete
-from fastgen.config import Recipe, load_recipe
-from fastgen.evaluation import evaluate_path
+from fastgen.config import load_recipe
+from fastgen.evaluation.evaluate import evaluate_path
 from fastgen.objectives import OBJECTIVES
+from fastgen.recipe import Recipe
+from fastgen.run.checkpoint import complete
 from fastgen.train import train
 from tools import leaderboard_report
 from tools.leaderboard import Pool, keep, main, needed, perform, run_all, run_updates

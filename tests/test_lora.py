@@ -9,13 +9,16 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgen import checkpoint, noise
+from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.config import Recipe, RecipeError, load_recipe
-from fastgen.lora import LoraConfig, LoraDenoiser
+from fastgen.config import load_recipe
+from fastgen.modules.lora import LoraConfig, LoraDenoiser
 from fastgen.networks import frozen
-from fastgen.pipelines.export import export_run
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
+from fastgen.run.export import export_run
+from fastgen.sampling.sampler import load_sampler
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ import torch
 from gaussian_map import FOUR, GAUSSIAN, GaussianMap, exact_networks, gaussian_batch, one_loss, square_growth
 from torch import nn
 
-from fastgen import flow_maps
+from fastgen.flow import flow_maps
+from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
 from fastgen.objectives import MeanFlow
 from fastgen.objectives.mean_flow import AlphaSchedule, MeanFlowTurn
 from fastgen.rollout import RolloutPolicy
-from fastgen.time_pairs import TimePairs
 
 PAIRS = TimePairs(diagonal=0.25)
 

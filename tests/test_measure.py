@@ -16,13 +16,14 @@ from torch import Tensor
 from torchvision.utils import save_image
 from typer.testing import CliRunner
 
-from fastgen import evaluation
 from fastgen.cli import app
 from fastgen.data import read_prompts
-from fastgen.digits import load_digits
-from fastgen.eval_config import EvalConfig, scorer_keys
+from fastgen.data.digits import load_digits
+from fastgen.evaluation.config import scorer_keys
+from fastgen.evaluation.evaluate import evaluate as evaluation
+from fastgen.evaluation.scoring import score_folder, score_table
 from fastgen.metrics.features import check_inception
-from fastgen.scoring import score_folder, score_table
+from fastgen.recipe import EvalConfig
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
-from fastgen.digits import load_digits, prompt_for
+from fastgen.data.digits import load_digits, prompt_for
 from fastgen.metrics import DIRECTIONS, METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.energy_distance import mean_distance
 from fastgen.metrics.features import FeatureNetwork

@@ -20,14 +20,15 @@ from fastgen.backbones.pipeline import PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
-from fastgen.config import RecipeError, build_recipe
+from fastgen.config import build_recipe
 from fastgen.denoiser import Denoiser, carried_names
-from fastgen.lora import LoraConfig
+from fastgen.flow.time_pairs import TimePairs, phase_start, shrinking
+from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import DMD2, Objective
-from fastgen.pipelines.export import export
-from fastgen.pipelines.sampler import Sampler, load_sampler
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation, sample
-from fastgen.time_pairs import TimePairs, phase_start, shrinking
+from fastgen.run.export import export
+from fastgen.sampling.sampler import Sampler, load_sampler
 from fastgen.train import train
 
 CPU = torch.device("cpu")

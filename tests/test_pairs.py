@@ -16,14 +16,16 @@ from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureC
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.batch import Batch
 from fastgen.cli import app
-from fastgen.config import Recipe, RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import DigitsData, MixtureData, make_batch, shuffled
+from fastgen.data.digits import assets_dir, load_digits
 from fastgen.data.pairs import PairSettings, pair_noise
 from fastgen.data.prepared import PreparedData
-from fastgen.digits import assets_dir, load_digits
 from fastgen.noise import make_key
-from fastgen.pipelines.sampler import Sampler, teacher_sampler
-from fastgen.prepare import prepare
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
+from fastgen.run.prepare import prepare
+from fastgen.sampling.sampler import Sampler, teacher_sampler
 from fastgen.schedule import FlowSchedule
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +178,7 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(
     calls, allowed = 0, 9
     prepare(recipe_of(), tmp_path / "folder", shard_size=3, pairs=SETTINGS)
     assert calls == 2 and contents(tmp_path / "folder") == contents(stored)
-    monkeypatch.setattr("fastgen.prepare.teacher_sampler", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("fastgen.run.prepare.teacher_sampler", lambda *_: pytest.fail("the teacher was loaded"))
     prepare(recipe_of(), tmp_path / "folder", shard_size=3, pairs=SETTINGS)
 
 
@@ -238,7 +240,7 @@ def test_pairs_made_by_a_run_are_those_that_would_be_stored(tmp_path: Path, monk
     """Data `digits` with `pairs`: sampled at the first batch that needs them, the same that `fastgen prepare` stores
     for this recipe."""
     few = tuple(part[:2] for part in load_digits("train"))
-    monkeypatch.setattr("fastgen.digits.load_digits", lambda _: few)
+    monkeypatch.setattr("fastgen.data.digits.load_digits", lambda _: few)
     recipe = recipe_of("data={name: digits, pairs: {count: 5, steps: 2}}")
     assert recipe.data.provides == {"latents", "pixels", "pairs"} and "pairs" not in DigitsData().provides
     manifest = prepare(recipe, tmp_path / "folder")

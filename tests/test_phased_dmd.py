@@ -22,20 +22,23 @@ from safetensors.torch import load_file
 from tiny_wan import tiny_wan
 from torch import Tensor, nn
 
-from fastgen import checkpoint, noise
+from fastgen import noise
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch
-from fastgen.config import Recipe, RecipeError, build_recipe, load_recipe
+from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import Denoiser, Experts
-from fastgen.distributed import start
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import DMD2, PhasedDMD
 from fastgen.objectives.phased_dmd import Phase, PhaseTurn, velocity_gradient
-from fastgen.parts import Parts, build
-from fastgen.pipelines.export import export_run
-from fastgen.pipelines.sampler import Sampler, load_sampler
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, predict_x0, transition
+from fastgen.run import checkpoint
+from fastgen.run.build import Parts, build
+from fastgen.run.distributed import start
+from fastgen.run.export import export_run
+from fastgen.sampling.sampler import Sampler, load_sampler
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 from fastgen.train import reset_roles, set_rates, train, update
 

@@ -21,10 +21,12 @@ from tiny_pipelines import tiny_sd
 from tiny_wan import tiny_wan
 
 from fastgen.backbones.pipeline import CONFIGS, read_index
-from fastgen.config import Recipe, RecipeError, build_recipe, load_recipe
-from fastgen.plan import plan
-from fastgen.plan_report import advise, report
-from fastgen.weightless import LiveBytes, Weightless, empty, weightless
+from fastgen.config import build_recipe, load_recipe
+from fastgen.planning.plan import plan
+from fastgen.planning.report import advise, report
+from fastgen.planning.weightless import LiveBytes, Weightless, empty, weightless
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 
 PROJECT = Path(__file__).resolve().parents[1]
 LORA = {"student": {"rank": 4}, "fake_score": {"rank": 4}}
@@ -210,7 +212,7 @@ def test_the_largest_recipes_are_planned_in_20_seconds_and_4_gigabytes(project: 
     """CPU seconds of a fresh process, as the machine may be busy with others; where importing alone takes longer than
     the 8.5 seconds it took when this was written, as many more."""
     gc.collect()
-    imports, _ = cpu_seconds(project, "-c", "import fastgen.plan_report")
+    imports, _ = cpu_seconds(project, "-c", "import fastgen.planning.report")
     seconds, output = cpu_seconds(project, "-m", "fastgen", "plan", f"recipes/{name}_dmd2_4step.yaml", "--gpus", "8")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(output[-1500:], f"{seconds:.1f} CPU seconds, of them {imports:.1f} for imports, {memory / 1e6:.2f} GB")

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.cli import app
-from fastgen.config import Recipe, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import make_batch
+from fastgen.data.digits import load_digits, prompt_for
 from fastgen.data.prepared import PreparedData, fold, identity, unfold
-from fastgen.digits import load_digits, prompt_for
-from fastgen.prepare import prepare
+from fastgen.recipe import Recipe
+from fastgen.run.prepare import prepare
 from fastgen.train import main
 
 ROOT = Path(__file__).parents[1]

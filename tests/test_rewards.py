@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import RecipeError, changed_keys, dump_recipe, load_recipe, registered_name
-from fastgen.digits import load_digits, prompt_for
+from fastgen.config import changed_keys, dump_recipe, load_recipe, registered_name
+from fastgen.data.digits import load_digits, prompt_for
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.networks import Ema, Networks, move
+from fastgen.registry import RecipeError
 from fastgen.rewards import REWARDS, Composite, Reward, Score, Scorer
 from fastgen.rewards.digit_class import DigitClass, classifier
 from fastgen.rewards.digit_stroke import DigitStroke

@@ -10,19 +10,20 @@ import torch
 from gaussian_map import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss, spread
 from torch import Tensor, nn
 
-from fastgen import flow_maps
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.batch import Conditioning
-from fastgen.config import RecipeError, build_recipe, load_recipe
+from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import LevelWeight
-from fastgen.evaluation import evaluate
-from fastgen.flow_maps import euler_path, heun_step, trig_tangent
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.flow import flow_maps
+from fastgen.flow.flow_maps import euler_path, heun_step, trig_tangent
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCM
 from fastgen.objectives.ladd import Ladd
 from fastgen.objectives.scm import States, TrustTurn
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
 from fastgen.train import train
 

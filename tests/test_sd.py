@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from fastgen import noise
 from fastgen.backbones.sd import SD, SDConfig
 from fastgen.batch import Batch
-from fastgen.config import Recipe, RecipeError, load_recipe
+from fastgen.config import load_recipe
 from fastgen.denoiser import TokenHeads, add_stop_input
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
-from fastgen.pipelines.export import export
-from fastgen.pipelines.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.pipelines.schedulers import discrete_steps
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.export import export
+from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 
 SEEDS = [3, 1, 4]
 SHAPE = (4, 16, 16)

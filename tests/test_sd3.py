@@ -11,12 +11,13 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete
 
 from fastgen import noise
 from fastgen.backbones.sd3 import SD3, SD3Config
-from fastgen.config import Recipe, load_recipe
-from fastgen.digits import load_digits
-from fastgen.pipelines.export import export
-from fastgen.pipelines.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.config import load_recipe
+from fastgen.data.digits import load_digits
 from fastgen.pipelines.schedulers import flow_match_config, flow_match_sigmas
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.export import export
+from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 
 TEACHER = Path(__file__).parents[1] / "assets/teachers/digits"
 PROMPTS = ["a handwritten three", "the digit eight", "a five"]

@@ -17,7 +17,7 @@ from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
 from fastgen.denoiser import Denoiser
-from fastgen.tangents import chain_tangent, difference, live_tangent, math_attention, tangent
+from fastgen.flow.tangents import chain_tangent, difference, live_tangent, math_attention, tangent
 
 F64 = torch.float64
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import checkpoint
-from fastgen.config import Recipe, RecipeError, load_recipe
-from fastgen.evaluation import evaluate, evaluate_path
-from fastgen.parts import TrainingError
-from fastgen.pipelines.export import export_run
-from fastgen.pipelines.sampler import load_sampler, teacher_sampler
+from fastgen.config import load_recipe
+from fastgen.evaluation.evaluate import evaluate, evaluate_path
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
+from fastgen.run.build import TrainingError
+from fastgen.run.export import export_run
+from fastgen.run.watching import bit_sum
+from fastgen.sampling.sampler import load_sampler, teacher_sampler
 from fastgen.train import main, train
-from fastgen.watching import bit_sum
 
 ROOT = Path(__file__).parents[1]
 TINY = [

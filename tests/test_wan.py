@@ -19,17 +19,19 @@ from torch import Tensor
 from fastgen import noise, signals
 from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser, latent_size
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import Recipe, RecipeError, build_recipe
+from fastgen.config import build_recipe
 from fastgen.denoiser import Experts, TokenHeads, add_stop_input
-from fastgen.evaluation import EvalConfig, evaluate_path, evaluate_with_samples
+from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
+from fastgen.evaluation.report import grid, sample_section
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.pipelines import video
-from fastgen.pipelines.sample_folder import sample_folder
-from fastgen.pipelines.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.pipelines.schedulers import flow_match_config
-from fastgen.report import grid, sample_section
+from fastgen.recipe import EvalConfig, Recipe
+from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, draw_stops
+from fastgen.sampling.folder import sample_folder
+from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.schedule import TimeSampler
 from fastgen.train import train
 

@@ -235,7 +235,7 @@ def run_row(row: Row, teacher: dict[str, Any], device: str) -> dict[str, Any]:
 def evaluate(run: Path, num_steps: int | None = None) -> dict[str, float]:
     """What `fastgen eval RUN` gives, with --num-steps where it is not the recipe's."""
     sys.path.insert(0, str(ROOT))
-    from fastgen.evaluation import evaluate_path
+    from fastgen.evaluation.evaluate import evaluate_path
 
     return dict(evaluate_path(run, num_steps=num_steps, progress=False)["metrics"])
 
@@ -264,8 +264,8 @@ def measure_teacher(steps: Sequence[int]) -> dict[str, Any]:
     import torch
 
     from fastgen.config import load_recipe
-    from fastgen.evaluation import evaluate
-    from fastgen.pipelines.sampler import teacher_sampler
+    from fastgen.evaluation.evaluate import evaluate
+    from fastgen.sampling.sampler import teacher_sampler
 
     recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", ["output_dir=unused"])
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)

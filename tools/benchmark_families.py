@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import Recipe, load_recipe
+from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import Loss
-from fastgen.parts import DTYPES
+from fastgen.recipe import Recipe
+from fastgen.run.build import DTYPES
 from fastgen.train import gradient_norm
 
 

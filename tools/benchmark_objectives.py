@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from fastgen.config import load_recipe
 from fastgen.noise import make_key
-from fastgen.parts import build
+from fastgen.run.build import build
 from fastgen.train import set_rates, update
 
 

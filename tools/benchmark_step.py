@@ -22,11 +22,12 @@ import torch
 from accelerate import Accelerator
 
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import Recipe, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
-from fastgen.parts import build
+from fastgen.recipe import Recipe
 from fastgen.rollout import draw_stops
+from fastgen.run.build import build
 from fastgen.train import set_rates, update
 
 

@@ -69,8 +69,8 @@ def measure(folder: Path, steps: int, recipe: Any, device: str) -> dict[str, flo
     """What `fastgen eval` gives of a run with these steps, and the reward of its first samples where points have one.
 
     Of a student that samples in any number of steps the policy is another one than it was exported with."""
-    from fastgen.evaluation import evaluate_with_samples
-    from fastgen.pipelines.sampler import load_sampler
+    from fastgen.evaluation.evaluate import evaluate_with_samples
+    from fastgen.sampling.sampler import load_sampler
 
     sampler = load_sampler(folder, device=device)
     sampler.policy = dataclasses.replace(sampler.policy, timesteps=STEPS[steps])
@@ -130,8 +130,8 @@ def perform_teacher(task: str, rows: Path, device: str) -> None:
     import torch
 
     from fastgen.config import load_recipe
-    from fastgen.evaluation import evaluate_with_samples
-    from fastgen.pipelines.sampler import teacher_sampler
+    from fastgen.evaluation.evaluate import evaluate_with_samples
+    from fastgen.sampling.sampler import teacher_sampler
 
     run = next(run for run in make_runs().values() if run.task == task)
     recipe = load_recipe(ROOT / run.recipe, [*run.overrides, "output_dir=unused"])
@@ -223,7 +223,7 @@ class Pool:
     def start(self, name: str) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context(self.method)
-        context.set_forkserver_preload(["fastgen.train", "fastgen.evaluation"])
+        context.set_forkserver_preload(["fastgen.train", "fastgen.evaluation.evaluate"])
         self.running[name] = context.Process(target=logged, args=(self.logs / f"{name}.log", self.work, name))  # type: ignore[attr-defined]
         self.running[name].start()
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
-from fastgen.digits import DIGIT_WORDS, PROMPTS, DigitsClassifier, load_digits, prompt_for
+from fastgen.data.digits import DIGIT_WORDS, PROMPTS, DigitsClassifier, load_digits, prompt_for
 from fastgen.metrics.fid import Precomputed
 
 STAGES = ("classifier", "text", "vae", "transformer", "measure")

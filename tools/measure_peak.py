@@ -4,7 +4,7 @@
     python tools/measure_peak.py recipe.yaml --device cuda         # torch.cuda.max_memory_allocated; not tried here
     python tools/measure_peak.py recipe.yaml --lora                # acceptance: a LoRA run's memory
 
-On a CPU, live bytes are counted by storage, as the plan counts them (fastgen/weightless.py); what kernels use inside
+On a CPU, live bytes are counted by storage, as the plan counts them (fastgen/planning/weightless.py); what kernels use inside
 is not seen by either. `--lora` compares the peak of a whole student update, all turns, with what it cannot do without:
 the base's weights, the adapters' gradients and moments, and one student pass's activations, forward and backward."""
 
@@ -18,14 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fastgen.config import Recipe, load_recipe
+from fastgen.config import load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
-from fastgen.parts import Parts, build
-from fastgen.plan import Plan, first_turns, plan, size, tensors
+from fastgen.planning.plan import Plan, first_turns, plan, size, tensors
+from fastgen.planning.weightless import LiveBytes
+from fastgen.recipe import Recipe
 from fastgen.rollout import predict_x0
+from fastgen.run.build import Parts, build
 from fastgen.train import update
-from fastgen.weightless import LiveBytes
 
 
 def networks_bytes(parts: Parts) -> int:

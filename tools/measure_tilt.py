@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen import checkpoint, noise
+from fastgen import noise
 from fastgen.backbones.gaussian_mixture import Mixture
 from fastgen.batch import Conditioning
-from fastgen.config import Recipe, load_recipe
+from fastgen.config import load_recipe
 from fastgen.objectives.ac_dmd import renoise_level
+from fastgen.recipe import Recipe
 from fastgen.rollout import sample
+from fastgen.run import checkpoint
 
 SAMPLES, POINTS, LEVELS = 40_000, 300, 20
 LOW, HIGH = -8.0, 8.0

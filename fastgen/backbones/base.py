@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
-from fastgen.lora import LoraConfig, LoraDenoiser, SharedBase
+from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
+from fastgen.modules.sharding import WeightMap
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
-from fastgen.sharding import WeightMap
 
 # What decode returns: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D].
 Output = Literal["pixels", "frames", "points"]

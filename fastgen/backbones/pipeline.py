@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, ExtraInputs, denoisers_of, embeddings_of, networks_of
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
 from fastgen.rollout import RolloutPolicy
-from fastgen.sharding import WeightMap
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")

@@ -21,8 +21,8 @@ from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, read_in
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Experts, ExtraInputs, networks_of
 from fastgen.pipelines.schedulers import flow_match_scheduler
-from fastgen.pipelines.video import check_writer
 from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
 
 

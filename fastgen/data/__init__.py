@@ -1,8 +1,9 @@
 """Where prompts and real images come from. One file a kind of source; `DATA` names them."""
 
-from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch, shuffled
+from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch
 from fastgen.data.hub import HubData
 from fastgen.data.images import ImageData, image_files
+from fastgen.data.order import shuffled
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
 from fastgen.data.toys import DigitsData, MixtureData

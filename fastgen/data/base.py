@@ -4,8 +4,7 @@ micro-batches split the same stream."""
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-
-if TYPE_CHECKING:
-    from fastgen.data.pairs import Pairs
+from fastgen.data.order import shuffled
+from fastgen.data.pairs import Pairs
 
 LATENT_BYTES = 1 << 30  # latents a stream keeps in memory; pictures beyond it are read and encoded anew
 
@@ -92,7 +90,7 @@ class SampleStream(Stream):
     """Rows in an order of their own each epoch; with ODE pairs, the rows of the pairs in theirs. Latents are kept in
     memory, up to a gigabyte."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: "Pairs | None" = None):
+    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
         self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
         self._latents: dict[int, Tensor] = {}
 
@@ -133,21 +131,6 @@ def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
     """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Encoded alone: in a batch its last bits would
     depend on the others, and those of a resumed run on where it was stopped."""
     return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
-
-
-def shuffled(positions: Tensor, size: int, key: int) -> Tensor:
-    """Index into a list of `size` for each global position: every epoch is its own permutation of the list."""
-    epochs = positions // size
-    result = torch.empty_like(positions)
-    for epoch in epochs.unique().tolist():
-        result[epochs == epoch] = permutation(size, key, epoch)[positions[epochs == epoch] % size]
-    return result
-
-
-@lru_cache(maxsize=4)
-def permutation(size: int, key: int, epoch: int) -> Tensor:
-    """The order of one epoch: [size] int64."""
-    return noise.uniform(torch.arange(size), (), noise.make_key(key, "epoch", epoch), torch.float64).argsort()
 
 
 def make_batch(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import DataError, Samples, SampleSource, SampleStream, Stream, encode_picture, permutation
+from fastgen.data.base import DataError, Samples, SampleSource, SampleStream, Stream, encode_picture
 from fastgen.data.images import check_sizes, image_size, read_image, resolution
+from fastgen.data.order import permutation
 from fastgen.data.tables import check_text, choose_column, import_extra
 
 CHECKED_IMAGES = 256  # of a data set's images, how many are measured before weights load

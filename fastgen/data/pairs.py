@@ -5,23 +5,15 @@ as its stock pipeline does. `fastgen prepare --pairs` stores them. Of small teac
 run first asks for one, and `mixture` at every batch."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import shuffled
-
-if TYPE_CHECKING:
-    from fastgen.pipelines.sampler import Sampler
-
-AT_ONCE = 32  # always the same pairs together, so that an interruption does not change their last bits
+from fastgen.data.order import shuffled
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -64,33 +56,3 @@ def pair_noise(backbone: Backbone, ids: Tensor, key: int | str) -> Tensor:
     """The noise of pairs ids [B] int64: [B, *latent_shape] standard normal, on the backbone's device."""
     ids = ids.to(backbone.device)
     return noise.normal(ids, backbone.latent_shape, noise.make_key(key, "initial"), backbone.dtype)
-
-
-def pair_samples(sampler: "Sampler", prompts: Sequence[str], ids: Sequence[int], key: int) -> Tensor:
-    """Where the teacher's sampler takes `pair_noise`, given these prompts: x0 [B, *latent_shape]."""
-    return sampler.latents(prompts, ids, key)
-
-
-def sample_pairs(sampler: "Sampler", prompts: Sequence[str], rows: range, key: int, bar: Any) -> Tensor:
-    """x0 [len(rows), *latent_shape] of the pairs `rows`, on the CPU. prompts: of all pairs."""
-    parts = []
-    for first in range(rows.start, rows.stop, AT_ONCE):
-        some = range(first, min(first + AT_ONCE, rows.stop))
-        parts.append(pair_samples(sampler, prompts[some.start : some.stop], some, key).cpu())
-        bar.update(len(some))
-    return torch.cat(parts)
-
-
-def made_pairs(settings: PairSettings, prompts: Sequence[str], backbone: Backbone) -> Pairs:
-    """Pairs that are sampled, all of them, when the first is read, and kept in memory."""
-
-    @cache
-    def made() -> Tensor:
-        from fastgen.pipelines.sampler import teacher_sampler  # with diffusers
-
-        sampler = teacher_sampler(backbone, settings.steps, settings.guidance_scale)
-        own = [prompts[i] for i in settings.samples(len(prompts)).tolist()]
-        with tqdm(total=settings.count, desc="sampling pairs") as bar:
-            return sample_pairs(sampler, own, range(settings.count), settings.key, bar)
-
-    return Pairs(settings, len(prompts), backbone, lambda rows: made()[list(rows)])

@@ -263,7 +263,7 @@ def sha256(path: Path) -> str:
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """'key (value there, value here)' for every dotted key that differs; hashes and lists shortened."""
-    from fastgen.config import flatten
+    from fastgen.registry import flatten
 
     a, b = flatten(there), flatten(here)
 

@@ -1,7 +1,7 @@
 """The shipped digits, and exact samples of a mixture."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -11,10 +11,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
-from fastgen.data.pairs import PairSettings, made_pairs, pair_noise, pair_samples
-
-if TYPE_CHECKING:
-    from fastgen.pipelines.sampler import Sampler
+from fastgen.data.pairs import PairSettings, pair_noise
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -30,12 +27,15 @@ class DigitsData(SampleSource):
         return frozenset({"latents", "pixels"} | ({"pairs"} if self.pairs else set()))
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
-        samples = self.samples(backbone)
-        pairs = None if self.pairs is None else made_pairs(self.pairs, samples.prompts, backbone)
+        samples, pairs = self.samples(backbone), None
+        if self.pairs is not None:
+            from fastgen.data.pair_sampling import made_pairs  # with diffusers
+
+            pairs = made_pairs(self.pairs, samples.prompts, backbone)
         return SampleStream(samples, backbone, noise.make_key(seed, "data"), pairs)
 
     def samples(self, backbone: Backbone) -> Samples:
-        from fastgen.digits import PROMPTS, load_digits, prompt_for
+        from fastgen.data.digits import PROMPTS, load_digits, prompt_for
 
         pixels, labels = load_digits("train")
         prompts = [prompt_for(int(label), wording) for label in labels for wording in range(len(PROMPTS))]
@@ -86,11 +86,11 @@ class MixtureStream(Stream):
 
     def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         key = noise.make_key(self._key, "pairs")
-        x0 = pair_samples(self._teacher, self.prompts(positions), positions.tolist(), key)
+        x0 = self._teacher.latents(self.prompts(positions), positions.tolist(), key)
         return pair_noise(self._backbone, positions, key), x0
 
     @cached_property
-    def _teacher(self) -> "Sampler":
-        from fastgen.pipelines.sampler import teacher_sampler  # with diffusers
+    def _teacher(self) -> Any:
+        from fastgen.sampling.sampler import teacher_sampler  # with diffusers
 
         return teacher_sampler(self._backbone, self._data.pair_steps, self._data.pair_guidance_scale)

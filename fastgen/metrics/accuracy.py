@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.digits import label_of
+from fastgen.data.digits import label_of
 from fastgen.metrics.base import Directions, Metric, MetricContext
 from fastgen.metrics.features import DigitsFeatures, FeatureNetwork
 

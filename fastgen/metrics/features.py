@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
+from fastgen.data.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
 from fastgen.metrics.reference import Reference
 
 HUB_FILE = r"[\w-][\w.-]*/[\w.-]+/[\w./-]+\.pth"

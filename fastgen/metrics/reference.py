@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.data import image_files
-from fastgen.digits import load_digits, prompt_for
+from fastgen.data.digits import load_digits, prompt_for
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ The mixture teacher is a formula without features, as in adm.py; its points are 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +34,14 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
+from fastgen.data.digits import IMAGE_SIZE, load_classifier
 from fastgen.denoiser import TokenHeads
-from fastgen.digits import IMAGE_SIZE, load_classifier
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.adm import critic
 from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -91,7 +89,7 @@ class ADP(Objective):
         if policy.told_time is not None:
             raise ValueError("adp tells the student its true level; remove rollout.told_time")
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         if self.pixel_weight and recipe.backbone.output != "pixels":
             raise ValueError(f"pixel_weight: backbone {recipe.backbone.name} gives {recipe.backbone.output}, not "
                              "pixels; set it to 0")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -10,10 +10,8 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.networks import Networks
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 State = dict[str, Tensor]
 
@@ -73,7 +71,7 @@ class Objective:
     def check(self, policy: RolloutPolicy) -> None:
         """Raises ValueError if the objective cannot train a student that samples like this."""
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         """Raises ValueError if other sections of the recipe do not fit; called when they have been checked, before any
         weight loads."""
 

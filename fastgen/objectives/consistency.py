@@ -38,27 +38,26 @@ levels are the teacher's own, noise-to-signal ratios are t / (1 - t), and gaps a
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen import flow_maps, signals, time_pairs
+from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
+from fastgen.flow import flow_maps, time_pairs
+from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
 from fastgen.objectives.ladd import Ladd
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy, transition
 from fastgen.schedule import expand
-from fastgen.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @plain_dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Consistency(Objective):
             raise ValueError(f"{count} phases are sampled from edge to edge: set rollout.transition: ode, timesteps "
                              f"{[round(t, 4) for t in edges]}, or end: uniform")  # fmt: skip
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         """Ratios t / (1 - t) and velocities are of flow matching; a uniform grid with Euler steps is of every path."""
         plain = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
         if not plain or self.solver == "heun":

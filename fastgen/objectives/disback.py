@@ -19,7 +19,7 @@ networks (adapters would be smaller, and are not supported). The README of the r
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
@@ -30,10 +30,8 @@ from fastgen.batch import Batch
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class DisBack(DMD2):
             raise ValueError("points of the path stand in for the teacher, which is not told a stop: set it to false")
         return value
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         super().check_recipe(recipe)
         if recipe.train.steps <= self.degradation:
             raise ValueError(f"train.steps is {recipe.train.steps}, and the first {self.degradation} updates, "

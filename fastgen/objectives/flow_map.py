@@ -30,27 +30,26 @@ w(t, s) is a power of the loss here, and targets are of the current weights, as 
 import itertools
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen import flow_maps, signals
+from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-from fastgen.flow_maps import AverageVelocity, Velocity, average_velocity
+from fastgen.flow import flow_maps
+from fastgen.flow.flow_maps import AverageVelocity, Velocity, average_velocity
+from fastgen.flow.tangents import Backend, tangent
+from fastgen.flow.time_pairs import TimePairs, between
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
-from fastgen.tangents import Backend, tangent
-from fastgen.time_pairs import TimePairs, between
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 Form = Literal["lagrangian", "semigradient", "eulerian", "progressive"]
 
@@ -120,7 +119,7 @@ class FlowMap(Objective):
         if self.source == "prior" and policy.num_steps > 1:
             raise ValueError("source: prior trains jumps from t = 1 alone; give rollout one timestep")
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
         if self.form in ("lagrangian", "eulerian") and recipe.train.gradient_checkpointing:
             raise ValueError(f"form: {self.form} differentiates a derivative, which train.gradient_checkpointing "

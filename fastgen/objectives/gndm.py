@@ -42,11 +42,12 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen import replay, signals
+from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import add_stop_input
 from fastgen.networks import Networks
+from fastgen.objectives import replay
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, step_log_prob, trajectory

@@ -17,11 +17,11 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import TokenHeads
+from fastgen.flow.time_pairs import between
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.adm import critic
 from fastgen.objectives.base import Loss
 from fastgen.schedule import TimeSampler
-from fastgen.time_pairs import between
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))

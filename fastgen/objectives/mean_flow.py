@@ -30,25 +30,23 @@ Departures: no auxiliary head (the diagonal share is iMF's), no interval conditi
 import math
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen import flow_maps
 from fastgen.batch import Batch, Conditioning
+from fastgen.flow import flow_maps
+from fastgen.flow.tangents import Backend, tangent
+from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
-from fastgen.tangents import Backend, tangent
-from fastgen.time_pairs import TimePairs
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -126,7 +124,7 @@ class MeanFlow(Objective):
         if policy.told_guidance is not None and (self.form, self.teach) != ("improved", "data"):
             raise ValueError("rollout.told_guidance is for form: improved with teach: data, which learns all scales")
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:

@@ -29,7 +29,7 @@ rounding of a stored step list cannot reach it, as it could reach s or the level
 import itertools
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -40,15 +40,13 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser, Experts, add_stop_input
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import Guidance
+from fastgen.recipe import Recipe
 from fastgen.rollout import Rollout, RolloutPolicy, Step, backward_simulation, draw_stops, predict_x0, step_to
 from fastgen.schedule import PredictionType, Schedule, TimeSampler
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -113,7 +111,7 @@ class PhasedDMD(Objective):
             raise ValueError(f"phases must cover all {policy.num_steps} rollout.timesteps; they end before step "
                              f"{self.phases[-1].last}")  # fmt: skip
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         if recipe.train.steps != self.num_updates:
             raise ValueError(f"the updates of phases add up to {self.num_updates} and train.steps is "
                              f"{recipe.train.steps}; make them equal")  # fmt: skip

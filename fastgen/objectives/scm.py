@@ -33,29 +33,28 @@ import itertools
 import math
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen import flow_maps, signals
+from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, LevelWeight
-from fastgen.flow_maps import Velocity, guided_velocity
+from fastgen.flow import flow_maps
+from fastgen.flow.flow_maps import Velocity, guided_velocity
+from fastgen.flow.tangents import Backend, tangent
+from fastgen.flow.time_pairs import ScaleRange, between, check_told, drawn_scale, shifted
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import DMD2, Guidance
 from fastgen.objectives.ladd import Ladd
+from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
-from fastgen.tangents import Backend, tangent
-from fastgen.time_pairs import ScaleRange, between, check_told, drawn_scale, shifted
-
-if TYPE_CHECKING:
-    from fastgen.config import Recipe
 
 
 @plain_dataclass(frozen=True)
@@ -132,7 +131,7 @@ class SCM(Objective):
         if self.matching is not None:
             self.matching.check(policy)
 
-    def check_recipe(self, recipe: "Recipe") -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:

@@ -5,17 +5,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen.backbones.base import BackboneConfig
 from fastgen.schedule import expand
-
-if TYPE_CHECKING:
-    from fastgen.backbones.base import BackboneConfig
 
 Input = Literal["pixels", "frames", "latents", "points"]
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -81,7 +79,7 @@ class Reward(ABC):
         parts = {name: part.detach().to(x.device, torch.float32) for name, part in result.parts.items()}
         return Score(torch.where(valid, value, 0), valid, parts)
 
-    def check(self, config: "BackboneConfig") -> None:
+    def check(self, config: BackboneConfig) -> None:
         """Raises ValueError, before weights load, if this backbone's samples are not what the reward reads, or if
         files of the reward are missing."""
         self.ready()

@@ -10,7 +10,7 @@ from pydantic import Field, InstanceOf, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen.recomputation import checkpointed
+from fastgen.modules.recomputation import checkpointed
 from fastgen.rewards.base import CONFIG, Reward, Score
 from fastgen.signals import group_moments
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen.digits import IMAGE_SIZE, DigitsClassifier, label_of, load_classifier
+from fastgen.data.digits import IMAGE_SIZE, DigitsClassifier, label_of, load_classifier
 from fastgen.rewards.base import CONFIG, Reward
 
 

@@ -1,15 +1,12 @@
 """A linear reward on points, which tilts a mixture of Gaussians in closed form."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen.backbones.base import BackboneConfig
 from fastgen.rewards.base import CONFIG, Reward
-
-if TYPE_CHECKING:
-    from fastgen.backbones.base import BackboneConfig
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -24,12 +21,12 @@ class Linear(Reward):
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         return x @ x.new_tensor(self.direction)
 
-    def check(self, config: "BackboneConfig") -> None:
+    def check(self, config: BackboneConfig) -> None:
         super().check(config)
         check_dimension(config, "direction", self.direction)
 
 
-def check_dimension(config: "BackboneConfig", name: str, values: Sequence[float]) -> None:
+def check_dimension(config: BackboneConfig, name: str, values: Sequence[float]) -> None:
     """Raises ValueError if a field has not one number for each coordinate of the mixture's points."""
     from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 

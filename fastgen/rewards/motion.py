@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen.recomputation import checkpointed
+from fastgen.modules.recomputation import checkpointed
 from fastgen.rewards import images, weights
 from fastgen.rewards.base import CONFIG, Reward, Score
 from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files

@@ -1,17 +1,15 @@
 """A quadratic reward on points, which tilts a mixture of Gaussians in closed form."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen.backbones.base import BackboneConfig
 from fastgen.rewards.base import CONFIG, Reward
 from fastgen.rewards.linear import check_dimension
-
-if TYPE_CHECKING:
-    from fastgen.backbones.base import BackboneConfig
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -29,7 +27,7 @@ class Quadratic(Reward):
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         return -0.5 * (x - x.new_tensor(self.center)).square() @ x.new_tensor(self.curvature)
 
-    def check(self, config: "BackboneConfig") -> None:
+    def check(self, config: BackboneConfig) -> None:
         super().check(config)
         check_dimension(config, "center", self.center)
         check_dimension(config, "curvature", self.curvature)

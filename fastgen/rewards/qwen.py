@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.recomputation import checkpointed
+from fastgen.modules.recomputation import checkpointed
 from fastgen.rewards import images, weights
 
 PATCH, MERGE, PAIR = 14, 2, 2  # pixels of a patch; patches a side, and frames, of a token

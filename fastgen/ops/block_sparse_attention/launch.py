@@ -13,6 +13,7 @@ from fastgen.ops.block_sparse_attention.configs import KERNELS, KernelConfig, ar
 from fastgen.ops.block_sparse_attention.kernel import forward_kernel
 from fastgen.ops.block_sparse_attention.kernel_backward import delta_kernel, dkv_kernel, dq_kernel
 from fastgen.ops.block_sparse_attention.layout import BlockLayout, BlockLists
+from fastgen.ops.block_sparse_attention.tensors import on_device, row_strides
 from fastgen.ops.block_sparse_attention.tiles import entries
 
 # TRITON_INTERPRET=1 before the first import of triton runs kernels on the CPU, one program after the other
@@ -183,13 +184,6 @@ def matrix_view(tensor: Tensor) -> MatrixView | None:
     return MatrixView((rows, columns), (step_batch, step_head, stride_head if side_by_side else 0))
 
 
-def row_strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, token and head of [B, L, H, D]. Raises ValueError if the head dimension is not contiguous."""
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"the last dimension must be contiguous, got strides {tensor.stride()}; call .contiguous()")
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def list_strides(lists: BlockLists) -> tuple[int, int, int, int, int]:
     """Of entries: batch, head, row; of counts: batch, head. 0 where one list serves all."""
     batch, heads, rows, width = lists.entries.shape
@@ -211,8 +205,3 @@ def common(config: KernelConfig) -> dict[str, object]:
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Kernels start on the current device: make it the tensor's. Does nothing on a CPU."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -5,8 +5,7 @@ import triton
 from torch import Tensor
 
 from fastgen.ops.block_sparse_attention.kernel_selection import lists_kernel, pool_kernel, select_kernel
-from fastgen.ops.block_sparse_attention.launch import on_device, row_strides
-from fastgen.ops.block_sparse_attention.layout import BlockLists
+from fastgen.ops.block_sparse_attention.tensors import on_device, row_strides
 from fastgen.ops.block_sparse_attention.tiles import Tiles, entries
 
 
@@ -35,8 +34,8 @@ def select_by_kernel(scores: Tensor, forced: Tensor, top_k: int = 0, mass: float
     return kept
 
 
-def lists_by_kernel(block_map: Tensor, columns: Tiles) -> BlockLists:
-    """`block_lists` of a map [b, h, rows, len(columns)] in any strides in which b and h are one."""
+def lists_by_kernel(block_map: Tensor, columns: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries, counts and full counts of `block_lists`, of a map [b, h, rows, len(columns)] in any strides in which b and h are one."""
     batch, heads, rows, width = block_map.shape
     flat = block_map.view(torch.uint8).flatten(0, 1)
     lists = torch.zeros(batch, heads, rows, width, dtype=torch.int32, device=block_map.device)
@@ -46,4 +45,4 @@ def lists_by_kernel(block_map: Tensor, columns: Tiles) -> BlockLists:
             flat, entries(columns, block_map.device), lists, counts, full, rows, width, *flat.stride(),
             COLUMNS=max(16, triton.next_power_of_2(width)), CAPACITY=columns.capacity,
         )  # fmt: skip
-    return BlockLists(lists, counts, full)
+    return lists, counts, full

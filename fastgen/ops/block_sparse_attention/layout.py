@@ -96,7 +96,7 @@ def block_lists(block_map: Tensor, columns: Tiles) -> BlockLists:
     if kernels_run_on(block_map.device) and len(columns) <= MAX_COLUMNS:
         from fastgen.ops.block_sparse_attention.launch_selection import lists_by_kernel
 
-        return lists_by_kernel(block_map, columns)
+        return BlockLists(*lists_by_kernel(block_map, columns))
     order, num_full = full_first(columns, block_map.device)
     ordered = block_map[..., order]
     packed = entries(columns, block_map.device)[order].expand(ordered.shape)

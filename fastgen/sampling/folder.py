@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.data import read_prompts
-from fastgen.pipelines.sampler import load_sampler
-from fastgen.pipelines.video import check_writer, save_video, stills
-from fastgen.report import plot_points, save_grid
+from fastgen.evaluation.report import plot_points, save_grid
+from fastgen.sampling.sampler import load_sampler
+from fastgen.sampling.video import check_writer, save_video, stills
 
 
 def sample_folder(

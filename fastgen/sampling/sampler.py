@@ -101,7 +101,7 @@ def load_sampler(
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
         from fastgen.backbones import BACKBONES
-        from fastgen.config import build_section
+        from fastgen.registry import build_section
 
         metadata = json.loads((folder / METADATA).read_text())
         policy = RolloutPolicy(**metadata["policy"])

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
-from fastgen.config import Recipe, to_dict
+from fastgen.config import to_dict
 from fastgen.data.base import Samples, SampleSource, encode_picture
-from fastgen.data.pairs import PairSettings, sample_pairs
+from fastgen.data.pair_sampling import sample_pairs
+from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import (
     ENCODER_FILES,
     FORMAT,
@@ -41,9 +42,9 @@ from fastgen.data.prepared import (
     stamp,
 )
 from fastgen.data.prompts import read_prompts
-from fastgen.evaluation import EvalConfig
 from fastgen.metrics.reference import open_reference
-from fastgen.pipelines.sampler import teacher_sampler
+from fastgen.recipe import EvalConfig, Recipe
+from fastgen.sampling.sampler import teacher_sampler
 
 ENCODED_AT_ONCE = 32  # prompts, as PipelineBackbone does
 

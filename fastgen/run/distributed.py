@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fastgen.backbones.base import Backbone
-from fastgen.config import Recipe, RecipeError
 from fastgen.denoiser import Denoiser, ExtraInputs
-from fastgen.lora import LoraDenoiser
-from fastgen.sharding import shard
+from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import shard
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 
 Strategy = Literal["single", "ddp", "fsdp"]
 BUCKET_BYTES = 25 << 20  # of gradients, averaged in one call

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.modules.recomputation import remembered
+from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
-from fastgen.recomputation import remembered
 from fastgen.schedule import PredictionType
-from fastgen.sharding import local, own_slice
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 

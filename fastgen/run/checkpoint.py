@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastgen.denoiser import carried_names
-from fastgen.sharding import local, slices, whole
+from fastgen.modules.sharding import local, slices, whole
 
 PREFIX = "step_"
 COUNTERS = "counters.json"

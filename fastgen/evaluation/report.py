@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastgen.metrics import DIRECTIONS
-from fastgen.pipelines.video import stills
+from fastgen.sampling.video import stills
 
 EXACT = "exact"  # the name of points that are drawn behind the others
 BLUE, ORANGE, GREY = "#2f6fab", "#e07b39", "#b5b5b5"

@@ -25,8 +25,8 @@ from torch import Tensor
 from fastgen import signals
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.flow.tangents import live_tangent, tangent
 from fastgen.schedule import FlowSchedule, expand
-from fastgen.tangents import live_tangent, tangent
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(x, t, s)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t)

@@ -11,20 +11,20 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgen.config import Recipe
-from fastgen.evaluation import evaluate
-from fastgen.hacking import spreads
-from fastgen.health import statistics
-from fastgen.lora import LoraDenoiser
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.evaluation.report import plot_points, save_grid
+from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import local
 from fastgen.networks import Networks
 from fastgen.objectives import Turn
-from fastgen.parts import Parts, TrainingError
-from fastgen.pipelines.sampler import Sampler
-from fastgen.pipelines.video import save_video, side_by_side
-from fastgen.report import plot_points, save_grid
+from fastgen.recipe import Recipe
 from fastgen.rewards import Score
-from fastgen.run_log import RunLog
-from fastgen.sharding import local
+from fastgen.run.build import Parts, TrainingError
+from fastgen.run.hacking import spreads
+from fastgen.run.health import statistics
+from fastgen.run.log import RunLog
+from fastgen.sampling.sampler import Sampler
+from fastgen.sampling.video import save_video, side_by_side
 
 
 def role_table(recipe: Recipe, networks: Networks) -> Table:

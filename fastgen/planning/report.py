@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fastgen.config import Recipe, apply_override, build_recipe, to_dict
-from fastgen.plan import Plan, plan
+from fastgen.config import apply_override, build_recipe, to_dict
+from fastgen.planning.plan import Plan, plan
+from fastgen.recipe import Recipe
 
 LORA = "{rank: 64}"
 

@@ -11,41 +11,13 @@ from dataclasses import field
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen import hacking
+from fastgen.recipe import HealthConfig
 from fastgen.rewards import Composite, Score
+from fastgen.run import hacking
 
 Statistics = dict[str, float]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class HealthConfig:
-    """When the watch speaks. All factors are ours, set so that the shipped recipes stay quiet.
-
-    every: student updates between looks, 0 switches the watch off. num_samples: samples of one look. grace: updates
-    before blurred or similar samples are warned of, as a one-step student starts from blurred means. stop: end the run
-    at the first warning."""
-
-    every: int = Field(default=50, ge=0)
-    num_samples: int = Field(default=32, ge=4)
-    grace: int = Field(default=100, ge=0)
-    max_skipped: int = Field(default=10, ge=0)  # updates in a row whose gradient is not finite; one more stops the run
-    mean_shift: float = Field(default=0.75, gt=0)  # of the samples' mean, in the teacher's standard deviations
-    std_ratio: tuple[float, float] = (0.5, 1.7)  # of the samples' std over the teacher's
-    saturation: float = Field(default=0.05, gt=0)  # share of values beyond three of the teacher's std, above its own
-    diversity_ratio: float = Field(default=0.6, gt=0)  # of the mean distance between two samples over the teacher's
-    fake_lag: float = Field(default=1.0, gt=0)  # |lag|: the fake score's own error over the gradient's energy
-    grad_growth: float = Field(default=30.0, gt=1)  # of a role's gradient norm over its median so far
-    movement: tuple[float, float] = (1e-7, 1.0)  # of a role's weights between two looks, relative to their size
-    lead: float = Field(default=1.25, gt=0)  # of the student's relative movement over the fake score's
-    held_out_drop: float = Field(default=1.0, gt=0)  # of a held-out reward from its best, in the teacher's std
-    anchor_distance: float = Field(default=0.3, gt=0)  # of the samples to the teacher's, in shares of their spread
-    zero_groups: float = Field(default=0.5, ge=0)  # share of prompt groups whose rewards are all equal
-    clipped: float = Field(default=0.2, ge=0)  # share of advantages at the clip
-    stop: bool = False
 
 
 def statistics(latents: Tensor, center: float | None = None, scale: float | None = None) -> Statistics:

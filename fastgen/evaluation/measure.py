@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.metrics import Metric
-from fastgen.pipelines.video import stills
+from fastgen.sampling.video import stills
 
 KEPT = {2: 2000, 4: 64, 5: 8}  # by their dimensions, the points, images or videos an evaluation returns for the report
 SAVE_SECONDS = 20.0  # between two writes of what has been gathered

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Batch
-from fastgen.flow_maps import SHORTEST
+from fastgen.flow.flow_maps import SHORTEST
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 

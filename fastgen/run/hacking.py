@@ -6,15 +6,12 @@ optimises (`rewards.held_out`), and measures how far the samples have gone from 
 same prompts. Numbers are in standard deviations of the teacher's samples, so that one threshold serves any reward."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastgen.recipe import HealthConfig
 from fastgen.rewards import Composite, Score
-
-if TYPE_CHECKING:
-    from fastgen.health import HealthConfig
 
 ADVICE = ("strengthen what holds the student to the teacher (dm_weight, anchor_weight), lower reward_weight or "
           "optimizers.student.lr, and continue from an earlier checkpoint (train.resume_from)")  # fmt: skip
@@ -50,7 +47,7 @@ def anchor_distance(samples: Tensor, anchor: Tensor) -> float:
 
 
 def gamed(
-    history: Sequence[Mapping[str, float]], spread: Mapping[str, float], rewards: Composite, config: "HealthConfig"
+    history: Sequence[Mapping[str, float]], spread: Mapping[str, float], rewards: Composite, config: HealthConfig
 ) -> list[str]:
     """Says where the optimised rewards rise and a held-out one falls.
 
@@ -71,7 +68,7 @@ def gamed(
     return warnings
 
 
-def left_the_anchor(distance: float, first: float, config: "HealthConfig") -> list[str]:
+def left_the_anchor(distance: float, first: float, config: HealthConfig) -> list[str]:
     """first: the distance at the run's start, which a student that is still blurred may have."""
     if distance <= max(config.anchor_distance, first):
         return []
@@ -79,7 +76,7 @@ def left_the_anchor(distance: float, first: float, config: "HealthConfig") -> li
             f"spread ({first:.2f} at the start); {ADVICE}"]  # fmt: skip
 
 
-def idle_groups(terms: Mapping[str, float], config: "HealthConfig") -> list[str]:
+def idle_groups(terms: Mapping[str, float], config: HealthConfig) -> list[str]:
     """Groups that say nothing, and advantages that are cut, by the terms that objectives log."""
     warnings = []
     zero = max((v for k, v in terms.items() if k.endswith("/zero_groups")), default=0.0)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from rich.table import Table
 from torch import Tensor
 
 import fastgen
@@ -21,29 +22,26 @@ from fastgen import noise
 from fastgen.backbones.base import Output
 from fastgen.backbones.gaussian_mixture import GaussianMixture
 from fastgen.data import MixtureData, read_prompts
-from fastgen.eval_config import EvalConfig, merged_scorers
-from fastgen.measure import KEPT, Partial, measure
+from fastgen.evaluation.config import merged_scorers
+from fastgen.evaluation.measure import KEPT, Partial, measure
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
+from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fastgen.pipelines.sampler import Sampler
+from fastgen.sampling.sampler import Sampler
 
 Row = dict[str, Any]
 
 
-def evaluate(sampler: "Sampler", config: EvalConfig, progress: bool = True) -> Row:
+def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True) -> Row:
     """The result of evaluate_with_samples, without the samples."""
     return evaluate_with_samples(sampler, config, progress)[0]
 
 
 def evaluate_with_samples(
-    sampler: "Sampler", config: EvalConfig, progress: bool = True, partial: Path | None = None
+    sampler: Sampler, config: EvalConfig, progress: bool = True, partial: Path | None = None
 ) -> tuple[Row, Tensor]:
     """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images,
     a few frames of 8 videos, or 2,000 points) for a report.
@@ -142,7 +140,7 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
     return None if config.reference is None else open_reference(config.reference)
 
 
-def find_prompts(sampler: "Sampler", config: EvalConfig, reference: Reference | None) -> list[str]:
+def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:
     """One prompt a sample."""
     if config.prompts is not None:
         return repeat(read_prompts(config.prompts), config.num_samples)
@@ -197,7 +195,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     }
 
 
-def exact_points(backbone: GaussianMixture, config: EvalConfig, sampler: "Sampler") -> Tensor:
+def exact_points(backbone: GaussianMixture, config: EvalConfig, sampler: Sampler) -> Tensor:
     """Exact samples with the labels of the first evaluated ones, to draw behind them."""
     prompts = find_prompts(sampler, config, None)[: KEPT[2]]
     key = noise.make_key(config.seed, "exact", 0)
@@ -236,7 +234,7 @@ def evaluate_path(
     if is_image_folder(path):
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
     else:
-        from fastgen.pipelines.sampler import load_sampler
+        from fastgen.sampling.sampler import load_sampler
 
         sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
         if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
@@ -326,7 +324,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_page(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor]) -> None:
-    from fastgen.report import write_report  # matplotlib takes a second to import
+    from fastgen.evaluation.report import write_report  # matplotlib takes a second to import
 
     write_report(path, rows, samples)
 
@@ -337,14 +335,14 @@ def print_table(rows: Sequence[Row]) -> None:
     Console().print(results_table(rows))
 
 
-def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> "Table":
+def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
     """A rich table, one result a row; a single result one number a row, which fits any terminal.
 
     columns: names of numbers in `metrics`; all of them if left out."""
     from rich.table import Table
     from rich.text import Text
 
-    from fastgen.report import format_value, metric_names
+    from fastgen.evaluation.report import format_value, metric_names
 
     columns = metric_names(rows) if columns is None else columns
     names = [Text(str(row["name"])) for row in rows]

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import fastgen
-from fastgen import checkpoint
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone
-from fastgen.config import Recipe, dump_recipe, load_recipe, to_dict
+from fastgen.config import dump_recipe, load_recipe, to_dict
 from fastgen.denoiser import Denoiser
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.pipelines import few_step, flow_map
-from fastgen.pipelines.sampler import METADATA
+from fastgen.recipe import Recipe
+from fastgen.run import checkpoint
+from fastgen.sampling.sampler import METADATA
 
 CALL = """```python
 import torch
@@ -47,7 +48,7 @@ ANY_STEP = """ It is a flow map: other numbers of steps work, too, on the same g
 OWN_CALL = """```python
 from pathlib import Path
 
-from fastgen.pipelines.sampler import load_sampler
+from fastgen.sampling.sampler import load_sampler
 
 points = load_sampler(Path("path/to/this/folder")).sample(prompts=[""] * 8, seeds=range(8))
 ```"""

@@ -3,20 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.data import read_prompts
-from fastgen.evaluation import write_json
+from fastgen.evaluation.evaluate import write_json
+from fastgen.evaluation.report import format_value
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
-from fastgen.report import format_value
 from fastgen.rewards import REWARDS, SCORERS, Reward, make_reward
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SHOWN = 20  # rows of the printed table
 
@@ -123,7 +121,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def score_table(result: dict[str, Any]) -> "Table":
+def score_table(result: dict[str, Any]) -> Table:
     """The first images and the means, a rich table."""
     from rich.table import Table
     from rich.text import Text

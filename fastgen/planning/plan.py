@@ -31,16 +31,17 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import Recipe, RecipeError
 from fastgen.denoiser import Denoiser
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
-from fastgen.parts import DTYPES
+from fastgen.planning.weightless import LiveBytes, empty, weightless
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
+from fastgen.run.build import DTYPES
 from fastgen.schedule import PredictionType
 from fastgen.signals import guided, per_sample_mean
-from fastgen.weightless import LiveBytes, empty, weightless
 
 DRAWS = 32  # updates whose network evaluations are counted
 SMALL_ENCODERS = 64 << 20  # bytes; the text encoders of a local folder up to this size are run, for the true length

@@ -9,17 +9,19 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from fastgen import checkpoint
 from fastgen.backbones.base import Backbone
-from fastgen.config import Recipe, RecipeError, changed_keys, dump_recipe, load_recipe
+from fastgen.config import changed_keys, dump_recipe, load_recipe
 from fastgen.data import Stream
 from fastgen.denoiser import Denoiser, carried_names
-from fastgen.distributed import Strategy, divide, strategy_of
-from fastgen.health import Watch
-from fastgen.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
-from fastgen.pipelines.sampler import Sampler, teacher_sampler
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.rewards import Scorer
+from fastgen.run import checkpoint
+from fastgen.run.distributed import Strategy, divide, strategy_of
+from fastgen.run.health import Watch
+from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

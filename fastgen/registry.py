@@ -1,0 +1,127 @@
+"""From the names a recipe uses to what they stand for: classes, checked values, and files that ship with fastgen.
+
+A registry is a dict from a name to a class, or to "module:Class", which is imported only when it is chosen. A class
+outside this package is named by its import path, `my_module:MyClass`. Naming one runs the code of that module.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message says which key, what is allowed and what to change."""
+
+
+def shipped(path: str | Path) -> Path:
+    """Where a file or folder that ships with fastgen lies: inside the installed package, or at the root of a checkout.
+    The path is relative to either and may not exist."""
+    inside = PACKAGE / path
+    return inside if inside.exists() else PACKAGE.parent / path
+
+
+def build_section(section: str, value: Any, registry: Mapping[str, Any], base: type) -> Any:
+    """An instance of the class that `value["name"]` chooses, which must derive from `base`."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise RecipeError(f"{section} must be a section with a name, one of {', '.join(registry)}")
+    cls = resolve(section, value["name"], registry, base)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = dict(value) if "name" in fields else {k: v for k, v in value.items() if k != "name"}
+    if ":" in value["name"] and "name" in fields:
+        values.pop("name")
+    check_keys(values, cls, f"{section}.", also=("name",))
+    return validated(cls, values, f"{section}.")
+
+
+def import_name(section: str, name: str) -> Any:
+    """What `my_module:attribute` is."""
+    module, _, attribute = name.partition(":")
+    try:
+        return vars(importlib.import_module(module))[attribute]
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
+
+
+def resolve(section: str, name: str, registry: Mapping[str, Any], base: type) -> type:
+    """The class of a registered name, or of `my_module:MyClass` from the import path."""
+    if ":" in name:
+        cls = import_name(section, name)
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, base)):
+            raise RecipeError(
+                f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base.__name__}"
+            )
+        return cls
+    if name not in registry:
+        raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, registry)}")
+    entry = registry[name]
+    if isinstance(entry, str):  # "module:Class", imported only when chosen
+        module, _, attribute = entry.partition(":")
+        return vars(importlib.import_module(module))[attribute]
+    return entry
+
+
+def nearest(key: str, valid: typing.Iterable[str]) -> str:
+    """'; did you mean ...' or the list of what is valid."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(options)}"
+
+
+def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence[str] = ()) -> None:
+    """Refuses unknown keys of a section and of the sections in it."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields and key not in also:
+            raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
+    for name, hint in typing.get_type_hints(cls).items():
+        value, section = values.get(name), section_class(hint)
+        if isinstance(value, bool) and bool not in options(hint) and {int, float} & set(options(hint)):
+            raise RecipeError(f"{prefix}{name}: a number is needed, got {str(value).lower()}")
+        if section is not None and isinstance(value, dict):
+            check_keys(value, section, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is dict and isinstance(value, dict):
+            section = section_class(typing.get_args(hint)[1])
+            for role, sub in value.items():
+                if section is not None and isinstance(sub, dict):
+                    check_keys(sub, section, f"{prefix}{name}.{role}.")
+
+
+def section_class(hint: Any) -> type | None:
+    """The dataclass behind a type hint, also as X | None."""
+    return next((o for o in options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the hint alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """pydantic's validation with one line an error, each with the full path of its key."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            path = prefix + ".".join(str(p) for p in e["loc"] if not str(p).startswith(("tuple[", "function-")))
+            message = e["msg"].removeprefix("Value error, ")
+            shown = str(e["input"])[:80]
+            given = "" if isinstance(e["input"], dict) or f"got {shown}" in message else f", got {shown!r}"
+            lines.append(f"{path.rstrip('.')}: {message}{given}")
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
