@@ -2,7 +2,7 @@
 
     python benchmarks/first_updates.py before.json                        # in the tree before the change
     python benchmarks/first_updates.py after.json --against before.json   # and after it; differences are printed
-    python benchmarks/first_updates.py after.json --quick                 # four updates of 16 samples
+    python benchmarks/first_updates.py after.json --quick                 # four updates of 48 samples
     python benchmarks/first_updates.py after.json --tree ../other/checkout
 
 Every recipe trains as `fastgen train` does, on one thread. What is hashed, to the bit: all tensors of the checkpoint
@@ -44,7 +44,7 @@ def overrides(path: Path, runs: Path, quick: bool) -> list[str]:
         "health.num_samples=16",
     ]  # fmt: skip
     if quick:
-        given += ["train.batch_size=16"] + ["backbone.fit_steps=50"] * points
+        given += ["train.batch_size=48"] + ["backbone.fit_steps=50"] * points
     if raw["data"].get("pairs"):
         given.append("data.pairs={count: 64, steps: 4}")
     phases = raw["objective"].get("phases")
@@ -61,6 +61,11 @@ def train_and_hash(path: Path, runs: Path, quick: bool) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    import fastgen
+
+    assert Path(fastgen.__file__).is_relative_to(Path.cwd()), (
+        f"{fastgen.__file__} is not of the tree that was asked for"
+    )
     from fastgen.config import load_recipe
     from fastgen.train import train
 
@@ -119,6 +124,7 @@ def main() -> int:
     tree, output = given.tree.resolve(), given.output.resolve()
     before = json.loads(given.against.read_text()) if given.against else None
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    sys.path.insert(0, str(tree))  # the processes it starts inherit this
     os.chdir(tree)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastgen.train"])

@@ -143,7 +143,7 @@ def check_recipe(recipe: Recipe) -> None:
                           f"objective.group_size {objective.group_size}; make it a multiple")  # fmt: skip
     check_rewards(recipe)
     if recipe.rollout.inputs and not objective.takes_inputs:
-        keys = " and ".join({"s": "next_time", "guidance": "told_guidance"}[name] for name in recipe.rollout.inputs)
+        keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} trains no student that is told {keys}; leave it out")
     missing = objective.needs - recipe.data.provides
     if missing:
@@ -164,7 +164,7 @@ def check_recipe(recipe: Recipe) -> None:
 def check_lora(recipe: Recipe) -> None:
     """Adapters go on roles that are trained copies of the teacher."""
     objective = recipe.objective
-    possible = [role for role in objective.trained_roles if role not in objective.own_networks]
+    possible = [role for role in objective.trained_roles if role not in objective.full_roles]
     for role in recipe.lora:
         if role not in possible:
             allowed = ", ".join(possible) or "none"
@@ -211,7 +211,7 @@ def check_init(recipe: Recipe) -> None:
     earlier = load_recipe(before)
     if more := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(f"init_from: the student there is told {', '.join(sorted(more))}, and here it is not; give "
-                          "rollout the same next_time and a told_guidance")  # fmt: skip
+                          "rollout the same two_time and a embedded_guidance")  # fmt: skip
     there, here = earlier.lora.get("student"), recipe.lora.get("student")
     if there != here:
         raise RecipeError(f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "

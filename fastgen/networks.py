@@ -46,6 +46,12 @@ class Networks(Mapping[str, nn.Module]):
     def fake_score(self) -> Denoiser:
         return self.modules["fake_score"]  # type: ignore[return-value]
 
+    @property
+    def critic(self) -> Denoiser:
+        """The frozen network whose features a discriminator reads: the teacher, or the network fitted to it where the
+        teacher is a formula."""
+        return self.modules.get("features", self.teacher)  # type: ignore[return-value]
+
     def rewards(self, x0: Tensor, batch: Batch, grad: bool = False) -> Score:
         """The recipe's rewards of clean samples x0 [B, *latent_shape] made for this batch's prompts, decoded once.
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.schedule import Schedule
 from fastgen.signals import transition_log_prob
 
@@ -32,18 +32,18 @@ class RolloutPolicy:
                 cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS);
                 tcd = an ode step to below the next level, then noise up to it, see `jump_law` (TCD, CTM).
     eta: of cps and tcd only, strictly between 0 (which is ode) and 1 (which is renoise).
-    told_time: one-step students only: the level the network is told while it is fed pure noise
+    conditioning_time: one-step students only: the level the network is told while it is fed pure noise
                (DMD2's SDXL one-step student is told 399 of 1000).
-    next_time: the network is also told the level s its step ends at (a flow map): that of the next call for ode, 0 for
+    two_time: the network is also told the level s its step ends at (a flow map): that of the next call for ode, 0 for
                renoise. Its prediction x0 = x_t - t u then makes the ode step the jump x_t - (t - s) u.
-    told_guidance: the network has the guidance scale as an input, and is told this one when it samples."""
+    embedded_guidance: the network has the guidance scale as an input, and is told this one when it samples."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
     transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
     eta: float | None = Field(default=None, gt=0, lt=1)
-    told_time: float | None = Field(default=None, gt=0, le=1)
-    next_time: bool = False
-    told_guidance: float | None = Field(default=None, ge=0)
+    conditioning_time: float | None = Field(default=None, gt=0, le=1)
+    two_time: bool = False
+    embedded_guidance: float | None = Field(default=None, ge=0)
 
     @field_validator("timesteps")
     @classmethod
@@ -56,13 +56,17 @@ class RolloutPolicy:
 
     @model_validator(mode="after")
     def _one_step(self) -> "RolloutPolicy":
-        if self.told_time is not None and len(self.timesteps) != 1:
-            raise ValueError("told_time is for one-step students: give one timestep or remove told_time")
+        if self.conditioning_time is not None and len(self.timesteps) != 1:
+            raise ValueError(
+                "conditioning_time is for one-step students: give one timestep or remove conditioning_time"
+            )
         if (self.eta is not None) != (self.transition in ("cps", "tcd")):
             raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD), and to tcd (0.3 in TCD); "
                              "give both or neither")  # fmt: skip
-        if self.next_time and (self.transition in ("cps", "tcd") or self.told_time is not None):
-            raise ValueError("next_time goes with transition: ode (or renoise, each step to 0), without told_time")
+        if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):
+            raise ValueError(
+                "two_time goes with transition: ode (or renoise, each step to 0), without conditioning_time"
+            )
         return self
 
     @property
@@ -70,7 +74,7 @@ class RolloutPolicy:
         return len(self.timesteps)
 
     @property
-    def freshness(self) -> float:
+    def transition_eta(self) -> float:
         """eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which is none of these."""
         if self.transition == "tcd":
             raise ValueError("the share of fresh noise in transition: tcd differs from step to step, which this "
@@ -80,12 +84,25 @@ class RolloutPolicy:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The continuous inputs a student of this policy has beside its time, by `denoiser.LEVELS`."""
-        return ("s",) * self.next_time + ("guidance",) * (self.told_guidance is not None)
+        return ("s",) * self.two_time + ("guidance",) * (self.embedded_guidance is not None)
+
+    def network_inputs(self, t: Tensor, t_next: Tensor | None = None) -> Inputs:
+        """What the student is told at level t [B] by this policy. t_next: as in `predict_x0`."""
+
+        def filled(value: float | None) -> Tensor | None:
+            return None if value is None else torch.full_like(t, value)
+
+        end = torch.zeros_like(t) if t_next is None or self.transition != "ode" else t_next
+        return Inputs(
+            time=filled(self.conditioning_time),
+            s=end if self.two_time else None,
+            guidance=filled(self.embedded_guidance),
+        )
 
     @property
     def any_step(self) -> bool:
         """Whether the student samples with any number of steps: a flow map's jumps."""
-        return self.next_time and self.transition == "ode"
+        return self.two_time and self.transition == "ode"
 
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler with another number of steps, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n, whose
@@ -142,12 +159,7 @@ def predict_x0(
 ) -> Tensor:
     """The student's clean prediction, with the policy's told time and inputs. t_next: [B], the level the policy's step
     goes to from here; None: 0, or a prediction that is used by itself."""
-    told = None if policy.told_time is None else torch.full_like(t, policy.told_time)
-    if not policy.inputs:
-        return student(x_t, t, cond, told_time=told)
-    to = torch.zeros_like(t) if t_next is None or policy.transition != "ode" else t_next
-    extras = {"s": to, "guidance": torch.full_like(t, policy.told_guidance or 0.0)}
-    return student(x_t, t, cond, told_time=told, extras={name: extras[name] for name in policy.inputs})
+    return student(x_t, t, cond, policy.network_inputs(t, t_next))
 
 
 def transition_law(
@@ -197,7 +209,7 @@ def policy_law(
     """The law of the policy's own transition."""
     if policy.transition == "tcd":
         return jump_law(schedule, x0, x_t, t, t_next, policy.eta or 0.0)
-    return transition_law(schedule, x0, x_t, t, t_next, policy.freshness)
+    return transition_law(schedule, x0, x_t, t, t_next, policy.transition_eta)
 
 
 def step_to(
@@ -207,8 +219,8 @@ def step_to(
     if policy.transition == "tcd":
         mean, std = policy_law(schedule, policy, x0, x_t, t, t_next)
         return mean + std * draw()
-    fresh = draw() if policy.freshness else None
-    return transition(schedule, x0, x_t, t, t_next, fresh, policy.freshness)
+    fresh = draw() if policy.transition_eta else None
+    return transition(schedule, x0, x_t, t, t_next, fresh, policy.transition_eta)
 
 
 def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise) -> Tensor:
@@ -305,7 +317,7 @@ def trajectory(
 def farthest(student: Denoiser, stop: Tensor) -> int:
     """The last stop; of all processes, where they hold the network together and must call it equally often."""
     last = stop.max()
-    if student.is_divided:
+    if student.is_sharded:
         dist.all_reduce(last, dist.ReduceOp.MAX)
     return int(last)
 

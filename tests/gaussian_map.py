@@ -13,8 +13,8 @@ from fastgen.schedule import FlowSchedule, expand
 
 M, S = 0.7, 0.5
 GAUSSIAN = GaussianMixtureConfig(means=((M, M),), stds=(S,), fit_steps=0, width=16, depth=1)
-FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", next_time=True)
-ONE = RolloutPolicy((1.0,), "ode", next_time=True)
+FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", two_time=True)
+ONE = RolloutPolicy((1.0,), "ode", two_time=True)
 
 
 def spread(t: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ class GaussianMap(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "flow_prediction")
         self.off = nn.Parameter(torch.tensor(off, dtype=torch.float64))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         s = extras["s"] if extras else t
         u = average(x_t, t, s) + self.off * torch.sin(2 * x_t + expand(3 * t - 2 * s, x_t))
         return u if predict == "flow_prediction" else x_t - expand(t, x_t) * u
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         return False
 
 

@@ -51,7 +51,7 @@ class Constant(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.x0 = x0
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return self.x0
 
 
@@ -63,7 +63,7 @@ class Monomials(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.degree, self.depths = degree, depths
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         self.x_t, self.t = x_t, t
         self.features += [torch.cat([x_t**k for k in range(1, self.degree + 1)], 1)[:, None]] * self.depths
         return x_t
@@ -190,7 +190,7 @@ class AffineStudent(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return self.a + self.b * x_t
 
 
@@ -201,7 +201,7 @@ class ExactFake(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.student = [student]  # in a list: not a submodule, its parameters are not this network's
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         mean, variance = self.student[0].a.detach(), self.student[0].b.detach() ** 2
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
@@ -527,7 +527,7 @@ def test_what_a_recipe_gets_wrong_is_refused_in_words(monkeypatch: pytest.Monkey
     monkeypatch.chdir(ROOT)
     for overrides, words in [
         (pixels, "backbone gaussian_mixture gives points, not pixels"),
-        ([*ADP_RECIPE, "rollout.told_time=0.4"], "remove rollout.told_time"),
+        ([*ADP_RECIPE, "rollout.conditioning_time=0.4"], "remove rollout.conditioning_time"),
         ([*ADP_RECIPE, "data={name: prompts, prompts: [a]}"], "needs pairs, which data prompts does not provide"),
     ]:
         with pytest.raises(RecipeError, match=words):

@@ -76,7 +76,7 @@ def test_an_unknown_key_like_nothing_known_lists_what_is(mixture_recipe: Path) -
         ("rollout.timesteps=[1.0, 0.0]", "rollout.timesteps", "(0, 1]"),
         ("rollout.timesteps=[]", "rollout.timesteps", "at least 1"),
         ("rollout.timesteps=[1.0, x]", "rollout.timesteps.1", "'x'"),
-        ("rollout.told_time=0.4", "rollout", "one-step"),
+        ("rollout.conditioning_time=0.4", "rollout", "one-step"),
         ("rollout.transition=euler", "rollout.transition", "'renoise'"),
         ("optimizers.student.lr=-1e-5", "optimizers.student.lr", "greater than 0"),
         ("optimizers.student.lr=fast", "optimizers.student.lr", "'fast'"),

@@ -50,13 +50,13 @@ class Affine(Denoiser):
         self.slopes = nn.Parameter(slopes.clone())
         self.seen: list[Tensor] = []
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         self.seen.append(t.detach().clone())
         index = (t * (len(self.slopes) - 1)).round().long()
         return M + expand(self.slopes[index], x_t) * (x_t - (1 - expand(t, x_t)) * M)
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         return False
 
 
@@ -66,7 +66,7 @@ class Exact(Affine):
     def __init__(self) -> None:
         super().__init__(torch.ones(1, dtype=F64))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         self.seen.append(t.detach().clone())
         return M + expand(S / spread(t), x_t) * (x_t - (1 - expand(t, x_t)) * M) * self.slopes
 
@@ -111,7 +111,7 @@ def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
     slopes = ((a[1:] * a[:-1] * S**2 + b[1:] * b[:-1]) / (a[1:] ** 2 * S**2 + b[1:] ** 2)).cumprod(0)
 
     class OnVP(Affine):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             index = (t * n).round().long()
             return M + expand(self.slopes[index], x_t) * (x_t - expand(vp_schedule.alpha(t), x_t) * M)
 
@@ -180,7 +180,7 @@ def test_phases_have_their_own_optimum_and_edges_are_identities() -> None:
     class ToEdge(Affine):
         """Predicts the x0 whose ode step to the edge of t's phase is the two-step Euler solution."""
 
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             self.seen.append(t.detach().clone())
             t, edge = expand(t, x_t), expand(phase_edges(t, 2)[0], x_t)
             middle, x, at = (t + edge) / 2, x_t, t
@@ -302,7 +302,7 @@ def test_weights_and_distances() -> None:
 
 
 class Dropping(Affine):
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return super().forward(x_t, t, cond) * nn.functional.dropout(torch.ones_like(x_t), 0.5, self.training)
 
 
@@ -334,7 +334,7 @@ def real_networks(objective: Consistency, policy: RolloutPolicy, lora: bool = Fa
     ids=["plain", "target", "adversarial", "guidance", "adapter"],
 )  # fmt: skip
 def test_each_turn_moves_its_own_networks(options: dict[str, Any], told: float | None, lora: bool) -> None:
-    policy = RolloutPolicy(RENOISE.timesteps, told_guidance=told)
+    policy = RolloutPolicy(RENOISE.timesteps, embedded_guidance=told)
     objective = Consistency(grid=FOUR, teach="teacher", **options)
     networks, state = real_networks(objective, policy, lora), objective.init_state()
     with torch.no_grad():
@@ -385,12 +385,12 @@ def test_guidance_is_drawn_by_sample_and_told() -> None:
     told: list[Tensor] = []
 
     class Told(Exact):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             told.append(extras["guidance"])
             return super().forward(x_t, t, cond)
 
     objective = Consistency(grid=FOUR, guidance_range=(2.0, 6.0))
-    networks = networks_of(Told(), RolloutPolicy((1.0,), told_guidance=3.0))
+    networks = networks_of(Told(), RolloutPolicy((1.0,), embedded_guidance=3.0))
     networks.modules["teacher"] = teacher
     turn = objective.turns(0, {})[-1]
     assert isinstance(turn, ConsistencyTurn)
@@ -447,7 +447,7 @@ def test_samplers_keep_the_law_where_their_steps_do(policy: RolloutPolicy) -> No
     class Jumps(Exact):
         """At level t, the x0 whose ode step to the level it is used at is exact: r below the next one, or 0."""
 
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             if policy.transition == "renoise":
                 return super().forward(x_t, t, cond)
             levels = (*policy.timesteps, 0.0)
@@ -480,8 +480,8 @@ def test_what_cannot_be_is_refused() -> None:
         "phase_updates updates": ["objective.phases=[4, 2]"],
         "use renoise": ["rollout.transition=ode"],
         "edge to edge": ["objective.phases=[2]"],
-        "is not told where": ["rollout.next_time=true"],
-        "rollout.told_guidance 3": ["rollout.told_guidance=3.0"],
+        "is not told where": ["rollout.two_time=true"],
+        "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "last must not be below": ["objective.grid={count: 8, last: 4, updates: 5}"],
         "leave it out with spacing": ["objective.grid={count: 8, spacing: karras, shift: 3.0}"],
         "roles that can be adapters are none": ["objective.target_decay=0.9", "lora={student: {rank: 4}}"],
@@ -490,7 +490,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(RecipeError, match=text):
             load_recipe(RECIPE, lines)
     load_recipe(RECIPE, [grid, "objective.phases=[4]", "rollout.transition=ode"])
-    load_recipe(RECIPE, [grid, "objective.guidance_range=[1.0, 5.0]", "rollout.told_guidance=3.0"])
+    load_recipe(RECIPE, [grid, "objective.guidance_range=[1.0, 5.0]", "rollout.embedded_guidance=3.0"])
     load_recipe(RECIPE, [grid, "objective.end=uniform", "rollout={timesteps: [1.0, 0.5], transition: tcd, eta: 0.3}"])
     load_recipe(RECIPE, [grid, "lora={student: {rank: 4}}"])
 
@@ -512,7 +512,7 @@ def test_exports_hold_what_a_stock_scheduler_does() -> None:
 def test_objectives_that_follow_the_share_of_noise_refuse_tcd() -> None:
     policy = RolloutPolicy((1.0, 0.5), "tcd", 0.3)
     with pytest.raises(ValueError, match="differs from step to step"):
-        assert policy.freshness
+        assert policy.transition_eta
     with pytest.raises(RecipeError, match="differs from step to step"):
         load_recipe(ROOT / "recipes/mixture_rtdmd_4step.yaml", ["rollout.transition=tcd"])
 

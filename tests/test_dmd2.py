@@ -66,7 +66,7 @@ class AffineStudent(Denoiser):
         self.a = nn.Parameter(torch.full((dim,), a, dtype=torch.float64))
         self.b = nn.Parameter(torch.full((dim,), b, dtype=torch.float64))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return self.a + self.b * x_t
 
 
@@ -78,7 +78,7 @@ class ExactFake(Denoiser):
         self.student = [student]  # in a list: not a submodule, its parameters are not this network's
         self.shift, self.stretch = shift, stretch
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         mean, variance = self.student[0].a.detach() + self.shift, (self.stretch * self.student[0].b.detach()) ** 2
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)

@@ -19,7 +19,8 @@ from fastgen import signals
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
-from fastgen.denoiser import Denoiser, unextended
+from fastgen.denoiser import Denoiser
+from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCDMD, DisBack, FDistill, ReDMD, Turn
 from fastgen.objectives.disback import PathTurn
@@ -59,7 +60,7 @@ class AffineStudent(Denoiser):
         self.a = nn.Parameter(torch.tensor([a], dtype=torch.float64))
         self.b = nn.Parameter(torch.tensor([b], dtype=torch.float64))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return self.a + self.b * x_t
 
 
@@ -70,7 +71,7 @@ class ExactFake(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.student = [student]  # in a list: not a submodule
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         mean, variance = self.student[0].a.detach(), self.student[0].b.detach() ** 2
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
@@ -611,7 +612,7 @@ class Straight(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.velocity = nn.Parameter(torch.tensor([0.7, -0.4], dtype=torch.float64))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return x_t - t[:, None] * self.velocity
 
 

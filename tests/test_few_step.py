@@ -16,7 +16,8 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.config import load_recipe
-from fastgen.denoiser import Denoiser, Experts
+from fastgen.denoiser import Denoiser
+from fastgen.modules.experts import Experts
 from fastgen.pipelines import few_step
 from fastgen.pipelines.few_step import FlowMatchCPSScheduler, SD3Experts
 from fastgen.pipelines.schedulers import flow_match_scheduler
@@ -191,5 +192,5 @@ def test_a_student_of_experts_is_no_teacher(backbone: SD3, tmp_path: Path) -> No
 
 
 def test_a_told_time_does_not_go_with_cps() -> None:
-    with pytest.raises(ValueError, match="told_time with transition: cps"):
-        flow_match_scheduler(RolloutPolicy((1.0,), "cps", 0.5, told_time=0.6))
+    with pytest.raises(ValueError, match="conditioning_time with transition: cps"):
+        flow_match_scheduler(RolloutPolicy((1.0,), "cps", 0.5, conditioning_time=0.6))

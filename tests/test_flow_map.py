@@ -79,7 +79,7 @@ def test_the_diagonal_and_the_rest_are_told_apart() -> None:
     """A map that is exact on its diagonal alone has that term zero and the other not."""
 
     class Diagonal(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             return super().forward(x_t, t, cond, extras={"s": t}, predict=predict)
 
     networks = exact_networks()
@@ -113,7 +113,7 @@ def test_the_gap_grows_as_it_is_told() -> None:
     seen: list[Tensor] = []
 
     class Recording(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             seen.append(t - extras["s"])
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 
@@ -160,7 +160,7 @@ def test_the_correction_widens_samples_that_are_too_narrow(balance: bool) -> Non
     narrow = dataclasses.replace(GAUSSIAN, stds=(0.3,))
 
     class Narrow(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             assert predict == "flow_prediction"
             x0 = M + (0.3 + self.off) * x_t  # from t = 1 in one jump
             return x_t - x0
@@ -185,7 +185,7 @@ def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_j
     seen: list[tuple[float, float]] = []
 
     class Recording(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             seen.append((float(t[0]), float(extras["s"][0])))
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 
@@ -234,7 +234,7 @@ def test_each_turn_moves_its_own_networks() -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     recipe = str(ROOT / "recipes/mixture_flow_map_4step.yaml")
     for text, lines in {
-        "next_time: true": ["rollout.next_time=false"],
+        "two_time: true": ["rollout.two_time=false"],
         "transition: ode": ["rollout.transition=renoise"],
         "one timestep": ["objective.source=prior"],
         "no data to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
@@ -256,7 +256,7 @@ def test_a_short_run_learns_a_map_of_any_number_of_steps(tmp_path: Path) -> None
         "output_dir": str(tmp_path / "run"),
         "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
                      "width": 64, "fit_steps": 300},
-        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25], "transition": "ode", "next_time": True},
+        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25], "transition": "ode", "two_time": True},
         "data": {"name": "mixture"},
         "objective": {"name": "flow_map", "pairs": {"diagonal": 0.25}},
         "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}},
@@ -273,7 +273,7 @@ def test_a_short_run_learns_a_map_of_any_number_of_steps(tmp_path: Path) -> None
 
 def test_a_policy_for_one_step_can_be_asked_for_more() -> None:
     assert ONE.with_steps(3).timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
-    assert RolloutPolicy((1.0,), "ode", next_time=True).any_step
+    assert RolloutPolicy((1.0,), "ode", two_time=True).any_step
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -284,12 +284,12 @@ def test_a_divided_network_is_called_as_often_whatever_the_batch_holds(share: fl
     class Divided(GaussianMap):
         divided, calls = True, 0
 
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             self.calls += 1
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 
         @property
-        def is_divided(self) -> bool:
+        def is_sharded(self) -> bool:
             return self.divided
 
     found = []

@@ -148,7 +148,7 @@ def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
     dropped prompts; here u_cond and u_uncond are told apart by the label."""
 
     class Labelled(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             return super().forward(x_t, t, cond, extras=extras, predict=predict) + cond["label"][:, None]
 
     objective = MeanFlow(teach="data", omega=0.2, kappa=0.5, guidance_interval=(0.0, 0.5), drop=0.3)
@@ -173,7 +173,7 @@ def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
 def test_improved_guidance_learns_every_scale_it_is_told() -> None:
     """v = noise - x0 + (1 - 1/w) (u_c - u_0): with the guidance input drawn on [1, 8], density ~ 1 / w."""
     objective = MeanFlow(teach="data", form="improved")
-    policy = RolloutPolicy(FOUR.timesteps, "ode", next_time=True, told_guidance=3.0)
+    policy = RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=3.0)
     objective.check(policy)
     batch = gaussian_batch(2000)
     w = objective.told_scale(policy, batch)["guidance"]
@@ -181,7 +181,7 @@ def test_improved_guidance_learns_every_scale_it_is_told() -> None:
     assert float((w < 8**0.5).double().mean()) == pytest.approx(0.5, abs=0.03)
 
     class Told(GaussianMap):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             assert extras["guidance"].shape == t.shape
             s = {"s": extras["s"]}
             return super().forward(x_t, t, cond, extras=s, predict=predict) + cond["label"][:, None]
@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused() -> None:
     }.items():
         with pytest.raises(ValueError, match=text):
             MeanFlow(**options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="next_time"):
+    with pytest.raises(ValueError, match="two_time"):
         MeanFlow().check(RolloutPolicy((1.0,)))
-    with pytest.raises(ValueError, match="told_guidance"):
-        MeanFlow().check(RolloutPolicy((1.0,), "ode", next_time=True, told_guidance=2.0))
+    with pytest.raises(ValueError, match="embedded_guidance"):
+        MeanFlow().check(RolloutPolicy((1.0,), "ode", two_time=True, embedded_guidance=2.0))

@@ -21,7 +21,8 @@ from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
 from fastgen.config import build_recipe
-from fastgen.denoiser import Denoiser, carried_names
+from fastgen.denoiser import Denoiser
+from fastgen.modules.inputs import carried_names
 from fastgen.flow.time_pairs import TimePairs, phase_start, shrinking
 from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import DMD2, Objective
@@ -33,7 +34,7 @@ from fastgen.train import train
 
 CPU = torch.device("cpu")
 DIGITS = str(Path(__file__).parents[1] / "assets/teachers/digits")
-FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", next_time=True)
+FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", two_time=True)
 MIXTURE = GaussianMixtureConfig(means=((0.7, -0.3),), stds=(0.5,), fit_steps=2, width=16, depth=1)
 
 
@@ -44,7 +45,7 @@ class ExactMap(Denoiser):
         torch.nn.Module.__init__(self)
         self.mixture, self.schedule, self.seen = backbone.mixture, backbone.schedule, list[float]()
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         s = extras["s"]
         self.seen.append(float(s[0]))
         here, there = self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t)
@@ -52,7 +53,7 @@ class ExactMap(Denoiser):
         return x_t - t[:, None] * u
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         return False
 
 
@@ -83,7 +84,7 @@ def test_jumps_of_the_exact_map_land_on_the_exact_samples(steps: int) -> None:
 def test_the_sampler_tells_zero_where_each_step_is_renoised() -> None:
     backbone = MIXTURE.build(CPU, torch.float64, 0)
     student = ExactMap(backbone)
-    policy = RolloutPolicy((1.0, 0.5), "renoise", next_time=True)
+    policy = RolloutPolicy((1.0, 0.5), "renoise", two_time=True)
     sample(student, policy, backbone.encode_prompts([""] * 4), lambda name: torch.ones(4, 2, dtype=torch.float64))
     assert student.seen == [0.0, 0.0]
 
@@ -106,14 +107,14 @@ def test_a_rollout_jumps_and_then_predicts_the_clean_sample(point_batch) -> None
 
 def test_grids_of_other_numbers_of_steps() -> None:
     assert FOUR.with_steps(2).timesteps == pytest.approx((1.0, 0.5))
-    shifted = RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode", next_time=True)  # shift 3
+    shifted = RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode", two_time=True)  # shift 3
     assert shifted.with_steps(8).timesteps[4] == pytest.approx(0.75)
     assert shifted.with_steps(4) is shifted
     with pytest.raises(ValueError, match="distilled to 2 steps"):
         RolloutPolicy((1.0, 0.5)).with_steps(3)
-    for options in ({"transition": "cps", "eta": 0.5}, {"told_time": 0.4}):
-        with pytest.raises(ValueError, match="next_time"):
-            RolloutPolicy((1.0,), next_time=True, **options)
+    for options in ({"transition": "cps", "eta": 0.5}, {"conditioning_time": 0.4}):
+        with pytest.raises(ValueError, match="two_time"):
+            RolloutPolicy((1.0,), two_time=True, **options)
 
 
 def test_time_pairs_have_their_shares_and_their_order(point_batch) -> None:  # type: ignore[no-untyped-def]
@@ -179,12 +180,12 @@ def test_an_exported_flow_map_gives_the_same_pixels(
     from fastgen.pipelines import flow_map
 
     backbone: Any = configs[family].build(CPU, torch.float32, 0)
-    policy = RolloutPolicy(FOUR.timesteps, "ode", next_time=True, told_guidance=3.0)
+    policy = RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=3.0)
     student = fill_inputs(DMD2().make_student(backbone, policy)).eval()
     prompts = ["a handwritten two", "the digit five"] if family == "sd3" else ["a red cat", "two green dogs"]
     before = Sampler(backbone, student, policy).sample(prompts, range(2))
     backbone.save_pipeline(student, policy, tmp_path)
-    unlike = Sampler(backbone, student, RolloutPolicy(FOUR.timesteps, "ode", next_time=True, told_guidance=9.0))
+    unlike = Sampler(backbone, student, RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=9.0))
     assert (unlike.sample(prompts, range(2)) - before).abs().max() > 1e-3
 
     again = Sampler(backbone, backbone.load_exported(tmp_path), policy).sample(prompts, range(2))
@@ -235,7 +236,7 @@ def short_run(raw: dict[str, Any], folder: Path, **sections: Any) -> Path:
 def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) -> None:
     """A plain student becomes a two-time one with its new branch at zero, from its run or from its export alone; a
     two-time one starts another; the way back is refused before anything loads."""
-    told = {"timesteps": list(FOUR.timesteps), "transition": "ode", "next_time": True}
+    told = {"timesteps": list(FOUR.timesteps), "transition": "ode", "two_time": True}
     plain = short_run(raw_recipe, tmp_path / "plain")
     first = short_run(raw_recipe, tmp_path / "first", rollout=told, init_from=str(plain))
     sampler = load_sampler(first, num_steps=3)
@@ -252,9 +253,9 @@ def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) 
 
 def test_an_objective_that_cannot_is_refused(raw_recipe: dict[str, Any]) -> None:
     raw_recipe["objective"] = {"name": "adp", "pixel_weight": 0}
-    raw_recipe["rollout"] = {"timesteps": [1.0], "transition": "ode", "next_time": True}
+    raw_recipe["rollout"] = {"timesteps": [1.0], "transition": "ode", "two_time": True}
     raw_recipe["optimizers"] = {role: {"lr": 1e-4} for role in ("student", "latent_discriminator")}
-    with pytest.raises(RecipeError, match="next_time"):
+    with pytest.raises(RecipeError, match="two_time"):
         build_recipe(raw_recipe)
 
 
@@ -302,7 +303,7 @@ def test_an_adapter_has_its_own_inputs_and_so_has_its_average(tmp_path: Path) ->
 def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     raw = yaml.safe_load((root / "recipes/digits_dmd2_4step.yaml").read_text())
-    raw["rollout"] = {"timesteps": list(FOUR.timesteps), "transition": "ode", "next_time": True}
+    raw["rollout"] = {"timesteps": list(FOUR.timesteps), "transition": "ode", "two_time": True}
     raw["backbone"]["path"] = DIGITS
     recipe = build_recipe(raw | {"lora": {"student": {"rank": 2}}})
     backbone = recipe.backbone.build(CPU, torch.float32, 0)

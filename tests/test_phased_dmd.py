@@ -27,7 +27,8 @@ from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixture
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch
 from fastgen.config import build_recipe, load_recipe
-from fastgen.denoiser import Denoiser, Experts
+from fastgen.denoiser import Denoiser
+from fastgen.modules.experts import Experts
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import DMD2, PhasedDMD
 from fastgen.objectives.phased_dmd import Phase, PhaseTurn, velocity_gradient
@@ -105,7 +106,7 @@ class AffineStudent(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.a, self.b = (nn.Parameter(torch.full((1,), value, dtype=torch.float64)) for value in (a, b))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return self.a + self.b * x_t
 
 
@@ -116,7 +117,7 @@ class ExactFake(Denoiser):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.student, self.s, self.shift, self.stretch = [student], s, shift, stretch
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         a, b = (p.detach() for p in (self.student[0].a, self.student[0].b))
         variance = (self.stretch * ((1 - self.s) * b + self.s)) ** 2
         s = torch.full_like(t, self.s)

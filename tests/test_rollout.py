@@ -48,17 +48,17 @@ class Recorder(Denoiser):
 
 
 class FlowMapStudent(Denoiser):
-    """The exact student of a single Gaussian, without parameters. To next_time(t): its x0 is the one whose Euler step
-    lands where the probability-flow ODE does; next_time = 0 is the consistency function."""
+    """The exact student of a single Gaussian, without parameters. To two_time(t): its x0 is the one whose Euler step
+    lands where the probability-flow ODE does; two_time = 0 is the consistency function."""
 
-    def __init__(self, mixture: Mixture, next_time: Callable[[Tensor], Tensor]):
+    def __init__(self, mixture: Mixture, two_time: Callable[[Tensor], Tensor]):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.mixture, self.next_time = mixture, next_time
+        self.mixture, self.two_time = mixture, two_time
         self.inputs: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         self.inputs.append((t, x_t))
-        s = self.next_time(t)
+        s = self.two_time(t)
         landed = self.mixture.flow_map(x_t, self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t))
         return x_t - (t / (t - s))[:, None] * (x_t - landed)
 
@@ -172,7 +172,7 @@ def test_the_told_time_reaches_the_network(point_batch: Make) -> None:
     """A one-step student fed pure noise at t = 1 is told 399 of 1000; its output is still read at t = 1, where the
     velocity v gives x0 = x_1 - v."""
     student, batch = Recorder(), point_batch(3)
-    policy = RolloutPolicy((1.0,), told_time=0.399)
+    policy = RolloutPolicy((1.0,), conditioning_time=0.399)
     x = backward_simulation(student, policy, batch, full(batch, 0)).x
     assert torch.allclose(student.told[0], torch.tensor(399.0, dtype=torch.float64))
     velocity = student.call_network(batch.normal("initial"), student.told[0], batch.cond)
@@ -257,8 +257,8 @@ def test_float32_rollouts_follow_the_float64_ones(point_batch: Make) -> None:
         ({"timesteps": (1.0, -0.5)}, r"\(0, 1\]"),
         ({"timesteps": (math.nan,)}, "timesteps"),
         ({"timesteps": ()}, "timesteps"),
-        ({"timesteps": (1.0, 0.5), "told_time": 0.4}, "one-step"),
-        ({"timesteps": (1.0,), "told_time": 0.0}, "told_time"),
+        ({"timesteps": (1.0, 0.5), "conditioning_time": 0.4}, "one-step"),
+        ({"timesteps": (1.0,), "conditioning_time": 0.0}, "conditioning_time"),
         ({"timesteps": (1.0,), "transition": "euler"}, "transition"),
     ],
 )

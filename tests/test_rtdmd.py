@@ -55,7 +55,7 @@ class Affine(Denoiser):
         self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
         self.levels = torch.tensor(policy.timesteps, dtype=torch.float64)
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         step = (t[:, None] - self.levels).abs().argmin(1)
         return self.a[step][:, None] + self.b[step][:, None] * x_t
 
@@ -85,7 +85,7 @@ class ExactFake(Denoiser):
         self.student, self.shift, self.stretch = [student], shift, stretch  # in a list: not a submodule
         self.ends = torch.tensor([*policy.timesteps[1:], 0.0], dtype=torch.float64)
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         stop = extras["stop"] if extras else torch.full_like(t, len(self.ends) - 1).long()
         mean, variance = (law[stop] for law in self.student[0].laws())
         return denoise(x_t, t, self.ends[stop], mean + self.shift, variance * self.stretch)
@@ -436,7 +436,7 @@ class LearnedFake(Denoiser):
         super().__init__(nn.Identity(), FLOW, "sample")
         self.mean, self.log_std = (nn.Parameter(torch.tensor([v]).double()) for v in (mean, math.log(std)))
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return denoise(x_t, t, torch.zeros_like(t), self.mean.expand(len(t)), (2 * self.log_std).exp().expand(len(t)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.batch import Conditioning
 from fastgen.config import build_recipe, load_recipe
-from fastgen.denoiser import LevelWeight
+from fastgen.modules.heads import LevelWeight
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow import flow_maps
 from fastgen.flow.flow_maps import euler_path, heun_step, trig_tangent
@@ -38,7 +38,7 @@ PLAIN = SCM(warmup=0, learned_weight=False)
 class Consistent(GaussianMap):
     """The exact map told s = 0, off by off * sin(2 x + 3 t)."""
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
         return super().forward(x_t, t, cond, extras={"s": 0 * t}, predict=predict)
 
 
@@ -279,7 +279,7 @@ def test_guidance_is_drawn_by_sample_and_told(source: Any) -> None:
     two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
     batch = gaussian_batch(16)
     batch = dataclasses.replace(batch, uncond=Conditioning({"label": torch.full_like(batch.ids, 2)}))
-    networks = networks_of(policy=RolloutPolicy((1.0,), told_guidance=3.0))
+    networks = networks_of(policy=RolloutPolicy((1.0,), embedded_guidance=3.0))
     networks.modules["teacher"] = teacher = two.build(torch.device("cpu"), F64, 0).load("teacher")
     objective = dataclasses.replace(PLAIN, source=source, guidance_range=(2.0, 6.0), trajectory_steps=4)
     objective.check(networks.policy)
@@ -353,7 +353,7 @@ def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
     networks, batch = networks_of(), gaussian_batch(256)
 
     class Shifted(Consistent):
-        def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
             return super().forward(x_t, t, cond) + self.off
 
     backbone = GAUSSIAN.build(torch.device("cpu"), F64, 0)
@@ -402,8 +402,8 @@ def test_what_cannot_be_is_refused() -> None:
         "asks no teacher": ["objective.teach=data", "objective.source=trajectory"],
         "low < high": ["objective.guidance_range=[4.0, 2.0]"],
         "use renoise": ["rollout.transition=ode"],
-        "not told where": ["rollout.next_time=true"],
-        "rollout.told_guidance 3": ["rollout.told_guidance=3.0"],
+        "not told where": ["rollout.two_time=true"],
+        "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "matching.gan_weight": ["objective.matching={gan_weight: 0.1}"],
     }.items():
         with pytest.raises(RecipeError, match=text):

@@ -17,7 +17,8 @@ from fastgen import noise
 from fastgen.backbones.sd import SD, SDConfig
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
-from fastgen.denoiser import TokenHeads, add_stop_input
+from fastgen.modules.heads import TokenHeads
+from fastgen.denoiser import add_stop_input
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.pipelines.schedulers import discrete_steps
@@ -285,7 +286,7 @@ def test_the_cards_call_runs_and_its_seed_decides(
         ("{timesteps: [1.0, 0.9, 0.5, 0.25], transition: ode}", "cannot be stored in DDIMScheduler"),
         ("{timesteps: [1.0, 0.667, 0.334], transition: ode}", r"nearest list is \[0.999, 0.666, 0.333\]"),
         ("{timesteps: [1.0, 0.66667, 0.33333]}", "multiples of 1/1000"),
-        ("{timesteps: [1.0], told_time: 0.4}", r"give timesteps: \[0.4\]"),
+        ("{timesteps: [1.0], conditioning_time: 0.4}", r"give timesteps: \[0.4\]"),
         ("{timesteps: [0.001]}", r"nearest list is \[0.002\]"),
         ("{timesteps: [1.0, 0.9, 0.5, 0.25], transition: tcd, eta: 0.3}", "cannot be stored in TCDScheduler"),
         ("{timesteps: [0.01, 0.005], transition: tcd, eta: 0.8}", "would pass by step 0"),

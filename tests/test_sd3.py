@@ -63,7 +63,7 @@ def student_recipe(tmp_path: Path, rollout: str) -> Recipe:
         "{timesteps: [1.0, 0.9, 0.75, 0.5], transition: ode}",
         "{timesteps: [1.0, 0.4]}",
         "{timesteps: [1.0]}",
-        "{timesteps: [1.0], told_time: 0.6}",
+        "{timesteps: [1.0], conditioning_time: 0.6}",
     ],
 )
 def test_an_export_gives_the_same_pixels_in_plain_diffusers(
@@ -127,7 +127,7 @@ def test_every_shifted_uniform_list_is_held_exactly(shift: float, count: int) ->
         (RolloutPolicy((1.0, 0.9, 0.3)), None),
         (RolloutPolicy((1.0, 0.9, 0.3, 0.1)), "cannot be stored"),
         (RolloutPolicy((0.9, 0.5)), "start at 1.0"),
-        (RolloutPolicy((1.0,), told_time=0.39999), "multiple of 0.001"),
+        (RolloutPolicy((1.0,), conditioning_time=0.39999), "multiple of 0.001"),
     ],
 )
 def test_lists_the_stock_scheduler_cannot_hold_are_refused(policy: RolloutPolicy, words: str | None) -> None:

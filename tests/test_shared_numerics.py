@@ -132,8 +132,8 @@ def test_backward_simulation_stops_at_the_level_it_is_told(transition: str, poin
     assert to.tolist() == [0.75, 0.5, 0.25, 0.0] * 2
     rollout = backward_simulation(student, policy, batch, stop, to=to)
     step = rollout.steps[0]
-    mean, std = transition_law(FLOW, step.x0, step.x_t, step.t, to, policy.freshness)
-    expected = mean + std * (batch.normal("exit") if policy.freshness else 0)
+    mean, std = transition_law(FLOW, step.x0, step.x_t, step.t, to, policy.transition_eta)
+    expected = mean + std * (batch.normal("exit") if policy.transition_eta else 0)
     assert torch.allclose(rollout.x, expected, atol=1e-13) and torch.equal(rollout.s, to)
     clean = backward_simulation(student, policy, batch, stop)
     assert torch.equal(clean.x, step.x0) and torch.allclose(clean.x[to == 0], rollout.x[to == 0], atol=1e-13)

@@ -20,7 +20,9 @@ from fastgen import noise, signals
 from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser, latent_size
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
-from fastgen.denoiser import Experts, TokenHeads, add_stop_input
+from fastgen.modules.experts import Experts
+from fastgen.modules.heads import TokenHeads
+from fastgen.denoiser import add_stop_input
 from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
 from fastgen.evaluation.report import grid, sample_section
 from fastgen.networks import Networks
@@ -118,7 +120,7 @@ def test_per_token_timesteps_of_the_stock_pipeline_change_nothing(tmp_path: Path
 
 def test_a_unipc_folder_is_sampled_with_euler_at_its_levels(tmp_path: Path) -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    backbone = open_wan(tiny_wan(tmp_path / "wan", scheduler=scheduler, told_time=0.0))
+    backbone = open_wan(tiny_wan(tmp_path / "wan", scheduler=scheduler, conditioning_time=0.0))
     policy = backbone.teacher_policy(8)
     scheduler.set_timesteps(8)
     assert policy == RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), "ode")
@@ -140,7 +142,7 @@ def test_a_unipc_folder_is_sampled_with_euler_at_its_levels(tmp_path: Path) -> N
         RolloutPolicy(SHIFTED),
         RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode"),
         RolloutPolicy((1.0,)),
-        RolloutPolicy((1.0,), told_time=0.6),
+        RolloutPolicy((1.0,), conditioning_time=0.6),
     ],
     ids=["renoise", "ode", "one step", "told time"],
 )

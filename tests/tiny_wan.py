@@ -14,16 +14,16 @@ WORDS = ("a", "cat", "dog", "runs", "sleeps", "red", "blue")
 
 def tiny_wan(
     folder: Path, experts: int = 1, boundary: float = 0.875, scheduler: Any = None, layers: int = 4, seed: int = 0,
-    told_time: float = 1.0, **pipeline_config: Any,
+    conditioning_time: float = 1.0, **pipeline_config: Any,
 ) -> Path:  # fmt: skip
     """Writes the folder and returns it. The VAE divides sides by 8 and frames by 4, as Wan's; videos of 32 x 32 x 5
     make latents of [2, 4, 4, 4].
 
-    experts: 2 adds a transformer_2 and the boundary. scheduler: shifted Euler by default. told_time: factor of the
+    experts: 2 adds a transformer_2 and the boundary. scheduler: shifted Euler by default. conditioning_time: factor of the
     time input; random networks change with every unit of the timestep, at 0 they follow one smooth flow."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        networks = [transformer(layers, told_time) for _ in range(experts)]
+        networks = [transformer(layers, conditioning_time) for _ in range(experts)]
         tokenizer = t5_tokenizer()
         pipeline = WanPipeline(
             tokenizer=tokenizer,
@@ -39,7 +39,7 @@ def tiny_wan(
     return folder
 
 
-def transformer(layers: int, told_time: float) -> WanTransformer3DModel:
+def transformer(layers: int, conditioning_time: float) -> WanTransformer3DModel:
     """Its output is made as large as a velocity, and its text and time matter."""
     network = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT_WIDTH,
@@ -47,7 +47,7 @@ def transformer(layers: int, told_time: float) -> WanTransformer3DModel:
     ).eval()  # fmt: skip
     with torch.no_grad():
         network.proj_out.weight.mul_(3)
-        network.condition_embedder.time_embedder.linear_1.weight.mul_(told_time)
+        network.condition_embedder.time_embedder.linear_1.weight.mul_(conditioning_time)
         for block in network.blocks:
             block.attn2.to_out[0].weight.mul_(10)
     return network

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig, Output
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Experts, networks_of
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.experts import Experts
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
 
@@ -155,13 +156,12 @@ class AnalyticDenoiser(Denoiser):
     def shard_modules(self) -> Sequence[nn.Module]:
         return []
 
-    def forward(self, x_t, t, cond, *, told_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        """As Denoiser.forward; exact at every t, so there is no separate network time."""
-        if extras or told_time is not None:
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        """The exact posterior mean at every t: there is no network time of its own."""
+        if inputs.given:
             raise ValueError("the analytic teacher takes no extra inputs and is told its true time")
         alpha, sigma = self.schedule.coefficients(t, x_t)
-        x0 = self.mixture.posterior_mean(x_t, alpha, sigma, cond["label"])
-        return self.schedule.from_sample(x0, x_t, t, predict)
+        return self.mixture.posterior_mean(x_t, alpha, sigma, cond["label"])
 
 
 class TimeEmbedding(nn.Module):
@@ -216,8 +216,8 @@ class PointDenoiser(Denoiser):
         super().__init__(network, schedule, "sample")
         self.feature_dim = network.inlet.out_features
 
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        return self.network(x_t, timestep, cond["label"])
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        return self.network(x_t, self.timestep(t, inputs), cond["label"])
 
     @property
     def time_embedding(self) -> nn.Module:
@@ -280,10 +280,10 @@ class GaussianMixture(Backbone):
         """model.safetensors (the PointMLP; model_2.safetensors, ... of further experts), config.json (the mixture's
         configuration), experts.json (the boundaries) and inputs.json (the names of a flow map's further inputs)."""
         folder.mkdir(parents=True, exist_ok=True)
-        for i, network in enumerate(networks_of(student)):
-            weights = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+        for i, part in enumerate(student.parts):
+            weights = {k: v.contiguous().cpu() for k, v in part.network.state_dict().items()}
             save_file(weights, folder / weight_name(i))
-        if isinstance(student, Experts):
+        if student.boundaries:
             (folder / "experts.json").write_text(json.dumps({"boundaries": student.boundaries}) + "\n")
         if policy.inputs:
             (folder / "inputs.json").write_text(json.dumps(policy.inputs) + "\n")

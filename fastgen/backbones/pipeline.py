@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, ExtraInputs, denoisers_of, embeddings_of, networks_of
+from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
@@ -267,16 +267,16 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
                 self.read_inputs(student, folder)
             return student.requires_grad_(False).eval()
         student = self.read_networks(self.source, **self.options)
-        for network, file in zip(networks_of(student), self.lora_files, strict=True):
-            network.load_lora_adapter(str(folder), weight_name=file, prefix=self.subfolder)
+        for part, file in zip(student.parts, self.lora_files, strict=True):
+            part.network.load_lora_adapter(str(folder), weight_name=file, prefix=self.subfolder)
         return student.to(self.device).requires_grad_(False).eval()
 
     def read_inputs(self, student: Denoiser, folder: Path) -> None:
         """Extends the network of an exported flow map by its inputs."""
         told, parts = flow_map.read_inputs(folder)
         student.add_inputs({}, self.time_dim, told["names"])
-        for embedding, weights in zip(embeddings_of(student), parts, strict=True):
-            embedding.tables.load_state_dict(weights)
+        for part, weights in zip(student.parts, parts, strict=True):
+            part.time_embedding.tables.load_state_dict(weights)
         student.to(self.device, self.dtype)
 
     @property
@@ -384,7 +384,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """The stock pipeline with the student as its network and the policy in its scheduler."""
-        if isinstance(student.time_embedding, ExtraInputs):
+        if student.is_extended:
             self.save_flow_map(student, policy, folder)
             return
         if isinstance(student, LoraDenoiser):
@@ -399,7 +399,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         adapter is added into the weights."""
         if isinstance(student, LoraDenoiser):
             student = student.shared.unload(student.role or "")
-        embeddings, parts = embeddings_of(student), denoisers_of(student)
+        parts = student.parts
+        embeddings: list[Any] = [part.time_embedding for part in parts]
         if list(embeddings[0].tables) != list(policy.inputs):
             raise ValueError(f"a network with the extra time inputs {list(embeddings[0].tables)} does not fit "
                              f"{self.parts['_class_name']}, whose sampler gives it {list(policy.inputs)}")  # fmt: skip
@@ -418,7 +419,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def student_parts(self, student: Denoiser) -> dict[str, Any]:
         """What of the stock pipeline the student replaces, beside the scheduler. Raises ValueError for experts that it
         has no place for."""
-        networks = networks_of(student)
+        networks = [part.network for part in student.parts]
         if len(networks) != len(self.subfolders):
             raise ValueError(f"{self.parts['_class_name']} has no place for {len(networks)} experts")
         return dict(zip(self.subfolders, networks, strict=True))

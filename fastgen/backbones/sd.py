@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastgen.backbones.base import Output
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, ExtraInputs
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.inputs import UNetExtraInputs
 from fastgen.pipelines.schedulers import (
     deterministic_policy,
     discrete_steps,
@@ -60,13 +61,6 @@ class SDConfig(PipelineConfig):
         return SD(self, torch.device("cpu"), torch.float32)
 
 
-class UNetExtraInputs(ExtraInputs):
-    """A UNet gives its time embedding the projected timestep and, in `timestep_cond`, the extra scalars [B, n]."""
-
-    def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
-        return self.add(self.embedding(timestep), rest[0])
-
-
 class SDDenoiser(Denoiser):
     """An unmodified UNet2DConditionModel behind the contract; its features are the output of the middle block, which
     is where DMD2's discriminator looks (arXiv 2405.14867 Sec. 4.3)."""
@@ -78,8 +72,8 @@ class SDDenoiser(Denoiser):
         super().__init__(network, schedule, prediction_type)
         self.feature_dim = network.config.block_out_channels[-1]
 
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        extended = timestep.dim() == 2
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        timestep, extended = self.timestep(t, inputs), self.is_extended
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if "pooled" in cond else None
         return self.network(
             x_t.to(self.weight_dtype),

@@ -15,7 +15,8 @@ from fastgen.backbones.base import Output
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, boundaries_in
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Experts, networks_of
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.experts import Experts
 from fastgen.pipelines.few_step import SD3Experts
 from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
@@ -62,14 +63,14 @@ class SD3Denoiser(Denoiser):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.inner_dim
 
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         folded = {"context_log_repeats": cond["log_repeats"]} if "log_repeats" in cond else None
         dtype = self.weight_dtype
         return self.network(
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             pooled_projections=cond["pooled"].to(dtype),
-            timestep=timestep,
+            timestep=self.timestep(t, inputs),
             joint_attention_kwargs=folded,
             return_dict=False,
         )[0]
@@ -171,9 +172,10 @@ class SD3(PipelineBackbone):
         return Experts([self.wrap(network) for network in joined.experts], boundaries).to(self.device)
 
     def student_parts(self, student: Denoiser) -> dict[str, Any]:
-        if not isinstance(student, Experts):
+        if not student.boundaries:
             return super().student_parts(student)
-        return {self.subfolder: SD3Experts.of(networks_of(student), student.boundaries)}
+        networks = [part.network for part in student.parts]
+        return {self.subfolder: SD3Experts.of(networks, student.boundaries)}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
         return flow_match_scheduler(policy)

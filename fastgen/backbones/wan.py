@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from fastgen.backbones.base import Output
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, read_index
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Experts, ExtraInputs, networks_of
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.experts import Experts
+from fastgen.modules.inputs import WanExtraInputs
 from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
@@ -142,22 +144,6 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
                              "move it by 0.001")  # fmt: skip
 
 
-class WanExtraInputs(ExtraInputs):
-    """ExtraInputs around Wan's condition embedder.
-
-    The network flattens the timesteps it is given, [B, 1 + n] or, with a level for each token, [B, L (1 + n)]; this
-    undoes that, and returns the embedding of one token, which the blocks broadcast, or of all. The extra scalars reach
-    the blocks as well: their modulation is projected from the sum."""
-
-    def forward(self, timestep: Tensor, *rest: Tensor, timestep_seq_len: int) -> tuple[Tensor, ...]:  # type: ignore[override]
-        packed = timestep.unflatten(0, (-1, timestep_seq_len)).unflatten(1, (-1, 1 + len(self.tables)))
-        embedder: Any = self.embedding
-        times, tokens = packed[..., 0], packed.shape[1]
-        embedding, _, *others = embedder(times.flatten(), *rest, timestep_seq_len=tokens)
-        embedding = self.add(embedding, packed[..., 1:])
-        return embedding, embedder.time_proj(embedder.act_fn(embedding)), *others
-
-
 class WanDenoiser(Denoiser):
     """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
 
@@ -171,9 +157,9 @@ class WanDenoiser(Denoiser):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        extended = isinstance(self.time_embedding, ExtraInputs)
-        if timestep.dim() == 2 + extended:  # a level a frame
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        timestep = self.timestep(t, inputs)
+        if t.dim() == 2:  # one level per frame
             _, height, width = self.network.config.patch_size
             timestep = timestep.repeat_interleave(x_t.shape[-2] // height * (x_t.shape[-1] // width), dim=1)
             timestep = timestep.flatten(1)
@@ -323,9 +309,9 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     def student_parts(self, student: Denoiser) -> dict[str, Any]:
         """Experts of our own making go where the stock pipeline has them, with their boundary."""
-        if not isinstance(student, Experts) or self.boundary is not None:
+        if not student.boundaries or self.boundary is not None:
             return super().student_parts(student)
-        high, low = networks_of(student)
+        high, low = (part.network for part in student.parts)
         return {"transformer": high, "transformer_2": low, "boundary_ratio": student.boundaries[0]}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:

@@ -81,7 +81,7 @@ def evaluate_with_samples(
         "policy": {
             "timesteps": list(policy.timesteps),
             "transition": policy.transition,
-            "told_time": policy.told_time,
+            "conditioning_time": policy.conditioning_time,
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
         "device": str(backbone.device),

@@ -16,6 +16,7 @@ Everything takes callables: a network, or the exact map of a Gaussian. x: [B, ..
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastgen import signals
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.flow.tangents import live_tangent, tangent
 from fastgen.schedule import FlowSchedule, expand
 
@@ -35,11 +36,11 @@ Tangent = Callable[..., tuple[Tensor, Tensor]]
 SHORTEST = 1e-3  # the level below which no velocity is asked for: it is a quotient of two things that vanish
 
 
-def average_velocity(student: Denoiser, cond: Conditioning, **inputs: Tensor) -> AverageVelocity:
-    """u of a two-time network. inputs: its other further inputs, such as guidance. Raises ValueError if the network is
-    not of flow matching."""
+def average_velocity(student: Denoiser, cond: Conditioning, inputs: Inputs = NO_INPUTS) -> AverageVelocity:
+    """u of a two-time network. inputs: its other inputs, such as guidance. Raises ValueError if the network is not a
+    flow-matching one."""
     require_flow(student)
-    return lambda x, t, s: student(x, t, cond, extras={"s": s, **inputs}, predict="flow_prediction")
+    return lambda x, t, s: student(x, t, cond, replace(inputs, s=s), predict="flow_prediction")
 
 
 def require_flow(denoiser: Denoiser) -> None:
@@ -58,7 +59,7 @@ def rows_of(mask: Tensor, denoiser: Denoiser) -> Tensor:
     """The rows where mask [B] holds. Networks divided over processes are called by all of them together: there, row 0
     where it holds nowhere, whose result the caller must not use."""
     rows = mask.nonzero().squeeze(1)
-    return rows.new_zeros(1) if denoiser.is_divided and not len(rows) else rows
+    return rows.new_zeros(1) if denoiser.is_sharded and not len(rows) else rows
 
 
 def diagonal(u: AverageVelocity) -> Velocity:

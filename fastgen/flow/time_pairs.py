@@ -177,7 +177,10 @@ def drawn_scale(batch: Batch, scales: ScaleRange) -> Tensor:
 
 def check_told(policy: RolloutPolicy, scales: ScaleRange | None) -> None:
     """Raises ValueError if a sampler tells the student a guidance scale that it has not learned."""
-    told = policy.told_guidance
-    if told is not None and (scales is None or not scales[0] <= told <= scales[1]):
-        raise ValueError(f"rollout.told_guidance {told:g} must lie in objective.guidance_range, the scales that the "
-                         f"student learns, which is {scales and list(scales)}")  # fmt: skip
+    scale = policy.embedded_guidance
+    if scale is not None and (scales is None or not scales[0] <= scale <= scales[1]):
+        learned = None if scales is None else list(scales)
+        raise ValueError(
+            f"rollout.embedded_guidance {scale:g} must lie in objective.guidance_range, the scales that the student "
+            f"learns, which is {learned}"
+        )

@@ -20,11 +20,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.recomputation import remembered
 from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
-from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 
@@ -164,18 +163,17 @@ class LoraDenoiser(Denoiser):
         self.feature_dim = shared.denoiser.feature_dim
         self.shared: SharedBase
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        *,
-        told_time: Tensor | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        predict: PredictionType = "sample",
-    ) -> Tensor:
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         with self.shared.using(self.role):
-            return self.shared.denoiser(x_t, t, cond, told_time=told_time, extras=extras, predict=predict)
+            return self.shared.denoiser(x_t, t, cond, inputs, predict=self.prediction_type)
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.role is not None
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        return self.shared.denoiser.boundaries
 
     @property
     def time_embedding(self) -> nn.Module:
@@ -201,8 +199,8 @@ class LoraDenoiser(Denoiser):
         return self.shared.denoiser.per_expert(value, t)
 
     @property
-    def is_divided(self) -> bool:
-        return self.shared.denoiser.is_divided
+    def is_sharded(self) -> bool:
+        return self.shared.denoiser.is_sharded
 
     def enable_checkpointing(self) -> None:
         self.shared.denoiser.enable_checkpointing()

@@ -9,7 +9,7 @@
     x_s                rollout.x             the state there, not the clean prediction
     a, sigma_{t|s}     renoise_coefficients  x_t = a x_s + sigma_{t|s} noise,  t ~ U(s + .01, 1)
     h                  prediction            the fake score's clean prediction, a martingale of the reverse process
-    eta                policy.freshness      of all transitions, also of the two below
+    eta                policy.transition_eta      of all transitions, also of the two below
 
 The algorithm, for every student update:
     fake_updates times:
@@ -43,10 +43,9 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import add_stop_input
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.fake_score import make_fake_score, stop_input
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, transition
 from fastgen.schedule import Schedule, TimeSampler
 
@@ -87,7 +86,7 @@ class ACDMD(Objective):
         return "score" if self.critic_weight == "inverse_tilt" else "none"
 
     def check(self, policy: RolloutPolicy) -> None:
-        if not policy.freshness:
+        if not policy.transition_eta:
             raise ValueError(f"{self.name} trains a student with stochastic steps; set rollout.transition: cps and "
                              "rollout.eta: 0.9")  # fmt: skip
         if max(policy.timesteps[1:], default=0) + MARGIN >= HIGH:
@@ -95,10 +94,7 @@ class ACDMD(Objective):
                              f"{HIGH:g}; lower rollout.timesteps after the first")  # fmt: skip
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        fake_score = backbone.load("fake_score")
-        if self.condition_on_stop:
-            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
-        return {"fake_score": fake_score}
+        return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         return (Turn("fake_score", ("fake_score",), self.fake_updates), Turn("student", ("student",)))
@@ -116,7 +112,7 @@ class ACDMD(Objective):
         if self.critic_weight == "inverse_tilt":
             tilt = self.tilt_weight(networks, batch, rollout.x)
             weight, terms = weight * tilt, {"weight_sample_size": tilt.mean().square() / tilt.square().mean()}
-        prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        prediction = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         total = signals.denoising_loss(prediction, target, x_t, t, schedule, "flow_prediction", weight)
         terms["loss"] = total.detach()
         if self.consistency_weight:
@@ -131,11 +127,11 @@ class ACDMD(Objective):
 
         def predict(x: Tensor, level: Tensor) -> Tensor:
             twice = Conditioning.cat([batch.cond, batch.cond])
-            return networks.fake_score(x, level, twice, extras=self.stop_input(rollout.stop.repeat(2)))
+            return networks.fake_score(x, level, twice, stop_input(rollout.stop.repeat(2), self.condition_on_stop))
 
         t_next = torch.maximum(t - self.consistency_step(batch.uniform("consistency_step")), rollout.s.clamp_min(1e-3))
         draws = batch.normal("consistency1"), batch.normal("consistency2")
-        schedule, eta = networks.fake_score.schedule, networks.policy.freshness
+        schedule, eta = networks.fake_score.schedule, networks.policy.transition_eta
         return martingale_product(predict, schedule, h, x_t, t, t_next, draws, eta)
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
@@ -151,10 +147,10 @@ class ACDMD(Objective):
         schedule, s = networks.teacher.schedule, rollout.s
         t, noise = renoise_level(batch.uniform("renoise_time"), s), batch.normal("renoise")
         x_t = schedule.renoise(rollout.x, noise, s, t)
-        fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = networks.teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
-        fresh, eta = batch.normal("back"), networks.policy.freshness
+        fresh, eta = batch.normal("back"), networks.policy.transition_eta
         fake_s, real_s = (transition(schedule, x0, x_t, t, s, fresh, eta) for x0 in (fake, real))
         grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
         target = signals.renoised_target(schedule, rollout.x, noise, s, t)
@@ -178,9 +174,6 @@ class ACDMD(Objective):
         score = networks.rewards(x, batch)
         group = batch.group if self.group_size > 1 else torch.zeros_like(batch.group)
         return inverse_tilt(score.value, score.valid, group, self.reward_temperature)
-
-    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
-        return {"stop": stop} if self.condition_on_stop else {}
 
 
 def renoise_level(u: Tensor, s: Tensor) -> Tensor:

@@ -44,7 +44,6 @@ In bfloat16 its noise does not shrink: rounding, 2^-8 of a value, is of the size
 The mixture teacher is a formula without features; D then reads those of the network fitted to it (role `features`).
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -55,10 +54,10 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-from fastgen.denoiser import Denoiser, add_stop_input
+from fastgen.modules.heads import StopHeads
 from fastgen.networks import Networks, frozen
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn, feature_network
+from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, transition
 from fastgen.schedule import PredictionType, TimeSampler
 
@@ -94,19 +93,15 @@ class ADM(Objective):
         return ("student", "fake_score", "discriminator")
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
+    def full_roles(self) -> tuple[str, ...]:
         return ("discriminator",)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        fake_score = backbone.load("fake_score")
+        fake_score = make_fake_score(backbone, policy, self.condition_on_stop)
         stops = policy.num_steps if self.condition_on_stop else 1
         heads = StopHeads(fake_score.feature_dim, len(fake_score.feature_modules), self.head_width, stops)
         modules: dict[str, nn.Module] = {"fake_score": fake_score, "discriminator": heads}
-        if self.condition_on_stop:
-            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
-        if not backbone.teacher_is_base:
-            modules["features"] = backbone.load("features").requires_grad_(False).eval()
-        return modules
+        return modules | feature_network(backbone)
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         return (
@@ -121,20 +116,17 @@ class ADM(Objective):
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
         """Denoising of the student's samples."""
-        rollout, schedule = self.rollout(networks, batch, grad=False), networks.teacher.schedule
-        t = self.fake_time(batch.uniform("fake_time"))
-        x_t = schedule.add_noise(rollout.x, batch.normal("fake_noise"), t)
-        prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
-        space = self.fake_space or networks.fake_score.prediction_type
-        loss = signals.denoising_loss(prediction, rollout.x, x_t, t, schedule, space)
+        rollout = self.rollout(networks, batch, grad=False)
+        inputs = stop_input(rollout.stop, self.condition_on_stop)
+        loss = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs)
         return Loss(loss, {"loss": loss.detach()})
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
         """-mean D(x_fake): the generator's side of the hinge."""
         rollout = self.rollout(networks, batch, grad=True)
         x_t, t = self.renoised(networks, batch, rollout)
-        with frozen(networks.fake_score, networks["discriminator"], critic(networks)):
-            fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        with frozen(networks.fake_score, networks["discriminator"], networks.critic):
+            fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
             x_fake = self.stepped(networks, fake, x_t, t)
             loss = signals.hinge_generator_loss(self.logits(networks, batch, x_fake, t, rollout.stop))
         return Loss(loss, {"loss": loss.detach()})
@@ -145,7 +137,7 @@ class ADM(Objective):
         with torch.no_grad():
             rollout = self.rollout(networks, batch, grad=False)
             x_t, t = self.renoised(networks, batch, rollout)
-            fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+            fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
             scale = networks.teacher.per_expert(self.guidance_scale, t)
             real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
             x_fake, x_real = (self.stepped(networks, x0, x_t, t) for x0 in (fake, real))
@@ -179,46 +171,7 @@ class ADM(Objective):
 
     def logits(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, stop: Tensor) -> Tensor:
         """D(x) [B, depths] of x at level t - dt, which the frozen backbone is told."""
-        backbone = critic(networks)
+        backbone = networks.critic
         with backbone.capture() as features:
             backbone(x, t - self.ode_step, batch.cond)
         return networks["discriminator"](features, stop)
-
-    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
-        return {"stop": stop} if self.condition_on_stop else {}
-
-
-def critic(networks: Networks) -> Denoiser:
-    """The discriminator's frozen backbone: the teacher, or the fitted network where the teacher is a formula."""
-    return networks.get("features", networks.teacher)  # type: ignore[return-value]
-
-
-class ProductHeads(nn.Module):
-    """Heads on features of several depths: LayerNorm, the product of two Linear maps, mean over tokens, Linear."""
-
-    def __init__(self, feature_dim: int, depths: int, width: int):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(feature_dim) for _ in range(depths))
-        self.inner = nn.ModuleList(nn.Linear(feature_dim, 2 * width) for _ in range(depths))
-        self.outer = nn.ModuleList(nn.Linear(width, 1) for _ in range(depths))
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """features: [B, N, feature_dim] a depth. Returns logits [B, depths]."""
-        logits = []
-        for feature, norm, inner, outer in zip(features, self.norms, self.inner, self.outer, strict=True):
-            one, other = inner(norm(feature)).chunk(2, dim=-1)
-            logits.append(outer((one * other).mean(1)))
-        return torch.cat(logits, dim=1)
-
-
-class StopHeads(nn.Module):
-    """Heads on several depths, one set of them for each stop of the rollout, or one for all."""
-
-    def __init__(self, feature_dim: int, depths: int, width: int, stops: int):
-        super().__init__()
-        self.heads = nn.ModuleList(ProductHeads(feature_dim, depths, width) for _ in range(stops))
-
-    def forward(self, features: list[Tensor], stop: Tensor) -> Tensor:
-        """features: [B, N, feature_dim] a depth; stop: [B]. Returns logits [B, depths]."""
-        logits = torch.stack([heads(features) for heads in self.heads], dim=1)
-        return logits[:, 0] if len(self.heads) == 1 else logits[torch.arange(len(stop), device=stop.device), stop]

@@ -21,7 +21,7 @@ The mixture teacher is a formula without features, as in adm.py; its points are 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +35,9 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.data.digits import IMAGE_SIZE, load_classifier
-from fastgen.denoiser import TokenHeads
+from fastgen.modules.heads import PictureHeads, TokenHeads
 from fastgen.networks import Networks, frozen
-from fastgen.objectives.adm import critic
-from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.base import Loss, Objective, State, Turn, feature_network
 from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
@@ -75,10 +74,10 @@ class ADP(Objective):
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
-        return ("student", *self.own_networks)
+        return ("student", *self.full_roles)
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
+    def full_roles(self) -> tuple[str, ...]:
         return ("latent_discriminator", "pixel_discriminator") if self.pixel_weight else ("latent_discriminator",)
 
     @property
@@ -86,8 +85,8 @@ class ADP(Objective):
         return frozenset({"pairs"})
 
     def check(self, policy: RolloutPolicy) -> None:
-        if policy.told_time is not None:
-            raise ValueError("adp tells the student its true level; remove rollout.told_time")
+        if policy.conditioning_time is not None:
+            raise ValueError("adp tells the student its true level; remove rollout.conditioning_time")
 
     def check_recipe(self, recipe: Recipe) -> None:
         if self.pixel_weight and recipe.backbone.output != "pixels":
@@ -98,8 +97,7 @@ class ADP(Objective):
         sizes = backbone.make_empty()
         heads = TokenHeads(sizes.feature_dim, len(sizes.feature_modules), self.head_width)
         modules: dict[str, nn.Module] = {"latent_discriminator": heads}
-        if not backbone.teacher_is_base:
-            modules["features"] = backbone.load("features").requires_grad_(False).eval()
+        modules |= feature_network(backbone)
         if self.pixel_network is not None:
             network = DigitsNetwork() if self.pixel_network == "digits" else VisionNetwork(Path(self.pixel_network))
             modules["pixel_features"] = PictureFeatures(network.requires_grad_(False).eval(), backbone.decode)
@@ -107,7 +105,7 @@ class ADP(Objective):
         return modules
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("discriminator", self.own_networks, self.discriminator_updates), Turn("student", ("student",)))
+        return (Turn("discriminator", self.full_roles, self.discriminator_updates), Turn("student", ("student",)))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         return (self.student_loss if turn.name == "student" else self.discriminator_loss)(networks, batch)
@@ -148,7 +146,7 @@ class ADP(Objective):
 
     def latent_logits(self, networks: Networks, batch: Batch, x0: Tensor, offset: Tensor | float = 0) -> Tensor:
         """D_tau1 [B, depths] of x0 renoised to t'; offset: added to what the frozen backbone is shown."""
-        backbone, t = critic(networks), self.latent_time(batch.uniform("latent_time"))
+        backbone, t = networks.critic, self.latent_time(batch.uniform("latent_time"))
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal("latent_noise"), t) + offset
         with backbone.capture() as features:
             backbone(x_t, t, batch.cond)
@@ -175,17 +173,6 @@ class PictureFeatures(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             pixels = self.decode(latents, clamp=False)
             return self.network(pixels.to(torch.promote_types(pixels.dtype, torch.float32)))
-
-
-class PictureHeads(nn.Module):
-    """Token heads on features whose width differs by depth: logits [B, depths]."""
-
-    def __init__(self, feature_dims: Sequence[int], width: int):
-        super().__init__()
-        self.heads = nn.ModuleList(TokenHeads(dim, 1, width) for dim in feature_dims)
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat([head([f]) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
 
 class DigitsNetwork(nn.Module):

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone
@@ -14,6 +15,9 @@ from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 
 State = dict[str, Tensor]
+
+# One scale, or one per expert of the teacher, from high noise to low. The convention is diffusers': 1 is no guidance.
+Guidance = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Objective:
         raise NotImplementedError
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
+    def full_roles(self) -> tuple[str, ...]:
         """Trained roles that cannot be adapters: networks that are not copies of the teacher (discriminator heads), or
         whose weights are blended with another's or copied."""
         return ()
@@ -102,3 +106,11 @@ class Objective:
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
         """Called once after every optimizer step, however many micro-batches it had: where references, samplers and
         other averages move (in place), and where running statistics are folded."""
+
+
+def feature_network(backbone: Backbone) -> dict[str, nn.Module]:
+    """For `Objective.auxiliary`, where a discriminator reads a frozen network's features (`Networks.critic`): nothing
+    if that is the teacher; the network fitted to it, in the role "features", if the teacher is a formula."""
+    if backbone.teacher_is_base:
+        return {}
+    return {"features": backbone.load("features").requires_grad_(False).eval()}

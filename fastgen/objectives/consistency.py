@@ -6,7 +6,7 @@
     t_{n+1}, t_n        t, s                  neighbours: `grid` (CM, iCT, LCM), or `shrinking` (ECT)
     Phi(x, t_{n+1})     x_s                   one step of a solver along the guided teacher (distillation, CD)
     x + t_n z           x_s                   the same data and noise at level s (training, CT)
-    omega               scale                 guidance drawn by sample; the student is told it (rollout.told_guidance)
+    omega               scale                 guidance drawn by sample; the student is told it (rollout.embedded_guidance)
     s_m, t_b            phase_edges(t)        lower edge of the phase t is in (PCM, Hyper-SD)
     t_end               end                   where both are sent: 0, an edge, or anywhere between edge and s
 
@@ -24,14 +24,14 @@ The papers, by what a recipe sets:
     iCT    arXiv 2310.14189  teach data, grid {count: 10, last: 1280, growth: doubling, spacing: karras, time: ...},
                              weight gap, huber 0.00054
     ECT    arXiv 2406.14548  teach data, shrinking, weight gap, huber 0; it starts from a diffusion model, as all here
-    LCM    arXiv 2310.04378  grid {count: 50}, guidance_range [6, 16], rollout.told_guidance, target_decay 0.95;
+    LCM    arXiv 2310.04378  grid {count: 50}, guidance_range [6, 16], rollout.embedded_guidance, target_decay 0.95;
                              LCM-LoRA (2311.05556): lora.student, no target network, and the student is told nothing
     PCM    arXiv 2405.18407  grid {count: 100}, phases [4], rollout ode from edge to edge
     TSCD   arXiv 2404.13686  phases [8, 4, 2, 1], end uniform, rollout tcd
 
 The optimum depends on the grid: n intervals of Euler steps, or of data, leave too little variance (a Gaussian of std
 0.5 gets 0.34 at n = 4, 0.456 at 16 and 0.494 at 128); solver heun and growing grids lessen it. The network is not
-told `end`, so that TSCD's jumps between edges are approximate (flow_map has students that are told).
+told `end`, so that TSCD's jumps between edges are approximate (flow_map has students that are inputs).
 
 Departures: paths end at exactly 0, where no c_skip and c_out are needed (LCM's are 0 and 1 but for the last levels);
 levels are the teacher's own, noise-to-signal ratios are t / (1 - t), and gaps are of levels; no LPIPS.
@@ -48,12 +48,11 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.flow import flow_maps, time_pairs
 from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy, transition
@@ -108,7 +107,7 @@ class Consistency(Objective):
         return ("student", "discriminator") if self.gan else ("student",)
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
+    def full_roles(self) -> tuple[str, ...]:
         return ("discriminator",) if self.target_decay is None else ("discriminator", "student")
 
     @property
@@ -116,8 +115,8 @@ class Consistency(Objective):
         return frozenset({"latents"})
 
     def check(self, policy: RolloutPolicy) -> None:
-        if policy.next_time:
-            raise ValueError("a consistency model is not told where its step ends; remove rollout.next_time, or take "
+        if policy.two_time:
+            raise ValueError("a consistency model is not told where its step ends; remove rollout.two_time, or take "
                              "objective flow_map")  # fmt: skip
         time_pairs.check_told(policy, self.guidance_range)
         if policy.num_steps == 1 or self.end == "uniform":
@@ -191,17 +190,19 @@ class Consistency(Objective):
         end = edge if self.end == "edge" else time_pairs.between(edge, s, batch.uniform("end"))
         noise, schedule = batch.normal("noise"), networks.student.schedule
         x_t = schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        told: dict[str, Tensor] = {}
-        if self.guidance_range is not None and networks.policy.told_guidance is not None:
-            told = {"guidance": time_pairs.drawn_scale(batch, self.guidance_range)}
+        inputs = NO_INPUTS
+        if self.guidance_range is not None and networks.policy.embedded_guidance is not None:
+            inputs = Inputs(guidance=time_pairs.drawn_scale(batch, self.guidance_range))
         with torch.no_grad(), torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):  # the same dropout twice
             if self.teach == "data":
                 x_s = schedule.add_noise(batch.latents, noise, s).to(noise.dtype)
             else:
-                x_s = self.solved(networks, batch, x_t, t, s)
-            below = self.sent(self.target(networks, state), batch, x_s, s.clamp_min(flow_maps.SHORTEST), end, told)
+                x_s = self.solver_step(networks, batch, x_t, t, s)
+            below = self.step_to_end(
+                self.target(networks, state), batch, x_s, s.clamp_min(flow_maps.SHORTEST), end, inputs
+            )
             there = torch.where(expand(s > end, x_s), below, x_s)
-        return self.sent(networks.student, batch, x_t, t, end, told), there, (end, upper), t - s
+        return self.step_to_end(networks.student, batch, x_t, t, end, inputs), there, (end, upper), t - s
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
         """target <- mu target + (1 - mu) student,   mu = target_decay^(s_0 / N(k)): CT's exp(s_0 ln mu_0 / N(k)), N
@@ -222,14 +223,14 @@ class Consistency(Objective):
             move(networks["target"], networks.student, 0.0)
         return networks["target"]  # type: ignore[return-value]
 
-    def sent(
-        self, network: Denoiser, batch: Batch, x: Tensor, t: Tensor, end: Tensor, told: dict[str, Tensor]
+    def step_to_end(
+        self, network: Denoiser, batch: Batch, x: Tensor, t: Tensor, end: Tensor, inputs: Inputs
     ) -> Tensor:
         """Where the network's clean prediction at x, t takes x: its ode step to `end`, [B, ...]."""
-        x0 = network(x, t, batch.cond, extras=told)
+        x0 = network(x, t, batch.cond, inputs)
         return transition(network.schedule, x0, x, t, end, None)
 
-    def solved(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def solver_step(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """x_s by steps of the solver along the guided teacher."""
         teacher, scale = networks.teacher, None
         if self.guidance_range is not None:

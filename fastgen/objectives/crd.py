@@ -53,8 +53,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.networks import Networks, move
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, predict_x0, sample
 from fastgen.signals import group_mean, per_sample_mean

@@ -62,8 +62,8 @@ class DisBack(DMD2):
                              "path_length * path_every, only degrade the teacher; raise it")  # fmt: skip
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
-        return (*super().own_networks, "fake_score")
+    def full_roles(self) -> tuple[str, ...]:
+        return (*super().full_roles, "fake_score")
 
     @property
     def degradation(self) -> int:

@@ -41,13 +41,13 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import TokenHeads, add_stop_input, unextended
+from fastgen.modules.heads import TokenHeads
+from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks, blend, frozen
-from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
 from fastgen.schedule import PredictionType, TimeSampler, expand
-
-Guidance = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -105,7 +105,7 @@ class DMD2(Objective):
         return ("student", "fake_score", "discriminator") if self.gan_weight else ("student", "fake_score")
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
+    def full_roles(self) -> tuple[str, ...]:
         return ("discriminator",) if self.ida_decay is None else ("discriminator", "student", "fake_score")
 
     @property
@@ -113,10 +113,8 @@ class DMD2(Objective):
         return frozenset({"latents"}) if self.gan_weight else frozenset()
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        fake_score = backbone.load("fake_score")
+        fake_score = make_fake_score(backbone, policy, self.condition_on_stop)
         modules: dict[str, nn.Module] = {"fake_score": fake_score}
-        if self.condition_on_stop:
-            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
         if self.gan_weight:
             modules["discriminator"] = TokenHeads(fake_score.feature_dim, len(fake_score.feature_modules))
         return modules
@@ -151,11 +149,8 @@ class DMD2(Objective):
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
         """Denoising of the student's samples, and the discriminator's side of the GAN."""
         rollout = self.rollout(networks, batch, grad=False)
-        t = self.fake_time(batch.uniform("fake_time"))
-        x_t = networks.teacher.schedule.add_noise(rollout.x, batch.normal("fake_noise"), t)
-        prediction = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
-        space = self.fake_space or networks.fake_score.prediction_type
-        denoising = signals.denoising_loss(prediction, rollout.x, x_t, t, networks.teacher.schedule, space)
+        inputs = stop_input(rollout.stop, self.condition_on_stop)
+        denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs)
         if not self.gan_weight:
             return Loss(denoising, {"loss": denoising.detach()})
         assert batch.latents is not None
@@ -177,7 +172,7 @@ class DMD2(Objective):
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """g at the student's samples [B, ...], and the fake score's lag."""
         x_t, t = self.renoised(networks, batch, rollout.x)
-        fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = self.guidance_scale if self.ca_time is None else 1.0
         real = signals.guided(
             networks.teacher, x_t, t, batch.cond, batch.uncond,
@@ -210,13 +205,10 @@ class DMD2(Objective):
         """D [B, depths] at x0 renoised by the draws of this name."""
         t = self.gan_time(batch.uniform(f"{name}_time"))
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t)
-        return self.judged(networks, batch, x_t, t, stop)
+        return self.discriminator_logits(networks, batch, x_t, t, stop)
 
-    def judged(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
+    def discriminator_logits(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
         """D(x_t, t) [B, depths], from the fake score's features."""
         with networks.fake_score.capture() as features:
-            networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(stop))
+            networks.fake_score(x_t, t, batch.cond, stop_input(stop, self.condition_on_stop))
         return networks["discriminator"](features)
-
-    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
-        return {"stop": stop} if self.condition_on_stop else {}

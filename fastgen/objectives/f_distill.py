@@ -76,7 +76,7 @@ class FDistill(DMD2):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """h(r) / mean h [B] at the (x_t, t) of the score difference; r and h are summed for the means to come."""
         x_t, t = self.renoised(networks, batch, rollout.x)
-        ratio = signals.density_ratio(self.judged(networks, batch, x_t, t, rollout.stop))
+        ratio = signals.density_ratio(self.discriminator_logits(networks, batch, x_t, t, rollout.stop))
         index = (
             (t - self.renoise_time.low) / (self.renoise_time.high - self.renoise_time.low) * self.ratio_bins
         ).long()

@@ -45,8 +45,8 @@ from fastgen.flow.flow_maps import AverageVelocity, Velocity, average_velocity
 from fastgen.flow.tangents import Backend, tangent
 from fastgen.flow.time_pairs import TimePairs, between
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.fake_score import denoising_loss, make_fake_score
 from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
@@ -113,9 +113,11 @@ class FlowMap(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.any_step:
-            raise ValueError("a flow map is told where it jumps to: set rollout.next_time: true, transition: ode")
-        if policy.told_guidance is not None:
-            raise ValueError("flow_map learns one guidance scale, its guidance_scale; leave out rollout.told_guidance")
+            raise ValueError("a flow map is told where it jumps to: set rollout.two_time: true, transition: ode")
+        if policy.embedded_guidance is not None:
+            raise ValueError(
+                "flow_map learns one guidance scale, its guidance_scale; leave out rollout.embedded_guidance"
+            )
         if self.source == "prior" and policy.num_steps > 1:
             raise ValueError("source: prior trains jumps from t = 1 alone; give rollout one timestep")
 
@@ -126,7 +128,7 @@ class FlowMap(Objective):
                              "cannot repeat; use semigradient, or switch it off")  # fmt: skip
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        return {"fake_score": backbone.load("fake_score")} if self.on_policy else {}
+        return {"fake_score": make_fake_score(backbone, policy)} if self.on_policy else {}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         share = min(1.0, (step + 1) / self.gap_growth) if self.gap_growth else 1.0
@@ -219,10 +221,7 @@ class FlowMap(Objective):
     def fake_loss(self, networks: Networks, batch: Batch, config: OnPolicy) -> Loss:
         with torch.no_grad():
             x0 = self.rollout(networks, batch, config)
-        schedule, t = networks.teacher.schedule, config.fake_time(batch.uniform("fake_time"))
-        x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
-        prediction = networks.fake_score(x_t, t, batch.cond)
-        total = signals.denoising_loss(prediction, x0, x_t, t, schedule, networks.fake_score.prediction_type)
+        total = denoising_loss(networks, batch, x0, config.fake_time)
         return Loss(total, {"loss": total.detach()})
 
     def matching_loss(

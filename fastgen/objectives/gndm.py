@@ -45,11 +45,11 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import add_stop_input
+from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import replay
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, step_log_prob, trajectory
 from fastgen.schedule import PredictionType, TimeSampler, expand
 
@@ -104,14 +104,11 @@ class GNDM(Objective):
         return "none" if not self.reward_weight else "gradient" if self.form == "path" else "score"
 
     def check(self, policy: RolloutPolicy) -> None:
-        if self.form == "score" and (policy.num_steps == 1 or not policy.freshness):
+        if self.form == "score" and (policy.num_steps == 1 or not policy.transition_eta):
             raise ValueError("form: score needs stochastic steps: several timesteps, transition renoise or cps")
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        fake_score = backbone.load("fake_score")
-        if self.condition_on_stop:
-            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
-        return {"fake_score": fake_score}
+        return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
 
     def init_state(self) -> State:
         """path: the reward's weight, and sums of |g|^2 and |dr/dx|^2 over this update. score: the age of the
@@ -142,12 +139,8 @@ class GNDM(Objective):
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
         """Denoising of the student's samples."""
         made = self.rollout(networks, batch, grad=False)
-        t = self.fake_time(batch.uniform("fake_time"))
-        x_t = networks.teacher.schedule.add_noise(made.x, batch.normal("fake_noise"), t)
-        told = {"stop": made.stop} if self.condition_on_stop else {}
-        prediction = networks.fake_score(x_t, t, batch.cond, extras=told)
-        space = self.fake_space or networks.fake_score.prediction_type
-        loss = signals.denoising_loss(prediction, made.x, x_t, t, networks.teacher.schedule, space)
+        inputs = stop_input(made.stop, self.condition_on_stop)
+        loss = denoising_loss(networks, batch, made.x, self.fake_time, self.fake_space, inputs)
         return Loss(loss, {"loss": loss.detach()})
 
     def path_loss(self, networks: Networks, batch: Batch, state: State) -> Loss:
@@ -220,7 +213,7 @@ class GNDM(Objective):
         for i in range(self.num_pairs):
             t = self.renoise_time((i + batch.uniform(f"ratio_from{i}", by_group=True)) / self.num_pairs)
             above = t ** batch.uniform(f"ratio_time{i}", by_group=True)
-            fake, real = self.predictions(networks, batch, x, above, f"ratio_noise{i}", {})
+            fake, real = self.predictions(networks, batch, x, above, f"ratio_noise{i}", NO_INPUTS)
             rate = signals.log_ratio_rate(networks.teacher.schedule, x, above, fake, real)
             total = total - t.log() * above * rate / self.num_pairs  # d above = above d(log above)
         return total
@@ -229,19 +222,19 @@ class GNDM(Objective):
     def score_gradient(self, networks: Networks, batch: Batch, x: Tensor, stop: Tensor) -> tuple[Tensor, State]:
         """g at clean samples x [B, ...] made at these stops, and what is logged of it."""
         t = self.renoise_time(batch.uniform("renoise_time", by_group=True))
-        told = {"stop": stop} if self.condition_on_stop else {}
-        fake, real = self.predictions(networks, batch, x, t, "renoise", told)
+        inputs = stop_input(stop, self.condition_on_stop)
+        fake, real = self.predictions(networks, batch, x, t, "renoise", inputs)
         grad = signals.score_difference(x, fake, real, group=batch.group)
         return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(x, fake, real)}
 
     def predictions(
-        self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, noise: str, told: State
+        self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, noise: str, inputs: Inputs
     ) -> tuple[Tensor, Tensor]:
         """mu_fake and the guided mu_real at x renoised, with one noise of this name a group."""
         x_t = networks.teacher.schedule.add_noise(x, batch.normal(noise, by_group=True), t)
         scale = networks.teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
-        return networks.fake_score(x_t, t, batch.cond, extras=told), real
+        return networks.fake_score(x_t, t, batch.cond, inputs), real
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """path: a sample at a random stop. score: one of the whole sampler."""

@@ -1,7 +1,7 @@
 """LADD, an adversarial term of other objectives: heads on the frozen teacher's features (arXiv 2403.12015).
 
     paper      here             what it is
-    F          critic(...)      the frozen teacher, or the network fitted to it where the teacher is a formula
+    F          networks.critic      the frozen teacher, or the network fitted to it where the teacher is a formula
     D          discriminator    small heads on its features at several depths, trained
     x_hat_0    x                the student's, at a level `low` (0: clean); renoised to a random level above it
 
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import TokenHeads
 from fastgen.flow.time_pairs import between
+from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks, frozen
-from fastgen.objectives.adm import critic
-from fastgen.objectives.base import Loss
+from fastgen.objectives.base import Loss, feature_network
 from fastgen.schedule import TimeSampler
 
 
@@ -36,15 +35,13 @@ class Ladd:
     def networks(self, backbone: Backbone) -> dict[str, nn.Module]:
         sizes = backbone.make_empty()
         modules: dict[str, nn.Module] = {"discriminator": TokenHeads(sizes.feature_dim, len(sizes.feature_modules))}
-        if not backbone.teacher_is_base:
-            modules["features"] = backbone.load("features").requires_grad_(False).eval()
-        return modules
+        return modules | feature_network(backbone)
 
     def student_loss(
         self, networks: Networks, batch: Batch, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> Tensor:
         """-mean D(x) of the student's x [B, ...] at level low [B]; renoised up to at most high [B]. Gradient to x."""
-        with frozen(networks["discriminator"], critic(networks)):
+        with frozen(networks["discriminator"], networks.critic):
             return signals.hinge_generator_loss(self.logits(networks, batch, x, "gan", low, high))
 
     def discriminator_loss(
@@ -71,7 +68,7 @@ class Ladd:
         t = between(low, torch.ones_like(t) if high is None else high, t)
         if roll:
             cond = Conditioning({key: value.roll(roll, 0) for key, value in cond.items()})
-        x_t, backbone = schedule.renoise(x, batch.normal(f"{name}_noise"), low, t).to(x.dtype), critic(networks)
+        x_t, backbone = schedule.renoise(x, batch.normal(f"{name}_noise"), low, t).to(x.dtype), networks.critic
         with backbone.capture() as features:
             backbone(x_t, t, cond)
         return networks["discriminator"](features)

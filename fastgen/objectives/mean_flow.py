@@ -16,7 +16,7 @@ The algorithm, for every student update:
 form: improved (iMF, arXiv 2512.02012). The identity as a regression of V = u + (t - s) sg(D u) on v: the derivative
     goes along the student's own velocity u(x_t, t, t), so that V depends on x_t alone and noisy v is only a target.
     Guidance of data is v = noise - x0 + (1 - 1/w) (u_cond - u_uncond)(x_t, t, t), w the scale the student is told,
-    drawn by sample, where rollout.told_guidance gives it that input.
+    drawn by sample, where rollout.embedded_guidance gives it that input.
 alpha: alpha-Flow anneals from trajectory flow matching (alpha = 1) to MeanFlow (0). Between, the target is
     alpha v + (1 - alpha) sg u(x_m, m, s),   x_m = x_t - (t - m) v,   m = alpha s + (1 - alpha) t
     with the square weighed by alpha (1 / alpha without the adaptive weight). A run that ends at a finite alpha has too
@@ -38,12 +38,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.flow import flow_maps
 from fastgen.flow.tangents import Backend, tangent
 from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
@@ -120,9 +120,11 @@ class MeanFlow(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.any_step:
-            raise ValueError("a flow map is told where it jumps to: set rollout.next_time: true, transition: ode")
-        if policy.told_guidance is not None and (self.form, self.teach) != ("improved", "data"):
-            raise ValueError("rollout.told_guidance is for form: improved with teach: data, which learns all scales")
+            raise ValueError("a flow map is told where it jumps to: set rollout.two_time: true, transition: ode")
+        if policy.embedded_guidance is not None and (self.form, self.teach) != ("improved", "data"):
+            raise ValueError(
+                "rollout.embedded_guidance is for form: improved with teach: data, which learns all scales"
+            )
 
     def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
@@ -137,13 +139,12 @@ class MeanFlow(Objective):
         t, s = self.pairs(batch)
         noise, cond = batch.normal("noise"), self.dropped(batch)
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        told = self.told_scale(networks.policy, batch)
-        u = flow_maps.average_velocity(networks.student, cond, **told)
-        v, own = self.velocities(networks, batch, cond, told, x, t, noise - batch.latents)
+        inputs = self.guidance_input(networks.policy, batch)
+        u = flow_maps.average_velocity(networks.student, cond, inputs)
+        v, own = self.velocities(networks, batch, cond, inputs, x, t, noise - batch.latents)
         target, off = v, flow_maps.rows_of(s < t, networks.student)
         if len(off):
-            inputs = {name: value[off] for name, value in told.items()}
-            rows = flow_maps.average_velocity(networks.student, cond.select(off), **inputs)
+            rows = flow_maps.average_velocity(networks.student, cond.select(off), inputs.select(off))
             found = self.target(rows, turn, x[off], t[off], s[off], v[off], own[off])
             found = torch.where(expand((s < t)[off], found), found, v[off])
             target = v.index_copy(0, off, found.to(v.dtype))
@@ -165,14 +166,14 @@ class MeanFlow(Objective):
 
     @torch.no_grad()
     def velocities(
-        self, networks: Networks, batch: Batch, cond: Conditioning, told: dict[str, Tensor], x: Tensor, t: Tensor,
+        self, networks: Networks, batch: Batch, cond: Conditioning, inputs: Inputs, x: Tensor, t: Tensor,
         conditional: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The velocity that trains u, and that along which D u goes: [B, ...] each. conditional: noise - x0."""
         inside = (t > self.guidance_interval[0]) & (t <= self.guidance_interval[1]) & ~self.is_dropped(batch)
 
         def own(condition: Conditioning) -> Tensor:
-            return flow_maps.average_velocity(networks.student, condition, **told)(x, t, t)
+            return flow_maps.average_velocity(networks.student, condition, inputs)(x, t, t)
 
         if self.teach == "teacher":
             v = flow_maps.guided_velocity(
@@ -187,7 +188,7 @@ class MeanFlow(Objective):
             v = torch.where(expand(inside, x), mixed, conditional)
             return v, v
         velocity = own(cond)
-        scale = told.get("guidance", torch.full_like(t, self.scale))
+        scale = torch.full_like(t, self.scale) if inputs.guidance is None else inputs.guidance
         if not bool((scale != 1).any()):
             return conditional, velocity
         guidance = expand(torch.where(inside, 1 - 1 / scale, 0.0).to(x), x) * (velocity - own(batch.uncond))
@@ -198,12 +199,12 @@ class MeanFlow(Objective):
         """Of data, where the student is not told one."""
         return self.guidance_scale[0] if isinstance(self.guidance_scale, tuple) else self.guidance_scale
 
-    def told_scale(self, policy: RolloutPolicy, batch: Batch) -> dict[str, Tensor]:
+    def guidance_input(self, policy: RolloutPolicy, batch: Batch) -> Inputs:
         """The guidance input of each sample, where the student has one: w with density w^-beta on [1, 8]."""
-        if policy.told_guidance is None:
-            return {}
+        if policy.embedded_guidance is None:
+            return NO_INPUTS
         u, b = batch.uniform("guidance"), 1 - self.scale_power
-        return {"guidance": 8**u if b == 0 else (1 + u * (8**b - 1)) ** (1 / b)}
+        return Inputs(guidance=8**u if b == 0 else (1 + u * (8**b - 1)) ** (1 / b))
 
     def is_dropped(self, batch: Batch) -> Tensor:
         return batch.uniform("drop") < self.drop

@@ -30,8 +30,7 @@ from torch import Tensor
 from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.rollout import draw_stops, predict_x0, transition
 
 

@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
-from fastgen.denoiser import Denoiser, Experts, add_stop_input
+from fastgen.denoiser import Denoiser
+from fastgen.modules.experts import Experts
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.fake_score import make_fake_score, stop_input
 from fastgen.recipe import Recipe
 from fastgen.rollout import Rollout, RolloutPolicy, Step, backward_simulation, draw_stops, predict_x0, step_to
 from fastgen.schedule import PredictionType, Schedule, TimeSampler
@@ -148,10 +149,7 @@ class PhasedDMD(Objective):
         return Experts([student, *copies], self.boundaries(policy))
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        fake_score = backbone.load("fake_score")
-        if self.condition_on_stop:
-            add_stop_input(fake_score, policy.num_steps, backbone.time_dim)
-        return {"fake_score": fake_score}
+        return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         starts = [0, *itertools.accumulate(phase.updates for phase in self.phases)][: len(self.phases)]
@@ -200,7 +198,7 @@ class PhasedDMD(Objective):
         x, s, noise = rollout.x, rollout.s, batch.normal("fake_noise")
         t = s + (1 - s) * self.fake_time(batch.uniform("fake_time"))
         x_t, target = schedule.renoise(x, noise, s, t), signals.renoised_target(schedule, x, noise, s, t)
-        prediction = fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        prediction = fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         weight = torch.where(s > 0, signals.renoised_weight(schedule, s, t, self.fake_clamp), 1.0)
         space = self.fake_space or fake_score.prediction_type
         loss = signals.denoising_loss(prediction, target, x_t, t, schedule, space, weight)
@@ -212,16 +210,13 @@ class PhasedDMD(Objective):
         teacher, schedule, s, noise = networks.teacher, networks.teacher.schedule, rollout.s, batch.normal("renoise")
         t = s + (1 - s) * self.renoise_time(batch.uniform("renoise_time"))
         x_t = schedule.renoise(rollout.x, noise, s, t)
-        fake = networks.fake_score(x_t, t, batch.cond, extras=self.stop_input(rollout.stop))
+        fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(teacher, x_t, t, batch.cond, batch.uncond, scale)
         lag = signals.score_lag(signals.renoised_target(schedule, rollout.x, noise, s, t), fake, real)
         if self.gradient == "paper":
             return velocity_gradient(schedule, x_t, s, t, fake, real), lag
         return signals.score_difference(rollout.steps[-1].x0, fake, real, self.normaliser_floor), lag
-
-    def stop_input(self, stop: Tensor) -> dict[str, Tensor]:
-        return {"stop": stop} if self.condition_on_stop else {}
 
 
 def velocity_gradient(

@@ -162,7 +162,7 @@ class RTDMD(ACDMD):
 
     def log_density(self, networks: Networks, step: Step, x0: Tensor, t_next: Tensor) -> Tensor:
         """[B]: log pi(x_next | x_t) of the student that predicts x0, in the unit of `log_prob`."""
-        schedule, eta = networks.student.schedule, networks.policy.freshness
+        schedule, eta = networks.student.schedule, networks.policy.transition_eta
         mean, std = transition_law(schedule, x0, step.x_t, step.t, t_next, eta)
         nats = self.log_prob == "nats"
         return signals.transition_log_prob(step.x_next, mean, std, "sum" if nats else "mean", scaled=nats)
@@ -170,9 +170,9 @@ class RTDMD(ACDMD):
     def matching_step(self, networks: Networks, batch: Batch, rollout: Rollout, score: Score) -> Loss:
         """The matching term at the step that is drawn, and the rewards' gradient through the last step."""
         last = torch.full_like(batch.ids, networks.policy.num_steps - 1)
-        matched = end = self.again(networks, batch, rollout, last)
+        matched = end = self.repeat_step(networks, batch, rollout, last)
         if self.stops != "last":
-            matched = self.again(networks, batch, rollout, self.draw_stop(networks.policy, batch))
+            matched = self.repeat_step(networks, batch, rollout, self.draw_stop(networks.policy, batch))
         grad, terms = self.field(networks, batch, matched)
         total = self.dm_weight * signals.surrogate(matched.x, grad)
         if self.reward_weight:
@@ -182,7 +182,7 @@ class RTDMD(ACDMD):
             total = total + self.reward_weight * mean
         return Loss(total, terms | score.terms() | {"loss": total.detach()})
 
-    def again(self, networks: Networks, batch: Batch, rollout: Rollout, stop: Tensor) -> Rollout:
+    def repeat_step(self, networks: Networks, batch: Batch, rollout: Rollout, stop: Tensor) -> Rollout:
         """Step stop[i] of sample i once more from its recorded input, with gradient: x at the level it goes to."""
         policy, rows = networks.policy, torch.arange(len(stop), device=stop.device)
         x_t = torch.stack([step.x_t for step in rollout.steps])[stop, rows]

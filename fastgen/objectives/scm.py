@@ -8,7 +8,7 @@
     g                tangent                     cos a df/da, the derivative by one JVP without gradient
     r, c             turn.trust, normaliser      tangent warm-up; tangent normalisation g / (|g| + c)
     w_phi(t)         networks.weighting          learned log-weight of a level
-    omega            scale                       guidance drawn by sample, told to the student (rollout.told_guidance)
+    omega            scale                       guidance drawn by sample, told to the student (rollout.embedded_guidance)
 
 The algorithm, for every student update:
     x at a random angle, from data and noise; or x along the teacher's own trajectory from noise (source: trajectory)
@@ -43,14 +43,15 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import Denoiser, LevelWeight
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.flow import flow_maps
 from fastgen.flow.flow_maps import Velocity, guided_velocity
 from fastgen.flow.tangents import Backend, tangent
 from fastgen.flow.time_pairs import ScaleRange, between, check_told, drawn_scale, shifted
+from fastgen.modules.heads import LevelWeight
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import DMD2, Guidance
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
 from fastgen.rollout import RolloutPolicy
@@ -66,13 +67,13 @@ class TrustTurn(Turn):
 
 @plain_dataclass(frozen=True)
 class States:
-    """Rows x [N, ...] of the flow path at level t [N], their velocity, and what their networks are told."""
+    """Rows x [N, ...] of the flow path at level t [N], their velocity, and what the student is told there."""
 
     x: Tensor
     t: Tensor
     velocity: Tensor
     cond: Conditioning
-    told: dict[str, Tensor]
+    inputs: Inputs
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -114,16 +115,16 @@ class SCM(Objective):
         return ("student", *(role for role, used in there.items() if used))
 
     @property
-    def own_networks(self) -> tuple[str, ...]:
-        return ("weighting", "discriminator", *(self.matching.own_networks if self.matching else ()))
+    def full_roles(self) -> tuple[str, ...]:
+        return ("weighting", "discriminator", *(self.matching.full_roles if self.matching else ()))
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"latents"}) if self.source == "data" or self.gan else frozenset()
 
     def check(self, policy: RolloutPolicy) -> None:
-        if policy.next_time:
-            raise ValueError("a consistency model is not told where its step ends; remove rollout.next_time")
+        if policy.two_time:
+            raise ValueError("a consistency model is not told where its step ends; remove rollout.two_time")
         if policy.num_steps > 1 and policy.transition != "renoise":
             raise ValueError(f"a consistency model only knows the way to 0; transition: {policy.transition} steps "
                              "elsewhere, use renoise")  # fmt: skip
@@ -183,7 +184,7 @@ class SCM(Objective):
         angle = trig_angle(states.t, self.sigma_data)
         x = flow_to_trig(states.x, angle, self.sigma_data)
         along = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
-        rate = self.rate(networks.student, states.cond, states.told)
+        rate = self.rate(networks.student, states.cond, states.inputs)
         differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
         value, g = flow_maps.trig_tangent(rate, x, angle, along, trust, differentiate)
         size = signals.per_sample_mean(g.square()).sqrt()
@@ -196,22 +197,22 @@ class SCM(Objective):
         prior = (torch.cos(angle) / (self.sigma_data * torch.sin(angle))).clamp_max(1 / flow_maps.SHORTEST)
         return (weight.exp() * prior * square - weight).mean(), terms
 
-    def rate(self, network: Denoiser, cond: Conditioning, told: dict[str, Tensor]) -> Velocity:
+    def rate(self, network: Denoiser, cond: Conditioning, inputs: Inputs) -> Velocity:
         """sigma_d F(x / sigma_d, a): dx/da of a flow-matching network."""
 
         def of(x: Tensor, angle: Tensor) -> Tensor:
             x_flow, t = trig_to_flow(x, angle, self.sigma_data)
-            velocity = network(x_flow, t, cond, extras=told, predict="flow_prediction")
+            velocity = network(x_flow, t, cond, inputs, predict="flow_prediction")
             return flow_to_trig_velocity(velocity, x, angle, self.sigma_data)
 
         return of
 
-    def scale(self, networks: Networks, batch: Batch) -> tuple[Guidance | Tensor, dict[str, Tensor]]:
+    def scale(self, networks: Networks, batch: Batch) -> tuple[Guidance | Tensor, Inputs]:
         """The teacher's guidance, and what the student is told of it."""
         if self.guidance_range is None:
-            return self.guidance_scale, {}
+            return self.guidance_scale, NO_INPUTS
         drawn = drawn_scale(batch, self.guidance_range)
-        return drawn, {} if networks.policy.told_guidance is None else {"guidance": drawn}
+        return drawn, NO_INPUTS if networks.policy.embedded_guidance is None else Inputs(guidance=drawn)
 
     def teacher(self, networks: Networks, batch: Batch, scale: Guidance | Tensor) -> Velocity:
         return guided_velocity(networks.teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
@@ -221,15 +222,15 @@ class SCM(Objective):
         assert batch.latents is not None
         t, noise = self.time(batch.uniform("time")).clamp_min(flow_maps.SHORTEST), batch.normal("noise")
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        scale, told = self.scale(networks, batch)
+        scale, inputs = self.scale(networks, batch)
         along = noise - batch.latents if self.teach == "data" else self.teacher(networks, batch, scale)(x, t)
-        return States(x, t, along, batch.cond, told)
+        return States(x, t, along, batch.cond, inputs)
 
     @torch.no_grad()
     def trajectory(self, networks: Networks, batch: Batch) -> States:
         """The states after the first of the teacher's way from noise, a level drawn in each interval of its grid. A
         rotation of the TrigFlow state along its rate is an Euler step of the flow state: both keep (x0, noise)."""
-        scale, told = self.scale(networks, batch)
+        scale, inputs = self.scale(networks, batch)
         grid = shifted(torch.linspace(0, 1, self.trajectory_steps + 1, dtype=torch.float64), self.trajectory_shift)
         levels = [
             between(low, high, batch.uniform(f"level{i}")).clamp_min(flow_maps.SHORTEST)
@@ -237,8 +238,8 @@ class SCM(Objective):
         ]
         found = flow_maps.euler_path(self.teacher(networks, batch, scale), batch.normal("initial"), levels[::-1])
         x, t, v = (torch.cat(parts) for parts in zip(*found, strict=True))
-        told = {name: torch.cat([value] * len(found)) for name, value in told.items()}
-        return States(x, t, v, Conditioning.cat([batch.cond] * len(found)), told)
+        inputs = Inputs(**{name: torch.cat([value] * len(found)) for name, value in inputs.given.items()})
+        return States(x, t, v, Conditioning.cat([batch.cond] * len(found)), inputs)
 
     def generated(self, networks: Networks, batch: Batch) -> Tensor:
         """Clean predictions of the student for D, from data at random levels or, a share of max_time, from noise."""
@@ -246,4 +247,4 @@ class SCM(Objective):
         t, noise = self.time(batch.uniform("time")), batch.normal("noise")
         t = torch.where(batch.uniform("max_time") < self.max_time, torch.ones_like(t), t)
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        return networks.student(x, t, batch.cond, extras=self.scale(networks, batch)[1])
+        return networks.student(x, t, batch.cond, self.scale(networks, batch)[1])

@@ -46,7 +46,7 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         """Raises ValueError for another number of steps than the list has, but for a flow map."""
         levels = self.config.levels
         if self.config.any_step:
-            policy = RolloutPolicy(tuple(levels), "ode", next_time=True)
+            policy = RolloutPolicy(tuple(levels), "ode", two_time=True)
             levels = policy.with_steps(num_inference_steps).timesteps
         elif num_inference_steps != len(levels):
             raise ValueError(f"this student has {len(levels)} steps, at {list(levels)}; got {num_inference_steps}")

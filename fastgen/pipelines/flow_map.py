@@ -1,8 +1,8 @@
 """diffusers pipelines for students with further inputs: flow maps, which are told the level their step ends at, and
 students that are told a guidance scale.
 
-Each is a stock pipeline of stock networks, and `inputs.safetensors` beside them: the weights of the further inputs, as
-`fastgen.denoiser.ExtraInputs` has them. Plain diffusers does not know the class that model_index.json names, so it
+Each is a stock pipeline of stock networks, with `inputs.safetensors` beside them: the weights of the added inputs, as
+`modules.inputs.ExtraInputs` holds them. Plain diffusers does not know the class that model_index.json names, so it
 cannot sample such a folder without its inputs:
 
     from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastgen.pipelines.few_step  # noqa: F401 - diffusers looks its schedulers up among the imported modules
-from fastgen.denoiser import ExtraInputs, level_column
+from fastgen.modules.inputs import ExtraInputs, UNetExtraInputs, WanExtraInputs, level_column
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 
@@ -38,7 +38,12 @@ def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedu
         raise ValueError(f"a network with the extra time inputs {names} does not fit a sampler that gives "
                          f"{list(policy.inputs)}")  # fmt: skip
     total = len(schedule.table) - 1 if isinstance(schedule, VPSchedule) else 0
-    told = {"names": names, "to_zero": policy.transition != "ode", "guidance": policy.told_guidance, "discrete": total}
+    told = {
+        "names": names,
+        "to_zero": policy.transition != "ode",
+        "guidance": policy.embedded_guidance,
+        "discrete": total,
+    }
     weights = {f"{i}.{k}": v for i, e in enumerate(embeddings) for k, v in e.tables.state_dict().items()}
     metadata = {"format": "pt", "told": json.dumps(told)}
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / INPUTS, metadata)
@@ -74,6 +79,7 @@ class FlowMap:
 
     networks: ClassVar[tuple[str, ...]] = ("transformer",)  # from high noise to low
     embedder: ClassVar[str]  # the networks' time embedder
+    wrapper: ClassVar[type[ExtraInputs]] = ExtraInputs  # how it is extended
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
@@ -82,7 +88,7 @@ class FlowMap:
         told, parts = read_inputs(Path(folder))
         networks = [network for name in cls.networks if (network := getattr(pipeline, name, None)) is not None]
         for network, weights in zip(networks, parts, strict=True):
-            extended = cls.wrapper()(getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {},
+            extended = cls.wrapper(getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {},
                                      told["names"])  # fmt: skip
             extended.tables.load_state_dict(weights)
             parameter = next(network.parameters())
@@ -92,12 +98,8 @@ class FlowMap:
         return pipeline
 
     @staticmethod
-    def wrapper() -> type[ExtraInputs]:
-        return ExtraInputs
-
-    @staticmethod
     def tell(told: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Packs the inputs into the timestep, as `fastgen.denoiser.pack_extras` does."""
+        """Packs the inputs into the timestep, as `fastgen.modules.inputs.ExtraInputs.pack` does."""
         timestep = kwargs["timestep"]
         columns = told_columns(told, pipeline.scheduler, float(timestep.reshape(-1)[0]))
         more = torch.tensor(columns, device=timestep.device, dtype=torch.float32).expand(*timestep.shape, -1)
@@ -112,23 +114,13 @@ class FlowMapStableDiffusion3Pipeline(FlowMap, StableDiffusion3Pipeline):
 class FlowMapWanPipeline(FlowMap, WanPipeline):
     networks = ("transformer", "transformer_2")
     embedder = "condition_embedder"
-
-    @staticmethod
-    def wrapper() -> type[ExtraInputs]:
-        from fastgen.backbones.wan import WanExtraInputs
-
-        return WanExtraInputs
+    wrapper = WanExtraInputs
 
 
 class UNetFlowMap(FlowMap):
     networks = ("unet",)
     embedder = "time_embedding"
-
-    @staticmethod
-    def wrapper() -> type[ExtraInputs]:
-        from fastgen.backbones.sd import UNetExtraInputs
-
-        return UNetExtraInputs
+    wrapper = UNetExtraInputs
 
     @staticmethod
     def tell(told: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -33,8 +33,10 @@ def flow_match_scheduler(policy: RolloutPolicy) -> Any:
         return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, any_step=True)
     if policy.transition != "cps":
         return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
-    if policy.told_time is not None:
-        raise ValueError("told_time with transition: cps cannot be stored; a single step is the same as ode, use that")
+    if policy.conditioning_time is not None:
+        raise ValueError(
+            "conditioning_time with transition: cps cannot be stored; a single step is the same as ode, use that"
+        )
     assert policy.eta is not None
     return FlowMatchCPSScheduler(list(policy.timesteps), policy.eta)
 
@@ -57,9 +59,11 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
             f"timesteps must start at 1.0 to be exported, got {times[0]}: the stock scheduler's first sigma is 1"
         )
     if len(times) == 1:
-        told = 1000 * (policy.told_time or 1.0)
+        told = 1000 * (policy.conditioning_time or 1.0)
         if abs(told - round(told)) > 1e-9 or told < 1:
-            raise ValueError(f"told_time must be a multiple of 0.001 to be exported, got {policy.told_time}")
+            raise ValueError(
+                f"conditioning_time must be a multiple of 0.001 to be exported, got {policy.conditioning_time}"
+            )
         return config | {"num_train_timesteps": round(told)}
     config["shift_terminal"] = times[-1]
     if len(times) > 2:
@@ -106,10 +110,10 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     if policy.transition == "cps":
         raise ValueError("transition: cps cannot be stored in a stock scheduler of this family; use renoise, ode or "
                          "tcd")  # fmt: skip
-    if policy.told_time is not None:
+    if policy.conditioning_time is not None:
         raise ValueError(
-            f"told_time {policy.told_time} cannot be stored: the stock schedulers convert at the step they tell the "
-            f"network, as DMD2's one-step SDXL (told step 399) does; for that, give timesteps: [{policy.told_time}]"
+            f"conditioning_time {policy.conditioning_time} cannot be stored: the stock schedulers convert at the step they tell the "
+            f"network, as DMD2's one-step SDXL (told step 399) does; for that, give timesteps: [{policy.conditioning_time}]"
         )
     if policy.num_steps >= total:
         raise ValueError(f"a scheduler of {total} steps cannot hold {policy.num_steps} timesteps")

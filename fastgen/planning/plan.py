@@ -31,7 +31,7 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
@@ -40,7 +40,6 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
 from fastgen.run.build import DTYPES
-from fastgen.schedule import PredictionType
 from fastgen.signals import guided, per_sample_mean
 
 DRAWS = 32  # updates whose network evaluations are counted
@@ -386,16 +385,7 @@ class Counted(Denoiser):
         self.rows = 0
         self._features: list[list[Tensor]] = []
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        *,
-        told_time: Tensor | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        predict: PredictionType = "sample",
-    ) -> Tensor:
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.rows += len(x_t)
         for features in self._features:
             features += [x_t.new_zeros(len(x_t), 1, self.feature_dim) for _ in self.denoiser.feature_modules]
@@ -414,7 +404,7 @@ class Counted(Denoiser):
         return self.denoiser.per_expert(value, t)
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         return False
 
 

@@ -38,7 +38,7 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
         found.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
-    roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.own_networks)]
+    roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.full_roles)]
     if roles:
         found.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
     if gpus > 1 and train.strategy != "fsdp":

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastgen.backbones.base import Backbone
 from fastgen.config import changed_keys, dump_recipe, load_recipe
 from fastgen.data import Stream
-from fastgen.denoiser import Denoiser, carried_names
+from fastgen.denoiser import Denoiser
+from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Ema, Networks
 from fastgen.recipe import Recipe

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastgen.denoiser import carried_names
+from fastgen.modules.inputs import carried_names
 from fastgen.modules.sharding import local, slices, whole
 
 PREFIX = "step_"

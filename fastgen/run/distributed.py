@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fastgen.backbones.base import Backbone
-from fastgen.denoiser import Denoiser, ExtraInputs
+from fastgen.denoiser import Denoiser
+from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import shard
 from fastgen.recipe import Recipe

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import noise, signals
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.pipeline import PipelineConfig, family_configs, read_index
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, sample
 
 METADATA = "fastgen.json"  # beside an exported pipeline: the policy it was trained with
@@ -20,15 +20,16 @@ METADATA = "fastgen.json"  # beside an exported pipeline: the policy it was trai
 
 class Guided(nn.Module):
     """A denoiser under classifier-free guidance, callable like one: its unconditional rows are bound.
-    scale: one number, or one an expert."""
+    scale: one number, or one per expert."""
 
     def __init__(self, denoiser: Denoiser, uncond: Conditioning, scale: float | Sequence[float]):
         super().__init__()
         self.denoiser, self.uncond, self.scale, self.schedule = denoiser, uncond, scale, denoiser.schedule
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, told_time: Tensor | None = None) -> Tensor:
-        if told_time is not None:
-            raise ValueError("a told time belongs to one-step students, which are not guided")
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs = NO_INPUTS) -> Tensor:
+        """The guided x0 prediction. Raises ValueError for inputs: they belong to students, which are not guided."""
+        if inputs.given:
+            raise ValueError(f"a guided denoiser takes no inputs, got {sorted(inputs.given)}")
         scale = self.denoiser.per_expert(self.scale, t)
         return signals.guided(self.denoiser, x_t, t, cond, self.uncond, scale)
 
@@ -114,7 +115,9 @@ def load_sampler(
         policy = policy.with_steps(num_steps or policy.num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export is a whole pipeline itself
         own = {"path": str(folder)} if whole else {}
-        backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES).build(device, dtype, 0)
+        backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES, BackboneConfig).build(
+            device, dtype, 0
+        )
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")

@@ -35,7 +35,9 @@ def select_by_kernel(scores: Tensor, forced: Tensor, top_k: int = 0, mass: float
 
 
 def lists_by_kernel(block_map: Tensor, columns: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries, counts and full counts of `block_lists`, of a map [b, h, rows, len(columns)] in any strides in which b and h are one."""
+    """The entries, counts and full counts of `block_lists`.
+
+    block_map: [b, h, rows, len(columns)], in any strides with which b and h can be flattened into one."""
     batch, heads, rows, width = block_map.shape
     flat = block_map.view(torch.uint8).flatten(0, 1)
     lists = torch.zeros(batch, heads, rows, width, dtype=torch.int32, device=block_map.device)

@@ -1,0 +1,45 @@
+"""The fake score of distribution matching: a denoiser of the student's own samples, trained online.
+
+Shared by the objectives that have one. `condition_on_stop` (ours) tells it which step of the rollout made its input,
+so that each step's samples are matched by themselves, not only their mixture; see dmd2.py."""
+
+from torch import Tensor
+
+from fastgen import signals
+from fastgen.backbones.base import Backbone
+from fastgen.batch import Batch
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
+from fastgen.networks import Networks
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import PredictionType, TimeSampler
+
+
+def make_fake_score(backbone: Backbone, policy: RolloutPolicy, condition_on_stop: bool = False) -> Denoiser:
+    """A copy of the teacher's network, extended by the stop index of the policy's steps if asked."""
+    fake_score = backbone.load("fake_score")
+    if condition_on_stop:
+        fake_score.add_inputs({"stop": policy.num_steps}, backbone.time_dim)
+    return fake_score
+
+
+def stop_input(stop: Tensor, condition_on_stop: bool) -> Inputs:
+    """What the fake score is told about samples made at these stops [B]."""
+    return Inputs(stop=stop) if condition_on_stop else NO_INPUTS
+
+
+def denoising_loss(
+    networks: Networks,
+    batch: Batch,
+    x0: Tensor,
+    time: TimeSampler,
+    space: PredictionType | None = None,
+    inputs: Inputs = NO_INPUTS,
+) -> Tensor:
+    """Scalar: `signals.denoising_loss` of the fake score at the student's clean samples x0 [B, ...], renoised to
+    levels drawn from `time`. space: of the loss; None is the fake score's own prediction type.
+
+    Gradient flows to the fake score."""
+    schedule, t = networks.teacher.schedule, time(batch.uniform("fake_time"))
+    x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
+    prediction = networks.fake_score(x_t, t, batch.cond, inputs)
+    return signals.denoising_loss(prediction, x0, x_t, t, schedule, space or networks.fake_score.prediction_type)
