@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""The command line. Nothing heavy is imported before a command runs, so that every `--help` answers at once."""
 
 import sys
 from pathlib import Path
@@ -11,33 +11,57 @@ app = typer.Typer(
     help="Turn a diffusers pipeline into a few-step one, and know that it worked.",
     no_args_is_help=True,
     add_completion=False,
+    # Without this, typer imports pydantic for `fastgen train --help`: to convert the value of fastgen's own --help,
+    # which is not given. It converts no bool.
+    context_settings={"default_map": {"help": False}},
     pretty_exceptions_enable=False,
 )
 
-PathArgument = Annotated[
-    Path, typer.Argument(help="A run folder, an exported folder, or a diffusers pipeline folder.")
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe (YAML): a file, or the path of one that ships, like recipes/digits_quickstart.yaml."
+    ),
 ]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps, of a plain pipeline or a flow map.")]
-GuidanceOption = Annotated[float | None, typer.Option(min=0, help="Guidance scale, for a plain pipeline.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, each written dotted.key=value. The value is read as YAML."),
+]
+PipelineArgument = Annotated[
+    Path, typer.Argument(help="A run folder, an exported pipeline, or any diffusers pipeline folder.")
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The number of steps. Only for a pipeline that was not distilled, or for a flow map; any other has its "
+        "own number.",
+    ),
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, help="The guidance scale. Only for a pipeline that was not distilled.")
+]
 ScorerOption = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=PATH, a folder or hub id of a scorer, or NAME.KEY=VALUE; may be given several times."),
+    typer.Option(
+        help="NAME=PATH says where a scorer's weights are, a folder or a hub id; NAME.KEY=VALUE sets another of its "
+        "keys. May be given several times."
+    ),
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Samples at a time; does not change the result.")]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="How many samples are computed at a time. The results do not depend on it.")
+]
 
 
 def refuse(message: object) -> typer.Exit:
-    """Prints why an argument or recipe is refused; raise what it returns: exit code 2."""
+    """Prints why an argument or a recipe is refused. The caller raises what this returns: exit code 2."""
     print(f"refused: {message}", file=sys.stderr)
     return typer.Exit(2)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
-) -> None:
-    """Train a recipe; a run that is started again continues."""
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train a recipe. A run that is started again goes on from its last checkpoint."""
     from fastgen.train import main
 
     raise typer.Exit(main([str(recipe), *(overrides or [])]))
@@ -45,12 +69,15 @@ def train(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many share the run.")] = 1,
-    memory: Annotated[float | None, typer.Option(min=0, help="GB of one; says what would make it fit.")] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs that share the run.")] = 1,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="The memory of one GPU, in GB. The plan then says which changes would make it fit."),
+    ] = None,
 ) -> None:
-    """What a recipe needs: parameters, bytes, activations, network evaluations. Loads nothing, downloads nothing."""
+    """Print what a recipe needs: parameters, memory and network evaluations. No weights are loaded or downloaded."""
     from rich.console import Console
 
     from fastgen.config import load_recipe
@@ -66,16 +93,29 @@ def plan(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def prepare(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML, whose data has prompts or images.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, or to continue.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, the value read as YAML.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of what is stored.")] = "float32",
-    shard_size: Annotated[int, typer.Option(min=1, help="Rows of a file.")] = 256,
-    pairs: Annotated[int, typer.Option(min=0, help="ODE pairs of the teacher to sample as well.")] = 0,
-    pair_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher's own scheduler for them.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance of the teacher for them.")] = 1.0,
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="The folder to write, or to continue.")],
+    overrides: OverridesArgument = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="The type in which prompt embeddings and latents are stored."),
+    ] = "float32",
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Rows in one file, which is also the most that an interruption loses.")
+    ] = 256,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="How many ODE pairs to make as well: a noise and the teacher's sample from it.")
+    ] = 0,
+    pair_steps: Annotated[
+        int, typer.Option(min=1, help="Steps that the teacher's own scheduler takes for an ODE pair.")
+    ] = 50,
+    guidance_scale: Annotated[
+        float, typer.Option(min=0, help="The guidance scale of the teacher for ODE pairs.")
+    ] = 1.0,
 ) -> None:
-    """Encode a recipe's prompts and images once; started again, it verifies and continues."""
+    """Encode a recipe's prompts and images once, into a folder to train on.
+
+    The command can be interrupted. Started again, it checks the files that are there and makes the others."""
     from fastgen.config import load_recipe
     from fastgen.data import DataError
     from fastgen.data.pairs import PairSettings
@@ -94,61 +134,98 @@ def prepare(
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again to continue {output}", file=sys.stderr)
         raise typer.Exit(130) from None
-    count = (manifest["pairs"] or {"count": 0})["count"]
-    print(f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} "
-          f"latents{f' and {count} pairs' if count else ''} in {output}; train on them with "
-          f"\"data={{name: prepared, folder: {output}}}\"")  # fmt: skip
+    counts = (
+        f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} latents"
+    )
+    if manifest["pairs"]:
+        counts += f" and {manifest['pairs']['count']} pairs"
+    print(f'{counts} in {output}; train on them with "data={{name: prepared, folder: {output}}}"')
 
 
 @app.command()
 def sample(
-    pipeline: PathArgument,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the images, which must be new or empty.")] = Path("samples"),
+    pipeline: PipelineArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt on each line.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Image i is drawn with the seed SEED + i.")] = 0,
+    output: Annotated[Path, typer.Option(help="The folder for the images, which must be new or empty.")] = Path(
+        "samples"
+    ),
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     batch_size: BatchOption = 16,
 ) -> None:
-    """Write images (or points) and a grid, one seed an image."""
+    """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
+
+    Each is drawn with a seed of its own, so that it does not depend on the others."""
     from fastgen.sampling.folder import sample_folder
 
     try:
-        texts = sample_folder(
+        count = sample_folder(
             pipeline, prompt or [], prompts, num_images, seed, output, num_steps, guidance_scale, batch_size
         )
     except ValueError as error:
         raise refuse(error) from None
-    print(f"{texts} samples in {output}")
+    print(f"{count} samples in {output}")
 
 
 @app.command(name="eval")
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(help="A pipeline, a run or a folder of images; or results to compare (.json).")
+        Path,
+        typer.Argument(
+            help="A run folder, a pipeline folder or a folder of images, to be measured; or a results file (.json), "
+            "to be compared with others."
+        ),
     ],
-    others: Annotated[list[Path] | None, typer.Argument(help="More results files, to compare on one page.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated; a run's own by default.")] = None,
-    num_samples: Annotated[int | None, typer.Option(min=2)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Sample i has seed SEED + i.")] = None,
-    output: Annotated[Path, typer.Option(help="Results, JSON; an HTML page is written beside it.")] = Path(
-        "results.json"
-    ),
-    prompts: Annotated[Path | None, typer.Option(help="A file, one prompt a line; 'neutral' ships with it.")] = None,
-    reference: Annotated[str | None, typer.Option(help="'digits', or a folder of real images.")] = None,
-    features: Annotated[str | None, typer.Option(help="Feature network of fid: digits or inception.")] = None,
-    inception_weights: Annotated[
+    others: Annotated[
+        list[Path] | None, typer.Argument(help="More results files, to be compared on one page.")
+    ] = None,
+    metrics: Annotated[
         str | None,
-        typer.Option(help="Inception's weights: a local file, or ORG/NAME/FILE.pth on the hub."),
+        typer.Option(
+            help="What to measure: names with commas between them. By default the metrics of the run's recipe."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="How many samples to measure. By default the number in the run's recipe, or all images of a folder.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sample i is drawn with the seed SEED + i.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="The file for the results (JSON). An HTML page is written beside it.")
+    ] = Path("results.json"),
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="The network whose features are compared: 'digits' or 'inception'.")
+    ] = None,
+    inception_weights: Annotated[
+        str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")
     ] = None,
     scorer: ScorerOption = None,
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many samples are computed at a time. By default the number in the run's recipe."
+        ),
+    ] = None,
 ) -> None:
-    """Measure a pipeline, a run or a folder of images; print a table, write JSON and a page. It can be interrupted."""
+    """Measure a run, a pipeline or a folder of images: print a table, write the results and an HTML page.
+
+    The command can be interrupted. Started again, it goes on where it was."""
     from fastgen.evaluation.config import scorer_keys
     from fastgen.evaluation.evaluate import compare, evaluate_path
     from fastgen.registry import RecipeError
@@ -160,10 +237,20 @@ def evaluate(
         if others:
             raise ValueError("several paths are compared only when they are results files (.json)")
         evaluate_path(
-            path, metrics=metrics, num_samples=num_samples, seed=seed, output=output, prompts=prompts,
-            reference=reference, features=features, inception_weights=inception_weights, num_steps=num_steps,
-            guidance_scale=guidance_scale, batch_size=batch_size, scorers=scorer_keys(scorer) if scorer else None,
-        )  # fmt: skip
+            path,
+            metrics=metrics,
+            num_samples=num_samples,
+            seed=seed,
+            output=output,
+            prompts=prompts,
+            reference=reference,
+            features=features,
+            inception_weights=inception_weights,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            scorers=scorer_keys(scorer) if scorer else None,
+        )
     except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None
     except KeyboardInterrupt:
@@ -174,15 +261,21 @@ def evaluate(
 @app.command()
 def score(
     images: Annotated[Path, typer.Argument(help="A folder of images.")],
-    metrics: Annotated[str, typer.Option(help="Comma-separated scorers: clip_score, hpsv2, ...")],
+    metrics: Annotated[
+        str, typer.Option(help="The scorers, names with commas between them, such as clip_score,hpsv2.")
+    ],
     prompts: Annotated[
-        str | None, typer.Option(help="A file, one prompt for each image or one for all; by default the captions.")
+        str | None,
+        typer.Option(
+            help="A file with one prompt for each image, or with one for all. By default each image's caption, "
+            "which is in the .txt file of the same name."
+        ),
     ] = None,
     scorer: ScorerOption = None,
-    output: Annotated[Path, typer.Option(help="Scores of each image, JSON.")] = Path("scores.json"),
+    output: Annotated[Path, typer.Option(help="The file for the scores of each image (JSON).")] = Path("scores.json"),
     batch_size: BatchOption = 16,
 ) -> None:
-    """Score the images of a folder one by one; print a table, write JSON."""
+    """Score the images of a folder one by one: print a table, write all scores."""
     import torch
     from rich.console import Console
 
@@ -202,10 +295,16 @@ def score(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder with at least one checkpoint.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to write; the run's export/ by default.")] = None,
-    merge: Annotated[bool, typer.Option(help="Add a LoRA run's adapter into the weights: a whole pipeline.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write. By default the folder export in the run folder.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option(help="Add the adapter of a LoRA run into the weights, which gives a whole pipeline.")
+    ] = False,
 ) -> None:
-    """Write the moving average of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads."""
+    """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
+
+    Its weights are the moving average that the run keeps of them."""
     from fastgen.registry import RecipeError
     from fastgen.run.export import export_run
 
@@ -216,6 +315,7 @@ def export(
 
 
 def main() -> None:
+    """Runs the command that the arguments of the process name."""
     app()
 
 

@@ -19,7 +19,17 @@ from fastgen.data.base import DataSource
 from fastgen.objectives import OBJECTIVES
 from fastgen.objectives.base import Objective
 from fastgen.recipe import Recipe
-from fastgen.registry import RecipeError, build_section, check_keys, flatten, import_name, nearest, validated
+from fastgen.registry import (
+    RecipeError,
+    build_section,
+    check_keys,
+    current_names,
+    flatten,
+    import_name,
+    nearest,
+    shipped,
+    validated,
+)
 from fastgen.rewards import REWARDS
 from fastgen.rewards.base import Reward
 from fastgen.run import checkpoint
@@ -32,10 +42,25 @@ SECTIONS: dict[str, tuple[Mapping[str, Any], type]] = {  # section -> its regist
 }
 
 # Keys a continued run may change: they do not alter what has already been computed.
-MUTABLE_KEYS = ("output_dir", "train.steps", "train.log_every", "train.sample_every", "train.num_samples",
-                "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.resume_from",
-                "train.strategy", "train.num_processes", "train.device", "train.batch_size", "train.accumulate",
-                "train.gradient_checkpointing", "health", "eval")  # fmt: skip
+MUTABLE_KEYS = (
+    "output_dir",
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.num_samples",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.resume_from",
+    "train.strategy",
+    "train.num_processes",
+    "train.device",
+    "train.batch_size",
+    "train.accumulate",
+    "train.gradient_checkpointing",
+    "health",
+    "eval",
+)
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -51,20 +76,37 @@ class UniqueKeys(yaml.SafeLoader):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe. overrides: "dotted.key=value", the value read as YAML.
 
-    Raises RecipeError for anything that is wrong with it."""
-    try:
-        raw = yaml.load(Path(path).read_text(), UniqueKeys)
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} must hold a mapping of sections, got {type(raw).__name__}")
+    A path where nothing lies, such as recipes/digits_dmd2_4step.yaml in an empty folder, names the recipe of that path
+    that ships with fastgen. Raises RecipeError for anything that is wrong with the recipe."""
+    file = Path(path)
+    raw = read_recipe(file if file.exists() else shipped(file), path)
     for text in overrides:
         apply_override(raw, text)
     return build_recipe(raw)
+
+
+def load_stored(path: Path) -> Recipe:
+    """The recipe that a run or an export keeps, also of an earlier version, whose keys may have had other names."""
+    raw = read_recipe(path, path)
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            raw[section] = current_names(section, values)
+    return build_recipe(raw)
+
+
+def read_recipe(file: Path, name: str | Path) -> dict[str, Any]:
+    """The YAML of a recipe, as it stands. name: what the user called it."""
+    try:
+        raw = yaml.load(file.read_text(), UniqueKeys)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {name}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{name} must hold a mapping of sections, got {type(raw).__name__}")
+    return raw
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
@@ -125,36 +167,47 @@ def check_recipe(recipe: Recipe) -> None:
     objective: Objective = recipe.objective
     for role in recipe.optimizers:
         if role not in objective.trained_roles:
-            raise RecipeError(f"optimizers.{role}: this objective trains {', '.join(objective.trained_roles)}"
-                              f"{nearest(role, objective.trained_roles)}")  # fmt: skip
+            raise RecipeError(
+                f"optimizers.{role}: this objective trains {', '.join(objective.trained_roles)}"
+                f"{nearest(role, objective.trained_roles)}"
+            )
     for role in objective.trained_roles:
         if role not in recipe.optimizers:
             raise RecipeError(f"missing key optimizers.{role}: this objective trains it; give at least its lr")
     check_lora(recipe)
     if recipe.train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
-        raise RecipeError(f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; "
-                          "set it to false")  # fmt: skip
+        raise RecipeError(
+            f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; set it to false"
+        )
     if recipe.train.frozen_dtype in ("bfloat16", "float16") and recipe.train.mixed_precision == "no":
-        raise RecipeError(f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
-                          "need train.mixed_precision: bf16")  # fmt: skip
+        raise RecipeError(
+            f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
+            "need train.mixed_precision: bf16"
+        )
     check_init(recipe)
     if recipe.train.batch_size % objective.group_size:
-        raise RecipeError(f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
-                          f"objective.group_size {objective.group_size}; make it a multiple")  # fmt: skip
+        raise RecipeError(
+            f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
+            f"objective.group_size {objective.group_size}; make it a multiple"
+        )
     check_rewards(recipe)
     if recipe.rollout.inputs and not objective.takes_inputs:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} trains no student that is told {keys}; leave it out")
     missing = objective.needs - recipe.data.provides
     if missing:
-        raise RecipeError(f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
-                          f"{recipe.data.name} does not provide")  # fmt: skip
-    for section, check in (("objective", lambda: objective.check(recipe.rollout)),
-                           ("backbone", lambda: recipe.backbone.check()),
-                           ("data", lambda: recipe.data.check(recipe.backbone)),
-                           ("rollout", lambda: recipe.backbone.check_export(recipe.rollout)),
-                           ("eval", lambda: recipe.eval.check()),
-                           ("objective", lambda: objective.check_recipe(recipe))):  # fmt: skip
+        raise RecipeError(
+            f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
+            f"{recipe.data.name} does not provide"
+        )
+    for section, check in (
+        ("objective", lambda: objective.check(recipe.rollout)),
+        ("backbone", lambda: recipe.backbone.check()),
+        ("data", lambda: recipe.data.check(recipe.backbone)),
+        ("rollout", lambda: recipe.backbone.check_export(recipe.rollout)),
+        ("eval", lambda: recipe.eval.check()),
+        ("objective", lambda: objective.check_recipe(recipe)),
+    ):
         try:
             check()
         except ValueError as error:
@@ -168,8 +221,10 @@ def check_lora(recipe: Recipe) -> None:
     for role in recipe.lora:
         if role not in possible:
             allowed = ", ".join(possible) or "none"
-            raise RecipeError(f"lora.{role}: this objective's roles that can be adapters are {allowed}"
-                              f"{nearest(role, possible) if possible else ''}")  # fmt: skip
+            raise RecipeError(
+                f"lora.{role}: this objective's roles that can be adapters are {allowed}"
+                f"{nearest(role, possible) if possible else ''}"
+            )
 
 
 def check_rewards(recipe: Recipe) -> None:
@@ -177,21 +232,28 @@ def check_rewards(recipe: Recipe) -> None:
     objective, rewards = recipe.objective, recipe.rewards
     if rewards is None:
         if objective.rewards_required:
-            raise RecipeError(f"missing key rewards: objective {objective.name} needs a reward; give rewards.parts, "
-                              f"each with a name, one of {', '.join(REWARDS)}")  # fmt: skip
+            raise RecipeError(
+                f"missing key rewards: objective {objective.name} needs a reward; give rewards.parts, "
+                f"each with a name, one of {', '.join(REWARDS)}"
+            )
         return
     if objective.reward_use == "none":
         raise RecipeError(f"rewards: objective {objective.name} uses none; leave the section out")
     if objective.reward_use == "gradient" and not rewards.used(grad=True):
-        raise RecipeError(f"rewards.parts: objective {objective.name} backpropagates through rewards, and "
-                          f"of {', '.join(rewards.used(grad=False))} none is differentiable; add one")  # fmt: skip
+        raise RecipeError(
+            f"rewards.parts: objective {objective.name} backpropagates through rewards, and "
+            f"of {', '.join(rewards.used(grad=False))} none is differentiable; add one"
+        )
     if rewards.calibration == "group" and objective.group_size == 1:
-        raise RecipeError(f"rewards.calibration: group compares the samples of a prompt, and objective "
-                          f"{objective.name} makes one at a time; choose none or zscore, or raise "
-                          "objective.group_size where it has one")  # fmt: skip
+        raise RecipeError(
+            f"rewards.calibration: group compares the samples of a prompt, and objective "
+            f"{objective.name} makes one at a time; choose none or zscore, or raise "
+            "objective.group_size where it has one"
+        )
     if rewards.held_out and not recipe.health.every:
-        raise RecipeError("rewards.held_out: the watch alone looks at it, and health.every: 0 switches the watch off; "
-                          "set it above 0")  # fmt: skip
+        raise RecipeError(
+            "rewards.held_out: the watch alone looks at it, and health.every: 0 switches the watch off; set it above 0"
+        )
     for key, parts in (("parts", rewards.parts), ("held_out", rewards.held_out)):
         for i, part in enumerate(parts):
             try:
@@ -208,14 +270,18 @@ def check_init(recipe: Recipe) -> None:
     before, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
     if not before.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
         raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export")
-    earlier = load_recipe(before)
+    earlier = load_stored(before)
     if more := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
-        raise RecipeError(f"init_from: the student there is told {', '.join(sorted(more))}, and here it is not; give "
-                          "rollout the same two_time and a embedded_guidance")  # fmt: skip
+        raise RecipeError(
+            f"init_from: the student there is told {', '.join(sorted(more))}, and here it is not; give "
+            "rollout the same two_time and a embedded_guidance"
+        )
     there, here = earlier.lora.get("student"), recipe.lora.get("student")
     if there != here:
-        raise RecipeError(f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "
-                          "lora.student the same, or export it with --merge")  # fmt: skip
+        raise RecipeError(
+            f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "
+            "lora.student the same, or export it with --merge"
+        )
     if here and not checkpoints:
         raise RecipeError(f"init_from: {path} is an exported adapter; name the run it came from")
 

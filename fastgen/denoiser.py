@@ -144,7 +144,7 @@ class Denoiser(nn.Module):
         return value
 
     @property
-    def parts(self) -> list[Any]:
+    def members(self) -> list[Any]:
         """The denoisers of its networks, from high noise to low: itself, unless it has several experts."""
         return [self]
 
@@ -152,6 +152,10 @@ class Denoiser(nn.Module):
     def boundaries(self) -> tuple[float, ...]:
         """The levels between its experts, decreasing; () for one network."""
         return ()
+
+    def merged(self) -> "Denoiser":
+        """Itself or, of an adapter, a copy of the base with the adapter added into its weights."""
+        return self
 
     @property
     def is_adapter(self) -> bool:

@@ -16,6 +16,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
+# section -> {a key's name before version 0.2: its name now}
+RENAMED = {
+    "rollout": {
+        "told_time": "conditioning_time",
+        "next_time": "two_time",
+        "told_guidance": "embedded_guidance",
+    }
+}
 
 
 class RecipeError(ValueError):
@@ -23,10 +31,11 @@ class RecipeError(ValueError):
 
 
 def shipped(path: str | Path) -> Path:
-    """Where a file or folder that ships with fastgen lies: inside the installed package, or at the root of a checkout.
-    The path is relative to either and may not exist."""
-    inside = PACKAGE / path
-    return inside if inside.exists() else PACKAGE.parent / path
+    """Where a file or folder that ships with fastgen lies, such as `assets/teachers/digits` or a recipe: inside the
+    installed package, where the wheel puts `assets` and `recipes`, or at the root of a checkout. The path is relative
+    to either, and what it names may not exist."""
+    root = PACKAGE if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+    return root / path
 
 
 def build_section(section: str, value: Any, registry: Mapping[str, Any], base: type) -> Any:
@@ -69,6 +78,12 @@ def resolve(section: str, name: str, registry: Mapping[str, Any], base: type) ->
     return entry
 
 
+def current_names(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section that an earlier version stored, under the names its keys have now."""
+    renamed = RENAMED.get(section, {})
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
 def nearest(key: str, valid: typing.Iterable[str]) -> str:
     """'; did you mean ...' or the list of what is valid."""
     options = sorted(valid)
@@ -81,7 +96,9 @@ def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields and key not in also:
-            raise RecipeError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
+            now = RENAMED.get(prefix.rstrip("."), {}).get(key)
+            hint = f"; since version 0.2 it is called {now}" if now in fields else nearest(str(key), fields)
+            raise RecipeError(f"unknown key {prefix}{key}{hint}")
     for name, hint in typing.get_type_hints(cls).items():
         value, section = values.get(name), section_class(hint)
         if isinstance(value, bool) and bool not in options(hint) and {int, float} & set(options(hint)):

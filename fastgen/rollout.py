@@ -61,8 +61,10 @@ class RolloutPolicy:
                 "conditioning_time is for one-step students: give one timestep or remove conditioning_time"
             )
         if (self.eta is not None) != (self.transition in ("cps", "tcd")):
-            raise ValueError("eta belongs to transition: cps, which needs it (0.9 in RTDMD), and to tcd (0.3 in TCD); "
-                             "give both or neither")  # fmt: skip
+            raise ValueError(
+                "eta belongs to transition: cps, which needs it (0.9 in RTDMD), and to tcd (0.3 in TCD); "
+                "give both or neither"
+            )
         if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):
             raise ValueError(
                 "two_time goes with transition: ode (or renoise, each step to 0), without conditioning_time"
@@ -77,8 +79,10 @@ class RolloutPolicy:
     def transition_eta(self) -> float:
         """eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which is none of these."""
         if self.transition == "tcd":
-            raise ValueError("the share of fresh noise in transition: tcd differs from step to step, which this "
-                             "objective does not follow; use cps, renoise or ode")  # fmt: skip
+            raise ValueError(
+                "the share of fresh noise in transition: tcd differs from step to step, which this "
+                "objective does not follow; use cps, renoise or ode"
+            )
         return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
 
     @property

@@ -73,9 +73,14 @@ def surrogate(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def denoising_loss(
-    prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, space: PredictionType,
+    prediction: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    space: PredictionType,
     weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Mean squared error of an x0 prediction, measured as an error of the named prediction type.
 
     In every space the optimum is E[x0 | x_t]; the spaces differ by a weight that depends on t alone: 1 for sample,
@@ -261,8 +266,10 @@ def group_terms(
     _, index = group.unique(return_inverse=True)
     of_groups = spread.new_zeros(int(index.max()) + 1).scatter(0, index, spread)  # the same for all of a group
     at_clip = (advantage.abs() >= clip) & valid
-    return {"zero_groups": (of_groups == 0).float().mean(),
-            "clipped": at_clip.sum().float() / valid.sum().clamp_min(1)}  # fmt: skip
+    return {
+        "zero_groups": (of_groups == 0).float().mean(),
+        "clipped": at_clip.sum().float() / valid.sum().clamp_min(1),
+    }
 
 
 def transition_log_prob(

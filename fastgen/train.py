@@ -30,7 +30,7 @@ from fastgen.objectives import Loss, Turn
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
-from fastgen.run.build import Parts, TrainingError, build, checkpoint_to_resume, open_run, resume, start_from
+from fastgen.run.build import TrainingError, TrainingRun, build, checkpoint_to_resume, open_run, resume, start_from
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import average_gradients, start, stored_name
 from fastgen.run.export import export, export_run
@@ -56,99 +56,110 @@ def train(recipe: Recipe) -> Path:
     folder, config = open_run(recipe, accelerator), recipe.train
     resumed = checkpoint_to_resume(recipe, accelerator)
     console.out(dump_recipe(recipe), highlight=False)
-    parts = build(recipe, accelerator)
-    console.print(role_table(recipe, parts.networks))
-    for warning in parts.backbone.warnings():
+    run = build(recipe, accelerator)
+    console.print(role_table(recipe, run.networks))
+    for warning in run.backbone.warnings():
         console.print(f"[yellow]warning: {warning}[/yellow]")
 
     step, position, good = 0, 0, 0
     per_update = config.batch_size * config.accumulate * accelerator.num_processes
     if resumed:
-        counters = resume(parts, resumed, per_update)
+        counters = resume(run, resumed, per_update)
         step, position, good = counters["step"], counters["position"], counters["last_good"]
         console.print(f"continuing from {resumed.name}")
-        set_anchor(parts)
+        set_anchor(run)
     else:
         console.print(f"no checkpoint: starting from {recipe.init_from or 'the pretrained weights'}")
-        start_from(parts)
-        show_teacher(parts, folder / "samples" / "teacher.png", console)
-        set_anchor(parts)
+        start_from(run)
+        show_teacher(run, folder / "samples" / "teacher.png", console)
+        set_anchor(run)
 
     log = RunLog(folder, step, enabled=main)
     bar = tqdm(total=config.steps, initial=step, desc="training", disable=not main)
-    marks = weight_marks(parts)
+    marks = weight_marks(run)
     while step < config.steps:
         student_moved = False
-        for turn in recipe.objective.turns(step, parts.state):
-            reset_roles(parts, turn, step)
-            set_rates(parts, turn, step)
+        for turn in recipe.objective.turns(step, run.state):
+            reset_roles(run, turn, step)
+            set_rates(run, turn, step)
             for inner in range(turn.updates):
-                before = bit_sums(parts.networks, turn) if step == 0 and inner == 0 else None
-                terms, stepped = update(parts, turn, position, make_key(recipe.seed, step, turn.name, inner))
-                recipe.objective.finish(turn, parts.networks, parts.state)
+                before = bit_sums(run.networks, turn) if step == 0 and inner == 0 else None
+                terms, stepped = update(run, turn, position, make_key(recipe.seed, step, turn.name, inner))
+                recipe.objective.finish(turn, run.networks, run.state)
                 position += per_update
                 student_moved |= stepped and "student" in turn.roles
                 log.add(turn.name, terms)
                 if before is not None and stepped:
-                    report_moved(parts, turn, before, terms, console)
+                    report_moved(run, turn, before, terms, console)
         if student_moved:
-            parts.ema.update(parts.networks.student)
+            run.ema.update(run.networks.student)
         step += 1
         bar.update()
 
         if recipe.health.every and step % recipe.health.every == 0:
-            watch(parts, step, log, marks, console)
-            marks = weight_marks(parts)
+            watch(run, step, log, marks, console)
+            marks = weight_marks(run)
         if step % config.log_every == 0 or step == config.steps:
-            bar.set_postfix(log.write(step, parts.optimizers))
-        if parts.samples_here and due(step, config.sample_every, config.steps):
-            show(parts, parts.student, folder / "samples" / f"step_{step:08d}.png")
-        if parts.samples_here and due(step, config.eval_every, config.steps):
-            log.record(step, {f"eval/{k}": v for k, v in quick_metrics(parts).items()})
+            bar.set_postfix(log.write(step, run.optimizers))
+        if run.samples_here and due(step, config.sample_every, config.steps):
+            show(run, run.student, folder / "samples" / f"step_{step:08d}.png")
+        if run.samples_here and due(step, config.eval_every, config.steps):
+            log.record(step, {f"eval/{k}": v for k, v in quick_metrics(run).items()})
         if due(step, config.checkpoint_every, config.steps):
-            good = good if parts.watch.alarmed else step
+            good = good if run.watch.alarmed else step
             counters = {
-                "step": step, "position": position, "ema_updates": parts.ema.updates, "last_good": good,
-                "samples_per_update": per_update, "watch": dataclasses.asdict(parts.watch.memory),
-            }  # fmt: skip
-            if main or parts.strategy == "fsdp":
-                checkpoint.save(folder / "checkpoints", parts.saved, parts.optimizers, parts.state, counters,
-                                config.keep_checkpoints, writer=main)  # fmt: skip
+                "step": step,
+                "position": position,
+                "ema_updates": run.ema.updates,
+                "last_good": good,
+                "samples_per_update": per_update,
+                "watch": dataclasses.asdict(run.watch.memory),
+            }
+            if main or run.strategy == "fsdp":
+                checkpoint.save(
+                    folder / "checkpoints",
+                    run.saved,
+                    run.optimizers,
+                    run.state,
+                    counters,
+                    config.keep_checkpoints,
+                    writer=main,
+                )
         accelerator.wait_for_everyone()
     bar.close()
     log.close()
-    if parts.samples_here:
-        rows = {f"student, {recipe.rollout.num_steps} steps": quick_metrics(parts)} | teacher_metrics(parts)
-        if main and parts.strategy == "fsdp":
+    if run.samples_here:
+        rows = {f"student, {recipe.rollout.num_steps} steps": quick_metrics(run)} | teacher_metrics(run)
+        if main and run.strategy == "fsdp":
             export_run(folder, rows=rows)
         elif main:
-            export(parts.ema.module, parts.backbone, recipe, folder / "export", step, rows)
+            export(run.ema.module, run.backbone, recipe, folder / "export", step, rows)
         console.print(f"exported to {folder / 'export'}", markup=False)
     accelerator.wait_for_everyone()
     return folder
 
 
-def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
+def update(run: TrainingRun, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
     """One optimizer step of a turn's roles: accumulate, average over processes, clip, step. Returns the mean terms and
     whether the step was made: not if a gradient is not finite.
 
     Sample number position + i belongs to micro-batch i // (batch_size * processes), then to the processes in order, so
     the union of samples of an update, and each sample's noise, do not depend on how it was divided.
     Raises TrainingError when too many updates in a row could not be made."""
-    config, objective, accelerator = parts.recipe.train, parts.recipe.objective, parts.accelerator
+    config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     for micro in range(config.accumulate):
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
-        batch = make_batch(parts.stream, parts.backbone, positions, key, objective.needs, objective.group_size)
-        with config.autocast(accelerator.device.type), counted(parts.networks) as rows:
-            losses = objective.loss(turn, parts.networks, batch, parts.state)
+        batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
+        with config.autocast(accelerator.device.type), counted(run.networks) as rows:
+            losses = objective.loss(turn, run.networks, batch, run.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:
                 (loss.total / config.accumulate).backward()
                 for name, value in loss.terms.items():
                     terms[name] = terms[name] + value.detach().float() / config.accumulate
         terms["evaluations"] = terms["evaluations"] + sum(rows) / len(positions) / config.accumulate
-    trained = {role: [p for g in parts.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
+    trained = {role: [p for g in run.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
     if accelerator.num_processes > 1:
         for parameters in trained.values():
             average_gradients(parameters, accelerator)
@@ -158,20 +169,20 @@ def update(parts: Parts, turn: Turn, position: int, key: int) -> tuple[dict[str,
     for role, parameters in trained.items():
         if finite:
             with_grad = [p for p in parameters if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(with_grad, parts.recipe.optimizers[role].max_grad_norm, norms[role])
-            parts.optimizers[role].step()
+            torch.nn.utils.clip_grads_with_norm_(with_grad, run.recipe.optimizers[role].max_grad_norm, norms[role])
+            run.optimizers[role].step()
             terms[f"grad_norm_{role}"] = norms[role]
-        parts.optimizers[role].zero_grad()
+        run.optimizers[role].zero_grad()
     if not finite:
         bad = ", ".join(role for role, norm in norms.items() if not norm.isfinite())
-        if parts.watch.skip() > parts.recipe.health.max_skipped:
+        if run.watch.skip() > run.recipe.health.max_skipped:
             raise TrainingError(
-                f"the gradient of {bad} was not finite in {parts.recipe.health.max_skipped + 1} updates in a row; "
+                f"the gradient of {bad} was not finite in {run.recipe.health.max_skipped + 1} updates in a row; "
                 f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
                 "check that the teacher's samples in samples/teacher.png look right"
             )
         return {"skipped": torch.ones((), device=accelerator.device), "evaluations": terms["evaluations"]}, False
-    parts.watch.skipped_in_a_row = 0
+    run.watch.skipped_in_a_row = 0
     return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
 
 
@@ -186,37 +197,37 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def reset_roles(parts: Parts, turn: Turn, step: int) -> None:
+def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
     """Re-initialises the roles a turn asks for from the pretrained weights, with fresh optimizers; a student's average
     starts anew with it. Fresh heads and adapters depend on the seed and the step alone, also after a restart."""
     if not turn.reset:
         return
-    recipe, key = parts.recipe, make_key(parts.recipe.seed, step, "reset")
+    recipe, key = run.recipe, make_key(run.recipe.seed, step, "reset")
     fresh: dict[str, nn.Module] = {}
     with torch.random.fork_rng():
         torch.manual_seed(key)
-        if any(not isinstance(parts.networks[role], LoraDenoiser) for role in turn.reset):
-            fresh = dict(recipe.objective.auxiliary(parts.backbone, recipe.rollout))
+        if any(not isinstance(run.networks[role], LoraDenoiser) for role in turn.reset):
+            fresh = dict(recipe.objective.auxiliary(run.backbone, recipe.rollout))
         if "student" in turn.reset:
-            fresh["student"] = recipe.objective.make_student(parts.backbone, recipe.rollout)
-    weights = parts.backbone.weights() if parts.strategy == "fsdp" else {}
+            fresh["student"] = recipe.objective.make_student(run.backbone, recipe.rollout)
+    weights = run.backbone.weights() if run.strategy == "fsdp" else {}
     for role in turn.reset:
-        module = parts.networks[role]
+        module = run.networks[role]
         if isinstance(module, LoraDenoiser):
             module.reset(key)
         else:
             refill(module, fresh[role], weights, stored_name)
-        if role in parts.optimizers:
-            parts.optimizers[role] = recipe.optimizers[role].build(module.parameters())
+        if role in run.optimizers:
+            run.optimizers[role] = recipe.optimizers[role].build(module.parameters())
         if role == "student":
-            parts.ema.move(module, 0.0)
-            parts.ema.updates = 0
+            run.ema.move(module, 0.0)
+            run.ema.updates = 0
 
 
-def set_rates(parts: Parts, turn: Turn, step: int) -> None:
+def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
     for role in turn.roles:
-        for group in parts.optimizers[role].param_groups:
-            group["lr"] = parts.recipe.optimizers[role].rate(*(turn.progress or (step, parts.recipe.train.steps)))
+        for group in run.optimizers[role].param_groups:
+            group["lr"] = run.recipe.optimizers[role].rate(*(turn.progress or (step, run.recipe.train.steps)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,8 +28,8 @@ PRODUCTS = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100"
 
 
 def compiled(project: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The rows of tools/compile_block_sparse_attention.py."""
-    command = [sys.executable, str(project / "tools/compile_block_sparse_attention.py"), "--json", *arguments]
+    """The rows of benchmarks/block_sparse_attention/compile.py."""
+    command = [sys.executable, str(project / "benchmarks/block_sparse_attention/compile.py"), "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -122,7 +122,7 @@ def test_the_benchmark_makes_its_table_and_picture(project: Path, tmp_path: Path
     """Tiny, interpreted: it says nothing about speed, and says so."""
     command = [
         sys.executable,
-        str(project / "tools/benchmark_block_sparse_attention.py"),
+        str(project / "benchmarks/block_sparse_attention/speed.py"),
         "--smoke",
         "--output",
         "out",

@@ -134,8 +134,8 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["lora={student: {rank: 4}, fake_score: {rank: 4}}"]], ids=["full", "lora"])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, extra: list[str]) -> None:
-    """SIGKILL three times, once while a checkpoint is being written. The full program is tools/kill_runs.py."""
-    specification = importlib.util.spec_from_file_location("kill_runs", ROOT / "tools/kill_runs.py")
+    """SIGKILL three times, once while a checkpoint is being written. The full program is benchmarks/acceptance/kill_runs.py."""
+    specification = importlib.util.spec_from_file_location("kill_runs", ROOT / "benchmarks/acceptance/kill_runs.py")
     assert specification is not None and specification.loader is not None
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_map import GAUSSIAN, M, S, exact_networks, gaussian_batch, one_loss, spread
+from oracles import GAUSSIAN, M, S, exact_networks, gaussian_batch, one_loss, spread
 from torch import Tensor, nn
 
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
@@ -50,7 +50,7 @@ class Affine(Denoiser):
         self.slopes = nn.Parameter(slopes.clone())
         self.seen: list[Tensor] = []
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.seen.append(t.detach().clone())
         index = (t * (len(self.slopes) - 1)).round().long()
         return M + expand(self.slopes[index], x_t) * (x_t - (1 - expand(t, x_t)) * M)
@@ -66,7 +66,7 @@ class Exact(Affine):
     def __init__(self) -> None:
         super().__init__(torch.ones(1, dtype=F64))
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.seen.append(t.detach().clone())
         return M + expand(S / spread(t), x_t) * (x_t - (1 - expand(t, x_t)) * M) * self.slopes
 
@@ -79,7 +79,7 @@ def networks_of(student: Denoiser, policy: RolloutPolicy = RENOISE) -> Networks:
 
 def gradient(objective: Consistency, student: Affine, count: int = 4096, key: int = 0) -> Tensor:
     turn = objective.turns(0, {})[-1]
-    loss = one_loss(objective, turn, networks_of(student), gaussian_batch(count, key))
+    loss = one_loss(objective, networks_of(student), gaussian_batch(count, key), turn)
     return torch.autograd.grad(loss, student.slopes)[0]
 
 
@@ -97,7 +97,7 @@ def test_distillation_has_no_loss_at_its_closed_form_optimum(distance: Any) -> N
     """Four Euler steps: exactly those slopes, and not the exact map's."""
     objective = Consistency(grid=FOUR, distance=distance)
     batch = gaussian_batch(512)
-    at = [float(one_loss(objective, objective.turns(0, {})[-1], networks_of(student), batch))
+    at = [float(one_loss(objective, networks_of(student), batch))
           for student in (Affine(optimal_slopes(4)), Exact())]  # fmt: skip
     print(at)
     assert at[0] < 1e-12 and at[1] > 1e-3
@@ -111,7 +111,7 @@ def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
     slopes = ((a[1:] * a[:-1] * S**2 + b[1:] * b[:-1]) / (a[1:] ** 2 * S**2 + b[1:] ** 2)).cumprod(0)
 
     class OnVP(Affine):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             index = (t * n).round().long()
             return M + expand(self.slopes[index], x_t) * (x_t - expand(vp_schedule.alpha(t), x_t) * M)
 
@@ -120,9 +120,9 @@ def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
     networks = networks_of(student)
     networks.teacher.schedule = vp_schedule
     objective = Consistency(grid=GridPairs(count=n), distance="square")
-    at = [float(one_loss(objective, objective.turns(0, {})[-1], networks, gaussian_batch(512)).detach())]
+    at = [float(one_loss(objective, networks, gaussian_batch(512)).detach())]
     student.slopes.data[1:] *= 1.1
-    at.append(float(one_loss(objective, objective.turns(0, {})[-1], networks, gaussian_batch(512)).detach()))
+    at.append(float(one_loss(objective, networks, gaussian_batch(512)).detach()))
     print(at)
     assert at[0] < 1e-12 and at[1] > 1e-4
 
@@ -148,7 +148,7 @@ def test_the_exact_map_has_no_loss_when_the_solver_is_exact(monkeypatch: pytest.
             student = Exact()
             student.slopes.data += off
             batch = gaussian_batch(256)
-            at.append(float(one_loss(objective, objective.turns(0, {})[-1], networks_of(student), batch)))
+            at.append(float(one_loss(objective, networks_of(student), batch)))
         print(at)
         assert at[0] < 1e-12 and 90 < at[2] / at[1] < 110
 
@@ -158,7 +158,7 @@ def test_heuns_optimum_is_closer_to_the_exact_map() -> None:
     at = {}
     for solver in ("euler", "heun"):
         objective = Consistency(grid=GridPairs(count=8), solver=solver, distance="square")  # type: ignore[arg-type]
-        at[solver] = float(one_loss(objective, objective.turns(0, {})[-1], networks_of(Exact()), gaussian_batch(512)))
+        at[solver] = float(one_loss(objective, networks_of(Exact()), gaussian_batch(512)))
     print(at)
     assert at["heun"] < at["euler"] / 10
 
@@ -168,7 +168,7 @@ def test_several_steps_of_the_solver_lessen_the_bias() -> None:
     at = []
     for steps in (1, 2, 4):
         objective = Consistency(grid=GridPairs(count=16), solver_steps=steps, distance="square")
-        at.append(float(one_loss(objective, objective.turns(0, {})[-1], networks_of(Exact()), gaussian_batch(512))))
+        at.append(float(one_loss(objective, networks_of(Exact()), gaussian_batch(512))))
     print(at)
     assert at[0] > 3 * at[1] > 9 * at[2]
 
@@ -180,7 +180,7 @@ def test_phases_have_their_own_optimum_and_edges_are_identities() -> None:
     class ToEdge(Affine):
         """Predicts the x0 whose ode step to the edge of t's phase is the two-step Euler solution."""
 
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             self.seen.append(t.detach().clone())
             t, edge = expand(t, x_t), expand(phase_edges(t, 2)[0], x_t)
             middle, x, at = (t + edge) / 2, x_t, t
@@ -196,11 +196,11 @@ def test_phases_have_their_own_optimum_and_edges_are_identities() -> None:
     objective = Consistency(grid=FOUR, phases=(2,))
     student = ToEdge(torch.ones(1, dtype=F64))
     batch = gaussian_batch(256)
-    assert float(one_loss(objective, objective.turns(0, {})[-1], networks_of(student), batch)) < 1e-12
+    assert float(one_loss(objective, networks_of(student), batch)) < 1e-12
     below = student.seen[0]  # the target network is called at s, whose value counts only inside the phase
     assert set(below.tolist()) <= {0.001, 0.25, 0.5, 0.75}
     one = dataclasses.replace(objective, phases=(1,))
-    assert float(one_loss(one, one.turns(0, {})[-1], networks_of(student), batch)) > 1e-2
+    assert float(one_loss(one, networks_of(student), batch)) > 1e-2
 
 
 def test_tscds_end_lies_between_the_edge_and_s() -> None:
@@ -294,7 +294,7 @@ def test_weights_and_distances() -> None:
     student, batch = Exact(), gaussian_batch(64)
     plain = Consistency(grid=FOUR, distance="square")
     weighed = dataclasses.replace(plain, weight="gap")
-    losses = [one_loss(o, o.turns(0, {})[-1], networks_of(student), batch) for o in (plain, weighed)]
+    losses = [one_loss(o, networks_of(student), batch) for o in (plain, weighed)]
     assert float(losses[1] / losses[0]) == pytest.approx(4.0)
 
 
@@ -302,7 +302,7 @@ def test_weights_and_distances() -> None:
 
 
 class Dropping(Affine):
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         return super().forward(x_t, t, cond) * nn.functional.dropout(torch.ones_like(x_t), 0.5, self.training)
 
 
@@ -310,7 +310,7 @@ def test_both_evaluations_draw_the_same_dropout() -> None:
     """f(x_t) and f(x_s) of data at neighbouring levels differ by O(1 / n), and by O(1) with other dropout."""
     slopes = S / spread(torch.linspace(0, 1, 1001, dtype=F64))
     objective = Consistency(grid=GridPairs(count=1000), teach="data", distance="square")
-    loss = one_loss(objective, objective.turns(0, {})[-1], networks_of(Dropping(slopes)), gaussian_batch(256))
+    loss = one_loss(objective, networks_of(Dropping(slopes)), gaussian_batch(256))
     print(float(loss))
     assert float(loss) < 1e-2
 
@@ -385,7 +385,7 @@ def test_guidance_is_drawn_by_sample_and_told() -> None:
     told: list[Tensor] = []
 
     class Told(Exact):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             told.append(extras["guidance"])
             return super().forward(x_t, t, cond)
 
@@ -428,7 +428,7 @@ def test_pcms_adversarial_term_looks_within_the_phase() -> None:
         assert bool((t >= low).all()) and bool((t <= high).all()) and float(t.std()) > 0.1
     plain = dataclasses.replace(objective, gan=None)
     turn = objective.turns(0, {})[-1]
-    losses = [float(one_loss(o, turn, networks, gaussian_batch())) for o in (objective, plain)]
+    losses = [float(one_loss(o, networks, gaussian_batch(), turn)) for o in (objective, plain)]
     assert losses[0] != losses[1]
 
 
@@ -447,7 +447,7 @@ def test_samplers_keep_the_law_where_their_steps_do(policy: RolloutPolicy) -> No
     class Jumps(Exact):
         """At level t, the x0 whose ode step to the level it is used at is exact: r below the next one, or 0."""
 
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             if policy.transition == "renoise":
                 return super().forward(x_t, t, cond)
             levels = (*policy.timesteps, 0.0)

@@ -201,7 +201,7 @@ class Affine(Denoiser):
         self.slope = nn.Parameter(slope)
         self.offset = nn.Parameter(MEAN - slope * (1 - t) * MEAN + shift)
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         k = (t[:, None] - torch.tensor(LEVELS, dtype=torch.float64)).abs().argmin(1)
         return self.schedule.from_sample(self.slope[k] * x_t + self.offset[k], x_t, t, predict)
 
@@ -356,7 +356,7 @@ class Shifted(Denoiser):
         self.teacher, self.batch, self.scale = [teacher], batch, scale
         self.shift = nn.Parameter(torch.zeros(len(batch.ids), *batch.latent_shape, dtype=torch.float64))
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         x0 = guided(self.teacher[0], x_t, t, cond, self.batch.uncond, self.scale) + self.shift
         return self.schedule.from_sample(x0, x_t, t, predict)
 

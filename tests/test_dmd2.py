@@ -12,76 +12,34 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import (
+    ONE_STEP,
+    TINY,
+    AffineStudent,
+    ExactFake,
+    Recorder,
+    affine_networks,
+    gaussian,
+    guided_pair,
+    point_batch,
+    reached,
+    tiny_backbone,
+    tiny_batch,
+    tiny_networks,
+    touched,
+)
 from torch import Tensor, nn
 
 from fastgen import signals
-from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixture, GaussianMixtureConfig, build_mixture
-from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, Turn
 from fastgen.rollout import Rollout, RolloutPolicy
-from fastgen.schedule import FlowSchedule, PredictionType, Schedule, VPSchedule
+from fastgen.schedule import PredictionType, Schedule, VPSchedule
 
-ONE_STEP = RolloutPolicy(timesteps=(1.0,))
 STDS = (1.3, 0.4)
-Make = Callable[..., Batch]
-
-
-def gaussian(
-    mean: tuple[float, ...], stds: tuple[float, ...] = STDS, schedule: Schedule | None = None
-) -> AnalyticDenoiser:
-    config = GaussianMixtureConfig(means=(mean,), stds=(stds,))
-    return AnalyticDenoiser(build_mixture(config), schedule or FlowSchedule())
-
-
-def guided_pair(
-    mean: tuple[float, ...], uncond_mean: tuple[float, ...], stds: tuple[float, ...] = STDS
-) -> AnalyticDenoiser:
-    """A teacher that is N(mean, S) for label 0 and N(uncond_mean, S) for the empty prompt, label 2."""
-    config = GaussianMixtureConfig(
-        (mean, uncond_mean), (stds, stds), weights=(1, 0), classes=(0, 1), uncond_weights=(0, 1)
-    )
-    return AnalyticDenoiser(build_mixture(config), FlowSchedule())
-
-
-class Recording(nn.Module):
-    """Passes a call on and keeps its x_t and t."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.schedule, self.prediction_type = denoiser, denoiser.schedule, denoiser.prediction_type
-        self.per_expert = denoiser.per_expert
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, **kwargs: Any) -> Tensor:
-        self.x_t, self.t = x_t, t
-        return self.denoiser(x_t, t, cond, **kwargs)
-
-
-class AffineStudent(Denoiser):
-    """The one-step student x = a + b x_1, one a and b a dimension."""
-
-    def __init__(self, a: float, b: float, dim: int = 1):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.a = nn.Parameter(torch.full((dim,), a, dtype=torch.float64))
-        self.b = nn.Parameter(torch.full((dim,), b, dtype=torch.float64))
-
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        return self.a + self.b * x_t
-
-
-class ExactFake(Denoiser):
-    """The converged fake score of an AffineStudent: E[x0 | x_t] for x0 ~ N(a, b^2) at its current a, b."""
-
-    def __init__(self, student: AffineStudent, shift: float = 0.0, stretch: float = 1.0):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.student = [student]  # in a list: not a submodule, its parameters are not this network's
-        self.shift, self.stretch = shift, stretch
-
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        mean, variance = self.student[0].a.detach() + self.shift, (self.stretch * self.student[0].b.detach()) ** 2
-        alpha, sigma = self.schedule.coefficients(t, x_t)
-        return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
 
 
 def at(x: Tensor) -> Rollout:
@@ -89,16 +47,16 @@ def at(x: Tensor) -> Rollout:
     return Rollout(x=x, s=zero, stop=zero.long())
 
 
-def test_the_field_between_equal_covariance_gaussians_is_closed_form(point_batch: Make) -> None:
+def test_the_field_between_equal_covariance_gaussians_is_closed_form() -> None:
     """Guidance off: fake - real = rho_t (m_f - m_r) with rho_t = sigma_t^2 / V_t, and score_gradient is that divided
     by each sample's mean|x - E_r[x0 | x_t]|. Float64."""
     m_r, m_f = (0.7, -1.2), (-0.4, 0.3)
-    teacher, fake, batch = Recording(gaussian(m_r)), gaussian(m_f), point_batch(200, key=4)
+    teacher, fake, batch = Recorder(gaussian(m_r, STDS)), gaussian(m_f, STDS), point_batch(200, key=4)
     x = torch.tensor(m_f, dtype=torch.float64) + torch.tensor(STDS, dtype=torch.float64) * batch.normal("student")
     networks = Networks({"teacher": teacher, "fake_score": fake}, ONE_STEP)
     grad, _ = DMD2().score_gradient(networks, batch, at(x))
 
-    x_t, t = teacher.x_t, teacher.t
+    x_t, t = teacher.calls[-1][:2]
     variance = torch.tensor(STDS, dtype=torch.float64) ** 2
     alpha, sigma = (1 - t)[:, None], t[:, None]
     v = alpha**2 * variance + sigma**2
@@ -113,13 +71,10 @@ def test_the_field_between_equal_covariance_gaussians_is_closed_form(point_batch
     assert 0.02 <= t.min() < 0.1 and 0.9 < t.max() <= 0.98
 
 
-def test_the_student_loss_is_the_surrogate_of_the_field(point_batch: Make) -> None:
+def test_the_student_loss_is_the_surrogate_of_the_field() -> None:
     """Its gradient on (a, b) of x = a + b z is mean g and mean g z: the surrogate's g / numel through the student."""
     student = AffineStudent(-1.0, 0.4)
-    networks = Networks(
-        {"student": student, "teacher": gaussian((0.7,), (1.3,)), "fake_score": ExactFake(student)}, ONE_STEP
-    )
-    batch, objective = point_batch(300, dim=1), DMD2()
+    networks, batch, objective = affine_networks(student, gaussian()), point_batch(300, dim=1), DMD2()
     z = batch.normal("initial")
     loss = objective.student_loss(networks, batch)
     loss.total.backward()
@@ -136,8 +91,8 @@ def test_the_student_loss_is_the_surrogate_of_the_field(point_batch: Make) -> No
 def test_guidance_between_equal_covariances_is_a_shifted_gaussian(w: float) -> None:
     """Exactly, at every t and x: the guided prediction is that of N(m_c + (w - 1)(m_c - m_u), S)."""
     m_c, m_u = (0.7, -1.2), (-0.1, 0.5)
-    teacher = guided_pair(m_c, m_u)
-    shifted = gaussian(tuple(c + (w - 1) * (c - u) for c, u in zip(m_c, m_u, strict=True)))
+    teacher = guided_pair(m_c, m_u, STDS)
+    shifted = gaussian([c + (w - 1) * (c - u) for c, u in zip(m_c, m_u, strict=True)], STDS)
     x = 3 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, zero = torch.linspace(0.001, 1, 300, dtype=torch.float64), torch.zeros(300, dtype=torch.int64)
     cond, uncond = Conditioning({"label": zero}), Conditioning({"label": zero + 2})
@@ -147,15 +102,14 @@ def test_guidance_between_equal_covariances_is_a_shifted_gaussian(w: float) -> N
 
 
 @pytest.mark.parametrize(("w", "target"), [(1.0, 0.7), (2.5, 1.9)])
-def test_an_affine_student_converges_to_the_guided_gaussian(point_batch: Make, w: float, target: float) -> None:
+def test_an_affine_student_converges_to_the_guided_gaussian(w: float, target: float) -> None:
     """Trained on DMD2's own student loss against its exact fake score, x = a + b z ends at the mean
     m_c + (w - 1)(m_c - m_u) and the standard deviation sqrt(S) of the teacher: m_c = 0.7, m_u = -0.1, sqrt(S) = 1.3.
 
     The floor of 0.1 does not move the fixed point; in one dimension the normaliser |x - mu| is often almost 0, and the
     rare huge gradients slow Adam down by an order of magnitude."""
     student, objective = AffineStudent(-1.0, 0.4), DMD2(guidance_scale=w, normaliser_floor=0.1)
-    teacher = guided_pair((0.7,), (-0.1,), (1.3,))
-    networks = Networks({"student": student, "teacher": teacher, "fake_score": ExactFake(student)}, ONE_STEP)
+    networks = affine_networks(student, guided_pair(0.7, -0.1))
     optimizer = torch.optim.Adam(student.parameters(), 0.02)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=600)
     for step in range(600):
@@ -169,13 +123,10 @@ def test_an_affine_student_converges_to_the_guided_gaussian(point_batch: Make, w
     assert abs(a - target) < 0.01 and abs(b - 1.3) < 0.01
 
 
-def test_the_field_vanishes_at_the_answer_and_nowhere_near_it(point_batch: Make) -> None:
+def test_the_field_vanishes_at_the_answer_and_nowhere_near_it() -> None:
     """With the exact fake at the guided teacher's own law the gradient is 0 for every sample, not only on average."""
     student, batch = AffineStudent(1.9, 1.3), point_batch(500, dim=1, uncond=2)
-    networks = Networks(
-        {"student": student, "teacher": guided_pair((0.7,), (-0.1,), (1.3,)), "fake_score": ExactFake(student)},
-        ONE_STEP,
-    )
+    networks = affine_networks(student, guided_pair(0.7, -0.1))
     answer, other = (
         DMD2(guidance_scale=w).score_gradient(networks, batch, at(1.9 + 1.3 * batch.normal("initial")))[0]
         for w in (2.5, 2.6)
@@ -185,15 +136,13 @@ def test_the_field_vanishes_at_the_answer_and_nowhere_near_it(point_batch: Make)
 
 
 @pytest.mark.parametrize("space", [None, "sample", "epsilon", "flow_prediction"])
-def test_the_fake_loss_is_least_at_the_students_own_law(point_batch: Make, space: PredictionType | None) -> None:
+def test_the_fake_loss_is_least_at_the_students_own_law(space: PredictionType | None) -> None:
     """Against fakes of another mean or spread, on the same 20,000 samples; its gradient does not reach the student."""
     student, batch = AffineStudent(-1.0, 0.4), point_batch(20_000, dim=1)
-    objective, teacher = DMD2(fake_space=space), gaussian((0.7,), (1.3,))
+    objective, teacher = DMD2(fake_space=space), gaussian()
 
     def loss(shift: float, stretch: float) -> float:
-        networks = Networks(
-            {"student": student, "teacher": teacher, "fake_score": ExactFake(student, shift, stretch)}, ONE_STEP
-        )
+        networks = affine_networks(student, teacher, ExactFake(student, shift, stretch))
         total = objective.fake_loss(networks, batch).total
         assert not total.requires_grad
         return total.item()
@@ -212,12 +161,7 @@ class Retyped(Denoiser):
         super().__init__(nn.Identity(), schedule, kind)
         self.function = [function]
 
-    @property
-    def time_embedding(self) -> nn.Module:
-        return self.network
-
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        t = (timestep + 1) / 1000  # the inverse of VPSchedule.network_time
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         return self.schedule.from_sample(self.function[0](x_t, t, cond), x_t, t, self.prediction_type)
 
 
@@ -232,7 +176,7 @@ class Retyped(Denoiser):
     ],
 )
 def test_losses_do_not_depend_on_the_networks_prediction_types(
-    point_batch: Make, vp_schedule: VPSchedule, kinds: tuple[PredictionType, PredictionType, PredictionType]
+    vp_schedule: VPSchedule, kinds: tuple[PredictionType, PredictionType, PredictionType]
 ) -> None:
     """Student, fake score and teacher as epsilon-, v-, flow- or sample-predictors of the same functions: the same
     student loss, the same gradient on the student and, in one stated space, the same fake loss."""
@@ -262,65 +206,38 @@ def test_losses_do_not_depend_on_the_networks_prediction_types(
     assert error < 1e-9
 
 
-TINY = GaussianMixtureConfig(
-    means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.5, 0.3), classes=(0, 1), width=16, depth=2, fit_steps=0
-)
 POLICY = RolloutPolicy(timesteps=(1.0, 0.6, 0.3))
-
-
-def networks_of(objective: DMD2) -> tuple[Networks, GaussianMixture]:
-    torch.manual_seed(0)
-    backbone = TINY.build(torch.device("cpu"), torch.float64, 0)
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, POLICY)
-    return Networks({role: m.double() for role, m in modules.items()}, POLICY), backbone
-
-
-def tiny_batch(make: Make, key: int = 0, count: int = 32) -> Batch:
-    real = build_mixture(TINY).sample(torch.arange(count), torch.zeros(count, dtype=torch.int64), 9)
-    return make(count, key=key, uncond=2, latents=real)
-
-
-def reached(module: nn.Module) -> dict[str, bool]:
-    """Whether each parameter holds a gradient that is not zero."""
-    return {name: p.grad is not None and bool(p.grad.any()) for name, p in module.named_parameters()}
-
-
-def touched(module: nn.Module) -> list[str]:
-    return [name for name, p in module.named_parameters() if p.grad is not None]
 
 
 GAN: Mapping[str, Any] = {"gan_weight": 0.3, "guidance_scale": 2.0, "stops": "per_sample", "condition_on_stop": True}
 
 
-def test_the_student_turn_leaves_gradient_on_the_student_alone(point_batch: Make) -> None:
+def test_the_student_turn_leaves_gradient_on_the_student_alone() -> None:
     """With the GAN on: every student tensor is reached, and no tensor of the fake score or the discriminator holds so
     much as a zero gradient; both are trainable again afterwards. The teacher has nothing to hold one."""
     objective = DMD2(**GAN)
-    networks, _ = networks_of(objective)
-    objective.loss(Turn("student", ("student",)), networks, tiny_batch(point_batch), {}).total.backward()
+    networks = tiny_networks(objective, POLICY)
+    objective.loss(Turn("student", ("student",)), networks, tiny_batch(), {}).total.backward()
     assert all(reached(networks.student).values())
-    for role in ("fake_score", "discriminator", "teacher"):
-        assert touched(networks[role]) == []
+    assert touched(networks) == {"student"}
     assert all(p.requires_grad for role in ("fake_score", "discriminator") for p in networks[role].parameters())
 
 
-def test_the_fake_turn_leaves_none_on_the_student(point_batch: Make) -> None:
+def test_the_fake_turn_leaves_none_on_the_student() -> None:
     """It reaches every tensor of the fake score, its stop table included, and of the discriminator."""
     objective = DMD2(**GAN)
-    networks, _ = networks_of(objective)
+    networks = tiny_networks(objective, POLICY)
     turn = objective.turns(0, {})[0]
-    objective.loss(turn, networks, tiny_batch(point_batch), {}).total.backward()
-    assert turn.roles == ("fake_score", "discriminator")
-    assert touched(networks.student) == [] and touched(networks.teacher) == []
+    objective.loss(turn, networks, tiny_batch(), {}).total.backward()
+    assert turn.roles == ("fake_score", "discriminator") and touched(networks) == set(turn.roles)
     assert all(reached(networks.fake_score).values()) and all(reached(networks["discriminator"]).values())
 
 
-def test_the_gan_reaches_the_student_through_frozen_networks(point_batch: Make) -> None:
+def test_the_gan_reaches_the_student_through_frozen_networks() -> None:
     """The student's gradient is affine in gan_weight, and what weight 1 adds is, along itself, the slope of
     softplus(-D) by central differences. One-step students, whose gradient is not truncated."""
-    policy, batch = RolloutPolicy((1.0,)), tiny_batch(point_batch)
-    networks = Networks(dict(networks_of(DMD2(**GAN))[0]), policy)
+    batch = tiny_batch()
+    networks = tiny_networks(DMD2(**GAN), ONE_STEP)
     parameters = list(networks.student.parameters())
 
     def gradient(weight: float) -> list[Tensor]:
@@ -353,14 +270,14 @@ def test_turns_roles_and_needs() -> None:
     assert gan.turns(0, {})[0] == Turn("fake_score", ("fake_score", "discriminator"), 5)
     assert plain.init_state() == {}
     for objective in (plain, gan):
-        networks, _ = networks_of(objective)
+        networks = tiny_networks(objective, POLICY)
         assert set(networks) == {"teacher", *objective.trained_roles}
 
 
-def test_the_discriminator_has_one_logit_a_depth(point_batch: Make) -> None:
+def test_the_discriminator_has_one_logit_a_depth() -> None:
     objective = DMD2(**GAN)
-    networks, _ = networks_of(objective)
-    batch = tiny_batch(point_batch)
+    networks = tiny_networks(objective, POLICY)
+    batch = tiny_batch()
     assert batch.latents is not None
     logits = objective.logits(networks, batch, batch.latents, torch.zeros_like(batch.ids), "gan")
     assert logits.shape == (32, TINY.depth)
@@ -369,29 +286,30 @@ def test_the_discriminator_has_one_logit_a_depth(point_batch: Make) -> None:
 def test_the_extended_fake_starts_as_the_unextended_one() -> None:
     """condition_on_stop: at the start exactly the same function for every stop; once its table has moved, stops
     differ, and a network that is not told its stop is refused."""
-    extended, backbone = networks_of(DMD2(condition_on_stop=True))
-    plain, fake = backbone.load("fake_score").double(), extended.fake_score
+    backbone = tiny_backbone()
+    extended = tiny_networks(DMD2(condition_on_stop=True), POLICY, backbone=backbone)
+    plain, fake = backbone.load("fake_score"), extended.fake_score
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, cond = torch.linspace(0.01, 1, 30, dtype=torch.float64), Conditioning({"label": torch.arange(30) % 3})
     expected = plain(x, t, cond)
     for k in range(POLICY.num_steps):
-        assert torch.equal(fake(x, t, cond, extras={"stop": torch.full((30,), k)}), expected)
+        assert torch.equal(fake(x, t, cond, Inputs(stop=torch.full((30,), k))), expected)
     with torch.no_grad():
         fake.time_embedding.tables["stop"].weight[1] += 0.5
-    told = [fake(x, t, cond, extras={"stop": torch.full((30,), k)}) for k in range(3)]
+    told = [fake(x, t, cond, Inputs(stop=torch.full((30,), k))) for k in range(3)]
     assert torch.equal(told[0], expected) and torch.equal(told[2], expected)
     assert (told[1] - expected).abs().max() > 1e-3
     with pytest.raises(ValueError, match="stop"):
         fake(x, t, cond)
     with pytest.raises(ValueError, match="stop"):
-        plain(x, t, cond, extras={"stop": torch.zeros(30, dtype=torch.int64)})
+        plain(x, t, cond, Inputs(stop=torch.zeros(30, dtype=torch.int64)))
 
 
-def test_stop_conditioning_reaches_the_student_loss_per_sample(point_batch: Make) -> None:
+def test_stop_conditioning_reaches_the_student_loss_per_sample() -> None:
     """Moving one stop's entry changes the field of that stop's samples and of no other."""
     objective = DMD2(condition_on_stop=True, stops="per_sample")
-    networks, _ = networks_of(objective)
-    batch = tiny_batch(point_batch)
+    networks = tiny_networks(objective, POLICY)
+    batch = tiny_batch()
     rollout = objective.rollout(networks, batch, grad=False)
     before, _ = objective.score_gradient(networks, batch, rollout)
     with torch.no_grad():
@@ -401,11 +319,11 @@ def test_stop_conditioning_reaches_the_student_loss_per_sample(point_batch: Make
     assert torch.equal(moved, rollout.stop == 1) and 0 < moved.sum() < len(moved)
 
 
-def test_turns_of_different_updates_draw_different_samples(point_batch: Make) -> None:
+def test_turns_of_different_updates_draw_different_samples() -> None:
     """The key decides: the same key repeats a loss bit for bit, another does not."""
     objective = DMD2(stops="per_sample")
-    networks, _ = networks_of(objective)
-    losses = [objective.fake_loss(networks, tiny_batch(point_batch, key)).total.item() for key in (1, 1, 2)]
+    networks = tiny_networks(objective, POLICY)
+    losses = [objective.fake_loss(networks, tiny_batch(key=key)).total.item() for key in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -12,14 +12,26 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from oracles import (
+    ONE_STEP,
+    AffineStudent,
+    ExactFake,
+    Given,
+    Recorder,
+    affine_networks,
+    gaussian,
+    guided_pair,
+    point_batch,
+    tiny_batch,
+    tiny_networks,
+    touched,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgen import signals
-from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
-from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCDMD, DisBack, FDistill, ReDMD, Turn
@@ -32,62 +44,10 @@ from fastgen.run.checkpoint import complete
 from fastgen.schedule import FlowSchedule, TimeSampler, expand
 from fastgen.train import train
 
-ONE_STEP = RolloutPolicy(timesteps=(1.0,))
 FOUR_STEPS = RolloutPolicy(timesteps=(1.0, 0.75, 0.5, 0.25))
 STUDENT = Turn("student", ("student",))
 FAKE = Turn("fake_score", ("fake_score",))
 UNIT = 1e9  # a normaliser's floor so high that it is the same for every sample
-Make = Callable[..., Batch]
-
-
-def gaussian(mean: float, std: float) -> AnalyticDenoiser:
-    return AnalyticDenoiser(build_mixture(GaussianMixtureConfig(means=((mean,),), stds=((std,),))), FlowSchedule())
-
-
-def guided_pair(mean: float, uncond_mean: float, std: float) -> AnalyticDenoiser:
-    """A teacher that is N(mean, S) for label 0 and N(uncond_mean, S) for the empty prompt, label 2."""
-    config = GaussianMixtureConfig(
-        ((mean,), (uncond_mean,)), ((std,), (std,)), weights=(1, 0), classes=(0, 1), uncond_weights=(0, 1)
-    )
-    return AnalyticDenoiser(build_mixture(config), FlowSchedule())
-
-
-class AffineStudent(Denoiser):
-    """The one-step student x = a + b x_1."""
-
-    def __init__(self, a: float, b: float):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.a = nn.Parameter(torch.tensor([a], dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor([b], dtype=torch.float64))
-
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        return self.a + self.b * x_t
-
-
-class ExactFake(Denoiser):
-    """The converged fake score of an AffineStudent."""
-
-    def __init__(self, student: AffineStudent):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.student = [student]  # in a list: not a submodule
-
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        mean, variance = self.student[0].a.detach(), self.student[0].b.detach() ** 2
-        alpha, sigma = self.schedule.coefficients(t, x_t)
-        return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
-
-
-class Recording(nn.Module):
-    """Passes calls on and keeps their x_t and t."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.schedule, self.per_expert = denoiser, denoiser.schedule, denoiser.per_expert
-        self.calls: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x_t: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append((x_t, t))
-        return self.denoiser(x_t, t, *args, **kwargs)
 
 
 class Grid(Batch):
@@ -117,33 +77,6 @@ def clean(x: Tensor, t_k: float = 1.0, stop: int = 0) -> Rollout:
     """Samples that a step from level t_k made."""
     t = torch.full((len(x),), t_k, dtype=x.dtype)
     return Rollout(x, 0 * t, torch.full((len(x),), stop), (Step(x, t, x, x),))
-
-
-def affine_networks(student: AffineStudent, teacher: Denoiser, **more: Any) -> Networks:
-    return Networks({"student": student, "teacher": teacher, "fake_score": ExactFake(student)}, ONE_STEP, **more)
-
-
-TINY = GaussianMixtureConfig(
-    means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.5, 0.3), classes=(0, 1), width=16, depth=2, fit_steps=0
-)
-
-
-def tiny_networks(objective: DMD2, policy: RolloutPolicy = FOUR_STEPS) -> Networks:
-    torch.manual_seed(0)
-    backbone = TINY.build(torch.device("cpu"), torch.float64, 0)
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, policy)
-    return Networks({role: m.double() for role, m in modules.items()}, policy)
-
-
-def tiny_batch(make: Make, count: int = 32, key: int = 0) -> Batch:
-    real = build_mixture(TINY).sample(torch.arange(count), torch.zeros(count, dtype=torch.int64), 9)
-    return make(count, key=key, uncond=2, latents=real)
-
-
-def touched(networks: Networks) -> set[str]:
-    """Roles whose parameters hold a gradient."""
-    return {role for role, module in networks.items() if any(p.grad is not None for p in module.parameters())}
 
 
 # --- f-distill
@@ -234,7 +167,7 @@ def test_the_effective_share_counts_equal_weights() -> None:
 class ExactRatio(FDistill):
     """The ratio of N(0, 1) to an AffineStudent's law, both noised, in place of the discriminator's logits."""
 
-    def judged(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
+    def discriminator_logits(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
         student = networks.student
         alpha, sigma = networks.teacher.schedule.coefficients(t, x_t)
         v_p, v_q = alpha**2 + sigma**2, alpha**2 * student.b.detach() ** 2 + sigma**2
@@ -243,7 +176,7 @@ class ExactRatio(FDistill):
 
 
 @pytest.mark.parametrize("name", ["kl", "js", "sf", "jf", "neyman"])
-def test_f_distills_loss_follows_the_divergence_it_names(point_batch: Make, name: signals.Divergence) -> None:
+def test_f_distills_loss_follows_the_divergence_it_names(name: signals.Divergence) -> None:
     """The student's gradient in its mean, of the whole loss with an exact ratio and exact networks, against the
     derivative of D_f(p_t | q_t) by quadrature; t within 0.3 +- 1e-6, the normaliser one constant. The ratio hardly
     meets its clamps here. Fails without the weight, with p and q exchanged, or with the weight at another x_t."""
@@ -251,7 +184,7 @@ def test_f_distills_loss_follows_the_divergence_it_names(point_batch: Make, name
     student = AffineStudent(m, s)
     time = TimeSampler(low=t - 1e-6, high=t + 1e-6)
     objective = ExactRatio(f_divergence=name, renoise_time=time, normaliser_floor=UNIT)
-    networks, batch = affine_networks(student, gaussian(0, 1)), Product(**vars(point_batch(100**2, dim=1)))
+    networks, batch = affine_networks(student, gaussian(0.0, 1.0)), Product(**vars(point_batch(100**2, dim=1)))
     rollout = objective.rollout(networks, batch, grad=True)
     state = {k: v.double() for k, v in objective.init_state().items()}
     weight, _ = objective.ratio_weight(networks, batch, rollout, state)
@@ -273,10 +206,10 @@ def test_f_distills_loss_follows_the_divergence_it_names(point_batch: Make, name
     assert abs(ours / exact - 1) < 0.03
 
 
-def test_reverse_kl_is_dmd2(point_batch: Make) -> None:
+def test_reverse_kl_is_dmd2() -> None:
     """h = 1: the same loss to the bit; js is another."""
-    networks = tiny_networks(DMD2(gan_weight=0.1))
-    batch = tiny_batch(point_batch)
+    networks = tiny_networks(DMD2(gan_weight=0.1), FOUR_STEPS)
+    batch = tiny_batch()
     dmd2 = DMD2(gan_weight=0.1).student_loss(networks, batch).total.item()
 
     def loss(name: signals.Divergence) -> float:
@@ -288,30 +221,30 @@ def test_reverse_kl_is_dmd2(point_batch: Make) -> None:
     assert loss("rkl") == dmd2 != loss("js")
 
 
-def test_the_ratio_is_read_where_the_scores_are_compared(point_batch: Make) -> None:
+def test_the_ratio_is_read_where_the_scores_are_compared() -> None:
     """The discriminator sees the very (x_t, t) that the teacher sees. Fails if it is given a draw of its own."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     class Watched(FDistill):
-        def judged(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
+        def discriminator_logits(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
             seen.append((x_t, t))
-            return super().judged(networks, batch, x_t, t, stop)
+            return super().discriminator_logits(networks, batch, x_t, t, stop)
 
     objective = Watched()
-    networks = tiny_networks(objective)
-    teacher = Recording(networks.teacher)
+    networks = tiny_networks(objective, FOUR_STEPS)
+    teacher = Recorder(networks.teacher)
     networks = Networks({**networks, "teacher": teacher}, FOUR_STEPS)
     state = objective.init_state()
-    objective.loss(STUDENT, networks, tiny_batch(point_batch), state)
-    (x_t, t), (x_d, t_d) = teacher.calls[0], seen[0]
+    objective.loss(STUDENT, networks, tiny_batch(), state)
+    (x_t, t), (x_d, t_d) = teacher.calls[0][:2], seen[0]
     assert torch.equal(x_t, x_d) and torch.equal(t, t_d) and len(seen) == 2  # and once for the GAN term
 
 
-def test_the_ratios_means_are_kept_by_level_and_folded_once(point_batch: Make) -> None:
+def test_the_ratios_means_are_kept_by_level_and_folded_once() -> None:
     """Two halves of a batch leave the same sums and weights as the whole; `finish` decays them; the next update
     divides by each level's own mean and by the mean weight. Fails without the bins, or if they moved in the loss."""
     objective = FDistill(ratio_bins=4, ratio_memory=0.5, f_divergence="kl")
-    networks, batch = tiny_networks(objective), tiny_batch(point_batch, 64)
+    networks, batch = tiny_networks(objective, FOUR_STEPS), tiny_batch(64)
     parts = [
         replace(batch, ids=batch.ids[i], cond=batch.cond.select(i), uncond=batch.uncond.select(i))
         for i in (slice(0, 32), slice(32, 64))
@@ -328,7 +261,7 @@ def test_the_ratios_means_are_kept_by_level_and_folded_once(point_batch: Make) -
     assert torch.equal(whole["ratio"], objective.init_state()["ratio"].double()), "the means moved before finish"
 
     x_t, t = objective.renoised(networks, batch, rollout.x)
-    ratio = signals.density_ratio(objective.judged(networks, batch, x_t, t, rollout.stop)).double()
+    ratio = signals.density_ratio(objective.discriminator_logits(networks, batch, x_t, t, rollout.stop)).double()
     level = ((t - 0.02) / 0.96 * 4).long()
     objective.finish(FAKE, networks, whole)
     assert whole["seen"].any(), "the fake score's turn folds nothing"
@@ -347,18 +280,18 @@ def test_the_ratios_means_are_kept_by_level_and_folded_once(point_batch: Make) -
 # --- Decoupled DMD
 
 
-def test_with_a_shared_level_decoupled_dmd_is_dmd2(point_batch: Make) -> None:
+def test_with_a_shared_level_decoupled_dmd_is_dmd2() -> None:
     """A batch whose draws ignore their names renoises both terms alike; from t_k = 1 the levels are the same, too. The
     two fields then differ by the normaliser alone, whose teacher is guided in DMD2 and not here: sample by sample."""
     w, batch = 3.0, grid(point_batch(400, dim=1, uncond=2))
     student = AffineStudent(-1.0, 0.4)
-    teacher = Recording(guided_pair(0.7, -0.1, 1.3))
-    networks = affine_networks(student, teacher)  # type: ignore[arg-type]
+    teacher = Recorder(guided_pair(0.7, -0.1))
+    networks = affine_networks(student, teacher)
     x = -1 + 0.4 * batch.normal("initial")
     together, _ = DMD2(guidance_scale=w).score_gradient(networks, batch, clean(x))
-    x_t, t = teacher.calls[-1][0][:400], teacher.calls[-1][1][:400]
+    x_t, t = teacher.calls[-1].x_t[:400], teacher.calls[-1].t[:400]
     apart, _ = DMD2(guidance_scale=w, ca_time=TimeSampler()).score_gradient(networks, batch, clean(x))
-    assert torch.equal(teacher.calls[-2][0], x_t) and torch.allclose(teacher.calls[-1][0][:400], x_t, atol=1e-14)
+    assert torch.equal(teacher.calls[-2].x_t, x_t) and torch.allclose(teacher.calls[-1].x_t[:400], x_t, atol=1e-14)
     real, uncond = teacher.denoiser(x_t, t, batch.cond), teacher.denoiser(x_t, t, batch.uncond)
     guided = uncond + w * (real - uncond)
     error = (apart * (x - real).abs() - together * (x - guided).abs()).abs().max().item()
@@ -369,36 +302,36 @@ def test_with_a_shared_level_decoupled_dmd_is_dmd2(point_batch: Make) -> None:
 KAPPAS = {0.25: 0.043, 0.5: 0.233, 0.75: 0.613, 1.0: 1.0}
 
 
-def mean_field(make: Make, objective: DMD2, a: float, t_k: float = 1.0) -> float:
+def mean_field(objective: DMD2, a: float, t_k: float = 1.0) -> float:
     """E g for a student N(a, 1.3^2) and a teacher of the same spread, m_c = 0.7 and m_u = -0.1; unnormalised."""
-    batch = grid(make(2000, dim=1, uncond=2))
+    batch = grid(point_batch(2000, dim=1, uncond=2))
     student = AffineStudent(a, 1.3)
-    networks = affine_networks(student, guided_pair(0.7, -0.1, 1.3))
+    networks = affine_networks(student, guided_pair(0.7, -0.1))
     rollout = clean(a + 1.3 * batch.normal("initial"), t_k)
     return UNIT * objective.score_gradient(networks, batch, rollout)[0].mean().item()
 
 
 @pytest.mark.parametrize(("t_k", "kappa"), KAPPAS.items())
-def test_the_fixed_point_moves_with_the_level_of_the_guidance(point_batch: Make, t_k: float, kappa: float) -> None:
+def test_the_fixed_point_moves_with_the_level_of_the_guidance(t_k: float, kappa: float) -> None:
     """m* = m_c + (w - 1) (m_c - m_u) kappa, kappa = E rho(ca_time) / E rho(renoise_time): the mean field is linear in
     the student's mean, and this is its root. Fails without the cap at t_k, or with w for w - 1."""
     w = 2.5
     objective = DMD2(guidance_scale=w, ca_time=TimeSampler(), normaliser_floor=UNIT)
-    low, high = (mean_field(point_batch, objective, a, t_k) for a in (0.0, 1.0))
+    low, high = (mean_field(objective, a, t_k) for a in (0.0, 1.0))
     fixed = low / (low - high)
     measured = (fixed - 0.7) / ((w - 1) * (0.7 + 0.1))
     print(f"t_k = {t_k}: kappa {measured:.4f}, table {kappa}")
     assert abs(measured - kappa) < 6e-4
 
 
-def test_guidance_alone_has_no_fixed_point(point_batch: Make) -> None:
+def test_guidance_alone_has_no_fixed_point() -> None:
     """dm_weight 0: the field is the same wherever the student is, and gradient descent moves its mean in a line, past
     any bound. Fails if dm_weight is ignored."""
     objective = DMD2(guidance_scale=2.5, ca_time=TimeSampler(), normaliser_floor=UNIT, dm_weight=0)
-    fields = [mean_field(point_batch, objective, a) for a in (-3.0, 0.7, 1.9, 40.0)]
+    fields = [mean_field(objective, a) for a in (-3.0, 0.7, 1.9, 40.0)]
     a, path = 0.7, []
     for _ in range(5):
-        a -= 10 * mean_field(point_batch, objective, a)
+        a -= 10 * mean_field(objective, a)
         path.append(a)
     steps = torch.tensor(path).diff()
     print(f"fields {fields}, path {path}")
@@ -406,16 +339,16 @@ def test_guidance_alone_has_no_fixed_point(point_batch: Make) -> None:
     assert torch.allclose(steps, steps[:1]) and path[-1] > 20
 
 
-def test_the_guidance_term_lies_below_the_step(point_batch: Make) -> None:
+def test_the_guidance_term_lies_below_the_step() -> None:
     """t' in [low, high t_k] of each sample's own step, its noise and level independent of the score difference's."""
-    teacher = Recording(guided_pair(0.7, -0.1, 1.3))
+    teacher = Recorder(guided_pair(0.7, -0.1))
     student, batch = AffineStudent(0.0, 1.0), point_batch(4000, dim=1, uncond=2)
-    networks = affine_networks(student, teacher)  # type: ignore[arg-type]
+    networks = affine_networks(student, teacher)
     t_k = torch.where(batch.ids % 2 == 0, 0.25, 0.75).double()
     rollout = clean(batch.normal("initial"))
     rollout = replace(rollout, steps=(replace(rollout.steps[0], t=t_k),))
     DMD2(guidance_scale=2.0, ca_time=TimeSampler()).score_gradient(networks, batch, rollout)
-    (x_t, t), (x_both, both) = teacher.calls
+    (x_t, t), (x_both, both) = (call[:2] for call in teacher.calls)
     t_ca = both[:4000]
     assert torch.equal(both[4000:], t_ca) and torch.equal(x_both[4000:], x_both[:4000])
     for level in (0.25, 0.75):
@@ -438,7 +371,7 @@ def test_the_fake_score_is_drawn_to_the_student_after_its_update(told: bool) -> 
     """fake <- lambda fake + (1 - lambda) student, tensor by tensor; stop tables, which the student lacks, stay. Not
     after the fake score's own turn, and not without the option. Fails if `finish` does nothing."""
     objective = DMD2(ida_decay=0.97, condition_on_stop=told)
-    networks = tiny_networks(objective)
+    networks = tiny_networks(objective, FOUR_STEPS)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for role in ("student", "fake_score"):
@@ -482,7 +415,7 @@ def doubled(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() for k, v in state.items()}
 
 
-def test_re_dmds_weights_are_exponentials_of_the_centred_reward(point_batch: Make) -> None:
+def test_re_dmds_weights_are_exponentials_of_the_centred_reward() -> None:
     """1 until a mean is known, then exp(beta (r - mean)), the exponent within +-4; the mean of the samples so far,
     decayed; unchanged by a constant added to every reward. Fails without the centring or the clamp."""
     objective = ReDMD(beta=2.0, reward_memory=0.5)
@@ -516,7 +449,7 @@ def test_re_dmds_weights_are_exponentials_of_the_centred_reward(point_batch: Mak
     assert torch.allclose(state["reward"][0] / state["reward"][1], expected, rtol=1e-5)
 
 
-def test_invalid_rewards_leave_the_loss_and_its_mean(point_batch: Make) -> None:
+def test_invalid_rewards_leave_the_loss_and_its_mean() -> None:
     """Weight 0, the others raised so that the mean is over them; no part in the running mean."""
 
     def half(x0: Tensor, *_: Any) -> Score:
@@ -528,10 +461,10 @@ def test_invalid_rewards_leave_the_loss_and_its_mean(point_batch: Make) -> None:
     assert weight.tolist() == [2, 0, 2, 0, 2, 0] and state["seen"].tolist() == [0, 3]
 
 
-def test_a_constant_reward_makes_re_dmd_dmd2(point_batch: Make) -> None:
-    networks = tiny_networks(DMD2())
+def test_a_constant_reward_makes_re_dmd_dmd2() -> None:
+    networks = tiny_networks(DMD2(), FOUR_STEPS)
     networks.scorer = constant_reward  # type: ignore[assignment]
-    batch, objective = tiny_batch(point_batch), ReDMD()
+    batch, objective = tiny_batch(), ReDMD()
     state = objective.init_state()
     for _ in range(3):
         loss = objective.loss(STUDENT, networks, batch, state).total
@@ -541,11 +474,11 @@ def test_a_constant_reward_makes_re_dmd_dmd2(point_batch: Make) -> None:
     assert objective.loss(STUDENT, networks, batch, state).total.item() != loss.item()
 
 
-def test_re_dmd_and_dmd2_share_their_stationary_point(point_batch: Make) -> None:
+def test_re_dmd_and_dmd2_share_their_stationary_point() -> None:
     """With the exact fake, for N(0.7, 1.3^2) and the reward x, beta = 0.5: at the teacher's law both fields are 0 for
     every sample; away from it the weighted one is another; and trained from N(0, 1) both end at the teacher, not
     at the law tilted by exp(beta r), whose mean is 0.7 + 1.3^2 / 2 = 1.545. Shows what re_dmd is *not*."""
-    teacher = gaussian(0.7, 1.3)
+    teacher = gaussian()
     batch = point_batch(500, dim=1)
     both = (DMD2(normaliser_floor=0.1), ReDMD(normaliser_floor=0.1, beta=0.5))
     state = doubled(ReDMD().init_state()) | {"reward": torch.tensor([0.7, 1.0], dtype=torch.float64)}
@@ -565,19 +498,19 @@ def test_re_dmd_and_dmd2_share_their_stationary_point(point_batch: Make) -> None
     for objective in both:
         student = AffineStudent(0.0, 1.0)
         networks = affine_networks(student, teacher, scorer=coordinate)
-        fit(objective, student, networks, point_batch, 400)
+        fit(objective, student, networks, 400)
         ends.append((student.a.item(), abs(student.b.item())))
     print(f"dmd2 ends at {ends[0]}, re_dmd at {ends[1]}")
     assert all(abs(a - 0.7) < 0.02 and abs(b - 1.3) < 0.02 for a, b in ends)
 
 
-def fit(objective: DMD2, student: AffineStudent, networks: Networks, make: Make, steps: int, lr: float = 0.02) -> None:
+def fit(objective: DMD2, student: AffineStudent, networks: Networks, steps: int, lr: float = 0.02) -> None:
     """Student turns alone, as the loop makes them."""
     state = doubled(objective.init_state())
     optimizer = torch.optim.Adam(student.parameters(), lr)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
     for step in range(steps):
-        batch = make(torch.arange(256) + 256 * step, key=step, dim=1, uncond=2)
+        batch = point_batch(torch.arange(256) + 256 * step, key=step, dim=1, uncond=2)
         optimizer.zero_grad()
         objective.loss(STUDENT, networks, batch, state).total.backward()
         optimizer.step()
@@ -585,12 +518,12 @@ def fit(objective: DMD2, student: AffineStudent, networks: Networks, make: Make,
         objective.finish(STUDENT, networks, state)
 
 
-def test_f_distill_ends_at_the_teacher(point_batch: Make) -> None:
+def test_f_distill_ends_at_the_teacher() -> None:
     """With an exact ratio and an exact fake, x = a + b z converges to N(0, 1), for forward KL."""
     student = AffineStudent(-1.0, 0.5)
     networks = affine_networks(student, gaussian(0.0, 1.0))
     objective = GanlessRatio(f_divergence="kl", normaliser_floor=0.1)
-    fit(objective, student, networks, point_batch, 350)
+    fit(objective, student, networks, 350)
     print(f"{student.a.item():+.4f}, {abs(student.b.item()):.4f}")
     assert abs(student.a.item()) < 0.02 and abs(abs(student.b.item()) - 1) < 0.02
 
@@ -605,23 +538,12 @@ class GanlessRatio(ExactRatio):
 # --- SC-DMD
 
 
-class Straight(Denoiser):
-    """x0 = x_t - t velocity, a velocity field that is the same everywhere."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.velocity = nn.Parameter(torch.tensor([0.7, -0.4], dtype=torch.float64))
-
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        return x_t - t[:, None] * self.velocity
-
-
-def test_a_straight_velocity_has_no_semigroup_loss(point_batch: Make) -> None:
+def test_a_straight_velocity_has_no_semigroup_loss() -> None:
     """And a curved one has: the exact velocity of a Gaussian, whose Euler steps do not compose."""
     objective, batch = SCDMD(stops="per_sample"), point_batch(400)
     losses = []
-    curved = AnalyticDenoiser(build_mixture(GaussianMixtureConfig(((0.5, -1.0),), ((0.4, 1.5),))), FlowSchedule())
-    for student in (Straight(), curved):
+    straight = Given(torch.tensor([0.7, -0.4]).double(), "flow_prediction")
+    for student in (straight, gaussian((0.5, -1.0), (0.4, 1.5))):
         networks = Networks({"student": student}, FOUR_STEPS)
         rollout = objective.rollout(networks, batch, grad=False)
         losses.append(objective.semigroup_loss(networks, batch, rollout).item())
@@ -630,7 +552,7 @@ def test_a_straight_velocity_has_no_semigroup_loss(point_batch: Make) -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_the_jumps_are_levels_below_the_step(point_batch: Make, stop: int) -> None:
+def test_the_jumps_are_levels_below_the_step(stop: int) -> None:
     """t_e is one of the two levels after the next one, or 0, each half of the time; t_m every level between. After the
     last step nothing is left: both are the step's own level, and the loss is exactly that of no jump, 0."""
     batch = point_batch(6000)
@@ -645,7 +567,7 @@ def test_the_jumps_are_levels_below_the_step(point_batch: Make, stop: int) -> No
     }[stop]
     assert seen.keys() == expected.keys() and all(abs(seen[k] - v) < 0.03 for k, v in expected.items())
     if stop == 3:
-        networks = tiny_networks(SCDMD())
+        networks = tiny_networks(SCDMD(), FOUR_STEPS)
         rollout = SCDMD().rollout(networks, batch, grad=False)
         rollout = replace(rollout, stop=torch.full_like(batch.ids, 3))
         rollout = replace(rollout, steps=(replace(rollout.steps[0], t=torch.full((6000,), 0.25).double()),))
@@ -657,11 +579,11 @@ def count(*columns: Tensor) -> dict[tuple[int, ...], int]:
     return {tuple(r): n for r, n in zip(rows.tolist(), numbers.tolist(), strict=True)}
 
 
-def test_the_semigroup_gradient_is_that_of_the_long_jump_alone(point_batch: Make) -> None:
+def test_the_semigroup_gradient_is_that_of_the_long_jump_alone() -> None:
     """Against the same loss whose second velocity and middle state come from a copy of the student: the same gradient,
     which is not zero. Weighted by 1 - t_s. Fails if x_m or v_2 carries gradient, or without the weight."""
-    objective, batch = SCDMD(), tiny_batch(point_batch)
-    networks = tiny_networks(objective)
+    objective, batch = SCDMD(), tiny_batch()
+    networks = tiny_networks(objective, FOUR_STEPS)
     other = copy.deepcopy(networks.student)
     batch_stop = torch.full_like(batch.ids, 1)
     student, schedule = networks.student, FlowSchedule()
@@ -704,11 +626,11 @@ def test_the_target_goes_back_along_the_path() -> None:
     assert isinstance(student, PathTurn) and student.point == 1 and fake == Turn("fake_score", ("fake_score",), 5)
 
 
-def test_the_path_is_made_of_the_fake_score(point_batch: Make) -> None:
+def test_the_path_is_made_of_the_fake_score() -> None:
     """A degradation update leaves gradient on the fake score alone; every path_every updates it is copied; the last
     point, path[N], is the fake score itself. The student's turn leaves none on the path it aims at."""
     objective = DisBack(path_length=3, path_every=2)
-    networks = tiny_networks(objective)
+    networks = tiny_networks(objective, FOUR_STEPS)
     assert set(networks) == {"student", "teacher", "fake_score", "path1", "path2"}
     assert not any(p.requires_grad for role in ("path1", "path2") for p in networks[role].parameters())
     optimizer = torch.optim.Adam(networks.fake_score.parameters(), 1e-2)
@@ -716,7 +638,7 @@ def test_the_path_is_made_of_the_fake_score(point_batch: Make) -> None:
     for step in range(6):
         (turn,) = objective.turns(step, {})
         assert turn.roles == ("fake_score",) and turn.updates == 1
-        objective.loss(turn, networks, tiny_batch(point_batch, key=step), {}).total.backward()
+        objective.loss(turn, networks, tiny_batch(key=step), {}).total.backward()
         assert touched(networks) == {"fake_score"}
         optimizer.step()
         networks.fake_score.zero_grad()
@@ -728,18 +650,18 @@ def test_the_path_is_made_of_the_fake_score(point_batch: Make) -> None:
 
     assert same("path1", 1) and same("path2", 3) and not same("path2", 5) and same("fake_score", 5)
     student = objective.turns(6, {})[1]
-    objective.loss(student, networks, tiny_batch(point_batch), {}).total.backward()
+    objective.loss(student, networks, tiny_batch(), {}).total.backward()
     assert touched(networks) == {"student"} and student == PathTurn("student", ("student",), point=2)
 
 
-def test_the_student_follows_the_path_to_the_teacher(point_batch: Make) -> None:
+def test_the_student_follows_the_path_to_the_teacher() -> None:
     """A path of Gaussians with means -2, -1 and then the teacher's 0.7, and the exact fake: the student's mean is at
     each point at the end of its interval. Fails if the path is left out or taken from the other end."""
     interval = 150
     objective = DisBack(path_length=3, path_every=1, interval=interval, normaliser_floor=0.1)
     student = AffineStudent(-3.0, 1.0)
     networks = Networks(
-        {"student": student, "teacher": gaussian(0.7, 1.0), "path1": gaussian(-1, 1.0), "path2": gaussian(-2, 1.0),
+        {"student": student, "teacher": gaussian(0.7, 1.0), "path1": gaussian(-1.0, 1.0), "path2": gaussian(-2.0, 1.0),
          "fake_score": ExactFake(student)}, ONE_STEP,
     )  # fmt: skip
     optimizer, ends = torch.optim.Adam(student.parameters(), 0.02), []
@@ -768,12 +690,12 @@ def test_the_student_follows_the_path_to_the_teacher(point_batch: Make) -> None:
     ],
     ids=lambda o: o.name,
 )
-def test_each_turn_reaches_its_own_roles(point_batch: Make, objective: DMD2) -> None:
-    networks = tiny_networks(objective)
+def test_each_turn_reaches_its_own_roles(objective: DMD2) -> None:
+    networks = tiny_networks(objective, FOUR_STEPS)
     networks.scorer = linear_reward  # type: ignore[assignment]
     state = doubled(objective.init_state())
     for turn in objective.turns(0, state):
-        loss = objective.loss(turn, networks, tiny_batch(point_batch), state)
+        loss = objective.loss(turn, networks, tiny_batch(), state)
         loss.total.backward()
         assert touched(networks) == set(turn.roles)
         assert not any(term.requires_grad for term in loss.terms.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_map import (
+from oracles import (
     FOUR,
     GAUSSIAN,
     ONE,
@@ -79,8 +79,8 @@ def test_the_diagonal_and_the_rest_are_told_apart() -> None:
     """A map that is exact on its diagonal alone has that term zero and the other not."""
 
     class Diagonal(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-            return super().forward(x_t, t, cond, extras={"s": t}, predict=predict)
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+            return super().forward(x_t, t, cond, Inputs(s=t), predict=predict)
 
     networks = exact_networks()
     networks.modules["student"] = Diagonal()
@@ -113,7 +113,7 @@ def test_the_gap_grows_as_it_is_told() -> None:
     seen: list[Tensor] = []
 
     class Recording(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             seen.append(t - extras["s"])
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 
@@ -160,7 +160,7 @@ def test_the_correction_widens_samples_that_are_too_narrow(balance: bool) -> Non
     narrow = dataclasses.replace(GAUSSIAN, stds=(0.3,))
 
     class Narrow(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             assert predict == "flow_prediction"
             x0 = M + (0.3 + self.off) * x_t  # from t = 1 in one jump
             return x_t - x0
@@ -185,7 +185,7 @@ def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_j
     seen: list[tuple[float, float]] = []
 
     class Recording(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             seen.append((float(t[0]), float(extras["s"][0])))
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 
@@ -217,7 +217,7 @@ def test_each_turn_moves_its_own_networks() -> None:
     for turn in objective.turns(0, {}):
         for m in networks.values():
             m.zero_grad()
-        one_loss(objective, turn, networks, gaussian_batch()).backward()
+        one_loss(objective, networks, gaussian_batch(), turn).backward()
         for role in ("student", "fake_score"):
             got = [n for n, p in networks[role].named_parameters() if p.grad is not None and bool(p.grad.any())]
             missing = {n for n, _ in networks[role].named_parameters()} - set(got)
@@ -284,7 +284,7 @@ def test_a_divided_network_is_called_as_often_whatever_the_batch_holds(share: fl
     class Divided(GaussianMap):
         divided, calls = True, 0
 
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             self.calls += 1
             return super().forward(x_t, t, cond, extras=extras, predict=predict)
 

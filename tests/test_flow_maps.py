@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gaussian_map import M, S, average, spread
+from oracles import M, S, average, spread
 from torch import Tensor
 
 from fastgen.backbones.gaussian_mixture import Mixture

@@ -65,7 +65,7 @@ class Affine(Denoiser):
         self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
         self.levels = torch.tensor(policy.timesteps, dtype=torch.float64)
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         k = (t[:, None] - self.levels).abs().argmin(1)
         return expand(self.a[k], x_t) + expand(self.b[k], x_t) * x_t
 
@@ -77,7 +77,7 @@ class Given(Denoiser):
         super().__init__(nn.Identity(), FLOW, "sample")
         self.prediction = prediction
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.x_t, self.t = x_t, t
         return self.prediction
 

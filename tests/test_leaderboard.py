@@ -1,7 +1,6 @@
 """The leaderboard has every objective, and its rows are what the single recipes give."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -15,22 +14,27 @@ from typing import Any
 
 import pytest
 
+from benchmarks.leaderboard import report
+from benchmarks.leaderboard.entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASKS, Run, make_runs
+from benchmarks.leaderboard.leaderboard import Pool, main, needed, perform, run_all, run_updates
+from benchmarks.rows import append_row, read_rows
 from fastgen.config import load_recipe
 from fastgen.evaluation.evaluate import evaluate_path
 from fastgen.objectives import OBJECTIVES
 from fastgen.recipe import Recipe
 from fastgen.run.checkpoint import complete
 from fastgen.train import train
-from tools import leaderboard_report
-from tools.leaderboard import Pool, keep, main, needed, perform, run_all, run_updates
-from tools.leaderboard_entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASKS, Run, make_runs
 
 ROOT = Path(__file__).parents[1]
 RUNS = make_runs()
 TINY = [
-    "backbone.width=16", "backbone.fit_steps=20", "backbone.fit_batch_size=32", "train.batch_size=16",
-    "eval.num_samples=64", "eval.batch_size=64",
-]  # fmt: skip
+    "backbone.width=16",
+    "backbone.fit_steps=20",
+    "backbone.fit_batch_size=32",
+    "train.batch_size=16",
+    "eval.num_samples=64",
+    "eval.batch_size=64",
+]
 
 
 def test_every_objective_has_an_entry_or_a_reason() -> None:
@@ -82,7 +86,7 @@ def test_the_plan_is_that_of_the_updates_it_is_given(tmp_path: Path, capsys: pyt
     hours = []
     for updates in ("10", "1000"):
         argv = ["--plan", "--task", "ring", "--only", "ring_crd_4step_seed0", "--updates", updates]
-        assert main([*argv, "--rows", str(tmp_path), "--runs", str(tmp_path)]) == 0
+        assert main([*argv, "--rows", str(tmp_path / "rows.jsonl"), "--runs", str(tmp_path)]) == 0
         first = capsys.readouterr().out.splitlines()[0]
         assert first.startswith(f"ring: 2 runs of {updates} updates of 512 samples")  # it, and what it starts from
         hours.append(float(first.split()[-3]))
@@ -91,15 +95,15 @@ def test_the_plan_is_that_of_the_updates_it_is_given(tmp_path: Path, capsys: pyt
 
 def test_what_is_needed_is_what_has_no_row_and_what_it_starts_from(tmp_path: Path) -> None:
     runs = make_runs(updates=2)
-    rows, folder = tmp_path / "rows", tmp_path / "runs"
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "runs"
     assert needed(runs, "teacher", TASKS, rows, folder) == ["ring_teacher", "digits_teacher"]
     crd = ["ring_crd_1step_seed0", "ring_dmd2_1step_seed0"]
     assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd
-    keep(rows, crd[1], {"overrides": list(runs[crd[1]].overrides)})
+    append_row(rows, {"name": crd[1], "overrides": list(runs[crd[1]].overrides)})
     assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd  # the row is there, its run is gone
     (folder / crd[1] / "export").mkdir(parents=True)
     assert needed(runs, "crd_1step", ["ring"], rows, folder) == crd[:1]
-    keep(rows, crd[0], {"overrides": list(runs[crd[0]].overrides)})
+    append_row(rows, {"name": crd[0], "overrides": list(runs[crd[0]].overrides)})
     assert needed(runs, "crd_1step", ["ring"], rows, folder) == []
     with pytest.raises(ValueError, match="made with other values"):
         needed(make_runs(updates=3), "crd_1step", ["ring"], rows, folder)
@@ -137,8 +141,8 @@ def test_runs_wait_for_their_start_and_end_in_time(tmp_path: Path, capsys: pytes
 
 def test_a_row_is_what_the_single_recipe_gives(tmp_path: Path) -> None:
     run = make_runs(2, TINY)["ring_dmd2_2step_seed0"]
-    perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
-    row = json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())
+    perform(run, tmp_path / "runs", tmp_path / "rows.jsonl", "cpu", 1)
+    row = read_rows(tmp_path / "rows.jsonl")[run.name]
     train(load_recipe(ROOT / run.recipe, [*row["overrides"], "train.device=cpu", f"output_dir={tmp_path / 'single'}"]))
     single = evaluate_path(tmp_path / "single", device="cpu", progress=False)["metrics"]
     assert single == {name: row["results"]["2"][name] for name in single}
@@ -149,21 +153,29 @@ def test_a_row_is_what_the_single_recipe_gives(tmp_path: Path) -> None:
 
 def test_the_table_is_sorted_and_counts_the_start() -> None:
     def record(entry: str, seed: int, energy: float, start: str | None = None) -> dict[str, Any]:
-        metrics = {"energy_distance": energy, "mode_share_error": 0.01, "linear": 0.2}
-        return {"entry": entry, "task": "ring", "seed": seed, "start": start, "results": {"4": metrics},
-                "evaluations": 1_000_000, "seconds_per_update": 0.1}  # fmt: skip
+        return {
+            "entry": entry,
+            "task": "ring",
+            "seed": seed,
+            "start": start,
+            "results": {"4": {"energy_distance": energy, "mode_share_error": 0.01, "linear": 0.2}},
+            "evaluations": 1_000_000,
+            "seconds_per_update": 0.1,
+        }
 
     found = {f"d{seed}": record("dmd2", seed, 0.002 + 0.001 * seed) for seed in range(3)}
     found["c"] = record("crd", 0, 0.001, "d0")
-    lines = leaderboard_report.table(found, "ring", 4)[5:]
+    lines = report.table(found, "ring", 4)[5:]
     assert lines[0] == "| `crd` | with a reward, from `dmd2` | 0.0010 | 0.0100 | 0.200 | 0.100 |  | 2.00 M |"
     assert lines[1].startswith("| `dmd2` | distribution matching | 0.0030 (0.0020 to 0.0040) |")
-    assert leaderboard_report.table(found, "digits", 4) == []
+    assert report.table(found, "digits", 4) == []
 
 
 def launch(folder: Path, name: str, only: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "tools/leaderboard.py"), "--only", only, "--task", "ring", "--updates", "60",
-               "--runs", str(folder / name), "--rows", str(folder / f"{name}/board/rows"), *TINY]  # fmt: skip
+    """The whole program in a process of its own; its runs and its table are in folder / name."""
+    program, own = ROOT / "benchmarks/leaderboard/leaderboard.py", folder / name
+    command = [sys.executable, str(program), "--only", only, "--task", "ring", "--updates", "60"]
+    command += ["--runs", str(own), "--rows", str(own / "board/rows.jsonl"), *TINY]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
@@ -183,18 +195,18 @@ def test_a_killed_leaderboard_goes_on_to_the_same_row(tmp_path: Path) -> None:
     time.sleep(1)
     assert [c.name for c in complete(checkpoints)] == there != ["step_00000060"]
     assert launch(tmp_path, "killed", only).wait() == 0
+    tables = [tmp_path / run / "board/rows.jsonl" for run in ("whole", "killed")]
+    whole, killed = (read_rows(table) for table in tables)
+    assert whole.keys() == killed.keys() == set(names)
     for name in names:
-        whole, killed = (
-            json.loads((tmp_path / run / "board/rows" / f"{name}.json").read_text()) for run in ("whole", "killed")
-        )
         for key in ("results", "evaluations", "updates", "overrides"):
-            assert whole[key] == killed[key], key
+            assert whole[name][key] == killed[name][key], key
     log = (tmp_path / "killed/logs" / f"{names[0]}.log").read_text()
     assert "continuing from" in log
-    before = (tmp_path / "killed/board/rows" / f"{names[0]}.json").stat().st_mtime_ns
+    before = tables[1].stat()
     assert launch(tmp_path, "killed", only).wait() == 0
-    assert (tmp_path / "killed/board/rows" / f"{names[0]}.json").stat().st_mtime_ns == before
-    assert "`crd`" in (tmp_path / "killed/board.md").read_text()
+    assert (tables[1].stat().st_ino, tables[1].stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "`crd`" in (tmp_path / "killed/board/report.md").read_text()
 
 
 @pytest.mark.slow
@@ -202,8 +214,8 @@ def test_a_killed_leaderboard_goes_on_to_the_same_row(tmp_path: Path) -> None:
 def test_any_number_of_steps_is_one_training(entry: str, tmp_path: Path) -> None:
     """Measured at one step, the run of four is the recipe of one step."""
     run = make_runs(2, TINY)[f"ring_{entry}_4step_seed0"]
-    perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
-    row = json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())
+    perform(run, tmp_path / "runs", tmp_path / "rows.jsonl", "cpu", 1)
+    row = read_rows(tmp_path / "rows.jsonl")[run.name]
     for steps in (2, 1):
         single = tmp_path / f"single{steps}"
         levels = f"rollout.timesteps={list(STEPS[steps])}"
@@ -221,5 +233,5 @@ def test_every_entry_trains_on_the_ring(entry: str, tmp_path: Path) -> None:
         if name in runs:
             chain = [runs[n] for n in (runs[name].start, name) if n]
             for run in chain:
-                perform(run, tmp_path / "runs", tmp_path / "rows", "cpu", 1)
-            assert json.loads((tmp_path / "rows" / f"{name}.json").read_text())["evaluations"] > 0
+                perform(run, tmp_path / "runs", tmp_path / "rows.jsonl", "cpu", 1)
+            assert read_rows(tmp_path / "rows.jsonl")[name]["evaluations"] > 0

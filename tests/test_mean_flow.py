@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_map import FOUR, GAUSSIAN, GaussianMap, exact_networks, gaussian_batch, one_loss, square_growth
+from oracles import FOUR, GAUSSIAN, GaussianMap, exact_networks, gaussian_batch, one_loss, square_growth
 from torch import nn
 
 from fastgen.flow import flow_maps
@@ -60,7 +60,7 @@ def test_the_diagonal_alone_is_flow_matching() -> None:
     found = one_loss(objective, objective.turns(0, {})[0], networks, batch)
     t, _ = objective.pairs(batch)
     x = networks.student.schedule.add_noise(batch.latents, batch.normal("noise"), t)  # type: ignore[arg-type]
-    v = networks.student(x, t, batch.cond, extras={"s": t}, predict="flow_prediction")
+    v = networks.student(x, t, batch.cond, Inputs(s=t), predict="flow_prediction")
     wanted = (v - (batch.normal("noise") - batch.latents)).square().sum(1).mean()
     assert torch.allclose(found, wanted)
 
@@ -86,7 +86,7 @@ def test_alpha_goes_from_trajectory_matching_to_meanflow() -> None:
     networks, batch = exact_networks(0.1), gaussian_batch()
 
     def gradient(alpha: float) -> float:
-        loss = one_loss(objective, turn(alpha), networks, batch)
+        loss = one_loss(objective, networks, batch, turn(alpha))
         return float(torch.autograd.grad(loss, networks.student.off)[0])  # type: ignore[arg-type]
 
     mean_flow, found = gradient(0.0), [gradient(alpha) for alpha in (0.1, 0.01, 0.001)]
@@ -99,23 +99,23 @@ def test_alpha_goes_from_trajectory_matching_to_meanflow() -> None:
     u = flow_maps.average_velocity(networks.student, batch.cond)
     v = flow_maps.guided_velocity(networks.teacher, batch.cond, batch.uncond, 1.0)(x, t)
     wanted = (u(x, t, s) - v).square().sum(1).mean()
-    assert torch.allclose(one_loss(objective, turn(1.0), networks, batch), wanted)
+    assert torch.allclose(one_loss(objective, networks, batch, turn(1.0)), wanted)
 
 
 def test_alpha_weighs_the_square_with_the_adaptive_weight_and_divides_it_without() -> None:
     networks, batch = exact_networks(0.1), gaussian_batch()
     plain = MeanFlow(pairs=TimePairs(diagonal=0.0), power=0.0)
     adaptive = dataclasses.replace(plain, power=1.0, floor=1e9)  # |r|^2 / 1e9: the weight alone
-    ratio = one_loss(plain, turn(0.25), networks, batch) / one_loss(adaptive, turn(0.25), networks, batch)
+    ratio = one_loss(plain, networks, batch, turn(0.25)) / one_loss(adaptive, networks, batch, turn(0.25))
     assert float(ratio) / 1e9 == pytest.approx(1 / 0.25 / 0.25, rel=1e-6)
 
 
 def test_the_diagonal_keeps_its_weight_and_targets_are_clipped() -> None:
     networks, batch = exact_networks(0.1), gaussian_batch()
     on = MeanFlow(pairs=TimePairs(diagonal=1.0), power=0.0)
-    assert torch.equal(one_loss(on, turn(0.25), networks, batch), one_loss(on, turn(0.0), networks, batch))
+    assert torch.equal(one_loss(on, networks, batch, turn(0.25)), one_loss(on, networks, batch, turn(0.0)))
     off = MeanFlow(pairs=TimePairs(diagonal=0.0), clip=0.05)
-    assert one_loss(off, turn(0.25), networks, batch) != one_loss(dataclasses.replace(off, clip=None), turn(0.25),
+    assert one_loss(off, networks, batch, turn(0.25)) != one_loss(dataclasses.replace(off, clip=None), turn(0.25),
                                                                  networks, batch)  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def test_the_derivative_is_trusted_by_degrees() -> None:
     networks, batch = exact_networks(), gaussian_batch()
     none = MeanFlow(pairs=TimePairs(diagonal=0.0), power=0.0)
     untrusted = MeanFlowTurn("student", ("student",), trust=0.0)
-    trajectory = one_loss(none, turn(1.0), networks, batch)
-    assert torch.allclose(one_loss(none, untrusted, networks, batch), trajectory)
+    trajectory = one_loss(none, networks, batch, turn(1.0))
+    assert torch.allclose(one_loss(none, networks, batch, untrusted), trajectory)
 
 
 def test_a_finite_difference_is_as_long_as_it_is_told() -> None:
@@ -148,7 +148,7 @@ def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
     dropped prompts; here u_cond and u_uncond are told apart by the label."""
 
     class Labelled(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             return super().forward(x_t, t, cond, extras=extras, predict=predict) + cond["label"][:, None]
 
     objective = MeanFlow(teach="data", omega=0.2, kappa=0.5, guidance_interval=(0.0, 0.5), drop=0.3)
@@ -163,7 +163,7 @@ def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
     gone = cond["label"] == 1
     assert 8 < int(gone.sum()) < 32
     v, along = objective.velocities(networks, batch, cond, {}, x, t, conditional)
-    own = networks.student(x, t, batch.cond, extras={"s": t}, predict="flow_prediction")
+    own = networks.student(x, t, batch.cond, Inputs(s=t), predict="flow_prediction")
     mixed = 0.2 * conditional + 0.5 * own + 0.3 * (own + 1)
     inside = (t <= 0.5) & ~gone
     assert torch.allclose(v[inside], mixed[inside]) and torch.equal(v[~inside], conditional[~inside])
@@ -181,7 +181,7 @@ def test_improved_guidance_learns_every_scale_it_is_told() -> None:
     assert float((w < 8**0.5).double().mean()) == pytest.approx(0.5, abs=0.03)
 
     class Told(GaussianMap):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             assert extras["guidance"].shape == t.shape
             s = {"s": extras["s"]}
             return super().forward(x_t, t, cond, extras=s, predict=predict) + cond["label"][:, None]
@@ -192,7 +192,7 @@ def test_improved_guidance_learns_every_scale_it_is_told() -> None:
     x, conditional = batch.normal("x"), batch.normal("v")
     v, along = objective.velocities(networks, batch, batch.cond, {"guidance": w}, x, t, conditional)
     assert torch.allclose(v - conditional, (1 - 1 / w)[:, None] * -1.0)
-    assert torch.equal(along, networks.student(x, t, batch.cond, extras={"s": t, "guidance": w},
+    assert torch.equal(along, networks.student(x, t, batch.cond, Inputs(s=t, guidance=w),
                                                predict="flow_prediction"))  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_the_student_alone_moves() -> None:
                                      "teacher": backbone.load("teacher")}  # fmt: skip
     networks = Networks({role: m.double() for role, m in modules.items()}, FOUR)
     (only,) = objective.turns(0, {})
-    one_loss(objective, only, networks, gaussian_batch()).backward()
+    one_loss(objective, networks, gaussian_batch(), only).backward()
     still = {n for n, p in networks.student.named_parameters() if p.grad is None or not bool(p.grad.any())}
     assert only.roles == ("student",) and still <= {"network.label.weight"}
 

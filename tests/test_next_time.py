@@ -45,7 +45,7 @@ class ExactMap(Denoiser):
         torch.nn.Module.__init__(self)
         self.mixture, self.schedule, self.seen = backbone.mixture, backbone.schedule, list[float]()
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         s = extras["s"]
         self.seen.append(float(s[0]))
         here, there = self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t)
@@ -89,7 +89,7 @@ def test_the_sampler_tells_zero_where_each_step_is_renoised() -> None:
     assert student.seen == [0.0, 0.0]
 
 
-def test_a_rollout_jumps_and_then_predicts_the_clean_sample(point_batch) -> None:  # type: ignore[no-untyped-def]
+def test_a_rollout_jumps_and_then_predicts_the_clean_sample() -> None:
     """Backward simulation: exact jumps to the stopping level, then X_{t,0}; with `to`, X_{t,to}."""
     backbone, batch = MIXTURE.build(CPU, torch.float64, 0), point_batch(6)
     student = ExactMap(backbone)
@@ -117,7 +117,7 @@ def test_grids_of_other_numbers_of_steps() -> None:
             RolloutPolicy((1.0,), two_time=True, **options)
 
 
-def test_time_pairs_have_their_shares_and_their_order(point_batch) -> None:  # type: ignore[no-untyped-def]
+def test_time_pairs_have_their_shares_and_their_order() -> None:
     pairs = TimePairs(diagonal=0.5, to_zero=0.25, max_gap=0.3)
     batch = point_batch(1000)
     t, s = pairs(batch)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_map import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss
+from oracles import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss
 from torch import Tensor, nn
 
 from fastgen.networks import Networks
@@ -23,7 +23,7 @@ class Exact(GaussianMap):
         super().__init__(off)
         self.states, self.seen = states, list[Tensor]()
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.seen.append(t)
         level = expand(t, x_t)
         scale = (1 - level) * S + level if self.states == "line" else ((1 - level) ** 2 * S**2 + level**2).sqrt()
@@ -71,7 +71,7 @@ def test_the_student_alone_moves_and_learns_the_affine_map() -> None:
             super().__init__()
             self.scale, self.shift = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
 
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             return self.scale * x_t + self.shift
 
     one = RolloutPolicy((1.0,), "ode")

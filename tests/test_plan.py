@@ -20,7 +20,8 @@ from rich.console import Console
 from tiny_pipelines import tiny_sd
 from tiny_wan import tiny_wan
 
-from fastgen.backbones.pipeline import CONFIGS, read_index
+from fastgen.backbones.pipeline import CONFIGS
+from fastgen.backbones.folder import read_index
 from fastgen.config import build_recipe, load_recipe
 from fastgen.planning.plan import plan
 from fastgen.planning.report import advise, report
@@ -31,7 +32,7 @@ from fastgen.registry import RecipeError
 PROJECT = Path(__file__).resolve().parents[1]
 LORA = {"student": {"rank": 4}, "fake_score": {"rank": 4}}
 
-spec = importlib.util.spec_from_file_location("measure_peak", PROJECT / "tools" / "measure_peak.py")
+spec = importlib.util.spec_from_file_location("measure_peak", PROJECT / "benchmarks" / "peak_memory.py")
 assert spec is not None and spec.loader is not None
 measure_peak = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(measure_peak)

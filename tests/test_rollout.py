@@ -16,7 +16,6 @@ from fastgen.rollout import RolloutPolicy, backward_simulation, draw_stops, pred
 from fastgen.schedule import FlowSchedule, Schedule
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
-Make = Callable[..., Batch]
 
 
 class Recorder(Denoiser):
@@ -56,7 +55,7 @@ class FlowMapStudent(Denoiser):
         self.mixture, self.two_time = mixture, two_time
         self.inputs: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.inputs.append((t, x_t))
         s = self.two_time(t)
         landed = self.mixture.flow_map(x_t, self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t))
@@ -70,7 +69,7 @@ def full(batch: Batch, stop: int) -> Tensor:
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(
-    point_batch: Make, step: str, stop: int
+    step: str, stop: int
 ) -> None:
     student, batch = Recorder(), point_batch(6)
     policy = RolloutPolicy(TIMES, step)
@@ -83,7 +82,7 @@ def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(
     assert executed.x0 is rollout.x and not executed.x_t.requires_grad
 
 
-def test_without_gradient_nothing_is_recorded(point_batch: Make) -> None:
+def test_without_gradient_nothing_is_recorded() -> None:
     """The fake score's turn: grad=False leaves no graph, and the same numbers."""
     student, batch = Recorder(), point_batch(6)
     stop, policy = torch.tensor([0, 3, 1, 2, 3, 0]), RolloutPolicy(TIMES)
@@ -92,7 +91,7 @@ def test_without_gradient_nothing_is_recorded(point_batch: Make) -> None:
     assert torch.equal(x, backward_simulation(student, policy, batch, stop).x)
 
 
-def test_mixed_stops_cost_the_sum_of_active_rows(point_batch: Make) -> None:
+def test_mixed_stops_cost_the_sum_of_active_rows() -> None:
     """Sample i costs stop[i] + 1 evaluations and no more: rows shrink as samples leave, and the last call holds all,
     each told its own time."""
     student, batch, stop = Recorder(), point_batch(8), torch.tensor([0, 3, 1, 0, 3, 2, 0, 1])
@@ -117,7 +116,7 @@ def by_hand(student: Denoiser, policy: RolloutPolicy, batch: Batch, row: int, st
 
 
 @pytest.mark.parametrize("step", ["renoise", "ode"])
-def test_backward_simulation_equals_a_hand_written_loop(point_batch: Make, step: str) -> None:
+def test_backward_simulation_equals_a_hand_written_loop(step: str) -> None:
     """Float64, sample by sample, with mixed stops."""
     student, batch, policy = Recorder(), point_batch(12, key=7), RolloutPolicy(TIMES, step)
     stop = torch.arange(12) % 4
@@ -129,7 +128,7 @@ def test_backward_simulation_equals_a_hand_written_loop(point_batch: Make, step:
 
 
 @pytest.mark.parametrize("step", ["renoise", "ode"])
-def test_gradient_flows_only_through_the_last_executed_step(point_batch: Make, step: str) -> None:
+def test_gradient_flows_only_through_the_last_executed_step(step: str) -> None:
     """The parameter gradient is that of one call on the constant stopping input, and not that of the whole chain."""
     student, batch, policy = Recorder(), point_batch(8, key=3), RolloutPolicy(TIMES, step)
     stop, parameters = torch.arange(8) % 4, list(student.network.parameters())
@@ -144,7 +143,7 @@ def test_gradient_flows_only_through_the_last_executed_step(point_batch: Make, s
 
 
 @pytest.mark.parametrize("step", ["renoise", "ode"])
-def test_a_sample_does_not_depend_on_its_batch(point_batch: Make, step: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch(step: str) -> None:
     """Alone, among others, in another order: the same result to the rounding of float64."""
     student, policy = Recorder(), RolloutPolicy(TIMES, step)
     ids, stop = torch.tensor([5, 90, 12, 7, 33]), torch.tensor([3, 0, 2, 1, 3])
@@ -161,14 +160,14 @@ def test_a_sample_does_not_depend_on_its_batch(point_batch: Make, step: str) -> 
 
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_sampling_is_backward_simulation_at_the_last_stop(point_batch: Make, step: str, steps: int) -> None:
+def test_sampling_is_backward_simulation_at_the_last_stop(step: str, steps: int) -> None:
     """What trains is what samples: bit for bit, given the same noise."""
     student, batch, policy = Recorder(), point_batch(6), RolloutPolicy(TIMES[:steps], step)
     sampled = sample(student, policy, batch.cond, batch.normal)
     assert torch.equal(sampled, backward_simulation(student, policy, batch, full(batch, steps - 1)).x)
 
 
-def test_the_told_time_reaches_the_network(point_batch: Make) -> None:
+def test_the_told_time_reaches_the_network() -> None:
     """A one-step student fed pure noise at t = 1 is told 399 of 1000; its output is still read at t = 1, where the
     velocity v gives x0 = x_1 - v."""
     student, batch = Recorder(), point_batch(3)
@@ -183,7 +182,7 @@ def test_the_told_time_reaches_the_network(point_batch: Make) -> None:
 GAUSSIAN = GaussianMixtureConfig(means=((0.7, -1.2),), stds=((1.3, 0.4),))
 
 
-def test_the_exact_student_with_ode_steps_has_the_exact_marginals(point_batch: Make) -> None:
+def test_the_exact_student_with_ode_steps_has_the_exact_marginals() -> None:
     """Its Euler steps land on the probability-flow ODE's: every step's input is alpha m + sqrt(V) z and the sample is
     m + sqrt(S) z, sample by sample, z being the initial noise."""
     mixture, batch, policy = build_mixture(GAUSSIAN), point_batch(100), RolloutPolicy((1.0, 0.8, 0.55, 0.2), "ode")
@@ -200,7 +199,7 @@ def test_the_exact_student_with_ode_steps_has_the_exact_marginals(point_batch: M
     assert len(student.inputs) == 4 and worst < 1e-13 and end < 1e-13
 
 
-def test_the_exact_student_with_renoising_has_the_data_law_at_every_stop(point_batch: Make) -> None:
+def test_the_exact_student_with_renoising_has_the_data_law_at_every_stop() -> None:
     """The consistency function of a Gaussian, renoised between steps: at each stop the clean samples have mean m and
     covariance S, within 5 standard errors of 100,000 samples, and are not a function of the initial noise."""
     n = 100_000
@@ -221,7 +220,7 @@ def test_the_exact_student_with_renoising_has_the_data_law_at_every_stop(point_b
         assert kept > 0.999 if stop == 0 else kept < 0.99
 
 
-def test_stops_are_even_and_keyed(point_batch: Make) -> None:
+def test_stops_are_even_and_keyed() -> None:
     """Per sample: each of 4 stops a quarter of the samples, a function of the sample's id; shared: one for all, the
     same for every micro-batch of the update, even over updates."""
     stop = draw_stops(point_batch(40_000), 4, shared=False)
@@ -235,7 +234,7 @@ def test_stops_are_even_and_keyed(point_batch: Make) -> None:
     assert ((torch.bincount(drawn, minlength=4) - 1000) / math.sqrt(4000 * 3 / 16)).abs().max() < 4
 
 
-def test_float32_rollouts_follow_the_float64_ones(point_batch: Make) -> None:
+def test_float32_rollouts_follow_the_float64_ones() -> None:
     """The same samples in single precision, to its rounding."""
     student, policy = Recorder(), RolloutPolicy(TIMES)
     batch = point_batch(50)

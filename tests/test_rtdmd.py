@@ -55,7 +55,7 @@ class Affine(Denoiser):
         self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
         self.levels = torch.tensor(policy.timesteps, dtype=torch.float64)
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         step = (t[:, None] - self.levels).abs().argmin(1)
         return self.a[step][:, None] + self.b[step][:, None] * x_t
 
@@ -85,7 +85,7 @@ class ExactFake(Denoiser):
         self.student, self.shift, self.stretch = [student], shift, stretch  # in a list: not a submodule
         self.ends = torch.tensor([*policy.timesteps[1:], 0.0], dtype=torch.float64)
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         stop = extras["stop"] if extras else torch.full_like(t, len(self.ends) - 1).long()
         mean, variance = (law[stop] for law in self.student[0].laws())
         return denoise(x_t, t, self.ends[stop], mean + self.shift, variance * self.stretch)
@@ -221,7 +221,7 @@ def test_the_fake_loss_is_the_clamped_velocity_error() -> None:
     t, s, x_t = fake.t[:, None], rollout.s[:, None], fake.x_t
     sigma = (t**2 - ((1 - t) / (1 - s) * s) ** 2).sqrt()
     target = -rollout.x / (1 - s) + (t + (1 - t) * s**2 / (1 - s) ** 2) / sigma * noise
-    velocity = (x_t - fake(x_t, fake.t, batch.cond, extras={"stop": rollout.stop})) / t
+    velocity = (x_t - fake(x_t, fake.t, batch.cond, Inputs(stop=rollout.stop))) / t
     expected = ((1 / sigma**2).clamp(max=10.0) * (sigma * (velocity - target)) ** 2).mean()
     print(f"{loss.item():.6f}, by hand {expected.item():.6f}; clamped {(sigma**2 < 0.1).double().mean():.2f} of it")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -436,7 +436,7 @@ class LearnedFake(Denoiser):
         super().__init__(nn.Identity(), FLOW, "sample")
         self.mean, self.log_std = (nn.Parameter(torch.tensor([v]).double()) for v in (mean, math.log(std)))
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         return denoise(x_t, t, torch.zeros_like(t), self.mean.expand(len(t)), (2 * self.log_std).exp().expand(len(t)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_map import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss, spread
+from oracles import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss, spread
 from torch import Tensor, nn
 
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
@@ -38,8 +38,8 @@ PLAIN = SCM(warmup=0, learned_weight=False)
 class Consistent(GaussianMap):
     """The exact map told s = 0, off by off * sin(2 x + 3 t)."""
 
-    def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
-        return super().forward(x_t, t, cond, extras={"s": 0 * t}, predict=predict)
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        return super().forward(x_t, t, cond, Inputs(s=0 * t), predict=predict)
 
 
 def networks_of(off: float = 0.0, policy: RolloutPolicy = RENOISE) -> Networks:
@@ -132,7 +132,7 @@ def test_angles_and_states_convert_back() -> None:
 def test_the_exact_function_has_no_loss(source: Any, sigma_data: float) -> None:
     """The loss at F^- is |g / (|g| + c)|^2: nearly quadratic while |g| is far below c."""
     objective = dataclasses.replace(PLAIN, source=source, sigma_data=sigma_data)
-    at = [float(one_loss(objective, WARM, networks_of(off), gaussian_batch())) for off in (0.0, 1e-4, 1e-3)]
+    at = [float(one_loss(objective, networks_of(off), gaussian_batch(), WARM)) for off in (0.0, 1e-4, 1e-3)]
     print(at)
     assert at[0] < 1e-15 and 80 < at[2] / at[1] < 110
 
@@ -148,7 +148,7 @@ def test_from_data_the_mean_gradient_vanishes_at_the_exact_function(monkeypatch:
     networks, found = networks_of(), []
     del networks.modules["teacher"]
     for key in range(60):
-        loss = one_loss(objective, WARM, networks, gaussian_batch(key=key))
+        loss = one_loss(objective, networks, gaussian_batch(key=key), WARM)
         found.append(float(torch.autograd.grad(loss, networks.student.off)[0]) * 1e5)  # type: ignore[arg-type]
     mean = torch.tensor(found)
     error = float(mean.mean().abs() / (mean.std() / 60**0.5))
@@ -179,7 +179,7 @@ def test_the_derivative_is_trusted_by_degrees() -> None:
     assert SCM(warmup=0).turns(0, {})[-1].trust == 1.0  # type: ignore[attr-defined]
     cold = TrustTurn("student", ("student",), trust=0.0)
     networks, batch = networks_of(), gaussian_batch()
-    assert float(one_loss(PLAIN, WARM, networks, batch)) < 1e-15 < float(one_loss(PLAIN, cold, networks, batch))
+    assert float(one_loss(PLAIN, networks, batch, WARM)) < 1e-15 < float(one_loss(PLAIN, networks, batch, cold))
 
 
 def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> None:
@@ -187,7 +187,7 @@ def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> N
     networks = exact_networks(policy=RENOISE)
     networks.modules["student"] = GaussianMap()  # told no s: the velocity
     cold = TrustTurn("student", ("student",), trust=0.0)
-    assert float(one_loss(PLAIN, cold, networks, gaussian_batch())) < 1e-15
+    assert float(one_loss(PLAIN, networks, gaussian_batch(), cold)) < 1e-15
 
 
 def test_the_learned_weight_has_its_optimum_where_the_weighted_square_is_one() -> None:
@@ -195,7 +195,7 @@ def test_the_learned_weight_has_its_optimum_where_the_weighted_square_is_one() -
     objective = SCM(warmup=0, sigma_data=0.5)
     networks, batch = networks_of(0.3), gaussian_batch()
     networks.modules["weighting"] = LevelWeight().double()
-    total = one_loss(objective, WARM, networks, batch)
+    total = one_loss(objective, networks, batch, WARM)
     (found,) = torch.autograd.grad(total, networks["weighting"].bias)  # type: ignore[arg-type]
     states = objective.noised(networks, batch)
     angle = trig_angle(states.t, 0.5)
@@ -224,7 +224,7 @@ def test_the_differences_backend_is_close_to_the_derivative() -> None:
              for d in ("jvp", "difference")]  # fmt: skip
     assert found[0] == pytest.approx(found[1], rel=1e-2) and found[0] != found[1]
     wide = dataclasses.replace(PLAIN, derivative="difference", difference_step=0.3)
-    assert abs(float(one_loss(wide, WARM, networks, batch)) - found[0]) > 10 * abs(found[1] - found[0])
+    assert abs(float(one_loss(wide, networks, batch, WARM)) - found[0]) > 10 * abs(found[1] - found[0])
 
 
 # --- where x comes from
@@ -321,7 +321,7 @@ def test_each_turn_moves_its_own_networks(objective: SCM) -> None:
     networks = real_networks(objective)
     assert set(objective.trained_roles) <= set(networks) | {"weighting"}
     for turn in objective.turns(5, {}):
-        one_loss(objective, turn, networks, gaussian_batch()).backward()
+        one_loss(objective, networks, gaussian_batch(), turn).backward()
         for role, module in networks.items():
             got = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
             missing = {n for n, _ in module.named_parameters()} - got
@@ -344,7 +344,7 @@ def test_matching_waits_for_the_tangent() -> None:
     loss = RCM.loss(warm, networks, batch, {})
     assert RCM.matching is not None and "dm_grad" in loss.terms
     alone = dataclasses.replace(RCM, matching=None)
-    wanted = one_loss(alone, warm, networks, batch) + 0.5 * RCM.matching.student_loss(networks, batch).total
+    wanted = one_loss(alone, networks, batch, warm) + 0.5 * RCM.matching.student_loss(networks, batch).total
     assert torch.allclose(loss.total, wanted)
 
 
@@ -353,7 +353,7 @@ def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
     networks, batch = networks_of(), gaussian_batch(256)
 
     class Shifted(Consistent):
-        def forward(self, x_t, t, cond, *, conditioning_time=None, extras=None, predict="sample"):  # type: ignore[no-untyped-def]
+        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             return super().forward(x_t, t, cond) + self.off
 
     backbone = GAUSSIAN.build(torch.device("cpu"), F64, 0)

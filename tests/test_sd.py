@@ -410,9 +410,9 @@ def test_an_extended_unet_starts_as_the_unextended_one(backbones: dict[str, SD],
     with torch.no_grad():
         expected = plain(x, t, cond)
         for k in range(3):
-            assert torch.equal(extended(x, t, cond, extras={"stop": torch.full((3,), k)}), expected)
+            assert torch.equal(extended(x, t, cond, Inputs(stop=torch.full((3,), k))), expected)
         extended.time_embedding.tables["stop"].weight[1] += 0.5
-        told = extended(x, t, cond, extras={"stop": torch.tensor([0, 1, 2])})
+        told = extended(x, t, cond, Inputs(stop=torch.tensor([0, 1, 2])))
     change = (told - expected).abs().amax((1, 2, 3))
     assert change[1] > 1e-3 and change[0] < 1e-5 and change[2] < 1e-5
     with pytest.raises(ValueError, match="stop"):

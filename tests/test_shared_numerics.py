@@ -16,7 +16,6 @@ from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 
 FLOW = FlowSchedule()
 CPS = RolloutPolicy(timesteps=(1.0, 0.75, 0.5, 0.25), transition="cps", eta=0.9)
-Make = Callable[..., Batch]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +121,7 @@ def test_shared_steps_share_their_noise_within_a_group_alone() -> None:
 
 
 @pytest.mark.parametrize("transition", ["ode", "renoise", "cps"])
-def test_backward_simulation_stops_at_the_level_it_is_told(transition: str, point_batch: Make) -> None:
+def test_backward_simulation_stops_at_the_level_it_is_told(transition: str) -> None:
     """x_s follows the policy's own transition from the executed step, with gradient; s = 0 is the clean prediction."""
     eta = {"eta": 0.9} if transition == "cps" else {}
     policy = RolloutPolicy(timesteps=CPS.timesteps, transition=transition, **eta)  # type: ignore[arg-type]

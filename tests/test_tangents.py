@@ -292,7 +292,7 @@ def test_an_extended_network_starts_exactly_at_its_teacher(backbones: dict[str, 
 
     def out(s: Tensor, w: float) -> Tensor:
         with torch.no_grad():
-            return student(given["x"], given["t"], cond, extras={"s": s, "guidance": torch.full((2,), w)})
+            return student(given["x"], given["t"], cond, Inputs(s=s, guidance=torch.full((2,), w)))
 
     with torch.no_grad():
         expected = plain(given["x"], given["t"], cond)
@@ -326,7 +326,7 @@ def test_the_derivative_of_a_diffusers_network_is_right(
     cond = type(cond)({k: v.double() if v.is_floating_point() else v for k, v in cond.items()})
 
     def u(x: Tensor, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
-        return student(x, t, cond, extras={"s": s, "guidance": w}, predict="flow_prediction")
+        return student(x, t, cond, Inputs(s=s, guidance=w), predict="flow_prediction")
 
     w, one, zero = torch.full((2,), 3.0, dtype=F64), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64)
     primals = (given["x"], given["t"], given["s"], w)
@@ -348,7 +348,7 @@ def test_a_wan_student_takes_a_pair_of_levels_a_frame(backbones: dict[str, Backb
     frames = backbone.latent_shape[0]
 
     def u(t: Tensor, s: Tensor) -> Tensor:
-        return student(given["x"], t, cond, extras={"s": s, "guidance": torch.ones_like(t)}, predict="flow_prediction")
+        return student(given["x"], t, cond, Inputs(s=s, guidance=torch.ones_like(t)), predict="flow_prediction")
 
     t, s = (given[name][:, None].expand(-1, frames).clone() for name in "ts")
     with torch.no_grad():

@@ -24,7 +24,8 @@ from fastgen.modules.experts import Experts
 from fastgen.modules.heads import TokenHeads
 from fastgen.denoiser import add_stop_input
 from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
-from fastgen.evaluation.report import grid, sample_section
+from fastgen.sampling.pictures import grid
+from fastgen.evaluation.report import sample_section
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.pipelines import video
@@ -244,17 +245,17 @@ def test_an_extended_network_starts_as_the_unextended_one(folders: dict[int, Pat
     stop = torch.tensor([0, 1, 2, 3])
     plain = backbone.load("fake_score")(x, t, cond)
     extended = add_stop_input(backbone.load("fake_score"), 4, backbone.time_dim)
-    assert torch.equal(extended(x, t, cond, extras={"stop": stop}), plain)
+    assert torch.equal(extended(x, t, cond, Inputs(stop=stop)), plain)
 
     with torch.no_grad():
         for name, p in extended.named_parameters():
             if "tables" in name:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    told = extended(x, t, cond, extras={"stop": stop})
-    alone = extended(x[2:3], t[2:3], cond.select(slice(2, 3)), extras={"stop": stop[2:3]})
+    told = extended(x, t, cond, Inputs(stop=stop))
+    alone = extended(x[2:3], t[2:3], cond.select(slice(2, 3)), Inputs(stop=stop[2:3]))
     assert torch.allclose(told[2:3], alone, atol=1e-5)
     assert ((told - plain).flatten(1).abs().amax(1) > 1e-3).all()
-    other = extended(x, t, cond, extras={"stop": torch.tensor([0, 1, 2, 0])})
+    other = extended(x, t, cond, Inputs(stop=torch.tensor([0, 1, 2, 0])))
     assert torch.equal(told[:3], other[:3]) or torch.allclose(told[:3], other[:3], atol=1e-6)
     assert not torch.allclose(told[3], other[3], atol=1e-3)
     with pytest.raises(ValueError, match="extra inputs"):
@@ -272,7 +273,7 @@ def test_recomputed_activations_give_the_same_gradients(folders: dict[int, Path]
         fake = add_stop_input(backbone.load("fake_score"), 4, backbone.time_dim)
         if recompute:
             fake.enable_checkpointing()
-        fake(x, t, cond, extras={"stop": torch.tensor([1, 2])}).square().mean().backward()
+        fake(x, t, cond, Inputs(stop=torch.tensor([1, 2]))).square().mean().backward()
         gradients.append({n: p.grad for n, p in fake.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(g, gradients[1][n], atol=1e-7) for n, g in gradients[0].items())

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from fastgen.config import load_recipe
 from fastgen.evaluation.evaluate import write_results
-from fastgen.evaluation.report import grid
 from fastgen.metrics import METRICS, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.reference import Reference, open_reference
+from fastgen.sampling.pictures import grid
 from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.train import train
 

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,12 +20,35 @@ from fastgen.schedule import Schedule
 Output = Literal["pixels", "frames", "points"]
 
 
+@dataclass(frozen=True)
+class RoleOptions:
+    """How a run's networks are made.
+
+    adapters: role -> its LoRA adapter, on a base that these roles share with the teacher; other roles are whole.
+    frozen_dtype: of the teacher or the shared base; None is the backbone's own dtype.
+    deferred: networks are made without their weights, which are read when the networks have been sharded."""
+
+    adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
+    frozen_dtype: torch.dtype | None = None
+    deferred: bool = False
+
+
+DEFAULT_ROLES = RoleOptions()
+
+
 class BackboneConfig(ABC):
     """The recipe's `backbone:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
     output: ClassVar[Output]
-    can_checkpoint: ClassVar[bool] = True  # whether its networks can compute activations again
+    can_checkpoint: ClassVar[bool] = True  # whether its networks can recompute activations in the backward pass
+    flow_matching: ClassVar[bool] = True  # whether x_t = (1 - t) x0 + t noise; else another noise schedule
+    has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
+
+    @property
+    def num_dims(self) -> int | None:
+        """The number of coordinates of a point; None for pictures and videos."""
+        return None
 
     @abstractmethod
     def check(self) -> None:
@@ -36,8 +59,11 @@ class BackboneConfig(ABC):
         """Raises ValueError if the exported folder could not hold this sampler. Loads no weights."""
 
     @abstractmethod
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Backbone":
-        """The backbone; weights load when they are first needed."""
+    def build(
+        self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
+    ) -> "Backbone":
+        """The backbone; weights load when they are first needed. dtype: of everything but frozen networks, if `roles`
+        gives those another."""
 
     def own_boundaries(self) -> tuple[float, ...] | None:
         """Levels between the experts of this pipeline; () where it has one network, None where that is only known when
@@ -58,22 +84,20 @@ class BackboneConfig(ABC):
 class Backbone(ABC):
     """A pretrained pipeline: networks by role, prompts and images to tensors and back, and export."""
 
-    config: Any
-
     schedule: Schedule
     latent_shape: tuple[int, ...]
     image_size: int | None  # pixels of a side, for images to be read at; None for points and frames
     fps: int | None = None  # frames a second, for videos to be written at; None for points and pixels
     time_dim: int  # width of the time embedding, for extra inputs
-    device: torch.device
-    dtype: torch.dtype
 
     lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers adapters go on by default
     teacher_is_base: ClassVar[bool] = True  # whether the teacher is the network that adapters share
-    adapters: Mapping[str, LoraConfig] = MappingProxyType({})
-    frozen_dtype: torch.dtype | None = None
-    deferred: bool = False  # networks are made without their weights, which are read when they have been divided
-    shared: SharedBase | None = None
+    mixture: Any = None  # the exact law of the data, where it is known
+    stores_adapters: ClassVar[bool] = True  # whether an export may be an adapter for the original pipeline
+
+    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES):
+        self.config, self.device, self.dtype, self.roles = config, device, dtype, roles
+        self.shared: SharedBase | None = None  # what adapters share, once one has been loaded
 
     @property
     def output(self) -> Output:
@@ -84,15 +108,15 @@ class Backbone(ABC):
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
 
     def load(self, role: str) -> Denoiser:
-        """The same, the teacher frozen and in evaluation mode, the others trainable; or, for a role in `adapters`
+        """The same, the teacher frozen and in evaluation mode, the others trainable; or, for a role with an adapter
         (and then the teacher), a view of the one shared base."""
-        frozen_dtype = self.frozen_dtype or self.dtype
-        is_base = role == "teacher" and self.teacher_is_base and self.adapters
-        if is_base or role in self.adapters:
+        frozen_dtype, adapters = self.roles.frozen_dtype or self.dtype, self.roles.adapters
+        is_base = role == "teacher" and self.teacher_is_base and adapters
+        if is_base or role in adapters:
             if self.shared is None:
                 base = self.make("teacher" if self.teacher_is_base else "base", frozen_dtype)
                 self.shared = SharedBase(base, self.lora_targets, self.dtype)
-            return LoraDenoiser(self.shared, None) if is_base else self.shared.role(role, self.adapters[role])
+            return LoraDenoiser(self.shared, None) if is_base else self.shared.role(role, adapters[role])
         if role == "teacher":
             return self.make(role, frozen_dtype).requires_grad_(False).eval()
         return self.make(role, self.dtype).requires_grad_(True).train()
@@ -129,6 +153,16 @@ class Backbone(ABC):
     @abstractmethod
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The timesteps at which the stock scheduler calls the teacher for this many steps, as an ode policy."""
+
+    @property
+    def library(self) -> str:
+        """The package that loads its exports, as a model card names it."""
+        return "fastgen"
+
+    @abstractmethod
+    def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
+        """Markdown for the model card: how the student exported to `folder` is loaded and called. adapter: whether the
+        export is a LoRA adapter."""
 
     @abstractmethod
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:

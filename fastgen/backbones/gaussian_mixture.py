@@ -20,12 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone, BackboneConfig, Output
+from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Output, RoleOptions
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
+
+POINTS = """```python
+from pathlib import Path
+
+from fastgen.sampling.sampler import load_sampler
+
+points = load_sampler(Path("path/to/this/folder")).sample(prompts=[""] * 8, seeds=range(8))
+```"""
 
 Rows = Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
 
@@ -43,6 +51,7 @@ class GaussianMixtureConfig(BackboneConfig):
     name: Literal["gaussian_mixture"] = "gaussian_mixture"
     output: ClassVar[Output] = "points"
     can_checkpoint: ClassVar[bool] = False
+    has_exact_law: ClassVar[bool] = True
     weights: tuple[float, ...] | None = None
     classes: tuple[int, ...] | None = None
     uncond_weights: tuple[float, ...] | None = None
@@ -57,8 +66,12 @@ class GaussianMixtureConfig(BackboneConfig):
     def _consistent(self) -> "GaussianMixtureConfig":
         count, dim = len(self.means), len(self.means[0])
         for name in ("stds", "weights", "classes", "uncond_weights"):
-            value = {"stds": self.stds, "weights": self.weights, "classes": self.classes,
-                     "uncond_weights": self.uncond_weights}[name]  # fmt: skip
+            value = {
+                "stds": self.stds,
+                "weights": self.weights,
+                "classes": self.classes,
+                "uncond_weights": self.uncond_weights,
+            }[name]
             if value is not None and len(value) != count:
                 raise ValueError(f"{name} has {len(value)} entries but means has {count}; give one for each component")
         if any(len(m) != dim for m in self.means):
@@ -75,6 +88,10 @@ class GaussianMixtureConfig(BackboneConfig):
             raise ValueError(f"classes must use every label from 0 up, got {sorted(set(self.classes))}")
         return self
 
+    @property
+    def num_dims(self) -> int:
+        return len(self.means[0])
+
     def check(self) -> None:
         """Nothing outside the recipe is needed."""
 
@@ -87,8 +104,10 @@ class GaussianMixtureConfig(BackboneConfig):
     def unloaded(self) -> "GaussianMixtureConfig":
         return dataclasses.replace(self, fit_steps=0)
 
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "GaussianMixture":
-        return GaussianMixture(self, device, dtype, seed)
+    def build(
+        self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
+    ) -> "GaussianMixture":
+        return GaussianMixture(self, device, dtype, seed, roles)
 
 
 class Mixture:
@@ -236,10 +255,19 @@ class GaussianMixture(Backbone):
 
     image_size = None
     lora_targets = ("inlet", "1", "3", "outlet.2")
+    stores_adapters = False
     teacher_is_base = False  # it is a formula; the base is the network fitted to it
 
-    def __init__(self, config: GaussianMixtureConfig, device: torch.device, dtype: torch.dtype, seed: int):
-        self.config, self.device, self.dtype, self.seed = config, device, dtype, seed
+    def __init__(
+        self,
+        config: GaussianMixtureConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        roles: RoleOptions = DEFAULT_ROLES,
+    ):
+        super().__init__(config, device, dtype, roles)
+        self.seed = seed
         self.mixture = build_mixture(config)
         self.schedule = FlowSchedule()
         self.latent_shape = (len(config.means[0]),)
@@ -280,7 +308,7 @@ class GaussianMixture(Backbone):
         """model.safetensors (the PointMLP; model_2.safetensors, ... of further experts), config.json (the mixture's
         configuration), experts.json (the boundaries) and inputs.json (the names of a flow map's further inputs)."""
         folder.mkdir(parents=True, exist_ok=True)
-        for i, part in enumerate(student.parts):
+        for i, part in enumerate(student.members):
             weights = {k: v.contiguous().cpu() for k, v in part.network.state_dict().items()}
             save_file(weights, folder / weight_name(i))
         if student.boundaries:
@@ -289,6 +317,9 @@ class GaussianMixture(Backbone):
             (folder / "inputs.json").write_text(json.dumps(policy.inputs) + "\n")
         config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
+        return POINTS
 
     def load_exported(self, folder: Path) -> Denoiser:
         """The student that save_pipeline wrote, frozen."""

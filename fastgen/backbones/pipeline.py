@@ -3,13 +3,12 @@
 import dataclasses
 import importlib
 import inspect
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -20,27 +19,27 @@ from huggingface_hub import snapshot_download
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.backbones import saving
+from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, RoleOptions
+from fastgen.backbones.folder import check_components, read_index, weight_files
+from fastgen.backbones.prompt_table import PromptTable
+from fastgen.backbones.usage import pipeline_usage
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
-from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
+from fastgen.registry import shipped
 from fastgen.rollout import RolloutPolicy
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-TABLE_BYTES = 1 << 30  # prompt embeddings kept in memory; beyond it they are encoded anew
-PROJECT = Path(__file__).resolve().parents[2]
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of well-known hub ids
+CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PipelineConfig(BackboneConfig):
-    """path: a local diffusers folder (relative to the working directory, else to the project), or a hub id "org/name",
+    """path: a diffusers folder, of the working directory or else of what ships with fastgen; or a hub id "org/name",
     the only thing here that uses the network."""
 
     path: str
@@ -65,11 +64,13 @@ class PipelineConfig(BackboneConfig):
         check_components(folder, index)
 
     @abstractmethod
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "PipelineBackbone": ...
+    def build(
+        self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
+    ) -> "PipelineBackbone": ...
 
     def local_folder(self) -> Path | None:
-        """The folder `path` names, if there is one."""
-        for candidate in (Path(self.path), PROJECT / self.path):
+        """The folder that `path` names in the working directory, else in what ships with fastgen, else None."""
+        for candidate in (Path(self.path), shipped(self.path)):
             if candidate.is_dir():
                 return candidate
         return None
@@ -81,22 +82,11 @@ class PipelineConfig(BackboneConfig):
         folder = CONFIGS / self.path
         if not folder.is_dir():
             known = ", ".join(str(p.parent.relative_to(CONFIGS)) for p in sorted(CONFIGS.glob("*/*/model_index.json")))
-            raise ValueError(f"path: the configs of {self.path} are not known without the network; download it and "
-                             f"give the folder. Known are {known}")  # fmt: skip
+            raise ValueError(
+                f"path: the configs of {self.path} are not known without the network; download it and "
+                f"give the folder. Known are {known}"
+            )
         return dataclasses.replace(self, path=str(folder))
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json of a diffusers pipeline. Raises ValueError if it is missing or unreadable."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise ValueError(f"path: {folder} is not a diffusers pipeline: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text())
-        index["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"path: {path} is not a diffusers index; download the pipeline again") from None
-    return index
 
 
 def other_family(class_name: str) -> str:
@@ -114,53 +104,6 @@ def family_configs() -> Iterator[tuple[str, type[PipelineConfig]]]:
         cls = vars(importlib.import_module(module))[attribute]
         if issubclass(cls, PipelineConfig):
             yield name, cls
-
-
-def check_components(folder: Path, index: dict[str, Any]) -> None:
-    """Raises ValueError if a component the index names has no config, or a network no complete safetensors weights."""
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
-            continue
-        part = folder / name
-        if not part.is_dir():
-            raise ValueError(f"path: {folder} is incomplete: it has no folder {name}; download it again")
-        if name.startswith(("scheduler", "tokenizer", "feature_extractor", "image_processor")):
-            continue
-        if not (part / "config.json").is_file():
-            raise ValueError(f"path: {part} has no config.json; download it again")
-        missing = missing_weights(part)
-        if missing:
-            raise ValueError(f"path: {part} has no {missing}; download the safetensors weights")
-
-
-def missing_weights(part: Path) -> str:
-    """The first weight file that is not there, by the shards' index where there is one; '' if none is missing."""
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return next((w for w in wanted if not (part / w).is_file()), "")
-    return "" if any(part.glob("*.safetensors")) else "safetensors weights"
-
-
-def weight_files(part: Path) -> list[Path]:
-    """The safetensors files of a component: those of its index, or its one file."""
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        return [part / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(part.glob("*.safetensors"))[:1]
-
-
-def boundaries_in(part: Path) -> tuple[float, ...]:
-    """The boundaries of the experts that one component holds, by its config.json; () for one network or a hub id."""
-    path = part / "config.json"
-    return tuple(json.loads(path.read_text()).get("boundaries", ())) if path.is_file() else ()
-
-
-class PromptRows(Protocol):
-    """Prompts encoded before, as `fastgen prepare` stores them."""
-
-    def __contains__(self, prompt: str) -> bool: ...
-
-    def read(self, prompts: Sequence[str]) -> Conditioning:
-        """Rows of encode_chunk, on the CPU."""
 
 
 class PipelineBackbone(Backbone):
@@ -188,17 +131,20 @@ class PipelineBackbone(Backbone):
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
 image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]"""
 
-    def __init__(self, config: PipelineConfig, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(
+        self, config: PipelineConfig, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
+    ):
+        super().__init__(config, device, dtype, roles)
         folder = config.local_folder()
         self.source = str(folder or config.path)
         self.options: dict[str, Any] = {
-            "use_safetensors": True, "local_files_only": folder is not None, "torch_dtype": dtype,
-        }  # fmt: skip
-        self.prepared: PromptRows | None = None  # read instead of encoding; set by prepared data
-        self._rows: dict[str, int] = {}
-        self._table: Conditioning | None = None
-        self._ready: Conditioning | None = None
+            "use_safetensors": True,
+            "local_files_only": folder is not None,
+            "torch_dtype": dtype,
+        }
+        self.prompts = PromptTable(
+            lambda prompts: self.encode_chunk(prompts), lambda table: self.finish_table(table), device, dtype
+        )
 
     # --- networks
 
@@ -224,7 +170,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         )
 
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
-        if self.deferred:
+        if self.roles.deferred:
             return self.make_empty(dtype)
         return self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
 
@@ -260,29 +206,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return found
 
     def load_exported(self, folder: Path) -> Denoiser:
-        options = self.options | {"local_files_only": True}
-        if not (folder / LORA_WEIGHTS).is_file():
-            student = self.read_networks(folder, **options)
-            if (folder / flow_map.INPUTS).is_file():
-                self.read_inputs(student, folder)
-            return student.requires_grad_(False).eval()
-        student = self.read_networks(self.source, **self.options)
-        for part, file in zip(student.parts, self.lora_files, strict=True):
-            part.network.load_lora_adapter(str(folder), weight_name=file, prefix=self.subfolder)
-        return student.to(self.device).requires_grad_(False).eval()
-
-    def read_inputs(self, student: Denoiser, folder: Path) -> None:
-        """Extends the network of an exported flow map by its inputs."""
-        told, parts = flow_map.read_inputs(folder)
-        student.add_inputs({}, self.time_dim, told["names"])
-        for part, weights in zip(student.parts, parts, strict=True):
-            part.time_embedding.tables.load_state_dict(weights)
-        student.to(self.device, self.dtype)
-
-    @property
-    def lora_files(self) -> list[str]:
-        """A file for each network; diffusers wants each under the name of the first."""
-        return [LORA_WEIGHTS, *(LORA_WEIGHTS.replace(".", f"_{name}.") for name in self.subfolders[1:])]
+        return saving.load_student(self, folder)
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
@@ -301,14 +225,14 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def text_pipeline(self) -> DiffusionPipeline:
         """The stock pipeline without what draws and judges images: its own prompt encoding."""
         unused = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "image_encoder")
-        absent: dict[str, Any] = {name: None for name in unused if name in self.parts}
+        absent: dict[str, Any] = {name: None for name in unused if name in self.components}
         if "safety_checker" in absent:
             absent["requires_safety_checker"] = False  # nothing is drawn here
         pipeline = self.pipeline_class.from_pretrained(self.source, **absent, **self.options)
         return pipeline.to(self.device)
 
     @cached_property
-    def parts(self) -> dict[str, Any]:
+    def components(self) -> dict[str, Any]:
         """model_index.json: component -> [library, class]."""
         local = self.options["local_files_only"]
         index = dict(DiffusionPipeline.load_config(self.source, local_files_only=local))
@@ -318,18 +242,20 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def pipeline_class(self) -> type[DiffusionPipeline]:
         """The stock pipeline's own class. DiffusionPipeline.from_pretrained ignores a component that is passed to it
         where the class has a default for it, as WanPipeline has for its transformers, and loads the stored one."""
-        return getattr(diffusers, self.parts["_class_name"])
+        return getattr(diffusers, self.components["_class_name"])
 
     def warnings(self) -> list[str]:
         """Whether the teacher looks like a few-step student itself, by its name, its scheduler or our card."""
         folder = self.config.local_folder()
         exported = folder is not None and (folder / "fastgen.json").is_file()
         named = any(word in Path(self.source).name.lower() for word in FEW_STEP_NAMES)
-        if not (exported or named or self.parts["scheduler"][1] in FEW_STEP_SCHEDULERS):
+        if not (exported or named or self.components["scheduler"][1] in FEW_STEP_SCHEDULERS):
             return []
-        return [f"{self.source} looks like a few-step student. Between its own steps it is no diffusion model any "
-                "more, and training it further blurs it. The anchored way: name the original pipeline as "
-                "backbone.path, and this one as init_from"]  # fmt: skip
+        return [
+            f"{self.source} looks like a few-step student. Between its own steps it is no diffusion model any "
+            "more, and training it further blurs it. The anchored way: name the original pipeline as "
+            "backbone.path, and this one as init_from"
+        ]
 
     @property
     def stock_call(self) -> tuple[int, float]:
@@ -349,97 +275,27 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         """What networks are given, from the rows of all prompts seen so far."""
         return table
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Each prompt is encoded once and kept, up to a gigabyte. By itself, as the last bits depend on what
-        shares its batch, and a run that continues meets prompts in other company."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._rows]
-        if new:
-            self.extend_table(new, set(prompts))
-        assert self._ready is not None
-        return self._ready.select(torch.tensor([self._rows[p] for p in prompts], device=self.device))
-
-    def extend_table(self, new: list[str], wanted: set[str]) -> None:
-        """Encodes prompts and appends them to the table, which is emptied first when it would grow too large."""
-        if self._table is not None and sum(v.nbytes for v in self._table.values()) > TABLE_BYTES:
-            new, self._rows, self._table = sorted(wanted), {}, None
-        stored = [p for p in new if self.prepared is not None and p in self.prepared]
-        new = list(dict.fromkeys([*stored, *new]))
-        chunks = [self.read_chunk(stored)] if stored else []
-        chunks += [self.encode_chunk([prompt]) for prompt in new[len(stored) :]]
-        self._table = Conditioning.cat([*([self._table] if self._table else []), *chunks])
-        self._ready = self.finish_table(self._table)
-        for prompt in new:
-            self._rows[prompt] = len(self._rows)
-
-    def read_chunk(self, prompts: list[str]) -> Conditioning:
-        """Rows of encode_chunk from the prepared prompts."""
-        assert self.prepared is not None
-        rows = self.prepared.read(prompts)
-        return Conditioning({
-            k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in rows.items()
-        })  # fmt: skip
+        return self.prompts.rows(prompts)
 
     # --- export
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """The stock pipeline with the student as its network and the policy in its scheduler."""
-        if student.is_extended:
-            self.save_flow_map(student, policy, folder)
-            return
-        if isinstance(student, LoraDenoiser):
-            self.save_lora(student, policy, folder)
-            return
-        replaced = self.student_parts(student) | {"scheduler": self.student_scheduler(policy)}
-        pipeline = self.pipeline_class.from_pretrained(self.source, **replaced, **self.options)
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        saving.save_student(self, student, policy, folder)
 
-    def save_flow_map(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """A pipeline of `flow_map`: the stock one without the further inputs of its networks, and those beside it. An
-        adapter is added into the weights."""
-        if isinstance(student, LoraDenoiser):
-            student = student.shared.unload(student.role or "")
-        parts = student.parts
-        embeddings: list[Any] = [part.time_embedding for part in parts]
-        if list(embeddings[0].tables) != list(policy.inputs):
-            raise ValueError(f"a network with the extra time inputs {list(embeddings[0].tables)} does not fit "
-                             f"{self.parts['_class_name']}, whose sampler gives it {list(policy.inputs)}")  # fmt: skip
-        for part, embedding in zip(parts, embeddings, strict=True):
-            part.set_time_embedding(embedding.embedding)
-        try:
-            self.save_pipeline(student, policy, folder)
-        finally:
-            for part, embedding in zip(parts, embeddings, strict=True):
-                part.set_time_embedding(embedding)
-        flow_map.save_inputs(embeddings, policy, self.schedule, folder)
-        path = folder / "model_index.json"
-        index = json.loads(path.read_text())
-        path.write_text(json.dumps(index | {"_class_name": flow_map.PREFIX + index["_class_name"]}, indent=2) + "\n")
+    @property
+    def library(self) -> str:
+        return "diffusers"
 
-    def student_parts(self, student: Denoiser) -> dict[str, Any]:
-        """What of the stock pipeline the student replaces, beside the scheduler. Raises ValueError for experts that it
-        has no place for."""
-        networks = [part.network for part in student.parts]
-        if len(networks) != len(self.subfolders):
-            raise ValueError(f"{self.parts['_class_name']} has no place for {len(networks)} experts")
-        return dict(zip(self.subfolders, networks, strict=True))
+    def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
+        return pipeline_usage(self, policy, folder, adapter)
 
-    def save_lora(self, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """The adapter as diffusers' `load_lora_weights` reads it, and the scheduler. The factor alpha / rank is
-        multiplied into B, so that readers which do not look for alpha agree."""
-        assert student.role is not None
-        config = student.shared.configs[student.role]
-        factor = (config.alpha or config.rank) / config.rank
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, file in enumerate(self.lora_files):
-            prefix = f"experts.{i}.network." if len(self.lora_files) > 1 else "network."
-            layers = {
-                f"{self.subfolder}.{name.removeprefix(prefix)}": p.detach() * (factor if ".lora_B." in name else 1.0)
-                for name, p in student.named_parameters()
-                if name.startswith(prefix)
-            }
-            save_file({name: p.cpu().contiguous() for name, p in layers.items()}, folder / file)
-        self.student_scheduler(policy).save_pretrained(folder / "scheduler")
+    def student_components(self, student: Denoiser) -> dict[str, Any]:
+        """The stock components that the student replaces, besides the scheduler. Raises ValueError for experts that
+        the pipeline has no place for."""
+        if len(student.members) != len(self.subfolders):
+            raise ValueError(f"{self.components['_class_name']} has no place for {len(student.members)} experts")
+        return {name: part.network for name, part in zip(self.subfolders, student.members, strict=True)}
 
     @abstractmethod
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
@@ -447,7 +303,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler."""
-        cls = getattr(diffusers, self.parts["scheduler"][1])
+        cls = getattr(diffusers, self.components["scheduler"][1])
         return cls.from_pretrained(
             self.source, subfolder="scheduler", local_files_only=self.options["local_files_only"]
         )

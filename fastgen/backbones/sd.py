@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import Output
+from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
@@ -41,6 +41,7 @@ class SDConfig(PipelineConfig):
     resolution: int | None = Field(default=None, ge=8)
 
     output: ClassVar[Output] = "pixels"
+    flow_matching: ClassVar[bool] = False
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # SDXL's time_ids
 
@@ -53,8 +54,8 @@ class SDConfig(PipelineConfig):
         total = NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
         discrete_steps(policy, total)
 
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "SD":
-        return SD(self, device, dtype)
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD":
+        return SD(self, device, dtype, roles)
 
     def read(self) -> "SD":
         """The backbone, for what its small files say."""
@@ -108,8 +109,9 @@ class SD(PipelineBackbone):
     def check(self) -> None:
         """Raises ValueError for what the small files already show cannot work. Loads no weights."""
         if self.network_config.get("time_cond_proj_dim") is not None:
-            raise ValueError("path: this UNet has guidance embedded (time_cond_proj_dim); load the model it was "
-                             "distilled from")  # fmt: skip
+            raise ValueError(
+                "path: this UNet has guidance embedded (time_cond_proj_dim); load the model it was distilled from"
+            )
         _ = self.schedule, self.latent_shape  # both refuse what they cannot be made from
 
     @property
@@ -144,9 +146,12 @@ image = pipeline("a prompt", **options).images[0]"""
         config = scheduler.config
         spacing = config.get("timestep_spacing", "leading")
         return DDIMScheduler.from_config(
-            config, **stock_noise(config), clip_sample=False, thresholding=False,
+            config,
+            **stock_noise(config),
+            clip_sample=False,
+            thresholding=False,
             timestep_spacing="trailing" if spacing == "linspace" else spacing,
-        )  # fmt: skip
+        )
 
     def teacher_policy(self, num_steps: int) -> TeacherPolicy:
         return deterministic_policy(self.teacher_scheduler(), num_steps)
@@ -158,7 +163,7 @@ image = pipeline("a prompt", **options).images[0]"""
 
     @property
     def is_xl(self) -> bool:
-        return self.parts["_class_name"] == "StableDiffusionXLPipeline"
+        return self.components["_class_name"] == "StableDiffusionXLPipeline"
 
     @property
     def time_dim(self) -> int:  # type: ignore[override]
@@ -260,6 +265,8 @@ def noise_schedule(scheduler: Any) -> VPSchedule:
         raise ValueError(f"path: backbone sd has epsilon, v_prediction and sample; the scheduler says {kind}")
     schedule = VPSchedule(DDIMScheduler(**stock_noise(config)).alphas_cumprod)
     if kind == "epsilon" and schedule.table[-1] <= 0:
-        raise ValueError("path: rescale_betas_zero_snr leaves no signal at t = 1, where an epsilon network says "
-                         "nothing about x0; such a schedule needs v_prediction")  # fmt: skip
+        raise ValueError(
+            "path: rescale_betas_zero_snr leaves no signal at t = 1, where an epsilon network says "
+            "nothing about x0; such a schedule needs v_prediction"
+        )
     return schedule

@@ -11,8 +11,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import Output
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, boundaries_in
+from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.folder import boundaries_in
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
@@ -50,8 +51,8 @@ class SD3Config(PipelineConfig):
     def check_experts(self, boundaries: Sequence[float]) -> None:
         """A `few_step.SD3Experts` holds any."""
 
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "SD3":
-        return SD3(self, device, dtype)
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD3":
+        return SD3(self, device, dtype, roles)
 
 
 class SD3Denoiser(Denoiser):
@@ -93,8 +94,10 @@ class SD3(PipelineBackbone):
     config: SD3Config
     network_class = "SD3Transformer2DModel"
 
-    def __init__(self, config: SD3Config, device: torch.device, dtype: torch.dtype):
-        super().__init__(config, device, dtype)
+    def __init__(
+        self, config: SD3Config, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
+    ):
+        super().__init__(config, device, dtype, roles)
         self.schedule = FlowSchedule()
 
     @property
@@ -125,9 +128,13 @@ class SD3(PipelineBackbone):
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         out = self.text_pipeline.encode_prompt(
-            prompt=prompts, prompt_2=prompts, prompt_3=prompts, device=self.device,
-            do_classifier_free_guidance=False, max_sequence_length=self.config.max_sequence_length,
-        )  # fmt: skip
+            prompt=prompts,
+            prompt_2=prompts,
+            prompt_3=prompts,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length,
+        )
         return Conditioning({"prompt_embeds": out[0], "pooled": out[2]})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -171,10 +178,10 @@ class SD3(PipelineBackbone):
         joined = SD3Experts.from_pretrained(source, subfolder=self.subfolder, **options)
         return Experts([self.wrap(network) for network in joined.experts], boundaries).to(self.device)
 
-    def student_parts(self, student: Denoiser) -> dict[str, Any]:
+    def student_components(self, student: Denoiser) -> dict[str, Any]:
         if not student.boundaries:
-            return super().student_parts(student)
-        networks = [part.network for part in student.parts]
+            return super().student_components(student)
+        networks = [part.network for part in student.members]
         return {self.subfolder: SD3Experts.of(networks, student.boundaries)}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:

@@ -16,8 +16,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import Output
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, read_index
+from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.folder import read_index
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
@@ -74,8 +75,8 @@ class WanConfig(PipelineConfig):
         if len(boundaries) != 1:
             raise ValueError(f"a WanPipeline holds two experts, not {len(boundaries) + 1}")
 
-    def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> "Wan":
-        return Wan(self, device, dtype)
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Wan":
+        return Wan(self, device, dtype, roles)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,8 +141,10 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
     stored = scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps  # the stock pipeline's rule
     for t, high in zip(policy.timesteps, stored.tolist(), strict=True):
         if (t >= boundary) != high:
-            raise ValueError(f"timestep {t} is too close to the boundary of the experts, {boundary}, to be exported; "
-                             "move it by 0.001")  # fmt: skip
+            raise ValueError(
+                f"timestep {t} is too close to the boundary of the experts, {boundary}, to be exported; "
+                "move it by 0.001"
+            )
 
 
 class WanDenoiser(Denoiser):
@@ -200,8 +203,10 @@ class Wan(PipelineBackbone):
     network_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
 
-    def __init__(self, config: WanConfig, device: torch.device, dtype: torch.dtype):
-        super().__init__(config, device, dtype)
+    def __init__(
+        self, config: WanConfig, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
+    ):
+        super().__init__(config, device, dtype, roles)
         self.schedule = FlowSchedule()
         self.fps = config.fps
 
@@ -221,12 +226,12 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @property
     def subfolders(self) -> tuple[str, ...]:
-        return find_experts(self.parts)[0]
+        return find_experts(self.components)[0]
 
     @property
     def boundary(self) -> float | None:
         """The level from which `transformer` is called, where there are two experts."""
-        return find_experts(self.parts)[1]
+        return find_experts(self.components)[1]
 
     def wrap(self, network: Any) -> WanDenoiser:
         return WanDenoiser(network)
@@ -258,9 +263,11 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, max_sequence_length, D], zero behind the last token."""
         embeds, _ = self.text_pipeline.encode_prompt(
-            prompt=prompts, do_classifier_free_guidance=False, device=self.device,
+            prompt=prompts,
+            do_classifier_free_guidance=False,
+            device=self.device,
             max_sequence_length=self.config.max_sequence_length,
-        )  # fmt: skip
+        )
         return Conditioning({"prompt_embeds": embeds})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -302,16 +309,16 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """Of this pipeline, or of a student of two experts that it has been exported to."""
         own = str(source) == self.source or not Path(source).is_dir()
-        names, boundary = find_experts(self.parts if own else read_index(Path(source)))
+        names, boundary = find_experts(self.components if own else read_index(Path(source)))
         networks = [WanTransformer3DModel.from_pretrained(source, subfolder=name, **options) for name in names]
         parts = [self.wrap(network) for network in networks]
         return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
 
-    def student_parts(self, student: Denoiser) -> dict[str, Any]:
+    def student_components(self, student: Denoiser) -> dict[str, Any]:
         """Experts of our own making go where the stock pipeline has them, with their boundary."""
         if not student.boundaries or self.boundary is not None:
-            return super().student_parts(student)
-        high, low = (part.network for part in student.parts)
+            return super().student_components(student)
+        high, low = (part.network for part in student.members)
         return {"transformer": high, "transformer_2": low, "boundary_ratio": student.boundaries[0]}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:

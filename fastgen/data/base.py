@@ -4,7 +4,7 @@ micro-batches split the same stream."""
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class DataSource(ABC):
     """The recipe's `data:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
+    encodes_prompts: ClassVar[bool] = True  # whether a run needs the text encoders; else the source has embeddings
 
     @property
     def provides(self) -> frozenset[str]:
@@ -142,8 +143,10 @@ def make_batch(
     group is not whole: what compares its samples would compare some of them."""
     group = positions // group_size
     if group_size > 1 and bool((group.unique(return_counts=True)[1] != group_size).any()):
-        raise ValueError(f"positions {int(positions[0])} to {int(positions[-1])} divide a prompt group of {group_size}"
-                         "; make train.batch_size a multiple of objective.group_size")  # fmt: skip
+        raise ValueError(
+            f"positions {int(positions[0])} to {int(positions[-1])} divide a prompt group of {group_size}"
+            "; make train.batch_size a multiple of objective.group_size"
+        )
     prompts = stream.prompts(group)
     both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
     latents = stream.latents(group) if "latents" in needs else None

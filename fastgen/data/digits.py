@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastgen.registry import shipped
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 PROMPTS = ("a handwritten {}", "the digit {}", "a {}", "the number {}")
@@ -19,8 +21,8 @@ SPLIT_SEED = 0
 
 
 def assets_dir() -> Path:
-    """The folder of the shipped weights, next to the package (the package is installed editable)."""
-    return Path(__file__).resolve().parent.parent / "assets"
+    """The folder of the weights that ship with fastgen."""
+    return shipped("assets")
 
 
 @lru_cache(maxsize=2)

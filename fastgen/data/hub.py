@@ -62,10 +62,13 @@ class HubData(SampleSource):
             self.captions(rows)
         if self.image_column is not None:
             if self.image_column not in first:
-                raise ValueError(f"image_column: {self.path} has no column {self.image_column!r}; choose one of "
-                                 f"{', '.join(first)}")  # fmt: skip
-            found = ((f"row {i + 1} of {self.path}", image_size(image_bytes(row[self.image_column])))
-                     for i, row in enumerate(itertools.islice(rows, CHECKED_IMAGES)))  # fmt: skip
+                raise ValueError(
+                    f"image_column: {self.path} has no column {self.image_column!r}; choose one of {', '.join(first)}"
+                )
+            found = (
+                (f"row {i + 1} of {self.path}", image_size(image_bytes(row[self.image_column])))
+                for i, row in enumerate(itertools.islice(rows, CHECKED_IMAGES))
+            )
             check_sizes(found, resolution(backbone), self.allow_upscaling)
 
     def load(self, streaming: bool) -> Any:
@@ -80,8 +83,9 @@ class HubData(SampleSource):
             elif folder.is_file():
                 raise ValueError("it is a file; give its folder, or name: prompts for a file of prompts")
             else:
-                rows = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision,
-                                             streaming=streaming)  # fmt: skip
+                rows = datasets.load_dataset(
+                    self.path, self.subset, split=self.split, revision=self.revision, streaming=streaming
+                )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"path: cannot load {self.path}, split {self.split}: {error}") from None
         for name in [n for n, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
@@ -108,8 +112,9 @@ class HubData(SampleSource):
             return Samples(captions)
         size, rows = backbone.image_size, rows.select_columns([self.image_column])
         assert size is not None
-        return Samples(captions, torch.arange(len(captions)),
-                       lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size))  # fmt: skip
+        return Samples(
+            captions, torch.arange(len(captions)), lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size)
+        )
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
         key = noise.make_key(seed, "data")

@@ -45,8 +45,11 @@ class ImageData(SampleSource):
         files, captions = self.read()
         size = backbone.image_size
         assert size is not None
-        return Samples(captions, torch.arange(len(files)),
-                       lambda i: read_image(files[i], size, str(files[i]), self.allow_upscaling))  # fmt: skip
+        return Samples(
+            captions,
+            torch.arange(len(files)),
+            lambda i: read_image(files[i], size, str(files[i]), self.allow_upscaling),
+        )
 
     def read(self) -> tuple[list[Path], list[str]]:
         """Files and their captions. Raises ValueError if either is missing."""
@@ -63,8 +66,10 @@ class ImageData(SampleSource):
             raise ValueError(f"column: {folder} has none of {', '.join(METADATA)}, so no columns; leave it out")
         missing = [f.name for f in files if not f.with_suffix(".txt").is_file()]
         if missing:
-            raise ValueError(f"folder: {len(missing)} images in {folder} have no caption, first {missing[0]}; put the "
-                             "caption in a .txt file of the same name, or all in a metadata.csv")  # fmt: skip
+            raise ValueError(
+                f"folder: {len(missing)} images in {folder} have no caption, first {missing[0]}; put the "
+                "caption in a .txt file of the same name, or all in a metadata.csv"
+            )
         captions = []
         for text in (f.with_suffix(".txt") for f in files):
             with utf8(text):
@@ -145,6 +150,8 @@ def read_image(source: Path | BytesIO, size: int, where: str, allow_upscaling: b
     except UNREADABLE as error:
         raise DataError(f"cannot read the image {where}: {error}; replace or remove it") from None
     if min(image.size) < size and not allow_upscaling:
-        raise DataError(f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {size}x{size}; "
-                        "remove it or set data.allow_upscaling: true")  # fmt: skip
+        raise DataError(
+            f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {size}x{size}; "
+            "remove it or set data.allow_upscaling: true"
+        )
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).float() / 255

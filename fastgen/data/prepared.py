@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -54,6 +54,7 @@ class PreparedData(DataSource):
 
     folder: str
     name: Literal["prepared"] = "prepared"
+    encodes_prompts: ClassVar[bool] = False
 
     @property
     def provides(self) -> frozenset[str]:
@@ -72,8 +73,10 @@ class PreparedData(DataSource):
             raise ValueError(f"name: prepared data is for diffusers pipelines, not backbone {backbone.name}")
         wanted = identity(backbone, bool(manifest["num_pictures"]), manifest, bool(manifest.get("pairs")))
         if changed := differing(manifest["identity"], wanted):
-            raise ValueError(f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
-                             "a new folder with this recipe, or train with the backbone of that one")  # fmt: skip
+            raise ValueError(
+                f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
+                "a new folder with this recipe, or train with the backbone of that one"
+            )
         for name, entry in manifest["files"].items():
             check_file(folder / name, entry)
 
@@ -82,7 +85,7 @@ class PreparedData(DataSource):
         folder = Path(self.folder)
         manifest, prompts = read_manifest(folder), read_prompt_lines(folder)
         rows = load_file(folder / TABLES[1])
-        backbone.prepared = PreparedPrompts(folder, manifest, prompts)
+        backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)
         samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
         pairs = None
         if manifest.get("pairs"):
@@ -166,8 +169,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ValueError if the folder has none that this version reads."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"folder: {folder} is not a prepared folder: it has no {MANIFEST}; write one with fastgen "
-                         "prepare recipe.yaml --output FOLDER")  # fmt: skip
+        raise ValueError(
+            f"folder: {folder} is not a prepared folder: it has no {MANIFEST}; write one with fastgen "
+            "prepare recipe.yaml --output FOLDER"
+        )
     try:
         manifest = json.loads(path.read_text())
         found = manifest["format"]
@@ -189,8 +194,10 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"folder: {path} is missing; {again}")
     if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"folder: {path} has {path.stat().st_size} bytes instead of {entry['bytes']}; it was cut "
-                         f"short or changed; {again}")  # fmt: skip
+        raise ValueError(
+            f"folder: {path} has {path.stat().st_size} bytes instead of {entry['bytes']}; it was cut "
+            f"short or changed; {again}"
+        )
     if path.suffix != ".safetensors":
         return
     try:
@@ -271,5 +278,8 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         text = "none" if value is None else str(value)
         return text if len(text) < 60 else f"{text[:12]}..."
 
-    return [f"{k} ({shown(a.get(k))} there, {shown(b.get(k))} here)" for k in dict.fromkeys([*a, *b])
-            if a.get(k) != b.get(k)]  # fmt: skip
+    return [
+        f"{k} ({shown(a.get(k))} there, {shown(b.get(k))} here)"
+        for k in dict.fromkeys([*a, *b])
+        if a.get(k) != b.get(k)
+    ]

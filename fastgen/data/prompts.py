@@ -11,7 +11,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.data.base import Samples, SampleSource
 from fastgen.data.tables import TABLES, read_captions, read_lines
 
-NEUTRAL = Path(__file__).resolve().parents[1] / "prompts" / "neutral.txt"  # 64 sentences, ours
+NEUTRAL = Path(__file__).with_name("neutral.txt")  # 64 sentences, ours
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

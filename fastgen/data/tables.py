@@ -101,8 +101,10 @@ def csv_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, str]]:
         header = next(reader, None)
         for cells in reader if header else ():
             if cells and len(cells) != len(header or ()):
-                raise ValueError(f"line {reader.line_num} of {path} has {len(cells)} cells and the header "
-                                 f"{len(header or ())}; text with a comma in it needs quotes")  # fmt: skip
+                raise ValueError(
+                    f"line {reader.line_num} of {path} has {len(cells)} cells and the header "
+                    f"{len(header or ())}; text with a comma in it needs quotes"
+                )
             if cells:
                 yield dict(zip(header or (), cells, strict=True))
     except csv.Error as error:
@@ -117,8 +119,9 @@ def utf8(path: Path) -> Iterator[None]:
     except UnicodeDecodeError:
         with path.open("rb") as file:
             number = next(i for i, line in enumerate(file, 1) if not decodes(line))
-        raise ValueError(f"line {number} of {path} is not UTF-8; convert the file, for example with iconv -f "
-                         f"WINDOWS-1252 -t UTF-8") from None  # fmt: skip
+        raise ValueError(
+            f"line {number} of {path} is not UTF-8; convert the file, for example with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
 
 
 def decodes(line: bytes) -> bool:

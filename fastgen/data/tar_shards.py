@@ -84,8 +84,10 @@ def shard_files(patterns: Sequence[str]) -> list[Path]:
     files = list[Path]()
     for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise ValueError(f"shards: {pattern} is not a local file; download the shards, or read them with data "
-                             "{name: hub, streaming: true}")  # fmt: skip
+            raise ValueError(
+                f"shards: {pattern} is not a local file; download the shards, or read them with data "
+                "{name: hub, streaming: true}"
+            )
         for name in expand_braces(pattern):
             found = sorted(Path(name).glob("*.tar")) if Path(name).is_dir() else [Path(f) for f in sorted(glob(name))]
             if not found:
@@ -137,8 +139,10 @@ def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, 
         raise ValueError(f"{shard} is not a complete, uncompressed tar file: {error}; make or copy it again") from None
     if not images:
         raise ValueError(f"{shard} holds no png, jpg, jpeg or webp image")
-    return tuple(Entry(key, *place, read_caption(texts.get(key, {}), column, f"{key} in {shard}"))
-                 for key, place in images.items())  # fmt: skip
+    return tuple(
+        Entry(key, *place, read_caption(texts.get(key, {}), column, f"{key} in {shard}"))
+        for key, place in images.items()
+    )
 
 
 def read_caption(texts: dict[str, bytes], column: str | None, where: str) -> str:

@@ -56,7 +56,7 @@ class MixtureData(DataSource):
         return frozenset({"latents", "pairs"})
 
     def check(self, backbone: Any) -> None:
-        if backbone.name != "gaussian_mixture":
+        if not backbone.has_exact_law:
             raise ValueError(f"mixture data needs the gaussian_mixture backbone, not {backbone.name}")
 
     def open(self, backbone: Backbone, seed: int) -> Stream:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen import noise
-from fastgen.backbones.base import Output
-from fastgen.backbones.gaussian_mixture import GaussianMixture
+from fastgen.backbones.base import Backbone, Output
 from fastgen.data import MixtureData, read_prompts
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
@@ -30,7 +29,7 @@ from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.sampling.sampler import Sampler
+from fastgen.sampling.sampler import Sampler, load_sampler
 
 Row = dict[str, Any]
 
@@ -60,7 +59,7 @@ def evaluate_with_samples(
         config.seed,
         reference,
         make_features(config, backbone.output, backbone.device),
-        backbone.mixture if isinstance(backbone, GaussianMixture) else None,
+        backbone.mixture,
         timing,
         config.rewards(),
         backbone.device,
@@ -115,10 +114,12 @@ def evaluate_images_with_samples(
         raise ValueError(f"{folder} holds {len(files)} images; num_samples = {config.num_samples} asks for more")
     files = files[: config.num_samples]
     prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
-    readers = [name for name in config.metrics if name in SCORERS and name != "aesthetic"]
+    readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
     if readers and not any(prompts):
-        raise ValueError(f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
-                         "eval.prompts, --prompts FILE")  # fmt: skip
+        raise ValueError(
+            f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
+            "eval.prompts, --prompts FILE"
+        )
     reference = find_reference("pixels", config)
     features = make_features(config, "pixels", device)
     context = MetricContext(
@@ -146,7 +147,7 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         return repeat(read_prompts(config.prompts), config.num_samples)
     if reference is not None:
         return repeat(reference.prompts, config.num_samples)
-    if isinstance(sampler.backbone, GaussianMixture):
+    if sampler.backbone.mixture is not None:
         seed = noise.make_key(config.seed, "eval prompts")
         return MixtureData().open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
     raise ValueError("there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts then serve")
@@ -168,8 +169,9 @@ def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> 
     for name in config.metrics:
         if METRICS[name].output not in (output, "any"):
             fitting = [n for n, metric in METRICS.items() if metric.output in (output, "any")]
-            raise ValueError(f"metric {name} measures {METRICS[name].output}, this gives {output}; "
-                             f"choose from {', '.join(fitting)}")  # fmt: skip
+            raise ValueError(
+                f"metric {name} measures {METRICS[name].output}, this gives {output}; choose from {', '.join(fitting)}"
+            )
     return [METRICS[name](context) for name in config.metrics]
 
 
@@ -195,7 +197,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     }
 
 
-def exact_points(backbone: GaussianMixture, config: EvalConfig, sampler: Sampler) -> Tensor:
+def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
     """Exact samples with the labels of the first evaluated ones, to draw behind them."""
     prompts = find_prompts(sampler, config, None)[: KEPT[2]]
     key = noise.make_key(config.seed, "exact", 0)
@@ -234,13 +236,11 @@ def evaluate_path(
     if is_image_folder(path):
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
     else:
-        from fastgen.sampling.sampler import load_sampler
-
         sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
         if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
-        if isinstance(sampler.backbone, GaussianMixture):
+        if sampler.backbone.mixture is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result}
     print_table([result])

@@ -49,8 +49,10 @@ class Partial:
             raise ValueError(f"{self.path} cannot be read; remove it to start anew") from None
         here = json.loads(json.dumps(self.identity))
         if different := [key for key in dict.fromkeys([*here, *there]) if here.get(key) != there.get(key)]:
-            raise ValueError(f"{self.path} is of another evaluation, which differs in {', '.join(different)}; remove "
-                             "it to start anew, or choose another output")  # fmt: skip
+            raise ValueError(
+                f"{self.path} is of another evaluation, which differs in {', '.join(different)}; remove "
+                "it to start anew, or choose another output"
+            )
         for metric in metrics:
             own = f"{metric.name}/"
             state = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}

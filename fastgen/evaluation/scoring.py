@@ -40,8 +40,9 @@ def score_folder(
     rewards = choose(names, keys)
     readers = [name for name in rewards if name in SCORERS and name != "aesthetic"]
     if readers and not any(texts):
-        raise ValueError(f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
-                         "--prompts FILE")  # fmt: skip
+        raise ValueError(
+            f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give --prompts FILE"
+        )
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(files), desc="scoring", unit="image", disable=not progress) as bar:
         for pixels, start in batches(files, batch_size):
@@ -87,8 +88,10 @@ def choose(names: Sequence[str], keys: dict[str, dict[str, Any]]) -> dict[str, R
 def match(prompts: list[str], count: int, source: str | None) -> list[str]:
     """One prompt an image. Raises ValueError unless there is one for each or one for all."""
     if len(prompts) not in (1, count):
-        raise ValueError(f"{source} holds {len(prompts)} prompts for {count} images; give one for each, in the order "
-                         "of the images' names, or one for all")  # fmt: skip
+        raise ValueError(
+            f"{source} holds {len(prompts)} prompts for {count} images; give one for each, in the order "
+            "of the images' names, or one for all"
+        )
     return prompts * count if len(prompts) < count else prompts
 
 

@@ -50,9 +50,11 @@ def require_flow(denoiser: Denoiser) -> None:
 
 def check_backbone(backbone: Any) -> None:
     """The same from a recipe's section, before weights load."""
-    if backbone.name == "sd":
-        raise ValueError("backbone sd is a variance-preserving diffusion, and flow maps are of flow-matching models; "
-                         "use sd3 or wan")  # fmt: skip
+    if not backbone.flow_matching:
+        raise ValueError(
+            f"backbone {backbone.name} is a variance-preserving diffusion, and flow maps are of flow-matching models; "
+            "use sd3 or wan"
+        )
 
 
 def rows_of(mask: Tensor, denoiser: Denoiser) -> Tensor:
@@ -73,9 +75,12 @@ def clamped(velocity: Velocity) -> Velocity:
 
 
 def guided_velocity(
-    teacher: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float | Sequence[float] | Tensor,
+    teacher: Denoiser,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float | Sequence[float] | Tensor,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> Velocity:  # fmt: skip
+) -> Velocity:
     """A frozen teacher's velocity under guidance (`signals.guided`), at levels of at least SHORTEST, without gradient.
     scale: one number, one an expert, or one a sample, [B]. Raises ValueError if it is not of flow matching."""
     require_flow(teacher)
@@ -122,9 +127,15 @@ def discrete_target(u: AverageVelocity, x: Tensor, t: Tensor, middle: Tensor, s:
 
 @torch.no_grad()
 def eulerian_target(
-    u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor, velocity: Tensor, along: Tensor | None = None,
-    warmup: float = 1.0, differentiate: Tangent = tangent,
-) -> Tensor:  # fmt: skip
+    u: AverageVelocity,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    velocity: Tensor,
+    along: Tensor | None = None,
+    warmup: float = 1.0,
+    differentiate: Tangent = tangent,
+) -> Tensor:
     """velocity - warmup (t - s) D u,    D u = d_t u + grad u . along                    (MeanFlow, arXiv 2505.13447)
 
     The limit m -> t of `discrete_target`. along: the velocity the point moves by, by default `velocity`. warmup: less
@@ -224,11 +235,13 @@ def eulerian_residual(
 # --- weights
 
 
-def parts(residual: Tensor, on: Tensor) -> dict[str, Tensor]:
+def mean_squares(residual: Tensor, on: Tensor) -> dict[str, Tensor]:
     """The mean square of a residual off the diagonal and on it, for the log. residual: [B, ...]; on: [B] bool."""
     square = signals.per_sample_mean(residual.detach().square())
-    return {name: (square * rows).sum() / rows.sum().clamp_min(1)
-            for name, rows in (("map", (~on).to(square)), ("diagonal", on.to(square)))}  # fmt: skip
+    return {
+        name: (square * rows).sum() / rows.sum().clamp_min(1)
+        for name, rows in (("map", (~on).to(square)), ("diagonal", on.to(square)))
+    }
 
 
 def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor | None = None) -> Tensor:

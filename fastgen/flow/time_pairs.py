@@ -103,8 +103,10 @@ class GridPairs:
     @model_validator(mode="after")
     def _growing(self) -> "GridPairs":
         if self.last is not None and (self.last < self.count or not self.updates):
-            raise ValueError(f"the grid grows from count: {self.count} to last: {self.last} in updates: {self.updates}"
-                             "; last must not be below count, and updates not 0")  # fmt: skip
+            raise ValueError(
+                f"the grid grows from count: {self.count} to last: {self.last} in updates: {self.updates}"
+                "; last must not be below count, and updates not 0"
+            )
         if self.spacing == "karras" and self.shift != 1:
             raise ValueError("shift moves a uniform grid; leave it out with spacing: karras")
         return self

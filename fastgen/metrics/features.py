@@ -26,8 +26,10 @@ class DigitsFeatures(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             wanted = [3, IMAGE_SIZE, IMAGE_SIZE]
-            raise ValueError(f"the digits classifier judges pictures of shape {wanted}, these have "
-                             f"{list(pixels.shape[1:])}; use features: inception")  # fmt: skip
+            raise ValueError(
+                f"the digits classifier judges pictures of shape {wanted}, these have "
+                f"{list(pixels.shape[1:])}; use features: inception"
+            )
         return self.classifier.features(pixels)
 
 
@@ -54,9 +56,11 @@ def check_inception(weights: str) -> None:
     """Raises ValueError if these weights are neither a local file nor one on the hub, or if the package
     torch-fidelity, which holds the network, is missing. Does not go online."""
     if not Path(weights).is_file() and not re.fullmatch(HUB_FILE, weights):
-        raise ValueError(f"inception_weights: there is no file {weights}; give a local copy of "
-                         "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases, or a file on the "
-                         "hub, org/name/file.pth")  # fmt: skip
+        raise ValueError(
+            f"inception_weights: there is no file {weights}; give a local copy of "
+            "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases, or a file on the "
+            "hub, org/name/file.pth"
+        )
     if find_spec("torch_fidelity") is None:
         raise ValueError(
             "features: inception needs the package torch-fidelity: pip install 'fastgen-distill[inception]'"

@@ -59,6 +59,8 @@ class PointMetric(Metric):
         for label in labels.unique().tolist():
             ids = (labels == label).nonzero().squeeze(1)
             if len(ids) < least:
-                raise ValueError(f"{self.name} needs at least {least} samples of every label, label {label} has "
-                                 f"{len(ids)}; raise eval.num_samples")  # fmt: skip
+                raise ValueError(
+                    f"{self.name} needs at least {least} samples of every label, label {label} has "
+                    f"{len(ids)}; raise eval.num_samples"
+                )
             yield Group(label, len(ids) / len(labels), ids, points[ids])

@@ -56,8 +56,10 @@ def captions(files: Sequence[Path]) -> tuple[str, ...]:
     if len(missing) == len(texts):
         return ("",) * len(files)
     if missing:
-        raise ValueError(f"{len(missing)} of {len(texts)} images have no caption, the first is {missing[0]}; "
-                         "give every image one, or none")  # fmt: skip
+        raise ValueError(
+            f"{len(missing)} of {len(texts)} images have no caption, the first is {missing[0]}; "
+            "give every image one, or none"
+        )
     return tuple(t.read_text().strip() for t in texts)
 
 

@@ -27,8 +27,10 @@ class RewardMetric(Metric):
         super().__init__(context)
         found = context.rewards.get(self.name, type(self).reward)
         if found is None:
-            raise ValueError(f"{self.name} reads a network and must be told where it lies; set "
-                             f"eval.scorers.{self.name}.path, --scorer {self.name}=FOLDER")  # fmt: skip
+            raise ValueError(
+                f"{self.name} reads a network and must be told where it lies; set "
+                f"eval.scorers.{self.name}.path, --scorer {self.name}=FOLDER"
+            )
         self.measured: Reward = found
         self.values: list[Tensor] = []
 

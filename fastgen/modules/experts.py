@@ -86,27 +86,27 @@ class Experts(Denoiser):
     @property
     def time_embedding(self) -> nn.Module:
         """The first expert's; all have one of this kind."""
-        return self.parts[0].time_embedding
+        return self.members[0].time_embedding
 
     def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
-        for expert in self.parts:
+        for expert in self.members:
             expert.add_inputs(counts, dim, levels)
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:
         """The first expert's; all have as many."""
-        return self.parts[0].feature_modules
+        return self.members[0].feature_modules
 
     @property
     def captured_modules(self) -> Sequence[nn.Module]:
-        return [module for expert in self.parts for module in expert.feature_modules]
+        return [module for expert in self.members for module in expert.feature_modules]
 
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
-        return [module for expert in self.parts for module in expert.shard_modules]
+        return [module for expert in self.members for module in expert.shard_modules]
 
     def enable_checkpointing(self) -> None:
-        for expert in self.parts:
+        for expert in self.members:
             expert.enable_checkpointing()
 
     @contextmanager
@@ -121,7 +121,7 @@ class Experts(Denoiser):
             self._captures -= 1
 
     @property
-    def parts(self) -> list[Any]:
+    def members(self) -> list[Any]:
         return list(self.experts)
 
     @property

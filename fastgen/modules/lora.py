@@ -167,6 +167,10 @@ class LoraDenoiser(Denoiser):
         with self.shared.using(self.role):
             return self.shared.denoiser(x_t, t, cond, inputs, predict=self.prediction_type)
 
+    def merged(self) -> Denoiser:
+        assert self.role is not None
+        return self.shared.unload(self.role)
+
     @property
     def is_adapter(self) -> bool:
         return self.role is not None

@@ -20,9 +20,13 @@ WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in t
 
 
 def shard(
-    module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, device: torch.device, weights: WeightMap,
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    device: torch.device,
+    weights: WeightMap,
     stored_name: Callable[[nn.Module, str], str],
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Divides a module's parameters over the mesh: one gather a block, and one for what is left.
 
     Parameters on the meta device are filled from `weights` (a file and a name each), under the name `stored_name`

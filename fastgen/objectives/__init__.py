@@ -22,12 +22,21 @@ from fastgen.objectives.scm import SCM
 OBJECTIVES: dict[str, type[Objective]] = {
     "adm": ADM,
     "adp": ADP,
-    "dmd2": DMD2, "f_distill": FDistill, "re_dmd": ReDMD, "sc_dmd": SCDMD, "disback": DisBack,
-    "gndm": GNDM, "rtdmd": RTDMD, "crd": CRD,
+    "dmd2": DMD2,
+    "f_distill": FDistill,
+    "re_dmd": ReDMD,
+    "sc_dmd": SCDMD,
+    "disback": DisBack,
+    "gndm": GNDM,
+    "rtdmd": RTDMD,
+    "crd": CRD,
     "phased_dmd": PhasedDMD,
-    "ode_regression": ODERegression, "flow_map": FlowMap, "mean_flow": MeanFlow,
-    "consistency": Consistency, "scm": SCM,
-}  # fmt: skip
+    "ode_regression": ODERegression,
+    "flow_map": FlowMap,
+    "mean_flow": MeanFlow,
+    "consistency": Consistency,
+    "scm": SCM,
+}
 
 __all__ = [
     "ADM",

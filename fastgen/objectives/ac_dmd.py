@@ -87,11 +87,14 @@ class ACDMD(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.transition_eta:
-            raise ValueError(f"{self.name} trains a student with stochastic steps; set rollout.transition: cps and "
-                             "rollout.eta: 0.9")  # fmt: skip
+            raise ValueError(
+                f"{self.name} trains a student with stochastic steps; set rollout.transition: cps and rollout.eta: 0.9"
+            )
         if max(policy.timesteps[1:], default=0) + MARGIN >= HIGH:
-            raise ValueError(f"steps must go to levels below {HIGH - MARGIN:g}, from which {self.name} renoises up to "
-                             f"{HIGH:g}; lower rollout.timesteps after the first")  # fmt: skip
+            raise ValueError(
+                f"steps must go to levels below {HIGH - MARGIN:g}, from which {self.name} renoises up to "
+                f"{HIGH:g}; lower rollout.timesteps after the first"
+            )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
@@ -183,9 +186,15 @@ def renoise_level(u: Tensor, s: Tensor) -> Tensor:
 
 
 def martingale_product(
-    predict: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, h: Tensor, x_t: Tensor, t: Tensor,
-    t_next: Tensor, draws: tuple[Tensor, Tensor], eta: float,
-) -> Tensor:  # fmt: skip
+    predict: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    h: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    draws: tuple[Tensor, Tensor],
+    eta: float,
+) -> Tensor:
     """mean (h(x1, t') - h) (h(x2, t') - h),   h = h(x_t, t),  x1, x2 two independent steps t -> t' from (x_t, sg h).
 
     Unbiased for mean |E[h(x', t') | x_t] - h|^2, so a batch's may be negative; with one draw squared the variance of

@@ -90,8 +90,10 @@ class ADP(Objective):
 
     def check_recipe(self, recipe: Recipe) -> None:
         if self.pixel_weight and recipe.backbone.output != "pixels":
-            raise ValueError(f"pixel_weight: backbone {recipe.backbone.name} gives {recipe.backbone.output}, not "
-                             "pixels; set it to 0")  # fmt: skip
+            raise ValueError(
+                f"pixel_weight: backbone {recipe.backbone.name} gives {recipe.backbone.output}, not "
+                "pixels; set it to 0"
+            )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         sizes = backbone.make_empty()

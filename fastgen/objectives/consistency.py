@@ -6,7 +6,8 @@
     t_{n+1}, t_n        t, s                  neighbours: `grid` (CM, iCT, LCM), or `shrinking` (ECT)
     Phi(x, t_{n+1})     x_s                   one step of a solver along the guided teacher (distillation, CD)
     x + t_n z           x_s                   the same data and noise at level s (training, CT)
-    omega               scale                 guidance drawn by sample; the student is told it (rollout.embedded_guidance)
+    omega               scale                 guidance scale drawn for each sample, and an input of the student
+                                              (rollout.embedded_guidance)
     s_m, t_b            phase_edges(t)        lower edge of the phase t is in (PCM, Hyper-SD)
     t_end               end                   where both are sent: 0, an edge, or anywhere between edge and s
 
@@ -98,8 +99,10 @@ class Consistency(Objective):
         if self.teach == "data" and asks:
             raise ValueError("teach: data asks no teacher: leave out solver, solver_steps and guidance")
         if min(self.phases) < 1 or (len(self.phases) > 1 and not self.phase_updates):
-            raise ValueError(f"phases are numbers from 1 up, each but the last for phase_updates updates, got "
-                             f"{list(self.phases)} and {self.phase_updates}")  # fmt: skip
+            raise ValueError(
+                f"phases are numbers from 1 up, each but the last for phase_updates updates, got "
+                f"{list(self.phases)} and {self.phase_updates}"
+            )
         return self
 
     @property
@@ -116,32 +119,37 @@ class Consistency(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if policy.two_time:
-            raise ValueError("a consistency model is not told where its step ends; remove rollout.two_time, or take "
-                             "objective flow_map")  # fmt: skip
+            raise ValueError(
+                "a consistency model is not told where its step ends; remove rollout.two_time, or take "
+                "objective flow_map"
+            )
         time_pairs.check_told(policy, self.guidance_range)
         if policy.num_steps == 1 or self.end == "uniform":
             return
         count = self.phases[-1]
         if count == 1 and policy.transition != "renoise":
-            raise ValueError(f"a consistency model of one phase only knows the way to 0: transition: "
-                             f"{policy.transition} needs end: uniform, or phases with ode; use renoise")  # fmt: skip
+            raise ValueError(
+                f"a consistency model of one phase only knows the way to 0: transition: "
+                f"{policy.transition} needs end: uniform, or phases with ode; use renoise"
+            )
         edges = time_pairs.shifted(
             torch.arange(count, 0, -1, dtype=torch.float64) / count, self.grid.shift if self.grid else 1.0
         ).tolist()
         held = len(edges) == policy.num_steps and max(abs(a - b) for a, b in zip(edges, policy.timesteps)) < 1e-3  # noqa: B905
         if count > 1 and (policy.transition != "ode" or not held):
-            raise ValueError(f"{count} phases are sampled from edge to edge: set rollout.transition: ode, timesteps "
-                             f"{[round(t, 4) for t in edges]}, or end: uniform")  # fmt: skip
+            raise ValueError(
+                f"{count} phases are sampled from edge to edge: set rollout.transition: ode, timesteps "
+                f"{[round(t, 4) for t in edges]}, or end: uniform"
+            )
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Ratios t / (1 - t) and velocities are of flow matching; a uniform grid with Euler steps is of every path."""
         plain = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
-        if not plain or self.solver == "heun":
-            try:
-                flow_maps.check_backbone(recipe.backbone)
-            except ValueError:
-                raise ValueError("on backbone sd the grid is uniform, as LCM's: leave out spacing, time, shrinking "
-                                 "and solver") from None  # fmt: skip
+        if not recipe.backbone.flow_matching and (not plain or self.solver == "heun"):
+            raise ValueError(
+                f"on backbone {recipe.backbone.name} the grid is uniform, as LCM's: leave out spacing, time, "
+                "shrinking and solver"
+            )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """A target network draws the student's dropout, and so stays in training mode."""

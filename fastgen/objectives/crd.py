@@ -107,7 +107,7 @@ class CRD(Objective):
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """Two networks like the student, adapters where it is one; they become it in the first update."""
-        adapter = backbone.adapters.get("student")
+        adapter = backbone.roles.adapters.get("student")
         if adapter is None:
             return {role: backbone.load(role).requires_grad_(False).eval() for role in COPIES}
         assert backbone.shared is not None  # the student's
@@ -220,9 +220,14 @@ def centring_weights(advantage: Tensor, group: Tensor, used: Tensor, temperature
 
 
 def matching_loss(
-    implicit: Tensor, reward: Tensor, group: Tensor, used: Tensor, beta: float, weights: tuple[Tensor, ...],
+    implicit: Tensor,
+    reward: Tensor,
+    group: Tensor,
+    used: Tensor,
+    beta: float,
+    weights: tuple[Tensor, ...],
     loss_type: Literal["mse", "bce"] = "mse",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Scalar: centred implicit rewards against centred rewards, over the samples that are used.
 
         mse: mean (beta (r_theta - sg(mean_g r_theta)) - (R - mean_g R))^2

@@ -58,8 +58,10 @@ class DisBack(DMD2):
     def check_recipe(self, recipe: Recipe) -> None:
         super().check_recipe(recipe)
         if recipe.train.steps <= self.degradation:
-            raise ValueError(f"train.steps is {recipe.train.steps}, and the first {self.degradation} updates, "
-                             "path_length * path_every, only degrade the teacher; raise it")  # fmt: skip
+            raise ValueError(
+                f"train.steps is {recipe.train.steps}, and the first {self.degradation} updates, "
+                "path_length * path_every, only degrade the teacher; raise it"
+            )
 
     @property
     def full_roles(self) -> tuple[str, ...]:

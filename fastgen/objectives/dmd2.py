@@ -91,14 +91,18 @@ class DMD2(Objective):
         if all(scale == 1 for scale in scales):
             raise ValueError("ca_time renoises the guidance term by itself, and guidance_scale 1 has none; raise it")
         if self.guidance_interval != (0, 1) or self.guidance_rescale:
-            raise ValueError("with ca_time the guidance term has its own levels and is not part of the teacher's "
-                             "prediction: leave out guidance_interval and guidance_rescale")  # fmt: skip
+            raise ValueError(
+                "with ca_time the guidance term has its own levels and is not part of the teacher's "
+                "prediction: leave out guidance_interval and guidance_rescale"
+            )
         return self
 
     def check(self, policy: RolloutPolicy) -> None:
         if self.ca_time is not None and self.ca_time.high * policy.timesteps[-1] <= self.ca_time.low:
-            raise ValueError(f"ca_time leaves no level below the last step's: low = {self.ca_time.low} must be below "
-                             f"high * {policy.timesteps[-1]}")  # fmt: skip
+            raise ValueError(
+                f"ca_time leaves no level below the last step's: low = {self.ca_time.low} must be below "
+                f"high * {policy.timesteps[-1]}"
+            )
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -175,9 +179,15 @@ class DMD2(Objective):
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = self.guidance_scale if self.ca_time is None else 1.0
         real = signals.guided(
-            networks.teacher, x_t, t, batch.cond, batch.uncond,
-            networks.teacher.per_expert(scale, t), self.guidance_interval, self.guidance_rescale,
-        )  # fmt: skip
+            networks.teacher,
+            x_t,
+            t,
+            batch.cond,
+            batch.uncond,
+            networks.teacher.per_expert(scale, t),
+            self.guidance_interval,
+            self.guidance_rescale,
+        )
         grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
         if self.ca_time is not None:
             grad = self.dm_weight * grad + self.guidance_gradient(networks, batch, rollout, self.ca_time)

@@ -124,8 +124,10 @@ class FlowMap(Objective):
     def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
         if self.form in ("lagrangian", "eulerian") and recipe.train.gradient_checkpointing:
-            raise ValueError(f"form: {self.form} differentiates a derivative, which train.gradient_checkpointing "
-                             "cannot repeat; use semigradient, or switch it off")  # fmt: skip
+            raise ValueError(
+                f"form: {self.form} differentiates a derivative, which train.gradient_checkpointing "
+                "cannot repeat; use semigradient, or switch it off"
+            )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         return {"fake_score": make_fake_score(backbone, policy)} if self.on_policy else {}
@@ -144,7 +146,7 @@ class FlowMap(Objective):
         assert isinstance(turn, GapTurn)
         residual, on = self.residuals(networks, batch, turn.max_gap)
         total = flow_maps.adaptive_loss(residual, self.power, self.floor)
-        terms = flow_maps.parts(residual, on)
+        terms = flow_maps.mean_squares(residual, on)
         if self.on_policy is not None:
             error = residual.detach().square().mean().sqrt()
             matching, size = self.matching_loss(networks, batch, self.on_policy, error)

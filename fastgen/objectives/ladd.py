@@ -45,9 +45,14 @@ class Ladd:
             return signals.hinge_generator_loss(self.logits(networks, batch, x, "gan", low, high))
 
     def discriminator_loss(
-        self, networks: Networks, batch: Batch, fake: Tensor, real: Tensor, low: Tensor | None = None,
+        self,
+        networks: Networks,
+        batch: Batch,
+        fake: Tensor,
+        real: Tensor,
+        low: Tensor | None = None,
         high: Tensor | None = None,
-    ) -> Loss:  # fmt: skip
+    ) -> Loss:
         """The hinge between real and fake, [B, ...] each, without gradient to them."""
         fakes = self.logits(networks, batch, fake.detach(), "gan_fake", low, high)
         reals = self.logits(networks, batch, real.detach(), "gan_real", low, high)
@@ -59,9 +64,15 @@ class Ladd:
         return Loss(total, {"loss": total.detach(), "logit_gap": gap})
 
     def logits(
-        self, networks: Networks, batch: Batch, x: Tensor, name: str, low: Tensor | None, high: Tensor | None,
+        self,
+        networks: Networks,
+        batch: Batch,
+        x: Tensor,
+        name: str,
+        low: Tensor | None,
+        high: Tensor | None,
         roll: int = 0,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """D [B, depths] of x renoised by the draws of this name. roll: prompts are those of other samples."""
         t, cond, schedule = self.time(batch.uniform(f"{name}_time")), batch.cond, networks.teacher.schedule
         low = torch.zeros_like(t) if low is None else low

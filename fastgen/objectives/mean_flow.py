@@ -151,7 +151,7 @@ class MeanFlow(Objective):
         weight = torch.where(s < t, turn.alpha if self.power else 1 / turn.alpha, 1.0) if turn.alpha else None
         residual = u(x, t, s) - target
         total = flow_maps.adaptive_loss(residual, self.power, self.floor, weight)
-        terms = flow_maps.parts(residual, s == t)
+        terms = flow_maps.mean_squares(residual, s == t)
         return Loss(total, terms | {"loss": total.detach()} | self.schedules(turn, x))
 
     def target(
@@ -166,9 +166,15 @@ class MeanFlow(Objective):
 
     @torch.no_grad()
     def velocities(
-        self, networks: Networks, batch: Batch, cond: Conditioning, inputs: Inputs, x: Tensor, t: Tensor,
+        self,
+        networks: Networks,
+        batch: Batch,
+        cond: Conditioning,
+        inputs: Inputs,
+        x: Tensor,
+        t: Tensor,
         conditional: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """The velocity that trains u, and that along which D u goes: [B, ...] each. conditional: noise - x0."""
         inside = (t > self.guidance_interval[0]) & (t <= self.guidance_interval[1]) & ~self.is_dropped(batch)
 

@@ -41,7 +41,6 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.modules.experts import Experts
-from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import make_fake_score, stop_input
@@ -90,8 +89,10 @@ class PhasedDMD(Objective):
         edges = [p.last for p in value]
         if [p.first for p in value] != [0, *edges[:-1]] or any(p.first >= p.last for p in value):
             given = ", ".join(f"[{p.first}, {p.last})" for p in value)
-            raise ValueError("phases are ranges of steps [first, last), each beginning where the one before ends, "
-                             f"from 0 on; got {given}")  # fmt: skip
+            raise ValueError(
+                "phases are ranges of steps [first, last), each beginning where the one before ends, "
+                f"from 0 on; got {given}"
+            )
         return value
 
     @property
@@ -109,21 +110,27 @@ class PhasedDMD(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if self.phases[-1].last != policy.num_steps:
-            raise ValueError(f"phases must cover all {policy.num_steps} rollout.timesteps; they end before step "
-                             f"{self.phases[-1].last}")  # fmt: skip
+            raise ValueError(
+                f"phases must cover all {policy.num_steps} rollout.timesteps; they end before step "
+                f"{self.phases[-1].last}"
+            )
 
     def check_recipe(self, recipe: Recipe) -> None:
         if recipe.train.steps != self.num_updates:
-            raise ValueError(f"the updates of phases add up to {self.num_updates} and train.steps is "
-                             f"{recipe.train.steps}; make them equal")  # fmt: skip
+            raise ValueError(
+                f"the updates of phases add up to {self.num_updates} and train.steps is "
+                f"{recipe.train.steps}; make them equal"
+            )
         own = recipe.backbone.own_boundaries()
         if not self.experts or len(self.phases) == 1 or own is None:
             return
         if own:
             self.check_own(own, recipe.rollout)
         elif "student" in recipe.lora:
-            raise ValueError("experts that are adapters need a pipeline that has experts itself; set experts: false, "
-                             "or remove lora.student")  # fmt: skip
+            raise ValueError(
+                "experts that are adapters need a pipeline that has experts itself; set experts: false, "
+                "or remove lora.student"
+            )
         else:
             recipe.backbone.check_experts(self.boundaries(recipe.rollout))
 
@@ -131,19 +138,20 @@ class PhasedDMD(Objective):
         """Raises ValueError unless each of the pipeline's own experts is called in one phase, and in that alone."""
         called = [[sum(t < b for b in own) for t in policy.timesteps[p.first : p.last]] for p in self.phases]
         if called != [[i] * (p.last - p.first) for i, p in enumerate(self.phases)] or len(called) != len(own) + 1:
-            raise ValueError(f"phases have to be the pipeline's experts, whose boundaries are {list(own)}: with these "
-                             f"timesteps its phases call the experts {called}")  # fmt: skip
+            raise ValueError(
+                f"phases have to be the pipeline's experts, whose boundaries are {list(own)}: with these "
+                f"timesteps its phases call the experts {called}"
+            )
 
     def make_student(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
         """The pipeline's own experts, where it has some; else a copy of its network a phase."""
         student = backbone.load("student")
-        inner = student.shared.denoiser if isinstance(student, LoraDenoiser) else student
         if not self.experts or len(self.phases) == 1:
             return student
-        if isinstance(inner, Experts):
-            self.check_own(inner.boundaries, policy)
+        if student.boundaries:
+            self.check_own(student.boundaries, policy)
             return student
-        if isinstance(student, LoraDenoiser):
+        if student.is_adapter:
             raise ValueError("experts that are adapters need a pipeline that has experts itself")
         copies = [backbone.load("student") for _ in self.phases[1:]]
         return Experts([student, *copies], self.boundaries(policy))

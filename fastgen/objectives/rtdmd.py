@@ -57,8 +57,17 @@ from fastgen.objectives.base import Loss, State, Turn
 from fastgen.rewards import Score
 from fastgen.rollout import Rollout, RolloutPolicy, Step, next_levels, predict_x0, step_to, trajectory, transition_law
 
-STAGE_2 = ("selected_steps", "policy_weight", "log_prob", "ratio_clip", "advantage_clip",
-           "normalise_advantages", "dm_weight", "reward_weight", "reward_hinge")  # fmt: skip
+STAGE_2 = (
+    "selected_steps",
+    "policy_weight",
+    "log_prob",
+    "ratio_clip",
+    "advantage_clip",
+    "normalise_advantages",
+    "dm_weight",
+    "reward_weight",
+    "reward_hinge",
+)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -109,8 +118,10 @@ class RTDMD(ACDMD):
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)
         if self.stage == 2 and self.selected_steps > policy.num_steps - 1:
-            raise ValueError(f"selected_steps: {self.selected_steps}, and with {policy.num_steps} rollout.timesteps "
-                             f"{policy.num_steps - 1} steps are stochastic, all but the last")  # fmt: skip
+            raise ValueError(
+                f"selected_steps: {self.selected_steps}, and with {policy.num_steps} rollout.timesteps "
+                f"{policy.num_steps - 1} steps are stochastic, all but the last"
+            )
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if self.stage == 2 and turn.name == "student":

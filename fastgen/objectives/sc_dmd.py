@@ -41,8 +41,10 @@ class SCDMD(DMD2):
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)
         if all(t == 1 for t in policy.timesteps[:-1]):
-            raise ValueError("sc_dmd compares jumps from levels below 1 over at least one level: "
-                             f"{list(policy.timesteps)} has none; give three timesteps, or use dmd2")  # fmt: skip
+            raise ValueError(
+                "sc_dmd compares jumps from levels below 1 over at least one level: "
+                f"{list(policy.timesteps)} has none; give three timesteps, or use dmd2"
+            )
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         if turn.name != "student":

@@ -8,7 +8,8 @@
     g                tangent                     cos a df/da, the derivative by one JVP without gradient
     r, c             turn.trust, normaliser      tangent warm-up; tangent normalisation g / (|g| + c)
     w_phi(t)         networks.weighting          learned log-weight of a level
-    omega            scale                       guidance drawn by sample, told to the student (rollout.embedded_guidance)
+    omega            scale                       guidance scale drawn for each sample, and an input of the student
+                                                 (rollout.embedded_guidance)
 
 The algorithm, for every student update:
     x at a random angle, from data and noise; or x along the teacher's own trajectory from noise (source: trajectory)
@@ -126,8 +127,10 @@ class SCM(Objective):
         if policy.two_time:
             raise ValueError("a consistency model is not told where its step ends; remove rollout.two_time")
         if policy.num_steps > 1 and policy.transition != "renoise":
-            raise ValueError(f"a consistency model only knows the way to 0; transition: {policy.transition} steps "
-                             "elsewhere, use renoise")  # fmt: skip
+            raise ValueError(
+                f"a consistency model only knows the way to 0; transition: {policy.transition} steps "
+                "elsewhere, use renoise"
+            )
         check_told(policy, self.guidance_range)
         if self.matching is not None:
             self.matching.check(policy)

@@ -37,9 +37,12 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, levels: Sequence[float] = (1.0,), eta: float = 0.9, num_train_timesteps: int = 1000,
+        self,
+        levels: Sequence[float] = (1.0,),
+        eta: float = 0.9,
+        num_train_timesteps: int = 1000,
         any_step: bool = False,
-    ):  # fmt: skip
+    ):
         self.set_timesteps(len(levels))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

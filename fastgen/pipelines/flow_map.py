@@ -35,8 +35,9 @@ def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedu
     ValueError for inputs that no sampler gives."""
     names = list(embeddings[0].tables)
     if names != list(policy.inputs):
-        raise ValueError(f"a network with the extra time inputs {names} does not fit a sampler that gives "
-                         f"{list(policy.inputs)}")  # fmt: skip
+        raise ValueError(
+            f"a network with the extra time inputs {names} does not fit a sampler that gives {list(policy.inputs)}"
+        )
     total = len(schedule.table) - 1 if isinstance(schedule, VPSchedule) else 0
     told = {
         "names": names,
@@ -88,8 +89,9 @@ class FlowMap:
         told, parts = read_inputs(Path(folder))
         networks = [network for name in cls.networks if (network := getattr(pipeline, name, None)) is not None]
         for network, weights in zip(networks, parts, strict=True):
-            extended = cls.wrapper(getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {},
-                                     told["names"])  # fmt: skip
+            extended = cls.wrapper(
+                getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {}, told["names"]
+            )
             extended.tables.load_state_dict(weights)
             parameter = next(network.parameters())
             extended.tables.to(parameter.device, parameter.dtype)

@@ -108,12 +108,14 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     total: the steps of the diffusion. Raises ValueError for any other list, naming the nearest that is held and begins
     at the same level."""
     if policy.transition == "cps":
-        raise ValueError("transition: cps cannot be stored in a stock scheduler of this family; use renoise, ode or "
-                         "tcd")  # fmt: skip
+        raise ValueError(
+            "transition: cps cannot be stored in a stock scheduler of this family; use renoise, ode or tcd"
+        )
     if policy.conditioning_time is not None:
         raise ValueError(
-            f"conditioning_time {policy.conditioning_time} cannot be stored: the stock schedulers convert at the step they tell the "
-            f"network, as DMD2's one-step SDXL (told step 399) does; for that, give timesteps: [{policy.conditioning_time}]"
+            f"conditioning_time {policy.conditioning_time} cannot be stored: the stock schedulers convert at the step "
+            "they tell the network, as DMD2's one-step SDXL (told step 399) does; for that, give timesteps: "
+            f"[{policy.conditioning_time}]"
         )
     if policy.num_steps >= total:
         raise ValueError(f"a scheduler of {total} steps cannot hold {policy.num_steps} timesteps")
@@ -134,8 +136,10 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
     if policy.transition == "tcd":
         steps = [step - 1 for step in lcm_steps(*best, policy.num_steps)[1:]]
         if lowest := [step for step in steps if int((1 - (policy.eta or 0.0)) * step) < 1]:
-            raise ValueError(f"a step of transition: tcd to step {lowest[0]} of {total} would pass by step 0, which "
-                             "TCDScheduler takes for clean; lower rollout.eta or raise the timestep")  # fmt: skip
+            raise ValueError(
+                f"a step of transition: tcd to step {lowest[0]} of {total} would pass by step 0, which "
+                "TCDScheduler takes for clean; lower rollout.eta or raise the timestep"
+            )
     return best
 
 
@@ -175,9 +179,11 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
         noise |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
         betas = betas[: original * stride]
     options: dict[str, Any] = noise | {
-        "num_train_timesteps": len(betas), "clip_sample": False, "set_alpha_to_one": True,
+        "num_train_timesteps": len(betas),
+        "clip_sample": False,
+        "set_alpha_to_one": True,
         "steps_offset": 1,  # without effect here; StableDiffusionPipeline insists on it
-    }  # fmt: skip
+    }
     if policy.transition == "ode":
         return DDIMScheduler(**options, timestep_spacing="trailing")
     if policy.transition == "tcd":
@@ -187,8 +193,15 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
 
 def stock_noise(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a scheduler's config another class must be told, as their defaults differ."""
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-            "rescale_betas_zero_snr")  # fmt: skip
+    keys = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
     return {key: config[key] for key in keys if key in config}
 
 
@@ -224,8 +237,10 @@ def deterministic_policy(scheduler: Any, num_steps: int) -> TeacherPolicy:
         scale, final = 1.0 if spacing == "leading" else sigma / math.hypot(sigma, 1), 0.0
     else:
         if scheduler.config.clip_sample or scheduler.config.thresholding:
-            raise ValueError(f"{name} clips its clean predictions, which latents do not survive; set clip_sample and "
-                             "thresholding to false in scheduler/scheduler_config.json")  # fmt: skip
+            raise ValueError(
+                f"{name} clips its clean predictions, which latents do not survive; set clip_sample and "
+                "thresholding to false in scheduler/scheduler_config.json"
+            )
         targets = [step - total // num_steps for step in steps]
         for target, after in zip(targets, steps[1:], strict=False):
             if target != after:

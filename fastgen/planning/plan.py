@@ -39,7 +39,7 @@ from fastgen.planning.weightless import LiveBytes, empty, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
-from fastgen.run.build import DTYPES
+from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
 DRAWS = 32  # updates whose network evaluations are counted
@@ -67,6 +67,7 @@ class Component:
     """A text encoder or the VAE."""
 
     name: str
+    is_encoder: bool
     parameters: int
     held: int
     use: str
@@ -140,37 +141,28 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
         config = recipe.backbone.unloaded()
     except ValueError as error:
         raise RecipeError(f"backbone: {error}") from None
-    train = recipe.train
-    backbone: Backbone = config.build(torch.device("cpu"), DTYPES[train.dtype], recipe.seed)
-    backbone.adapters, backbone.deferred = recipe.lora, True
-    backbone.frozen_dtype = DTYPES[train.frozen_dtype] if train.frozen_dtype else None
-    student = recipe.objective.make_student(backbone, recipe.rollout)
-    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
-    modules |= recipe.objective.auxiliary(backbone, recipe.rollout)
-    modules = {role: m if role == "teacher" else m.to(backbone.dtype) for role, m in modules.items()}
-    average = modules["student"].average()  # type: ignore[operator]
-    for module in (*modules.values(), average, *([backbone.shared.denoiser] if backbone.shared else ())):
-        if not isinstance(module, LoraDenoiser):
-            if train.strategy != "fsdp":
-                keep_float32(module)
-            weightless(module)
+    cpu = torch.device("cpu")
+    built = build_networks(recipe, build_backbone(recipe, cpu, deferred=True, section=config))
+    backbone, modules = built.backbone, built.modules
+    for module in built.wholes:
+        if recipe.train.strategy != "fsdp":
+            keep_float32(module)
+        weightless(module)
     if backbone.shared is not None:
         backbone.shared.refresh()
-    for module in modules.values():
-        if train.gradient_checkpointing and isinstance(module, Denoiser):
-            module.enable_checkpointing()
+    start_networks(recipe, built)
     scorer = StandInScorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(modules, recipe.rollout, scorer)
     roles = [role_of(name, module, recipe, backbone) for name, module in networks.items()]
-    roles.append(dataclasses.replace(role_of("average", average, recipe, backbone), kind="average"))
+    roles.append(dataclasses.replace(role_of("average", built.average, recipe, backbone), kind="average"))
     components = components_of(recipe, backbone)
     if not activations:
         quick = tuple(TurnPlan(turn, LiveBytes(), {}) for turn in first_turns(recipe))
         return Plan(recipe, gpus, gpu, tuple(roles), components, quick, 0, 0)
     prompt = prompt_rows(recipe, backbone, components)
     teacher, decode = plan_samples(recipe, backbone, networks, prompt)
-    if gpu and train.mixed_precision == "bf16":
-        for module in (*modules.values(), *([backbone.shared.denoiser] if backbone.shared else ())):
+    if gpu and recipe.train.mixed_precision == "bf16":
+        for module in built.wholes:
             norms_in_float32(module)
     turns = tuple(plan_turn(turn, recipe, backbone, networks, prompt) for turn in first_turns(recipe))
     return Plan(recipe, gpus, gpu, tuple(roles), components, turns, teacher, decode)
@@ -202,9 +194,10 @@ def size(held: Sequence[Tensor]) -> int:
 
 def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
     """The numbers of one role. The base that adapters share counts as the teacher's, or as a role of its own."""
-    adapter = isinstance(module, LoraDenoiser) and module.role is not None
-    network = backbone.shared.denoiser if isinstance(module, LoraDenoiser) and backbone.shared else module
-    if isinstance(module, LoraDenoiser) and not adapter:
+    view = isinstance(module, LoraDenoiser)  # of the shared base: an adapter, or the base itself
+    adapter = isinstance(module, LoraDenoiser) and module.is_adapter
+    network = backbone.shared.denoiser if view and backbone.shared else module
+    if view and not adapter:
         own = [t for n, t in (*network.named_parameters(), *network.named_buffers()) if ".lora_" not in n]
     else:
         own = tensors(module)
@@ -235,7 +228,7 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
     if not isinstance(backbone, PipelineBackbone):
         return ()
     found = []
-    for name, entry in backbone.parts.items():
+    for name, entry in backbone.components.items():
         if not isinstance(entry, list) or entry[0] is None or not name.startswith(("text_encoder", "vae")):
             continue
         dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
@@ -253,16 +246,16 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
             vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
             if isinstance(module, diffusers.AutoencoderKLWan):
                 module.enable_slicing()
-        elif recipe.data.name == "prepared":
+        elif not recipe.data.encodes_prompts:
             use, held = "not loaded: prepared prompts", 0
-        found.append(Component(name, sum(p.numel() for p in module.parameters()), held, use))
+        found.append(Component(name, name != "vae", sum(p.numel() for p in module.parameters()), held, use))
     return tuple(found)
 
 
 def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
     """Conditioning of any number of prompts: weightless and of the greatest length or, where the encoders are at hand
     and small, as long as the recipe's own."""
-    encoders = sum(c.held for c in components if c.name != "vae")
+    encoders = sum(c.held for c in components if c.is_encoder)
     if not isinstance(backbone, PipelineBackbone):
         one = backbone.encode_prompts([""])
         return lambda count: Conditioning({k: v.expand(count, *v.shape[1:]) for k, v in one.items()})
@@ -307,9 +300,12 @@ class StandInScorer(Scorer):
 
 
 def make_batch(
-    recipe: Recipe, backbone: Backbone, prompt: Callable[[int], Conditioning], key: int,
+    recipe: Recipe,
+    backbone: Backbone,
+    prompt: Callable[[int], Conditioning],
+    key: int,
     kind: type[WeightlessBatch] = WeightlessBatch,
-) -> Batch:  # fmt: skip
+) -> Batch:
     count, needs = recipe.train.batch_size, recipe.objective.needs
     ids = torch.arange(count)
 
@@ -409,9 +405,14 @@ class Counted(Denoiser):
 
 
 def evaluations(
-    turn: Turn, recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning],
-    state: State, key: int,
-) -> dict[str, int]:  # fmt: skip
+    turn: Turn,
+    recipe: Recipe,
+    backbone: Backbone,
+    networks: Networks,
+    prompt: Callable[[int], Conditioning],
+    state: State,
+    key: int,
+) -> dict[str, int]:
     """Rows that each network of a turn is called with in one micro-batch."""
     stand_ins = {role: Counted(m) if isinstance(m, Denoiser) else m for role, m in networks.items()}
     batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key), CountingBatch)

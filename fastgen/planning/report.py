@@ -29,8 +29,11 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     train, found = recipe.train, list[Change]()
     if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
         found.append(Change(("train.gradient_checkpointing=true",)))
-    half = [f"train.{key}={value}" for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
-            if getattr(train, key) != value]  # fmt: skip
+    half = [
+        f"train.{key}={value}"
+        for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
+        if getattr(train, key) != value
+    ]
     if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
         found.append(Change(tuple(half)))
     if encoders:
@@ -73,7 +76,7 @@ class Variants:
             self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
         found = self._known[key]
         if any(c.prepared for c in chosen):
-            left = tuple(dataclasses.replace(c, held=0) if c.name != "vae" else c for c in found.components)
+            left = tuple(dataclasses.replace(c, held=0) if c.is_encoder else c for c in found.components)
             found = dataclasses.replace(found, components=left)
         if any(c.divided for c in chosen):
             train = dataclasses.replace(found.recipe.train, strategy="fsdp")
@@ -90,7 +93,7 @@ class Variants:
 def advise(base: Plan, memory: float) -> Advice:
     """The fewest recipe lines with which the peak is at most `memory` bytes a GPU."""
     variants = Variants(base)
-    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.name != "vae"))
+    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.is_encoder))
     tried = []
     for option in options:
         bound = variants.plan([option], whole=False).peak
@@ -134,8 +137,11 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
     train = found.recipe.train
     samples = train.batch_size * train.accumulate
     calls = ", ".join(f"{role} {n:.3g}" for role, n in per_update.items())
-    console.print(f"Network evaluations per student update: {sum(per_update.values()):.3g} a sample ({calls}), for "
-                  f"{samples} samples on each GPU.", highlight=False)  # fmt: skip
+    console.print(
+        f"Network evaluations per student update: {sum(per_update.values()):.3g} a sample ({calls}), for "
+        f"{samples} samples on each GPU.",
+        highlight=False,
+    )
 
     table = Table("moment", "GB a GPU", title=f"{found.gpus} GPU{'s' * (found.gpus > 1)}, {strategy(found)}")
     table.add_row("held all the time", gigabytes(found.held))
@@ -166,8 +172,14 @@ def report_advice(found: Plan, memory: float, console: Console) -> None:
         for line in advice.lines:
             console.print(f"  {line}", markup=False, highlight=False)
     elif advice.gpus is not None:
-        console.print(f"All of them together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
-                      f"{advice.gpus} GPUs would hold it.", highlight=False)  # fmt: skip
+        console.print(
+            f"All of them together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
+            f"{advice.gpus} GPUs would hold it.",
+            highlight=False,
+        )
     else:
-        console.print(f"All of them together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
-                      "what is not divided is too large. Make samples smaller.", highlight=False)  # fmt: skip
+        console.print(
+            f"All of them together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
+            "what is not divided is too large. Make samples smaller.",
+            highlight=False,
+        )

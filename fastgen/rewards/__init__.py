@@ -38,11 +38,13 @@ def make_reward(name: str, keys: Mapping[str, Any]) -> Reward:
         return TypeAdapter(vars(importlib.import_module(module))[attribute]).validate_python(dict(keys))
     except ValidationError as error:
         needed = "needed and not given; docs/rewards.md says what it is"
-        raise ValueError("\n".join(
-            f"{name}.{'.'.join(map(str, e['loc']))}: "
-            f"{needed if e['type'] == 'missing' else e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )) from None  # fmt: skip
+        raise ValueError(
+            "\n".join(
+                f"{name}.{'.'.join(map(str, e['loc']))}: "
+                f"{needed if e['type'] == 'missing' else e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            )
+        ) from None
 
 
 __all__ = ["REWARDS", "SCORERS", "Composite", "Reward", "Score", "Scorer", "make_reward"]

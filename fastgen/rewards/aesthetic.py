@@ -32,6 +32,7 @@ class Aesthetic(Reward):
 
     input = "pixels"
     differentiable = True
+    reads_prompts = False
 
     def ready(self) -> None:
         weights.check_files(self.path, "path", EXAMPLE, FILES)

@@ -52,6 +52,7 @@ class Reward(ABC):
 
     input: ClassVar[Input]
     differentiable: ClassVar[bool]
+    reads_prompts: ClassVar[bool] = True  # whether the score compares a sample with its prompt
 
     weight: float = Field(default=1.0, kw_only=True)
     mean: float = Field(default=0.0, kw_only=True)

@@ -16,6 +16,7 @@ class DigitStroke(Reward):
 
     input = "pixels"
     differentiable = True
+    reads_prompts = False
 
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         return x.flatten(1).mean(1)

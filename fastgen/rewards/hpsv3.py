@@ -65,8 +65,9 @@ class HPSv3(Reward):
 
 
 def head(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(),
-                         nn.Linear(16, 2))  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
 
 
 @lru_cache(maxsize=1)

@@ -48,8 +48,9 @@ class ImageReward(Reward):
     def ready(self) -> None:
         weights.check_files(self.path, "path", EXAMPLE, FILES, ("med_config.json",))
         if Path(self.path).exists() and self.tokenizer is None and self.tokenizer_path != self.path:
-            raise ValueError(f"tokenizer: {self.path} has no vocab.txt; give tokenizer, a local folder or the hub id "
-                             f"{TOKENIZER}")  # fmt: skip
+            raise ValueError(
+                f"tokenizer: {self.path} has no vocab.txt; give tokenizer, a local folder or the hub id {TOKENIZER}"
+            )
         weights.check_files(self.tokenizer_path, "tokenizer", TOKENIZER, ("vocab.txt",))
 
     def weight_files(self) -> list[Path]:
@@ -71,10 +72,13 @@ class Network:
         tensors = {transformers_name(name): tensor for name, tensor in weights.read_tensors(file).items()}
         config = weights.read_json(weights.find(path, "med_config.json"))
         vision = vision_encoder(tensors)
-        modules = nn.ModuleDict({
-            "vision": vision, "text": text_encoder(config, tensors),
-            "mlp": nn.ModuleDict({"layers": linear_stack(config["hidden_size"])}),
-        })  # fmt: skip
+        modules = nn.ModuleDict(
+            {
+                "vision": vision,
+                "text": text_encoder(config, tensors),
+                "mlp": nn.ModuleDict({"layers": linear_stack(config["hidden_size"])}),
+            }
+        )
         weights.load_strictly(modules, tensors, file, UNUSED)
         self.modules, self.device = weights.freeze(modules, device), device
         self.size: int = vision.config.image_size
@@ -108,8 +112,10 @@ def bert_tokenizer(vocabulary: Path, size: int) -> Any:
     tokenizer = BertTokenizer(vocab=words, do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != size:
-        raise ValueError(f"tokenizer: {vocabulary} and two added tokens make {len(tokenizer)}, and med_config.json "
-                         f"says {size}; give the tokenizer of {TOKENIZER}")  # fmt: skip
+        raise ValueError(
+            f"tokenizer: {vocabulary} and two added tokens make {len(tokenizer)}, and med_config.json "
+            f"says {size}; give the tokenizer of {TOKENIZER}"
+        )
     return tokenizer
 
 
@@ -123,9 +129,14 @@ def transformers_name(name: str) -> str:
     top = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
     if name in top:
         return f"vision.{top[name]}"
-    for old, new in (("patch_embed.proj.", "embeddings.patch_embedding."), ("blocks.", "encoder.layers."),
-                     (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
-                     (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2.")):  # fmt: skip
+    for old, new in (
+        ("patch_embed.proj.", "embeddings.patch_embedding."),
+        ("blocks.", "encoder.layers."),
+        (".attn.qkv.", ".self_attn.qkv."),
+        (".attn.proj.", ".self_attn.projection."),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+    ):
         name = name.replace(old, new)
     return "vision." + (f"post_layernorm.{name.removeprefix('norm.')}" if name.startswith("norm.") else name)
 
@@ -142,9 +153,16 @@ def vision_encoder(tensors: Mapping[str, Tensor]) -> Any:
     except KeyError as error:
         raise ValueError(f"the checkpoint lacks {error.args[0]}: it is no ImageReward; give {EXAMPLE}'s") from None
     depth = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("vision.encoder.layers."))
-    config = BlipVisionConfig(hidden_size=width, intermediate_size=inner, num_hidden_layers=depth,
-                              num_attention_heads=width // 64, image_size=math.isqrt(places) * patch, patch_size=patch,
-                              layer_norm_eps=1e-6, attention_dropout=0.0)  # fmt: skip
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        image_size=math.isqrt(places) * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+        attention_dropout=0.0,
+    )
     return BlipVisionModel(config)
 
 
@@ -153,8 +171,17 @@ def text_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn
     forward pass is bidirectional."""
     from transformers import BlipTextConfig, BlipTextModel
 
-    known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "hidden_act", "max_position_embeddings", "layer_norm_eps", "pad_token_id")  # fmt: skip
+    known = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
     width = tensors["vision.embeddings.patch_embedding.weight"].shape[0]
     options = {name: config[name] for name in known} | {"attn_implementation": "eager"}
     text = BlipTextConfig(encoder_hidden_size=width, is_decoder=True, **options)

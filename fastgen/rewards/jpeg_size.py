@@ -22,6 +22,7 @@ class JpegSize(Reward):
 
     input = "pixels"
     differentiable = False
+    reads_prompts = False
 
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         images = (x.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -17,6 +17,7 @@ class Linear(Reward):
 
     input = "points"
     differentiable = True
+    reads_prompts = False
 
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         return x @ x.new_tensor(self.direction)
@@ -28,7 +29,5 @@ class Linear(Reward):
 
 def check_dimension(config: BackboneConfig, name: str, values: Sequence[float]) -> None:
     """Raises ValueError if a field has not one number for each coordinate of the mixture's points."""
-    from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
-
-    if isinstance(config, GaussianMixtureConfig) and len(values) != len(config.means[0]):
-        raise ValueError(f"{name} has {len(values)} numbers, and the points of the mixture {len(config.means[0])}")
+    if config.num_dims not in (None, len(values)):
+        raise ValueError(f"{name} has {len(values)} numbers, and the points of the mixture {config.num_dims}")

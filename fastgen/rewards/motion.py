@@ -49,6 +49,7 @@ class Motion(Reward):
 
     input = "frames"
     differentiable = True
+    reads_prompts = False
 
     def ready(self) -> None:
         if self.method == "features":

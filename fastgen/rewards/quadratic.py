@@ -23,6 +23,7 @@ class Quadratic(Reward):
 
     input = "points"
     differentiable = True
+    reads_prompts = False
 
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         return -0.5 * (x - x.new_tensor(self.center)).square() @ x.new_tensor(self.curvature)

@@ -64,9 +64,11 @@ def read_template(file: str, names: tuple[str, ...], tokens: tuple[str, ...], so
     if path.suffix == ".py":
         found = {
             target.id: node.value.value
-            for node in ast.parse(text).body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-            for target in node.targets if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-        }  # fmt: skip
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name) and isinstance(node.value.value, str)
+        }
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"template: {file} has no string {' and no '.join(missing)}; give {source}")
         text = "".join(found[name] for name in names)
@@ -81,8 +83,13 @@ def read_template(file: str, names: tuple[str, ...], tokens: tuple[str, ...], so
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Qwen2-VL checkpoint's tensors, of any transformers version, as Judge has them. The language model's own output
     layer, which no judge uses, is left out."""
-    prefixes = (("model.visual.", "vision."), ("visual.", "vision."), ("model.language_model.", "language."),
-                ("model.", "language."), ("rm_head.", "head."))  # fmt: skip
+    prefixes = (
+        ("model.visual.", "vision."),
+        ("visual.", "vision."),
+        ("model.language_model.", "language."),
+        ("model.", "language."),
+        ("rm_head.", "head."),
+    )
     result = {}
     for name, tensor in tensors.items():
         old, new = next((p for p in prefixes if name.startswith(p[0])), ("", ""))
@@ -103,8 +110,10 @@ def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             plain[name] = tensor
     for name, pair in adapters.items():
         if name not in plain or len(pair) < 2:
-            raise ValueError(f"the adapter of {name} lacks its {'layer' if name not in plain else 'other half'}; give "
-                             "the published checkpoint, whole")  # fmt: skip
+            raise ValueError(
+                f"the adapter of {name} lacks its {'layer' if name not in plain else 'other half'}; give "
+                "the published checkpoint, whole"
+            )
         plain[name] = plain[name].float() + scale * pair["B"] @ pair["A"]
     return plain
 
@@ -135,11 +144,13 @@ class Judge:
             raise ValueError(f"{source} lacks the embeddings of its tokens; give the published checkpoint, whole")
         config.text_config.vocab_size = len(tensors["language.embed_tokens.weight"])
         with init_empty_weights(include_buffers=False):
-            modules = nn.ModuleDict({
-                "vision": Qwen2VisionTransformerPretrainedModel(config.vision_config),
-                "language": Qwen2VLTextModel(config.text_config),
-                "head": head(config.text_config.hidden_size),
-            })  # fmt: skip
+            modules = nn.ModuleDict(
+                {
+                    "vision": Qwen2VisionTransformerPretrainedModel(config.vision_config),
+                    "language": Qwen2VLTextModel(config.text_config),
+                    "head": head(config.text_config.hidden_size),
+                }
+            )
         typed = {n: t.to(torch.float32 if n.startswith("head.") else dtype) for n, t in tensors.items()}
         weights.load_strictly(modules, typed, source, assign=True)
         self.modules, self.device, self.dtype = weights.freeze(modules, device), device, dtype
@@ -148,8 +159,10 @@ class Judge:
         special: Any = self.tokenizer.convert_tokens_to_ids(list(tokens))
         self.special: list[int] = special
         if max(self.special) >= config.text_config.vocab_size:
-            raise ValueError(f"{source} embeds {config.text_config.vocab_size} tokens, and base's tokenizer has more; "
-                             "give the base that it was trained from")  # fmt: skip
+            raise ValueError(
+                f"{source} embeds {config.text_config.vocab_size} tokens, and base's tokenizer has more; "
+                "give the base that it was trained from"
+            )
         chat = folder / "chat_template.json"
         self.chat = weights.read_json(chat)["chat_template"] if chat.is_file() else None
         self.ids = lru_cache(maxsize=4096)(self._ids)
@@ -190,6 +203,7 @@ class Judge:
         for token, wanted in ((self._pad(kind), count), *((token, 1) for token in self.special)):
             if (found := int((ids == token).sum())) != wanted:
                 name = self.tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(f"a conversation holds {name} {found} times, and should {wanted}; take it out of the "
-                                 "prompt")  # fmt: skip
+                raise ValueError(
+                    f"a conversation holds {name} {found} times, and should {wanted}; take it out of the prompt"
+                )
         return ids

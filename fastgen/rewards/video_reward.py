@@ -109,8 +109,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     for section, expected in EXPECTED.items():
         for key, value in expected.items():
             if (given := config.get(section, {}).get(key)) != value:
-                raise ValueError(f"path: {folder}/model_config.json has {section}.{key}: {given}, and only {value} is "
-                                 "known here")  # fmt: skip
+                raise ValueError(
+                    f"path: {folder}/model_config.json has {section}.{key}: {given}, and only {value} is known here"
+                )
     return config
 
 

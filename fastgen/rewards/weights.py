@@ -20,8 +20,10 @@ def check_path(value: str, key: str, example: str) -> Path | None:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
-        raise ValueError(f"{key}: {value!r} is neither a local folder nor a hub id; give a folder of the published "
-                         f"format, or an id such as {example}")  # fmt: skip
+        raise ValueError(
+            f"{key}: {value!r} is neither a local folder nor a hub id; give a folder of the published "
+            f"format, or an id such as {example}"
+        )
     return None
 
 
@@ -97,8 +99,10 @@ def load_strictly(
     report_keys(source, wanted.keys() - kept.keys(), kept.keys() - wanted.keys())
     for name, tensor in kept.items():
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{source}: {name} has the shape {list(tensor.shape)}, and the network "
-                             f"{list(wanted[name].shape)}; the checkpoint is of another architecture")  # fmt: skip
+            raise ValueError(
+                f"{source}: {name} has the shape {list(tensor.shape)}, and the network "
+                f"{list(wanted[name].shape)}; the checkpoint is of another architecture"
+            )
     module.load_state_dict(kept, assign=assign)
 
 
@@ -110,8 +114,10 @@ def report_keys(source: object, missing: Iterable[str], unexpected: Iterable[str
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             problems.append(f"{what} {', '.join(names[:5])}{more}")
     if problems:
-        raise ValueError(f"{source} {'; it '.join(problems)}: a scorer with a part at random is no scorer; give the "
-                         "published checkpoint, whole")  # fmt: skip
+        raise ValueError(
+            f"{source} {'; it '.join(problems)}: a scorer with a part at random is no scorer; give the "
+            "published checkpoint, whole"
+        )
 
 
 def pretrained(cls: Any, path: str, **options: Any) -> Any:

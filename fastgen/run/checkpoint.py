@@ -29,9 +29,15 @@ from fastgen.modules.sharding import local, slices, whole
 PREFIX = "step_"
 COUNTERS = "counters.json"
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -39,9 +45,14 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
-    state: Mapping[str, Tensor], counters: Mapping[str, Any], keep: int, writer: bool = True,
-) -> Path:  # fmt: skip
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    state: Mapping[str, Tensor],
+    counters: Mapping[str, Any],
+    keep: int,
+    writer: bool = True,
+) -> Path:
     """Writes folder/step_<counters["step"]> and removes all but the newest `keep` complete ones, and never the one of
     step counters["last_good"]. Every process calls it; only the `writer` writes.
 
@@ -155,9 +166,12 @@ def counters_of(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load(
-    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
-    state: dict[str, Tensor], device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    state: dict[str, Tensor],
+    device: torch.device,
+) -> dict[str, Any]:
     """Restores everything `save` wrote, in place; returns the counters. Raises CheckpointError on a missing tensor."""
     counters = counters_of(path)
     for role, module in modules.items():

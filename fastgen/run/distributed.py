@@ -35,8 +35,9 @@ def start(recipe: Recipe) -> Accelerator:
         raise RecipeError("train.device: cuda was asked for and there is no GPU here; set it to auto or cpu")
     for setting, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(setting, "false") == "true":
-            raise RecipeError(f"the launcher asks for {name}, which fastgen does not use; configure accelerate for "
-                              "multi-GPU or FSDP")  # fmt: skip
+            raise RecipeError(
+                f"the launcher asks for {name}, which fastgen does not use; configure accelerate for multi-GPU or FSDP"
+            )
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,8 +48,9 @@ def start(recipe: Recipe) -> Accelerator:
                 "torchrun --nproc_per_node, as accelerate launch --cpu starts one"
             )
     if strategy_of(recipe, accelerator) == "fsdp" and accelerator.num_processes == 1:
-        raise RecipeError("train.strategy: fsdp divides networks over processes and there is one; launch more, or set "
-                          "it to auto")  # fmt: skip
+        raise RecipeError(
+            "train.strategy: fsdp divides networks over processes and there is one; launch more, or set it to auto"
+        )
     return accelerator
 
 
@@ -60,7 +62,7 @@ def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
     return "single" if asked == "ddp" and accelerator.num_processes == 1 else asked
 
 
-def divide(modules: dict[str, nn.Module], backbone: Backbone, accelerator: Accelerator) -> None:
+def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, accelerator: Accelerator) -> None:
     """`fully_shard` for every role, the frozen ones too, in place; roles that share a base divide it once."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     weights = backbone.weights()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,51 +11,22 @@ from safetensors.torch import load_file
 
 import fastgen
 from fastgen.backbones.base import Backbone
-from fastgen.backbones.pipeline import PipelineBackbone
-from fastgen.config import dump_recipe, load_recipe, to_dict
+from fastgen.config import dump_recipe, load_stored, to_dict
 from fastgen.denoiser import Denoiser
-from fastgen.modules.lora import LoraDenoiser
-from fastgen.pipelines import few_step, flow_map
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
+from fastgen.run.build import build_backbone
 from fastgen.sampling.sampler import METADATA
 
-CALL = """```python
-import torch
-from diffusers import DiffusionPipeline
 
-{load}
-{call}
-```
-
-The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
-trained at, {timesteps}. Other numbers of steps, or a guidance scale above 1, are not what it was trained for. With
-`transition: renoise`, `cps` or `tcd` every step adds fresh noise; the seed above decides it."""
-
-OWN_PARTS = """
-
-This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and loads another
-package's only once that has been imported, and from a local folder. From the hub, download the folder first, with
-`huggingface_hub.snapshot_download`."""
-
-TOLD = """
-
-Its network is told more than its time, which plain diffusers cannot do: sample it with the class above, of fastgen,
-from a local folder."""
-
-ANY_STEP = """ It is a flow map: other numbers of steps work, too, on the same grid."""
-
-OWN_CALL = """```python
-from pathlib import Path
-
-from fastgen.sampling.sampler import load_sampler
-
-points = load_sampler(Path("path/to/this/folder")).sample(prompts=[""] * 8, seeds=range(8))
-```"""
-
-
-def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, step: int,
-           rows: Mapping[str, Mapping[str, float]]) -> None:  # fmt: skip
+def export(
+    student: Denoiser,
+    backbone: Backbone,
+    recipe: Recipe,
+    folder: Path,
+    step: int,
+    rows: Mapping[str, Mapping[str, float]],
+) -> None:
     """Writes the folder beside itself and renames it when it is complete; an earlier export is replaced only then.
 
     step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with; may be
@@ -64,20 +35,18 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
     for stale in (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
-    whole = bool(recipe.rollout.inputs) or not isinstance(backbone, PipelineBackbone)  # adapters go into the weights
-    if isinstance(student, LoraDenoiser) and whole:
-        backbone.save_pipeline(student.shared.unload(student.role or ""), recipe.rollout, partial)
-    else:
-        backbone.save_pipeline(student, recipe.rollout, partial)
+    adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
+    backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
     metadata = {
-        "lora": isinstance(student, LoraDenoiser) and not whole,
+        "lora": adapter,
         "fastgen": fastgen.__version__,
         "backbone": to_dict(recipe.backbone),
         "policy": to_dict(recipe.rollout),
     }
     (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
     (partial / "recipe.yaml").write_text(dump_recipe(recipe))
-    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows, own_parts(partial)))
+    usage = backbone.usage(recipe.rollout, partial, adapter)
+    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows, usage))
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -85,32 +54,13 @@ def export(student: Denoiser, backbone: Backbone, recipe: Recipe, folder: Path, 
         shutil.rmtree(old)
 
 
-def own_parts(folder: Path) -> list[str]:
-    """The components of an exported pipeline whose class is fastgen's own."""
-    index = folder / "model_index.json"
-    parts = json.loads(index.read_text()).items() if index.is_file() else ()
-    return [name for name, entry in parts if isinstance(entry, list) and entry[0] == few_step.__name__]
-
-
 def model_card(
-    backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]], own: Sequence[str] = ()
+    backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]], usage: str
 ) -> str:
-    """Markdown: what it is, how to call it, the numbers, the recipe. own: components of a class of fastgen's."""
-    teacher = to_dict(recipe.backbone)
-    call = CALL.replace("{call}", backbone.call) if isinstance(backbone, PipelineBackbone) else OWN_CALL
-    load = loading(backbone, recipe)
-    if own and not recipe.rollout.inputs:
-        load = f"import {few_step.__name__}\n\n{load}"
-        call += OWN_PARTS.replace("{parts}", " and its ".join(own))
-    call = call.replace("{load}", load)
-    if recipe.rollout.inputs:
-        call += TOLD + (ANY_STEP if recipe.rollout.any_step else "")
-    eta = f", eta={recipe.rollout.eta:g}" if recipe.rollout.transition == "tcd" else ""
-    call = call.replace("{num_steps}", str(recipe.rollout.num_steps)).replace("{eta}", eta)
-    call = call.replace("{timesteps}", str([round(t, 6) for t in recipe.rollout.timesteps]))
-    source = teacher.get("path", "an analytic mixture of Gaussians")
+    """Markdown: what it is, how to call it, the numbers, the recipe."""
+    source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
     return f"""---
-library_name: {"diffusers" if isinstance(backbone, PipelineBackbone) else "fastgen"}
+library_name: {backbone.library}
 tags: [distillation, few-step, {recipe.objective.name}]
 ---
 
@@ -121,7 +71,7 @@ weights are the moving average of the student's.
 
 ## How to call it
 
-{call}
+{usage}
 
 ## Numbers
 
@@ -132,24 +82,6 @@ weights are the moving average of the student's.
 ```yaml
 {dump_recipe(recipe)}```
 """
-
-
-def loading(backbone: Backbone, recipe: Recipe) -> str:
-    """The lines that load the export: a whole pipeline, or an adapter for the original one."""
-    if isinstance(backbone, PipelineBackbone) and recipe.rollout.inputs:
-        name = flow_map.PREFIX + backbone.parts["_class_name"]
-        return f'from {flow_map.__name__} import {name}\n\npipeline = {name}.from_pretrained("path/to/this/folder")'
-    if not isinstance(backbone, PipelineBackbone) or "student" not in recipe.lora:
-        return 'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")'
-    lines = [f'pipeline = DiffusionPipeline.from_pretrained("{backbone.config.path}")']
-    for i, file in enumerate(backbone.lora_files):
-        more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
-        lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}"{more})')
-    scheduler = type(backbone.student_scheduler(recipe.rollout))
-    kind, module = scheduler.__name__, scheduler.__module__
-    lines[0] = f"from {'diffusers' if module.startswith('diffusers.') else module} import {kind}\n\n{lines[0]}"
-    lines.append(f'pipeline.scheduler = {kind}.from_pretrained("path/to/this/folder", subfolder="scheduler")')
-    return "\n".join(lines)
 
 
 def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -179,14 +111,13 @@ def export_run(
     folder = output or run / "export"
     if folder.exists() and not (folder / METADATA).is_file():
         raise ValueError(f"{folder} exists and is not an export; choose another folder")
-    recipe = load_recipe(run / "recipe.yaml")
-    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
-    backbone.adapters = recipe.lora
+    recipe = load_stored(run / "recipe.yaml")
+    backbone = build_backbone(recipe, torch.device("cpu"), dtype=torch.float32)
     student = recipe.objective.make_student(backbone, recipe.rollout)
     student.load_state_dict(load_file(checkpoints[-1] / "ema.safetensors"))
     step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
-    if merge and isinstance(student, LoraDenoiser):
-        student = student.shared.unload(student.role or "")
+    if merge and student.is_adapter:
+        student = student.merged()
         recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
     export(student, backbone, recipe, folder, step, rows or {})
     return folder

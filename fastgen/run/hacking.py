@@ -13,8 +13,10 @@ from torch import Tensor
 from fastgen.recipe import HealthConfig
 from fastgen.rewards import Composite, Score
 
-ADVICE = ("strengthen what holds the student to the teacher (dm_weight, anchor_weight), lower reward_weight or "
-          "optimizers.student.lr, and continue from an earlier checkpoint (train.resume_from)")  # fmt: skip
+ADVICE = (
+    "strengthen what holds the student to the teacher (dm_weight, anchor_weight), lower reward_weight or "
+    "optimizers.student.lr, and continue from an earlier checkpoint (train.resume_from)"
+)
 
 
 def means(scores: Mapping[str, Score]) -> dict[str, float]:
@@ -62,9 +64,11 @@ def gamed(
         total = sum(part.weight * gain[label] for label, part in rewards.used(grad=False).items())
         if fallen > config.held_out_drop and total > 0:
             rises = ", ".join(f"{label} by {value:+.1f}" for label, value in gain.items())
-            warnings.append(f"the student games its rewards: since step {best['step']:.0f} {name}, which is held out, "
-                            f"has fallen by {fallen:.1f} of the teacher's standard deviations, and the optimised ones "
-                            f"moved: {rises}; {ADVICE}")  # fmt: skip
+            warnings.append(
+                f"the student games its rewards: since step {best['step']:.0f} {name}, which is held out, "
+                f"has fallen by {fallen:.1f} of the teacher's standard deviations, and the optimised ones "
+                f"moved: {rises}; {ADVICE}"
+            )
     return warnings
 
 
@@ -72,8 +76,10 @@ def left_the_anchor(distance: float, first: float, config: HealthConfig) -> list
     """first: the distance at the run's start, which a student that is still blurred may have."""
     if distance <= max(config.anchor_distance, first):
         return []
-    return [f"the student has left the teacher: the distance of their samples is {distance:.2f} of the teacher's own "
-            f"spread ({first:.2f} at the start); {ADVICE}"]  # fmt: skip
+    return [
+        f"the student has left the teacher: the distance of their samples is {distance:.2f} of the teacher's own "
+        f"spread ({first:.2f} at the start); {ADVICE}"
+    ]
 
 
 def idle_groups(terms: Mapping[str, float], config: HealthConfig) -> list[str]:
@@ -82,9 +88,13 @@ def idle_groups(terms: Mapping[str, float], config: HealthConfig) -> list[str]:
     zero = max((v for k, v in terms.items() if k.endswith("/zero_groups")), default=0.0)
     clipped = max((v for k, v in terms.items() if k.endswith("/clipped")), default=0.0)
     if zero > config.zero_groups:
-        warnings.append(f"in {zero:.0%} of the prompt groups all rewards are equal, so nothing is learned from them; "
-                        "raise objective.group_size or rollout.eta, or take a reward that differs")  # fmt: skip
+        warnings.append(
+            f"in {zero:.0%} of the prompt groups all rewards are equal, so nothing is learned from them; "
+            "raise objective.group_size or rollout.eta, or take a reward that differs"
+        )
     if clipped > config.clipped:
-        warnings.append(f"{clipped:.0%} of the advantages are clipped: a few samples decide the update; raise "
-                        "objective.advantage_clip or train.batch_size, or look at the rewards' outliers")  # fmt: skip
+        warnings.append(
+            f"{clipped:.0%} of the advantages are clipped: a few samples decide the update; raise "
+            "objective.advantage_clip or train.batch_size, or look at the rewards' outliers"
+        )
     return warnings

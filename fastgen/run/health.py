@@ -103,17 +103,23 @@ class Watch:
         """Samples that leave the teacher's range."""
         config, teacher, warnings = self.config, self.memory.reference, []
         if not all(map(math.isfinite, seen.values())):
-            return ["the student's samples are not finite: lower optimizers.student.lr and start from the last good "
-                    "checkpoint"]  # fmt: skip
+            return [
+                "the student's samples are not finite: lower optimizers.student.lr and start from the last good "
+                "checkpoint"
+            ]
         shift, std = abs(seen["mean"] - teacher["mean"]) / teacher["std"], seen["std"] / teacher["std"]
         if shift > config.mean_shift:
-            warnings.append(f"the student's samples have drifted: their mean is {shift:.1f} teacher standard "
-                            "deviations off (colour or brightness runs away); lower optimizers.student.lr or raise "
-                            "objective.fake_updates")  # fmt: skip
+            warnings.append(
+                f"the student's samples have drifted: their mean is {shift:.1f} teacher standard "
+                "deviations off (colour or brightness runs away); lower optimizers.student.lr or raise "
+                "objective.fake_updates"
+            )
         if std > config.std_ratio[1] or seen["saturation"] > teacher["saturation"] + config.saturation:
-            warnings.append(f"the student's samples are over-saturated: {std:.2f} times the teacher's standard "
-                            f"deviation, {seen['saturation']:.1%} of the values far out; lower guidance_scale, or use "
-                            "guidance_rescale or guidance_interval, and lower optimizers.student.lr")  # fmt: skip
+            warnings.append(
+                f"the student's samples are over-saturated: {std:.2f} times the teacher's standard "
+                f"deviation, {seen['saturation']:.1%} of the values far out; lower guidance_scale, or use "
+                "guidance_rescale or guidance_interval, and lower optimizers.student.lr"
+            )
         return warnings
 
     def collapsed(self, seen: Statistics) -> list[str]:
@@ -121,37 +127,49 @@ class Watch:
         config, teacher, warnings = self.config, self.memory.reference, []
         std, diversity = (seen[k] / max(teacher[k], 1e-12) for k in ("std", "diversity"))
         if std < config.std_ratio[0]:
-            warnings.append(f"the student's samples are washed out: {std:.2f} times the teacher's standard deviation "
-                            "(grey, blurred or empty); check that the student trains, lower its rate, or raise "
-                            "objective.fake_updates")  # fmt: skip
+            warnings.append(
+                f"the student's samples are washed out: {std:.2f} times the teacher's standard deviation "
+                "(grey, blurred or empty); check that the student trains, lower its rate, or raise "
+                "objective.fake_updates"
+            )
         if diversity < config.diversity_ratio:
-            warnings.append(f"the student's samples look alike: their distances are {diversity:.2f} times the "
-                            "teacher's (mode collapse); raise objective.fake_updates, lower optimizers.student.lr, or "
-                            "add the discriminator")  # fmt: skip
+            warnings.append(
+                f"the student's samples look alike: their distances are {diversity:.2f} times the "
+                "teacher's (mode collapse); raise objective.fake_updates, lower optimizers.student.lr, or "
+                "add the discriminator"
+            )
         return warnings
 
     def lagging(self, terms: Mapping[str, float]) -> list[str]:
         lag = max((abs(v) for k, v in terms.items() if k.endswith("/fake_lag")), default=0.0)
         if lag <= self.config.fake_lag:
             return []
-        return [f"the fake score does not follow the student: its own error is {lag:.1f} times the gradient; raise "
-                "objective.fake_updates or optimizers.fake_score.lr, or lower optimizers.student.lr"]  # fmt: skip
+        return [
+            f"the fake score does not follow the student: its own error is {lag:.1f} times the gradient; raise "
+            "objective.fake_updates or optimizers.fake_score.lr, or lower optimizers.student.lr"
+        ]
 
     def moving(self, movement: Mapping[str, float]) -> list[str]:
         """Roles whose weights hardly move (float32 resolves relative changes of 1e-7), or are being overwritten."""
         (low, high), warnings = self.config.movement, []
         for role, moved in movement.items():
             if moved < low:
-                warnings.append(f"{role} is not learning: its weights changed by {moved:.1g} of their size since the "
-                                f"last look; raise optimizers.{role}.lr")  # fmt: skip
+                warnings.append(
+                    f"{role} is not learning: its weights changed by {moved:.1g} of their size since the "
+                    f"last look; raise optimizers.{role}.lr"
+                )
             if moved > high:
-                warnings.append(f"{role} forgets what it started from: its weights changed by {moved:.1f} times their "
-                                f"size since the last look; lower optimizers.{role}.lr")  # fmt: skip
+                warnings.append(
+                    f"{role} forgets what it started from: its weights changed by {moved:.1f} times their "
+                    f"size since the last look; lower optimizers.{role}.lr"
+                )
         student, fake = movement.get("student", 0.0), movement.get("fake_score", 0.0)
         if fake > low and student > self.config.lead * fake:
-            warnings.append(f"the student runs ahead of the fake score, {student / fake:.1f} times as far since the "
-                            "last look; lower optimizers.student.lr, or raise optimizers.fake_score.lr or "
-                            "objective.fake_updates")  # fmt: skip
+            warnings.append(
+                f"the student runs ahead of the fake score, {student / fake:.1f} times as far since the "
+                "last look; lower optimizers.student.lr, or raise optimizers.fake_score.lr or "
+                "objective.fake_updates"
+            )
         return warnings
 
     def growing(self, terms: Mapping[str, float]) -> list[str]:
@@ -164,7 +182,9 @@ class Watch:
             usual = sorted(history)[len(history) // 2] if len(history) >= 3 else float("inf")
             if value > self.config.grad_growth * usual:
                 role = name.rpartition("grad_norm_")[2]
-                warnings.append(f"the gradient of {role} has grown to {value / usual:.0f} times what it was; lower "
-                                f"optimizers.{role}.lr")  # fmt: skip
+                warnings.append(
+                    f"the gradient of {role} has grown to {value / usual:.0f} times what it was; lower "
+                    f"optimizers.{role}.lr"
+                )
             history.append(value)
         return warnings

@@ -65,8 +65,10 @@ def prepare(
     if not isinstance(config, PipelineConfig):
         raise ValueError(f"backbone.name: prepare is for diffusers pipelines; {config.name} has nothing to encode")
     if not isinstance(source, SampleSource) or getattr(source, "streaming", False):
-        raise ValueError("data.name: prepare needs a source with random access to its rows: prompts, images, "
-                         "webdataset, or hub with streaming: false")  # fmt: skip
+        raise ValueError(
+            "data.name: prepare needs a source with random access to its rows: prompts, images, "
+            "webdataset, or hub with streaming: false"
+        )
     pairs = pairs or getattr(source, "pairs", None)
     known = begun(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +102,7 @@ def prepare(
     with tqdm(total=count, desc="preparing", unit="row") as bar:
         files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
         if pairs is not None:
-            backbone.prepared = PreparedPrompts(folder, manifest, prompts)  # pairs come after the prompts
+            backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)  # pairs come after the prompts
             files |= plan_pairs(backbone, samples, pairs, getattr(torch, dtype), shard_size, bar)
         for name, (rows, make) in files.items():
             if name in manifest["files"] and verified(folder / name, manifest["files"][name]):
@@ -118,9 +120,14 @@ def prepare(
 
 
 def plan(
-    backbone: PipelineBackbone, samples: Samples, prompts: Sequence[str], dtype: torch.dtype, shard_size: int,
-    lengths: dict[str, int], bar: Any,
-) -> dict[str, tuple[int, Make]]:  # fmt: skip
+    backbone: PipelineBackbone,
+    samples: Samples,
+    prompts: Sequence[str],
+    dtype: torch.dtype,
+    shard_size: int,
+    lengths: dict[str, int],
+    bar: Any,
+) -> dict[str, tuple[int, Make]]:
     """Every file of the folder: its rows, and what makes its bytes."""
     files: dict[str, tuple[int, Make]] = {
         "prompts.jsonl": (len(prompts), partial(prompt_lines, prompts)),
@@ -163,8 +170,10 @@ def check_settings(folder: Path, known: Manifest, wanted: Manifest) -> None:
     """Raises ValueError if the folder was begun with other settings."""
     keys = [key for key in wanted if key not in ("fastgen", "source")]
     if changed := differing({key: known.get(key) for key in keys}, {key: wanted[key] for key in keys}):
-        raise ValueError(f"{folder} was prepared with other settings: {'; '.join(changed)}. Choose another --output, "
-                         "or undo the change to continue")  # fmt: skip
+        raise ValueError(
+            f"{folder} was prepared with other settings: {'; '.join(changed)}. Choose another --output, "
+            "or undo the change to continue"
+        )
 
 
 def stamps(config: PipelineConfig, pairs: bool) -> dict[str, list[int]]:

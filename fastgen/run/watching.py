@@ -12,17 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.evaluation.evaluate import evaluate
-from fastgen.evaluation.report import plot_points, save_grid
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import local
 from fastgen.networks import Networks
 from fastgen.objectives import Turn
 from fastgen.recipe import Recipe
 from fastgen.rewards import Score
-from fastgen.run.build import Parts, TrainingError
+from fastgen.run.build import TrainingError, TrainingRun
 from fastgen.run.hacking import spreads
 from fastgen.run.health import statistics
 from fastgen.run.log import RunLog
+from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import Sampler
 from fastgen.sampling.video import save_video, side_by_side
 
@@ -58,15 +58,17 @@ def bit_sum(bits: Tensor, chunk: int = 1 << 20) -> int:
     return total
 
 
-def report_moved(parts: Parts, turn: Turn, before: dict[str, int], terms: dict[str, Tensor], console: Console) -> None:
+def report_moved(
+    run: TrainingRun, turn: Turn, before: dict[str, int], terms: dict[str, Tensor], console: Console
+) -> None:
     """Says which parameters the first update moved. An error: a role without gradient (weight decay alone may still
     have moved it), or gradient left on a role of another turn, which would enter that role's next step."""
-    after = bit_sums(parts.networks, turn)
+    after = bit_sums(run.networks, turn)
     for role in turn.roles:
-        parameters = dict(parts.networks[role].named_parameters())
+        parameters = dict(run.networks[role].named_parameters())
         same = [after[f"{role}.{name}"] == before[f"{role}.{name}"] for name in parameters]
-        flags = torch.tensor(same, dtype=torch.int32, device=parts.accelerator.device)
-        if parts.strategy == "fsdp":  # a part that moved on any process
+        flags = torch.tensor(same, dtype=torch.int32, device=run.accelerator.device)
+        if run.strategy == "fsdp":  # a part that moved on any process
             dist.all_reduce(flags, dist.ReduceOp.MIN)
         still = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
         if terms[f"grad_norm_{role}"] == 0 or len(still) == len(parameters):
@@ -74,97 +76,97 @@ def report_moved(parts: Parts, turn: Turn, before: dict[str, int], terms: dict[s
         unmoved = f"; unmoved: {', '.join(still[:5])}{' ...' if len(still) > 5 else ''}" if still else ""
         moved = len(parameters) - len(still)
         console.print(f"{role}: {moved} of {len(parameters)} tensors moved{unmoved}", markup=False)
-    for role in parts.networks:
-        if role not in turn.roles and any(p.grad is not None for p in parts.networks[role].parameters()):
+    for role in run.networks:
+        if role not in turn.roles and any(p.grad is not None for p in run.networks[role].parameters()):
             raise TrainingError(
                 f"turn {turn.name} left a gradient on {role}, which it does not update; wrap the call in "
                 "fastgen.networks.frozen or torch.no_grad"
             )
 
 
-def weight_marks(parts: Parts) -> dict[str, Tensor]:
+def weight_marks(run: TrainingRun) -> dict[str, Tensor]:
     """A few values of every tensor of every trained role, to see later whether they moved."""
     return {
-        role: torch.cat([local(p).detach().reshape(-1)[:16].float() for p in parts.networks[role].parameters()])
-        for role in parts.recipe.objective.trained_roles
+        role: torch.cat([local(p).detach().reshape(-1)[:16].float() for p in run.networks[role].parameters()])
+        for role in run.recipe.objective.trained_roles
     }
 
 
-def watch(parts: Parts, step: int, log: RunLog, marks: Mapping[str, Tensor], console: Console) -> None:
+def watch(run: TrainingRun, step: int, log: RunLog, marks: Mapping[str, Tensor], console: Console) -> None:
     """Looks at the student's samples and the run's terms; writes what it sees, and warns in words.
 
     Raises TrainingError at a warning if health.stop says so."""
-    config, terms = parts.recipe.health, log.means()
-    now = weight_marks(parts)
+    config, terms = run.recipe.health, log.means()
+    now = weight_marks(run)
     moved = {
         role: ((now[role] - old).square().mean() / old.square().mean().clamp_min(1e-6)).sqrt().item()
         for role, old in marks.items()
         if any(name.endswith(f"/grad_norm_{role}") for name in terms)  # not a role whose turn has not come yet
     }
-    latents = student_latents(parts, config.num_samples)
-    seen, warnings = parts.watch.look(step, latents, terms, moved)
-    if parts.recipe.rewards:
-        rewarded, more = parts.watch.look_at_rewards(step, latents, scores_of(parts, latents), parts.recipe.rewards)
+    latents = student_latents(run, config.num_samples)
+    seen, warnings = run.watch.look(step, latents, terms, moved)
+    if run.recipe.rewards:
+        rewarded, more = run.watch.look_at_rewards(step, latents, scores_of(run, latents), run.recipe.rewards)
         seen, warnings = seen | rewarded, warnings + more
     log.record(step, {f"health/{name}": value for name, value in seen.items()})
     for warning in warnings:
         log.warn(step, warning)
         tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
-    stop = torch.tensor(float(bool(warnings and config.stop)), device=parts.accelerator.device)
-    if parts.accelerator.reduce(stop, "sum") > 0:
+    stop = torch.tensor(float(bool(warnings and config.stop)), device=run.accelerator.device)
+    if run.accelerator.reduce(stop, "sum") > 0:
         raise TrainingError(f"health.stop: {warnings[0] if warnings else 'another process saw a warning'}")
 
 
-def set_anchor(parts: Parts) -> None:
+def set_anchor(run: TrainingRun) -> None:
     """What the watch compares rewards with: the teacher's samples, and, before the first update, their rewards'
     spread and a first look at the student. On all processes alike."""
-    recipe, watch = parts.recipe, parts.watch
+    recipe, watch = run.recipe, run.watch
     if not recipe.rewards or not recipe.health.every:
         return
     count = recipe.health.num_samples
-    watch.anchor = fixed_latents(parts, parts.teacher(max(recipe.eval.teacher_steps, default=50)), count)
+    watch.anchor = fixed_latents(run, run.teacher(max(recipe.eval.teacher_steps, default=50)), count)
     if not watch.memory.rewards:
-        watch.memory.reward_spread = spreads(scores_of(parts, watch.anchor))
-        latents = student_latents(parts, count)
-        watch.look_at_rewards(0, latents, scores_of(parts, latents), recipe.rewards)
+        watch.memory.reward_spread = spreads(scores_of(run, watch.anchor))
+        latents = student_latents(run, count)
+        watch.look_at_rewards(0, latents, scores_of(run, latents), recipe.rewards)
 
 
-def scores_of(parts: Parts, latents: Tensor) -> dict[str, Score]:
+def scores_of(run: TrainingRun, latents: Tensor) -> dict[str, Score]:
     """Every reward, optimised and held out, of samples of the fixed prompts, a batch at a time."""
-    assert parts.networks.scorer is not None
-    size, chunks = parts.recipe.train.batch_size, list[dict[str, Score]]()
+    assert run.networks.scorer is not None
+    size, chunks = run.recipe.train.batch_size, list[dict[str, Score]]()
     for i in range(0, len(latents), size):
         rows = latents[i : i + size]
-        chunks.append(parts.networks.scorer.each(rows, parts.prompts[i : i + len(rows)]))
+        chunks.append(run.networks.scorer.each(rows, run.prompts[i : i + len(rows)]))
     return {
         name: Score(torch.cat([c[name].value for c in chunks]), torch.cat([c[name].valid for c in chunks]))
         for name in chunks[0]
     }
 
 
-def student_latents(parts: Parts, count: int) -> Tensor:
+def student_latents(run: TrainingRun, count: int) -> Tensor:
     """Samples of the student as it is now, of fixed prompts and seeds."""
-    sampler = Sampler(parts.backbone, parts.networks.student, parts.recipe.rollout)
-    return fixed_latents(parts, sampler, count)
+    sampler = Sampler(run.backbone, run.networks.student, run.recipe.rollout)
+    return fixed_latents(run, sampler, count)
 
 
-def fixed_latents(parts: Parts, sampler: Sampler, count: int) -> Tensor:
+def fixed_latents(run: TrainingRun, sampler: Sampler, count: int) -> Tensor:
     """Latents of fixed prompts, seeds 0, 1, 2, ..., a batch at a time: [count, ...]."""
-    size = parts.recipe.train.batch_size
+    size = run.recipe.train.batch_size
     chunks = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    return torch.cat([sampler.latents([parts.prompts[i] for i in chunk], chunk) for chunk in chunks])
+    return torch.cat([sampler.latents([run.prompts[i] for i in chunk], chunk) for chunk in chunks])
 
 
-def show(parts: Parts, sampler: Sampler, path: Path) -> None:
+def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
     """A picture of fixed prompts and seeds: the data stream's first prompts, seeds 0, 1, 2, ..."""
     points = sampler.backbone.output == "points"
-    count = len(parts.prompts) if points else parts.recipe.train.num_samples
-    samples = sampler.sample(parts.prompts[:count], range(count))
-    if not parts.accelerator.is_main_process:
+    count = len(run.prompts) if points else run.recipe.train.num_samples
+    samples = sampler.sample(run.prompts[:count], range(count))
+    if not run.accelerator.is_main_process:
         return
     path.parent.mkdir(exist_ok=True)
     if points:
-        exact = parts.stream.latents(torch.arange(count))
+        exact = run.stream.latents(torch.arange(count))
         plot_points({"samples": samples} | ({} if exact is None else {"exact": exact}), path)
     else:
         save_grid(samples, path, columns=max(1, round(count**0.5)))
@@ -172,26 +174,26 @@ def show(parts: Parts, sampler: Sampler, path: Path) -> None:
         save_video(side_by_side(samples), path.with_suffix(".mp4"), sampler.backbone.fps)
 
 
-def show_teacher(parts: Parts, path: Path, console: Console) -> None:
+def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     """Samples the teacher through our own wrapper, before anything is trained: if this looks wrong, stop here. What
     the health watch compares with is measured here too, on all processes alike."""
-    sampler = parts.teacher(max(parts.recipe.eval.teacher_steps, default=50))
-    if parts.samples_here:
-        show(parts, sampler, path)
-    if parts.recipe.health.every:
-        parts.watch.memory.reference = statistics(fixed_latents(parts, sampler, parts.recipe.health.num_samples))
+    sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
+    if run.samples_here:
+        show(run, sampler, path)
+    if run.recipe.health.every:
+        run.watch.memory.reference = statistics(fixed_latents(run, sampler, run.recipe.health.num_samples))
     steps = sampler.policy.num_steps
     console.print(f"the teacher at {steps} steps: {path}; if this picture is wrong, stop here", markup=False)
 
 
-def quick_metrics(parts: Parts) -> dict[str, float]:
-    return evaluate(parts.student, parts.recipe.eval.quick(), progress=False)["metrics"]
+def quick_metrics(run: TrainingRun) -> dict[str, float]:
+    return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
 
 
-def teacher_metrics(parts: Parts) -> dict[str, dict[str, float]]:
+def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:
     """The teacher at `eval.teacher_steps`, measured as the student is: what the card compares with."""
-    config = parts.recipe.eval
+    config = run.recipe.eval
     return {
-        f"teacher, {k} steps": evaluate(parts.teacher(k), config.quick(), progress=False)["metrics"]
+        f"teacher, {k} steps": evaluate(run.teacher(k), config.quick(), progress=False)["metrics"]
         for k in config.teacher_steps
     }

@@ -9,15 +9,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.data import read_prompts
-from fastgen.evaluation.report import plot_points, save_grid
+from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
 
 
 def sample_folder(
-    path: Path, prompts: Sequence[str], prompt_file: Path | None, num_images: int, seed: int, output: Path,
-    num_steps: int | None, guidance_scale: float | None, batch_size: int,
-) -> int:  # fmt: skip
+    path: Path,
+    prompts: Sequence[str],
+    prompt_file: Path | None,
+    num_images: int,
+    seed: int,
+    output: Path,
+    num_steps: int | None,
+    guidance_scale: float | None,
+    batch_size: int,
+) -> int:
     """num_images of every prompt: 00000.png (00000.mp4 of a video model) with its prompt in 00000.txt, and grid.png; a
     mixture's points as points.safetensors and grid.png. Image i has seed seed + i. Returns how many.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastgen import noise, signals
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.backbones.pipeline import PipelineConfig, family_configs, read_index
+from fastgen.backbones.folder import read_index
+from fastgen.backbones.pipeline import PipelineConfig, family_configs
 from fastgen.batch import Conditioning
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, sample
@@ -38,8 +39,14 @@ class Sampler:
     """A denoiser, its backbone and its policy: prompts and seeds to pixels, frames or points.
     guidance_scale: one number, or one an expert, from high noise to low."""
 
-    def __init__(self, backbone: Backbone, denoiser: Denoiser, policy: RolloutPolicy,
-                 guidance_scale: float | Sequence[float] = 1.0, weights: Path | None = None):  # fmt: skip
+    def __init__(
+        self,
+        backbone: Backbone,
+        denoiser: Denoiser,
+        policy: RolloutPolicy,
+        guidance_scale: float | Sequence[float] = 1.0,
+        weights: Path | None = None,
+    ):
         self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
         self._weights = weights
 
@@ -102,10 +109,10 @@ def load_sampler(
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
         from fastgen.backbones import BACKBONES
-        from fastgen.registry import build_section
+        from fastgen.registry import build_section, current_names
 
         metadata = json.loads((folder / METADATA).read_text())
-        policy = RolloutPolicy(**metadata["policy"])
+        policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
         other = num_steps not in (None, policy.num_steps)
         if (other and not policy.any_step) or guidance_scale not in (None, 1.0):
             raise ValueError(

@@ -147,9 +147,14 @@ def flex_block_mask(layout: BlockLayout) -> Any:
     full = (lists.entries // (MAX_CAPACITY * k_tiles.capacity)).contiguous()
     last = torch.full_like(full, len(k_tiles) - 1)  # the only tile that may be ragged
     return BlockMask.from_kv_blocks(
-        lists.counts - lists.full, last, lists.full, full, BLOCK_SIZE=(q_tiles.capacity, k_tiles.capacity),
-        mask_mod=sees, seq_lengths=(q_tiles.num_tokens, k_tiles.num_tokens),
-    )  # fmt: skip
+        lists.counts - lists.full,
+        last,
+        lists.full,
+        full,
+        BLOCK_SIZE=(q_tiles.capacity, k_tiles.capacity),
+        mask_mod=sees,
+        seq_lengths=(q_tiles.num_tokens, k_tiles.num_tokens),
+    )
 
 
 class DenseMask:

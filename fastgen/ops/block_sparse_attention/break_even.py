@@ -100,9 +100,15 @@ def time_call(
 
 
 def random_call(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capacity: int, backward: bool, density: float,
-    tokens: int = TOKENS, heads: int = HEADS,
-) -> Call:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    capacity: int,
+    backward: bool,
+    density: float,
+    tokens: int = TOKENS,
+    heads: int = HEADS,
+) -> Call:
     """Standard normal tensors [1, tokens, heads, head_dim]; every query tile sees as many random key tiles."""
     generator = torch.Generator().manual_seed(0)
     tensors = (torch.randn(1, tokens, heads, head_dim, generator=generator) for _ in range(3))

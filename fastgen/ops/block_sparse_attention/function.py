@@ -59,18 +59,35 @@ def triton_attention(
         tiles = (layout.k_tiles.split_at(grad_keys[0]), layout.k_tiles.split_at(grad_keys[1]))
     cache_key, cache_value = (None, None) if cache is None else cache
     out, lse = _BlockSparseAttention.apply(
-        query, key, value, cache_key, cache_value, layout, softmax_scale(query, scale), current_tile, tiles,
+        query,
+        key,
+        value,
+        cache_key,
+        cache_value,
+        layout,
+        softmax_scale(query, scale),
+        current_tile,
+        tiles,
         configs or configs_for(query, layout),
-    )  # fmt: skip
+    )
     return Result(out, lse)
 
 
 class _BlockSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cache_key: Tensor | None, cache_value: Tensor | None,
-        layout: BlockLayout, scale: float, current_tile: int, grad_tiles: tuple[int, int], configs: Configs,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache_key: Tensor | None,
+        cache_value: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        current_tile: int,
+        grad_tiles: tuple[int, int],
+        configs: Configs,
+    ) -> tuple[Tensor, Tensor]:
         out, lse2 = launch_forward(query, Sources(key, value, cache_key, cache_value), layout, scale, configs)
         ctx.save_for_backward(query, key, value, cache_key, cache_value, out, lse2)
         ctx.layout, ctx.scale, ctx.current_tile = layout, scale, current_tile

@@ -10,9 +10,17 @@ import triton.language as tl
 
 @triton.jit
 def pool_kernel(
-    p_tokens, p_tiles, p_means, num_heads, num_tiles, stride_b, stride_l, stride_h,
-    HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
+    p_tokens,
+    p_tiles,
+    p_means,
+    num_heads,
+    num_tiles,
+    stride_b,
+    stride_l,
+    stride_h,
+    HEAD_DIM: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
     """means [B, H, tiles, HEAD_DIM] float32 of tokens [B, L, H, HEAD_DIM]. Grid: (tiles, batch * heads)."""
     i_tile = tl.program_id(0)
     i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
@@ -35,9 +43,7 @@ def sortable(b_score):
 
 
 @triton.jit
-def select_kernel(
-    p_scores, p_forced, p_map, num_columns, amount, COLUMNS: tl.constexpr, BY_MASS: tl.constexpr
-):  # fmt: skip
+def select_kernel(p_scores, p_forced, p_map, num_columns, amount, COLUMNS: tl.constexpr, BY_MASS: tl.constexpr):
     """map [rows, num_columns] uint8 from scores [rows, num_columns] float32 and forced [num_columns] uint8.
 
     amount, a float: how many to keep, or BY_MASS the mass. The score at which it is reached is found by bisection
@@ -79,9 +85,19 @@ def select_kernel(
 
 @triton.jit
 def lists_kernel(
-    p_map, p_tiles, p_lists, p_counts, p_full, num_rows, num_columns, stride_head, stride_row, stride_column,
-    COLUMNS: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
+    p_map,
+    p_tiles,
+    p_lists,
+    p_counts,
+    p_full,
+    num_rows,
+    num_columns,
+    stride_head,
+    stride_row,
+    stride_column,
+    COLUMNS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
     """entries [b * h, rows, columns], counts and full [b * h, rows], int32, of a map with free strides.
 
     Full tiles first, then ragged ones; what follows the last entry is not written. Grid: (rows, b * h)."""

@@ -44,12 +44,28 @@ def launch_forward(
     described, steps = keys.described(config)
     with on_device(query):
         forward_kernel[grid](
-            query, *keys.tensors, *described, out, lse, entries(layout.q_tiles, query.device), *lists,
-            scale * math.log2(math.e), heads, queries, keys.num_cached, *steps,
-            *row_strides(query), *keys.strides, *list_strides(lists),
-            HEAD_DIM=dim, QUERY_TILE=capacity, KEY_TILE=layout.k_tiles.capacity, TWO_SOURCES=keys.num_cached > 0,
-            TMA=is_described(described), **common(config),
-        )  # fmt: skip
+            query,
+            *keys.tensors,
+            *described,
+            out,
+            lse,
+            entries(layout.q_tiles, query.device),
+            *lists,
+            scale * math.log2(math.e),
+            heads,
+            queries,
+            keys.num_cached,
+            *steps,
+            *row_strides(query),
+            *keys.strides,
+            *list_strides(lists),
+            HEAD_DIM=dim,
+            QUERY_TILE=capacity,
+            KEY_TILE=layout.k_tiles.capacity,
+            TWO_SOURCES=keys.num_cached > 0,
+            TMA=is_described(described),
+            **common(config),
+        )
     return out.to(query.dtype), lse
 
 
@@ -60,16 +76,31 @@ def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     rows, block = batch * queries * heads, 32
     with on_device(out):
         delta_kernel[(triton.cdiv(rows, block),)](
-            out, dout, delta if dlse is None else dlse, delta, rows, heads, queries,
-            HEAD_DIM=dim, BLOCK_M=block, HAS_DLSE=dlse is not None, UPCAST=INTERPRETED,
-        )  # fmt: skip
+            out,
+            dout,
+            delta if dlse is None else dlse,
+            delta,
+            rows,
+            heads,
+            queries,
+            HEAD_DIM=dim,
+            BLOCK_M=block,
+            HAS_DLSE=dlse is not None,
+            UPCAST=INTERPRETED,
+        )
     return delta
 
 
 def launch_dq(
-    query: Tensor, keys: "Sources", dout: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, scale: float,
+    query: Tensor,
+    keys: "Sources",
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    layout: BlockLayout,
+    scale: float,
     configs: Configs,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dq, [B, Lq, H, D]."""
     batch, queries, heads, dim = query.shape
     config = configs["dq"]
@@ -80,19 +111,47 @@ def launch_dq(
     described, steps = keys.described(config)
     with on_device(query):
         dq_kernel[grid](
-            query, *keys.tensors, *described, dout, lse, delta, dq, entries(layout.q_tiles, query.device), *lists,
-            scale * math.log2(math.e), scale, heads, queries, keys.num_cached, *steps,
-            *row_strides(query), *keys.strides, *list_strides(lists),
-            HEAD_DIM=dim, QUERY_TILE=capacity, KEY_TILE=layout.k_tiles.capacity, TWO_SOURCES=keys.num_cached > 0,
-            TMA=is_described(described), **common(config),
-        )  # fmt: skip
+            query,
+            *keys.tensors,
+            *described,
+            dout,
+            lse,
+            delta,
+            dq,
+            entries(layout.q_tiles, query.device),
+            *lists,
+            scale * math.log2(math.e),
+            scale,
+            heads,
+            queries,
+            keys.num_cached,
+            *steps,
+            *row_strides(query),
+            *keys.strides,
+            *list_strides(lists),
+            HEAD_DIM=dim,
+            QUERY_TILE=capacity,
+            KEY_TILE=layout.k_tiles.capacity,
+            TWO_SOURCES=keys.num_cached > 0,
+            TMA=is_described(described),
+            **common(config),
+        )
     return dq.to(query.dtype)
 
 
 def launch_dkv(
-    query: Tensor, key: Tensor, value: Tensor, first_row: int, tiles: tuple[int, int], dout: Tensor, lse: Tensor,
-    delta: Tensor, layout: BlockLayout, scale: float, configs: Configs,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_row: int,
+    tiles: tuple[int, int],
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    configs: Configs,
+) -> tuple[Tensor, Tensor]:
     """dk and dv of one source, both of its shape; its row 0 is row `first_row` of all keys.
 
     tiles: the key tiles, first to last + 1, that get gradient; only they are computed, other rows are 0."""
@@ -108,12 +167,35 @@ def launch_dkv(
     described, steps = describe((query, dout), config.block_m, config.tma)
     with on_device(query):
         dkv_kernel[((last - first) * (capacity // config.block_n), batch * heads)](
-            query, key, value, dout, *described, lse, delta, dk, dv, entries(layout.k_tiles, query.device), *lists,
-            scale * math.log2(math.e), scale, heads, queries, key.shape[1], first_row, first, *steps[:3],
-            *row_strides(query), *row_strides(key), *row_strides(value), *list_strides(lists),
-            HEAD_DIM=dim, QUERY_TILE=layout.q_tiles.capacity, KEY_TILE=capacity, TMA=is_described(described),
+            query,
+            key,
+            value,
+            dout,
+            *described,
+            lse,
+            delta,
+            dk,
+            dv,
+            entries(layout.k_tiles, query.device),
+            *lists,
+            scale * math.log2(math.e),
+            scale,
+            heads,
+            queries,
+            key.shape[1],
+            first_row,
+            first,
+            *steps[:3],
+            *row_strides(query),
+            *row_strides(key),
+            *row_strides(value),
+            *list_strides(lists),
+            HEAD_DIM=dim,
+            QUERY_TILE=layout.q_tiles.capacity,
+            KEY_TILE=capacity,
+            TMA=is_described(described),
             **common(config),
-        )  # fmt: skip
+        )
     return dk.to(key.dtype), dv.to(key.dtype)
 
 

@@ -15,9 +15,15 @@ def pool_by_kernel(tokens: Tensor, tiles: Tiles) -> Tensor:
     means = torch.empty(batch, heads, len(tiles), dim, device=tokens.device)
     with on_device(tokens):
         pool_kernel[(len(tiles), batch * heads)](
-            tokens, entries(tiles, tokens.device), means, heads, len(tiles), *row_strides(tokens),
-            HEAD_DIM=dim, CAPACITY=tiles.capacity,
-        )  # fmt: skip
+            tokens,
+            entries(tiles, tokens.device),
+            means,
+            heads,
+            len(tiles),
+            *row_strides(tokens),
+            HEAD_DIM=dim,
+            CAPACITY=tiles.capacity,
+        )
     return means
 
 
@@ -28,9 +34,14 @@ def select_by_kernel(scores: Tensor, forced: Tensor, top_k: int = 0, mass: float
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     with on_device(scores):
         select_kernel[(scores.numel() // columns,)](
-            scores, forced.view(torch.uint8), kept.view(torch.uint8), columns, mass if mass > 0 else float(top_k),
-            COLUMNS=max(16, triton.next_power_of_2(columns)), BY_MASS=mass > 0,
-        )  # fmt: skip
+            scores,
+            forced.view(torch.uint8),
+            kept.view(torch.uint8),
+            columns,
+            mass if mass > 0 else float(top_k),
+            COLUMNS=max(16, triton.next_power_of_2(columns)),
+            BY_MASS=mass > 0,
+        )
     return kept
 
 
@@ -44,7 +55,15 @@ def lists_by_kernel(block_map: Tensor, columns: Tiles) -> tuple[Tensor, Tensor, 
     counts, full = (torch.empty(batch, heads, rows, dtype=torch.int32, device=block_map.device) for _ in range(2))
     with on_device(block_map):
         lists_kernel[(rows, batch * heads)](
-            flat, entries(columns, block_map.device), lists, counts, full, rows, width, *flat.stride(),
-            COLUMNS=max(16, triton.next_power_of_2(width)), CAPACITY=columns.capacity,
-        )  # fmt: skip
+            flat,
+            entries(columns, block_map.device),
+            lists,
+            counts,
+            full,
+            rows,
+            width,
+            *flat.stride(),
+            COLUMNS=max(16, triton.next_power_of_2(width)),
+            CAPACITY=columns.capacity,
+        )
     return lists, counts, full

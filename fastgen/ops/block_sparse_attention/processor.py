@@ -104,9 +104,16 @@ class _Replaced(TorchFunctionMode):
         return self._attention(*args, **(kwargs or {}))
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
         """The arguments of scaled_dot_product_attention; tensors are [B, H, L, D]."""
         given = {"attn_mask": attn_mask is not None, "dropout_p": dropout_p, "is_causal": is_causal, "gqa": enable_gqa}
         if any(given.values()):

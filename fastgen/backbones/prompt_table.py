@@ -1,0 +1,70 @@
+"""Prompts that are encoded once and kept, and prompts that were encoded before and are read."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from fastgen.batch import Conditioning
+
+TABLE_BYTES = 1 << 30  # prompt embeddings kept in memory; beyond it they are encoded again
+
+
+class PromptRows(Protocol):
+    """Prompts that were encoded before, as `fastgen prepare` stores them."""
+
+    def __contains__(self, prompt: str) -> bool: ...
+
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        """What encoding these prompts gives, on the CPU."""
+
+
+class PromptTable:
+    """The conditioning of every prompt seen so far, up to a gigabyte.
+
+    Each prompt is encoded by itself: the last bits of an embedding depend on what shares its batch, and a run that
+    continues meets its prompts in other company.
+    encode: a few prompts to their rows. finish: from the rows of all prompts to what networks are given."""
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Conditioning],
+        finish: Callable[[Conditioning], Conditioning],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.encode, self.finish, self.device, self.dtype = encode, finish, device, dtype
+        self.stored: PromptRows | None = None  # prompts found here are read instead of encoded
+        self._index: dict[str, int] = {}
+        self._encoded: Conditioning | None = None
+        self._finished: Conditioning | None = None
+
+    @torch.no_grad()
+    def rows(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of these prompts, batch size len(prompts)."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._index]
+        if new:
+            self.extend(new, set(prompts))
+        assert self._finished is not None
+        return self._finished.select(torch.tensor([self._index[p] for p in prompts], device=self.device))
+
+    def extend(self, new: list[str], wanted: set[str]) -> None:
+        """Encodes prompts and appends them to the table, which is emptied first when it would grow too large."""
+        if self._encoded is not None and sum(v.nbytes for v in self._encoded.values()) > TABLE_BYTES:
+            new, self._index, self._encoded = sorted(wanted), {}, None
+        stored = [p for p in new if self.stored is not None and p in self.stored]
+        new = list(dict.fromkeys([*stored, *new]))
+        chunks = [self.read(stored)] if stored else []
+        chunks += [self.encode([prompt]) for prompt in new[len(stored) :]]
+        self._encoded = Conditioning.cat([*([self._encoded] if self._encoded else []), *chunks])
+        self._finished = self.finish(self._encoded)
+        for prompt in new:
+            self._index[prompt] = len(self._index)
+
+    def read(self, prompts: list[str]) -> Conditioning:
+        """The rows of stored prompts."""
+        assert self.stored is not None
+        rows = self.stored.read(prompts)
+        return Conditioning(
+            {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in rows.items()}
+        )

@@ -1,0 +1,81 @@
+"""How an exported student is loaded and called, as the Markdown of its model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastgen.backbones.saving import lora_files
+from fastgen.pipelines import few_step, flow_map
+from fastgen.rollout import RolloutPolicy
+
+CALL = """```python
+import torch
+from diffusers import DiffusionPipeline
+
+{load}
+{call}
+```
+
+The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
+trained at, {timesteps}. It was not trained for other numbers of steps, nor for a guidance scale above 1. With
+`transition: renoise`, `cps` or `tcd` every step adds fresh noise, which the seed above decides."""
+
+OWN_PARTS = """
+
+This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and it finds another
+package's class only if that package has been imported, and only in a local folder. From the hub, download the folder
+first, with `huggingface_hub.snapshot_download`."""
+
+INPUTS = """
+
+Its network takes inputs besides its time, which plain diffusers cannot give it: sample it with the class above, of
+fastgen, from a local folder."""
+
+ANY_STEP = """ It is a flow map: other numbers of steps work, too, on the same grid."""
+
+
+def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
+    """Of a `PipelineBackbone`'s export in `folder`. adapter: whether it is a LoRA adapter, not a whole pipeline."""
+    load, call, own = loading(backbone, policy, adapter), CALL.replace("{call}", backbone.call), own_components(folder)
+    if own and not policy.inputs:
+        load = f"import {few_step.__name__}\n\n{load}"
+        call += OWN_PARTS.replace("{parts}", " and its ".join(own))
+    if policy.inputs:
+        call += INPUTS + (ANY_STEP if policy.any_step else "")
+    filled = {
+        "{load}": load,
+        "{num_steps}": str(policy.num_steps),
+        "{eta}": f", eta={policy.eta:g}" if policy.transition == "tcd" else "",
+        "{timesteps}": str([round(t, 6) for t in policy.timesteps]),
+    }
+    for mark, text in filled.items():
+        call = call.replace(mark, text)
+    return call
+
+
+def own_components(folder: Path) -> list[str]:
+    """The components of an exported pipeline whose class is fastgen's own."""
+    index = folder / "model_index.json"
+    components = json.loads(index.read_text()).items() if index.is_file() else ()
+    return [name for name, entry in components if isinstance(entry, list) and entry[0] == few_step.__name__]
+
+
+def loading(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
+    """The lines that load the export: a pipeline of our own class, a whole stock pipeline, or an adapter for the
+    original one."""
+    if policy.inputs:
+        name = flow_map.PREFIX + backbone.components["_class_name"]
+        return f'from {flow_map.__name__} import {name}\n\npipeline = {name}.from_pretrained("path/to/this/folder")'
+    if not adapter:
+        return 'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")'
+    scheduler = type(backbone.student_scheduler(policy))
+    kind, module = scheduler.__name__, scheduler.__module__
+    lines = [
+        f"from {'diffusers' if module.startswith('diffusers.') else module} import {kind}\n",
+        f'pipeline = DiffusionPipeline.from_pretrained("{backbone.config.path}")',
+    ]
+    for i, file in enumerate(lora_files(backbone.subfolders)):
+        more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
+        lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}"{more})')
+    lines.append(f'pipeline.scheduler = {kind}.from_pretrained("path/to/this/folder", subfolder="scheduler")')
+    return "\n".join(lines)

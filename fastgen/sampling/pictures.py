@@ -1,0 +1,87 @@
+"""Samples as pictures: grids of images and video frames, and scatter plots of points."""
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from fastgen.sampling.video import stills
+
+EXACT = "exact"  # the name of points that are drawn behind the others
+BLUE, GREY = "#2f6fab", "#b5b5b5"
+
+
+def png(picture: Figure | Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        FigureCanvasAgg(picture).print_png(buffer)
+    else:
+        picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
+    """pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]: a few frames of each in a row, at most 256 wide."""
+    pixels = pixels.detach().float().cpu()
+    if pixels.dim() == 5:
+        pixels = stills(pixels)
+        columns = pixels.shape[1]
+        pixels = pixels.flatten(0, 1)
+        smaller = min(1.0, 256 / pixels.shape[-1])
+        pixels = F.interpolate(pixels, scale_factor=smaller, mode="area") if smaller < 1 else pixels
+    sheet = make_grid(pixels.clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
+    return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_grid(pixels: Tensor, path: Path, columns: int = 8) -> None:
+    """A PNG of images side by side, or of a few frames of each video. pixels: as in `grid`, any device."""
+    replace_file(path, png(grid(pixels, columns)))
+
+
+def plot_points(points_by_name: Mapping[str, Tensor], path: Path) -> None:
+    """A PNG with one scatter plot a name. points: [B, D], any device; of more than two axes the first two are drawn,
+    of one a histogram. Points named "exact" are drawn in grey behind all others."""
+    replace_file(path, png(scatter_figure(points_by_name)))
+
+
+def scatter_figure(points_by_name: Mapping[str, Tensor]) -> Figure:
+    sets = {name: points.detach().float().cpu() for name, points in points_by_name.items()}
+    names = [name for name in sets if name != EXACT] or [EXACT]
+    figure = Figure(figsize=(3.4 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, name in zip(axes, names, strict=True):
+        layers = [(EXACT, GREY), (name, BLUE)] if EXACT in sets and name != EXACT else [(name, BLUE)]
+        for label, colour in layers:
+            points = sets[label]
+            if points.shape[1] == 1:
+                axis.hist(points[:, 0].numpy(), bins=60, density=True, color=colour, alpha=0.6, label=label)
+            else:
+                axis.scatter(
+                    points[:, 0].numpy(), points[:, 1].numpy(), s=3, linewidths=0, color=colour, alpha=0.6, label=label
+                )
+                axis.set_aspect("equal")
+        axis.set_title(plain(name), fontsize=9)
+        if len(layers) > 1:
+            axis.legend(markerscale=3, fontsize=7, loc="upper right")
+    return figure
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula, short enough for an axis."""
+    text = text if len(text) <= 32 else text[:31] + "…"
+    return text.replace("$", r"\$")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
