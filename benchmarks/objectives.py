@@ -1,9 +1,10 @@
-"""The cost of a student update of several recipes relative to the first one's, interleaved in one process.
+"""Compares what a student update costs in several recipes, relative to the first of them.
 
-    python tools/benchmark_objectives.py recipes/mixture_dmd2_4step.yaml recipes/mixture_flow_map_4step.yaml ...
+    python benchmarks/objectives.py recipes/mixture_dmd2_4step.yaml recipes/mixture_flow_map_4step.yaml ...
 
-A recipe may be followed by overrides of its own: `recipe.yaml,objective.form=eulerian`. Times are CPU seconds of this
-process (one thread), which other programs on the machine change little; each is the median of the repeats."""
+The recipes take turns in one process of one thread. A recipe may be followed by overrides of its own:
+`recipe.yaml,objective.form=eulerian`. Times are CPU seconds of this process, which other programs on the machine
+hardly change. Each is the median of the repeats."""
 
 import argparse
 import json
@@ -25,26 +26,26 @@ from fastgen.train import set_rates, update
 
 
 def stepper(text: str) -> Callable[[int], None]:
-    """One student update, as fastgen/train.py runs it."""
+    """A function that makes one student update of a recipe, as fastgen/train.py does."""
     path, *overrides = text.split(",")
     recipe = load_recipe(path, ["init_from=null", *overrides])
-    parts = build(recipe, Accelerator(cpu=True))
+    run = build(recipe, Accelerator(cpu=True))
 
     def step(index: int) -> None:
-        for turn in recipe.objective.turns(index, parts.state):
-            set_rates(parts, turn, index)
+        for turn in recipe.objective.turns(index, run.state):
+            set_rates(run, turn, index)
             for inner in range(turn.updates):
                 position = recipe.train.batch_size * (index * 10 + inner)
-                update(parts, turn, position, make_key(index, turn.name, inner))
-                recipe.objective.finish(turn, parts.networks, parts.state)
-        parts.ema.update(parts.networks.student)
+                update(run, turn, position, make_key(index, turn.name, inner))
+                recipe.objective.finish(turn, run.networks, run.state)
+        run.ema.update(run.networks.student)
 
     return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("recipes", nargs="+", help="recipe.yaml, or recipe.yaml,key=value,...")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

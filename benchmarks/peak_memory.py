@@ -1,12 +1,15 @@
-"""Measured peaks beside planned ones: one update of every turn of a recipe, for real, on its real weights.
+"""Measures the peak of memory in one update of every turn of a recipe, beside the peak that `fastgen plan` expects.
 
-    python tools/measure_peak.py recipes/digits_dmd2_4step.yaml train.gradient_checkpointing=true
-    python tools/measure_peak.py recipe.yaml --device cuda         # torch.cuda.max_memory_allocated; not tried here
-    python tools/measure_peak.py recipe.yaml --lora                # acceptance: a LoRA run's memory
+    python benchmarks/peak_memory.py recipes/digits_dmd2_4step.yaml train.gradient_checkpointing=true
+    python benchmarks/peak_memory.py recipe.yaml --lora            # a LoRA run, beside the least memory it needs
+    python benchmarks/peak_memory.py recipe.yaml --device cuda     # has not been tried yet
 
-On a CPU, live bytes are counted by storage, as the plan counts them (fastgen/planning/weightless.py); what kernels use inside
-is not seen by either. `--lora` compares the peak of a whole student update, all turns, with what it cannot do without:
-the base's weights, the adapters' gradients and moments, and one student pass's activations, forward and backward."""
+The recipe's real weights are loaded. On a CPU, live bytes are counted by storage, as the plan counts them
+(fastgen/planning/weightless.py); neither sees what kernels use inside. On a GPU the CUDA allocator counts.
+
+`--lora` takes the peak of a whole student update over all turns, and compares it with what the run cannot do without:
+the base's weights, the adapters' gradients and moments, and the activations of one student pass, forward and
+backward."""
 
 import argparse
 import sys
@@ -25,27 +28,27 @@ from fastgen.planning.plan import Plan, first_turns, plan, size, tensors
 from fastgen.planning.weightless import LiveBytes
 from fastgen.recipe import Recipe
 from fastgen.rollout import predict_x0
-from fastgen.run.build import Parts, build
+from fastgen.run.build import TrainingRun, build
 from fastgen.train import update
 
 
-def networks_bytes(parts: Parts) -> int:
-    """Parameters and buffers of all roles, of the average and of the base that adapters share, each storage once."""
-    modules: list[nn.Module] = [*parts.networks.values(), parts.ema.module]
-    if parts.backbone.shared is not None:
-        modules.append(parts.backbone.shared.denoiser)
+def networks_bytes(run: TrainingRun) -> int:
+    """The bytes of all roles, of the average and of the base that adapters share. Every storage counts once."""
+    modules: list[nn.Module] = [*run.networks.values(), run.ema.module]
+    if run.backbone.shared is not None:
+        modules.append(run.backbone.shared.denoiser)
     return size(list({t.untyped_storage()._cdata: t for m in modules for t in tensors(m)}.values()))
 
 
-def moments_bytes(parts: Parts) -> int:
-    """Of all optimizers, as they are now."""
-    states = (s for o in parts.optimizers.values() for s in o.state.values())
+def moments_bytes(run: TrainingRun) -> int:
+    """The bytes of the moments that all optimizers hold now."""
+    states = (s for o in run.optimizers.values() for s in o.state.values())
     return size([t for s in states for t in s.values() if isinstance(t, torch.Tensor) and t.dim()])
 
 
-def make_moments(parts: Parts) -> None:
-    """AdamW makes its moments in its first step; here with gradients of zero."""
-    for optimizer in parts.optimizers.values():
+def make_moments(run: TrainingRun) -> None:
+    """Lets every optimizer make one step with gradients of zero, for AdamW makes its moments in its first step."""
+    for optimizer in run.optimizers.values():
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -56,39 +59,39 @@ def per_update(recipe: Recipe) -> int:
     return recipe.train.batch_size * recipe.train.accumulate
 
 
-def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], Parts]:
-    """Peak bytes of an update of every turn, when all moments are there: networks, moments and what lives beside them.
-    draws: updates tried, the largest counts; the stop of a rollout decides what is alive.
+def measure(recipe: Recipe, draws: int = 1) -> tuple[dict[str, int], TrainingRun]:
+    """The peak bytes of an update of every turn: networks, moments (all of them are there) and what lives beside them.
 
-    Text encoders and VAE are not counted: `planned` leaves them out too."""
-    parts = build(recipe, Accelerator(cpu=True))
-    make_moments(parts)
-    parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
-    held = networks_bytes(parts) + moments_bytes(parts)
+    draws: how many updates are tried; the largest peak counts, as the step at which a rollout stops decides what is
+    alive. Text encoders and VAE are not counted, and `planned` leaves them out, too."""
+    run = build(recipe, Accelerator(cpu=True))
+    make_moments(run)
+    run.backbone.encode_prompts([*run.stream.prompts(torch.arange(per_update(recipe))), ""])
+    held = networks_bytes(run) + moments_bytes(run)
     peaks = dict[str, int]()
     for turn in first_turns(recipe):
         for draw in range(draws):
             with LiveBytes() as live:
-                update(parts, turn, 0, make_key(draw, turn.name))
+                update(run, turn, 0, make_key(draw, turn.name))
             peaks[turn.name] = max(peaks.get(turn.name, 0), held + live.peak())
-    return peaks, parts
+    return peaks, run
 
 
 def measure_cuda(recipe: Recipe) -> dict[str, int]:
-    """The same by the CUDA allocator; text encoders are loaded and count. Not tried: no GPU here."""
-    parts = build(recipe, Accelerator())
-    make_moments(parts)
-    parts.backbone.encode_prompts([*parts.stream.prompts(torch.arange(per_update(recipe))), ""])
+    """The same by the CUDA allocator. Text encoders are loaded and count. This has not been tried yet."""
+    run = build(recipe, Accelerator())
+    make_moments(run)
+    run.backbone.encode_prompts([*run.stream.prompts(torch.arange(per_update(recipe))), ""])
     peaks = {}
     for turn in first_turns(recipe):
         torch.cuda.reset_peak_memory_stats()
-        update(parts, turn, 0, make_key(1, turn.name))
+        update(run, turn, 0, make_key(1, turn.name))
         peaks[turn.name] = torch.cuda.max_memory_allocated()
     return peaks
 
 
 def planned(found: Plan, encoders: bool = False) -> dict[str, int]:
-    """The plan's peak of an update of every turn, its optimizer step included."""
+    """The peak that a plan expects in an update of every turn, with the step of its optimizers."""
     other = 0 if encoders else sum(c.held for c in found.components)
     moments = found.moments
     return {
@@ -98,26 +101,26 @@ def planned(found: Plan, encoders: bool = False) -> dict[str, int]:
 
 
 def lora_ratio(recipe: Recipe) -> dict[str, float]:
-    """A student update of a LoRA recipe, all turns, against the least it could take."""
-    peaks, parts = measure(recipe)
-    adapters = [m for role, m in parts.networks.items() if role in recipe.lora]
+    """The peak of a student update of a LoRA recipe over all turns, and the least it could take."""
+    peaks, run = measure(recipe)
+    adapters = [m for role, m in run.networks.items() if role in recipe.lora]
     positions, objective = torch.arange(recipe.train.batch_size), recipe.objective
-    batch = make_batch(parts.stream, parts.backbone, positions, 0, objective.needs, objective.group_size)
+    batch = make_batch(run.stream, run.backbone, positions, 0, objective.needs, objective.group_size)
     noise = batch.normal("initial")
     t = torch.full((len(noise),), recipe.rollout.timesteps[0])
     with LiveBytes() as live:
         hooks = live.own_gradients([p for m in adapters for p in m.parameters()])
         with recipe.train.autocast("cpu"):
-            predict_x0(parts.networks.student, noise, t, batch.cond, recipe.rollout).square().mean().backward()
+            predict_x0(run.networks.student, noise, t, batch.cond, recipe.rollout).square().mean().backward()
     for remove in hooks:
         remove()
-    parts.optimizers["student"].zero_grad()
-    assert parts.backbone.shared is not None
-    base = parts.backbone.shared.denoiser
+    run.optimizers["student"].zero_grad()
+    assert run.backbone.shared is not None
+    base = run.backbone.shared.denoiser
     result = {
         "base weights": size([t for n, t in (*base.named_parameters(), *base.named_buffers()) if ".lora_" not in n]),
         "adapters' gradients": sum(size(list(m.parameters())) for m in adapters),
-        "adapters' moments": moments_bytes(parts),
+        "adapters' moments": moments_bytes(run),
         "activations of one student pass": max(bytes_ for bytes_, _ in live.history),
     }
     least, peak = sum(result.values()), max(peaks.values())
@@ -127,9 +130,9 @@ def lora_ratio(recipe: Recipe) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", help="dotted.key=value")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--lora", action="store_true", help="compare a LoRA run with the least it needs")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"train.device={arguments.device}"])
     if arguments.lora:

@@ -1,11 +1,15 @@
-"""Our DMD2 step against the same passes written out in plain torch, interleaved in one process: what the loop costs.
+"""Measures what the training loop costs: a DMD2 update of fastgen beside the same passes written out in plain torch.
 
-Both do, for one student update of the digits recipe: `fake_updates` times a rollout without gradient, a denoising
-loss, backward, clip, AdamW; then a rollout with gradient, teacher and fake forward, surrogate, backward, clip, AdamW,
-and the moving average. The plain side draws torch.randn noise and has its conditioning ready.
+    python benchmarks/step.py train.batch_size=16
 
-Prints the median of the repeats of each, their ratio, and the median of the ratios of neighbours, which a machine
-that slows down and speeds up moves less; and the ratio of CPU seconds, which other programs move least."""
+Both sides make one student update of the digits recipe. The fake score is updated `fake_updates` times, each time with
+a rollout without gradient, a denoising loss, a backward pass, clipping and AdamW. Then comes the student: a rollout
+with gradient, the forward passes of teacher and fake score, the surrogate loss, a backward pass, clipping, AdamW and
+the moving average. The plain side draws its noise by torch.randn and has its conditioning ready.
+
+The two sides take turns in one process. The program prints the median of the repeats of each side and the ratio of the
+two medians; the median of the ratios of neighbours, which changes less on a machine that slows down and speeds up; and
+the ratio of CPU seconds, which other programs change least."""
 
 import argparse
 import copy
@@ -32,22 +36,23 @@ from fastgen.train import set_rates, update
 
 
 def ours(recipe: Recipe) -> Callable[[int], None]:
-    """One student update as fastgen/train.py runs it."""
-    parts = build(recipe, Accelerator(cpu=True))
+    """A function that makes one student update as fastgen/train.py does."""
+    run = build(recipe, Accelerator(cpu=True))
 
     def step(index: int) -> None:
         for turn in recipe.objective.turns(index, {}):
-            set_rates(parts, turn, index)
+            set_rates(run, turn, index)
             for inner in range(turn.updates):
                 position = recipe.train.batch_size * (index * 10 + inner)
-                update(parts, turn, position, make_key(index, turn.name, inner))
-        parts.ema.update(parts.networks.student)
+                update(run, turn, position, make_key(index, turn.name, inner))
+        run.ema.update(run.networks.student)
 
     return step
 
 
 def stops_of(recipe: Recipe, index: int) -> list[torch.Tensor]:
-    """The stop indices that `ours` draws in this update, so that both sides run the same rows through the network."""
+    """The steps at which `ours` stops its rollouts in this update, so that both sides give the networks equally many
+    rows."""
     result = []
     for turn in recipe.objective.turns(index, {}):
         for inner in range(turn.updates):
@@ -59,7 +64,7 @@ def stops_of(recipe: Recipe, index: int) -> list[torch.Tensor]:
 
 
 def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
-    """The same networks and passes, by hand."""
+    """A function that makes one student update with the same networks, written out by hand."""
     same_stops = [stops_of(recipe, index) for index in range(updates)]
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
     objective, times = recipe.objective, torch.tensor(recipe.rollout.timesteps)
@@ -73,9 +78,14 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
 
     def x0(network, x, t, cond, extra=None):  # type: ignore[no-untyped-def]
         timestep = 1000 * t if extra is None else torch.stack([1000 * t, extra.float()], 1)
-        out = network(hidden_states=x, encoder_hidden_states=cond["prompt_embeds"], pooled_projections=cond["pooled"],
-                      timestep=timestep, joint_attention_kwargs={"context_log_repeats": cond["log_repeats"]},
-                      return_dict=False)[0]  # fmt: skip
+        out = network(
+            hidden_states=x,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled"],
+            timestep=timestep,
+            joint_attention_kwargs={"context_log_repeats": cond["log_repeats"]},
+            return_dict=False,
+        )[0]
         return x - t[:, None, None, None] * out
 
     def noised(x, t):  # type: ignore[no-untyped-def]
@@ -92,7 +102,7 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
         with torch.set_grad_enabled(grad):
             return x0(student, x, times[stop], batch.cond)
 
-    def advance(index, network, optimizer, loss):  # type: ignore[no-untyped-def]
+    def advance(network, optimizer, loss):  # type: ignore[no-untyped-def]
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], 10.0)
         optimizer.step()
@@ -107,7 +117,7 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
             x_t = noised(x, t)
             extra = stop if objective.condition_on_stop else None
             error = (x0(fake, x_t, t, batch.cond, extra) - x) / t[:, None, None, None]
-            advance(index, fake, optimizers[1], error.square().mean())
+            advance(fake, optimizers[1], error.square().mean())
         stop = next(stops)
         x = rollout(stop, True)
         with torch.no_grad():
@@ -120,7 +130,7 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
                 on, off = x0(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
                 real = off + objective.guidance_scale * (on - off)
             grad = (f - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
-        advance(index, student, optimizers[0], 0.5 * (x - (x - grad).detach()).square().mean())
+        advance(student, optimizers[0], 0.5 * (x - (x - grad).detach()).square().mean())
         torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - recipe.train.ema_decay)
 
     return step
@@ -134,7 +144,7 @@ def median_ratio(values: dict[str, list[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", help="dotted.key=value, for the recipe")
     arguments = parser.parse_args()
     recipe = load_recipe("recipes/digits_dmd2_4step.yaml", ["output_dir=unused", *arguments.overrides])
     steps = {"fastgen": ours(recipe), "plain torch": plain(recipe, arguments.repeats + 2)}
@@ -149,11 +159,16 @@ def main() -> None:
             processor[name].append(time.process_time() - used)
     medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     paired = [a / b for a, b in zip(seconds["fastgen"][2:], seconds["plain torch"][2:], strict=True)]
-    result = {**medians, "ratio of medians": medians["fastgen"] / medians["plain torch"],
-              "median of paired ratios": statistics.median(paired), "paired ratios": paired,
-              "ratio of CPU seconds": median_ratio(processor),
-              "batch_size": recipe.train.batch_size, "threads": torch.get_num_threads(),
-              "torch": torch.__version__}  # fmt: skip
+    result = {
+        **medians,
+        "ratio of medians": medians["fastgen"] / medians["plain torch"],
+        "median of paired ratios": statistics.median(paired),
+        "paired ratios": paired,
+        "ratio of CPU seconds": median_ratio(processor),
+        "batch_size": recipe.train.batch_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(json.dumps(result, indent=2))
 
 

@@ -22,8 +22,7 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """alpha(t), sigma(t) for t in [0, 1], any shape; t is float. Subclasses: FlowSchedule, VPSchedule,
-    TrigSchedule."""
+    """alpha(t), sigma(t) for t in [0, 1], any shape; t is float. Subclasses: FlowSchedule, VPSchedule."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -145,24 +144,6 @@ class VPSchedule(Schedule):
         total = len(self.table) - 1
         step = (1 - gamma) * (t * total).round().sub(1).float()
         return torch.where(t > 0, (step.floor().clamp_min(0) + 1).to(t) / total, t)
-
-
-class TrigSchedule(Schedule):
-    """TrigFlow (sCM, arXiv 2410.11081): alpha = cos a, sigma = sigma_data sin a at the angle a = (pi / 2) t, which is
-    what networks see. sigma_data: the data's standard deviation; alpha^2 Var(x0) + sigma^2 is then the same at every
-    level. Keep angles near pi / 2 in float64."""
-
-    def __init__(self, sigma_data: float = 1.0):
-        self.sigma_data = sigma_data
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(t * (math.pi / 2))
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_data * torch.sin(t * (math.pi / 2))
-
-    def network_time(self, t: Tensor) -> Tensor:
-        return t * (math.pi / 2)
 
 
 def trig_to_flow(x: Tensor, angle: Tensor, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:

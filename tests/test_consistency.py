@@ -140,7 +140,7 @@ def test_training_has_no_mean_gradient_at_the_same_optimum() -> None:
 
 def test_the_exact_map_has_no_loss_when_the_solver_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the grid, the phases and the end: the semigroup. A perturbed map's square grows as the square."""
-    monkeypatch.setattr(Consistency, "solved", lambda self, networks, batch, x, t, s: (
+    monkeypatch.setattr(Consistency, "solver_step", lambda self, networks, batch, x, t, s: (
         (1 - expand(s, x)) * M + expand(spread(s) / spread(t), x) * (x - (1 - expand(t, x)) * M)))  # fmt: skip
     for grid in (FOUR, GridPairs(count=7, spacing="karras")):
         objective, at = Consistency(grid=grid, distance="square"), []
@@ -215,7 +215,7 @@ def test_tscds_end_lies_between_the_edge_and_s() -> None:
     assert torch.equal(end, s) and torch.allclose(upper, t) and torch.allclose(gap, t - s)
     noise = batch.normal("noise")
     x = student.schedule.add_noise(batch.latents, noise, t)  # type: ignore[arg-type]
-    assert torch.allclose(there, objective.solved(networks, batch, x, t, s))
+    assert torch.allclose(there, objective.solver_step(networks, batch, x, t, s))
     wide = dataclasses.replace(objective, phases=(2,))
     _, _, (end, _), _ = wide.ends(wide.turns(0, {})[-1], networks, batch, {})  # type: ignore[arg-type]
     low = phase_edges(t, 2)[0]
@@ -400,11 +400,11 @@ def test_guidance_is_drawn_by_sample_and_told() -> None:
     assert float(w.min()) > 2 and float(w.max()) < 6 and float(w.std()) > 0.8
     t, s = FOUR(batch, 0)
     x = batch.normal("x")
-    found = objective.solved(networks, batch, x, t, s)
+    found = objective.solver_step(networks, batch, x, t, s)
     on, off = (teacher(x, t, c, predict="flow_prediction") for c in (batch.cond, batch.uncond))
     wanted = x - (t - s)[:, None] * (off + w[:, None] * (on - off))
     assert torch.allclose(found, wanted)
-    heun = dataclasses.replace(objective, solver="heun").solved(networks, batch, x, t, s)
+    heun = dataclasses.replace(objective, solver="heun").solver_step(networks, batch, x, t, s)
     assert not torch.allclose(heun, wanted) and (heun - wanted).abs().mean() < 1.0
     untold = networks_of(Exact(), RENOISE)
     untold.modules["teacher"] = teacher

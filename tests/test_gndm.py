@@ -16,21 +16,31 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from oracles import (
+    AffineStudent,
+    Given,
+    Recorder,
+    affine_networks,
+    gaussian,
+    grouped_batch,
+    reached,
+    tiny_networks,
+    touched,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgen import signals
-from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
+from fastgen.backbones.gaussian_mixture import AnalyticDenoiser
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
-from fastgen.denoiser import Denoiser
 from fastgen.evaluation.evaluate import evaluate_path
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, GNDM, Loss, State, Turn, replay
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, step_log_prob
-from fastgen.schedule import FlowSchedule, Schedule, VPSchedule, expand
+from fastgen.schedule import FlowSchedule, VPSchedule, expand
 from fastgen.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -38,56 +48,6 @@ FLOW = FlowSchedule()
 FOUR = RolloutPolicy(timesteps=(1.0, 0.75, 0.5, 0.25))
 TWO = RolloutPolicy(timesteps=(1.0, 0.5))
 STUDENT, FAKE = Turn("student", ("student",)), Turn("fake_score", ("fake_score",))
-TINY = GaussianMixtureConfig(
-    means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.5, 0.3), classes=(0, 1), width=16, depth=2, fit_steps=0
-)
-
-
-def gaussian(mean: float, std: float, schedule: Schedule = FLOW, dim: int = 1) -> AnalyticDenoiser:
-    config = GaussianMixtureConfig(means=((mean,) * dim,), stds=((std,) * dim,))
-    return AnalyticDenoiser(build_mixture(config), schedule)
-
-
-def grouped(count: int, size: int, key: int = 0, dim: int = 1, first: int = 0) -> Batch:
-    """`count` samples from id `first` on, `size` of a prompt; labels alternate from group to group."""
-    ids = torch.arange(first, first + count)
-    group = ids // size
-    cond = Conditioning({"label": group % 2 if dim == 2 else torch.zeros_like(ids)})
-    uncond = Conditioning({"label": torch.full_like(ids, 2 if dim == 2 else 0)})
-    return Batch(ids, key, cond, uncond, (dim,), tuple("" for _ in ids), group=group, dtype=torch.float64)
-
-
-class Affine(Denoiser):
-    """The student x0 = a_k + b_k x_t, one a and b a step of a policy; the fake score where it is a Gaussian's."""
-
-    def __init__(self, a: tuple[float, ...], b: tuple[float, ...], policy: RolloutPolicy):
-        super().__init__(nn.Identity(), FLOW, "sample")
-        self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
-        self.levels = torch.tensor(policy.timesteps, dtype=torch.float64)
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        k = (t[:, None] - self.levels).abs().argmin(1)
-        return expand(self.a[k], x_t) + expand(self.b[k], x_t) * x_t
-
-
-class Given(Denoiser):
-    """Predicts what it is told to, x0 + d: for signals whose predictions a test chooses. Remembers x_t and t."""
-
-    def __init__(self, prediction: Tensor):
-        super().__init__(nn.Identity(), FLOW, "sample")
-        self.prediction = prediction
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        self.x_t, self.t = x_t, t
-        return self.prediction
-
-
-def networks_of(objective: GNDM | DMD2, policy: RolloutPolicy = FOUR, scorer: Any = None) -> Networks:
-    torch.manual_seed(0)
-    backbone = TINY.build(torch.device("cpu"), torch.float64, 0)
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, policy)
-    return Networks({role: m.double() for role, m in modules.items()}, policy, scorer)
 
 
 def losses(objective: GNDM, turn: Turn, networks: Networks, batch: Batch, state: State) -> list[Loss]:
@@ -120,10 +80,10 @@ def test_a_group_of_one_is_dmd2(stops: Any, dmd2_stops: Any) -> None:
     """Bit for bit: both turns' losses and every gradient."""
     ours = GNDM(group_size=1, stops=stops, condition_on_stop=True, guidance_scale=2.0)
     theirs = DMD2(stops=dmd2_stops, condition_on_stop=True, guidance_scale=2.0)
-    batch = grouped(32, 1, key=3, dim=2)
+    batch = grouped_batch(32, 1, key=3, dim=2)
     found = []
     for objective in (ours, theirs):
-        networks = networks_of(objective)
+        networks = tiny_networks(objective, FOUR)
         with torch.no_grad():  # so that being told another stop would show
             table = networks.fake_score.time_embedding.tables["stop"].weight  # type: ignore[union-attr,index]
             table.copy_(torch.linspace(-1, 1, table.numel()).view_as(table))
@@ -141,7 +101,7 @@ def test_a_group_has_one_scale_and_its_size_does_not_matter() -> None:
     """g_i = d_i / (mean of the group's n): directions and relative sizes within a group are those of d; all d and n of
     a group times c change nothing; another group's scale does not enter. Fails if each sample is divided by its own n,
     or by the batch's."""
-    batch, objective = grouped(24, 8, dim=2), GNDM()
+    batch, objective = grouped_batch(24, 8, dim=2), GNDM()
     x, d, n = batch.normal("x"), batch.normal("d"), batch.normal("n")
 
     def g(scale: Tensor) -> Tensor:
@@ -159,18 +119,19 @@ def test_a_group_has_one_scale_and_its_size_does_not_matter() -> None:
 
 def test_a_group_is_judged_at_one_level_with_one_noise() -> None:
     """In both forms. Fails if t or noise are drawn a sample. The students' own noise is not shared."""
-    batch, objective, teacher = grouped(24, 8), GNDM(), Given(torch.zeros(24, 1))
+    batch, objective, teacher = grouped_batch(24, 8), GNDM(), Recorder(Given(torch.zeros(1)))
     x = batch.normal("x")
-    networks = Networks({"teacher": teacher, "fake_score": Given(torch.zeros(24, 1))}, FOUR)
+    networks = Networks({"teacher": teacher, "fake_score": Given(torch.zeros(1))}, FOUR)
     for judge in (lambda: objective.score_gradient(networks, batch, x, torch.zeros_like(batch.ids)),
                   lambda: GNDM(form="score").log_ratio(networks, batch, x)):  # fmt: skip
         judge()
-        noise = (teacher.x_t - (1 - teacher.t[:, None]) * x) / teacher.t[:, None]
-        for value in (teacher.t, noise[:, 0]):
+        x_t, t = teacher.calls[-1][:2]
+        noise = (x_t - (1 - t[:, None]) * x) / t[:, None]
+        for value in (t, noise[:, 0]):
             groups = value.reshape(3, 8)
             assert (groups - groups[:, :1]).abs().max() < 1e-12
             assert groups[:, 0].unique().numel() == 3
-    student = Affine((0.0,) * 4, (1.0,) * 4, FOUR)
+    student = AffineStudent(0.0, 1.0, FOUR)
     made = objective.rollout(Networks({"student": student, "teacher": teacher}, FOUR), batch, grad=False)
     assert made.stop.reshape(3, 8).unique(dim=1).shape == (3, 1)  # one stop a group
     assert made.x.unique().numel() == 24
@@ -181,10 +142,8 @@ def test_a_pure_shift_is_not_centred_away() -> None:
     that is all signal. Fails if the group-mean vector is subtracted: the student would get no gradient at all.
 
     The student's gradient on a is the mean of g, in closed form; and with it the student moves to .7."""
-    student = Affine((-1.0,), (1.3,), RolloutPolicy((1.0,)))
-    policy, objective = RolloutPolicy((1.0,)), GNDM()
-    networks = Networks({"student": student, "teacher": gaussian(0.7, 1.3), "fake_score": gaussian(-1.0, 1.3)}, policy)
-    batch = grouped(800, 8)
+    student, objective, batch = AffineStudent(-1.0, 1.3), GNDM(), grouped_batch(800, 8)
+    networks = affine_networks(student, gaussian())
     losses(objective, STUDENT, networks, batch, objective.init_state())
     assert student.a.grad is not None and batch.group is not None
     t = objective.renoise_time(batch.uniform("renoise_time", by_group=True))[:, None]
@@ -199,16 +158,13 @@ def test_a_pure_shift_is_not_centred_away() -> None:
 
 def test_an_affine_student_converges_by_the_path_form() -> None:
     """Against the exact fake score of where it stands, from N(-1, .4^2) to N(.7, 1.3^2)."""
-    policy, objective = RolloutPolicy((1.0,)), GNDM()
-    student = Affine((-1.0,), (0.4,), policy)
+    objective, student = GNDM(), AffineStudent(-1.0, 0.4)
+    networks = affine_networks(student, gaussian())
     optimizer = torch.optim.Adam(student.parameters(), 0.04)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=250)
-    teacher = gaussian(0.7, 1.3)
     for step in range(250):
-        fake = gaussian(student.a.item(), abs(student.b.item()))
-        networks = Networks({"student": student, "teacher": teacher, "fake_score": fake}, policy)
         optimizer.zero_grad()
-        losses(objective, STUDENT, networks, grouped(512, 8, step, first=512 * step), objective.init_state())
+        losses(objective, STUDENT, networks, grouped_batch(512, 8, step, first=512 * step), objective.init_state())
         optimizer.step()
         decay.step()
     mean, std = student.a.item(), abs(student.b.item())
@@ -265,7 +221,11 @@ def test_the_estimate_of_r_dm_is_unbiased() -> None:
     """The objective's own draws, averaged over 40,000 groups of two: E[log p_t(x_t) - log q_t(x_t)] over the noise and
     over t in (.02, .98), from the exact densities. And shared draws compare two samples better than they measure them.
     """
-    objective, batch, points = GNDM(form="score"), grouped(80_000, 2), torch.tensor([0.8, -0.5], dtype=torch.float64)
+    objective, batch, points = (
+        GNDM(form="score"),
+        grouped_batch(80_000, 2),
+        torch.tensor([0.8, -0.5], dtype=torch.float64),
+    )
     networks = Networks({"teacher": gaussian(0.2, 1.1), "fake_score": gaussian(-0.3, 0.7)}, FOUR)
     found = objective.log_ratio(networks, batch, points.repeat(40_000)[:, None]).reshape(-1, 2)
     exact, (z, w) = torch.zeros(2, dtype=torch.float64), nodes(40)
@@ -284,9 +244,8 @@ def test_the_estimate_of_r_dm_is_unbiased() -> None:
 def test_r_dm_is_zero_where_the_student_is_the_teacher() -> None:
     """For every sample and draw, not on average; its advantages and policy losses are then 0 as well."""
     objective = GNDM(form="score")
-    networks = Networks({"student": Affine((0.0, 0.0), (0.5, 0.5), TWO), "teacher": gaussian(0.3, 0.8),
-                         "fake_score": gaussian(0.3, 0.8)}, TWO)  # fmt: skip
-    batch = grouped(64, 8)
+    networks = affine_networks(AffineStudent(0.0, 0.5, TWO), gaussian(0.3, 0.8), gaussian(0.3, 0.8))
+    batch = grouped_batch(64, 8)
     assert bool((objective.log_ratio(networks, batch, batch.normal("x")) == 0).all())
     found = losses(objective, STUDENT, networks, batch, objective.init_state())
     assert [loss.total.item() for loss in found] == [0.0, 0.0]
@@ -329,12 +288,11 @@ def test_the_policy_term_is_the_gradient_of_r_dm_through_the_stochastic_step() -
     advantages are (R_dm - mean) / floor; the policy loss's gradient, times floor K / (K - 1) and out of its unit, is
     that of E[R_dm] on (a_0, b_0), which is closed form; on (a_1, b_1) it has none."""
     count, size, floor, unit = 160_000, 8, 1e4, 2 * 0.5**2
-    student = Affine((0.4, -0.2), (0.7, 1.1), TWO)
+    student = AffineStudent((0.4, -0.2), (0.7, 1.1), TWO)
     mean, variance = -0.2 + 1.1 * 0.5 * 0.4, 1.1**2 * (0.25 * 0.7**2 + 0.25)
-    networks = Networks({"student": student, "teacher": gaussian(0.9, 1.3),
-                         "fake_score": gaussian(mean, math.sqrt(variance))}, TWO)  # fmt: skip
+    networks = affine_networks(student, gaussian(0.9, 1.3), gaussian(mean, math.sqrt(variance)))
     objective = GNDM(form="score", std_floor=floor, num_pairs=8)
-    first = next(iter(objective.loss(STUDENT, networks, grouped(count, size), objective.init_state())))  # type: ignore[arg-type]
+    first = next(iter(objective.loss(STUDENT, networks, grouped_batch(count, size), objective.init_state())))  # type: ignore[arg-type]
     first.total.backward()
     found = -torch.stack(gradients(student)) * floor * size / (size - 1) / unit
 
@@ -352,7 +310,7 @@ def test_the_policy_term_is_the_gradient_of_r_dm_through_the_stochastic_step() -
 
 
 def score_networks(objective: GNDM, scorer: Any = None, policy: RolloutPolicy = FOUR) -> Networks:
-    networks = networks_of(objective, policy, scorer)
+    networks = tiny_networks(objective, policy, scorer)
     with torch.no_grad():
         for p in networks.fake_score.parameters():  # so that the fake is not the student's own start
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
@@ -362,7 +320,7 @@ def score_networks(objective: GNDM, scorer: Any = None, policy: RolloutPolicy = 
 def test_ratios_are_one_on_policy() -> None:
     """Exactly: new log-probabilities are computed as the stored ones were. The gradient is REINFORCE's, - mean A grad
     log pi, and the path term's weight is 1."""
-    objective, batch = GNDM(form="score"), grouped(32, 8, dim=2)
+    objective, batch = GNDM(form="score"), grouped_batch(32, 8, dim=2)
     networks = score_networks(objective)
     found = losses(objective, STUDENT, networks, batch, objective.init_state())
     assert len(found) == 4 and found[-1].terms["importance"] == 1
@@ -385,9 +343,9 @@ def test_ratios_are_one_on_policy() -> None:
 def test_the_last_step_is_trained_by_the_path_form_alone() -> None:
     """An affine student with a parameter a step: the policy losses reach all but the last, the path loss the last
     alone, with min(pi / pi_old, 1 + clip) on each sample. Fails if the path term is left out."""
-    objective, batch, policy = GNDM(form="score", clip=0.3, replay_updates=2), grouped(64, 8), FOUR
-    student = Affine((0.1, 0.2, 0.3, 0.4), (0.9, 0.8, 0.7, 0.6), policy)
-    networks = Networks({"student": student, "teacher": gaussian(0.7, 1.3), "fake_score": gaussian(0.2, 0.6)}, policy)
+    objective, batch, policy = GNDM(form="score", clip=0.3, replay_updates=2), grouped_batch(64, 8), FOUR
+    student = AffineStudent((0.1, 0.2, 0.3, 0.4), (0.9, 0.8, 0.7, 0.6), policy)
+    networks = affine_networks(student, gaussian(), gaussian(0.2, 0.6))
     state = objective.init_state()
     *first, last = objective.loss(STUDENT, networks, batch, state)  # type: ignore[misc]
     sum(loss.total for loss in first).backward()
@@ -418,7 +376,7 @@ def test_the_last_step_is_trained_by_the_path_form_alone() -> None:
 def test_advantages_of_the_log_ratio_and_of_a_reward() -> None:
     """A = (R - mean_g) / (std_g + floor) + weight times the reward's, centred and scale-free in its group: an affine
     map of the rewards changes nothing, equal rewards add nothing, an invalid one is no zero."""
-    objective, batch = GNDM(form="score", reward_weight=0.7, std_floor=0.05), grouped(32, 8, dim=2)
+    objective, batch = GNDM(form="score", reward_weight=0.7, std_floor=0.05), grouped_batch(32, 8, dim=2)
     reward, valid = batch.normal("reward")[:, 0].float(), torch.ones(32, dtype=torch.bool)
 
     def advantage(value: Tensor | None, valid: Tensor = valid) -> tuple[Tensor, dict[str, Tensor]]:
@@ -444,9 +402,8 @@ def test_advantages_of_the_log_ratio_and_of_a_reward() -> None:
 def test_the_floor_keeps_noise_from_being_blown_up() -> None:
     """A fake score that is all but the teacher: R_dm of a thousandth of a nat moves nothing. Fails without the floor,
     with which the advantages' std is spread / floor."""
-    objective, batch = GNDM(form="score", std_floor=0.1), grouped(64, 8)
-    networks = Networks({"student": Affine((0.0, 0.0), (1.0, 1.0), TWO), "teacher": gaussian(0.3, 0.8),
-                         "fake_score": gaussian(0.3002, 0.8)}, TWO)  # fmt: skip
+    objective, batch = GNDM(form="score", std_floor=0.1), grouped_batch(64, 8)
+    networks = affine_networks(AffineStudent(0.0, 1.0, TWO), gaussian(0.3, 0.8), gaussian(0.3002, 0.8))
     used, terms = objective.trajectories(networks, batch, objective.init_state())
     print(f"R_dm spreads by {terms['r_dm_std']:.2e}, advantages by {used['advantage'].std():.2e}")
     assert 0 < terms["r_dm_std"] < 0.003 and used["advantage"].std() < 0.03
@@ -462,7 +419,7 @@ def test_trajectories_serve_so_many_updates_and_are_then_made_anew() -> None:
     networks = score_networks(objective)
     optimizer, state, seen = torch.optim.SGD(networks.student.parameters(), 0.05), objective.init_state(), []
     for update in range(5):
-        batch = grouped(size, 8, key=update, dim=2, first=size * (7 + 3 * update))
+        batch = grouped_batch(size, 8, key=update, dim=2, first=size * (7 + 3 * update))
         found = losses(objective, STUDENT, networks, batch, state)
         seen.append(({k: v.clone() for k, v in state.items()}, found[-1].terms))
         optimizer.step()
@@ -503,10 +460,13 @@ def test_replayed_trajectories_keep_their_prompts() -> None:
     objective, ratios = GNDM(form="score", replay_updates=2), []
     networks, state = score_networks(objective), objective.init_state()
     for first in (0, 8):  # one group each; their labels differ
-        found = losses(objective, STUDENT, networks, grouped(8, 8, dim=2, first=first), state)
+        found = losses(objective, STUDENT, networks, grouped_batch(8, 8, dim=2, first=first), state)
         ratios.append(found[-1].terms["importance"].item())
         objective.finish(STUDENT, networks, state)
-    assert ratios == [1.0, 1.0] and grouped(8, 8, dim=2).cond["label"][0] != grouped(8, 8, 0, 2, 8).cond["label"][0]
+    assert (
+        ratios == [1.0, 1.0]
+        and grouped_batch(8, 8, dim=2).cond["label"][0] != grouped_batch(8, 8, 0, 2, 8).cond["label"][0]
+    )
 
 
 def test_micro_batches_share_a_replay_without_knowing_of_it() -> None:
@@ -517,7 +477,7 @@ def test_micro_batches_share_a_replay_without_knowing_of_it() -> None:
         networks, state, found = score_networks(objective), objective.init_state(), []
         for update in range(2):
             for i in range(parts):
-                batch = grouped(32 // parts, 8, update, 2, first=32 * update + i * 32 // parts)
+                batch = grouped_batch(32 // parts, 8, update, 2, first=32 * update + i * 32 // parts)
                 losses(objective, STUDENT, networks, batch, state)
             found.append([g / parts for g in gradients(networks.student)])
             if update == 0:
@@ -629,10 +589,10 @@ def test_the_weight_of_a_rewards_gradient_follows_the_score_difference() -> None
     objective = GNDM(reward_weight=0.5)
     found = {}
     for scale in (1.0, 100.0):
-        networks, state, weights = networks_of(objective, FOUR, Slope(scale)), objective.init_state(), []
-        plain = networks_of(GNDM(), FOUR)
+        networks, state, weights = tiny_networks(objective, FOUR, Slope(scale)), objective.init_state(), []
+        plain = tiny_networks(GNDM(), FOUR)
         for update in range(3):
-            batch = grouped(32, 8, key=update, dim=2)
+            batch = grouped_batch(32, 8, key=update, dim=2)
             rollout = objective.rollout(networks, batch, grad=False)
             g, _ = objective.score_gradient(networks, batch, rollout.x, rollout.stop)
             ascent = scale * torch.tensor([1.0, -2.0], dtype=torch.float64).expand_as(g)
@@ -660,9 +620,9 @@ def test_the_weight_of_a_rewards_gradient_follows_the_score_difference() -> None
 def test_the_weight_does_not_depend_on_accumulation() -> None:
     objective, found = GNDM(reward_weight=0.5), []
     for parts in (1, 4):
-        networks, state = networks_of(objective, FOUR, Slope(1.0)), objective.init_state()
+        networks, state = tiny_networks(objective, FOUR, Slope(1.0)), objective.init_state()
         for i in range(parts):
-            losses(objective, STUDENT, networks, grouped(32 // parts, 8, 0, 2, first=i * 32 // parts), state)
+            losses(objective, STUDENT, networks, grouped_batch(32 // parts, 8, 0, 2, first=i * 32 // parts), state)
         objective.finish(STUDENT, networks, state)
         found.append(state["reward.weight"].item())
     print(found)
@@ -679,7 +639,7 @@ def test_the_weight_does_not_depend_on_accumulation() -> None:
 )
 def test_a_turn_reaches_its_own_networks_alone(objective: GNDM) -> None:
     """Every tensor of the network it updates, and not so much as a zero gradient on another."""
-    networks, batch, state = score_networks(objective), grouped(64, 8, dim=2), objective.init_state()
+    networks, batch, state = score_networks(objective), grouped_batch(64, 8, dim=2), objective.init_state()
     with torch.no_grad():  # a stop table at zero would hide the time embedding behind it
         for p in networks.fake_score.parameters():
             p.add_(1e-3)
@@ -687,19 +647,14 @@ def test_a_turn_reaches_its_own_networks_alone(objective: GNDM) -> None:
     assert objective.trained_roles == ("student", "fake_score") and objective.needs == frozenset()
     for turn in objective.turns(0, state):
         losses(objective, turn, networks, batch, state)
-        for role in networks:
-            grads = [p.grad for p in networks[role].parameters()]
-            if role in turn.roles:
-                assert all(g is not None and bool(g.any()) for g in grads), role
-            else:
-                assert all(g is None for g in grads), role
+        assert all(reached(networks[turn.name]).values()) and touched(networks) == set(turn.roles)
         networks[turn.name].zero_grad()
 
 
 def test_a_reward_by_gradient_leaves_none_on_other_networks() -> None:
     objective = GNDM(reward_weight=0.5)
-    networks = networks_of(objective, FOUR, Slope(1.0))
-    losses(objective, STUDENT, networks, grouped(32, 8, dim=2), objective.init_state())
+    networks = tiny_networks(objective, FOUR, Slope(1.0))
+    losses(objective, STUDENT, networks, grouped_batch(32, 8, dim=2), objective.init_state())
     assert all(p.grad is None for p in networks.fake_score.parameters())
     assert all(p.grad is not None for p in networks.student.parameters())
 

@@ -23,7 +23,7 @@ from fastgen.backbones.wan import WanConfig
 from fastgen.config import build_recipe
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
-from fastgen.flow.time_pairs import TimePairs, phase_start, shrinking
+from fastgen.flow.time_pairs import TimePairs, phase_edges, shrinking
 from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import DMD2, Objective
 from fastgen.registry import RecipeError
@@ -133,7 +133,7 @@ def test_time_pairs_have_their_shares_and_their_order() -> None:
 
 def test_phase_edges_and_ects_gap() -> None:
     t = torch.tensor([1.0, 0.76, 0.75, 0.5, 0.1])
-    assert phase_start(t, 4).tolist() == [0.75, 0.75, 0.5, 0.25, 0.0]
+    assert phase_edges(t, 4)[0].tolist() == [0.75, 0.75, 0.5, 0.25, 0.0]
     one = torch.ones(1)
     raw = [1 - 2 ** -(stage + 1) * (1 + 8 * torch.sigmoid(-one)) for stage in (0, 1, 3, 7)]
     assert [float(r) for r in raw] == pytest.approx([-0.576, 0.212, 0.803, 0.988], abs=1e-3)

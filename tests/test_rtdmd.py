@@ -737,10 +737,10 @@ def test_a_step_made_again_is_the_trajectorys() -> None:
     student, batch = Affine(*FOUR_AFFINE, FOUR_STEP), make_batch(40)
     networks, objective = networks_of(student, gaussian(), FOUR_STEP), rewarded()
     rollout = trajectory(student, FOUR_STEP, batch)
-    again = objective.again(networks, batch, rollout, torch.full_like(batch.ids, 3))
+    again = objective.repeat_step(networks, batch, rollout, torch.full_like(batch.ids, 3))
     assert torch.equal(again.x, rollout.x) and again.x.requires_grad
     stop = batch.ids % 4
-    mixed = objective.again(networks, batch, rollout, stop)
+    mixed = objective.repeat_step(networks, batch, rollout, stop)
     assert torch.equal(mixed.s, next_levels(FOUR_STEP, stop, mixed.x))
     for k in range(3):
         rows, step = stop == k, rollout.steps[k]

@@ -20,8 +20,8 @@ INTRODUCTION = """\
 # Leaderboard
 
 Every objective is trained under one budget on the two teachers whose samples can be judged: a ring of eight Gaussian
-modes, and handwritten digits. `python benchmarks/leaderboard/leaderboard.py` runs what is missing and writes this page;
-with `--plan` it says how long that takes.
+modes, and handwritten digits. `python benchmarks/leaderboard/leaderboard.py` runs what is missing and writes this
+page; with `--plan` it says how long that takes.
 """
 METHOD = """
 ## How it was made

@@ -22,9 +22,9 @@ trained at, {timesteps}. It was not trained for other numbers of steps, nor for 
 
 OWN_PARTS = """
 
-This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and it finds another
-package's class only if that package has been imported, and only in a local folder. From the hub, download the folder
-first, with `huggingface_hub.snapshot_download`."""
+This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and it finds a
+class of another package only if that package has been imported, and only in a local folder. From the hub, download the
+folder first, with `huggingface_hub.snapshot_download`."""
 
 INPUTS = """
 

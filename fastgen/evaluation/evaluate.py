@@ -92,11 +92,6 @@ def evaluate_with_samples(
     return {"metrics": values, **facts}, kept
 
 
-def evaluate_images(folder: Path, config: EvalConfig, progress: bool = True) -> Row:
-    """The result of evaluate_images_with_samples, without the images."""
-    return evaluate_images_with_samples(folder, config, progress)[0]
-
-
 def evaluate_images_with_samples(
     folder: Path,
     config: EvalConfig,

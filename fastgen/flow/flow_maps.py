@@ -99,14 +99,6 @@ def jump(u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return x - expand(t - s, x) * u(x, t, s)
 
 
-def renoised_jump(u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor, noise: Tensor, gamma: float) -> Tensor:
-    """A stochastic step that keeps the law of x_s: a jump to r = (1 - gamma) s, then noise up to s    (TCD's, CTM's)
-
-    x_s = (1 - s) / (1 - r) x_r + sqrt(s^2 - ((1 - s) / (1 - r) r)^2) noise"""
-    r = (1 - gamma) * s
-    return FlowSchedule().renoise(jump(u, x, t, r), noise, r, s)
-
-
 # --- targets: what u(x, t, s) regresses on, without gradient
 
 

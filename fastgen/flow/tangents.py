@@ -6,8 +6,7 @@ activation checkpointing and whatever hooks divide the network. Losses with grad
 and Eulerian) use `live_tangent`.
 
 Forward-mode needs the MATH backend of scaled_dot_product_attention, which holds the attention matrix: for long videos
-take finite differences, or `chain_tangent`, a layer at a time. tests/test_tangents.py says what works at the installed
-torch.
+take finite differences. tests/test_tangents.py says what works at the installed torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.schedule import expand
 
-Backend = Literal["jvp", "dual", "difference"]
+Backend = Literal["jvp", "difference"]
 
 
 def tangent(
@@ -35,8 +33,7 @@ def tangent(
 ) -> tuple[Tensor, Tensor]:
     """fn(*primals) and its derivative along the tangents, both without gradient: [B, ...] each.
 
-    backend: jvp, exact (`dual` is the same by dual tensors, for divided networks before torch 2.8); difference, of two
-    evaluations at -step and +step, see `difference`.
+    backend: jvp is exact; difference takes two evaluations at -step and +step, see `difference`.
     Attention is MATH, autocast is off (a derivative in bfloat16 is noise), and the random state is put back, so that
     the forward that follows draws the same dropout. Under no_grad diffusers does not checkpoint activations."""
     primals = [p.detach().clone(memory_format=torch.contiguous_format) for p in primals]
@@ -46,8 +43,6 @@ def tangent(
     with torch.no_grad(), math_attention(), torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
         if backend == "jvp":
             value, derivative = forward_mode(fn, primals, tangents)
-        elif backend == "dual":
-            value, derivative = dual(fn, primals, tangents)
         else:
             value, derivative = difference(fn, primals, tangents, step, room)
     torch.clear_autocast_cache()
@@ -75,13 +70,6 @@ def math_attention() -> Iterator[None]:
         yield
 
 
-def dual(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    with forward_ad.dual_level():
-        out = fn(*(forward_ad.make_dual(p, v) for p, v in zip(primals, tangents, strict=True)))
-        value, derivative = forward_ad.unpack_dual(out)
-        return value, torch.zeros_like(value) if derivative is None else derivative
-
-
 def difference(
     fn: Callable[..., Tensor],
     primals: Sequence[Tensor],
@@ -106,16 +94,3 @@ def difference(
     value, above, below = at(torch.zeros_like(ahead)), at(ahead), at(-behind)
     total = expand((ahead + behind).double().clamp_min(1e-12), value)
     return value, ((above.double() - below.double()) / total).to(value.dtype)
-
-
-def chain_tangent(
-    layers: Sequence[Callable[..., tuple[Tensor, ...]]], primals: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The same of layers called one after the other, each on what the one before returned, with a derivative of its
-    own (rCM, arXiv 2510.08431): nothing between layers is a dual tensor, so that each may be compiled, divided or
-    split over a context by itself. No gradient. Returns the last layer's outputs and their derivatives."""
-    values, derivatives = tuple(p.detach() for p in primals), tuple(v.detach() for v in tangents)
-    with torch.no_grad(), math_attention():
-        for layer in layers:
-            values, derivatives = forward_mode(layer, values, derivatives)
-    return values, derivatives

@@ -68,11 +68,6 @@ def phase_edges(t: Tensor, phases: int, shift: float = 1.0) -> tuple[Tensor, Ten
     return low, high
 
 
-def phase_start(t: Tensor, phases: int) -> Tensor:
-    """The lower one, of even phases."""
-    return phase_edges(t, phases)[0]
-
-
 def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
     """r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))): the gap narrows by stages       (ECT, arXiv 2406.14548)
 
