@@ -1,4 +1,4 @@
-"""What one turn of an objective sees: conditioning, and whatever data the objective asked for."""
+"""The data that one turn of an objective sees: the conditioning, and whatever else the objective asked for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,37 +10,38 @@ from fastgen import noise
 
 
 class Conditioning(dict[str, Tensor]):
-    """Named tensors with a shared batch axis: everything a network is told besides x_t and t.
+    """Named tensors with a shared batch axis: what a network is conditioned on, besides x_t, t and `denoiser.Inputs`.
 
-    The keys belong to the backbone (SD3: prompt_embeds [B, L, D], pooled [B, P]; a mixture: label [B])."""
+    Each backbone has its own keys (SD3: prompt_embeds [B, L, D], pooled [B, P]; a mixture: label [B])."""
 
     def select(self, index: Tensor | slice) -> "Conditioning":
-        """Rows by integer index, boolean mask or slice."""
+        """Selects rows by integer index, boolean mask or slice."""
         return Conditioning({k: v[index] for k, v in self.items()})
 
     def repeat(self, times: int) -> "Conditioning":
-        """Each row `times` times, rows of one sample adjacent (as prompt groups need)."""
+        """Repeats each row `times` times. The copies of one sample are adjacent, as prompt groups need."""
         return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.items()})
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """Concatenates along the batch axis. Raises ValueError if the keys differ."""
         if any(p.keys() != parts[0].keys() for p in parts):
-            raise ValueError(f"cannot concatenate conditionings with keys {[sorted(p.keys()) for p in parts]}")
+            keys = [sorted(p.keys()) for p in parts]
+            raise ValueError(f"conditionings can only be concatenated if their keys are the same, got {keys}")
         return Conditioning({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Fields an objective did not ask for (`Objective.needs`) are None.
+    """One micro-batch. Of latents, pixels and pairs, those that the objective does not list in `needs` are None.
 
-    ids      [B] int64, the global sample number: with `key` it determines every random draw made for the sample.
-    key      one integer a turn and inner update, shared by all ranks and micro-batches.
+    ids      [B] int64, the global sample number. It determines, together with `key`, every draw made for the sample.
+    key      one integer per turn and inner update, the same on all ranks and in all micro-batches.
     cond, uncond   conditioning with and without the prompt, both of batch size B.
-    latents  [B, *latent_shape] real data, normalised as the backbone's `encode` leaves them.
+    latents  [B, *latent_shape] real data, normalised as the backbone's `encode` returns it.
     pixels   [B, 3, H, W] real images in [0, 1].
-    pairs    (noise, x0), each [B, *latent_shape]: the teacher's own ODE end points.
-    group    [B] int64, the prompt-group id: samples of a group share their prompt and are all in this batch."""
+    pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.
+    group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch."""
 
     ids: Tensor
     key: int
@@ -55,14 +56,15 @@ class Batch:
     dtype: torch.dtype = torch.float32
 
     def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
-        """[B, *latent_shape] standard normal, one draw a sample (or one a group); another name, another draw.
-        rows: indices, to draw for these samples only; they get what they would get in the whole batch."""
+        """[B, *latent_shape] standard normal, one draw per sample (or one per group). Each name gives an independent
+        draw. rows: indices of the samples to draw for; each of them gets the same numbers as in a draw for the whole
+        batch."""
         ids = self._rows(by_group)
         ids = ids if rows is None else ids[rows]
         return noise.normal(ids, self.latent_shape, noise.make_key(self.key, name), self.dtype)
 
     def uniform(self, name: str, by_group: bool = False) -> Tensor:
-        """[B] uniform in (0, 1), one draw a sample (or one a group)."""
+        """[B] uniform in (0, 1), one draw per sample (or one per group)."""
         return noise.uniform(self._rows(by_group), (), noise.make_key(self.key, name), self.dtype)
 
     def integer(self, name: str, high: int) -> int:
@@ -73,5 +75,5 @@ class Batch:
         if not by_group:
             return self.ids
         if self.group is None:
-            raise ValueError("a draw by group needs Batch.group")
+            raise ValueError("a draw by group needs Batch.group, which this batch does not have")
         return self.group

@@ -1,11 +1,12 @@
-"""Recipes: one YAML file, complete, checked before anything heavy loads.
+"""Recipes: each is one complete YAML file, which is checked before anything heavy loads.
 
-Sections are frozen pydantic dataclasses. `backbone`, `objective`, `data` and each of `rewards.parts` name their class,
-which is its own schema.
-Every refusal names the key's full path and, for a misspelt one, the nearest valid spelling.
+Sections are frozen pydantic dataclasses. `backbone`, `objective`, `data` and each entry of `rewards.parts` name their
+class, and the fields of that class are their keys.
+Every refusal gives the full path of the key and, if the key is misspelt, the nearest valid spelling.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,14 @@ from fastgen.rewards import REWARDS
 from fastgen.rewards.base import Reward
 from fastgen.run import checkpoint
 
-SECTIONS: dict[str, tuple[Mapping[str, Any], type]] = {  # section -> its registry, and what its classes derive from
+SECTIONS: dict[str, tuple[Mapping[str, Any], type]] = {  # section -> its registry and base class
     "backbone": (BACKBONES, BackboneConfig),
     "data": (DATA, DataSource),
     "objective": (OBJECTIVES, Objective),
     "rewards": (REWARDS, Reward),
 }
 
-# Keys a continued run may change: they do not alter what has already been computed.
+# Keys that may change when a run is continued, because they do not alter what has already been computed.
 MUTABLE_KEYS = (
     "output_dir",
     "train.steps",
@@ -64,7 +65,7 @@ MUTABLE_KEYS = (
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Safe loading that refuses a key given twice, which YAML itself would settle silently."""
+    """A safe loader that refuses a key given twice. YAML itself would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
@@ -74,19 +75,18 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe. overrides: "dotted.key=value", the value read as YAML.
+    """Reads, overrides and checks a recipe. overrides: "dotted.key=value", where the value is read as YAML.
 
-    A path where nothing lies, such as recipes/digits_dmd2_4step.yaml in an empty folder, names the recipe of that path
-    that ships with fastgen. Raises RecipeError for anything that is wrong with the recipe."""
-    file = Path(path)
-    raw = read_recipe(file if file.exists() else shipped(file), path)
+    If there is nothing at the path, for example at recipes/digits_dmd2_4step.yaml in an empty folder, this reads the
+    recipe with that path that ships with fastgen. Raises RecipeError for anything that is wrong with the recipe."""
+    raw = read_recipe(Path(path) if os.path.exists(path) else shipped(path), path)
     for text in overrides:
         apply_override(raw, text)
     return build_recipe(raw)
 
 
 def load_stored(path: Path) -> Recipe:
-    """The recipe that a run or an export keeps, also of an earlier version, whose keys may have had other names."""
+    """The recipe stored in a run or an export. Keys that had another name in an earlier version are renamed."""
     raw = read_recipe(path, path)
     for section, values in raw.items():
         if isinstance(values, dict):
@@ -95,7 +95,7 @@ def load_stored(path: Path) -> Recipe:
 
 
 def read_recipe(file: Path, name: str | Path) -> dict[str, Any]:
-    """The YAML of a recipe, as it stands. name: what the user called it."""
+    """The YAML of a recipe, not checked yet. name: the path as the user gave it, for messages."""
     try:
         raw = yaml.load(file.read_text(), UniqueKeys)
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def read_recipe(file: Path, name: str | Path) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
-    """Sets one dotted key in place. Raises RecipeError if the text is no override or passes through a non-section."""
+    """Sets one dotted key in place. Raises RecipeError if the text is no override, or if a parent is not a section."""
     key, equals, value = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise RecipeError(f"{text!r} is not an override; write dotted.key=value")
@@ -127,13 +127,13 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
 
 
 def build_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """Checks keys, then types and ranges, then what sections ask of each other."""
+    """Checks the keys, then types and ranges, then whether the sections fit each other."""
     values = dict(raw)
     check_keys(values, Recipe, "")
     for section in ("backbone", "data", "objective"):
         registry, base = SECTIONS[section]
         if section not in values:
-            raise RecipeError(f"missing key {section}: choose one by name, of {', '.join(registry)}")
+            raise RecipeError(f"missing key {section}: add it with a name, one of {', '.join(registry)}")
         values[section] = build_section(section, values[section], registry, base)
     if isinstance(values.get("rewards"), dict):
         given = values["rewards"]
@@ -146,8 +146,8 @@ def build_recipe(raw: Mapping[str, Any]) -> Recipe:
 
 
 def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
-    """The rewards of `rewards.parts` or `rewards.held_out`; a name that imports a callable which is no class is a
-    FunctionReward of it."""
+    """The rewards of `rewards.parts` or `rewards.held_out`. A name that imports a function, or another callable that
+    is no class, gives a FunctionReward of it."""
     if not isinstance(value, list) or not value:
         raise RecipeError(f"rewards.{key} must be a list of rewards, each with a name, one of {', '.join(REWARDS)}")
     parts = []
@@ -156,24 +156,24 @@ def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
         name = part.get("name") if isinstance(part, dict) else None
         if isinstance(name, str) and ":" in name and not isinstance(import_name(section, name), type):
             if "function" in part:
-                raise RecipeError(f"{section}.function: the name, {name}, already says which")
+                raise RecipeError(f"{section}.function: the name, {name}, is already the function; leave this key out")
             part = part | {"name": "function", "function": name}
         parts.append(build_section(section, part, REWARDS, Reward))
     return tuple(parts)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What sections ask of each other: roles, data, export. Reads small files at most; loads no weights."""
+    """Checks that the sections fit each other: roles, data, export. Reads only small files, and no weights."""
     objective: Objective = recipe.objective
     for role in recipe.optimizers:
         if role not in objective.trained_roles:
             raise RecipeError(
-                f"optimizers.{role}: this objective trains {', '.join(objective.trained_roles)}"
+                f"optimizers.{role}: this objective trains only {', '.join(objective.trained_roles)}"
                 f"{nearest(role, objective.trained_roles)}"
             )
     for role in objective.trained_roles:
         if role not in recipe.optimizers:
-            raise RecipeError(f"missing key optimizers.{role}: this objective trains it; give at least its lr")
+            raise RecipeError(f"missing key optimizers.{role}: this objective trains {role}; give at least its lr")
     check_lora(recipe)
     if recipe.train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
         raise RecipeError(
@@ -181,24 +181,24 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.train.frozen_dtype in ("bfloat16", "float16") and recipe.train.mixed_precision == "no":
         raise RecipeError(
-            f"train.frozen_dtype: {recipe.train.frozen_dtype} weights beside {recipe.train.dtype} ones "
+            f"train.frozen_dtype: {recipe.train.frozen_dtype} weights together with {recipe.train.dtype} ones "
             "need train.mixed_precision: bf16"
         )
     check_init(recipe)
     if recipe.train.batch_size % objective.group_size:
         raise RecipeError(
             f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
-            f"objective.group_size {objective.group_size}; make it a multiple"
+            f"objective.group_size {objective.group_size}; make it a multiple of that"
         )
     check_rewards(recipe)
     if recipe.rollout.inputs and not objective.takes_inputs:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
-        raise RecipeError(f"rollout: objective {objective.name} trains no student that is told {keys}; leave it out")
+        raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
     missing = objective.needs - recipe.data.provides
     if missing:
         raise RecipeError(
             f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
-            f"{recipe.data.name} does not provide"
+            f"{recipe.data.name} does not provide; choose other data"
         )
     for section, check in (
         ("objective", lambda: objective.check(recipe.rollout)),
@@ -215,20 +215,20 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_lora(recipe: Recipe) -> None:
-    """Adapters go on roles that are trained copies of the teacher."""
+    """Checks that adapters are only on roles that are trained copies of the teacher."""
     objective = recipe.objective
     possible = [role for role in objective.trained_roles if role not in objective.full_roles]
     for role in recipe.lora:
         if role not in possible:
             allowed = ", ".join(possible) or "none"
             raise RecipeError(
-                f"lora.{role}: this objective's roles that can be adapters are {allowed}"
+                f"lora.{role}: with this objective, the roles that can be adapters are {allowed}"
                 f"{nearest(role, possible) if possible else ''}"
             )
 
 
 def check_rewards(recipe: Recipe) -> None:
-    """Rewards are there for an objective that uses them, and fit its use and the backbone."""
+    """Checks that an objective that needs rewards has some, and that they fit the objective and the backbone."""
     objective, rewards = recipe.objective, recipe.rewards
     if rewards is None:
         if objective.rewards_required:
@@ -242,17 +242,18 @@ def check_rewards(recipe: Recipe) -> None:
     if objective.reward_use == "gradient" and not rewards.used(grad=True):
         raise RecipeError(
             f"rewards.parts: objective {objective.name} backpropagates through rewards, and "
-            f"of {', '.join(rewards.used(grad=False))} none is differentiable; add one"
+            f"none of {', '.join(rewards.used(grad=False))} is differentiable; add one that is"
         )
     if rewards.calibration == "group" and objective.group_size == 1:
         raise RecipeError(
             f"rewards.calibration: group compares the samples of a prompt, and objective "
-            f"{objective.name} makes one at a time; choose none or zscore, or raise "
-            "objective.group_size where it has one"
+            f"{objective.name} makes one sample per prompt; choose none or zscore, or raise "
+            "objective.group_size if the objective has it"
         )
     if rewards.held_out and not recipe.health.every:
         raise RecipeError(
-            "rewards.held_out: the watch alone looks at it, and health.every: 0 switches the watch off; set it above 0"
+            "rewards.held_out: only the watch uses it, and health.every: 0 switches the watch off; set health.every "
+            "above 0"
         )
     for key, parts in (("parts", rewards.parts), ("held_out", rewards.held_out)):
         for i, part in enumerate(parts):
@@ -263,31 +264,31 @@ def check_rewards(recipe: Recipe) -> None:
 
 
 def check_init(recipe: Recipe) -> None:
-    """init_from must hold a student of the same kind: a run with a checkpoint and the same adapters, or an export."""
+    """Checks that init_from is a run with a complete checkpoint or an export, and that its student is of this kind."""
     if recipe.init_from is None:
         return
     path = Path(recipe.init_from)
-    before, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
-    if not before.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
-        raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export")
-    earlier = load_stored(before)
-    if more := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
+    stored, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
+    if not stored.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
+        raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export; give one")
+    earlier = load_stored(stored)
+    if missing := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(
-            f"init_from: the student there is told {', '.join(sorted(more))}, and here it is not; give "
-            "rollout the same two_time and a embedded_guidance"
+            f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
+            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance if it is set there"
         )
-    there, here = earlier.lora.get("student"), recipe.lora.get("student")
-    if there != here:
+    before, now = earlier.lora.get("student"), recipe.lora.get("student")
+    if before != now:
         raise RecipeError(
-            f"init_from: the student there is {there or 'whole'}, and here {here or 'whole'}; make "
-            "lora.student the same, or export it with --merge"
+            f"init_from: lora.student is {before or 'not set'} in {path} and {now or 'not set'} in this recipe; make "
+            "them the same, or export that run with --merge"
         )
-    if here and not checkpoints:
-        raise RecipeError(f"init_from: {path} is an exported adapter; name the run it came from")
+    if now and not checkpoints:
+        raise RecipeError(f"init_from: {path} is an exported adapter; name the run that it came from")
 
 
 def to_dict(value: Any) -> Any:
-    """Plain YAML types of a recipe or a section, defaults filled in; a class from elsewhere is named by its path."""
+    """A recipe or a section as plain YAML types, with all defaults. Classes from elsewhere are named by their path."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, tuple(base for _, base in SECTIONS.values())):
@@ -301,19 +302,19 @@ def to_dict(value: Any) -> Any:
 
 
 def registered_name(cls: type) -> str:
-    """The name a recipe chooses this class by."""
+    """The name by which a recipe chooses this class."""
     path = f"{cls.__module__}:{cls.__qualname__}"
     entries = [item for registry, _ in SECTIONS.values() for item in registry.items()]
     return next((name for name, entry in entries if entry is cls or entry == path), path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; load_recipe reads it back to an equal one."""
+    """The resolved recipe as YAML. load_recipe reads it back to an equal recipe."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, default_flow_style=None, width=119)
 
 
 def changed_keys(before: Recipe, after: Recipe) -> list[str]:
-    """Dotted keys that differ and may not, between a run's first recipe and the one it is continued with."""
+    """The dotted keys that differ between a run's first recipe and the one it is continued with, but must not."""
     a, b = flatten(to_dict(before)), flatten(to_dict(after))
     differing = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
     return [k for k in differing if not any(k == m or k.startswith(m + ".") for m in MUTABLE_KEYS)]

@@ -1,4 +1,4 @@
-"""The networks of a run by role: which are trained, at what rate, and the student's moving average."""
+"""The networks of a run by role, and what is done to them: freezing, counting calls, and moving averages."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +15,10 @@ from fastgen.rollout import RolloutPolicy
 
 
 class Networks(Mapping[str, nn.Module]):
-    """role -> module. `student` and `teacher` are always there; an objective adds its own (fake_score, discriminator).
+    """role -> module. `student` and `teacher` always exist; an objective adds its own (fake_score, discriminator).
 
-    No role is wrapped: the loop averages gradients over processes itself, so a module keeps its attributes.
-    scorer: the recipe's rewards behind the backbone's decoder, where there are any."""
+    Modules are not wrapped and keep their attributes: the loop itself averages gradients over processes.
+    scorer: decodes samples and computes the recipe's rewards; None if the recipe has none."""
 
     def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy, scorer: Scorer | None = None):
         self.modules = modules
@@ -48,24 +48,24 @@ class Networks(Mapping[str, nn.Module]):
 
     @property
     def critic(self) -> Denoiser:
-        """The frozen network whose features a discriminator reads: the teacher, or the network fitted to it where the
-        teacher is a formula."""
+        """The frozen network whose features a discriminator reads: the teacher or, if the teacher is a formula, the
+        network that was fitted to it."""
         return self.modules.get("features", self.teacher)  # type: ignore[return-value]
 
     def rewards(self, x0: Tensor, batch: Batch, grad: bool = False) -> Score:
-        """The recipe's rewards of clean samples x0 [B, *latent_shape] made for this batch's prompts, decoded once.
+        """The recipe's rewards for clean samples x0 [B, *latent_shape] of this batch's prompts. Decodes x0 once.
 
-        grad: gradient flows to x0, and the value is that of the differentiable parts alone; otherwise nothing does.
+        grad: if set, gradient flows to x0, and only the differentiable parts count. Otherwise there is no gradient.
         Raises ValueError if the run has no rewards."""
         if self.scorer is None:
-            raise ValueError("this run has no rewards; give the recipe a rewards section")
+            raise ValueError("this run has no rewards; add a rewards section to the recipe")
         return self.scorer(x0, batch.prompts, batch.group, grad)
 
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Gradient passes through the modules to their inputs, and none is left on their parameters; also where a
-    checkpointed forward is repeated in the backward pass."""
+    """Gradient flows through the modules to their inputs, but not to their parameters. This also holds where the
+    backward pass recomputes a checkpointed forward."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
@@ -79,8 +79,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[int]]:
-    """Collects how many samples every call of a denoiser inside the context is given; guided, a sample counts twice,
-    and with a forward-mode derivative once. What the backward pass computes again is not counted."""
+    """Collects the batch size of every call of a denoiser inside the context. A guided sample counts twice, and one
+    with a forward-mode derivative counts once. What the backward pass recomputes is not counted."""
     rows: list[int] = []
     denoisers = [module for module in networks.values() if isinstance(module, Denoiser)]
     hooks = [m.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))) for m in denoisers]
@@ -93,25 +93,25 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def blend(kept: Iterable[Tensor], given: Iterable[Tensor], decay: float) -> None:
-    """kept <- decay kept + (1 - decay) given, in place, each process what it holds; divided alike."""
-    if mine := [local(p) for p in kept]:  # a stand-in has no parameters
+    """kept <- decay kept + (1 - decay) given, in place, on local shards, which must match."""
+    if mine := [local(p) for p in kept]:  # a module may have no parameters
         torch._foreach_lerp_(mine, [local(p).detach() for p in given], 1 - decay)
 
 
 @torch.no_grad()
 def move(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) module, over the parameters, each process moving what it holds; buffers
-    are copied. In place, for modules of the same structure, divided alike."""
+    """average <- decay average + (1 - decay) module, for the parameters; buffers are copied. In place, on local
+    shards; both modules must have the same structure and be sharded alike."""
     blend(average.parameters(), module.parameters(), decay)
     for kept, given in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(given)
 
 
 class Ema:
-    """Exponential moving average of a network's parameters, in their own dtype, each process averaging what it holds.
+    """Exponential moving average of a network's parameters, in their own dtype, on local shards.
 
     average <- decay average + (1 - decay) parameter. The decay warms up as min(decay, (1 + n) / (10 + n)) at update n,
-    so that a short run is not dominated by its first weights (the rule of torch_ema and timm)."""
+    so that a short run is not dominated by its initial weights (the rule of torch_ema and timm)."""
 
     def __init__(self, average: Denoiser, module: nn.Module, decay: float):
         self.module = average.requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """Random numbers that depend only on (key, sample id, element), never on batch size, rank or device.
 
-A counter-based generator: every draw is a hash of its coordinates, so nothing has to be stored to resume a run, and
-the same sample gets the same noise whether it is computed alone, in a batch of 64, or on the other machine.
+This is a counter-based generator: every draw is a hash of its coordinates. Nothing has to be stored to resume a run,
+and a sample gets the same noise whether it is computed alone, in a batch of 64, or on another machine.
 The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), applied twice.
 """
 
@@ -28,14 +28,14 @@ def _shift_right(z: Tensor, n: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    """In place: most of a draw's time would be new memory."""
+    """SplitMix64's finaliser. In place, because allocating new memory would take most of the time of a draw."""
     z.bitwise_xor_(_shift_right(z, 30)).mul_(_MIX1)
     z.bitwise_xor_(_shift_right(z, 27)).mul_(_MIX2)
     return z.bitwise_xor_(_shift_right(z, 31))
 
 
 def _uniform(ids: Tensor, count: int, key: int) -> Tensor:
-    """[B, count] float64 in (0, 1), 53 random bits each."""
+    """[B, count] float64 in (0, 1), with 53 random bits each."""
     element = torch.arange(1, count + 1, device=ids.device, dtype=torch.int64)
     row = _mix(ids.to(torch.int64) * _GOLDEN + key)
     bits = _mix(_mix(row[:, None] + element * _GOLDEN))
@@ -60,5 +60,5 @@ def normal(ids: Tensor, shape: tuple[int, ...], key: int, dtype: torch.dtype = t
 
 
 def integer(high: int, key: int) -> int:
-    """One integer in [0, high), the same on every rank: for choices that change the graph (stop index, phase)."""
+    """One integer in [0, high), the same on every rank. For choices that change the graph (stop index, phase)."""
     return int(make_key("integer", key) % high)

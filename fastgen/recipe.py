@@ -1,7 +1,8 @@
-"""The sections of a recipe, as frozen pydantic dataclasses: what they are called, their defaults and ranges.
+"""The sections of a recipe as frozen pydantic dataclasses: their keys, defaults and ranges.
 
-The sections `backbone`, `objective`, `data` and each of `rewards.parts` name a class, which is its own schema; the
-others are the classes below. Reading a recipe from YAML, and what sections ask of each other, is config.py."""
+`backbone`, `objective`, `data` and each entry of `rewards.parts` name a class, and the fields of that class are their
+keys. The other sections are the classes below. config.py reads a recipe from YAML and checks that sections fit each
+other."""
 
 import dataclasses
 import math
@@ -52,19 +53,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainConfig:
-    """The loop. One step is one student update; every `*_every` counts those, 0 switches the event off.
+    """The training loop. One step is one student update. Every `*_every` counts steps, and 0 switches the event off.
 
-    strategy: how several processes share the work. ddp: every one holds every network; fsdp: networks are divided
-    (`fully_shard`); auto: fsdp where the launcher was configured for it, else ddp. num_processes: if given, any other
-    number is refused (accelerate's `--cpu --num_processes 2` starts one)."""
+    strategy: how several processes share the work. ddp: each process holds every network; fsdp: networks are sharded
+    (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
+    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process)."""
 
     steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # samples of one micro-batch, on each process
-    accumulate: int = Field(default=1, ge=1)  # micro-batches of every inner update
-    mixed_precision: Literal["no", "bf16"] = "no"  # forward passes; weights and optimizers stay float32
+    batch_size: int = Field(ge=1)  # samples per micro-batch and process
+    accumulate: int = Field(default=1, ge=1)  # micro-batches per inner update
+    mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
-    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # the teacher's; None: dtype
-    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, block by block
+    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype
+    gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     num_processes: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -75,11 +76,11 @@ class TrainConfig:
     eval_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=200, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
-    resume_from: str | None = None  # a checkpoint's name, step_00000200; None: the newest complete one
+    resume_from: str | None = None  # a checkpoint such as step_00000200; None: the newest complete one
 
     def autocast(self, device: str) -> torch.autocast:
-        """Around the forward passes of a turn. Without torch's cache of bfloat16 weights: until the turn ends it would
-        hold a copy of every network that the turn calls."""
+        """The context for the forward passes of a turn. torch's cache of bfloat16 weights is off: until the turn ends,
+        it would hold a copy of every network that the turn calls."""
         return torch.autocast(device, torch.bfloat16, enabled=self.mixed_precision == "bf16", cache_enabled=False)
 
 
@@ -87,16 +88,18 @@ class TrainConfig:
 class EvalConfig:
     """The recipe's `eval:` section.
 
-    metrics: names of METRICS. num_samples: of an evaluation; quick_num_samples: of those during training.
-    seed: sample i has seed `seed + i`. reference: "digits" (the 599 held-out ones) or a folder of images, each with an
-    optional caption in a .txt of the same name; none for mixtures, whose law is exact.
-    features: the network of fid, diversity and precision_recall; inception_weights: for inception, a local file, or
-    org/name/file.pth on the hub. scorers: the keys of metrics that are rewards with networks, by name, as
-    `rewards.parts` takes them: {clip_score: {path: ...}}.
-    prompts: a file with one a line, a list, or "neutral", the 64 that ship; the reference's own if left out, and drawn
-    labels for mixtures.
-    Sample i has prompt `prompts[i % len(prompts)]`.
-    teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares with."""
+    metrics: names in METRICS.
+    num_samples: samples per evaluation; quick_num_samples: samples per evaluation during training.
+    seed: sample i has seed `seed + i`.
+    reference: "digits" (the 599 held-out digits) or a folder of images, each with an optional caption in a .txt file
+        of the same name. Mixtures need none, because their law is known exactly.
+    features: the network for fid, diversity and precision_recall.
+    inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
+    scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
+    prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
+        they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
+        `prompts[i % len(prompts)]`.
+    teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares the student with."""
 
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
     num_samples: int = Field(default=599, ge=1)
@@ -109,7 +112,7 @@ class EvalConfig:
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    teacher_guidance_scale: float | tuple[float, ...] = 1.0  # several: one an expert, from high noise to low
+    teacher_guidance_scale: float | tuple[float, ...] = 1.0  # or one per expert, from high noise to low
 
     @field_validator("metrics")
     @classmethod
@@ -118,14 +121,15 @@ class EvalConfig:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r}{nearest(name, METRICS)}")
         if len(set(value)) < len(value):
-            raise ValueError(f"each metric once, got {', '.join(value)}")
+            raise ValueError(f"name each metric once, got {', '.join(value)}")
         return value
 
     @model_validator(mode="after")
     def _weights(self) -> "EvalConfig":
         if (self.features == "inception") != (self.inception_weights is not None):
             raise ValueError(
-                "features: inception and inception_weights: <local file> go together; give both or neither"
+                "features: inception needs inception_weights, a local file or org/name/file.pth on the hub, and other "
+                f"features take none; got features: {self.features} and inception_weights: {self.inception_weights}"
             )
         return self
 
@@ -139,7 +143,7 @@ class EvalConfig:
         return self
 
     def rewards(self) -> dict[str, Reward]:
-        """The rewards with keys that metrics measure. Raises ValueError for keys that are missing or wrong."""
+        """The scorers that are among the metrics. Raises ValueError for keys that are missing or wrong."""
         return self._made(name for name in self.metrics if name in SCORERS)
 
     def _made(self, names: Iterable[str]) -> dict[str, Reward]:
@@ -149,7 +153,7 @@ class EvalConfig:
             raise ValueError("\n".join(f"scorers.{line}" for line in str(error).splitlines())) from None
 
     def check(self) -> None:
-        """Raises ValueError if files or packages that the metrics need are not there. Loads no weights."""
+        """Raises ValueError if files or packages that the metrics need are missing. Loads no weights."""
         for name, reward in self.rewards().items():
             try:
                 reward.ready()
@@ -159,40 +163,40 @@ class EvalConfig:
             check_inception(self.inception_weights)
 
     def quick(self) -> "EvalConfig":
-        """The same evaluation on quick_num_samples."""
+        """The same evaluation with quick_num_samples samples."""
         return dataclasses.replace(self, num_samples=self.quick_num_samples)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class HealthConfig:
-    """When the watch speaks. All factors are ours, set so that the shipped recipes stay quiet.
+    """When the watch warns. All thresholds are ours, set so that the shipped recipes give no warnings.
 
-    every: student updates between looks, 0 switches the watch off. num_samples: samples of one look. grace: updates
-    before blurred or similar samples are warned of, as a one-step student starts from blurred means. stop: end the run
-    at the first warning."""
+    every: student updates between two looks; 0 switches the watch off. num_samples: samples per look. grace: updates
+    before the watch warns of blurred or similar samples, because a one-step student starts from blurred means. stop:
+    whether the first warning ends the run."""
 
     every: int = Field(default=50, ge=0)
     num_samples: int = Field(default=32, ge=4)
     grace: int = Field(default=100, ge=0)
-    max_skipped: int = Field(default=10, ge=0)  # updates in a row whose gradient is not finite; one more stops the run
-    mean_shift: float = Field(default=0.75, gt=0)  # of the samples' mean, in the teacher's standard deviations
-    std_ratio: tuple[float, float] = (0.5, 1.7)  # of the samples' std over the teacher's
-    saturation: float = Field(default=0.05, gt=0)  # share of values beyond three of the teacher's std, above its own
-    diversity_ratio: float = Field(default=0.6, gt=0)  # of the mean distance between two samples over the teacher's
-    fake_lag: float = Field(default=1.0, gt=0)  # |lag|: the fake score's own error over the gradient's energy
-    grad_growth: float = Field(default=30.0, gt=1)  # of a role's gradient norm over its median so far
-    movement: tuple[float, float] = (1e-7, 1.0)  # of a role's weights between two looks, relative to their size
-    lead: float = Field(default=1.25, gt=0)  # of the student's relative movement over the fake score's
-    held_out_drop: float = Field(default=1.0, gt=0)  # of a held-out reward from its best, in the teacher's std
-    anchor_distance: float = Field(default=0.3, gt=0)  # of the samples to the teacher's, in shares of their spread
-    zero_groups: float = Field(default=0.5, ge=0)  # share of prompt groups whose rewards are all equal
+    max_skipped: int = Field(default=10, ge=0)  # non-finite gradients allowed in a row; one more stops the run
+    mean_shift: float = Field(default=0.75, gt=0)  # shift of the samples' mean, in the teacher's standard deviations
+    std_ratio: tuple[float, float] = (0.5, 1.7)  # allowed range of the samples' std divided by the teacher's
+    saturation: float = Field(default=0.05, gt=0)  # share of values beyond 3 std of the teacher, minus the teacher's
+    diversity_ratio: float = Field(default=0.6, gt=0)  # mean distance between two samples, divided by the teacher's
+    fake_lag: float = Field(default=1.0, gt=0)  # |lag| of the fake score, see signals.score_lag
+    grad_growth: float = Field(default=30.0, gt=1)  # a role's gradient norm, divided by its median so far
+    movement: tuple[float, float] = (1e-7, 1.0)  # allowed relative change of weights between two looks
+    lead: float = Field(default=1.25, gt=0)  # the student's relative movement, divided by the fake score's
+    held_out_drop: float = Field(default=1.0, gt=0)  # drop of a held-out reward from its best, in the teacher's std
+    anchor_distance: float = Field(default=0.3, gt=0)  # of the samples from the teacher's, relative to their spread
+    zero_groups: float = Field(default=0.5, ge=0)  # share of prompt groups in which all rewards are equal
     clipped: float = Field(default=0.2, ge=0)  # share of advantages at the clip
     stop: bool = False
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Recipe:
-    """A whole run. `backbone`, `data` and `objective` are instances of the classes their `name` chose."""
+    """A whole run. `backbone`, `data` and `objective` are instances of the classes that their `name` chose."""
 
     output_dir: Path
     backbone: Any
@@ -205,5 +209,5 @@ class Recipe:
     rewards: Composite | None = None  # for objectives that use them
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
-    init_from: str | None = None  # a run or an export: its student (and fake score) are where this run starts
+    init_from: str | None = None  # a run or an export whose student (and fake score) this run starts from
     seed: int = Field(default=0, ge=0)

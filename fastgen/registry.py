@@ -1,4 +1,4 @@
-"""From the names a recipe uses to what they stand for: classes, checked values, and files that ship with fastgen.
+"""Looks up what the names in a recipe stand for: classes, checked values, and files that ship with fastgen.
 
 A registry is a dict from a name to a class, or to "module:Class", which is imported only when it is chosen. A class
 outside this package is named by its import path, `my_module:MyClass`. Naming one runs the code of that module.
@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
-# section -> {a key's name before version 0.2: its name now}
+# section -> {name of a key before version 0.2: its name now}
 RENAMED = {
     "rollout": {
         "told_time": "conditioning_time",
@@ -27,13 +27,13 @@ RENAMED = {
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message says which key, what is allowed and what to change."""
+    """A recipe that cannot be run. The message says which key is wrong, what is allowed and what to change."""
 
 
 def shipped(path: str | Path) -> Path:
-    """Where a file or folder that ships with fastgen lies, such as `assets/teachers/digits` or a recipe: inside the
-    installed package, where the wheel puts `assets` and `recipes`, or at the root of a checkout. The path is relative
-    to either, and what it names may not exist."""
+    """The location of a file or folder that ships with fastgen, such as `assets/teachers/digits` or a recipe. It is
+    inside the installed package, where the wheel puts `assets` and `recipes`, or at the root of a checkout; `path` is
+    relative to that place. The result need not exist."""
     root = PACKAGE if (PACKAGE / "assets").is_dir() else PACKAGE.parent
     return root / path
 
@@ -52,16 +52,19 @@ def build_section(section: str, value: Any, registry: Mapping[str, Any], base: t
 
 
 def import_name(section: str, name: str) -> Any:
-    """What `my_module:attribute` is."""
+    """Imports the attribute named by `my_module:attribute`."""
     module, _, attribute = name.partition(":")
     try:
         return vars(importlib.import_module(module))[attribute]
     except (ImportError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{section}.name: cannot import {name!r}: {error!r}") from None
+        raise RecipeError(
+            f"{section}.name: cannot import {name!r}: {error!r}; write module:attribute, with a module that Python "
+            "can import and an attribute that it has"
+        ) from None
 
 
 def resolve(section: str, name: str, registry: Mapping[str, Any], base: type) -> type:
-    """The class of a registered name, or of `my_module:MyClass` from the import path."""
+    """The class that a registered name stands for, or `my_module:MyClass` from the import path."""
     if ":" in name:
         cls = import_name(section, name)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, base)):
@@ -79,20 +82,20 @@ def resolve(section: str, name: str, registry: Mapping[str, Any], base: type) ->
 
 
 def current_names(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section that an earlier version stored, under the names its keys have now."""
+    """A section that an earlier version stored, with its keys renamed to their present names."""
     renamed = RENAMED.get(section, {})
     return {renamed.get(key, key): value for key, value in values.items()}
 
 
 def nearest(key: str, valid: typing.Iterable[str]) -> str:
-    """'; did you mean ...' or the list of what is valid."""
+    """The end of a message about a wrong key: '; did you mean ...', or the valid keys if none is close."""
     options = sorted(valid)
     close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(options)}"
 
 
 def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence[str] = ()) -> None:
-    """Refuses unknown keys of a section and of the sections in it."""
+    """Refuses unknown keys in a section and in the sections inside it, and true or false in place of a number."""
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields and key not in also:
@@ -113,17 +116,17 @@ def check_keys(values: Mapping[str, Any], cls: type, prefix: str, also: Sequence
 
 
 def section_class(hint: Any) -> type | None:
-    """The dataclass behind a type hint, also as X | None."""
+    """The dataclass X of a type hint X or X | None; None if there is no dataclass in the hint."""
     return next((o for o in options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the hint alone."""
+    """The members of a union; any other hint by itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """pydantic's validation with one line an error, each with the full path of its key."""
+    """pydantic's validation. The RecipeError has one line per error, each with the full path of its key."""
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
@@ -138,7 +141,7 @@ def validated(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Flattens nested mappings to dotted keys."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     return {k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()}

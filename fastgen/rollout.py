@@ -1,4 +1,4 @@
-"""How a few-step student turns noise into samples: the same code trains, evaluates and exports."""
+"""How a few-step student turns noise into samples. Training, evaluation and export share this code."""
 
 import itertools
 import math
@@ -24,19 +24,19 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RolloutPolicy:
-    """The student's sampler. It is stored with the weights: what trains is what samples.
+    """The student's sampler. It is stored with the weights, so that a student is sampled as it was trained.
 
     timesteps: noise levels at which the network is called, strictly decreasing in (0, 1]; the end point 0 is implied.
     transition: renoise = x0 plus fresh noise at the next level (DMD2, consistency models);
-                ode = x0 and the network's own noise prediction (DDIM, which for flow matching is Euler);
-                cps = a mixture of the two that keeps the coefficients, see `transition_law` (RTDMD, Flow-CPS);
-                tcd = an ode step to below the next level, then noise up to it, see `jump_law` (TCD, CTM).
-    eta: of cps and tcd only, strictly between 0 (which is ode) and 1 (which is renoise).
-    conditioning_time: one-step students only: the level the network is told while it is fed pure noise
-               (DMD2's SDXL one-step student is told 399 of 1000).
-    two_time: the network is also told the level s its step ends at (a flow map): that of the next call for ode, 0 for
-               renoise. Its prediction x0 = x_t - t u then makes the ode step the jump x_t - (t - s) u.
-    embedded_guidance: the network has the guidance scale as an input, and is told this one when it samples."""
+                ode = x0 plus the network's own noise prediction (DDIM, which for flow matching is Euler);
+                cps = x0 plus a mixture of both noises with the same total, see `transition_law` (RTDMD, Flow-CPS);
+                tcd = an ode step to below the next level, then fresh noise up to it, see `jump_law` (TCD, CTM).
+    eta: for cps and tcd only, strictly between 0 (the same as ode) and 1 (the same as renoise).
+    conditioning_time: for one-step students only, the level that the network is conditioned on while its input is pure
+               noise (for DMD2's one-step SDXL student, step 399 of 1000).
+    two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
+               next call for ode, and 0 for renoise. As x0 = x_t - t u, the ode step is then the jump x_t - (t - s) u.
+    embedded_guidance: the guidance scale given to a network that has it as an input, when it samples."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
     transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
@@ -58,16 +58,18 @@ class RolloutPolicy:
     def _one_step(self) -> "RolloutPolicy":
         if self.conditioning_time is not None and len(self.timesteps) != 1:
             raise ValueError(
-                "conditioning_time is for one-step students: give one timestep or remove conditioning_time"
+                f"conditioning_time is for one-step students, and there are {len(self.timesteps)} timesteps; give one "
+                "timestep or remove conditioning_time"
             )
         if (self.eta is not None) != (self.transition in ("cps", "tcd")):
             raise ValueError(
-                "eta belongs to transition: cps, which needs it (0.9 in RTDMD), and to tcd (0.3 in TCD); "
-                "give both or neither"
+                "transition: cps and tcd need an eta (0.9 in RTDMD and 0.3 in TCD), and the others take none; got "
+                f"transition: {self.transition} and eta: {self.eta}"
             )
         if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):
             raise ValueError(
-                "two_time goes with transition: ode (or renoise, each step to 0), without conditioning_time"
+                "two_time needs transition: ode (or renoise, whose steps all end at 0) and no conditioning_time; got "
+                f"transition: {self.transition} and conditioning_time: {self.conditioning_time}"
             )
         return self
 
@@ -77,21 +79,21 @@ class RolloutPolicy:
 
     @property
     def transition_eta(self) -> float:
-        """eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which is none of these."""
+        """The eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which has another law."""
         if self.transition == "tcd":
             raise ValueError(
-                "the share of fresh noise in transition: tcd differs from step to step, which this "
-                "objective does not follow; use cps, renoise or ode"
+                "this objective needs every step to have the same share of fresh noise, and with transition: tcd the "
+                "share differs from step to step; use cps, renoise or ode"
             )
         return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The continuous inputs a student of this policy has beside its time, by `denoiser.LEVELS`."""
+        """The continuous inputs that the student has besides its time, any of `modules.inputs.LEVELS`."""
         return ("s",) * self.two_time + ("guidance",) * (self.embedded_guidance is not None)
 
     def network_inputs(self, t: Tensor, t_next: Tensor | None = None) -> Inputs:
-        """What the student is told at level t [B] by this policy. t_next: as in `predict_x0`."""
+        """The inputs that this policy gives the student at level t [B]. t_next: as in `predict_x0`."""
 
         def filled(value: float | None) -> Tensor | None:
             return None if value is None else torch.full_like(t, value)
@@ -105,17 +107,21 @@ class RolloutPolicy:
 
     @property
     def any_step(self) -> bool:
-        """Whether the student samples with any number of steps: a flow map's jumps."""
+        """Whether the student can sample with any number of steps, by the jumps of a flow map."""
         return self.two_time and self.transition == "ode"
 
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
-        """The same sampler with another number of steps, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n, whose
-        shift k is that of the first two of its timesteps (1, which is uniform, if it has one). The same policy for its
-        own number. Raises ValueError for a student that has one number of steps."""
+        """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its
+        shift k is the one that the first two of this policy's timesteps have, or 1 (a uniform grid) if there is only
+        one. With its own number of steps, this returns the policy itself. Raises ValueError if the student has a fixed
+        number of steps."""
         if num_steps == self.num_steps:
             return self
         if not self.any_step or self.timesteps[0] != 1:
-            raise ValueError(f"this student was distilled to {self.num_steps} steps; leave out the number of steps")
+            raise ValueError(
+                f"this student was distilled to {self.num_steps} steps, and {num_steps} are asked for; leave out the "
+                "number of steps"
+            )
         shift = 1.0
         if self.num_steps > 1:
             u, t = 1 - 1 / self.num_steps, self.timesteps[1]
@@ -126,10 +132,12 @@ class RolloutPolicy:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TeacherPolicy(RolloutPolicy):
-    """A stock scheduler's deterministic sampling, which may begin beside the law of x_t and end short of clean data.
+    """The deterministic sampling of a stock scheduler, which need not start from the law of x_t or end at clean data.
 
-    initial_scale: factor of the first noise; sigma(timesteps[0]) where EulerDiscreteScheduler starts from sigma_max.
-    final_level: the level the last step goes to; that of step 0 where DDIMScheduler has set_alpha_to_one: false."""
+    initial_scale: factor on the initial noise. It is sigma(timesteps[0]) where EulerDiscreteScheduler starts from
+        sigma_max.
+    final_level: the level that the last step goes to. It is that of step 0 where DDIMScheduler has
+        set_alpha_to_one: false."""
 
     initial_scale: float = Field(default=1.0, gt=0)
     final_level: float = Field(default=0.0, ge=0, le=1)
@@ -138,7 +146,7 @@ class TeacherPolicy(RolloutPolicy):
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class Step:
     """One executed step: input x_t [B, ...] at level t [B], clean prediction x0, next state x_next.
-    log_prob [B] only where the transition is stochastic and was asked to be scored."""
+    log_prob: [B], only if the transition is stochastic and its log-probability was asked for."""
 
     x_t: Tensor
     t: Tensor
@@ -149,7 +157,7 @@ class Step:
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class Rollout:
-    """x [B, ...] at noise level s [B] (0 for a clean sample), and the steps that were kept, the executed one last.
+    """Samples x [B, ...] at noise level s [B] (0 if clean), and the steps that were kept, in order.
     stop: [B], the index into policy.timesteps of the step that made each sample."""
 
     x: Tensor
@@ -161,8 +169,8 @@ class Rollout:
 def predict_x0(
     student: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, policy: RolloutPolicy, t_next: Tensor | None = None
 ) -> Tensor:
-    """The student's clean prediction, with the policy's told time and inputs. t_next: [B], the level the policy's step
-    goes to from here; None: 0, or a prediction that is used by itself."""
+    """The student's clean prediction, with the conditioning time and the inputs of the policy. t_next: [B], the level
+    that the policy's step goes to from here; None: 0, or a prediction that is used on its own."""
     return student(x_t, t, cond, policy.network_inputs(t, t_next))
 
 
@@ -173,10 +181,10 @@ def transition_law(
 
         mean = alpha' x0 + sigma' cos(eta pi / 2) noise_hat,   std = sigma' sin(eta pi / 2)   (CPS, arXiv 2605.26108)
 
-    noise_hat is the noise that x_t and x0 imply. The two noises add to sigma' for every eta, so that with the true
-    (x0, noise) pair the law of x_{t_next} is exact. eta = 0 is the DDIM step (Euler for flow matching), 1 is
-    renoising. x0, x_t: [B, ...]; t, t_next: [B]. Returns the mean [B, ...], which carries gradient, and the std
-    [B, 1, ...]."""
+    noise_hat is the noise that x_t and x0 imply. The variances of the two noises add up to sigma'^2 for every eta, so
+    the law of x_{t_next} is exact if (x0, noise_hat) is the true pair. eta = 0 is the DDIM step (Euler for flow
+    matching) and eta = 1 is renoising. x0, x_t: [B, ...]; t, t_next: [B]. Returns the mean [B, ...], which carries
+    gradient, and the std [B, 1, ...]."""
     alpha, sigma = schedule.coefficients(t_next, x0)
     if eta == 1:
         return alpha * x0, sigma
@@ -187,7 +195,7 @@ def transition_law(
 def transition(
     schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, fresh: Tensor | None, eta: float = 1.0
 ) -> Tensor:
-    """A draw of `transition_law`. fresh: [B, ...] standard normal; None: the DDIM step, whatever eta."""
+    """A draw from `transition_law`. fresh: [B, ...] standard normal; None: the DDIM step, whatever eta is."""
     if fresh is None:
         return transition_law(schedule, x0, x_t, t, t_next, 0.0)[0]
     mean, std = transition_law(schedule, x0, x_t, t, t_next, eta)
@@ -197,11 +205,12 @@ def transition(
 def jump_law(
     schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x_{t_next} by an ode step to r below it, then noise up  (TCD, arXiv 2402.19159)
+    """Mean and standard deviation of x_{t_next} after an ode step to a lower level r and fresh noise up to t_next.
 
         mean = alpha_{t_next|r} (alpha_r x0 + sigma_r noise_hat),   std = sigma_{t_next|r},   r = (1 - eta) t_next
 
-    which keeps the law of x_{t_next} if the step to r does (CTM's gamma sampler is of this kind)."""
+    This is TCD's step (arXiv 2402.19159). The law of x_{t_next} is right if the step to r gives the law of x_r. CTM's
+    gamma sampler is of this kind."""
     r = schedule.lowered(t_next, eta)
     ratio, std = schedule.renoise_coefficients(r, t_next, x0)
     return ratio * transition(schedule, x0, x_t, t, r, None), std
@@ -210,7 +219,7 @@ def jump_law(
 def policy_law(
     schedule: Schedule, policy: RolloutPolicy, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The law of the policy's own transition."""
+    """Mean and standard deviation of the policy's transition: `jump_law` for tcd, otherwise `transition_law`."""
     if policy.transition == "tcd":
         return jump_law(schedule, x0, x_t, t, t_next, policy.eta or 0.0)
     return transition_law(schedule, x0, x_t, t, t_next, policy.transition_eta)
@@ -219,7 +228,7 @@ def policy_law(
 def step_to(
     schedule: Schedule, policy: RolloutPolicy, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, draw: Draw
 ) -> Tensor:
-    """The policy's own step from (x_t, x0 prediction) to a level below; draw() is its fresh noise, if it has any."""
+    """The policy's step from (x_t, x0 prediction) to the lower level t_next. draw() is its fresh noise, if any."""
     if policy.transition == "tcd":
         mean, std = policy_law(schedule, policy, x0, x_t, t, t_next)
         return mean + std * draw()
@@ -228,10 +237,10 @@ def step_to(
 
 
 def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise) -> Tensor:
-    """Runs the student from noise("initial") through all its steps: clean samples [B, ...], or a TeacherPolicy's at
-    its final level.
+    """Runs the student from noise("initial") through all its steps. Returns clean samples [B, ...], or for a
+    TeacherPolicy samples at its final level.
 
-    noise(name) draws [B, ...] standard normal; fresh noise for the step into index i is named "step<i>"."""
+    noise(name) draws [B, ...] standard normal. The fresh noise of the step to timesteps[i] is named "step<i>"."""
     x = noise("initial")
     if isinstance(policy, TeacherPolicy):
         x = policy.initial_scale * x
@@ -249,19 +258,21 @@ def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: 
 def backward_simulation(
     student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True, to: Tensor | None = None
 ) -> Rollout:
-    """DMD2's backward simulation: the student is trained on inputs it made itself    (arXiv 2405.14867 Sec. 4.4)
+    """DMD2's backward simulation: the student is trained on inputs that it made itself   (arXiv 2405.14867 Sec. 4.4)
 
-    Runs the sampler without gradient up to step stop[i] of sample i and executes that step, with gradient if asked.
-    stop: [B] int64 in [0, num_steps). A sample whose stop is reached leaves the batch, so that mixed stops cost no
-    more network evaluations than a shared one of the same mean. renoise draws noise independent of the initial one for
-    the stopping input, as DMD2 does.
-    to: [B], the level the executed step goes to, by the policy's transition with noise of its own ("exit"): x is then
-    x_s at s = to. None: the clean prediction, s = 0."""
+    For each sample i, runs the sampler without gradient up to step stop[i], then executes that step, with gradient if
+    `grad` is set.
+    stop: [B] int64 in [0, num_steps). A sample that has reached its stop leaves the batch, so that mixed stops cost no
+    more network evaluations than a shared stop of the same mean. With renoise, the noise in the input of the executed
+    step is independent of the initial noise, as in DMD2.
+    to: [B], the level that the executed step goes to, by the policy's transition with noise of its own ("exit"); x is
+    then x_s at s = to. None: x is the clean prediction, and s = 0."""
     x_in = batch.normal("initial")
     with torch.no_grad():
         for i in range(farthest(student, stop)):
             reached = stop > i
-            active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)  # called, not kept
+            # a process without samples left still calls a sharded network, on row 0, and drops the result
+            active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             t_next = torch.full_like(t, policy.timesteps[i + 1])
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next).to(x_in.dtype)
@@ -278,15 +289,15 @@ def backward_simulation(
 
 
 def next_levels(policy: RolloutPolicy, stop: Tensor, like: Tensor) -> Tensor:
-    """[B]: the level the step stop[i] goes to, 0 after the last."""
+    """[B]: the level that step stop[i] goes to; 0 for the last step."""
     return like.new_tensor((*policy.timesteps[1:], 0.0))[stop]
 
 
 def step_log_prob(
     schedule: Schedule, policy: RolloutPolicy, step: int, x0: Tensor, x_t: Tensor, x_next: Tensor
 ) -> Tensor:
-    """[B]: the log-probability of x_next under the policy's stochastic step from timesteps[step], given its clean
-    prediction x0, which alone carries gradient; in the unit of `signals.transition_log_prob`'s defaults."""
+    """[B]: the log-probability of x_next under the policy's stochastic step from timesteps[step], given the clean
+    prediction x0, which alone carries gradient. The unit is that of `signals.transition_log_prob` by default."""
     t, t_next = (x0.new_full((len(x0),), level) for level in policy.timesteps[step : step + 2])
     return transition_log_prob(x_next, *policy_law(schedule, policy, x0, x_t, t, t_next))
 
@@ -294,12 +305,13 @@ def step_log_prob(
 def trajectory(
     student: Denoiser, policy: RolloutPolicy, batch: Batch, shared_steps: Collection[int] = (), log_prob: bool = True
 ) -> Rollout:
-    """The whole sampler, every step kept: x is the clean sample, steps[i] the step at timesteps[i].
+    """Runs the whole sampler and keeps every step: x is the clean sample, and steps[i] is the step at timesteps[i].
 
-    shared_steps: indices i of steps whose transition noise all samples of a prompt group share (SubGRPO, arXiv
-    2605.26108): what then differs within a group is owed to the other steps. The initial noise is never shared.
-    log_prob: each stochastic step carries the log-probability of what it drew, `signals.transition_log_prob` with its
-    defaults; the last one, which is deterministic, has none. No gradient: call it under no_grad."""
+    shared_steps: indices i of the steps whose transition noise is shared by all samples of a prompt group (SubGRPO,
+    arXiv 2605.26108). Differences within a group are then due to the other steps. The initial noise is never shared.
+    log_prob: whether each stochastic step carries the log-probability of its draw, `signals.transition_log_prob` with
+    its defaults. The last step is deterministic and has none. Call this under no_grad; it is not meant for gradient.
+    """
     x, steps = batch.normal("initial"), list[Step]()
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
@@ -319,7 +331,7 @@ def trajectory(
 
 
 def farthest(student: Denoiser, stop: Tensor) -> int:
-    """The last stop; of all processes, where they hold the network together and must call it equally often."""
+    """The largest stop index; over all processes if the network is sharded, as they must call it equally often."""
     last = stop.max()
     if student.is_sharded:
         dist.all_reduce(last, dist.ReduceOp.MAX)
@@ -327,7 +339,7 @@ def farthest(student: Denoiser, stop: Tensor) -> int:
 
 
 def draw_stops(batch: Batch, num_steps: int, shared: bool, by_group: bool = False) -> Tensor:
-    """[B] int64 stop indices: one for the whole update (DMD2), or one a sample, keyed by the sample's id, or one a
+    """[B] int64 stop indices: one for the whole update (DMD2), or one per sample, keyed by the sample's id, or one per
     prompt group."""
     if shared:
         return torch.full_like(batch.ids, batch.integer("stop", num_steps))

@@ -1,5 +1,5 @@
-"""What objectives are made of, as pure functions: guidance, score differences, surrogates, denoising and GAN losses,
-group statistics, transition log-probabilities."""
+"""The building blocks of objectives, as pure functions: guidance, score differences, surrogates, denoising and GAN
+losses, group statistics, transition log-probabilities."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -15,7 +15,7 @@ Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
-    """Mean over all axes but the first: [B]."""
+    """[B]: the mean over all axes but the first."""
     return x.flatten(1).mean(1)
 
 
@@ -31,11 +31,11 @@ def guided(
 ) -> Tensor:
     """Classifier-free guidance in diffusers' convention: uncond + scale (cond - uncond)          (arXiv 2207.12598)
 
-    predict: an x0 (or velocity) predictor; the result is of the same kind, shape [B, ...].
-    scale: one number, or one a sample, [B] (`Denoiser.per_expert`).
-    interval: guidance acts where interval[0] < t <= interval[1], elsewhere the scale is 1        (arXiv 2404.07724)
-    rescale: phi in [0, 1]; moves the guided prediction's per-sample std that far back to the conditional one's
-             (arXiv 2305.08891 eq. 15-16; diffusers' guidance_rescale)."""
+    predict: an x0 (or velocity) predictor. The result is a prediction of the same kind, [B, ...].
+    scale: one number, or one per sample, [B] (`Denoiser.per_expert`).
+    interval: guidance acts where interval[0] < t <= interval[1]; elsewhere the scale is 1       (arXiv 2404.07724)
+    rescale: phi in [0, 1], the share by which the guided prediction's per-sample std is moved back to that of the
+             conditional prediction (arXiv 2305.08891 eq. 15-16; diffusers' guidance_rescale)."""
     if not isinstance(scale, Tensor) and scale == 1.0:
         return predict(x_t, t, cond)
     both = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([cond, uncond]))
@@ -56,9 +56,9 @@ def score_difference(
 
         g = (fake_x0 - real_x0) / max(mean|x0 - real_x0|, floor)         (DMD eq. 7-8, arXiv 2311.18828; DMD2's code)
 
-    Both predictions are made at the same x_t renoised from x0, the real one guided. The mean is over each sample; with
-    group [B] it is over all samples of a prompt group (GNDM). All [B, ...]. Returns [B, ...], detached; NaN and
-    infinities become zero."""
+    Both predictions are made at the same x_t, renoised from x0; the real one is guided. The mean is over each sample
+    or, with group [B], over all samples of a prompt group (GNDM). x0, fake_x0, real_x0: [B, ...]. Returns [B, ...],
+    detached; NaN and infinities become zero."""
     with torch.no_grad():
         distance = per_sample_mean((x0 - real_x0).abs())
         normaliser = (distance if group is None else group_mean(distance, group)).clamp_min(floor)
@@ -81,9 +81,9 @@ def denoising_loss(
     space: PredictionType,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of an x0 prediction, measured as an error of the named prediction type.
+    """Mean squared error of an x0 prediction, measured in the space of a prediction type.
 
-    In every space the optimum is E[x0 | x_t]; the spaces differ by a weight that depends on t alone: 1 for sample,
+    The optimum is E[x0 | x_t] in every space. The spaces differ by a weight that depends only on t: 1 for sample,
     (alpha / sigma)^2 for epsilon, ((alpha + sigma) / sigma)^2 for flow_prediction, 1 / sigma^2 for v_prediction (VP).
     weight: [B], multiplies each sample's error. Gradient flows to `prediction`."""
     error = schedule.from_sample(prediction, x_t, t, space) - schedule.from_sample(x0, x_t, t, space)
@@ -92,14 +92,15 @@ def denoising_loss(
 
 
 def renoised_target(schedule: Schedule, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """What a fake score regresses on where its data is x_s, at a level s above 0: an x0 target that is unbiased.
+    """An unbiased x0 target for a fake score whose samples x_s are not clean but at a level s above 0.
 
         x_s / alpha_s - alpha_ts sigma_s^2 / (alpha_s sigma_ts) noise,   x_t = alpha_ts x_s + sigma_ts noise
-                                             (Phased DMD's v target, arXiv 2510.27684, as an x0 target: derived)
+                                       (derived: Phased DMD's v target, arXiv 2510.27684, written as an x0 target)
 
-    Its mean given x_t is the E[x0 | x_t] that belongs to the score of x_t, which is E[-noise / sigma_ts | x_t]; as a
-    velocity it is Phased DMD's. At s = 0 it is x_s. Regressing on the sample itself (the naive target) is biased.
-    It grows like 1 / sigma_ts as t falls to s: clamp with `renoised_weight`. x_s, noise: [B, ...]; s < t: [B]."""
+    The score of x_t is E[-noise / sigma_ts | x_t], and the mean of the target given x_t is the E[x0 | x_t] that goes
+    with this score. As a velocity, the target is Phased DMD's. At s = 0 it is x_s. Regressing on the sample itself
+    (the naive target) is biased. The target grows like 1 / sigma_ts as t approaches s; use `renoised_weight`, which
+    clamps its error. x_s, noise: [B, ...]; s < t: [B]."""
     (alpha_s, sigma_s), (ratio, sigma_ts) = schedule.coefficients(s, x_s), schedule.renoise_coefficients(s, t, x_s)
     return x_s / alpha_s - ratio * sigma_s**2 / (alpha_s * sigma_ts) * noise
 
@@ -107,20 +108,21 @@ def renoised_target(schedule: Schedule, x_s: Tensor, noise: Tensor, s: Tensor, t
 def renoised_weight(schedule: Schedule, s: Tensor, t: Tensor, clamp: float = 10.0) -> Tensor:
     """[B]: min(1, clamp sigma_ts^2), the weight of a squared velocity error whose target is `renoised_target`.
 
-    min(1 / sigma_ts^2, clamp) |sigma_ts (v - v_target)|^2          (Phased DMD's clamp; RTDMD's code has clamp 10)
-    """
+    The weighted error is min(1 / sigma_ts^2, clamp) |sigma_ts (v - v_target)|^2, with Phased DMD's clamp; RTDMD's code
+    has clamp 10."""
     return (clamp * schedule.renoise_coefficients(s, t, t)[1] ** 2).clamp_max(1.0)
 
 
 def log_ratio_rate(schedule: Schedule, x0: Tensor, t: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
-    """[B]: the rate in t at which the log-ratio of two models at x0 adds up, estimated from one x_t renoised from x0.
+    """[B]: the log-ratio of two models at x0 is an integral over t; this is its integrand, estimated from one x_t.
 
         log p_real(x0) - log p_fake(x0) = int_0^1 E_noise[rate] dt,
         rate = -1/2 dSNR/dt (|x0 - fake_x0|^2 - |x0 - real_x0|^2),   SNR = (alpha / sigma)^2
 
-    (derived, from the denoising form of the likelihood, arXiv 2107.00630; for flow matching it is (1 - t) / t times
-    the gap of squared velocity errors.) Both predictions are made at the same x_t; the squares are summed over a
-    sample's elements, so that the integral is in nats. x0, fake_x0, real_x0: [B, ...]; t: [B] in (0, 1)."""
+    (derived, from the denoising form of the likelihood, arXiv 2107.00630). For flow matching the rate is (1 - t) / t
+    times the gap between the squared velocity errors. Both predictions are made at the same x_t, renoised from x0. The
+    squares are summed over a sample's elements, so the integral is in nats. x0, fake_x0, real_x0: [B, ...]; t: [B] in
+    (0, 1)."""
     with torch.enable_grad():
         level = t.detach().double().clone().requires_grad_()
         (slope,) = torch.autograd.grad(((schedule.alpha(level) / schedule.sigma(level)) ** 2).sum(), level)
@@ -129,12 +131,12 @@ def log_ratio_rate(schedule: Schedule, x0: Tensor, t: Tensor, fake_x0: Tensor, r
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating: mean softplus(-D(fake))."""
+    """The non-saturating loss: mean softplus(-D(fake))."""
     return F.softplus(-fake_logits).mean()
 
 
 def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """mean softplus(D(fake)) + mean softplus(-D(real)): at the optimum D = log(p_real / p_fake)."""
+    """mean softplus(D(fake)) + mean softplus(-D(real)); at its optimum D = log(p_real / p_fake)."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
@@ -144,7 +146,7 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); at its optimum 2 (1 - TV(real, fake))."""
+    """mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); its minimum is 2 (1 - TV(real, fake))."""
     return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
 
 
@@ -157,8 +159,8 @@ def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
         rkl 1   kl r   js r / (1 + r)   sf 1 / (1 + r)   sh sqrt(r) / 4   jf 1 + r   neyman 1 / r
                                                                                     (f-distill, arXiv 2502.15681)
 
-    rkl: reverse KL, which is DMD; kl: forward; js: Jensen-Shannon (twice it); sf: softened reverse KL; sh: squared
-    Hellinger; jf: Jeffreys. p is the data, q the student. Any shape; ratio > 0."""
+    rkl: reverse KL, which is DMD; kl: forward KL; js: twice Jensen-Shannon; sf: softened reverse KL; sh: squared
+    Hellinger; jf: Jeffreys. p is the data, q the student. ratio: any shape, above 0."""
     weights: dict[Divergence, Callable[[Tensor], Tensor]] = {
         "rkl": torch.ones_like,
         "kl": lambda r: r,
@@ -172,15 +174,15 @@ def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
 
 
 def density_ratio(logits: Tensor) -> Tensor:
-    """[B]: p / q from a discriminator's logits [B, heads], exp of their mean, detached.
+    """[B]: p / q from a discriminator's logits [B, heads], as the exponential of their mean, detached.
 
-    The mean is clamped to +-10 and the ratio to [0.1, 20], as in f-distill's code. Exact where the logits are optimal
-    for `gan_discriminator_loss` and within the clamps."""
+    The mean is clamped to +-10 and the ratio to [0.1, 20], as in f-distill's code. The ratio is exact where the logits
+    are optimal for `gan_discriminator_loss` and within the clamps."""
     return logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
 
 
 def effective_share(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) in (0, 1]: the share of n samples that weights [n] >= 0 leave in effect (Kish)."""
+    """(sum w)^2 / (n sum w^2) in (0, 1]: Kish's effective number of samples for weights [n] >= 0, as a share of n."""
     return weight.sum().square() / (len(weight) * weight.square().sum()).clamp_min(1e-12)
 
 
@@ -189,19 +191,20 @@ def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
 
         lag = <x0 - fake_x0, d> / <d, d>,   d = fake_x0 - real_x0       (derived, from the identity of SiD, 2404.04057)
 
-    A fake score that has converged is the conditional mean of x0: its residual is orthogonal to every function of x_t
-    and the lag averages 0. Otherwise fake_x0 = mean + e and the lag averages -<e, d> / <d, d>. Negative: part of the
-    gradient is the fake's own error e (at -0.4, four tenths of its energy, when e is unrelated to the true
-    difference), or the student has come closer to the teacher than the fake believes. Positive: the fake does not yet
-    see how far the student is off. One batch is noisy; read the running mean. Returns a detached scalar."""
+    A converged fake score is the conditional mean of x0. Its residual is then orthogonal to every function of x_t, and
+    the lag averages 0. Otherwise fake_x0 = mean + e, and the lag averages -<e, d> / <d, d>.
+    A negative lag means that part of the gradient is the fake score's own error e (at -0.4, four tenths of the
+    gradient's energy, if e is unrelated to the true difference), or that the student has come closer to the teacher
+    than the fake score predicts. A positive lag means that the fake score does not show yet how far the student is
+    from the teacher. The lag of one batch is noisy; read the running mean. Returns a detached scalar."""
     with torch.no_grad():
         d = fake_x0 - real_x0
         return ((x0 - fake_x0) * d).sum() / d.square().sum().clamp_min(1e-12)
 
 
 def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B]: the mean of value [B] over samples that share their group id [B]; mask [B] bool: over those alone, 0 where
-    there is none."""
+    """[B]: for each sample, the mean of value [B] over the samples with the same group id [B]. mask: [B] bool, the
+    samples that count; a group without any has mean 0."""
     _, index = group.unique(return_inverse=True)
     keep = torch.ones_like(value) if mask is None else mask.to(value)
     total = value.new_zeros(int(index.max()) + 1).index_add(0, index, torch.where(keep > 0, value, 0.0))
@@ -210,10 +213,10 @@ def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def group_moments(value: Tensor, group: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (dividing by the count) of each sample's own group, over `mask`: [B] float64 each.
+    """Mean and standard deviation (dividing by the count) of each sample's group, over `mask`: [B] float64 each.
 
-    In float64, in which the mean of equal float32 numbers is that number; a spread within their rounding, 1e-6 of
-    their size, is 0."""
+    They are computed in float64, where the mean of equal float32 numbers is that number. A standard deviation that is
+    no more than rounding, 1e-6 of the group's root mean square, is set to 0."""
     value = value.double()
     mean = group_mean(value, group, mask)
     std, size = (group_mean(v.square(), group, mask).sqrt() for v in (value - mean, value))
@@ -233,7 +236,7 @@ def advantages(
         A = (r - mean_g r) / (std + floor)                                        (GRPO; Flow-GRPO, arXiv 2505.05470)
 
     std: of the group, or of the whole batch after centring (Flow-GRPO's default, RTDMD, DiffusionNFT), or none.
-    Invalid samples, and those of a group in which all rewards are equal or fewer than two are valid, get 0."""
+    Invalid samples get 0. So do all samples of a group whose valid rewards are all equal or fewer than two."""
     with torch.no_grad():
         valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
         mean, group_std = group_moments(reward, group, valid)
@@ -247,10 +250,11 @@ def advantages(
 def gdpo_advantages(
     parts: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, valid: Tensor, clip: float = 5.0
 ) -> Tensor:
-    """Decoupled advantages of several rewards: each standardised alone, weighted, added, standardised once more.
+    """Decoupled advantages of several rewards: each is standardised alone, and their weighted sum again.
 
-    A = standardise(sum_k w_k A_k)        (GDPO as in RTDMD's code, arXiv 2605.26108); equal weights, equal influence
-    """
+    A = standardise(sum_k w_k A_k)                                          (GDPO as in RTDMD's code, arXiv 2605.26108)
+
+    Rewards with equal weights have equal influence."""
     total = sum(weights[k] * advantages(r, group, valid, std="batch", clip=clip) for k, r in parts.items())
     assert isinstance(total, Tensor)
     spread = total[valid].square().mean().sqrt() if bool(valid.any()) else total.new_ones(())
@@ -260,11 +264,12 @@ def gdpo_advantages(
 def group_terms(
     parts: Mapping[str, Tensor], group: Tensor, valid: Tensor, advantage: Tensor, clip: float = 5.0
 ) -> dict[str, Tensor]:
-    """For Loss.terms: `zero_groups`, the share of prompt groups in which every reward [B] is the same for all valid
-    samples, so that their advantages are 0; `clipped`, the share of valid samples whose advantage is at +-clip."""
+    """Two entries for Loss.terms. `zero_groups`: the share of prompt groups in which no reward [B] differs between the
+    valid samples, so that their advantages are 0. `clipped`: the share of valid samples whose advantage is at +-clip.
+    """
     spread = torch.stack([group_moments(reward, group, valid)[1] for reward in parts.values()]).amax(0)
     _, index = group.unique(return_inverse=True)
-    of_groups = spread.new_zeros(int(index.max()) + 1).scatter(0, index, spread)  # the same for all of a group
+    of_groups = spread.new_zeros(int(index.max()) + 1).scatter(0, index, spread)  # equal within a group
     at_clip = (advantage.abs() >= clip) & valid
     return {
         "zero_groups": (of_groups == 0).float().mean(),
@@ -278,13 +283,13 @@ def transition_log_prob(
     """[B]: the log-probability of x under N(mean, std^2), without the terms that depend on std alone.
 
         scaled: -|x - mean|^2 / (2 std^2), a log-probability in nats;   else -|x - mean|^2, RTDMD's unit
-        reduction: over the d elements of a sample. Repositories take the mean, so that a "ratio" is the true one to
-        the power 1 / d; this is why their clip ranges look like 1e-5.
+        reduction: over the d elements of a sample. Published code takes the mean, so that its "ratio" is the true one
+        to the power 1 / d. This is why its clip ranges look like 1e-5.
 
-    x is detached: gradient flows through the mean alone. Raises ValueError where std is 0: a deterministic step has no
-    log-probability."""
+    x is detached: gradient flows only through the mean. Raises ValueError where std is 0, as a deterministic step has
+    no log-probability."""
     if bool((std == 0).any()):
-        raise ValueError("a deterministic step has no log-probability; leave the last step out")
+        raise ValueError("a deterministic step (std 0) has no log-probability; leave out the last step")
     dtype = torch.promote_types(mean.dtype, torch.float32)
     error = (x.detach().to(dtype) - mean.to(dtype)).square()
     error = error / (2 * std.to(dtype) ** 2) if scaled else error
@@ -292,7 +297,7 @@ def transition_log_prob(
 
 
 def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Scalar PPO loss of log pi / pi_old [B] and advantages [B]; samples with advantage 0 do not count.
+    """Scalar PPO loss. log_ratio: [B], log pi / pi_old; advantage: [B]. Samples with advantage 0 do not count.
 
     mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)              (PPO, arXiv 1707.06347)
     """

@@ -1,6 +1,6 @@
 """The training program: `accelerate launch fastgen/train.py recipe.yaml [key=value ...]`, or `fastgen train`.
 
-A recipe becomes objects, the objects meet in one visible loop, and the run folder holds what came of it:
+The recipe is built into objects, one loop trains them, and the run folder holds the results:
     recipe.yaml (resolved)  log.jsonl  tensorboard/  samples/  checkpoints/  export/
 """
 
@@ -50,7 +50,7 @@ from fastgen.run.watching import (
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs a recipe to its last step, from its last complete checkpoint if there is one. Returns the run folder."""
+    """Runs a recipe to its last step, starting from a complete checkpoint if there is one. Returns the run folder."""
     accelerator = start(recipe)
     main, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     folder, config = open_run(recipe, accelerator), recipe.train
@@ -140,12 +140,13 @@ def train(recipe: Recipe) -> Path:
 
 
 def update(run: TrainingRun, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
-    """One optimizer step of a turn's roles: accumulate, average over processes, clip, step. Returns the mean terms and
-    whether the step was made: not if a gradient is not finite.
+    """One optimizer step for the roles of a turn: accumulate, average over processes, clip, step.
 
-    Sample number position + i belongs to micro-batch i // (batch_size * processes), then to the processes in order, so
-    the union of samples of an update, and each sample's noise, do not depend on how it was divided.
-    Raises TrainingError when too many updates in a row could not be made."""
+    Returns the mean terms, and whether the step was made. It is skipped if a gradient is not finite.
+
+    Sample number position + i belongs to micro-batch i // (batch_size * processes), which is split over the processes
+    in order. So the samples of an update, and the noise of each of them, do not depend on how the update is divided.
+    Raises TrainingError if too many updates in a row were skipped."""
     config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     for micro in range(config.accumulate):
@@ -193,13 +194,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether a scheduled event falls on this step; one that is scheduled at all also falls on the last."""
+    """Whether an event that happens every `every` steps, and at the last step, falls on this one. 0: never."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
-    """Re-initialises the roles a turn asks for from the pretrained weights, with fresh optimizers; a student's average
-    starts anew with it. Fresh heads and adapters depend on the seed and the step alone, also after a restart."""
+    """Re-initialises the roles in `turn.reset` from the pretrained weights, with fresh optimizers. The moving average
+    is reset together with the student. New heads and adapters depend only on the seed and the step, so that they are
+    the same after a restart."""
     if not turn.reset:
         return
     recipe, key = run.recipe, make_key(run.recipe.seed, step, "reset")
@@ -225,13 +227,14 @@ def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
 
 
 def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
+    """Sets the learning rates of the turn's roles, by `turn.progress` or else by this step of the run."""
     for role in turn.roles:
         for group in run.optimizers[role].param_groups:
             group["lr"] = run.recipe.optimizers[role].rate(*(turn.progress or (step, run.recipe.train.steps)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the run is complete, 2 for a refused recipe, 1 for a failure while running."""
+    """Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run fails."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stderr)

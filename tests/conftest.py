@@ -9,7 +9,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before diffusers imports triton: its kernels then run on the CPU
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import yaml
 from torch import Tensor
 
-from fastgen.batch import Batch, Conditioning
 from fastgen.schedule import VPSchedule
 
 # Triton has no macOS or Windows wheels; the development extras install it on Linux
@@ -55,30 +53,3 @@ def sd_betas() -> Tensor:
 @pytest.fixture(scope="session")
 def vp_schedule(sd_betas: Tensor) -> VPSchedule:
     return VPSchedule((1 - sd_betas).cumprod(0))
-
-
-@pytest.fixture(scope="session")
-def point_batch() -> Callable[..., Batch]:
-    """A function: sample ids and a key to a Batch of points, float64 by default, with label 0 as condition."""
-
-    def make(
-        ids: int | Tensor,
-        key: int = 0,
-        dim: int = 2,
-        label: int = 0,
-        uncond: int = 0,
-        latents: Tensor | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> Batch:
-        ids = torch.arange(ids) if isinstance(ids, int) else ids
-        return Batch(
-            ids=ids,
-            key=key,
-            cond=Conditioning({"label": torch.full_like(ids, label)}),
-            uncond=Conditioning({"label": torch.full_like(ids, uncond)}),
-            latent_shape=(dim,),
-            latents=latents,
-            dtype=dtype,
-        )
-
-    return make

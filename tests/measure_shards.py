@@ -57,10 +57,10 @@ def main() -> None:
 
     type(recipe.data).open = measured_open
     with AllocatedBytes() as loading:
-        parts = program.build(recipe, accelerator)
-    modules = {**parts.networks, "average": parts.ema.module}
-    for turn in recipe.objective.turns(0, parts.state):
-        program.update(parts, turn, 0, 1)
+        run = program.build(recipe, accelerator)
+    modules = {**run.networks, "average": run.ema.module}
+    for turn in recipe.objective.turns(0, run.state):
+        program.update(run, turn, 0, 1)
     parameters = [p for module in modules.values() for p in module.parameters()]
     blocks = [b for m in modules.values() if isinstance(m, Denoiser) for b in m.shard_modules]
     seen = {

@@ -1,7 +1,8 @@
 """Laws, networks and batches whose answers are known in closed form, shared by the tests of many files.
 
-Noise is that of flow matching, x_t = (1 - t) x0 + t noise, and numbers are float64, unless it says otherwise. For data
-N(m, S) the law of x_t is N(alpha m, V), V = alpha^2 S + sigma^2, alpha = 1 - t, sigma = t."""
+Unless something else is said, noise is added as in flow matching, x_t = alpha x0 + sigma noise with alpha = 1 - t and
+sigma = t, and numbers are float64. For data N(m, S) the law of x_t is then N(alpha m, V) with V = alpha^2 S + sigma^2.
+"""
 
 import dataclasses
 import itertools
@@ -22,24 +23,25 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, PredictionType, Schedule, expand
 
 Numbers = float | Sequence[float]
+Rows = Numbers | Sequence[Sequence[float]] | Tensor
 
 ONE_STEP = RolloutPolicy((1.0,))
-MEAN, STD = 0.7, 1.3  # of the Gaussian teacher, where a test says nothing else
-M, S = 0.7, 0.5  # of the data of flow maps, in every coordinate
+MEAN, STD = 0.7, 1.3  # of the Gaussian teacher, where a test gives no others
+M, S = 0.7, 0.5  # mean and standard deviation of the data of flow maps, in every coordinate
 
 
 # --- teachers
 
 
 def gaussian(mean: Numbers = MEAN, std: Numbers = STD, schedule: Schedule | None = None) -> AnalyticDenoiser:
-    """The exact denoiser of N(mean, std^2): one number, or one a dimension."""
+    """The exact denoiser of N(mean, std^2). mean and std are one number each, or one for each dimension."""
     config = GaussianMixtureConfig(means=(row(mean),), stds=(row(std),))
     return AnalyticDenoiser(build_mixture(config), schedule or FlowSchedule())
 
 
 def guided_pair(mean: Numbers, uncond_mean: Numbers, std: Numbers = STD) -> AnalyticDenoiser:
-    """A teacher that is N(mean, std^2) for label 0 and N(uncond_mean, std^2) for the empty prompt, label 2. Guided by
-    w it is exactly N(mean + (w - 1) (mean - uncond_mean), std^2)."""
+    """A teacher of N(mean, std^2) for label 0 and of N(uncond_mean, std^2) for the empty prompt, label 2. Guided with
+    scale w it is exactly the teacher of N(mean + (w - 1) (mean - uncond_mean), std^2)."""
     config = GaussianMixtureConfig(
         (row(mean), row(uncond_mean)), (row(std), row(std)), weights=(1, 0), classes=(0, 1), uncond_weights=(0, 1)
     )
@@ -47,8 +49,8 @@ def guided_pair(mean: Numbers, uncond_mean: Numbers, std: Numbers = STD) -> Anal
 
 
 def mixed_teacher() -> AnalyticDenoiser:
-    """A teacher in two dimensions that is N(M, S^2) for label 0, N((-2, 0), S^2) for label 1, and an even mixture of
-    them for the empty prompt, label 2."""
+    """A teacher in two dimensions: of N(M, S^2) for label 0, of N((-2, 0), S^2) for label 1, and of the even mixture
+    of both for the empty prompt, label 2."""
     config = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1))
     return AnalyticDenoiser(build_mixture(config), FlowSchedule())
 
@@ -61,29 +63,30 @@ def row(value: Numbers) -> tuple[float, ...]:
 
 
 class AffineStudent(Denoiser):
-    """The student x0 = a_k + b_k x_t at step k of its policy: its state is Gaussian after every step.
+    """A student that predicts x0 = a_k + b_k x_t at step k of its policy. Its state is Gaussian after each step.
 
-    a, b: one number a step, or [steps, dim] with one a dimension as well. The last of them holds for all later steps,
-    so that a single number is a student that is the same at every level."""
+    a and b hold one number for each step, or one for each step and dimension, [steps, dim]. The last entry also serves
+    all later steps: with two plain numbers the student is the same at every level."""
 
-    def __init__(self, a: Numbers | Tensor, b: Numbers | Tensor, policy: RolloutPolicy = ONE_STEP):
+    def __init__(self, a: Rows, b: Rows, policy: RolloutPolicy = ONE_STEP):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
         self.a, self.b = (nn.Parameter(torch.atleast_1d(torch.as_tensor(v, dtype=torch.float64))) for v in (a, b))
         self.policy = policy
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        """The step is the one whose level is nearest to t."""
+        """Step k is the one whose level is nearest to t."""
         k = (t[:, None] - t.new_tensor(self.policy.timesteps)).abs().argmin(1).clamp(max=len(self.a) - 1)
         return expand(self.a[k], x_t) + expand(self.b[k], x_t) * x_t
 
     @torch.no_grad()
     def laws(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the state after every step, [steps] or [steps, dim] each, by
+        """The mean and the variance of the state after each step, [steps] or [steps, dim], starting from pure noise.
 
-        x_s = (1 - s) x0 + s cos(eta pi / 2) (x_t - (1 - t) x0) / t + s sin(eta pi / 2) noise
+        A step goes from its level t to the next level s, which is 0 after the last step, by
 
-        from pure noise. t: the level of the step; s: the next one's, 0 after the last; eta: the policy's share of
-        fresh noise, 0 for ode and 1 for renoise."""
+            x_s = (1 - s) x0 + s cos(eta pi / 2) (x_t - (1 - t) x0) / t + s sin(eta pi / 2) noise,
+
+        where eta is the policy's share of fresh noise: 0 for ode, 1 for renoise."""
         levels, angle = (*self.policy.timesteps, 0.0), self.policy.transition_eta * math.pi / 2
         mean, variance, found = torch.zeros_like(self.a[0]), torch.ones_like(self.a[0]), []
         for k, (t, s) in enumerate(itertools.pairwise(levels)):
@@ -100,10 +103,10 @@ class AffineStudent(Denoiser):
 class ExactFake(Denoiser):
     """The converged fake score of an AffineStudent, at the student's current parameters.
 
-    The state x_s ~ N(m', v') that a step ends with is the clean law N(m, v), m = m' / (1 - s) and
-    v = (v' - s^2) / (1 - s)^2, noised to the level s; the fake score is the denoiser of that clean law.
-    stop: the step, where the network is not told `inputs.stop`; by default the last one, whose s is 0.
-    shift, stretch: added to the mean of x_s, and multiplied with its standard deviation, to make it wrong."""
+    The state x_s ~ N(m', v') after a step has the same law as clean samples of N(m, v) noised to level s, where
+    m = m' / (1 - s) and v = (v' - s^2) / (1 - s)^2. The fake score is the exact denoiser of N(m, v).
+    `inputs.stop` says which step; where it is not given, `stop` does, by default the last step, whose s is 0.
+    shift is added to the mean of x_s and stretch multiplies its standard deviation, to make the fake score wrong."""
 
     def __init__(self, student: AffineStudent, shift: float = 0.0, stretch: float = 1.0, stop: int = -1):
         super().__init__(nn.Identity(), FlowSchedule(), "sample")
@@ -127,13 +130,13 @@ def posterior_mean(x_t: Tensor, t: Tensor, mean: Tensor, variance: Tensor) -> Te
 def affine_networks(
     student: AffineStudent, teacher: Denoiser, fake: Denoiser | None = None, scorer: Any = None
 ) -> Networks:
-    """A student with its own policy, a teacher, and the student's converged fake score or the given one."""
+    """A student under its own policy, a teacher, and a fake score: the given one, or the student's converged one."""
     modules = {"student": student, "teacher": teacher, "fake_score": fake or ExactFake(student)}
     return Networks(modules, student.policy, scorer)
 
 
 class Given(Denoiser):
-    """A network that predicts what a test chooses, wherever it is called. prediction: broadcast to x_t's shape."""
+    """A network that predicts the same given tensor wherever it is called, broadcast to the shape of x_t."""
 
     def __init__(self, prediction: Tensor, prediction_type: PredictionType = "sample"):
         super().__init__(nn.Identity(), FlowSchedule(), prediction_type)
@@ -144,7 +147,7 @@ class Given(Denoiser):
 
 
 class Call(NamedTuple):
-    """What a network was called with, and whether gradient was being recorded."""
+    """What a network was called with. grad: whether autograd was recording."""
 
     x_t: Tensor
     t: Tensor
@@ -153,7 +156,7 @@ class Call(NamedTuple):
 
 
 class Recorder(Denoiser):
-    """Passes every call on to a denoiser and keeps it."""
+    """Passes every call on to another denoiser, and keeps what it was called with."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(nn.Identity(), denoiser.schedule, denoiser.prediction_type)
@@ -169,27 +172,27 @@ class Recorder(Denoiser):
 
 
 def spread(t: Tensor, std: float | Tensor = S) -> Tensor:
-    """The standard deviation of x_t, for data of this one: sqrt((1 - t)^2 std^2 + t^2)."""
+    """The standard deviation of x_t for data of standard deviation std: sqrt((1 - t)^2 std^2 + t^2)."""
     return ((1 - t) ** 2 * std**2 + t**2).sqrt()
 
 
 def average_velocity(x: Tensor, t: Tensor, s: Tensor, mean: float | Tensor = M, std: float | Tensor = S) -> Tensor:
-    """u = (x - X_{t,s}(x)) / (t - s) for N(mean, std^2), whose ODE carries x to
+    """u(x, t, s) = (x - X_{t,s}(x)) / (t - s), where the probability-flow ODE of N(mean, std^2) carries x to
 
-        X_{t,s}(x) = (1 - s) mean + spread(s) / spread(t) (x - (1 - t) mean),
+        X_{t,s}(x) = (1 - s) mean + spread(s) / spread(t) (x - (1 - t) mean).
 
-    written so that the diagonal, s = t, has a value: the velocity."""
+    It is written without the division by t - s, so that it has its limit, the velocity, at s = t."""
     t, s = expand(t, x), expand(s, x)
-    # (spread(t) - spread(s)) / spread(t) / (t - s)
+    # equal to (spread(t) - spread(s)) / spread(t) / (t - s)
     ratio = ((t + s) * (1 + std**2) - 2 * std**2) / (spread(t, std) * (spread(t, std) + spread(s, std)))
     return -mean + ratio * (x - (1 - t) * mean)
 
 
 class GaussianMap(Denoiser):
-    """The exact flow map of N(mean, std^2), as its average velocity, off by off * sin(2 x + 3 t - 2 s).
+    """The exact flow map of N(mean, std^2), whose average velocity has the error off * sin(2 x + 3 t - 2 s) added.
 
-    off is its one parameter. end: the level s its jumps end at, as a function of t, whatever it is told; None is the
-    level it is told, or t itself, the velocity, where it is told none."""
+    off is its one parameter. A jump ends at the level `inputs.s`, or at t itself (which is the velocity) where none is
+    given. end: gives that level as a function of t instead, whatever the network is told."""
 
     def __init__(
         self,
@@ -211,23 +214,29 @@ class GaussianMap(Denoiser):
 
 
 def consistency_map(off: float = 0.0) -> GaussianMap:
-    """The exact consistency function f(x, t) = M + S / spread(t) (x - (1 - t) M), which is told t alone."""
+    """The exact consistency function f(x, t) = M + S / spread(t) (x - (1 - t) M): a flow map whose jumps end at 0."""
     return GaussianMap(off, end=torch.zeros_like)
 
 
-GAUSSIAN = GaussianMixtureConfig(means=((M, M),), stds=(S,), fit_steps=0, width=16, depth=1)
+RENOISE = RolloutPolicy((1.0, 0.75, 0.5, 0.25))
 FOUR_JUMPS = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", two_time=True)
 ONE_JUMP = RolloutPolicy((1.0,), "ode", two_time=True)
+GAUSSIAN = GaussianMixtureConfig(means=((M, M),), stds=(S,), fit_steps=0, width=16, depth=1)
 
 
 def exact_networks(student: Denoiser | float = 0.0, policy: RolloutPolicy = FOUR_JUMPS) -> Networks:
-    """The teacher of N(M, S^2) in two dimensions and a student: a GaussianMap off by so much, or the given one."""
+    """The teacher of N(M, S^2) in two dimensions, and a student: the given one, or a GaussianMap with this error."""
     student = student if isinstance(student, Denoiser) else GaussianMap(student)
     return Networks({"student": student, "teacher": gaussian((M, M), (S, S))}, policy)
 
 
+def consistency_networks(off: float = 0.0, policy: RolloutPolicy = RENOISE) -> Networks:
+    """The same teacher, with its consistency function as the student, with this error."""
+    return exact_networks(consistency_map(off), policy)
+
+
 def one_loss(objective: Objective, networks: Networks, batch: Batch, turn: Turn | None = None) -> Tensor:
-    """The total of a turn that has one loss. turn: by default the last one of the first update, the student's."""
+    """The total of a turn that has one loss. turn: by default the student's, the last turn of the first update."""
     turn = objective.turns(0, {})[-1] if turn is None else turn
     loss: Any = objective.loss(turn, networks, batch, objective.init_state())
     assert not hasattr(loss, "__next__")
@@ -235,7 +244,7 @@ def one_loss(objective: Objective, networks: Networks, batch: Batch, turn: Turn 
 
 
 def square_growth(objective: Objective, policy: RolloutPolicy = FOUR_JUMPS) -> tuple[float, float]:
-    """The loss at the exact map, and how many times it grows when the map is off by ten times more."""
+    """The loss at the exact map, and the factor by which it grows when the error of the map grows tenfold."""
     batch = gaussian_batch(pairs=True)
     at = [float(one_loss(objective, exact_networks(off, policy), batch)) for off in (0.0, 1e-3, 1e-2)]
     print(f"at the exact map {at[0]:.1e}, off by 0.001 {at[1]:.2e}, by 0.01 {at[2]:.2e}")
@@ -249,23 +258,24 @@ def square_growth(objective: Objective, policy: RolloutPolicy = FOUR_JUMPS) -> t
 def point_batch(
     ids: int | Tensor, key: int = 0, dim: int = 2, uncond: int = 0, latents: Tensor | None = None
 ) -> Batch:
-    """Points of label 0, and of label `uncond` without the prompt. ids: the samples, or how many from 0 on."""
+    """A batch of points with label 0 as the prompt and label `uncond` as the empty one. ids: the sample ids, or their
+    number if they count from 0."""
     ids = torch.arange(ids) if isinstance(ids, int) else ids
     label, other = (Conditioning({"label": torch.full_like(ids, v)}) for v in (0, uncond))
     return Batch(ids, key, label, other, (dim,), latents=latents, dtype=torch.float64)
 
 
 def gaussian_batch(count: int = 64, key: int = 0, pairs: bool = False, uncond: int = 0) -> Batch:
-    """Exact data of N(M, S^2) in two dimensions, other samples for every key. pairs: noises, and where the exact ODE
-    takes them."""
+    """Exact data of N(M, S^2) in two dimensions, with other samples for every key. pairs: also noises, and the points
+    where the exact ODE carries them."""
     batch = point_batch(torch.arange(count) + count * key, key, uncond=uncond)
     latents, noise = M + S * batch.normal("exact data"), batch.normal("pair noise")
     return dataclasses.replace(batch, latents=latents, pairs=(noise, M + S * noise) if pairs else None)
 
 
 def grouped_batch(count: int, size: int = 1, key: int = 0, dim: int = 1, first: int = 0) -> Batch:
-    """Samples from id `first` on, `size` of each prompt. In two dimensions labels 0 and 1 alternate from prompt to
-    prompt, and 2 is without one, as TINY has them; otherwise there is label 0 alone."""
+    """A batch of prompt groups: `count` samples from id `first` on, `size` of them for each prompt. In two dimensions
+    the prompts alternate between the labels 0 and 1 of TINY, and 2 is the empty prompt; otherwise all are label 0."""
     ids = torch.arange(first, first + count)
     group = ids // size
     label, uncond = (group % 2, torch.full_like(ids, 2)) if dim == 2 else (torch.zeros_like(ids),) * 2
@@ -282,14 +292,14 @@ TINY = GaussianMixtureConfig(
 
 
 def tiny_backbone(config: GaussianMixtureConfig = TINY, **roles: Any) -> GaussianMixture:
-    """roles: fields of RoleOptions."""
+    """A small mixture and its networks, in float64. roles: fields of RoleOptions, such as adapters."""
     return config.build(torch.device("cpu"), torch.float64, 0, RoleOptions(**roles))
 
 
 def tiny_networks(
     objective: Objective, policy: RolloutPolicy, scorer: Any = None, backbone: GaussianMixture | None = None
 ) -> Networks:
-    """All networks of an objective, with random weights."""
+    """All networks of an objective on a small mixture, with random weights."""
     torch.manual_seed(0)
     backbone = backbone or tiny_backbone()
     modules: dict[str, nn.Module] = {"student": objective.make_student(backbone, policy)}
@@ -298,14 +308,14 @@ def tiny_networks(
 
 
 def tiny_batch(count: int = 32, key: int = 0) -> Batch:
-    """Label 0, with data of TINY and pairs of two such samples."""
+    """A batch of label 0 with real data of TINY, and with pairs of two unrelated samples of it."""
     ids, mixture = torch.arange(count), build_mixture(TINY)
     first, second, latents = (mixture.sample(ids, torch.zeros_like(ids), k) for k in (1, 2, 9))
     return dataclasses.replace(point_batch(count, key, uncond=2, latents=latents), pairs=(first, second))
 
 
 def reached(module: nn.Module, least: float = 0.0) -> dict[str, bool]:
-    """Whether each parameter holds a gradient of more than `least` somewhere."""
+    """For each parameter, whether any entry of its gradient is larger than `least`."""
     return {n: p.grad is not None and p.grad.abs().max().item() > least for n, p in module.named_parameters()}
 
 

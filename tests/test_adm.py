@@ -97,7 +97,7 @@ def test_the_two_steps_differ_by_dt_times_the_velocities() -> None:
     networks = step_networks(batch, fake, teacher, LinearHead((0.0, 0.0)))
     rollout = objective.rollout(networks, batch, grad=False)
     x_t, t = objective.renoised(networks, batch, rollout)
-    x_fake, x_real = (objective.stepped(networks, d(x_t, t, batch.cond), x_t, t) for d in (fake, teacher))
+    x_fake, x_real = (objective.take_ode_step(networks, d(x_t, t, batch.cond), x_t, t) for d in (fake, teacher))
     v_fake, v_real = (d(x_t, t, batch.cond, predict="flow_prediction") for d in (fake, teacher))
     error = (x_fake - x_real - (v_real - v_fake) / 64).abs().max().item()
     gap = objective.discriminator_loss(networks, batch).terms["step_gap"]
@@ -117,7 +117,7 @@ def test_the_step_is_one_of_the_probability_flow_ode(schedule: Schedule | str, v
     x = torch.randn(99, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = []
     for n in (64, 256):
-        stepped = ADM(ode_step=1 / n).stepped(networks, teacher(x, t, cond), x, t)
+        stepped = ADM(ode_step=1 / n).take_ode_step(networks, teacher(x, t, cond), x, t)
         ends = schedule.coefficients(t, x), schedule.coefficients(t - 1 / n, x)
         errors.append((stepped - teacher.mixture.flow_map(x, *ends)).abs().mean().item())
     print(f"dt = 1/64: {errors[0]:.1e}, dt = 1/256: {errors[1]:.1e}")
@@ -345,8 +345,9 @@ def test_the_two_discriminators_weigh_85_to_15() -> None:
     assert (ADP(pixel_network="digits").latent_weight, ADP(pixel_network="digits").pixel_weight) == (0.85, 0.15)
     assert batch.pairs is not None
     x = objective.generated(networks, batch)
-    by_hand = -(0.85 * objective.latent_logits(networks, batch, x).mean()
-                + 0.15 * objective.pixel_logits(networks, x).mean())  # fmt: skip
+    by_hand = -(
+        0.85 * objective.latent_logits(networks, batch, x).mean() + 0.15 * objective.pixel_logits(networks, x).mean()
+    )
     student = objective.student_loss(networks, batch)
     assert abs(student.total - by_hand) < 1e-12
     loss = objective.discriminator_loss(networks, batch)
@@ -459,15 +460,20 @@ def test_impossible_settings_are_refused(cls: type, options: dict[str, Any], wor
         cls(**options)
 
 
-ADP_RECIPE = ["objective={name: adp, pixel_weight: 0}", "rollout={timesteps: [1.0]}",
-              "optimizers={student: {lr: 1e-3}, latent_discriminator: {lr: 1e-3}}"]  # fmt: skip
+ADP_RECIPE = [
+    "objective={name: adp, pixel_weight: 0}",
+    "rollout={timesteps: [1.0]}",
+    "optimizers={student: {lr: 1e-3}, latent_discriminator: {lr: 1e-3}}",
+]
 
 
 def test_what_a_recipe_gets_wrong_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of points, a told time, and data without pairs."""
-    pixels = ["objective={name: adp, pixel_network: digits}", "rollout={timesteps: [1.0]}",
-              "optimizers={student: {lr: 1}, latent_discriminator: {lr: 1}, pixel_discriminator: {lr: 1}}",
-              ]  # fmt: skip
+    pixels = [
+        "objective={name: adp, pixel_network: digits}",
+        "rollout={timesteps: [1.0]}",
+        "optimizers={student: {lr: 1}, latent_discriminator: {lr: 1}, pixel_discriminator: {lr: 1}}",
+    ]
     monkeypatch.chdir(ROOT)
     for overrides, words in [
         (pixels, "backbone gaussian_mixture gives points, not pixels"),
@@ -482,17 +488,28 @@ def test_the_order_of_the_turns() -> None:
     """The paper's: fake score, generator, discriminator."""
     turns = ADM(fake_updates=3, discriminator_updates=2).turns(0, {})
     assert [(t.name, t.roles, t.updates) for t in turns] == [
-        ("fake_score", ("fake_score",), 3), ("student", ("student",), 1), ("discriminator", ("discriminator",), 2),
-    ]  # fmt: skip
+        ("fake_score", ("fake_score",), 3),
+        ("student", ("student",), 1),
+        ("discriminator", ("discriminator",), 2),
+    ]
     assert ADM().ode_step == 1 / 64 and ADM().needs == frozenset() and ADP(pixel_weight=0).needs == {"pairs"}
 
 
 def test_pre_training_then_matching(tmp_path: Path) -> None:
     """Through the loop, which checks at the first update that each turn moves its roles and no other: ADP, and ADM
     from where it ended."""
-    small = ["backbone.fit_steps=0", "backbone.width=16", "train.batch_size=16", "train.steps=1", "train.eval_every=0",
-             "train.sample_every=0", "eval.num_samples=20", "eval.quick_num_samples=20", "eval.teacher_steps=[2]",
-             "data={name: mixture, pair_steps: 3}"]  # fmt: skip
+    small = [
+        "backbone.fit_steps=0",
+        "backbone.width=16",
+        "train.batch_size=16",
+        "train.steps=1",
+        "train.eval_every=0",
+        "train.sample_every=0",
+        "eval.num_samples=20",
+        "eval.quick_num_samples=20",
+        "eval.teacher_steps=[2]",
+        "data={name: mixture, pair_steps: 3}",
+    ]
     first, second = tmp_path / "adp", tmp_path / "adm"
     assert main([str(RECIPE), *small, *ADP_RECIPE, f"output_dir={first}"]) == 0
     policy = ["rollout={timesteps: [1.0]}", f"output_dir={second}", f"init_from={first}"]

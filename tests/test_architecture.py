@@ -126,6 +126,8 @@ def test_the_page_names_every_room_and_flat_module() -> None:
 
 
 def test_formatting_is_the_formatters() -> None:
-    marked = [str(path) for path in modules().values() for line in path.read_text().splitlines() if "# fmt: skip" in line]
+    marked = [
+        str(path) for path in modules().values() for line in path.read_text().splitlines() if "# fmt: skip" in line
+    ]
     print(f"{len(marked)} lines are exempt from the formatter")
     assert len(marked) <= 10, marked

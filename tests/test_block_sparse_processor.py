@@ -74,9 +74,15 @@ def test_wan_by_the_kernels() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         wan = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=64, in_channels=CHANNELS, out_channels=CHANNELS,
-            text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, num_layers=1,
-        ).eval()  # fmt: skip
+            num_attention_heads=2,
+            attention_head_dim=64,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            text_dim=TEXT_WIDTH,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+        ).eval()
     backend: Any
     results = []
     for backend in ("triton", "naive"):
@@ -204,9 +210,17 @@ def test_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pixart = PixArtTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2,
-            cross_attention_dim=16, sample_size=16, patch_size=2, caption_channels=16, use_additional_conditions=False,
-        ).eval()  # fmt: skip
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            cross_attention_dim=16,
+            sample_size=16,
+            patch_size=2,
+            caption_channels=16,
+            use_additional_conditions=False,
+        ).eval()
 
     def call() -> Tensor:
         named = {"timestep": torch.tensor([5]), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
@@ -224,7 +238,7 @@ def test_what_the_processor_refuses(wan: WanTransformer3DModel) -> None:
         set_sparse_attention(wan, dense_layout(TILES, TILES), names=("self_attn",))
     small = tile_tokens(32, 16)
     set_sparse_attention(wan, dense_layout(small, small))
-    with pytest.raises(ValueError, match="there are 64 queries and 64 keys, the layout is for 32"):
+    with pytest.raises(ValueError, match="there are 64 queries and 64 keys, but the layout is for 32"):
         run(wan)
     query = draw(0, 1, 64, 48)
 

@@ -21,10 +21,18 @@ from fastgen.train import main, train
 ROOT = Path(__file__).parents[1]
 RING = ROOT / "recipes/mixture_dmd2_4step.yaml"
 TINY = [
-    "backbone.fit_steps=10", "backbone.width=16", "train.batch_size=8", "train.sample_every=0", "train.eval_every=0",
-    "train.checkpoint_every=2", "train.keep_checkpoints=9", "eval.num_samples=32", "eval.quick_num_samples=32",
-    "eval.teacher_steps=[2]", "health.every=0",
-]  # fmt: skip
+    "backbone.fit_steps=10",
+    "backbone.width=16",
+    "train.batch_size=8",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "train.checkpoint_every=2",
+    "train.keep_checkpoints=9",
+    "eval.num_samples=32",
+    "eval.quick_num_samples=32",
+    "eval.teacher_steps=[2]",
+    "health.every=0",
+]
 
 
 def network() -> nn.Module:
@@ -134,7 +142,8 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["lora={student: {rank: 4}, fake_score: {rank: 4}}"]], ids=["full", "lora"])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, extra: list[str]) -> None:
-    """SIGKILL three times, once while a checkpoint is being written. The full program is benchmarks/acceptance/kill_runs.py."""
+    """SIGKILL three times, once while a checkpoint is being written. benchmarks/acceptance/kill_runs.py is the whole
+    program."""
     specification = importlib.util.spec_from_file_location("kill_runs", ROOT / "benchmarks/acceptance/kill_runs.py")
     assert specification is not None and specification.loader is not None
     tool = importlib.util.module_from_spec(specification)

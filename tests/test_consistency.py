@@ -7,14 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import GAUSSIAN, M, S, exact_networks, gaussian_batch, one_loss, spread
+from oracles import (
+    GAUSSIAN,
+    RENOISE,
+    GaussianMap,
+    M,
+    Recorder,
+    S,
+    average_velocity,
+    consistency_map,
+    consistency_networks,
+    exact_networks,
+    gaussian_batch,
+    mixed_teacher,
+    one_loss,
+    spread,
+    tiny_backbone,
+    tiny_networks,
+)
 from torch import Tensor, nn
 
-from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.backbones.sd import SDConfig
-from fastgen.batch import Conditioning
+from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe, load_recipe
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
 from fastgen.modules.lora import LoraConfig
@@ -25,13 +41,12 @@ from fastgen.objectives.ladd import Ladd
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.sampling.sampler import load_sampler
-from fastgen.schedule import FlowSchedule, VPSchedule, expand
+from fastgen.schedule import FlowSchedule, Schedule, VPSchedule, expand
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/mixture_consistency_4step.yaml")
 F64 = torch.float64
-RENOISE = RolloutPolicy((1.0, 0.75, 0.5, 0.25))
 FOUR = GridPairs(count=4)
 
 
@@ -42,44 +57,20 @@ def optimal_slopes(n: int) -> Tensor:
     return torch.cat([torch.ones(1, dtype=F64), ratio.cumprod(0)])
 
 
-class Affine(Denoiser):
-    """f(x, t) = m + slope_i (x - (1 - t) m) at level t = i / n; its slopes are its parameters."""
+class SlopeStudent(Denoiser):
+    """f(x, t) = m + slope_i (x - alpha m) at level t = i / n; its n + 1 slopes are its parameters."""
 
-    def __init__(self, slopes: Tensor):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
+    def __init__(self, slopes: Tensor, schedule: Schedule | None = None):
+        super().__init__(nn.Identity(), schedule or FlowSchedule(), "sample")
         self.slopes = nn.Parameter(slopes.clone())
-        self.seen: list[Tensor] = []
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        self.seen.append(t.detach().clone())
         index = (t * (len(self.slopes) - 1)).round().long()
-        return M + expand(self.slopes[index], x_t) * (x_t - (1 - expand(t, x_t)) * M)
-
-    @property
-    def is_sharded(self) -> bool:
-        return False
+        return M + expand(self.slopes[index], x_t) * (x_t - expand(self.schedule.alpha(t), x_t) * M)
 
 
-class Exact(Affine):
-    """The exact consistency function f(x, t) = m + S(0) / S(t) (x - (1 - t) m)."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.ones(1, dtype=F64))
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        self.seen.append(t.detach().clone())
-        return M + expand(S / spread(t), x_t) * (x_t - (1 - expand(t, x_t)) * M) * self.slopes
-
-
-def networks_of(student: Denoiser, policy: RolloutPolicy = RENOISE) -> Networks:
-    networks = exact_networks(policy=policy)
-    networks.modules["student"] = student
-    return networks
-
-
-def gradient(objective: Consistency, student: Affine, count: int = 4096, key: int = 0) -> Tensor:
-    turn = objective.turns(0, {})[-1]
-    loss = one_loss(objective, networks_of(student), gaussian_batch(count, key), turn)
+def gradient(objective: Consistency, student: SlopeStudent, count: int = 4096, key: int = 0) -> Tensor:
+    loss = one_loss(objective, exact_networks(student, RENOISE), gaussian_batch(count, key))
     return torch.autograd.grad(loss, student.slopes)[0]
 
 
@@ -97,8 +88,10 @@ def test_distillation_has_no_loss_at_its_closed_form_optimum(distance: Any) -> N
     """Four Euler steps: exactly those slopes, and not the exact map's."""
     objective = Consistency(grid=FOUR, distance=distance)
     batch = gaussian_batch(512)
-    at = [float(one_loss(objective, networks_of(student), batch))
-          for student in (Affine(optimal_slopes(4)), Exact())]  # fmt: skip
+    at = [
+        float(one_loss(objective, exact_networks(student, RENOISE), batch))
+        for student in (SlopeStudent(optimal_slopes(4)), consistency_map())
+    ]
     print(at)
     assert at[0] < 1e-12 and at[1] > 1e-3
 
@@ -110,14 +103,8 @@ def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
     a, b = vp_schedule.alpha(t), vp_schedule.sigma(t)
     slopes = ((a[1:] * a[:-1] * S**2 + b[1:] * b[:-1]) / (a[1:] ** 2 * S**2 + b[1:] ** 2)).cumprod(0)
 
-    class OnVP(Affine):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            index = (t * n).round().long()
-            return M + expand(self.slopes[index], x_t) * (x_t - expand(vp_schedule.alpha(t), x_t) * M)
-
-    student = OnVP(torch.cat([torch.ones(1, dtype=F64), slopes]))
-    student.schedule = vp_schedule
-    networks = networks_of(student)
+    student = SlopeStudent(torch.cat([torch.ones(1, dtype=F64), slopes]), vp_schedule)
+    networks = exact_networks(student, RENOISE)
     networks.teacher.schedule = vp_schedule
     objective = Consistency(grid=GridPairs(count=n), distance="square")
     at = [float(one_loss(objective, networks, gaussian_batch(512)).detach())]
@@ -132,7 +119,7 @@ def test_training_has_no_mean_gradient_at_the_same_optimum() -> None:
     objective, exact = Consistency(grid=FOUR, teach="data", distance="square"), torch.ones(5, dtype=F64)
     t = torch.linspace(0, 1, 5, dtype=F64)
     for slopes, zero in ((optimal_slopes(4), True), (exact * S / spread(t), False)):
-        found = torch.stack([gradient(objective, Affine(slopes), 1024, key) for key in range(40)])
+        found = torch.stack([gradient(objective, SlopeStudent(slopes), 1024, key) for key in range(40)])
         errors = (found.mean(0).abs() / (found.std(0) / 40**0.5).clamp_min(1e-12))[1:]
         print([round(float(e), 2) for e in errors])
         assert (float(errors.max()) < 4) == zero
@@ -140,15 +127,16 @@ def test_training_has_no_mean_gradient_at_the_same_optimum() -> None:
 
 def test_the_exact_map_has_no_loss_when_the_solver_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the grid, the phases and the end: the semigroup. A perturbed map's square grows as the square."""
-    monkeypatch.setattr(Consistency, "solver_step", lambda self, networks, batch, x, t, s: (
-        (1 - expand(s, x)) * M + expand(spread(s) / spread(t), x) * (x - (1 - expand(t, x)) * M)))  # fmt: skip
+
+    def exact_step(_: Consistency, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x - expand(t - s, x) * average_velocity(x, t, s)
+
+    monkeypatch.setattr(Consistency, "solver_step", exact_step)
     for grid in (FOUR, GridPairs(count=7, spacing="karras")):
         objective, at = Consistency(grid=grid, distance="square"), []
         for off in (0.0, 1e-3, 1e-2):
-            student = Exact()
-            student.slopes.data += off
-            batch = gaussian_batch(256)
-            at.append(float(one_loss(objective, networks_of(student), batch)))
+            networks = consistency_networks(off)
+            at.append(float(one_loss(objective, networks, gaussian_batch(256))))
         print(at)
         assert at[0] < 1e-12 and 90 < at[2] / at[1] < 110
 
@@ -158,7 +146,7 @@ def test_heuns_optimum_is_closer_to_the_exact_map() -> None:
     at = {}
     for solver in ("euler", "heun"):
         objective = Consistency(grid=GridPairs(count=8), solver=solver, distance="square")  # type: ignore[arg-type]
-        at[solver] = float(one_loss(objective, networks_of(Exact()), gaussian_batch(512)))
+        at[solver] = float(one_loss(objective, consistency_networks(), gaussian_batch(512)))
     print(at)
     assert at["heun"] < at["euler"] / 10
 
@@ -168,7 +156,7 @@ def test_several_steps_of_the_solver_lessen_the_bias() -> None:
     at = []
     for steps in (1, 2, 4):
         objective = Consistency(grid=GridPairs(count=16), solver_steps=steps, distance="square")
-        at.append(float(one_loss(objective, networks_of(Exact()), gaussian_batch(512))))
+        at.append(float(one_loss(objective, consistency_networks(), gaussian_batch(512))))
     print(at)
     assert at[0] > 3 * at[1] > 9 * at[2]
 
@@ -177,30 +165,24 @@ def test_phases_have_their_own_optimum_and_edges_are_identities() -> None:
     """Two phases of two Euler steps: jumps to the edge at the closed form of two steps have no loss, whatever the
     network predicts below the edge."""
 
-    class ToEdge(Affine):
+    class ToEdge(Denoiser):
         """Predicts the x0 whose ode step to the edge of t's phase is the two-step Euler solution."""
 
         def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            self.seen.append(t.detach().clone())
             t, edge = expand(t, x_t), expand(phase_edges(t, 2)[0], x_t)
-            middle, x, at = (t + edge) / 2, x_t, t
-            steps = (middle, edge) if float((t[0] * 4) % 2) == 0 else (edge,)
-            rows = ((t * 4).round() % 2 == 0).expand_as(x_t)
-            for level in steps if len(steps) == 2 else (middle, edge):
-                target = torch.where(rows, level, edge)
-                rate = -M + (at - (1 - at) * S**2) / spread(at) ** 2 * (x - (1 - at) * M)
-                x, at = x - (at - target) * rate, target.mean(1, keepdim=True)
-            u = (x_t - x) / (t - edge)
-            return self.slopes * (x_t - t * u)
+            x, at, from_above = x_t, t, (t * 4).round() % 2 == 0  # at the upper edge there are two steps, else one
+            for level in (torch.where(from_above, (t + edge) / 2, edge), edge):
+                x, at = x - (at - level) * average_velocity(x, at, at), level
+            return (x_t - x) / (t - edge)
 
     objective = Consistency(grid=FOUR, phases=(2,))
-    student = ToEdge(torch.ones(1, dtype=F64))
+    student = Recorder(ToEdge(nn.Identity(), FlowSchedule(), "flow_prediction"))
     batch = gaussian_batch(256)
-    assert float(one_loss(objective, networks_of(student), batch)) < 1e-12
-    below = student.seen[0]  # the target network is called at s, whose value counts only inside the phase
+    assert float(one_loss(objective, exact_networks(student, RENOISE), batch)) < 1e-12
+    below = student.calls[0].t  # the target network is called at s, whose value counts only inside the phase
     assert set(below.tolist()) <= {0.001, 0.25, 0.5, 0.75}
     one = dataclasses.replace(objective, phases=(1,))
-    assert float(one_loss(one, networks_of(student), batch)) > 1e-2
+    assert float(one_loss(one, exact_networks(student, RENOISE), batch)) > 1e-2
 
 
 def test_tscds_end_lies_between_the_edge_and_s() -> None:
@@ -208,22 +190,22 @@ def test_tscds_end_lies_between_the_edge_and_s() -> None:
     objective = Consistency(grid=FOUR, phases=(4,), end="uniform", distance="square")
     turn = objective.turns(0, {})[-1]
     assert isinstance(turn, ConsistencyTurn)
-    student, batch = Exact(), gaussian_batch(256)
-    networks = networks_of(student)
-    _, there, (end, upper), gap = objective.ends(turn, networks, batch, {})
+    student, batch = consistency_map(), gaussian_batch(256)
+    networks = exact_networks(student, RENOISE)
+    points = objective.endpoints(turn, networks, batch, {})
     t, s = FOUR(batch, 0)
-    assert torch.equal(end, s) and torch.allclose(upper, t) and torch.allclose(gap, t - s)
+    assert torch.equal(points.end, s) and torch.allclose(points.upper, t) and torch.allclose(points.gap, t - s)
     noise = batch.normal("noise")
     x = student.schedule.add_noise(batch.latents, noise, t)  # type: ignore[arg-type]
-    assert torch.allclose(there, objective.solver_step(networks, batch, x, t, s))
+    assert torch.allclose(points.target, objective.solver_step(networks, batch, x, t, s))
     wide = dataclasses.replace(objective, phases=(2,))
-    _, _, (end, _), _ = wide.ends(wide.turns(0, {})[-1], networks, batch, {})  # type: ignore[arg-type]
+    end = wide.endpoints(wide.turns(0, {})[-1], networks, batch, {}).end  # type: ignore[arg-type]
     low = phase_edges(t, 2)[0]
     inside = s > low
     assert bool((end >= low).all()) and bool((end <= s).all())
     assert bool((end[inside] > low[inside]).all()) and bool((end[inside] < s[inside]).all())
     edge = dataclasses.replace(wide, end="edge")
-    assert torch.equal(edge.ends(edge.turns(0, {})[-1], networks, batch, {})[2][0], low)  # type: ignore[arg-type]
+    assert torch.equal(edge.endpoints(edge.turns(0, {})[-1], networks, batch, {}).end, low)  # type: ignore[arg-type]
 
 
 # --- curricula
@@ -291,48 +273,48 @@ def test_weights_and_distances() -> None:
     c = 0.1 * 2**0.5
     wanted = (math.hypot(5, c) - c + 2 * (math.hypot(0.5, c) - c)) / 2
     assert float(pseudo_huber(error, 0.1, torch.tensor([1.0, 2.0], dtype=F64))) == pytest.approx(wanted)
-    student, batch = Exact(), gaussian_batch(64)
+    student, batch = consistency_map(), gaussian_batch(64)
     plain = Consistency(grid=FOUR, distance="square")
     weighed = dataclasses.replace(plain, weight="gap")
-    losses = [one_loss(o, networks_of(student), batch) for o in (plain, weighed)]
+    losses = [one_loss(o, exact_networks(student, RENOISE), batch) for o in (plain, weighed)]
     assert float(losses[1] / losses[0]) == pytest.approx(4.0)
 
 
 # --- networks
 
 
-class Dropping(Affine):
+class Dropping(SlopeStudent):
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        return super().forward(x_t, t, cond) * nn.functional.dropout(torch.ones_like(x_t), 0.5, self.training)
+        x0 = super().call_network(x_t, t, cond, inputs)
+        return x0 * nn.functional.dropout(torch.ones_like(x_t), 0.5, self.training)
 
 
 def test_both_evaluations_draw_the_same_dropout() -> None:
     """f(x_t) and f(x_s) of data at neighbouring levels differ by O(1 / n), and by O(1) with other dropout."""
     slopes = S / spread(torch.linspace(0, 1, 1001, dtype=F64))
     objective = Consistency(grid=GridPairs(count=1000), teach="data", distance="square")
-    loss = one_loss(objective, networks_of(Dropping(slopes)), gaussian_batch(256))
+    loss = one_loss(objective, exact_networks(Dropping(slopes), RENOISE), gaussian_batch(256))
     print(float(loss))
     assert float(loss) < 1e-2
 
 
 def real_networks(objective: Consistency, policy: RolloutPolicy, lora: bool = False) -> Networks:
-    torch.manual_seed(0)
-    config = dataclasses.replace(GAUSSIAN, classes=(0,))
-    backbone = config.build(torch.device("cpu"), torch.float64, 0)
-    if lora:
-        backbone.adapters = {"student": LoraConfig(rank=2)}
-    student = objective.make_student(backbone, policy)
-    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, policy)
-    return Networks({role: m if lora and role == "student" else m.double() for role, m in modules.items()}, policy)
+    adapters = {"student": LoraConfig(rank=2)} if lora else {}
+    backbone = tiny_backbone(dataclasses.replace(GAUSSIAN, classes=(0,)), adapters=adapters)
+    return tiny_networks(objective, policy, backbone=backbone)
 
 
 @pytest.mark.parametrize(
     ("options", "told", "lora"),
-    [({}, None, False), ({"target_decay": 0.9}, None, False), ({"gan": Ladd(weight=0.1)}, None, False),
-     ({"guidance_range": (1.0, 4.0)}, 2.0, False), ({}, None, True)],
+    [
+        ({}, None, False),
+        ({"target_decay": 0.9}, None, False),
+        ({"gan": Ladd(weight=0.1)}, None, False),
+        ({"guidance_range": (1.0, 4.0)}, 2.0, False),
+        ({}, None, True),
+    ],
     ids=["plain", "target", "adversarial", "guidance", "adapter"],
-)  # fmt: skip
+)
 def test_each_turn_moves_its_own_networks(options: dict[str, Any], told: float | None, lora: bool) -> None:
     policy = RolloutPolicy(RENOISE.timesteps, embedded_guidance=told)
     objective = Consistency(grid=FOUR, teach="teacher", **options)
@@ -377,26 +359,15 @@ def test_the_target_network_follows_the_student_from_where_it_starts() -> None:
 
 def test_guidance_is_drawn_by_sample_and_told() -> None:
     """LCM: the teacher is guided by the scale that the student is told."""
-    two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
-    teacher = two.build(torch.device("cpu"), F64, 0).load("teacher")
-    batch = gaussian_batch(64)
-    uncond = Conditioning({"label": torch.full_like(batch.ids, 2)})
-    batch = dataclasses.replace(batch, uncond=uncond)
-    told: list[Tensor] = []
-
-    class Told(Exact):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            told.append(extras["guidance"])
-            return super().forward(x_t, t, cond)
-
+    teacher, batch, student = mixed_teacher(), gaussian_batch(64, uncond=2), Recorder(consistency_map())
     objective = Consistency(grid=FOUR, guidance_range=(2.0, 6.0))
-    networks = networks_of(Told(), RolloutPolicy((1.0,), embedded_guidance=3.0))
+    networks = exact_networks(student, RolloutPolicy((1.0,), embedded_guidance=3.0))
     networks.modules["teacher"] = teacher
     turn = objective.turns(0, {})[-1]
     assert isinstance(turn, ConsistencyTurn)
-    objective.ends(turn, networks, batch, {})
+    objective.endpoints(turn, networks, batch, {})
     w = drawn_scale(batch, (2.0, 6.0))
-    assert len(told) == 2 and all(torch.equal(scale, w) for scale in told)
+    assert len(student.calls) == 2 and all(torch.equal(call.inputs.guidance, w) for call in student.calls)  # type: ignore[arg-type]
     assert float(w.min()) > 2 and float(w.max()) < 6 and float(w.std()) > 0.8
     t, s = FOUR(batch, 0)
     x = batch.normal("x")
@@ -406,9 +377,9 @@ def test_guidance_is_drawn_by_sample_and_told() -> None:
     assert torch.allclose(found, wanted)
     heun = dataclasses.replace(objective, solver="heun").solver_step(networks, batch, x, t, s)
     assert not torch.allclose(heun, wanted) and (heun - wanted).abs().mean() < 1.0
-    untold = networks_of(Exact(), RENOISE)
+    untold = consistency_networks()
     untold.modules["teacher"] = teacher
-    objective.ends(turn, untold, batch, {})  # LCM-LoRA: the range is drawn, the student is told nothing
+    objective.endpoints(turn, untold, batch, {})  # LCM-LoRA: the range is drawn, the student is told nothing
 
 
 def test_pcms_adversarial_term_looks_within_the_phase() -> None:
@@ -416,8 +387,7 @@ def test_pcms_adversarial_term_looks_within_the_phase() -> None:
     objective = Consistency(grid=FOUR, phases=(2,), gan=Ladd(weight=0.1))
     networks = real_networks(objective, RolloutPolicy((1.0, 0.5), "ode"))
     seen: list[Tensor] = []
-    critic = networks["features"]
-    hook = critic.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    hook = networks.critic.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
     for turn in objective.turns(0, {}):
         loss = objective.loss(turn, networks, gaussian_batch(256), {})
         assert ("gan" in loss.terms) == (turn.name == "student")  # type: ignore[union-attr]
@@ -437,25 +407,23 @@ def test_pcms_adversarial_term_looks_within_the_phase() -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [RENOISE, RolloutPolicy((1.0,)), RolloutPolicy((1.0, 0.75, 0.5, 0.25), "tcd", 0.3),
-     RolloutPolicy((1.0, 0.75, 0.5, 0.25), "tcd", 0.9)],
+    [
+        RENOISE,
+        RolloutPolicy((1.0,)),
+        RolloutPolicy((1.0, 0.75, 0.5, 0.25), "tcd", 0.3),
+        RolloutPolicy((1.0, 0.75, 0.5, 0.25), "tcd", 0.9),
+    ],
     ids=["renoise", "one", "tcd 0.3", "tcd 0.9"],
-)  # fmt: skip
+)
 def test_samplers_keep_the_law_where_their_steps_do(policy: RolloutPolicy) -> None:
     """Renoising of the exact consistency function; tcd of jumps that are exact at every level."""
 
-    class Jumps(Exact):
-        """At level t, the x0 whose ode step to the level it is used at is exact: r below the next one, or 0."""
-
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            if policy.transition == "renoise":
-                return super().forward(x_t, t, cond)
-            levels = (*policy.timesteps, 0.0)
-            level = levels[[abs(a - float(t[0])) < 1e-9 for a in levels].index(True) + 1]
-            r = (1 - policy.eta) * level  # type: ignore[operator]
-            there = torch.full_like(t, r)
-            x = (1 - r) * M + expand(spread(there) / spread(t), x_t) * (x_t - (1 - expand(t, x_t)) * M)
-            return x_t - expand(t / (t - there), x_t) * (x_t - x)
+    def end(t: Tensor) -> Tensor:
+        """The level below the next one that a tcd step jumps to from t."""
+        if policy.transition == "renoise":
+            return torch.zeros_like(t)
+        below = [level for level in (*policy.timesteps, 0.0) if level < float(t[0]) - 1e-9]
+        return torch.full_like(t, (1 - policy.eta) * below[0])  # type: ignore[operator]
 
     n = 60_000
     draws = {f"step{i}": i for i in range(5)} | {"initial": 0}
@@ -463,7 +431,7 @@ def test_samplers_keep_the_law_where_their_steps_do(policy: RolloutPolicy) -> No
     def noise(name: str) -> Tensor:
         return torch.randn(n, 1, generator=torch.Generator().manual_seed(draws[name]), dtype=F64)
 
-    found = sample(Jumps(), policy, Conditioning({"label": torch.zeros(n, dtype=torch.int64)}), noise)
+    found = sample(GaussianMap(end=end), policy, Conditioning({"label": torch.zeros(n, dtype=torch.int64)}), noise)
     print(float(found.mean()), float(found.std()))
     assert float(found.mean()) == pytest.approx(M, abs=0.008) and float(found.std()) == pytest.approx(S, abs=0.006)
 
@@ -474,18 +442,18 @@ def test_samplers_keep_the_law_where_their_steps_do(policy: RolloutPolicy) -> No
 def test_what_cannot_be_is_refused() -> None:
     grid = "objective.grid={count: 8}"
     for text, lines in {
-        "give one": ["objective.shrinking={period: 5}"],
-        "asks no teacher": ["objective.teach=data", "objective.solver=heun"],
+        "give exactly one": ["objective.shrinking={period: 5}"],
+        "does not call the teacher": ["objective.teach=data", "objective.solver=heun"],
         "low < high": ["objective.guidance_range=[4.0, 2.0]"],
-        "phase_updates updates": ["objective.phases=[4, 2]"],
+        "several entries need phase_updates": ["objective.phases=[4, 2]"],
         "use renoise": ["rollout.transition=ode"],
         "edge to edge": ["objective.phases=[2]"],
-        "is not told where": ["rollout.two_time=true"],
+        "is not conditioned on the level where": ["rollout.two_time=true"],
         "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "last must not be below": ["objective.grid={count: 8, last: 4, updates: 5}"],
         "leave it out with spacing": ["objective.grid={count: 8, spacing: karras, shift: 3.0}"],
         "roles that can be adapters are none": ["objective.target_decay=0.9", "lora={student: {rank: 4}}"],
-        "eta belongs to": ["rollout.transition=tcd"],
+        "needs an eta": ["rollout.transition=tcd"],
     }.items():
         with pytest.raises(RecipeError, match=text):
             load_recipe(RECIPE, lines)
@@ -496,14 +464,17 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_exports_hold_what_a_stock_scheduler_does() -> None:
-    """And of told guidance, what our own pipeline classes do (tests/test_next_time.py)."""
+    """And of told guidance, what our own pipeline classes do (tests/test_two_time.py)."""
     digits = ROOT / "recipes/digits_consistency_4step.yaml"
     tcd = "rollout={timesteps: [1.0, 0.75, 0.5, 0.25], transition: tcd, eta: 0.3}"
     with pytest.raises(RecipeError, match="no transition: tcd; use renoise or ode"):
         load_recipe(digits, [tcd, "objective.end=uniform"])
     sd = dataclasses.replace(load_recipe(digits), backbone=SDConfig(path="some/hub-id"))
-    for options in ({"grid": GridPairs(count=18, spacing="karras")}, {"shrinking": ShrinkingPairs(period=5)},
-                    {"grid": FOUR, "solver": "heun"}):  # fmt: skip
+    for options in (
+        {"grid": GridPairs(count=18, spacing="karras")},
+        {"shrinking": ShrinkingPairs(period=5)},
+        {"grid": FOUR, "solver": "heun"},
+    ):
         with pytest.raises(ValueError, match="on backbone sd the grid is uniform"):
             Consistency(**options).check_recipe(sd)
     Consistency(grid=GridPairs(count=50)).check_recipe(sd)
@@ -522,16 +493,26 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     """A two-component mixture, 600 updates, four steps; the run resumes with its networks."""
     raw: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"),
-        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
-                     "width": 64, "fit_steps": 300},
+        "backbone": {
+            "name": "gaussian_mixture",
+            "means": [[1.0, 0.0], [-1.0, 0.0]],
+            "stds": [0.3, 0.3],
+            "width": 64,
+            "fit_steps": 300,
+        },
         "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
         "data": {"name": "mixture"},
-        "objective": {"name": "consistency", "grid": {"count": 4}, "solver": "heun", "solver_steps": 2,
-                      "distance": "square"},
+        "objective": {
+            "name": "consistency",
+            "grid": {"count": 4},
+            "solver": "heun",
+            "solver_steps": 2,
+            "distance": "square",
+        },
         "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}},
         "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 300, "log_every": 100},
         "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
-    }  # fmt: skip
+    }
     recipe = build_recipe(raw)
     run = train(recipe)
     found = evaluate(load_sampler(run), recipe.eval, progress=False)["metrics"]["energy_distance"]

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import AffineStudent, Recorder, grouped_batch, tiny_backbone, tiny_networks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig, Mixture, build_mixture
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import load_recipe
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.metrics.energy_distance import mean_distance
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
@@ -28,15 +29,11 @@ from fastgen.registry import RecipeError
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.sampling.sampler import load_sampler
-from fastgen.schedule import FlowSchedule
 from fastgen.signals import group_mean, guided
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 TURN = Turn("student", ("student",))
-TINY = GaussianMixtureConfig(
-    means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.5, 0.3), classes=(0, 1), width=16, depth=2, fit_steps=0
-)
 FEW = RolloutPolicy(timesteps=(1.0, 0.6, 0.3))
 UNANCHORED: dict[str, Any] = {"group_size": 4, "anchor_weight": 0.0, "self_normalised": False}
 Reward = Callable[[Tensor], Tensor]
@@ -55,25 +52,15 @@ def scorer(reward: Reward, valid: Tensor | None = None) -> Any:
     return score
 
 
-def tiny_networks(
+def moved_networks(
     objective: CRD, reward: Reward = first, policy: RolloutPolicy = FEW, adapter: LoraConfig | None = None
-) -> tuple[Networks, GaussianMixture]:
-    torch.manual_seed(0)
-    backbone = TINY.build(torch.device("cpu"), torch.float64, 0)
-    backbone.adapters = {"student": adapter} if adapter else {}
-    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, policy)
+) -> Networks:
+    backbone = tiny_backbone(adapters={"student": adapter} if adapter else {})
+    networks = tiny_networks(objective, policy, scorer(reward), backbone)
     with torch.no_grad():
-        for p in modules["student"].parameters():  # as after init_from: not the pretrained weights
+        for p in networks.student.parameters():  # as after init_from: not the pretrained weights
             p.add_(0.1 * torch.randn_like(p))
-    return Networks({role: m.double() for role, m in modules.items()}, policy, scorer(reward)), backbone
-
-
-def batch_of(count: int, size: int = 4, key: int = 0, labels: int = 2, dim: int = 2) -> Batch:
-    ids = torch.arange(count) + count * key
-    label = (ids // size) % labels
-    cond, uncond = (Conditioning({"label": x}) for x in (label, torch.full_like(label, 2)))
-    return Batch(ids, key, cond, uncond, (dim,), group=ids // size, dtype=torch.float64)
+    return networks
 
 
 def backward(objective: CRD, networks: Networks, batch: Batch, state: dict[str, Tensor] | None = None) -> float:
@@ -191,25 +178,19 @@ LEVELS = (1.0, 0.8, 0.6, 0.4, 0.2)
 MEAN, STD, DIRECTION = (torch.tensor(v, dtype=torch.float64) for v in ((0.7, -0.3), (1.0, 0.5), (1.0, 0.5)))
 
 
-class Affine(Denoiser):
-    """x0_hat = slope x + offset, one of each for every level and dimension: the posterior mean of N(MEAN, STD^2)."""
-
-    def __init__(self, shift: Tensor | float = 0.0):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        t = torch.tensor(LEVELS, dtype=torch.float64)[:, None]
-        slope = (1 - t) * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
-        self.slope = nn.Parameter(slope)
-        self.offset = nn.Parameter(MEAN - slope * (1 - t) * MEAN + shift)
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        k = (t[:, None] - torch.tensor(LEVELS, dtype=torch.float64)).abs().argmin(1)
-        return self.schedule.from_sample(self.slope[k] * x_t + self.offset[k], x_t, t, predict)
+POLICY = RolloutPolicy(LEVELS, transition="ode")
 
 
-def affine_networks(student: Affine | None = None) -> Networks:
-    copies = {role: Affine().requires_grad_(False) for role in ("reference", "sampler", "teacher")}
-    policy = RolloutPolicy(LEVELS, transition="ode")
-    return Networks({"student": student or Affine(), **copies}, policy, scorer(lambda x: x @ DIRECTION))
+def exact_student(shift: Tensor | float = 0.0) -> AffineStudent:
+    """The posterior mean of N(MEAN, STD^2), slope x + offset at every level, and a shift."""
+    t = torch.tensor(LEVELS, dtype=torch.float64)[:, None]
+    slope = (1 - t) * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
+    return AffineStudent(MEAN - slope * (1 - t) * MEAN + shift, slope, POLICY)
+
+
+def copied_networks(student: AffineStudent) -> Networks:
+    copies = {role: exact_student().requires_grad_(False) for role in ("reference", "sampler", "teacher")}
+    return Networks({"student": student, **copies}, POLICY, scorer(lambda x: x @ DIRECTION))
 
 
 def derived_shift(beta: float, std: Tensor | float, clip: float = 5.0) -> Tensor:
@@ -222,7 +203,7 @@ def test_the_loss_on_a_gaussian_is_zero_at_the_derived_shift_and_not_at_the_tilt
     """At every level and noise, for samples of another law; and the gain is then 1. The shift of p_old exp(R / beta),
     sigma^2 S a / (2 clip beta std V), is another function of t: its loss is not zero. Fails with noise of its own for
     each sample, or without the factors 2 clip and D."""
-    objective, batch = CRD(**UNANCHORED | {"group_size": 8, "beta": 0.3}), batch_of(160, 8)
+    objective, batch = CRD(**UNANCHORED | {"group_size": 8, "beta": 0.3}), grouped_batch(160, 8, dim=2)
     x0 = 0.4 * batch.normal("elsewhere") - 1
     reward = x0 @ DIRECTION
     std = reward.std()
@@ -233,7 +214,7 @@ def test_the_loss_on_a_gaussian_is_zero_at_the_derived_shift_and_not_at_the_tilt
     score = Score(reward, torch.ones(160, dtype=torch.bool))
 
     def losses(shift: Tensor | float) -> list[tuple[float, float]]:
-        networks = affine_networks(Affine(shift))
+        networks = copied_networks(exact_student(shift))
         found = [objective.draw_loss(networks, batch, x0, advantage, score, level, "x") for level in LEVELS]
         return [(loss.total.item(), loss.terms["gain"].item()) for loss in found]
 
@@ -247,27 +228,33 @@ def test_the_loss_on_a_gaussian_is_zero_at_the_derived_shift_and_not_at_the_tilt
 def test_training_on_a_gaussian_reaches_the_derived_shift() -> None:
     """With a fixed reference, from its own moving sampler. The std of A is that of centred rewards: of 24, sqrt(23/24)
     of the sampler's. Affine students, 150 updates."""
-    student = Affine()
-    networks = affine_networks(student)
-    objective = CRD(beta=0.2, self_normalised=False, anchor_weight=0, std="batch", reference_decay=Decay(first=1.0),
-                    sampler_decay=Decay(first=0.5))  # fmt: skip
-    optimizer = torch.optim.Adam([student.offset, student.slope], 0.05, betas=(0.9, 0.95))
+    student = exact_student()
+    networks = copied_networks(student)
+    objective = CRD(
+        beta=0.2,
+        self_normalised=False,
+        anchor_weight=0,
+        std="batch",
+        reference_decay=Decay(first=1.0),
+        sampler_decay=Decay(first=0.5),
+    )
+    optimizer = torch.optim.Adam(student.parameters(), 0.05, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=150)
     state = objective.init_state()
     for step in range(150):
-        backward(objective, networks, batch_of(240, 24, step), state)
+        backward(objective, networks, grouped_batch(240, 24, step, 2, first=240 * step), state)
         optimizer.step()
         decay.step()
         objective.finish(TURN, networks, state)
-    batch = batch_of(20_000, 24, 999)
+    batch = grouped_batch(20_000, 24, 999, 2, first=20_000 * 999)
 
     def law(network: nn.Module) -> Tensor:
         with torch.no_grad():
             return sample(network, networks.policy, batch.cond, batch.normal)  # type: ignore[arg-type]
 
-    start = law(Affine())
+    start = law(exact_student())
     std = start.std(0)
-    wanted = law(Affine(derived_shift(0.2, (std * DIRECTION).norm() * (23 / 24) ** 0.5)))
+    wanted = law(exact_student(derived_shift(0.2, (std * DIRECTION).norm() * (23 / 24) ** 0.5)))
     found = law(student)
     error = ((found.mean(0) - wanted.mean(0)) / std).abs().max().item()
     moved = ((wanted.mean(0) - start.mean(0)) / std).abs().max().item()
@@ -284,8 +271,8 @@ def test_a_function_of_the_prompt_added_to_the_rewards_changes_nothing() -> None
     """Loss and gradient, to the bit: rewards are multiples of 2^-10, the function an integer a prompt. Fails when
     advantages are of the batch."""
     objective = CRD(group_size=4)
-    networks, _ = tiny_networks(objective)
-    batch = batch_of(16)
+    networks = moved_networks(objective)
+    batch = grouped_batch(16, 4, dim=2)
     offset = torch.tensor([7.0, -30.0, 100.0, 2.0], dtype=torch.float64).repeat_interleave(4)
     found = []
     for add in (torch.zeros_like(offset), offset):
@@ -300,17 +287,20 @@ def test_samples_without_a_reward_are_as_if_they_were_not_there() -> None:
     """Invalid samples leave loss, gradient and denominators, in the matching and in the anchor; a NaN reward behind
     the mask does not matter. Fails if either term does not read `valid`."""
     objective = CRD(group_size=4, jitter=0.1)
-    networks, _ = tiny_networks(objective)
-    batch = batch_of(16)
+    networks = moved_networks(objective)
+    batch = grouped_batch(16, 4, dim=2)
     valid = torch.ones(16, dtype=torch.bool)
     valid[[1, 6, 7, 12, 13, 14, 15]] = False
     with torch.no_grad():
         x0 = sample(networks["sampler"], FEW, batch.cond, batch.normal)  # type: ignore[arg-type]
     rows = valid.nonzero()[:, 0]
     kept = dataclasses.replace(
-        batch, ids=batch.ids[rows], cond=batch.cond.select(rows), uncond=batch.uncond.select(rows),
+        batch,
+        ids=batch.ids[rows],
+        cond=batch.cond.select(rows),
+        uncond=batch.uncond.select(rows),
         group=batch.group[rows],  # type: ignore[index]
-    )  # fmt: skip
+    )
     with torch.no_grad():
         networks["reference"].load_state_dict(networks.student.state_dict())
     state = {"updates": torch.ones((), dtype=torch.int64)}
@@ -327,8 +317,8 @@ def test_a_prompt_whose_rewards_are_equal_is_not_matched() -> None:
     """It neither adds a loss of 0 to the mean nor pulls the student back to the reference; with all prompts like that
     there is no matching gradient."""
     objective = CRD(**UNANCHORED)
-    networks, _ = tiny_networks(objective)
-    batch = batch_of(8)
+    networks = moved_networks(objective)
+    batch = grouped_batch(8, 4, dim=2)
     half = torch.arange(8) < 4
     networks.scorer = scorer(lambda x: torch.where(half, x[:, 0], 3.0))
     with_equal = backward(objective, networks, batch)
@@ -357,16 +347,15 @@ class Shifted(Denoiser):
         self.shift = nn.Parameter(torch.zeros(len(batch.ids), *batch.latent_shape, dtype=torch.float64))
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        x0 = guided(self.teacher[0], x_t, t, cond, self.batch.uncond, self.scale) + self.shift
-        return self.schedule.from_sample(x0, x_t, t, predict)
+        return guided(self.teacher[0], x_t, t, cond, self.batch.uncond, self.scale) + self.shift
 
 
 def test_the_anchor_is_least_at_the_guided_teacher_and_strongest_for_high_rewards() -> None:
     """Its gradient is 0 at v_u + 4.5 (v_c - v_u) and not at another scale; for equal distances it is proportional to
     c_min + R (1 - c_min), c_min = 1e-4 / kl, and the same for all rewards with anchor_floor 1. Fails without guidance,
     or with kl c constant."""
-    objective, batch = CRD(group_size=4), batch_of(16)
-    networks, _ = tiny_networks(objective)
+    objective, batch = CRD(group_size=4), grouped_batch(16, 4, dim=2)
+    networks = moved_networks(objective)
     advantage = batch.normal("advantage")[:, 0]
     score = Score(advantage, torch.ones(16, dtype=torch.bool))
     x0 = batch.normal("x0")
@@ -408,10 +397,10 @@ def test_sampler_and_reference_follow_the_student_each_at_its_own_decay() -> Non
     """They begin as the student that init_from left, not as the pretrained weights; then average <- d average +
     (1 - d) student after update n. Fails if the sampler is the reference, or if finish does not move them."""
     objective = CRD(group_size=4, sampler_decay=Decay(slope=0.1, delay=2, last=0.15))
-    networks, _ = tiny_networks(objective)
+    networks = moved_networks(objective)
     state = objective.init_state()
     assert distance(networks["reference"], networks.student) > 0.05
-    backward(objective, networks, batch_of(8), state)
+    backward(objective, networks, grouped_batch(8, 4, dim=2), state)
     start = [p.detach().clone() for p in networks.student.parameters()]
     assert all(distance(networks[role], networks.student) == 0 for role in ("reference", "sampler"))
     expected = {"reference": start[0], "sampler": start[0]}
@@ -424,15 +413,15 @@ def test_sampler_and_reference_follow_the_student_each_at_its_own_decay() -> Non
         for role, d in (("reference", 0.25 + 0.005 * n), ("sampler", (0.0, 0.0, 0.1, 0.15)[n - 1])):
             expected[role] = d * expected[role] + (1 - d) * now
             assert torch.allclose(next(networks[role].parameters()), expected[role], atol=1e-12)
-        backward(objective, networks, batch_of(8), state)  # a later update copies nothing
+        backward(objective, networks, grouped_batch(8, 4, dim=2), state)  # a later update copies nothing
     assert distance(networks["sampler"], networks["reference"]) > 0.1 and int(state["updates"]) == 4
 
 
 def test_samples_come_from_the_sampler_and_errors_from_the_reference() -> None:
     """What the reward is asked about is the sampler's, whatever the reference is."""
     objective = CRD(**UNANCHORED)
-    networks, _ = tiny_networks(objective)
-    batch, seen = batch_of(8), list[Tensor]()
+    networks = moved_networks(objective)
+    batch, seen = grouped_batch(8, 4, dim=2), list[Tensor]()
 
     def reward(x: Tensor) -> Tensor:
         seen.append(x)
@@ -456,8 +445,8 @@ def test_samples_come_from_the_sampler_and_errors_from_the_reference() -> None:
 def test_only_the_student_gets_gradient() -> None:
     """Every parameter of it, and nothing else does; the roles are those the recipe may train."""
     objective = CRD(group_size=4)
-    networks, _ = tiny_networks(objective)
-    backward(objective, networks, batch_of(8))
+    networks = moved_networks(objective)
+    backward(objective, networks, grouped_batch(8, 4, dim=2))
     assert objective.trained_roles == ("student",) and objective.turns(3, {}) == (TURN,)
     assert set(networks) == {"student", "teacher", "reference", "sampler"}
     reached = {n: p.grad is not None and bool(p.grad.any()) for n, p in networks.student.named_parameters()}
@@ -468,9 +457,9 @@ def test_only_the_student_gets_gradient() -> None:
 def test_a_students_adapter_has_adapters_for_copies() -> None:
     """With LoRA the two are further adapters on the shared base, and become the student's in the first update."""
     objective = CRD(group_size=4)
-    networks, _ = tiny_networks(objective, adapter=LoraConfig(rank=2))
+    networks = moved_networks(objective, adapter=LoraConfig(rank=2))
     assert {len(list(networks[role].parameters())) for role in ("student", "reference", "sampler")} == {2 * 6}
-    backward(objective, networks, batch_of(8))
+    backward(objective, networks, grouped_batch(8, 4, dim=2))
     assert all(distance(networks[role], networks.student) == 0 for role in ("reference", "sampler"))
     assert gradient(networks).any()
     assert all(p.grad is None for role in ("reference", "sampler") for p in networks[role].parameters())
@@ -479,36 +468,23 @@ def test_a_students_adapter_has_adapters_for_copies() -> None:
 # --- levels
 
 
-class Recording(nn.Module):
-    """Keeps the levels and inputs it is called with."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.schedule, self.prediction_type = denoiser, denoiser.schedule, denoiser.prediction_type
-        self.calls: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, **kwargs: Any) -> Tensor:
-        self.calls.append((x_t, t))
-        return self.denoiser(x_t, t, cond, **kwargs)
-
-
 @pytest.mark.parametrize("jitter", [0.0, 0.2])
 def test_levels_are_the_students_own_and_shared_within_prompts(jitter: float) -> None:
     """Every level once, or `draws` of them in a cycle that begins anywhere. t and noise are the same for all samples
     of a prompt; t is off a level by at most the fraction `jitter`, and at most 1. Fails with draws by sample."""
     objective = CRD(**UNANCHORED | {"jitter": jitter})
-    networks, _ = tiny_networks(objective)
-    batch = batch_of(16)
+    networks = moved_networks(objective)
+    batch = grouped_batch(16, 4, dim=2)
     losses = list(objective.loss(TURN, networks, batch, objective.init_state()))
     with torch.no_grad():
         x0 = sample(networks["sampler"], FEW, batch.cond, batch.normal)  # type: ignore[arg-type]
-    student = Recording(networks.student)
+    student = Recorder(networks.student)
     networks.modules["student"] = student
     again = list(objective.loss(TURN, networks, batch, {"updates": torch.ones((), dtype=torch.int64)}))
     assert [a.total.item() for a in again] == [a.total.item() for a in losses] and len(losses) == 3
-    near = [min(FEW.timesteps, key=lambda level, t=t: abs(level - t[0].item())) for _, t in student.calls]
+    near = [min(FEW.timesteps, key=lambda level, t=t: abs(level - t[0].item())) for _, t, *_ in student.calls]
     assert sorted(near, reverse=True) == list(FEW.timesteps)
-    for level, (x_t, t) in zip(near, student.calls, strict=True):
+    for level, (x_t, t, *_) in zip(near, student.calls, strict=True):
         assert ((t - level).abs() <= jitter * level + 1e-12).all() and t.max() <= 1
         noise = ((x_t - (1 - t[:, None]) * x0) / t[:, None]).reshape(4, 4, 2)
         assert torch.allclose(noise, noise[:, :1].expand_as(noise)) and (noise[0, 0] - noise[1, 0]).abs().max() > 0.1
@@ -517,15 +493,15 @@ def test_levels_are_the_students_own_and_shared_within_prompts(jitter: float) ->
     student.calls.clear()
     more = dataclasses.replace(objective, draws=7, jitter=0.0)
     assert len(list(more.loss(TURN, networks, batch, {"updates": torch.ones(())}))) == 7
-    counts = [sum(float(t[0]) == level for _, t in student.calls) for level in FEW.timesteps]
+    counts = [sum(float(call.t[0]) == level for call in student.calls) for level in FEW.timesteps]
     assert sorted(counts) == [2, 2, 3]
 
 
 def test_the_number_of_draws_does_not_scale_the_loss() -> None:
     """Losses and terms of an update add to the mean over draws; the reward's are those of the samples."""
     objective = CRD(group_size=4, jitter=0.1)
-    networks, _ = tiny_networks(objective)
-    batch = batch_of(400)
+    networks = moved_networks(objective)
+    batch = grouped_batch(400, 4, dim=2)
     totals = []
     for draws in (3, 30):
         found = list(dataclasses.replace(objective, draws=draws).loss(TURN, networks, batch, objective.init_state()))
@@ -540,11 +516,23 @@ def test_the_number_of_draws_does_not_scale_the_loss() -> None:
 # --- recipes
 
 CHEAP = [
-    "backbone.width=16", "backbone.fit_steps=20", "backbone.fit_batch_size=32", "objective.group_size=4",
-    "train.batch_size=8", "train.steps=4", "train.log_every=1", "train.sample_every=0", "train.eval_every=0",
-    "train.checkpoint_every=2", "eval.num_samples=64", "eval.quick_num_samples=64", "eval.teacher_steps=[]",
-    "optimizers.student.decay=constant", "rollout.timesteps=[1.0, 0.5]", "health.every=0",
-]  # fmt: skip
+    "backbone.width=16",
+    "backbone.fit_steps=20",
+    "backbone.fit_batch_size=32",
+    "objective.group_size=4",
+    "train.batch_size=8",
+    "train.steps=4",
+    "train.log_every=1",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "train.checkpoint_every=2",
+    "eval.num_samples=64",
+    "eval.quick_num_samples=64",
+    "eval.teacher_steps=[]",
+    "optimizers.student.decay=constant",
+    "rollout.timesteps=[1.0, 0.5]",
+    "health.every=0",
+]
 
 
 def test_the_averages_and_their_count_survive_a_restart(tmp_path: Path) -> None:
@@ -620,8 +608,15 @@ def test_a_moving_reference_compounds_until_the_anchor_holds_it(tmp_path: Path) 
     """The recipe, at half its length, reaches its own fixed point for each prompt: the means within 0.05 standard
     deviations and the energy distance below 0.01, after the reward's mean rose by 0.3. That the law is near
     p_ref exp(A / kl) is only printed."""
-    overrides = ["train.steps=150", "train.sample_every=0", "train.eval_every=0", "train.checkpoint_every=0",
-                 "eval.teacher_steps=[]", "health.every=0", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    overrides = [
+        "train.steps=150",
+        "train.sample_every=0",
+        "train.eval_every=0",
+        "train.checkpoint_every=0",
+        "eval.teacher_steps=[]",
+        "health.every=0",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     recipe = load_recipe(ROOT / "recipes/mixture_crd.yaml", overrides)
     sampler, mixture = load_sampler(train(recipe)), build_mixture(recipe.backbone)
     kl, direction = recipe.objective.anchor_weight, torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -652,4 +647,4 @@ def test_the_affine_student_starts_as_the_posterior_mean() -> None:
     for level in LEVELS:
         t = torch.full((20,), level, dtype=torch.float64)
         exact = mixture.posterior_mean(x, 1 - t[:, None], t[:, None], torch.zeros(20, dtype=torch.int64))
-        assert torch.allclose(Affine()(x, t, {}), exact)  # type: ignore[arg-type]
+        assert torch.allclose(exact_student()(x, t, {}), exact)  # type: ignore[arg-type]

@@ -83,10 +83,14 @@ def sources(folder: Path, prompts: list[str], tmp_path_factory: pytest.TempPathF
     lines = [json.dumps({"file_name": f"{i}.png", "caption": p}) for i, p in enumerate(prompts)]
     (root / "jsonl/metadata.jsonl").write_text("\n".join(lines))
     for number, part in enumerate((range(0, 5), range(5, COUNT))):
-        write_tar(root / f"digits-{number:03d}.tar", {
-            f"{i:06d}.{suffix}": data for i in part
-            for suffix, data in (("png", pictures[i]), ("txt", prompts[i].encode()))
-        })  # fmt: skip
+        write_tar(
+            root / f"digits-{number:03d}.tar",
+            {
+                f"{i:06d}.{suffix}": data
+                for i in part
+                for suffix, data in (("png", pictures[i]), ("txt", prompts[i].encode()))
+            },
+        )
     data = datasets.Dataset.from_dict({"image": [{"bytes": p, "path": None} for p in pictures], "caption": prompts})
     data = data.cast_column("image", datasets.Image())
     (root / "hub").mkdir()
@@ -211,10 +215,20 @@ def test_an_image_cut_short_is_named_when_it_is_read(backbone: SD3, tmp_path: Pa
 
 
 def test_the_gan_trains_on_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
-    overrides = ["train.steps=1", "train.batch_size=4", "train.eval_every=0", "train.sample_every=0",
-                 f"data={{name: images, folder: {folder}}}", "objective.gan_weight=0.01", "objective.fake_updates=1",
-                 "optimizers.discriminator={lr: 2e-4}", "eval.quick_num_samples=4", "eval.metrics=[accuracy]",
-                 "eval.teacher_steps=[2]", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    overrides = [
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.eval_every=0",
+        "train.sample_every=0",
+        f"data={{name: images, folder: {folder}}}",
+        "objective.gan_weight=0.01",
+        "objective.fake_updates=1",
+        "optimizers.discriminator={lr: 2e-4}",
+        "eval.quick_num_samples=4",
+        "eval.metrics=[accuracy]",
+        "eval.teacher_steps=[2]",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     assert (
         train(load_recipe(ROOT / "recipes/digits_quickstart.yaml", overrides)) / "export/model_index.json"
     ).is_file()
@@ -240,8 +254,10 @@ def test_prompts_come_from_every_format_or_a_list(tmp_path: Path) -> None:
 
 def test_a_webdataset_caption_may_be_in_its_json(tmp_path: Path) -> None:
     row = json.dumps({"caption": "in json", "width": 32}).encode()
-    write_tar(tmp_path / "a.tar", {"x/1.json": row, "x/1.png": png(32), "x/1.txt": b"in txt", "2.png": png(32),
-                                   "2.json": row, "2.cls": b"7"})  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        {"x/1.json": row, "x/1.png": png(32), "x/1.txt": b"in txt", "2.png": png(32), "2.json": row, "2.cls": b"7"},
+    )
     assert [e.caption for _, e in WebDatasetData(shards=str(tmp_path)).entries()] == ["in txt", "in json"]
     assert [e.caption for _, e in WebDatasetData(shards=str(tmp_path), column="caption").entries()] == ["in json"] * 2
 
@@ -250,11 +266,11 @@ Make = Callable[[Path], object]
 
 REFUSED: dict[str, tuple[str, str, Make]] = {
     "no image folder": ("{name: images, folder: F/nowhere}", "no image folder", lambda f: None),
-    "no images": ("{name: images, folder: F}", "holds no png", lambda f: None),
+    "no images": ("{name: images, folder: F}", "contains no png", lambda f: None),
     "no caption": ("{name: images, folder: F}", "have no caption", lambda f: (f / "a.png").write_bytes(png(32))),
     "no prompt file": ("{name: prompts, prompts: nowhere.txt}", "no prompt file", lambda f: None),
     "no prompts": ("{name: prompts, prompts: []}", "no prompts", lambda f: None),
-    "empty txt": ("{name: prompts, prompts: F/a.txt}", "it is empty", lambda f: (f / "a.txt").write_text("\n")),
+    "empty txt": ("{name: prompts, prompts: F/a.txt}", "the file is empty", lambda f: (f / "a.txt").write_text("\n")),
     "empty csv": (
         "{name: prompts, prompts: F/a.csv}",
         "it has no rows",
@@ -278,7 +294,7 @@ REFUSED: dict[str, tuple[str, str, Make]] = {
     ),
     "ragged": (
         "{name: prompts, prompts: F/a.csv}",
-        "line 2 of .* has 3 cells and the header 2",
+        "line 2 of .* has 3 cells, but the header has 2",
         lambda f: (f / "a.csv").write_text("id,prompt\n1,a, b\n"),
     ),
     "null": (
@@ -313,7 +329,7 @@ REFUSED: dict[str, tuple[str, str, Make]] = {
     ),
     "small image": (
         "{name: images, folder: F}",
-        "1 image is smaller than the backbone's 32x32 pixels, first .*a.png with 24x24",
+        "1 image is smaller than the backbone's 32x32 pixels, the first is .*a.png with 24x24",
         lambda f: ((f / "a.png").write_bytes(png(24)), (f / "a.txt").write_text("a")),
     ),
     "no image": (
@@ -323,7 +339,7 @@ REFUSED: dict[str, tuple[str, str, Make]] = {
     ),
     "listed image missing": (
         "{name: images, folder: F}",
-        "row 1 of .*metadata.csv names b.png, which is not there",
+        "row 1 of .*metadata.csv names b.png, which does not exist",
         lambda f: (f / "metadata.csv").write_text("file_name,text\nb.png,a\n"),
     ),
     "no tar": ("{name: webdataset, shards: F}", "shards: there is no tar file", lambda f: None),
@@ -335,7 +351,7 @@ REFUSED: dict[str, tuple[str, str, Make]] = {
     ),
     "tar of small images": (
         "{name: webdataset, shards: F}",
-        "first 1 in .*a.tar with 24x24",
+        "the first is 1 in .*a.tar with 24x24",
         lambda f: write_tar(f / "a.tar", {"1.png": png(24), "1.txt": b"a"}),
     ),
     "tar cut short": (
@@ -381,7 +397,7 @@ def test_wrong_data_is_refused_before_weights_load(
 
 
 def test_images_are_refused_for_points(folder: Path) -> None:
-    with pytest.raises(RecipeError, match="data: name: images need a backbone of images"):
+    with pytest.raises(RecipeError, match="data: name: image data needs a backbone that makes images"):
         load_recipe(ROOT / "recipes/mixture_dmd2_4step.yaml", [f"data={{name: images, folder: {folder}}}"])
 
 

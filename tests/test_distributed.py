@@ -18,10 +18,20 @@ from fastgen.train import main, train
 ROOT = Path(__file__).parents[1]
 DIGITS = "recipes/digits_dmd2_4step.yaml"
 SMALL = [
-    "train.dtype=float64", "train.accumulate=1", "train.sample_every=0", "train.eval_every=0", "train.num_samples=4",
-    "train.checkpoint_every=3", "train.steps=3", "objective.fake_updates=1", "health.num_samples=4",
-    "eval.quick_num_samples=20", "eval.teacher_steps=[2]", "eval.metrics=[throughput]", "train.keep_checkpoints=9",
-]  # fmt: skip
+    "train.dtype=float64",
+    "train.accumulate=1",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "train.num_samples=4",
+    "train.checkpoint_every=3",
+    "train.steps=3",
+    "objective.fake_updates=1",
+    "health.num_samples=4",
+    "eval.quick_num_samples=20",
+    "eval.teacher_steps=[2]",
+    "eval.metrics=[throughput]",
+    "train.keep_checkpoints=9",
+]
 LORA = "lora={student: {rank: 4}, fake_score: {rank: 4}}"
 GAN = ["objective.gan_weight=0.01", "optimizers.discriminator={lr: 2e-4}"]
 
@@ -102,8 +112,15 @@ def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(tmp_path: Path
 def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
     """Bytes allocated by every process, counted at each operation while the networks are made, and those held after
     an update of every turn."""
-    result = launch(2, DIGITS, *SMALL, "train.batch_size=2", f"output_dir={tmp_path / 'run'}", "train.strategy=fsdp",
-                    program="tests/measure_shards.py")  # fmt: skip
+    result = launch(
+        2,
+        DIGITS,
+        *SMALL,
+        "train.batch_size=2",
+        f"output_dir={tmp_path / 'run'}",
+        "train.strategy=fsdp",
+        program="tests/measure_shards.py",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in range(2):
         seen = json.loads((tmp_path / f"run/shards_{rank}.json").read_text())
@@ -117,19 +134,22 @@ def test_a_run_of_another_size_is_refused(tmp_path: Path, capsys: pytest.Capture
     run(tmp_path / "run", 1)
     arguments = [str(ROOT / DIGITS), *SMALL, f"output_dir={tmp_path / 'run'}", "train.steps=4"]
     assert main([*arguments, "train.batch_size=2"]) == 2
-    assert "was started with 4 samples an update" in capsys.readouterr().err
+    assert "was started with 4 samples per update" in capsys.readouterr().err
     assert main([*arguments, "train.batch_size=2", "train.accumulate=2"]) == 0
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.strategy=fsdp", "there is one"),
+        ("train.strategy=fsdp", "there is only one process"),
         ("train.num_processes=2", "accelerate started 1"),
-        pytest.param("train.device=cuda", "there is no GPU", marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="needs a machine without a GPU")),
+        pytest.param(
+            "train.device=cuda",
+            "there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_was_asked_for_and_cannot_be_had(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}", override]))

@@ -223,12 +223,12 @@ def test_reverse_kl_is_dmd2() -> None:
 
 def test_the_ratio_is_read_where_the_scores_are_compared() -> None:
     """The discriminator sees the very (x_t, t) that the teacher sees. Fails if it is given a draw of its own."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, ...]] = []
 
     class Watched(FDistill):
-        def discriminator_logits(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
-            seen.append((x_t, t))
-            return super().discriminator_logits(networks, batch, x_t, t, stop)
+        def discriminator_logits(self, networks: Networks, batch: Batch, *state: Tensor) -> Tensor:
+            seen.append(state[:2])
+            return super().discriminator_logits(networks, batch, *state)
 
     objective = Watched()
     networks = tiny_networks(objective, FOUR_STEPS)
@@ -421,9 +421,10 @@ def test_re_dmds_weights_are_exponentials_of_the_centred_reward() -> None:
     objective = ReDMD(beta=2.0, reward_memory=0.5)
     networks = Networks({"student": nn.Identity()}, ONE_STEP, linear_reward)  # type: ignore[arg-type]
     shifted = Networks(
-        {"student": nn.Identity()}, ONE_STEP,
+        {"student": nn.Identity()},
+        ONE_STEP,
         lambda *a: (lambda s: replace(s, value=s.value + 100))(linear_reward(*a)),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     batch, state, other = point_batch(256, dim=1), objective.init_state(), objective.init_state()
     x = 0.3 * batch.normal("x")
     r = 3 * x[:, 0].float()
@@ -556,7 +557,7 @@ def test_the_jumps_are_levels_below_the_step(stop: int) -> None:
     """t_e is one of the two levels after the next one, or 0, each half of the time; t_m every level between. After the
     last step nothing is left: both are the step's own level, and the loss is exactly that of no jump, 0."""
     batch = point_batch(6000)
-    middle, end = SCDMD().jumps(batch, torch.full_like(batch.ids, stop), 4)
+    middle, end = SCDMD().jump_indices(batch, torch.full_like(batch.ids, stop), 4)
     seen = {(m, e): n / 6000 for (m, e), n in count(middle, end).items()}
     print(seen)
     expected = {
@@ -595,7 +596,7 @@ def test_the_semigroup_gradient_is_that_of_the_long_jump_alone() -> None:
     step = backward_simulation(student, FOUR_STEPS, batch, batch_stop, grad=True).steps[0]
     copied = backward_simulation(other, FOUR_STEPS, batch, batch_stop, grad=True).steps[0]
     levels = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64)
-    t_m, t_e = (levels[i] for i in objective.jumps(batch, batch_stop, 4))
+    t_m, t_e = (levels[i] for i in objective.jump_indices(batch, batch_stop, 4))
     x_m = transition(schedule, copied.x0, copied.x_t, copied.t, t_m, None)
     x_e = transition(schedule, predict_x0(other, x_m, t_m, batch.cond, FOUR_STEPS), x_m, t_m, t_e, None)
     error = transition(schedule, step.x0, step.x_t, step.t, t_e, None) - x_e
@@ -661,9 +662,15 @@ def test_the_student_follows_the_path_to_the_teacher() -> None:
     objective = DisBack(path_length=3, path_every=1, interval=interval, normaliser_floor=0.1)
     student = AffineStudent(-3.0, 1.0)
     networks = Networks(
-        {"student": student, "teacher": gaussian(0.7, 1.0), "path1": gaussian(-1.0, 1.0), "path2": gaussian(-2.0, 1.0),
-         "fake_score": ExactFake(student)}, ONE_STEP,
-    )  # fmt: skip
+        {
+            "student": student,
+            "teacher": gaussian(0.7, 1.0),
+            "path1": gaussian(-1.0, 1.0),
+            "path2": gaussian(-2.0, 1.0),
+            "fake_score": ExactFake(student),
+        },
+        ONE_STEP,
+    )
     optimizer, ends = torch.optim.Adam(student.parameters(), 0.02), []
     for update in range(3 * interval + 100):
         turn = objective.turns(objective.degradation + update, {})[1]
@@ -716,19 +723,23 @@ def test_each_turn_reaches_its_own_roles(objective: DMD2) -> None:
         (["objective.name=sc_dmd", "rollout.timesteps=[0.9]"], "give three timesteps"),
         (["objective.name=disback"], "condition_on_stop"),
         (["objective.name=disback", "objective.condition_on_stop=false", "train.steps=500"], "train.steps is 500"),
-        (["objective.name=disback", "objective.condition_on_stop=false", "lora={fake_score: {rank: 2}}"],
-         "can be adapters are student"),
+        (
+            ["objective.name=disback", "objective.condition_on_stop=false", "lora={fake_score: {rank: 2}}"],
+            "can be adapters are student",
+        ),
         (["objective.ca_time={}"], "guidance_scale 1 has none"),
         (["objective.ca_time={}", "objective.guidance_scale=2", "objective.guidance_rescale=0.5"], "leave out"),
-        (["objective.ca_time={}", "objective.guidance_scale=2", "objective.guidance_interval=[0.2, 0.8]"],
-         "leave out"),
-        (["objective.ca_time={low: 0.3}", "objective.guidance_scale=2"], "no level below the last step's"),
+        (
+            ["objective.ca_time={}", "objective.guidance_scale=2", "objective.guidance_interval=[0.2, 0.8]"],
+            "leave out",
+        ),
+        (["objective.ca_time={low: 0.3}", "objective.guidance_scale=2"], "no noise level below that of the last step"),
         (["objective.dm_weight=0.5"], "give ca_time"),
         (["objective.ida_decay=1.0"], "ida_decay"),
         (["objective.ida_decay=0.97", "lora={student: {rank: 2}}"], "can be adapters are none"),
         (["objective.ida_decay=0.97", "lora={fake_score: {rank: 2}}"], "can be adapters are none"),
     ],
-)  # fmt: skip
+)
 def test_wrong_combinations_are_refused_before_anything_loads(
     mixture_recipe: Path, overrides: list[str], said: str
 ) -> None:
@@ -736,10 +747,21 @@ def test_wrong_combinations_are_refused_before_anything_loads(
         load_recipe(mixture_recipe, overrides)
 
 
-SMALL = ["backbone.width=16", "backbone.depth=2", "backbone.fit_steps=5", "train.batch_size=8", "train.log_every=1",
-         "train.sample_every=0", "train.eval_every=0", "eval.teacher_steps=[2]", "eval.num_samples=20",
-         "eval.quick_num_samples=20", "health.every=2", "optimizers.student.decay=constant",
-         "optimizers.fake_score.decay=constant"]  # fmt: skip
+SMALL = [
+    "backbone.width=16",
+    "backbone.depth=2",
+    "backbone.fit_steps=5",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "eval.teacher_steps=[2]",
+    "eval.num_samples=20",
+    "eval.quick_num_samples=20",
+    "health.every=2",
+    "optimizers.student.decay=constant",
+    "optimizers.fake_score.decay=constant",
+]
 LOOPS: Mapping[str, list[str]] = {
     "f_distill": ["optimizers.discriminator={lr: 1e-3}"],
     "re_dmd": ["rewards={parts: [{name: linear, direction: [1.0, 0.0]}]}"],

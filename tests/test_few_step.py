@@ -71,8 +71,9 @@ def plain_pixels(folder: Path, backbone: SD3, monkeypatch: pytest.MonkeyPatch) -
     fresh = iter([draws(backbone, f"step{i}") for i in range(1, 5)])
     for module in (few_step, scheduling_flow_match_euler_discrete):
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh))
-    images = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=draws(backbone, "initial"),
-                      output_type="np").images  # fmt: skip
+    images = pipeline(
+        PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=draws(backbone, "initial"), output_type="np"
+    ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -87,9 +88,13 @@ def plain_pixels(folder: Path, backbone: SD3, monkeypatch: pytest.MonkeyPatch) -
     ids=["cps", "two experts", "three experts", "cps, two experts"],
 )
 def test_an_export_gives_the_same_pixels_in_plain_diffusers(
-    backbone: SD3, tmp_path: Path, boundaries: tuple[float, ...], rollout: str, own: list[str],
+    backbone: SD3,
+    tmp_path: Path,
+    boundaries: tuple[float, ...],
+    rollout: str,
+    own: list[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Fails if the scheduler leaves out eta, or the transformer its second expert."""
     student = split(backbone, boundaries) if boundaries else altered(backbone.load("student"))
     folder = saved(backbone, student, rollout, tmp_path)
@@ -143,10 +148,13 @@ def test_both_kinds_of_experts_choose_alike(backbone: SD3, t: float) -> None:
     with torch.no_grad():
         found = ours(x, level, cond, predict="flow_prediction")
         stock = theirs(
-            hidden_states=x, timestep=1000 * level, encoder_hidden_states=cond["prompt_embeds"],
-            pooled_projections=cond["pooled"], joint_attention_kwargs={"context_log_repeats": cond["log_repeats"]},
+            hidden_states=x,
+            timestep=1000 * level,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled"],
+            joint_attention_kwargs={"context_log_repeats": cond["log_repeats"]},
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
         one = ours.experts[0 if t >= 0.625 else 1](x, level, cond, predict="flow_prediction")
     assert torch.equal(found, one) and torch.equal(stock, one)
 

@@ -1,27 +1,36 @@
 """The flow_map objective: exact maps, each named part, and which networks move."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import (
-    FOUR,
+    FOUR_JUMPS,
     GAUSSIAN,
-    ONE,
+    ONE_JUMP,
+    AffineStudent,
+    ExactFake,
     GaussianMap,
     M,
+    Recorder,
     S,
     exact_networks,
     gaussian_batch,
+    mixed_teacher,
     one_loss,
+    reached,
     square_growth,
-    student_loss,
+    tiny_backbone,
+    tiny_networks,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgen.batch import Conditioning
 from fastgen.config import build_recipe, load_recipe
+from fastgen.denoiser import Inputs
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
@@ -45,7 +54,7 @@ def test_the_exact_map_has_no_loss_from_a_teacher(form: Any) -> None:
 
 
 def test_the_exact_map_has_no_loss_from_the_prior() -> None:
-    exact, growth = square_growth(FlowMap(source="prior", pairs=TimePairs(diagonal=0.0)), ONE)
+    exact, growth = square_growth(FlowMap(source="prior", pairs=TimePairs(diagonal=0.0)), ONE_JUMP)
     assert exact < 1e-15 and 90 < growth < 110
 
 
@@ -60,7 +69,7 @@ def test_self_distillation_has_the_identity_without_a_teacher(form: Any) -> None
         return
     gradients = []
     for key in range(60):
-        loss = student_loss(objective, networks, gaussian_batch(key=key))
+        loss = one_loss(objective, networks, gaussian_batch(key=key))
         gradients.append(float(torch.autograd.grad(loss, networks.student.off)[0]))  # type: ignore[arg-type]
     assert loss > 0.1
     found = torch.tensor(gradients)
@@ -77,13 +86,7 @@ def terms(objective: FlowMap, networks: Networks, key: int = 0) -> dict[str, Ten
 
 def test_the_diagonal_and_the_rest_are_told_apart() -> None:
     """A map that is exact on its diagonal alone has that term zero and the other not."""
-
-    class Diagonal(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            return super().forward(x_t, t, cond, Inputs(s=t), predict=predict)
-
-    networks = exact_networks()
-    networks.modules["student"] = Diagonal()
+    networks = exact_networks(GaussianMap(end=lambda t: t))
     for form in FORMS:
         found = terms(FlowMap(form=form, pairs=TimePairs(diagonal=0.5)), networks)
         assert found["diagonal"] < 1e-20 and found["map"] > 1e-3
@@ -91,14 +94,8 @@ def test_the_diagonal_and_the_rest_are_told_apart() -> None:
 
 def test_the_teachers_guidance_reaches_both_parts() -> None:
     """At w = 1 the exact map has no loss, and with other uncond rows at w = 2 it has."""
-    from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
-
-    two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
-    networks = exact_networks()
-    networks.modules["teacher"] = two.build(torch.device("cpu"), torch.float64, 0).load("teacher")
-    batch = gaussian_batch()
-    uncond = type(batch.cond)({"label": torch.full_like(batch.ids, 2)})
-    batch = dataclasses.replace(batch, uncond=uncond)
+    networks, batch = exact_networks(), gaussian_batch(uncond=2)
+    networks.modules["teacher"] = mixed_teacher()
     for scale, bound in ((1.0, (0, 1e-15)), (2.0, (1e-2, 1e9))):
         objective = FlowMap(guidance_scale=scale, pairs=TimePairs(diagonal=0.5))
         loss = objective.loss(objective.turns(0, {})[0], networks, batch, {})
@@ -110,22 +107,14 @@ def test_the_gap_grows_as_it_is_told() -> None:
     objective = FlowMap(pairs=TimePairs(diagonal=0.0, max_gap=0.8), gap_growth=4)
     gaps = [turn.max_gap for k in (0, 1, 3, 9) for turn in objective.turns(k, {}) if isinstance(turn, GapTurn)]
     assert gaps == pytest.approx([0.2, 0.4, 0.8, 0.8])
-    seen: list[Tensor] = []
-
-    class Recording(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            seen.append(t - extras["s"])
-            return super().forward(x_t, t, cond, extras=extras, predict=predict)
-
-    networks = exact_networks()
-    networks.modules["student"] = Recording()
-    student_loss(objective, networks, gaussian_batch())
-    assert max(float(gap.detach().max()) for gap in seen) <= 0.2 + 1e-12
+    student = Recorder(GaussianMap())
+    one_loss(objective, exact_networks(student), gaussian_batch())
+    assert max(float((call.t - call.inputs.s).detach().max()) for call in student.calls) <= 0.2 + 1e-12  # type: ignore[operator]
 
 
 def test_the_differences_backend_is_close_to_the_derivative() -> None:
     networks, batch = exact_networks(0.05), gaussian_batch()
-    found = [float(student_loss(FlowMap(derivative=d, pairs=PAIRS), networks, batch)) for d in ("jvp", "difference")]
+    found = [float(one_loss(FlowMap(derivative=d, pairs=PAIRS), networks, batch)) for d in ("jvp", "difference")]
     assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0] != found[1]
 
 
@@ -157,20 +146,12 @@ def test_no_correction_where_the_fake_score_is_the_teacher(balance: bool) -> Non
 def test_the_correction_widens_samples_that_are_too_narrow(balance: bool) -> None:
     """Samples m + 0.3 noise against data of 0.5, the fake score exact for them: descent spreads them. A flipped sign,
     or fake and teacher exchanged, narrows them."""
-    narrow = dataclasses.replace(GAUSSIAN, stds=(0.3,))
-
-    class Narrow(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            assert predict == "flow_prediction"
-            x0 = M + (0.3 + self.off) * x_t  # from t = 1 in one jump
-            return x_t - x0
-
-    networks = policy_networks()
-    networks.modules["student"] = Narrow()
-    networks.modules["fake_score"] = narrow.build(torch.device("cpu"), torch.float64, 0).load("teacher")
+    student = AffineStudent(M, 0.3)  # from t = 1 in one jump
+    networks = exact_networks(student)
+    networks.modules["fake_score"] = ExactFake(student)
     config = dataclasses.replace(ON, steps=(1,), balance=balance)
     value, _ = matching(config, networks)
-    assert float(torch.autograd.grad(value, networks.student.off)[0]) < -1e-3  # type: ignore[arg-type]
+    assert float(torch.autograd.grad(value, student.b)[0]) < -1e-3
 
 
 def test_balance_gives_the_correction_the_size_of_the_residual() -> None:
@@ -181,36 +162,22 @@ def test_balance_gives_the_correction_the_size_of_the_residual() -> None:
 
 
 def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_jumps() -> None:
-    networks, batch = exact_networks(), gaussian_batch()
-    seen: list[tuple[float, float]] = []
-
-    class Recording(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            seen.append((float(t[0]), float(extras["s"][0])))
-            return super().forward(x_t, t, cond, extras=extras, predict=predict)
-
-    networks.modules["student"] = Recording()
     lengths = set()
     for key in range(20):
-        seen.clear()
-        batch = gaussian_batch(key=key)
-        config = OnPolicy(steps=(1, 4))
-        x = FlowMap().rollout(networks, batch, config)
+        batch, student = gaussian_batch(key=key), Recorder(GaussianMap())
+        x = FlowMap().rollout(exact_networks(student), batch, OnPolicy(steps=(1, 4)))
         assert torch.allclose(x, M + S * batch.normal("initial"), atol=1e-12)
-        assert seen[0][0] == 1.0 and seen[-1][1] == 0.0 and all(a[1] == b[0] for a, b in zip(seen, seen[1:]))  # noqa: B905, RUF007
-        lengths.add(len(seen))
+        jumps = [(float(call.t[0]), float(call.inputs.s[0])) for call in student.calls]  # type: ignore[index]
+        assert jumps[0][0] == 1.0 and jumps[-1][1] == 0.0 and all(a[1] == b[0] for a, b in itertools.pairwise(jumps))
+        assert all(call.grad for call in student.calls)
+        lengths.add(len(jumps))
     assert lengths == {1, 2, 3}
 
 
 def test_each_turn_moves_its_own_networks() -> None:
     objective = FlowMap(on_policy=OnPolicy(steps=(2, 4)), pairs=PAIRS)
     assert objective.trained_roles == ("student", "fake_score")
-    torch.manual_seed(0)
-    backbone = GAUSSIAN.build(torch.device("cpu"), torch.float64, 0)
-    student = objective.make_student(backbone, FOUR)
-    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, FOUR)
-    networks = Networks({role: m.double() for role, m in modules.items()}, FOUR)
+    networks = tiny_networks(objective, FOUR_JUMPS, backbone=tiny_backbone(GAUSSIAN))
     with torch.no_grad():
         for p in networks.student.parameters():
             p.add_(0.01 * torch.randn_like(p))
@@ -219,12 +186,11 @@ def test_each_turn_moves_its_own_networks() -> None:
             m.zero_grad()
         one_loss(objective, networks, gaussian_batch(), turn).backward()
         for role in ("student", "fake_score"):
-            got = [n for n, p in networks[role].named_parameters() if p.grad is not None and bool(p.grad.any())]
-            missing = {n for n, _ in networks[role].named_parameters()} - set(got)
+            found = reached(networks[role])
             if role in turn.roles:
-                assert missing <= {"network.label.weight"}, missing
+                assert {name for name in found if not found[name]} <= {"network.label.weight"}
             else:
-                assert not got
+                assert not any(found.values())
     assert [(turn.name, turn.updates) for turn in objective.turns(3, {})] == [("fake_score", 5), ("student", 1)]
 
 
@@ -245,8 +211,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     raw = load_recipe(ROOT / "recipes/digits_flow_map_4step.yaml")
     assert raw.objective.name == "flow_map"
     with pytest.raises(RecipeError, match="differentiates a derivative"):
-        load_recipe(ROOT / "recipes/digits_flow_map_4step.yaml",
-                    ["objective.form=lagrangian", "train.gradient_checkpointing=true"])  # fmt: skip
+        load_recipe(
+            ROOT / "recipes/digits_flow_map_4step.yaml",
+            ["objective.form=lagrangian", "train.gradient_checkpointing=true"],
+        )
 
 
 @pytest.mark.slow
@@ -254,25 +222,32 @@ def test_a_short_run_learns_a_map_of_any_number_of_steps(tmp_path: Path) -> None
     """A two-component mixture, 600 updates: more steps are better, and four are near the floor."""
     raw: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"),
-        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
-                     "width": 64, "fit_steps": 300},
+        "backbone": {
+            "name": "gaussian_mixture",
+            "means": [[1.0, 0.0], [-1.0, 0.0]],
+            "stds": [0.3, 0.3],
+            "width": 64,
+            "fit_steps": 300,
+        },
         "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25], "transition": "ode", "two_time": True},
         "data": {"name": "mixture"},
         "objective": {"name": "flow_map", "pairs": {"diagonal": 0.25}},
         "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}},
         "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 0, "log_every": 100},
         "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
-    }  # fmt: skip
+    }
     recipe = build_recipe(raw)
     run = train(recipe)
-    found = [evaluate(load_sampler(run, num_steps=n), recipe.eval, progress=False)["metrics"]["energy_distance"]
-             for n in (1, 2, 4)]  # fmt: skip
+    found = [
+        evaluate(load_sampler(run, num_steps=n), recipe.eval, progress=False)["metrics"]["energy_distance"]
+        for n in (1, 2, 4)
+    ]
     print(found)
     assert found[2] < 0.01 and found[2] < found[0]
 
 
 def test_a_policy_for_one_step_can_be_asked_for_more() -> None:
-    assert ONE.with_steps(3).timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
+    assert ONE_JUMP.with_steps(3).timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
     assert RolloutPolicy((1.0,), "ode", two_time=True).any_step
 
 
@@ -286,7 +261,7 @@ def test_a_divided_network_is_called_as_often_whatever_the_batch_holds(share: fl
 
         def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
             self.calls += 1
-            return super().forward(x_t, t, cond, extras=extras, predict=predict)
+            return super().call_network(x_t, t, cond, inputs)
 
         @property
         def is_sharded(self) -> bool:
@@ -295,14 +270,12 @@ def test_a_divided_network_is_called_as_often_whatever_the_batch_holds(share: fl
     found = []
     for divided in (True, False):
         for objective in (FlowMap(pairs=TimePairs(diagonal=share)), MeanFlow(pairs=TimePairs(diagonal=share))):
-            networks = exact_networks()
-            networks.modules["student"] = student = Divided(0.1)
+            student = Divided(0.1)
             student.divided = divided
-            loss = student_loss(objective, networks, gaussian_batch(8))
+            loss = one_loss(objective, exact_networks(student), gaussian_batch(8))
             found.append((float(loss), float(torch.autograd.grad(loss, student.off)[0]), student.calls))
     for own, plain in zip(found[:2], found[2:], strict=True):
         assert own[:2] == pytest.approx(plain[:2]) and own[2] >= plain[2]
-    mixed = exact_networks()
-    mixed.modules["student"] = student = Divided(0.1)
-    student_loss(FlowMap(pairs=PAIRS), mixed, gaussian_batch(8))
+    student = Divided(0.1)
+    one_loss(FlowMap(pairs=PAIRS), exact_networks(student), gaussian_batch(8))
     assert student.calls == found[0][2]

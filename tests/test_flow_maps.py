@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import M, S, average, spread
+from oracles import M, S, average_velocity, spread
 from torch import Tensor
 
 from fastgen.backbones.gaussian_mixture import Mixture
@@ -45,7 +45,7 @@ def draws(n: int = 64, dim: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 def perturbed(size: float):  # type: ignore[no-untyped-def]
     """The exact map off by size times a smooth function of everything, the diagonal included."""
-    return lambda x, t, s: average(x, t, s) + size * torch.sin(2 * x + expand(3 * t - 2 * s, x))
+    return lambda x, t, s: average_velocity(x, t, s) + size * torch.sin(2 * x + expand(3 * t - 2 * s, x))
 
 
 # --- golden numbers (m = 0.7, s = 0.5, x = 1)
@@ -53,25 +53,38 @@ def perturbed(size: float):  # type: ignore[no-untyped-def]
 
 def test_golden_numbers_of_the_gaussian() -> None:
     x, t, s, m = number(1.0, 0.6, 0.3, 0.4)
-    _, du = eulerian_derivative(average, x, t, s, velocity(x, t))
-    partial = [flow_maps.tangent(average, (x, t, s), d)[1] for d in (number(0, 1, 0), number(0, 0, 1))]
+    _, du = eulerian_derivative(average_velocity, x, t, s, velocity(x, t))
+    partial = [flow_maps.tangent(average_velocity, (x, t, s), d)[1] for d in (number(0, 1, 0), number(0, 0, 1))]
     found = {
         "v": velocity(x, t),
-        "X": jump(average, x, t, s),
-        "u": average(x, t, s),
-        "f": jump(average, x, t, 0 * s),
+        "X": jump(average_velocity, x, t, s),
+        "u": average_velocity(x, t, s),
+        "f": jump(average_velocity, x, t, 0 * s),
         "D": x - t * velocity(x, t),
         "Du": du,
         "d_t u": partial[0],
         "d_s u": partial[1],
-        "v(X)": velocity(jump(average, x, t, s), s),
-        "X to m": jump(average, x, t, m),
-        "u to m": average(x, t, m),
-        "u from m": average(jump(average, x, t, m), m, s),
-        "discrete": discrete_target(average, x, t, m, s, velocity(x, t)),
+        "v(X)": velocity(jump(average_velocity, x, t, s), s),
+        "X to m": jump(average_velocity, x, t, m),
+        "u to m": average_velocity(x, t, m),
+        "u from m": average_velocity(jump(average_velocity, x, t, m), m, s),
+        "discrete": discrete_target(average_velocity, x, t, m, s, velocity(x, t)),
     }
-    wanted = [0.2, 1.014786, -0.049286, 1.269210, 0.88, 0.830952, 0.650198, 1.140057, -0.391303, 0.989210, 0.053950,
-              -0.255757, 0.040482]  # fmt: skip
+    wanted = [
+        0.2,
+        1.014786,
+        -0.049286,
+        1.269210,
+        0.88,
+        0.830952,
+        0.650198,
+        1.140057,
+        -0.391303,
+        0.989210,
+        0.053950,
+        -0.255757,
+        0.040482,
+    ]
     for (name, value), number_wanted in zip(found.items(), wanted, strict=True):
         print(name, value.item())
         assert value.item() == pytest.approx(number_wanted, abs=1e-6), name
@@ -86,7 +99,7 @@ def test_golden_numbers_of_trigflow() -> None:
     exact = -torch.sin(a) * M + torch.sin(a) * torch.cos(a) * (1 - S**2) / variance * (x - torch.cos(a) * M)
     assert rate.item() == pytest.approx(-0.200187, abs=1e-6) and torch.allclose(rate, exact, atol=1e-14)
     assert [t.item(), x_flow.item(), v.item()] == pytest.approx([0.507301, 0.707182, -0.262428], abs=1e-6)
-    consistency = jump(average, x_flow, t, 0 * t)
+    consistency = jump(average_velocity, x_flow, t, 0 * t)
     assert consistency.item() == pytest.approx(1.021209, abs=1e-6)
     # sCM's F for its consistency function f = cos a x - sin a F
     assert ((torch.cos(a) * x - consistency) / torch.sin(a)).item() == pytest.approx(-0.452358, abs=1e-6)
@@ -94,7 +107,7 @@ def test_golden_numbers_of_trigflow() -> None:
 
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5, 2.0])
 def test_trigflow_is_the_flow_path_on_another_clock(sigma_data: float) -> None:
-    """The conversion between the two states keeps x0 and noise, and the converted conditional velocity is d x_a / da."""
+    """The conversion between the two states keeps x0 and noise; the converted conditional velocity is d x_a / da."""
     generator = torch.Generator().manual_seed(1)
     x0, noise = (torch.randn(20, 3, generator=generator, dtype=F64) for _ in range(2))
     a = torch.linspace(0.0, math.pi / 2, 20, dtype=F64)
@@ -128,7 +141,7 @@ def losses(u, v) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("v", [velocity, None], ids=["teacher", "self"])
 def test_the_exact_map_has_no_loss_and_a_perturbed_one_grows_as_its_square(v) -> None:  # type: ignore[no-untyped-def]
-    exact = losses(average, v)
+    exact = losses(average_velocity, v)
     small, large = losses(perturbed(1e-3), v), losses(perturbed(1e-2), v)
     for name in exact:
         ratio = float(large[name] / small[name])
@@ -187,15 +200,15 @@ def test_the_eulerian_target_is_the_limit_of_the_discrete_one() -> None:
     x, t, s = draws()
     t, s = t.clamp_min(0.4), torch.minimum(s, t - 0.2).clamp_min(0.05)
     v = velocity(x, t)
-    limit = eulerian_target(average, x, t, s, v)
+    limit = eulerian_target(average_velocity, x, t, s, v)
     off = []
     for alpha in (0.1, 0.01, 0.001):
-        target = discrete_target(average, x, t, alpha * s + (1 - alpha) * t, s, v)
+        target = discrete_target(average_velocity, x, t, alpha * s + (1 - alpha) * t, s, v)
         off.append(float(((target - limit) / alpha).abs().mean()))
     print(off)
     assert off[0] > 5 * off[1] > 25 * off[2] > 0
-    secant = discrete_target(average, x, t, (s + t) / 2, s, average(x, t, (s + t) / 2))
-    assert torch.allclose(secant, average(x, t, s), atol=1e-12)
+    secant = discrete_target(average_velocity, x, t, (s + t) / 2, s, average_velocity(x, t, (s + t) / 2))
+    assert torch.allclose(secant, average_velocity(x, t, s), atol=1e-12)
 
 
 def test_the_conditional_velocity_has_no_mean_gradient_at_the_exact_map() -> None:
@@ -207,7 +220,7 @@ def test_the_conditional_velocity_has_no_mean_gradient_at_the_exact_map() -> Non
     noise = torch.randn(n, 1, generator=generator, dtype=F64)
     t, s = torch.full((n,), 0.6, dtype=F64), torch.full((n,), 0.3, dtype=F64)
     x = FlowSchedule().add_noise(x0, noise, t)
-    residual = average(x, t, s) - eulerian_target(average, x, t, s, noise - x0)
+    residual = average_velocity(x, t, s) - eulerian_target(average_velocity, x, t, s, noise - x0)
     assert residual.square().mean() > 0.1
     for probe in (torch.ones_like(x), x, x.sin(), (x > 0.5).to(F64)):
         product = residual * probe
@@ -225,7 +238,7 @@ def test_gradient_reaches_the_live_branch_alone() -> None:
     weight = torch.tensor(0.3, dtype=F64, requires_grad=True)
 
     def u(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return average(x, t, s) + weight * torch.sin(x + expand(t - s, x))
+        return average_velocity(x, t, s) + weight * torch.sin(x + expand(t - s, x))
 
     def gradient(loss: Tensor) -> float:
         return float(torch.autograd.grad(loss, weight)[0])
@@ -261,7 +274,7 @@ def test_the_lagrangian_gradients_are_those_of_ayf() -> None:
     weight = torch.tensor(0.3, dtype=F64, requires_grad=True)
 
     def u(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return average(x, t, s) + weight * torch.sin(x + expand(2 * t - s, x))
+        return average_velocity(x, t, s) + weight * torch.sin(x + expand(2 * t - s, x))
 
     v = velocity(x, t)
     error = (u(x, t, s) - eulerian_target(u, x, t, s, v)).flatten(1).square().sum(1)
@@ -288,4 +301,4 @@ def test_one_euler_step_of_the_exact_velocity_gives_the_mean() -> None:
     """Why naive one-step sampling fails; and an exact map does not."""
     x, t = torch.randn(100, 2, dtype=F64), torch.ones(100, dtype=F64)
     assert torch.allclose(x - velocity(x, t), torch.full_like(x, M), atol=1e-12)
-    assert torch.allclose(jump(average, x, t, 0 * t), M + S * x, atol=1e-12)
+    assert torch.allclose(jump(average_velocity, x, t, 0 * t), M + S * x, atol=1e-12)

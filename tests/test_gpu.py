@@ -17,9 +17,16 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = ("sd15", "sdxl", "wan")  # they name networks that are not here
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if not any(n in p.stem for n in LEFT_OUT))
 FEW = [
-    "train.steps=3", "train.batch_size=48", "train.log_every=1", "train.sample_every=0", "train.eval_every=2",
-    "train.checkpoint_every=2", "eval.num_samples=16", "eval.quick_num_samples=16", "eval.batch_size=16",
-]  # fmt: skip
+    "train.steps=3",
+    "train.batch_size=48",
+    "train.log_every=1",
+    "train.sample_every=0",
+    "train.eval_every=2",
+    "train.checkpoint_every=2",
+    "eval.num_samples=16",
+    "eval.quick_num_samples=16",
+    "eval.batch_size=16",
+]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 

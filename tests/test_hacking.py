@@ -26,10 +26,19 @@ torch.set_num_threads(1)
 
 TILT = Path(__file__).parents[1] / "recipes/gaussian_rtdmd_tilt.yaml"
 SHORT = [
-    "train.sample_every=0", "train.eval_every=0", "eval.num_samples=64", "eval.quick_num_samples=64", "train.steps=40",
-    "train.checkpoint_every=20", "train.batch_size=64", "health.every=10", "health.num_samples=64", "init_from=null",
-    "rewards.held_out=[{name: quadratic, center: [0.7], curvature: [1.0]}]", "health.grace=1000",
-]  # fmt: skip
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "eval.num_samples=64",
+    "eval.quick_num_samples=64",
+    "train.steps=40",
+    "train.checkpoint_every=20",
+    "train.batch_size=64",
+    "health.every=10",
+    "health.num_samples=64",
+    "init_from=null",
+    "rewards.held_out=[{name: quadratic, center: [0.7], curvature: [1.0]}]",
+    "health.grace=1000",
+]
 
 
 def test_the_distance_to_the_anchor_is_the_energy_distance() -> None:
@@ -99,7 +108,7 @@ def test_groups_are_whole_in_every_process_and_micro_batch() -> None:
                 counts = batch.group.unique(return_counts=True)[1]
                 prompts = [set(batch.prompts[i : i + 8]) for i in range(0, size, 8)]
                 assert counts.tolist() == [8, 8] and all(len(p) == 1 for p in prompts)
-    with pytest.raises(ValueError, match="divide a prompt group of 8"):
+    with pytest.raises(ValueError, match="split a prompt group of 8"):
         make_batch(stream, backbone, torch.arange(4, 20), 0, frozenset(), 8)
 
 
@@ -139,7 +148,7 @@ def test_recipes_with_held_out_rewards(project: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=words):
             load_recipe(recipe, [*plain, override])
-    with pytest.raises(RecipeError, match="the watch alone looks at it"):
+    with pytest.raises(RecipeError, match="only the watch uses it"):
         load_recipe(recipe, [*plain, "rewards.held_out=[{name: digit_class}]", "health.every=0"])
 
 
@@ -159,10 +168,19 @@ def test_the_watch_is_quiet_with_the_anchor_and_stops_without(tmp_path: Path) ->
     print(seen)
     assert [row["step"] for row in seen] == [10, 20, 30, 40] and not (healthy / "warnings.log").exists()
     assert {"health/linear", "health/held_out_quadratic"} <= set(seen[0])
-    off = ["objective.dm_weight=1e-6", "objective.reward_weight=3", "objective.policy_weight=3",
-           "optimizers.student.lr=3e-3", "health.stop=true", "health.anchor_distance=1e9", "health.mean_shift=100",
-           "health.std_ratio=[0.01, 100]", "health.saturation=10", "health.lead=1e9",
-           "health.fake_lag=1e9"]  # fmt: skip
+    off = [
+        "objective.dm_weight=1e-6",
+        "objective.reward_weight=3",
+        "objective.policy_weight=3",
+        "optimizers.student.lr=3e-3",
+        "health.stop=true",
+        "health.anchor_distance=1e9",
+        "health.mean_shift=100",
+        "health.std_ratio=[0.01, 100]",
+        "health.saturation=10",
+        "health.lead=1e9",
+        "health.fake_lag=1e9",
+    ]
     with pytest.raises(TrainingError, match=r"health\.stop: the student games its rewards"):
         train(load_recipe(TILT, [*SHORT, f"output_dir={tmp_path / 'off'}", *off]))
     said = (tmp_path / "off" / "warnings.log").read_text()

@@ -22,10 +22,18 @@ from fastgen.train import train
 ROOT = Path(__file__).parents[1]
 RING = ROOT / "recipes/mixture_dmd2_4step.yaml"
 SHORT = [
-    "train.sample_every=0", "train.eval_every=0", "backbone.fit_steps=300", "eval.num_samples=64", "train.steps=200",
-    "eval.quick_num_samples=64", "train.batch_size=64", "health.num_samples=64", "train.checkpoint_every=50",
-    "objective.fake_updates=3", "eval.teacher_steps=[4]",
-]  # fmt: skip
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "backbone.fit_steps=300",
+    "eval.num_samples=64",
+    "train.steps=200",
+    "eval.quick_num_samples=64",
+    "train.batch_size=64",
+    "health.num_samples=64",
+    "train.checkpoint_every=50",
+    "objective.fake_updates=3",
+    "eval.teacher_steps=[4]",
+]
 TEACHER = {"mean": 0.0, "std": 1.0, "diversity": 1.4, "saturation": 0.003}
 
 
@@ -104,10 +112,10 @@ def test_a_student_frozen_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All its samples are nearly the origin, and its learning rate does nothing about it."""
     build = program.build
 
-    def with_zero_student(*arguments: Any) -> program.Parts:
-        parts = build(*arguments)
-        parts.networks.student.register_forward_hook(lambda _module, _inputs, x0: 1e-3 * x0)
-        return parts
+    def with_zero_student(*arguments: Any) -> program.TrainingRun:
+        run = build(*arguments)
+        run.networks.student.register_forward_hook(lambda _module, _inputs, x0: 1e-3 * x0)
+        return run
 
     monkeypatch.setattr(program, "build", with_zero_student)
     fixed = ["optimizers.student.lr=1e-9", "optimizers.student.weight_decay=0", "train.steps=150"]
@@ -135,10 +143,20 @@ def test_a_learning_rate_a_hundred_times_too_high(tmp_path: Path) -> None:
 def test_stopping_at_a_warning_and_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint from before the first warning survives rotation."""
     look = Watch.look
-    monkeypatch.setattr(Watch, "look", lambda self, step, samples, *rest: look(
-        self, step, samples + (1000.0 if step >= 80 else 0.0), *rest))  # fmt: skip
-    options = [*SHORT, "health.every=20", "health.grace=0", "train.checkpoint_every=20", "train.keep_checkpoints=1",
-               "train.steps=160", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    monkeypatch.setattr(
+        Watch,
+        "look",
+        lambda self, step, samples, *rest: look(self, step, samples + (1000.0 if step >= 80 else 0.0), *rest),
+    )
+    options = [
+        *SHORT,
+        "health.every=20",
+        "health.grace=0",
+        "train.checkpoint_every=20",
+        "train.keep_checkpoints=1",
+        "train.steps=160",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     folder = train(load_recipe(RING, options))
     assert "drifted" in warnings_of(folder)
     assert [c.name for c in checkpoint.complete(folder / "checkpoints")] == ["step_00000060", "step_00000160"]

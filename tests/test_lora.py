@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, RoleOptions
 from fastgen.config import load_recipe
+from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig, LoraDenoiser
 from fastgen.networks import frozen
 from fastgen.recipe import Recipe
@@ -27,10 +28,19 @@ SHAPE = (2, 8, 8)
 PROMPTS, SEEDS = ["a handwritten three", "the digit eight"], [3, 1]
 BOTH = "lora={student: {rank: 4}, fake_score: {rank: 2, alpha: 4}}"
 SMALL = [
-    "train.steps=2", "train.batch_size=2", "train.accumulate=1", "train.sample_every=0", "train.eval_every=0",
-    "train.num_samples=4", "train.checkpoint_every=1", "objective.fake_updates=2", "health.num_samples=4",
-    "eval.quick_num_samples=20", "eval.teacher_steps=[2]", "eval.metrics=[throughput]",
-]  # fmt: skip
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.accumulate=1",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "train.num_samples=4",
+    "train.checkpoint_every=1",
+    "objective.fake_updates=2",
+    "health.num_samples=4",
+    "eval.quick_num_samples=20",
+    "eval.teacher_steps=[2]",
+    "eval.metrics=[throughput]",
+]
 
 
 def digits(folder: Path, *overrides: str) -> Recipe:
@@ -40,9 +50,7 @@ def digits(folder: Path, *overrides: str) -> Recipe:
 @pytest.fixture
 def backbone(tmp_path: Path) -> Backbone:
     recipe = digits(tmp_path)
-    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
-    backbone.adapters = recipe.lora
-    return backbone
+    return recipe.backbone.build(torch.device("cpu"), torch.float32, 0, RoleOptions(recipe.lora))
 
 
 def trained_adapter(backbone: Backbone, role: str) -> LoraDenoiser:
@@ -104,11 +112,11 @@ def test_a_role_with_a_further_input_leaves_the_others_alone(backbone: Backbone)
     fake, teacher = backbone.load("fake_score"), backbone.load("teacher")
     before = teacher(x_t, t, cond)
     fake.add_inputs({"stop": 4}, backbone.time_dim)
-    stop = {"stop": torch.tensor([0, 3])}
-    assert torch.equal(fake(x_t, t, cond, extras=stop), before)
+    told = Inputs(stop=torch.tensor([0, 3]))
+    assert torch.equal(fake(x_t, t, cond, told), before)
     table = dict(fake.named_parameters())["inputs.stop.weight"]
     torch.nn.init.ones_(table)
-    assert not torch.allclose(fake(x_t, t, cond, extras=stop), before)
+    assert not torch.allclose(fake(x_t, t, cond, told), before)
     assert torch.equal(teacher(x_t, t, cond), before)
     with pytest.raises(ValueError, match="extra inputs"):
         fake(x_t, t, cond)
@@ -139,9 +147,12 @@ def plain_pixels(pipeline: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyP
         )
         patch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
         images = pipeline(
-            PROMPTS, num_inference_steps=4, guidance_scale=1.0, output_type="np",
+            PROMPTS,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            output_type="np",
             latents=noise.normal(torch.tensor(SEEDS), SHAPE, noise.make_key("sample", "initial")),
-        ).images  # fmt: skip
+        ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

@@ -5,9 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FOUR, GAUSSIAN, GaussianMap, exact_networks, gaussian_batch, one_loss, square_growth
-from torch import nn
+from oracles import (
+    FOUR_JUMPS,
+    GAUSSIAN,
+    GaussianMap,
+    Recorder,
+    exact_networks,
+    gaussian_batch,
+    one_loss,
+    reached,
+    square_growth,
+    tiny_backbone,
+    tiny_networks,
+)
+from torch import Tensor
 
+from fastgen.batch import Conditioning
+from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.flow import flow_maps
 from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
@@ -31,7 +45,7 @@ def test_from_data_the_mean_gradient_vanishes_at_the_exact_map(form: Any) -> Non
     networks, gradients = exact_networks(), []
     del networks.modules["teacher"]
     for key in range(60):
-        loss = one_loss(objective, objective.turns(0, {})[0], networks, gaussian_batch(key=key))
+        loss = one_loss(objective, networks, gaussian_batch(key=key))
         gradients.append(float(torch.autograd.grad(loss, networks.student.off)[0]))  # type: ignore[arg-type]
     assert loss > 0.1
     found = torch.tensor(gradients)
@@ -49,7 +63,8 @@ def test_the_improved_forms_derivative_goes_along_the_students_own_velocity() ->
     for form, same in (("original", False), ("improved", True)):
         objective, parts = MeanFlow(teach="data", form=form), []  # type: ignore[arg-type]
         for name in ("noise", "other noise"):
-            v, along = objective.velocities(networks, batch, batch.cond, {}, x, t, batch.normal(name) - batch.latents)  # type: ignore[operator]
+            conditional = batch.normal(name) - batch.latents  # type: ignore[operator]
+            v, along = objective.velocities(networks, batch, batch.cond, NO_INPUTS, x, t, conditional)
             parts.append(objective.target(u, turn(0.0), x, t, s, v, along) - v)
         assert torch.allclose(*parts) == same
 
@@ -57,7 +72,7 @@ def test_the_improved_forms_derivative_goes_along_the_students_own_velocity() ->
 def test_the_diagonal_alone_is_flow_matching() -> None:
     objective = MeanFlow(teach="data", pairs=TimePairs(diagonal=1.0), power=0.0)
     networks, batch = exact_networks(0.1), gaussian_batch()
-    found = one_loss(objective, objective.turns(0, {})[0], networks, batch)
+    found = one_loss(objective, networks, batch)
     t, _ = objective.pairs(batch)
     x = networks.student.schedule.add_noise(batch.latents, batch.normal("noise"), t)  # type: ignore[arg-type]
     v = networks.student(x, t, batch.cond, Inputs(s=t), predict="flow_prediction")
@@ -115,8 +130,8 @@ def test_the_diagonal_keeps_its_weight_and_targets_are_clipped() -> None:
     on = MeanFlow(pairs=TimePairs(diagonal=1.0), power=0.0)
     assert torch.equal(one_loss(on, networks, batch, turn(0.25)), one_loss(on, networks, batch, turn(0.0)))
     off = MeanFlow(pairs=TimePairs(diagonal=0.0), clip=0.05)
-    assert one_loss(off, networks, batch, turn(0.25)) != one_loss(dataclasses.replace(off, clip=None), turn(0.25),
-                                                                 networks, batch)  # fmt: skip
+    unclipped = dataclasses.replace(off, clip=None)
+    assert one_loss(off, networks, batch, turn(0.25)) != one_loss(unclipped, networks, batch, turn(0.25))
 
 
 def test_the_derivative_is_trusted_by_degrees() -> None:
@@ -134,7 +149,7 @@ def test_a_finite_difference_is_as_long_as_it_is_told() -> None:
     networks, batch = exact_networks(), gaussian_batch()
     plain = MeanFlow(pairs=TimePairs(diagonal=0.0), power=0.0, derivative="difference")
     losses = [
-        float(one_loss(dataclasses.replace(plain, difference_step=step), turn(0.0), networks, batch))
+        float(one_loss(dataclasses.replace(plain, difference_step=step), networks, batch, turn(0.0)))
         for step in (0.005, 0.02, 0.1)
     ]
     assert losses[0] < 1e-6 and losses[0] < losses[1] / 30 < losses[2] / 900
@@ -143,26 +158,26 @@ def test_a_finite_difference_is_as_long_as_it_is_told() -> None:
 # --- guidance
 
 
+class Labelled(GaussianMap):
+    """The exact map's velocity plus the label, which tells conditions apart."""
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        return super().call_network(x_t, t, cond, inputs) + cond["label"][:, None]
+
+
 def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
     """v = omega (noise - x0) + kappa u_cond + (1 - omega - kappa) u_uncond inside the interval, plain outside and for
     dropped prompts; here u_cond and u_uncond are told apart by the label."""
-
-    class Labelled(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            return super().forward(x_t, t, cond, extras=extras, predict=predict) + cond["label"][:, None]
-
     objective = MeanFlow(teach="data", omega=0.2, kappa=0.5, guidance_interval=(0.0, 0.5), drop=0.3)
-    batch = gaussian_batch()
-    batch = dataclasses.replace(batch, uncond=type(batch.cond)({"label": torch.ones_like(batch.ids)}))
-    networks = Networks({"student": Labelled()}, FOUR)
+    batch, networks = gaussian_batch(uncond=1), Networks({"student": Labelled()}, FOUR_JUMPS)
     t, _ = objective.pairs(batch)
     noise = batch.normal("noise")
     x = networks.student.schedule.add_noise(batch.latents, noise, t)  # type: ignore[arg-type]
     conditional = noise - batch.latents
-    cond = objective.dropped(batch)
+    cond = objective.drop_prompts(batch)
     gone = cond["label"] == 1
     assert 8 < int(gone.sum()) < 32
-    v, along = objective.velocities(networks, batch, cond, {}, x, t, conditional)
+    v, along = objective.velocities(networks, batch, cond, NO_INPUTS, x, t, conditional)
     own = networks.student(x, t, batch.cond, Inputs(s=t), predict="flow_prediction")
     mixed = 0.2 * conditional + 0.5 * own + 0.3 * (own + 1)
     inside = (t <= 0.5) & ~gone
@@ -173,39 +188,31 @@ def test_self_guidance_mixes_three_velocities_where_it_acts() -> None:
 def test_improved_guidance_learns_every_scale_it_is_told() -> None:
     """v = noise - x0 + (1 - 1/w) (u_c - u_0): with the guidance input drawn on [1, 8], density ~ 1 / w."""
     objective = MeanFlow(teach="data", form="improved")
-    policy = RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=3.0)
+    policy = RolloutPolicy(FOUR_JUMPS.timesteps, "ode", two_time=True, embedded_guidance=3.0)
     objective.check(policy)
-    batch = gaussian_batch(2000)
-    w = objective.told_scale(policy, batch)["guidance"]
+    batch = gaussian_batch(2000, uncond=1)
+    w = objective.guidance_input(policy, batch).guidance
+    assert w is not None
     assert float(w.min()) >= 1 and float(w.max()) <= 8
     assert float((w < 8**0.5).double().mean()) == pytest.approx(0.5, abs=0.03)
 
-    class Told(GaussianMap):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            assert extras["guidance"].shape == t.shape
-            s = {"s": extras["s"]}
-            return super().forward(x_t, t, cond, extras=s, predict=predict) + cond["label"][:, None]
-
-    batch = dataclasses.replace(batch, uncond=type(batch.cond)({"label": torch.ones_like(batch.ids)}))
-    networks = Networks({"student": Told()}, policy)
+    student = Recorder(Labelled())
+    networks = Networks({"student": student}, policy)
     t = torch.full((2000,), 0.5, dtype=torch.float64)
     x, conditional = batch.normal("x"), batch.normal("v")
-    v, along = objective.velocities(networks, batch, batch.cond, {"guidance": w}, x, t, conditional)
+    v, along = objective.velocities(networks, batch, batch.cond, Inputs(guidance=w), x, t, conditional)
+    assert all(call.inputs.guidance.shape == call.t.shape for call in student.calls)  # type: ignore[union-attr]
     assert torch.allclose(v - conditional, (1 - 1 / w)[:, None] * -1.0)
-    assert torch.equal(along, networks.student(x, t, batch.cond, Inputs(s=t, guidance=w),
-                                               predict="flow_prediction"))  # fmt: skip
+    own = student(x, t, batch.cond, Inputs(s=t, guidance=w), predict="flow_prediction")
+    assert torch.equal(along, own)
 
 
 def test_the_student_alone_moves() -> None:
     objective = MeanFlow(pairs=PAIRS)
-    torch.manual_seed(0)
-    backbone = GAUSSIAN.build(torch.device("cpu"), torch.float64, 0)
-    modules: dict[str, nn.Module] = {"student": objective.make_student(backbone, FOUR),
-                                     "teacher": backbone.load("teacher")}  # fmt: skip
-    networks = Networks({role: m.double() for role, m in modules.items()}, FOUR)
+    networks = tiny_networks(objective, FOUR_JUMPS, backbone=tiny_backbone(GAUSSIAN))
     (only,) = objective.turns(0, {})
     one_loss(objective, networks, gaussian_batch(), only).backward()
-    still = {n for n, p in networks.student.named_parameters() if p.grad is None or not bool(p.grad.any())}
+    still = {name for name, found in reached(networks.student).items() if not found}
     assert only.roles == ("student",) and still <= {"network.label.weight"}
 
 

@@ -35,8 +35,11 @@ POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error
 def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("scorers")
     clip = str(tiny.tiny_clip_score(root / "clip"))
-    return {"clip_score": {"path": clip}, "pickscore": {"path": clip},
-            "aesthetic": {"path": str(tiny.tiny_aesthetic(root / "aesthetic")), "clip": clip}}  # fmt: skip
+    return {
+        "clip_score": {"path": clip},
+        "pickscore": {"path": clip},
+        "aesthetic": {"path": str(tiny.tiny_aesthetic(root / "aesthetic")), "clip": clip},
+    }
 
 
 class InterruptedSampler(CopyingSampler):
@@ -60,8 +63,13 @@ def test_an_interrupted_evaluation_continues_to_the_same_bits(
 ) -> None:
     """After the batch in which the signal came; every metric of pictures restores what it had gathered."""
     InterruptedSampler.calls, partial = 0, tmp_path / "results.partial.safetensors"
-    options: dict[str, Any] = {"metrics": (*PIXEL_METRICS, "clip_score"), "scorers": scorers, "num_samples": 100,
-                               "reference": "digits", "batch_size": 16}  # fmt: skip
+    options: dict[str, Any] = {
+        "metrics": (*PIXEL_METRICS, "clip_score"),
+        "scorers": scorers,
+        "num_samples": 100,
+        "reference": "digits",
+        "batch_size": 16,
+    }
     config = EvalConfig(**options)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_with_samples(InterruptedSampler(), config, False, partial)  # type: ignore[arg-type]
@@ -71,7 +79,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_bits(
     assert InterruptedSampler.calls == 3 + 3 + 4 and signal.getsignal(signal.SIGINT) == before
     whole, first = evaluation.evaluate_with_samples(CopyingSampler(), config, False)  # type: ignore[arg-type]
     assert without_speed(continued) == without_speed(whole) and torch.equal(kept, first) and len(kept) == 64
-    with pytest.raises(ValueError, match="is of another evaluation, which differs in seed; remove it"):
+    with pytest.raises(ValueError, match="belongs to another evaluation, which differs in seed; remove it"):
         other = EvalConfig(**options, seed=1)
         evaluation.evaluate_with_samples(CopyingSampler(), other, False, partial)  # type: ignore[arg-type]
     partial.write_bytes(b"half a file")
@@ -118,8 +126,16 @@ def test_scorers_are_metrics_and_the_file_is_the_same_to_the_bit(
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.html", "a.json", "b.html", "b.json"]
     result = json.loads((tmp_path / "a.json").read_text())
-    assert set(result["metrics"]) == {"fid", "fid_num_samples", "clip_score", "clip_score_std", "pickscore",
-                                      "pickscore_std", "aesthetic", "aesthetic_std"}  # fmt: skip
+    assert set(result["metrics"]) == {
+        "fid",
+        "fid_num_samples",
+        "clip_score",
+        "clip_score_std",
+        "pickscore",
+        "pickscore_std",
+        "aesthetic",
+        "aesthetic_std",
+    }
     scale = result["metrics"]["pickscore"] / result["metrics"]["clip_score"]
     assert scale == pytest.approx(14.2857, rel=1e-3)  # exp of the tiny checkpoint's logit_scale
     assert len(result["scorers"]["aesthetic"]["weights"]["model.safetensors"]) == 64
@@ -130,11 +146,11 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
     scorers: dict[str, dict[str, Any]], pictures: Path, tmp_path: Path
 ) -> None:
     for options, words in (
-        ({"metrics": "clip_score"}, r"scorers\.clip_score\.path: needed and not given"),
+        ({"metrics": "clip_score"}, r"scorers\.clip_score\.path: required but not given"),
         ({"metrics": "clip_score", "scorers": {"clip_scor": {}}}, "did you mean 'clip_score'"),
         ({"metrics": "fid", "scorers": {"hpsv2": {"pat": "a/b"}}}, r"scorers\.hpsv2\.pat"),
         ({"metrics": "clip_score", "scorers": {"clip_score": {"path": "nowhere/at/all"}}}, "neither a local folder"),
-        ({"metrics": "clip_score", "scorers": scorers}, "holds no captions"),
+        ({"metrics": "clip_score", "scorers": scorers}, "has no captions"),
         ({"metrics": "motion", "scorers": {"motion": {"path": "a/b"}}, "prompts": "neutral"}, "measures frames"),
         ({"metrics": "fid", "features": "inception", "inception_weights": "nowhere.pth"}, "there is no file"),
     ):
@@ -144,7 +160,9 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
         with pytest.raises(ValueError, match="write NAME=PATH"):
             scorer_keys([text])
     assert scorer_keys(["hpsv2=a/b", "hpsv2.version=v2", "motion.scale=0.1"]) == {
-        "hpsv2": {"path": "a/b", "version": "v2"}, "motion": {"scale": 0.1}}  # fmt: skip
+        "hpsv2": {"path": "a/b", "version": "v2"},
+        "motion": {"scale": 0.1},
+    }
     with pytest.raises(ValueError, match=r"torch-fidelity|there is no file"):
         check_inception("nowhere/at.pth")
 
@@ -180,12 +198,12 @@ def test_score_gives_each_picture_its_numbers(
     assert "picture 3" in (text := console.export_text()) and "mean" in text
     (tmp_path / "two.txt").write_text("a\nb\n")
     for wrong, words in (
-        ((names, keys, str(tmp_path / "two.txt")), "holds 2 prompts for 5 images"),
-        ((names, keys, None), "holds no captions"),
+        ((names, keys, str(tmp_path / "two.txt")), "has 2 prompts for 5 images"),
+        ((names, keys, None), "has no captions"),
         ((["clip_scor"], {}, None), "there is no scorer clip_scor"),
         ((["digit_stroke"], keys, None), "it is not among the metrics"),
         ((["clip_score"], {}, None), "clip_score.path"),
-        ((["motion"], {"motion": {"path": "a/b"}}, None), "reads frames, and a folder holds pictures"),
+        ((["motion"], {"motion": {"path": "a/b"}}, None), "reads frames, but a folder contains pictures"),
     ):
         with pytest.raises(ValueError, match=words):
             score_folder(folder, *wrong, progress=False)  # type: ignore[arg-type]

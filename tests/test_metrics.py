@@ -244,14 +244,14 @@ def test_mode_shares() -> None:
 
 def test_what_is_missing_is_said() -> None:
     bare = MetricContext(10, 0)
-    for name, words in (("fid", "eval.features"), ("energy_distance", "exact law"), ("throughput", "sampler")):
+    for name, words in (("fid", "eval.features"), ("energy_distance", "exact distr"), ("throughput", "sampler")):
         with pytest.raises(ValueError, match=words):
             METRICS[name](bare)
     with pytest.raises(ValueError, match=r"eval\.reference"):
         METRICS["precision_recall"](MetricContext(10, 0, features=FeatureNetwork("digits")))
     with pytest.raises(ValueError, match="inception_weights"):
         FeatureNetwork("inception")
-    with pytest.raises(ValueError, match="judges pictures"):
+    with pytest.raises(ValueError, match="needs pictures of shape"):
         FeatureNetwork("digits")(torch.zeros(1, 3, 64, 64))
 
 
@@ -285,6 +285,6 @@ def test_inception_from_a_file_in_the_published_layout(tmp_path: Path, monkeypat
     got = features(pixels)
     assert got.shape == (6, 2048) and got.std() > 0 and (got - own).abs().max() < 1e-6
     torch.save({"fc.weight": Attack(tmp_path / "attacked")}, weights)
-    with pytest.raises(ValueError, match="no file of tensors alone"):
+    with pytest.raises(ValueError, match="not a file of tensors only"):
         FeatureNetwork("inception", str(weights))(pixels)
     assert not (tmp_path / "attacked").exists()

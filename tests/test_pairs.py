@@ -109,8 +109,9 @@ def test_guidance_is_that_of_the_pairs_settings() -> None:
 
 def recipe_of(*overrides: str) -> Recipe:
     data = f"data={{name: prompts, prompts: [{', '.join(PROMPTS)}]}}"
-    return load_recipe(RECIPE, [data, "eval.reference=null", "eval.metrics=[throughput]", "eval.prompts=[a six]",
-                                *overrides])  # fmt: skip
+    return load_recipe(
+        RECIPE, [data, "eval.reference=null", "eval.metrics=[throughput]", "eval.prompts=[a six]", *overrides]
+    )
 
 
 def build() -> SD3:
@@ -185,11 +186,11 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (PairSettings(8, 3, 2.0), r"pairs.count \(7 there, 8 here\)"),
-        (PairSettings(7, 4, 2.0), r"pairs.steps \(3 there, 4 here\)"),
-        (PairSettings(7, 3, 1.0), r"pairs.guidance_scale \(2.0 there, 1.0 here\)"),
-        (PairSettings(7, 3, 2.0, seed=1), r"pairs.seed \(0 there, 1 here\)"),
-        (None, r"pairs.count \(7 there, none here\)"),
+        (PairSettings(8, 3, 2.0), r"pairs.count \(7 in the folder, 8 in the recipe\)"),
+        (PairSettings(7, 4, 2.0), r"pairs.steps \(3 in the folder, 4 in the recipe\)"),
+        (PairSettings(7, 3, 1.0), r"pairs.guidance_scale \(2.0 in the folder, 1.0 in the recipe\)"),
+        (PairSettings(7, 3, 2.0, seed=1), r"pairs.seed \(0 in the folder, 1 in the recipe\)"),
+        (None, r"pairs.count \(7 in the folder, none in the recipe\)"),
     ],
 )
 def test_a_folder_of_other_pairs_is_refused(settings: PairSettings | None, words: str, stored: Path) -> None:
@@ -265,10 +266,24 @@ def test_a_stochastic_scheduler_has_no_ode(tmp_path: Path) -> None:
 
 
 def test_the_command_line(stored: Path, tmp_path: Path) -> None:
-    arguments = ["prepare", str(RECIPE), f"data={{name: prompts, prompts: [{', '.join(PROMPTS)}]}}",
-                 "eval.reference=null", "eval.metrics=[throughput]", "eval.prompts=[a six]", "--shard-size", "3",
-                 "--pairs", "7", "--pair-steps", "3", "--guidance-scale", "2",
-                 "--output", str(tmp_path / "f")]  # fmt: skip
+    arguments = [
+        "prepare",
+        str(RECIPE),
+        f"data={{name: prompts, prompts: [{', '.join(PROMPTS)}]}}",
+        "eval.reference=null",
+        "eval.metrics=[throughput]",
+        "eval.prompts=[a six]",
+        "--shard-size",
+        "3",
+        "--pairs",
+        "7",
+        "--pair-steps",
+        "3",
+        "--guidance-scale",
+        "2",
+        "--output",
+        str(tmp_path / "f"),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "and 0 latents and 7 pairs in" in result.stdout.replace("\n", " ")
     assert contents(tmp_path / "f") == contents(stored)

@@ -46,7 +46,7 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, predict_x0, transition
 from fastgen.run import checkpoint
-from fastgen.run.build import Parts, build
+from fastgen.run.build import TrainingRun, build
 from fastgen.run.distributed import start
 from fastgen.run.export import export_run
 from fastgen.sampling.sampler import Sampler, load_sampler
@@ -174,8 +174,11 @@ def test_the_fake_loss_is_clamped_near_s() -> None:
 def test_one_phase_to_level_0_is_dmd2(transition: Any) -> None:
     """The same student and fake losses, and the same gradients, bit for bit."""
     shared: dict[str, Any] = {
-        "stops": "per_sample", "condition_on_stop": True, "guidance_scale": 1.5, "normaliser_floor": 1e-6,
-    }  # fmt: skip
+        "stops": "per_sample",
+        "condition_on_stop": True,
+        "guidance_scale": 1.5,
+        "normaliser_floor": 1e-6,
+    }
     policy = RolloutPolicy(FOUR.timesteps, transition)
     one, dmd2 = phased(Phase(0, 4, 1), **shared), DMD2(**shared)
     results = []
@@ -206,8 +209,16 @@ def test_turns_go_through_the_phases_and_reset_the_fake_score_at_each_start() ->
         assert fake.phase == student.phase and fake.progress == student.progress
         seen.append((fake.phase, fake.reset, fake.progress))
     reset = ("fake_score",)
-    assert seen == [(0, reset, (0, 2)), (0, (), (1, 2)), (1, reset, (0, 1)), (2, reset, (0, 3)), (2, (), (1, 3)),
-                    (2, (), (2, 3)), (2, (), (3, 3)), (2, (), (4, 3))]  # fmt: skip
+    assert seen == [
+        (0, reset, (0, 2)),
+        (0, (), (1, 2)),
+        (1, reset, (0, 1)),
+        (2, reset, (0, 3)),
+        (2, (), (1, 3)),
+        (2, (), (2, 3)),
+        (2, (), (3, 3)),
+        (2, (), (4, 3)),
+    ]
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -349,13 +360,26 @@ def test_the_average_is_right_for_an_expert_that_does_not_move() -> None:
 
 
 SHORT = [
-    "backbone.means=[[0,0],[3,1]]", "backbone.stds=[0.3,0.2]", "backbone.weights=[1,2]", "backbone.width=16",
-    "backbone.fit_steps=20", "backbone.fit_batch_size=32", "objective.fake_updates=2", "train.batch_size=8",
-    "objective.phases=[{first: 0, last: 2, updates: 3}, {first: 2, last: 4, updates: 4}]", "train.steps=7",
-    "train.log_every=1", "train.sample_every=0", "train.eval_every=0", "train.checkpoint_every=2",
-    "eval.num_samples=64", "eval.quick_num_samples=64", "train.keep_checkpoints=9",
-    "optimizers.student.warmup=2", "eval.teacher_steps=[2]",
-]  # fmt: skip
+    "backbone.means=[[0,0],[3,1]]",
+    "backbone.stds=[0.3,0.2]",
+    "backbone.weights=[1,2]",
+    "backbone.width=16",
+    "backbone.fit_steps=20",
+    "backbone.fit_batch_size=32",
+    "objective.fake_updates=2",
+    "train.batch_size=8",
+    "objective.phases=[{first: 0, last: 2, updates: 3}, {first: 2, last: 4, updates: 4}]",
+    "train.steps=7",
+    "train.log_every=1",
+    "train.sample_every=0",
+    "train.eval_every=0",
+    "train.checkpoint_every=2",
+    "eval.num_samples=64",
+    "eval.quick_num_samples=64",
+    "train.keep_checkpoints=9",
+    "optimizers.student.warmup=2",
+    "eval.teacher_steps=[2]",
+]
 
 
 def short(folder: Path, *overrides: str) -> Recipe:
@@ -366,8 +390,8 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
-def moments(parts: Parts, role: str) -> int:
-    return len(parts.optimizers[role].state)
+def moments(run: TrainingRun, role: str) -> int:
+    return len(run.optimizers[role].state)
 
 
 def test_a_run_resets_the_fake_score_and_its_optimizer_at_each_phase_and_only_there(tmp_path: Path) -> None:
@@ -375,24 +399,24 @@ def test_a_run_resets_the_fake_score_and_its_optimizer_at_each_phase_and_only_th
     with an empty optimizer, before every other it is not. Each phase moves its own expert and no other. Learning rates
     begin anew."""
     recipe = short(tmp_path)
-    parts = build(recipe, start(recipe))
-    fresh = recipe.objective.auxiliary(parts.backbone, recipe.rollout)["fake_score"]
+    run = build(recipe, start(recipe))
+    fresh = recipe.objective.auxiliary(run.backbone, recipe.rollout)["fake_score"]
     position, rates, resets = 0, [], []
     for step in range(7):
-        experts = [flat(e) for e in parts.networks.student.experts]  # type: ignore[union-attr]
-        for turn in recipe.objective.turns(step, parts.state):
-            reset_roles(parts, turn, step)
-            set_rates(parts, turn, step)
+        experts = [flat(e) for e in run.networks.student.experts]  # type: ignore[union-attr]
+        for turn in recipe.objective.turns(step, run.state):
+            reset_roles(run, turn, step)
+            set_rates(run, turn, step)
             if turn.name == "fake_score":
-                new = torch.equal(flat(parts.networks.fake_score), flat(fresh))
-                assert new == (moments(parts, "fake_score") == 0)
+                new = torch.equal(flat(run.networks.fake_score), flat(fresh))
+                assert new == (moments(run, "fake_score") == 0)
                 resets.append(new)
             for inner in range(turn.updates):
-                update(parts, turn, position, key=10 * step + inner)
+                update(run, turn, position, key=10 * step + inner)
                 position += 8
-        moved = [not torch.equal(flat(e), b) for e, b in zip(parts.networks.student.experts, experts, strict=True)]  # type: ignore[union-attr,arg-type]
+        moved = [not torch.equal(flat(e), b) for e, b in zip(run.networks.student.experts, experts, strict=True)]  # type: ignore[union-attr,arg-type]
         assert moved == ([True, False] if step < 3 else [False, True])
-        rates.append(parts.optimizers["student"].param_groups[0]["lr"] / recipe.optimizers["student"].lr)
+        rates.append(run.optimizers["student"].param_groups[0]["lr"] / recipe.optimizers["student"].lr)
     assert resets == [True, False, False, True, False, False, False]
     expected = [0.5, 2 / 3, 1 / 3, 0.5, 3 / 4, 2 / 4, 1 / 4]  # warm-up of 2, then linear decay over the phase
     assert max(abs(a - b) for a, b in zip(rates, expected, strict=True)) < 1e-12
@@ -446,10 +470,10 @@ def test_an_export_holds_its_experts_and_their_exact_boundary(tmp_path: Path) ->
     ("override", "words"),
     [
         ("objective.phases=[{first: 0, last: 2, updates: 900}, {first: 3, last: 4, updates: 900}]", r"\[3, 4\)"),
-        ("objective.phases=[{first: 1, last: 4, updates: 1800}]", r"from 0 on"),
+        ("objective.phases=[{first: 1, last: 4, updates: 1800}]", "the first must begin at 0"),
         ("objective.phases=[{first: 0, last: 0, updates: 9}, {first: 0, last: 4, updates: 1791}]", "phases"),
         ("objective.phases=[{first: 0, last: 3, updates: 1800}]", "must cover all 4"),
-        ("objective.phases=[{first: 0, last: 4, updates: 1801}]", "add up to 1801 and train.steps is 1800"),
+        ("objective.phases=[{first: 0, last: 4, updates: 1801}]", "add up to 1801, but train.steps is 1800"),
         ("objective.phases=[{first: 0, last: 4}]", "updates"),
         ("objective.phases=[]", "phases"),
         ("lora.student={rank: 4}", "experts that are adapters"),
@@ -472,21 +496,29 @@ def test_one_network_for_all_phases_may_be_an_adapter() -> None:
 
 def test_phases_have_to_be_the_pipelines_own_experts() -> None:
     objective = phased(Phase(0, 3, 1), Phase(3, 4, 1))
-    objective.check_own((0.5,), FOUR)  # 0.5 itself belongs to the upper expert
+    objective.check_pipeline_experts((0.5,), FOUR)  # 0.5 itself belongs to the upper expert
     for own in ((0.6,), (0.9, 0.3), ()):
         with pytest.raises(ValueError, match="pipeline's experts"):
-            objective.check_own(own, FOUR)
+            objective.check_pipeline_experts(own, FOUR)
 
 
 @pytest.mark.slow
 def test_two_divided_processes_train_as_one_through_a_reset(tmp_path: Path) -> None:
     """fully_shard: experts filled from one network's weights, a fake score filled anew as the second phase begins."""
     common = [
-        "train.dtype=float64", "train.steps=3", "train.checkpoint_every=3", "train.sample_every=0",
-        "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 2}]", "train.eval_every=0",
-        "objective.fake_updates=1", "health.num_samples=4", "eval.quick_num_samples=20", "eval.teacher_steps=[2]",
-        "eval.metrics=[throughput]", "train.num_samples=4",
-    ]  # fmt: skip
+        "train.dtype=float64",
+        "train.steps=3",
+        "train.checkpoint_every=3",
+        "train.sample_every=0",
+        "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 2}]",
+        "train.eval_every=0",
+        "objective.fake_updates=1",
+        "health.num_samples=4",
+        "eval.quick_num_samples=20",
+        "eval.teacher_steps=[2]",
+        "eval.metrics=[throughput]",
+        "train.num_samples=4",
+    ]
     path = ROOT / "recipes/digits_phased_dmd_4step.yaml"
     one = train(load_recipe(path, [*common, "train.batch_size=4", f"output_dir={tmp_path / 'one'}"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fastgen/train.py"]
@@ -526,8 +558,16 @@ def test_one_wan_network_becomes_two_experts_of_the_stock_pipeline(tmp_path: Pat
     ours = Sampler(backbone, again, policy).sample(["a cat runs"], [3])
     pipeline = WanPipeline.from_pretrained(tmp_path / "export")
     noise_of = noise.normal(torch.tensor([3]), backbone.latent_shape, noise.make_key("sample", "initial"))
-    frames = pipeline("a cat runs", height=32, width=32, num_frames=5, max_sequence_length=16, num_inference_steps=4,
-                      guidance_scale=1.0, latents=noise_of.transpose(1, 2)).frames  # fmt: skip
+    frames = pipeline(
+        "a cat runs",
+        height=32,
+        width=32,
+        num_frames=5,
+        max_sequence_length=16,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        latents=noise_of.transpose(1, 2),
+    ).frames
     error = (ours - torch.from_numpy(frames).permute(0, 1, 4, 2, 3)).abs().max().item()
     print(f"largest pixel difference {error:.2g}")
     assert error < 1e-4

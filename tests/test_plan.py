@@ -20,8 +20,8 @@ from rich.console import Console
 from tiny_pipelines import tiny_sd
 from tiny_wan import tiny_wan
 
-from fastgen.backbones.pipeline import CONFIGS
 from fastgen.backbones.folder import read_index
+from fastgen.backbones.pipeline import CONFIGS
 from fastgen.config import build_recipe, load_recipe
 from fastgen.planning.plan import plan
 from fastgen.planning.report import advise, report
@@ -42,17 +42,19 @@ def recipe_of(backbone: dict[str, Any], batch_size: int, **extra: Any) -> Recipe
     """Four-step DMD2 with guidance on any backbone."""
     prompts = {"name": "prompts", "prompts": ["a cat runs", "a red dog sleeps"]}
     train = {"steps": 1, "batch_size": batch_size, "device": "cpu", "num_samples": 1} | extra.pop("train", {})
-    return build_recipe({
-        "output_dir": "unused",
-        "backbone": backbone,
-        "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
-        "data": {"name": "digits"} if backbone["name"] == "sd3" else prompts,
-        "objective": {"name": "dmd2", "guidance_scale": 2.0, "fake_updates": 1},
-        "optimizers": {"student": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
-        "train": train,
-        "eval": {"metrics": ["throughput"], "num_samples": 2, "quick_num_samples": 2, "prompts": ["a cat runs"]},
-        **extra,
-    })  # fmt: skip
+    return build_recipe(
+        {
+            "output_dir": "unused",
+            "backbone": backbone,
+            "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
+            "data": {"name": "digits"} if backbone["name"] == "sd3" else prompts,
+            "objective": {"name": "dmd2", "guidance_scale": 2.0, "fake_updates": 1},
+            "optimizers": {"student": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
+            "train": train,
+            "eval": {"metrics": ["throughput"], "num_samples": 2, "quick_num_samples": 2, "prompts": ["a cat runs"]},
+            **extra,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,10 @@ def middle_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = dict(pipeline.transformer.config) | {
-            "num_layers": 6, "num_attention_heads": 16, "caption_projection_dim": 512,
-        }  # fmt: skip
+            "num_layers": 6,
+            "num_attention_heads": 16,
+            "caption_projection_dim": 512,
+        }
         pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
     pipeline.save_pretrained(folder)
     return folder
@@ -224,8 +228,9 @@ def cpu_seconds(folder: Path, *arguments: str) -> tuple[float, str]:
     """Of a Python program with these arguments, and what it printed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=200,
-                          env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=200, env=environment
+    )
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout

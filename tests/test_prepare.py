@@ -112,12 +112,24 @@ def test_a_run_on_it_never_loads_the_text_encoders(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SD3, "text_pipeline", property(no_encoders))
-    status = main([
-        str(RECIPE), *NO_EVAL, f"data={{name: prepared, folder: {prepared}}}", f"output_dir={tmp_path / 'run'}",
-        "train.steps=1", "train.batch_size=4", "train.eval_every=0", "train.num_samples=2", "eval.teacher_steps=[2]",
-        "objective.gan_weight=0.01", "objective.fake_updates=1", "optimizers.discriminator={lr: 2e-4}",
-        "eval.num_samples=2", "eval.quick_num_samples=2",
-    ])  # fmt: skip
+    status = main(
+        [
+            str(RECIPE),
+            *NO_EVAL,
+            f"data={{name: prepared, folder: {prepared}}}",
+            f"output_dir={tmp_path / 'run'}",
+            "train.steps=1",
+            "train.batch_size=4",
+            "train.eval_every=0",
+            "train.num_samples=2",
+            "eval.teacher_steps=[2]",
+            "objective.gan_weight=0.01",
+            "objective.fake_updates=1",
+            "optimizers.discriminator={lr: 2e-4}",
+            "eval.num_samples=2",
+            "eval.quick_num_samples=2",
+        ]
+    )
     assert status == 0 and (tmp_path / "run/export/model_index.json").is_file()
 
 
@@ -140,7 +152,7 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe_of(images), tmp_path / "folder", shard_size=3)
     assert set(contents(tmp_path / "folder")) < set(contents(prepared))
-    with pytest.raises(ValueError, match="is not complete; run the same fastgen prepare again"):
+    with pytest.raises(ValueError, match="is incomplete; run the same fastgen prepare command again"):
         PreparedData(folder=str(tmp_path / "folder")).check(SD3Config(path=str(TEACHER)))
     done, allowed = 0, 100
     prepare(recipe_of(images), tmp_path / "folder", shard_size=3)
@@ -161,8 +173,16 @@ app(sys.argv[1:])
 def test_a_killed_process_is_continued_to_the_same_bytes(prepared: Path, images: Path, tmp_path: Path) -> None:
     """SIGKILL while the last latents are made, which take 0.3 s each."""
     folder = tmp_path / "folder"
-    arguments = ["prepare", str(RECIPE), f"data={{name: images, folder: {images}}}", *NO_EVAL, "--output", str(folder),
-                 "--shard-size", "3"]  # fmt: skip
+    arguments = [
+        "prepare",
+        str(RECIPE),
+        f"data={{name: images, folder: {images}}}",
+        *NO_EVAL,
+        "--output",
+        str(folder),
+        "--shard-size",
+        "3",
+    ]
     process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / "latents-00001.safetensors").is_file() and time.monotonic() < deadline:
@@ -192,8 +212,8 @@ def test_a_finished_folder_is_recognised_and_a_damaged_one_repaired(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["backbone.max_sequence_length=128"], r"identity.backbone.max_sequence_length \(256 there, 128 here\)"),
-        (["data.allow_upscaling=true"], r"data.allow_upscaling \(False there, True here\)"),
+        (["backbone.max_sequence_length=128"], r"identity.backbone.max_sequence_length \(256 in the folder, 128 in"),
+        (["data.allow_upscaling=true"], r"data.allow_upscaling \(False in the folder, True in the recipe\)"),
         (["eval.prompts=[a seven]"], "samples_sha256"),
     ],
 )
@@ -251,9 +271,9 @@ def test_another_scaling_or_resolution_is_refused(
     teacher = Path(shutil.copytree(TEACHER, tmp_path / "teacher"))
     config = json.loads((teacher / "vae/config.json").read_text())
     (teacher / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert "0.5 here" in refusal(prepared, tmp_path, capsys, f"backbone.path={teacher}")
+    assert "0.5 in the recipe" in refusal(prepared, tmp_path, capsys, f"backbone.path={teacher}")
     error = refusal(prepared, tmp_path, capsys, "backbone.resolution=64")
-    assert "resolution (32 there, 64 here)" in error and "latent_shape" in error
+    assert "resolution (32 in the folder, 64 in the recipe)" in error and "latent_shape" in error
 
 
 def test_a_folder_of_prompts_alone_does_not_ask_for_a_vae(tmp_path: Path) -> None:
@@ -325,8 +345,9 @@ def test_the_command_line(images: Path, prepared: Path, tmp_path: Path) -> None:
 def test_an_unreadable_image_stops_with_its_name(images: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     (folder / "4.png").write_bytes((folder / "4.png").read_bytes()[:200])
-    status, _, error = run("prepare", RECIPE, f"data={{name: images, folder: {folder}}}", *NO_EVAL, "--output",
-                           tmp_path / "new")  # fmt: skip
+    status, _, error = run(
+        "prepare", RECIPE, f"data={{name: images, folder: {folder}}}", *NO_EVAL, "--output", tmp_path / "new"
+    )
     assert status == 1 and error.splitlines()[-1].startswith("stopped: cannot read the image") and "4.png" in error
 
 
@@ -344,5 +365,5 @@ def test_a_folder_without_a_manifest_of_ours_is_refused(
 
 
 def test_points_have_nothing_prepared(prepared: Path) -> None:
-    with pytest.raises(ValueError, match="prepared data is for diffusers pipelines, not backbone gaussian_mixture"):
+    with pytest.raises(ValueError, match="prepared data needs a diffusers pipeline as its backbone"):
         load_recipe(ROOT / "recipes/mixture_dmd2_4step.yaml", [f"data={{name: prepared, folder: {prepared}}}"])

@@ -84,8 +84,13 @@ def test_the_run_folder_of_another_recipe(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_discriminator_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refusal(capsys, tmp_path, "objective.gan_weight=0.1", "optimizers.discriminator={lr: 1e-4}",
-                    "data={name: prompts, prompts: [a three]}")  # fmt: skip
+    error = refusal(
+        capsys,
+        tmp_path,
+        "objective.gan_weight=0.1",
+        "optimizers.discriminator={lr: 1e-4}",
+        "data={name: prompts, prompts: [a three]}",
+    )
     assert "data.name" in error and "needs latents" in error
 
 

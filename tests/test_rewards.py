@@ -152,7 +152,7 @@ def test_a_reward_that_fails_on_all_samples_logs_no_nan() -> None:
 
 def test_a_reward_must_give_one_number_a_sample() -> None:
     wrong = FunctionReward(lambda x, _: x, input="points", differentiable=True)
-    with pytest.raises(ValueError, match=r"must give 3 numbers, one a sample, got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"must give 3 numbers, one per sample, got \[3, 2\]"):
         wrong(torch.zeros(3, 2), [""] * 3)
 
 
@@ -470,7 +470,7 @@ def test_what_is_wrong_with_a_reward_is_named_by_its_path(refused: Callable[...,
         ("rewards={parts: []}", "rewards.parts must be a list of rewards, each with a name, one of linear"),
         ("rewards={aggregate: min}", "rewards.parts must be a list of rewards"),
         ("rewards=3", "rewards: "),
-    ):  # fmt: skip
+    ):
         assert words in refused(section), section
 
 
@@ -482,14 +482,14 @@ def test_rewards_that_do_not_fit_are_refused_before_weights_load(
     twelve = ("objective.group_size=12", "train.batch_size=48")
     for recipe, overrides, words in (
         (MIXTURE, [], "missing key rewards: objective ascent needs a reward"),
-        (MIXTURE, [parts("{name: digit_stroke}")], "rewards.parts.0: digit_stroke reads pixels, and backbone gau"),
-        (MIXTURE, [parts("{name: linear, direction: [1]}")], "direction has 1 numbers, and the points of the mixture"),
-        (DIGITS, [parts(LINEAR)], "rewards.parts.0: linear reads points, and backbone sd3 gives pixels"),
-        (DIGITS, [parts("{name: jpeg_size}")], "through rewards, and of jpeg_size none is differentiable"),
+        (MIXTURE, [parts("{name: digit_stroke}")], "rewards.parts.0: digit_stroke reads pixels, but backbone gau"),
+        (MIXTURE, [parts("{name: linear, direction: [1]}")], "direction has 1 numbers, but the mixture's points"),
+        (DIGITS, [parts(LINEAR)], "rewards.parts.0: linear reads points, but backbone sd3 gives pixels"),
+        (DIGITS, [parts("{name: jpeg_size}")], "through rewards, and none of jpeg_size is differentiable"),
         (MIXTURE, [parts(LINEAR, calibration="zscore")], "rewards: calibration zscore needs parts.0.std (linear)"),
         (MIXTURE, [parts(LINEAR, calibration="group")], "rewards.calibration: group compares the samples of a prompt"),
         (MIXTURE, [parts(LINEAR), "objective.group_size=5"], "train.batch_size: 512 does not hold whole groups of"),
-    ):  # fmt: skip
+    ):
         assert main([str(recipe), f"output_dir={tmp_path / 'run'}", *ASCENT, *overrides]) == 2, words
         error = capsys.readouterr().err
         print(error)
@@ -506,16 +506,27 @@ def test_rewards_that_do_not_fit_are_refused_before_weights_load(
 
 def test_frames_are_not_pixels(refused: Callable[..., str]) -> None:
     """A reward on pictures is refused on a video model by the config alone."""
-    with pytest.raises(ValueError, match="reads pixels, and backbone wan gives frames"):
+    with pytest.raises(ValueError, match="reads pixels, but backbone wan gives frames"):
         DigitStroke().check(WanConfig(path="org/name"))
 
 
 def test_an_objective_ascends_its_reward(tmp_path: Path, refused: Callable[..., str]) -> None:
     """From the recipe through the loop: the student's points move along a, and the log names every part."""
-    tiny = ["backbone.width=16", "backbone.fit_steps=20", "backbone.fit_batch_size=32", "train.batch_size=32",
-            "train.steps=8", "train.log_every=2", "train.sample_every=0", "train.eval_every=0", "eval.num_samples=64",
-            "train.checkpoint_every=0", "eval.quick_num_samples=64", "eval.teacher_steps=[]",
-            "health.every=0"]  # fmt: skip
+    tiny = [
+        "backbone.width=16",
+        "backbone.fit_steps=20",
+        "backbone.fit_batch_size=32",
+        "train.batch_size=32",
+        "train.steps=8",
+        "train.log_every=2",
+        "train.sample_every=0",
+        "train.eval_every=0",
+        "eval.num_samples=64",
+        "train.checkpoint_every=0",
+        "eval.quick_num_samples=64",
+        "eval.teacher_steps=[]",
+        "health.every=0",
+    ]
     section = parts(LINEAR, "{name: my_rewards:height, input: points, differentiable: false}")
     folder = train(load_recipe(MIXTURE, [*ASCENT, *tiny, section, f"output_dir={tmp_path / 'run'}"]))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

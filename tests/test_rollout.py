@@ -3,23 +3,22 @@ what comes out."""
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from oracles import GaussianMap, Recorder, point_batch
 from torch import Tensor, nn
 
-from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
 from fastgen.batch import Batch, Conditioning
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, backward_simulation, draw_stops, predict_x0, sample, transition
 from fastgen.schedule import FlowSchedule, Schedule
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
-class Recorder(Denoiser):
-    """A small real network that remembers its calls: rows, times told, whether gradient was recorded, inputs."""
+class SmallStudent(Denoiser):
+    """A small real network, which keeps the timesteps its time embedder would be given."""
 
     def __init__(self, dim: int = 2):
         generator = torch.Generator().manual_seed(0)
@@ -28,38 +27,21 @@ class Recorder(Denoiser):
             for p in network.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)
         super().__init__(network, FlowSchedule(), "flow_prediction")
-        self.rows: list[int] = []
         self.told: list[Tensor] = []
-        self.grad: list[bool] = []
-        self.inputs: list[Tensor] = []
 
     @property
     def time_embedding(self) -> nn.Module:
         return self.network
 
-    def call_network(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        self.rows.append(len(x_t))
-        self.told.append(timestep)
-        self.grad.append(torch.is_grad_enabled())
-        self.inputs.append(x_t)
-        scalars = torch.stack([timestep / 1000, cond["label"].to(x_t.dtype)], dim=1)
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        self.told.append(self.timestep(t, inputs))
+        scalars = torch.stack([self.told[-1] / 1000, cond["label"].to(x_t.dtype)], dim=1)
         return self.network(torch.cat([x_t, scalars], dim=1))
 
 
-class FlowMapStudent(Denoiser):
-    """The exact student of a single Gaussian, without parameters. To two_time(t): its x0 is the one whose Euler step
-    lands where the probability-flow ODE does; two_time = 0 is the consistency function."""
-
-    def __init__(self, mixture: Mixture, two_time: Callable[[Tensor], Tensor]):
-        super().__init__(nn.Identity(), FlowSchedule(), "sample")
-        self.mixture, self.two_time = mixture, two_time
-        self.inputs: list[tuple[Tensor, Tensor]] = []
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        self.inputs.append((t, x_t))
-        s = self.two_time(t)
-        landed = self.mixture.flow_map(x_t, self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t))
-        return x_t - (t / (t - s))[:, None] * (x_t - landed)
+def rows(student: Recorder) -> list[int]:
+    """How many samples each call had."""
+    return [len(call.x_t) for call in student.calls]
 
 
 def full(batch: Batch, stop: int) -> Tensor:
@@ -68,15 +50,13 @@ def full(batch: Batch, stop: int) -> Tensor:
 
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(
-    step: str, stop: int
-) -> None:
-    student, batch = Recorder(), point_batch(6)
+def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(step: str, stop: int) -> None:
+    student, batch = Recorder(SmallStudent()), point_batch(6)
     policy = RolloutPolicy(TIMES, step)
     rollout = backward_simulation(student, policy, batch, full(batch, stop))
-    assert student.rows == [6] * (stop + 1)
-    assert student.grad == [False] * stop + [True]
-    assert [t[0].item() for t in student.told] == [1000 * t for t in TIMES[: stop + 1]]
+    assert rows(student) == [6] * (stop + 1)
+    assert [call.grad for call in student.calls] == [False] * stop + [True]
+    assert [t[0].item() for t in student.denoiser.told] == [1000 * t for t in TIMES[: stop + 1]]  # type: ignore[union-attr]
     assert rollout.x.requires_grad and (rollout.s == 0).all() and torch.equal(rollout.stop, full(batch, stop))
     (executed,) = rollout.steps
     assert executed.x0 is rollout.x and not executed.x_t.requires_grad
@@ -84,21 +64,21 @@ def test_stop_k_calls_the_student_k_times_without_gradient_and_once_with(
 
 def test_without_gradient_nothing_is_recorded() -> None:
     """The fake score's turn: grad=False leaves no graph, and the same numbers."""
-    student, batch = Recorder(), point_batch(6)
+    student, batch = Recorder(SmallStudent()), point_batch(6)
     stop, policy = torch.tensor([0, 3, 1, 2, 3, 0]), RolloutPolicy(TIMES)
     x = backward_simulation(student, policy, batch, stop, grad=False).x
-    assert not any(student.grad) and not x.requires_grad
+    assert not any(call.grad for call in student.calls) and not x.requires_grad
     assert torch.equal(x, backward_simulation(student, policy, batch, stop).x)
 
 
 def test_mixed_stops_cost_the_sum_of_active_rows() -> None:
     """Sample i costs stop[i] + 1 evaluations and no more: rows shrink as samples leave, and the last call holds all,
-    each told its own time."""
-    student, batch, stop = Recorder(), point_batch(8), torch.tensor([0, 3, 1, 0, 3, 2, 0, 1])
+    each at its own level."""
+    student, batch, stop = Recorder(SmallStudent()), point_batch(8), torch.tensor([0, 3, 1, 0, 3, 2, 0, 1])
     backward_simulation(student, RolloutPolicy(TIMES), batch, stop)
-    assert student.rows == [5, 3, 2, 8]
-    assert sum(student.rows) == (stop + 1).sum()
-    assert torch.equal(student.told[-1], 1000 * torch.tensor(TIMES, dtype=torch.float64)[stop])
+    assert rows(student) == [5, 3, 2, 8]
+    assert sum(rows(student)) == (stop + 1).sum()
+    assert torch.equal(student.calls[-1].t, torch.tensor(TIMES, dtype=torch.float64)[stop])
 
 
 def by_hand(student: Denoiser, policy: RolloutPolicy, batch: Batch, row: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +98,7 @@ def by_hand(student: Denoiser, policy: RolloutPolicy, batch: Batch, row: int, st
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 def test_backward_simulation_equals_a_hand_written_loop(step: str) -> None:
     """Float64, sample by sample, with mixed stops."""
-    student, batch, policy = Recorder(), point_batch(12, key=7), RolloutPolicy(TIMES, step)
+    student, batch, policy = SmallStudent(), point_batch(12, key=7), RolloutPolicy(TIMES, step)
     stop = torch.arange(12) % 4
     x = backward_simulation(student, policy, batch, stop).x
     expected = torch.cat([by_hand(student, policy, batch, i, int(k))[1] for i, k in enumerate(stop)])
@@ -130,7 +110,7 @@ def test_backward_simulation_equals_a_hand_written_loop(step: str) -> None:
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 def test_gradient_flows_only_through_the_last_executed_step(step: str) -> None:
     """The parameter gradient is that of one call on the constant stopping input, and not that of the whole chain."""
-    student, batch, policy = Recorder(), point_batch(8, key=3), RolloutPolicy(TIMES, step)
+    student, batch, policy = SmallStudent(), point_batch(8, key=3), RolloutPolicy(TIMES, step)
     stop, parameters = torch.arange(8) % 4, list(student.network.parameters())
     weight = torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = torch.autograd.grad((backward_simulation(student, policy, batch, stop).x * weight).sum(), parameters)
@@ -145,7 +125,7 @@ def test_gradient_flows_only_through_the_last_executed_step(step: str) -> None:
 @pytest.mark.parametrize("step", ["renoise", "ode"])
 def test_a_sample_does_not_depend_on_its_batch(step: str) -> None:
     """Alone, among others, in another order: the same result to the rounding of float64."""
-    student, policy = Recorder(), RolloutPolicy(TIMES, step)
+    student, policy = SmallStudent(), RolloutPolicy(TIMES, step)
     ids, stop = torch.tensor([5, 90, 12, 7, 33]), torch.tensor([3, 0, 2, 1, 3])
     together = backward_simulation(student, policy, point_batch(ids), stop).x
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -162,7 +142,7 @@ def test_a_sample_does_not_depend_on_its_batch(step: str) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sampling_is_backward_simulation_at_the_last_stop(step: str, steps: int) -> None:
     """What trains is what samples: bit for bit, given the same noise."""
-    student, batch, policy = Recorder(), point_batch(6), RolloutPolicy(TIMES[:steps], step)
+    student, batch, policy = SmallStudent(), point_batch(6), RolloutPolicy(TIMES[:steps], step)
     sampled = sample(student, policy, batch.cond, batch.normal)
     assert torch.equal(sampled, backward_simulation(student, policy, batch, full(batch, steps - 1)).x)
 
@@ -170,44 +150,46 @@ def test_sampling_is_backward_simulation_at_the_last_stop(step: str, steps: int)
 def test_the_told_time_reaches_the_network() -> None:
     """A one-step student fed pure noise at t = 1 is told 399 of 1000; its output is still read at t = 1, where the
     velocity v gives x0 = x_1 - v."""
-    student, batch = Recorder(), point_batch(3)
+    student, batch = SmallStudent(), point_batch(3)
     policy = RolloutPolicy((1.0,), conditioning_time=0.399)
     x = backward_simulation(student, policy, batch, full(batch, 0)).x
     assert torch.allclose(student.told[0], torch.tensor(399.0, dtype=torch.float64))
-    velocity = student.call_network(batch.normal("initial"), student.told[0], batch.cond)
+    velocity = student(batch.normal("initial"), x.new_full((3,), 0.399), batch.cond, predict="flow_prediction")
     assert torch.equal(x, batch.normal("initial") - velocity)
     assert torch.equal(x, predict_x0(student, batch.normal("initial"), x.new_ones(3), batch.cond, policy))
 
 
-GAUSSIAN = GaussianMixtureConfig(means=((0.7, -1.2),), stds=((1.3, 0.4),))
+MEANS, STDS = (0.7, -1.2), (1.3, 0.4)
 
 
 def test_the_exact_student_with_ode_steps_has_the_exact_marginals() -> None:
     """Its Euler steps land on the probability-flow ODE's: every step's input is alpha m + sqrt(V) z and the sample is
     m + sqrt(S) z, sample by sample, z being the initial noise."""
-    mixture, batch, policy = build_mixture(GAUSSIAN), point_batch(100), RolloutPolicy((1.0, 0.8, 0.55, 0.2), "ode")
+    policy, batch = RolloutPolicy((1.0, 0.8, 0.55, 0.2), "ode"), point_batch(100)
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (MEANS, STDS))
     grid = torch.tensor((*policy.timesteps, 0.0), dtype=torch.float64)
-    student = FlowMapStudent(mixture, lambda t: grid[(grid[None] >= t[:, None]).sum(1)])
+    student = Recorder(GaussianMap(0.0, MEANS, STDS, end=lambda t: grid[(grid[None] >= t[:, None]).sum(1)]))
     x = backward_simulation(student, policy, batch, full(batch, 3)).x
     z, worst = batch.normal("initial"), 0.0
-    for t, x_t in student.inputs:
+    for x_t, t, *_ in student.calls:
         alpha, sigma = (1 - t)[:, None], t[:, None]
-        exact = alpha * mixture.means + (alpha**2 * mixture.variances + sigma**2).sqrt() * z
+        exact = alpha * mean + (alpha**2 * std**2 + sigma**2).sqrt() * z
         worst = max(worst, (x_t - exact).abs().max().item())
-    end = (x - (mixture.means + mixture.variances.sqrt() * z)).abs().max().item()
+    end = (x - (mean + std * z)).abs().max().item()
     print(f"inputs {worst:.1e}, sample {end:.1e}")
-    assert len(student.inputs) == 4 and worst < 1e-13 and end < 1e-13
+    assert len(student.calls) == 4 and worst < 1e-13 and end < 1e-13
 
 
 def test_the_exact_student_with_renoising_has_the_data_law_at_every_stop() -> None:
     """The consistency function of a Gaussian, renoised between steps: at each stop the clean samples have mean m and
     covariance S, within 5 standard errors of 100,000 samples, and are not a function of the initial noise."""
     n = 100_000
-    mixture, batch, policy = build_mixture(GAUSSIAN), point_batch(n), RolloutPolicy(TIMES, "renoise")
-    student = FlowMapStudent(mixture, torch.zeros_like)
+    policy, batch = RolloutPolicy(TIMES, "renoise"), point_batch(n)
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (MEANS, STDS))
+    student = GaussianMap(0.0, MEANS, STDS, end=torch.zeros_like)
     for stop in range(4):
         x = backward_simulation(student, policy, batch, full(batch, stop)).x
-        standard = (x - mixture.means) / mixture.variances.sqrt()
+        standard = (x - mean) / std
         root = math.sqrt(n)
         z = [
             (standard.mean(0) * root).abs().max().item(),
@@ -236,7 +218,7 @@ def test_stops_are_even_and_keyed() -> None:
 
 def test_float32_rollouts_follow_the_float64_ones() -> None:
     """The same samples in single precision, to its rounding."""
-    student, policy = Recorder(), RolloutPolicy(TIMES)
+    student, policy = SmallStudent(), RolloutPolicy(TIMES)
     batch = point_batch(50)
     stop = draw_stops(batch, 4, shared=False)
     double = backward_simulation(student, policy, batch, stop).x

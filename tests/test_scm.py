@@ -7,16 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import GAUSSIAN, GaussianMap, M, S, exact_networks, gaussian_batch, one_loss, spread
+from oracles import (
+    GAUSSIAN,
+    RENOISE,
+    GaussianMap,
+    M,
+    S,
+    consistency_map,
+    consistency_networks,
+    exact_networks,
+    gaussian_batch,
+    mixed_teacher,
+    one_loss,
+    reached,
+    spread,
+    tiny_backbone,
+    tiny_networks,
+)
 from torch import Tensor, nn
 
-from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.batch import Conditioning
 from fastgen.config import build_recipe, load_recipe
-from fastgen.modules.heads import LevelWeight
+from fastgen.denoiser import NO_INPUTS
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow import flow_maps
 from fastgen.flow.flow_maps import euler_path, heun_step, trig_tangent
+from fastgen.modules.heads import LevelWeight
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, SCM
 from fastgen.objectives.ladd import Ladd
@@ -30,22 +46,8 @@ from fastgen.train import train
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/mixture_scm_4step.yaml")
 F64 = torch.float64
-RENOISE = RolloutPolicy((1.0, 0.75, 0.5, 0.25))
 WARM = TrustTurn("student", ("student",), trust=1.0)
 PLAIN = SCM(warmup=0, learned_weight=False)
-
-
-class Consistent(GaussianMap):
-    """The exact map told s = 0, off by off * sin(2 x + 3 t)."""
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        return super().forward(x_t, t, cond, Inputs(s=0 * t), predict=predict)
-
-
-def networks_of(off: float = 0.0, policy: RolloutPolicy = RENOISE) -> Networks:
-    networks = exact_networks(policy=policy)
-    networks.modules["student"] = Consistent(off)
-    return networks
 
 
 # --- the exact function
@@ -53,7 +55,7 @@ def networks_of(off: float = 0.0, policy: RolloutPolicy = RENOISE) -> Networks:
 
 def exact_rate(sigma_data: float = 1.0):  # type: ignore[no-untyped-def]
     """sigma_d F of the exact consistency function, and the exact dx/da."""
-    student, teacher = (network.requires_grad_(False) for network in (Consistent(), GaussianMap()))
+    student, teacher = (network.requires_grad_(False) for network in (consistency_map(), GaussianMap()))
 
     def rate(x: Tensor, angle: Tensor) -> Tensor:
         x_flow, t = trig_to_flow(x, angle, sigma_data)
@@ -132,7 +134,7 @@ def test_angles_and_states_convert_back() -> None:
 def test_the_exact_function_has_no_loss(source: Any, sigma_data: float) -> None:
     """The loss at F^- is |g / (|g| + c)|^2: nearly quadratic while |g| is far below c."""
     objective = dataclasses.replace(PLAIN, source=source, sigma_data=sigma_data)
-    at = [float(one_loss(objective, networks_of(off), gaussian_batch(), WARM)) for off in (0.0, 1e-4, 1e-3)]
+    at = [float(one_loss(objective, consistency_networks(off), gaussian_batch(), WARM)) for off in (0.0, 1e-4, 1e-3)]
     print(at)
     assert at[0] < 1e-15 and 80 < at[2] / at[1] < 110
 
@@ -145,7 +147,7 @@ def test_from_data_the_mean_gradient_vanishes_at_the_exact_function(monkeypatch:
         return pair[0], 1e-6 * pair[1]  # far below c: the normalisation is the factor 1 / c
 
     objective = dataclasses.replace(PLAIN, teach="data")
-    networks, found = networks_of(), []
+    networks, found = consistency_networks(), []
     del networks.modules["teacher"]
     for key in range(60):
         loss = one_loss(objective, networks, gaussian_batch(key=key), WARM)
@@ -158,13 +160,13 @@ def test_from_data_the_mean_gradient_vanishes_at_the_exact_function(monkeypatch:
 
 def test_the_gradient_is_that_of_the_pseudo_objective() -> None:
     """d loss / d theta = -2 mean g_normalised . dF / d theta: F^- and g are constants."""
-    networks, batch = networks_of(0.05), gaussian_batch()
+    networks, batch = consistency_networks(0.05), gaussian_batch()
     states = PLAIN.noised(networks, batch)
     total, terms = PLAIN.consistency_loss(networks, states, 1.0)
     (found,) = torch.autograd.grad(total, networks.student.off)  # type: ignore[arg-type]
     angle = trig_angle(states.t)
     x = flow_to_trig(states.x, angle)
-    rate = PLAIN.rate(networks.student, states.cond, {})
+    rate = PLAIN.trig_velocity(networks.student, states.cond, NO_INPUTS)
     _, g = trig_tangent(rate, x, angle, flow_to_trig_velocity(states.velocity, x, angle))
     size = g.square().mean(1, keepdim=True).sqrt()
     assert torch.allclose(terms["tangent"], size.mean())
@@ -178,14 +180,13 @@ def test_the_derivative_is_trusted_by_degrees() -> None:
     assert [objective.turns(k, {})[-1].trust for k in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]  # type: ignore[attr-defined]
     assert SCM(warmup=0).turns(0, {})[-1].trust == 1.0  # type: ignore[attr-defined]
     cold = TrustTurn("student", ("student",), trust=0.0)
-    networks, batch = networks_of(), gaussian_batch()
+    networks, batch = consistency_networks(), gaussian_batch()
     assert float(one_loss(PLAIN, networks, batch, WARM)) < 1e-15 < float(one_loss(PLAIN, networks, batch, cold))
 
 
 def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> None:
     """At r = 0 the loss vanishes where F is the teacher's own, whose derivative does not count."""
-    networks = exact_networks(policy=RENOISE)
-    networks.modules["student"] = GaussianMap()  # told no s: the velocity
+    networks = exact_networks(GaussianMap(), RENOISE)  # told no s: the velocity
     cold = TrustTurn("student", ("student",), trust=0.0)
     assert float(one_loss(PLAIN, networks, gaussian_batch(), cold)) < 1e-15
 
@@ -193,7 +194,7 @@ def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> N
 def test_the_learned_weight_has_its_optimum_where_the_weighted_square_is_one() -> None:
     """d / dw of e^w p square - w is p e^w square - 1; p = 1 / (sigma_d tan a)."""
     objective = SCM(warmup=0, sigma_data=0.5)
-    networks, batch = networks_of(0.3), gaussian_batch()
+    networks, batch = consistency_networks(0.3), gaussian_batch()
     networks.modules["weighting"] = LevelWeight().double()
     total = one_loss(objective, networks, batch, WARM)
     (found,) = torch.autograd.grad(total, networks["weighting"].bias)  # type: ignore[arg-type]
@@ -207,11 +208,11 @@ def test_the_learned_weight_has_its_optimum_where_the_weighted_square_is_one() -
 
 def row(states: States, i: int) -> States:
     one = slice(i, i + 1)
-    return States(states.x[one], states.t[one], states.velocity[one], states.cond.select(one), {})
+    return States(states.x[one], states.t[one], states.velocity[one], states.cond.select(one), NO_INPUTS)
 
 
 def test_a_sample_that_is_not_finite_does_not_count() -> None:
-    networks, batch = networks_of(0.3), gaussian_batch()
+    networks, batch = consistency_networks(0.3), gaussian_batch()
     states = PLAIN.noised(networks, batch)
     states.velocity[3] = math.nan
     total, _ = PLAIN.consistency_loss(networks, states, 1.0)
@@ -219,12 +220,15 @@ def test_a_sample_that_is_not_finite_does_not_count() -> None:
 
 
 def test_the_differences_backend_is_close_to_the_derivative() -> None:
-    networks, batch = networks_of(0.3), gaussian_batch()
-    found = [float(one_loss(dataclasses.replace(PLAIN, derivative=d), WARM, networks, batch))
-             for d in ("jvp", "difference")]  # fmt: skip
+    networks, batch = consistency_networks(0.3), gaussian_batch()
+
+    def loss(**options: Any) -> float:
+        return float(one_loss(dataclasses.replace(PLAIN, **options), networks, batch, WARM))
+
+    found = [loss(derivative=backend) for backend in ("jvp", "difference")]
     assert found[0] == pytest.approx(found[1], rel=1e-2) and found[0] != found[1]
-    wide = dataclasses.replace(PLAIN, derivative="difference", difference_step=0.3)
-    assert abs(float(one_loss(wide, networks, batch, WARM)) - found[0]) > 10 * abs(found[1] - found[0])
+    wide = loss(derivative="difference", difference_step=0.3)
+    assert abs(wide - found[0]) > 10 * abs(found[1] - found[0])
 
 
 # --- where x comes from
@@ -240,7 +244,7 @@ def test_levels_have_the_papers_law() -> None:
 def test_a_trajectory_is_the_teachers_with_a_level_in_each_interval() -> None:
     """TBCM: many steps lie on the exact curve from the same noise; every state has the teacher's velocity there; a
     rotation of the TrigFlow state is the Euler step."""
-    networks, batch = networks_of(), gaussian_batch(32)
+    networks, batch = consistency_networks(), gaussian_batch(32)
     errors = []
     for steps in (16, 64):
         objective = dataclasses.replace(PLAIN, source="trajectory", trajectory_steps=steps, trajectory_shift=2.5)
@@ -276,23 +280,21 @@ def test_solver_steps() -> None:
 
 @pytest.mark.parametrize("source", ["data", "trajectory"])
 def test_guidance_is_drawn_by_sample_and_told(source: Any) -> None:
-    two = GaussianMixtureConfig(means=((M, M), (-2.0, 0.0)), stds=(S, S), classes=(0, 1), fit_steps=0)
-    batch = gaussian_batch(16)
-    batch = dataclasses.replace(batch, uncond=Conditioning({"label": torch.full_like(batch.ids, 2)}))
-    networks = networks_of(policy=RolloutPolicy((1.0,), embedded_guidance=3.0))
-    networks.modules["teacher"] = teacher = two.build(torch.device("cpu"), F64, 0).load("teacher")
+    batch, teacher = gaussian_batch(16, uncond=2), mixed_teacher()
+    networks = consistency_networks(0.0, RolloutPolicy((1.0,), embedded_guidance=3.0))
+    networks.modules["teacher"] = teacher
     objective = dataclasses.replace(PLAIN, source=source, guidance_range=(2.0, 6.0), trajectory_steps=4)
     objective.check(networks.policy)
     states = objective.trajectory(networks, batch) if source == "trajectory" else objective.noised(networks, batch)
-    w = states.told["guidance"]
+    w = states.inputs.guidance
     times = 4 if source == "trajectory" else 1
     assert torch.equal(w, (2 + 4 * batch.uniform("guidance")).repeat(times))
     uncond = Conditioning.cat([batch.uncond] * times)
     on, off = (teacher(states.x, states.t, c, predict="flow_prediction") for c in (states.cond, uncond))
     assert torch.allclose(states.velocity, off + w[:, None] * (on - off))
-    untold = networks_of()
+    untold = consistency_networks()
     untold.modules["teacher"] = teacher
-    assert objective.noised(untold, batch).told == {}
+    assert objective.noised(untold, batch).inputs == NO_INPUTS
 
 
 # --- adversarial and distribution matching
@@ -302,33 +304,32 @@ GAN = dataclasses.replace(PLAIN, gan=Ladd(weight=0.5))
 RCM = SCM(warmup=2, learned_weight=False, matching=DMD2(fake_updates=3), matching_weight=0.5)
 
 
-def real_networks(objective: SCM, policy: RolloutPolicy = RENOISE) -> Networks:
-    torch.manual_seed(0)
-    backbone = dataclasses.replace(GAUSSIAN, classes=(0,)).build(torch.device("cpu"), F64, 0)
-    student = objective.make_student(backbone, policy)
-    modules: dict[str, nn.Module] = {"student": student, "teacher": backbone.load("teacher")}
-    modules |= objective.auxiliary(backbone, policy)
-    networks = Networks({role: m.double() for role, m in modules.items()}, policy)
+def moved_networks(objective: SCM) -> Networks:
+    """Small networks, the student's weights off their start."""
+    backbone = tiny_backbone(dataclasses.replace(GAUSSIAN, classes=(0,)))
+    networks = tiny_networks(objective, RENOISE, backbone=backbone)
     with torch.no_grad():
         for p in networks.student.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return networks
 
 
-@pytest.mark.parametrize("objective", [SCM(warmup=0), GAN, RCM, dataclasses.replace(PLAIN, source="trajectory")],
-                         ids=["plain", "adversarial", "matching", "trajectory"])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    [SCM(warmup=0), GAN, RCM, dataclasses.replace(PLAIN, source="trajectory")],
+    ids=["plain", "adversarial", "matching", "trajectory"],
+)
 def test_each_turn_moves_its_own_networks(objective: SCM) -> None:
-    networks = real_networks(objective)
+    networks = moved_networks(objective)
     assert set(objective.trained_roles) <= set(networks) | {"weighting"}
     for turn in objective.turns(5, {}):
         one_loss(objective, networks, gaussian_batch(), turn).backward()
         for role, module in networks.items():
-            got = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
-            missing = {n for n, _ in module.named_parameters()} - got
+            missing = {name for name, found in reached(module).items() if not found}
             if role in turn.roles:
                 assert missing <= {"network.label.weight", "outer.0.bias"}, missing  # the hinge is linear at first
             else:
-                assert not got, role
+                assert not any(reached(module).values()), role
             module.zero_grad()
     roles = [role for turn in objective.turns(5, {}) for role in turn.roles]
     assert sorted(roles) == sorted(objective.trained_roles)
@@ -338,7 +339,7 @@ def test_matching_waits_for_the_tangent() -> None:
     """rCM: sCM alone while the tangent warms up, then DMD2's turns and its loss, matching_weight times."""
     assert [turn.name for turn in RCM.turns(0, {})] == ["student"]
     assert [(turn.name, turn.updates) for turn in RCM.turns(1, {})] == [("fake_score", 3), ("student", 1)]
-    networks, batch = real_networks(RCM), gaussian_batch()
+    networks, batch = moved_networks(RCM), gaussian_batch()
     cold, warm = (RCM.turns(step, {})[-1] for step in (0, 1))
     assert "dm_grad" not in RCM.loss(cold, networks, batch, {}).terms
     loss = RCM.loss(warm, networks, batch, {})
@@ -350,14 +351,8 @@ def test_matching_waits_for_the_tangent() -> None:
 
 def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
     """Heads that read the first coordinate's sign: descent of the student's term raises it."""
-    networks, batch = networks_of(), gaussian_batch(256)
-
-    class Shifted(Consistent):
-        def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-            return super().forward(x_t, t, cond) + self.off
-
-    backbone = GAUSSIAN.build(torch.device("cpu"), F64, 0)
-    networks.modules |= {"student": Shifted(), **GAN.gan.networks(backbone)}  # type: ignore[union-attr]
+    networks, batch = consistency_networks(), gaussian_batch(256)
+    networks.modules |= GAN.gan.networks(tiny_backbone(GAUSSIAN))  # type: ignore[union-attr]
     networks.modules["features"].double()
     networks.modules["discriminator"] = First()
     networks["features"].network.blocks[0] = First()  # type: ignore[union-attr]
@@ -375,19 +370,21 @@ class First(nn.Module):
 
 
 def test_the_discriminators_hinge_and_its_further_fakes() -> None:
-    networks, batch = real_networks(GAN), gaussian_batch(64)
+    networks, batch = moved_networks(GAN), gaussian_batch(64)
     gan = Ladd(weight=0.5)
     fake, real = batch.latents + 3, batch.latents  # type: ignore[operator]
-    fakes, reals = (gan.logits(networks, batch, x, f"gan_{name}", None, None)
-                    for x, name in ((fake, "fake"), (real, "real")))  # fmt: skip
+    fakes, reals = (
+        gan.logits(networks, batch, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
+    )
     wanted = torch.relu(1 + fakes).mean() + torch.relu(1 - reals).mean()
     assert torch.allclose(gan.discriminator_loss(networks, batch, fake, real).total, wanted)
     label = torch.arange(64) % 2
     mixed = dataclasses.replace(batch, cond=Conditioning({"label": label}))
     more = dataclasses.replace(gan, mismatched=True)
     others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=1)
-    fakes, reals = (gan.logits(networks, mixed, x, f"gan_{name}", None, None)
-                    for x, name in ((fake, "fake"), (real, "real")))  # fmt: skip
+    fakes, reals = (
+        gan.logits(networks, mixed, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
+    )
     wanted = torch.relu(1 + torch.cat([fakes, others])).mean() + torch.relu(1 - reals).mean()
     assert torch.allclose(more.discriminator_loss(networks, mixed, fake, real).total, wanted)
     straight = gan.logits(networks, mixed, real, "gan_other", None, None)
@@ -399,10 +396,10 @@ def test_the_discriminators_hinge_and_its_further_fakes() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for text, lines in {
-        "asks no teacher": ["objective.teach=data", "objective.source=trajectory"],
+        "does not call the teacher": ["objective.teach=data", "objective.source=trajectory"],
         "low < high": ["objective.guidance_range=[4.0, 2.0]"],
         "use renoise": ["rollout.transition=ode"],
-        "not told where": ["rollout.two_time=true"],
+        "not conditioned on the level where": ["rollout.two_time=true"],
         "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "matching.gan_weight": ["objective.matching={gan_weight: 0.1}"],
     }.items():
@@ -419,17 +416,26 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     """A two-component mixture, 600 updates, four steps; the run resumes with its networks."""
     raw: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"),
-        "backbone": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]], "stds": [0.3, 0.3],
-                     "width": 64, "fit_steps": 300},
+        "backbone": {
+            "name": "gaussian_mixture",
+            "means": [[1.0, 0.0], [-1.0, 0.0]],
+            "stds": [0.3, 0.3],
+            "width": 64,
+            "fit_steps": 300,
+        },
         "rollout": {"timesteps": [1.0, 0.75, 0.5, 0.25]},
         "data": {"name": "mixture"},
-        "objective": {"name": "scm", "warmup": 400, "derivative": "difference", "difference_step": 0.2,
-                      "time": {"law": "logit_normal", "low": 0.0, "high": 1.0, "mean": 0.0, "std": 1.6}},
-        "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0},
-                       "weighting": {"lr": 1e-3}},
+        "objective": {
+            "name": "scm",
+            "warmup": 400,
+            "derivative": "difference",
+            "difference_step": 0.2,
+            "time": {"law": "logit_normal", "low": 0.0, "high": 1.0, "mean": 0.0, "std": 1.6},
+        },
+        "optimizers": {"student": {"lr": 1e-3, "decay": "cosine", "weight_decay": 0.0}, "weighting": {"lr": 1e-3}},
         "train": {"steps": 600, "batch_size": 256, "sample_every": 0, "checkpoint_every": 300, "log_every": 100},
         "eval": {"metrics": ["energy_distance"], "num_samples": 2000, "quick_num_samples": 2000, "batch_size": 2000},
-    }  # fmt: skip
+    }
     recipe = build_recipe(raw)
     run = train(recipe)
     found = evaluate(load_sampler(run), recipe.eval, progress=False)["metrics"]["energy_distance"]

@@ -51,10 +51,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         "hpsv2": {"path": str(tiny.tiny_hpsv2(root / "hpsv2"))},
         "image_reward": {"path": str(tiny.tiny_image_reward(root / "image_reward"))},
         "hpsv3": {"path": str(hpsv3), "base": str(base), "template": str(hpsv3 / "question.py")},
-        "video_reward": {"path": str(video), "base": str(base), "fps": 8,
-                         "template": str(tiny.video_question(root / "question.txt"))},
+        "video_reward": {
+            "path": str(video),
+            "base": str(base),
+            "fps": 8,
+            "template": str(tiny.video_question(root / "question.txt")),
+        },
         "motion": {"path": clip},
-    }  # fmt: skip
+    }
 
 
 def made(name: str, keys: dict[str, Any]) -> Reward:
@@ -94,8 +98,9 @@ def library_cosine(reward: Any, x: Tensor) -> Tensor:
 
 
 def openai_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
-    return tv.Compose([tv.Resize(size, BICUBIC), tv.CenterCrop(size), tv.ToTensor(),
-                       tv.Normalize(images.CLIP_MEAN, images.CLIP_STD)])  # fmt: skip
+    return tv.Compose(
+        [tv.Resize(size, BICUBIC), tv.CenterCrop(size), tv.ToTensor(), tv.Normalize(images.CLIP_MEAN, images.CLIP_STD)]
+    )
 
 
 def library_aesthetic(reward: Any, pictures: Sequence[Image.Image]) -> Tensor:
@@ -139,8 +144,11 @@ def library_hpsv3(reward: Any, pictures: Sequence[Image.Image]) -> Tensor:
     judge = load(reward.path, reward.base, torch.device("cpu"), torch.float32)
     model = tiny.qwen_model(18)
     state = judge.modules.state_dict()
-    named = {n.replace("vision.", "model.visual.").replace("language.", "model.language_model."): t
-             for n, t in state.items() if not n.startswith("head.")}  # fmt: skip
+    named = {
+        n.replace("vision.", "model.visual.").replace("language.", "model.language_model."): t
+        for n, t in state.items()
+        if not n.startswith("head.")
+    }
     assert set(model.load_state_dict(named, strict=False).missing_keys) <= {"lm_head.weight"}
     question, values = f"{tiny.QUESTION.replace('{text_prompt}', PROMPT)}rating : <|Reward|> END", []
     for picture in pictures:
@@ -148,16 +156,24 @@ def library_hpsv3(reward: Any, pictures: Sequence[Image.Image]) -> Tensor:
         data = Qwen2VLImageProcessorPil()(picture.resize(size[::-1]), return_tensors="pt")
         own = judge.ids(question, "image", size[0] * size[1] // 784)[None]
         places = torch.arange(own.shape[1])[None, None].expand(3, 1, -1)
-        hidden = model.model(input_ids=own, pixel_values=data["pixel_values"], image_grid_thw=data["image_grid_thw"],
-                             position_ids=places).last_hidden_state  # fmt: skip
+        hidden = model.model(
+            input_ids=own,
+            pixel_values=data["pixel_values"],
+            image_grid_thw=data["image_grid_thw"],
+            position_ids=places,
+        ).last_hidden_state
         values.append(judge.modules["head"](hidden[own == judge.special[0]])[0, 0])
     return torch.stack(values)
 
 
 LIBRARY: dict[str, Callable[[Any, Sequence[Image.Image]], Tensor]] = {
-    "clip_score": library_clip, "pickscore": library_clip, "aesthetic": library_aesthetic, "hpsv2": library_hpsv2,
-    "image_reward": library_image_reward, "hpsv3": library_hpsv3,
-}  # fmt: skip
+    "clip_score": library_clip,
+    "pickscore": library_clip,
+    "aesthetic": library_aesthetic,
+    "hpsv2": library_hpsv2,
+    "image_reward": library_image_reward,
+    "hpsv3": library_hpsv3,
+}
 
 
 @lru_cache(maxsize=1)
@@ -196,8 +212,9 @@ def test_preprocessing_of_videos_is_the_librarys(files: Files) -> None:
     judge, library = video_reward.load(reward.path, reward.base, videos.device, torch.float32), []
     question = Path(reward.template).read_text().replace("{text_prompt}", PROMPT)
     for video in videos:
-        frames = tv.functional.resize((video * 255).round().byte(), list(qwen.smart_size(160, 200, 100352, 200704)),
-                                      BICUBIC, antialias=True)  # fmt: skip
+        frames = tv.functional.resize(
+            (video * 255).round().byte(), list(qwen.smart_size(160, 200, 100352, 200704)), BICUBIC, antialias=True
+        )
         rows, grid = library_patches(frames)
         out = judge.answer(
             rows, grid, judge.ids(question, "video", grid[0] * grid[1] * grid[2] // 4), judge._pad("video")
@@ -287,8 +304,11 @@ def test_adapters_alone_are_merged_into_their_base(files: Files, tmp_path: Path)
     with pytest.raises(ValueError, match="lacks its other half"):
         qwen.merged({"a.weight": torch.zeros(2, 2), "a.lora_A.weight": torch.zeros(1, 2)}, 1.0)
     w, a, b = torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
-    named = {"base_model.model.a.base_layer.weight": w, "base_model.model.a.lora_A.default.weight": a,
-             "base_model.model.a.lora_B.default.weight": b}  # fmt: skip
+    named = {
+        "base_model.model.a.base_layer.weight": w,
+        "base_model.model.a.lora_A.default.weight": a,
+        "base_model.model.a.lora_B.default.weight": b,
+    }
     x = torch.randn(5, 4)
     assert torch.allclose(x @ qwen.merged(named, 2.0)["a.weight"].T, x @ w.T + 2 * (x @ a.T) @ b.T, atol=1e-5)
 
@@ -302,7 +322,7 @@ def test_what_a_recipe_gets_wrong_is_refused_before_weights_load(
     (tmp_path / "other.py").write_text("INSTRUCTION = 3")
     hpsv3, video = files["hpsv3"], files["video_reward"]
     for name, keys, words in (
-        ("clip_score", {}, "clip_score.path: needed and not given"),
+        ("clip_score", {}, "clip_score.path: required but not given"),
         ("clip_score", {"path": "no/such/folder"}, "neither a local folder nor a hub id"),
         ("clip_score", {"path": str(empty)}, "has no config.json"),
         ("clip_score", {"path": "a/b", "size": 3}, "size"),
@@ -311,21 +331,24 @@ def test_what_a_recipe_gets_wrong_is_refused_before_weights_load(
         ("hpsv2", files["hpsv2"] | {"version": "v3"}, "hpsv2.version"),
         ("image_reward", {"path": str(empty)}, "ImageReward.pt"),
         ("aesthetic", files["aesthetic"] | {"clip": str(empty)}, "clip: .* has no config.json"),
-        ("aesthetic", {"path": f"{files['aesthetic']['path']}/sac+logos+ava1-l14-linearMSE.pth", "clip": "a/b"},
-         "is a file; give the folder"),
+        (
+            "aesthetic",
+            {"path": f"{files['aesthetic']['path']}/sac+logos+ava1-l14-linearMSE.pth", "clip": "a/b"},
+            "is a file; give its folder",
+        ),
         ("hpsv3", hpsv3 | {"template": "nowhere.txt"}, "there is no file"),
-        ("hpsv3", hpsv3 | {"template": str(tmp_path / "short.txt")}, "0 times, and needs it once"),
+        ("hpsv3", hpsv3 | {"template": str(tmp_path / "short.txt")}, "0 times, but must contain it once"),
         ("hpsv3", hpsv3 | {"template": str(tmp_path / "other.py")}, "has no string INSTRUCTION"),
-        ("video_reward", video | {"axes": ["VQ", "VQ"]}, "each once"),
+        ("video_reward", video | {"axes": ["VQ", "VQ"]}, "each axis at most once"),
         ("video_reward", video | {"axes": []}, "video_reward.axes"),
         ("video_reward", {k: v for k, v in video.items() if k != "fps"}, "video_reward.fps"),
         ("motion", {"path": str(empty), "method": "raft"}, "raft_small"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=words):
             made(name, keys)
-    with pytest.raises(ValueError, match="reads frames, and backbone sd3 gives pixels"):
+    with pytest.raises(ValueError, match="reads frames, but backbone sd3 gives pixels"):
         made("motion", files["motion"]).check(SD3Config("nowhere"))
-    with pytest.raises(ValueError, match="reads pixels, and backbone wan gives frames"):
+    with pytest.raises(ValueError, match="reads pixels, but backbone wan gives frames"):
         made("clip_score", files["clip_score"]).check(WanConfig("nowhere"))
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package open_clip: pip install 'fastgen-distill\[scores\]'"):
@@ -373,8 +396,17 @@ def test_the_vision_tower_of_image_reward_is_timms_vit(files: Files) -> None:
     folder = files["image_reward"]["path"]
     tensors = torch.load(Path(folder) / "ImageReward.pt", weights_only=True)
     own = load(folder, folder, torch.device("cpu")).modules["vision"]
-    vit = timm.models.VisionTransformer(img_size=224, patch_size=32, embed_dim=64, depth=2, num_heads=1, mlp_ratio=1.5,
-                                        num_classes=0, class_token=True, global_pool="token").eval()  # fmt: skip
+    vit = timm.models.VisionTransformer(
+        img_size=224,
+        patch_size=32,
+        embed_dim=64,
+        depth=2,
+        num_heads=1,
+        mlp_ratio=1.5,
+        num_classes=0,
+        class_token=True,
+        global_pool="token",
+    ).eval()
     prefix = "blip.visual_encoder."
     vit.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     x = torch.randn(2, 3, 224, 224)
@@ -403,7 +435,7 @@ def test_the_judges_question_comes_from_the_official_file_without_running_it(fil
     text = qwen.read_template(files["hpsv3"]["template"], hpsv3.QUESTION, hpsv3.TOKENS, hpsv3.SOURCE)
     assert text == tiny.QUESTION + "rating : <|Reward|> END"
     reward = made("hpsv3", files["hpsv3"])
-    with pytest.raises(ValueError, match=r"holds <\|Reward\|> 2 times"):
+    with pytest.raises(ValueError, match=r"contains <\|Reward\|> 2 times"):
         reward(inputs(reward, 1), ["a <|Reward|> cat"])
 
 
@@ -490,9 +522,11 @@ def hub(name: str) -> Reward:
         "pickscore": {"path": "yuvalkirstain/PickScore_v1"},
         "hpsv2": {"path": "xswu/HPSv2"},
         "image_reward": {"path": "THUDM/ImageReward"},
-        "aesthetic": {"path": os.environ.get("AESTHETIC_HEAD", "weights/aesthetic"),
-                      "clip": "openai/clip-vit-large-patch14"},
-    }  # fmt: skip
+        "aesthetic": {
+            "path": os.environ.get("AESTHETIC_HEAD", "weights/aesthetic"),
+            "clip": "openai/clip-vit-large-patch14",
+        },
+    }
     return made(name, keys[name])
 
 

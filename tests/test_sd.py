@@ -17,8 +17,8 @@ from fastgen import noise
 from fastgen.backbones.sd import SD, SDConfig
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
+from fastgen.denoiser import Inputs
 from fastgen.modules.heads import TokenHeads
-from fastgen.denoiser import add_stop_input
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.pipelines.schedulers import discrete_steps
@@ -239,9 +239,13 @@ def test_an_export_gives_the_same_pixels_in_plain_diffusers(
     ],
 )
 def test_a_tcd_export_gives_the_same_pixels_in_plain_diffusers(
-    variant: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
-    options: dict[str, Any], timesteps: tuple[float, ...],
-) -> None:  # fmt: skip
+    variant: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    options: dict[str, Any],
+    timesteps: tuple[float, ...],
+) -> None:
     """Given its eta, which pipelines hand to TCDScheduler; that ends at step 0, clean in its betas."""
     backbone = open_backbone(variant(family, options))
     rollout = f"{{timesteps: {list(timesteps)}, transition: tcd, eta: 0.3}}"
@@ -255,8 +259,14 @@ def test_a_tcd_export_gives_the_same_pixels_in_plain_diffusers(
     fresh = iter([draws(f"step{i}") for i in range(1, len(timesteps))])
     monkeypatch.setattr(scheduling_tcd, "randn_tensor", lambda *_, **__: next(fresh))
     pipeline = open_pipeline(tmp_path / "export")
-    images = pipeline(list(PROMPTS), num_inference_steps=len(timesteps), guidance_scale=1.0, eta=0.3,
-                      latents=draws("initial"), output_type="np").images  # fmt: skip
+    images = pipeline(
+        list(PROMPTS),
+        num_inference_steps=len(timesteps),
+        guidance_scale=1.0,
+        eta=0.3,
+        latents=draws("initial"),
+        output_type="np",
+    ).images
     assert difference(ours, torch.from_numpy(images).permute(0, 3, 1, 2)) < 1e-4
     assert not list(fresh)
 
@@ -289,7 +299,7 @@ def test_the_cards_call_runs_and_its_seed_decides(
         ("{timesteps: [1.0], conditioning_time: 0.4}", r"give timesteps: \[0.4\]"),
         ("{timesteps: [0.001]}", r"nearest list is \[0.002\]"),
         ("{timesteps: [1.0, 0.9, 0.5, 0.25], transition: tcd, eta: 0.3}", "cannot be stored in TCDScheduler"),
-        ("{timesteps: [0.01, 0.005], transition: tcd, eta: 0.8}", "would pass by step 0"),
+        ("{timesteps: [0.01, 0.005], transition: tcd, eta: 0.8}", "would go through step 0"),
     ],
 )
 @pytest.mark.parametrize("path", ["stabilityai/stable-diffusion-xl-base-1.0", None])
@@ -313,7 +323,8 @@ def test_the_nearest_list_is_held(count: int) -> None:
 
 
 def test_a_student_with_extra_inputs_is_not_exported(backbones: dict[str, SD], tmp_path: Path) -> None:
-    student = add_stop_input(backbones["sd"].load("student"), 4, backbones["sd"].time_dim)
+    student = backbones["sd"].load("student")
+    student.add_inputs({"stop": 4}, backbones["sd"].time_dim)
     with pytest.raises(ValueError, match="does not fit StableDiffusionPipeline"):
         backbones["sd"].save_pipeline(student, RolloutPolicy((1.0,)), tmp_path / "export")
 
@@ -405,7 +416,8 @@ def test_another_resolution(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_an_extended_unet_starts_as_the_unextended_one(backbones: dict[str, SD], family: str) -> None:
     backbone = backbones[family]
-    plain, extended = backbone.load("fake_score"), add_stop_input(backbone.load("fake_score"), 3, backbone.time_dim)
+    plain, extended = backbone.load("fake_score"), backbone.load("fake_score")
+    extended.add_inputs({"stop": 3}, backbone.time_dim)
     x, t, cond = draws("x"), torch.tensor([0.1, 0.5, 1.0]), backbone.encode_prompts(PROMPTS)
     with torch.no_grad():
         expected = plain(x, t, cond)

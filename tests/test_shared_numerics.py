@@ -2,15 +2,13 @@
 advantages, hinge losses. Against closed forms, in float64."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from oracles import gaussian, grouped_batch, point_batch
 from torch import Tensor
 
 from fastgen import signals
-from fastgen.backbones.gaussian_mixture import AnalyticDenoiser, GaussianMixtureConfig, build_mixture
-from fastgen.batch import Batch, Conditioning
 from fastgen.rollout import RolloutPolicy, backward_simulation, next_levels, trajectory, transition_law
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 
@@ -81,19 +79,8 @@ def test_log_probabilities_are_those_of_the_normal_law_up_to_their_constant() ->
         signals.transition_log_prob(x, mean, 0 * std)
 
 
-def gaussian(mean: float = 0.7, std: float = 1.3) -> AnalyticDenoiser:
-    config = GaussianMixtureConfig(means=((mean,),), stds=((std,),))
-    return AnalyticDenoiser(build_mixture(config), FLOW)
-
-
-def grouped(count: int, size: int) -> Batch:
-    ids = torch.arange(count)
-    cond = Conditioning({"label": torch.zeros_like(ids)})
-    return Batch(ids, 3, cond, cond, (1,), group=ids // size, dtype=torch.float64)
-
-
 def test_a_trajectory_keeps_every_step_and_scores_the_stochastic_ones() -> None:
-    student, batch = gaussian(), grouped(12, 4)
+    student, batch = gaussian(), grouped_batch(12, 4, key=3)
     rollout = trajectory(student, CPS, batch)
     assert [step.t[0].item() for step in rollout.steps] == list(CPS.timesteps)
     assert [step.log_prob is None for step in rollout.steps] == [False, False, False, True]
@@ -108,7 +95,7 @@ def test_a_trajectory_keeps_every_step_and_scores_the_stochastic_ones() -> None:
 def test_shared_steps_share_their_noise_within_a_group_alone() -> None:
     """What is left to differ within a group after a shared step is the initial noise: steps 0 to 2 shared give
     x_next with one fresh noise a group."""
-    batch = grouped(12, 4)
+    batch = grouped_batch(12, 4, key=3)
     rollout = trajectory(gaussian(), CPS, batch, shared_steps={0, 2})
     for i, shared in enumerate((True, False, True)):
         step = rollout.steps[i]
@@ -200,8 +187,11 @@ def test_advantages_are_centred_scale_free_and_zero_without_a_difference() -> No
     scaled = signals.advantages(100 * reward + 7, group)
     assert torch.allclose(scaled[:8], a[:8], atol=2e-3)
     batch = signals.advantages(reward, group, std="batch")
-    assert torch.allclose(batch[:8] / batch[0], (reward - signals.group_mean(reward, group))[:8]
-                          / (reward[0] - reward[:4].mean()), atol=1e-4)  # fmt: skip
+    assert torch.allclose(
+        batch[:8] / batch[0],
+        (reward - signals.group_mean(reward, group))[:8] / (reward[0] - reward[:4].mean()),
+        atol=1e-4,
+    )
     assert signals.advantages(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100).long()).max() == 5.0
 
 
@@ -225,8 +215,9 @@ def test_gdpo_gives_equal_weights_equal_influence() -> None:
     group, valid = torch.arange(400) // 8, torch.ones(400, dtype=torch.bool)
     small, wide = randn(400).float(), 1000 * randn(400, seed=1).float()
     a = signals.gdpo_advantages({"a": small, "b": wide}, {"a": 1.0, "b": 1.0}, group, valid)
-    correlation = [torch.corrcoef(torch.stack([a, signals.advantages(r, group, std="batch")]))[0, 1].item()
-                   for r in (small, wide)]  # fmt: skip
+    correlation = [
+        torch.corrcoef(torch.stack([a, signals.advantages(r, group, std="batch")]))[0, 1].item() for r in (small, wide)
+    ]
     print(correlation)
     assert abs(correlation[0] - correlation[1]) < 1e-3 and abs(a.square().mean() - 1) < 0.05
 

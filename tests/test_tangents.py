@@ -16,7 +16,7 @@ from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.flow.tangents import difference, live_tangent, math_attention, tangent
 
 F64 = torch.float64

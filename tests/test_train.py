@@ -26,12 +26,24 @@ from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "backbone.means=[[0,0],[3,1]]", "backbone.stds=[0.3,0.2]", "backbone.weights=[1,2]", "backbone.width=16",
-    "backbone.fit_steps=20", "backbone.fit_batch_size=32", "objective.fake_updates=2", "train.batch_size=8",
-    "train.steps=6", "train.log_every=2", "train.sample_every=3", "train.eval_every=3", "train.checkpoint_every=3",
-    "eval.num_samples=64", "eval.quick_num_samples=64",
-    "optimizers.student.decay=constant", "optimizers.fake_score.decay=constant",
-]  # fmt: skip
+    "backbone.means=[[0,0],[3,1]]",
+    "backbone.stds=[0.3,0.2]",
+    "backbone.weights=[1,2]",
+    "backbone.width=16",
+    "backbone.fit_steps=20",
+    "backbone.fit_batch_size=32",
+    "objective.fake_updates=2",
+    "train.batch_size=8",
+    "train.steps=6",
+    "train.log_every=2",
+    "train.sample_every=3",
+    "train.eval_every=3",
+    "train.checkpoint_every=3",
+    "eval.num_samples=64",
+    "eval.quick_num_samples=64",
+    "optimizers.student.decay=constant",
+    "optimizers.fake_score.decay=constant",
+]
 GAN = ["objective.gan_weight=0.1", "optimizers.discriminator={lr: 1e-3}"]
 
 
@@ -51,16 +63,33 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train(tiny(tmp_path / "run", *GAN))
-    for name in ("recipe.yaml", "log.jsonl", "samples/teacher.png", "samples/step_00000003.png", "export/README.md",
-                 "export/model.safetensors", "export/config.json", "export/fastgen.json",
-                 "export/recipe.yaml"):  # fmt: skip
+    for name in (
+        "recipe.yaml",
+        "log.jsonl",
+        "samples/teacher.png",
+        "samples/step_00000003.png",
+        "export/README.md",
+        "export/model.safetensors",
+        "export/config.json",
+        "export/fastgen.json",
+        "export/recipe.yaml",
+    ):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").iterdir())
     assert [r["step"] for r in rows(folder) if "student/loss" in r] == [2, 4, 6]
     assert [r["step"] for r in rows(folder) if "eval/energy_distance" in r] == [3, 6]
     logged = rows(folder)[0]
-    for key in ("student/loss", "student/fake_lag", "student/grad_norm_student", "fake_score/gan", "fake_score/loss",
-                "fake_score/grad_norm_discriminator", "lr/student", "seconds_per_step", "memory_mb"):  # fmt: skip
+    for key in (
+        "student/loss",
+        "student/fake_lag",
+        "student/grad_norm_student",
+        "fake_score/gan",
+        "fake_score/loss",
+        "fake_score/grad_norm_discriminator",
+        "lr/student",
+        "seconds_per_step",
+        "memory_mb",
+    ):
         assert key in logged, key
     # two steps, each of one student update and two of the fake score; a rollout's share differs by its stops
     student, fake = logged["student/evaluations"], logged["fake_score/evaluations"]
@@ -112,8 +141,14 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_keys(tmp_path: Path) -> 
 @pytest.mark.parametrize("extra", [[], GAN], ids=["plain", "gan"])
 def test_accumulating_two_halves_equals_one_batch(tmp_path: Path, extra: list[str]) -> None:
     """2 x 1 equals 1 x 2, in float64, over 20 student updates."""
-    common = [*extra, "train.dtype=float64", "train.steps=20", "train.eval_every=0", "train.sample_every=0",
-              "train.checkpoint_every=20"]  # fmt: skip
+    common = [
+        *extra,
+        "train.dtype=float64",
+        "train.steps=20",
+        "train.eval_every=0",
+        "train.sample_every=0",
+        "train.checkpoint_every=20",
+    ]
     one = weights(train(tiny(tmp_path / "one", *common, "train.batch_size=8")))
     two = weights(train(tiny(tmp_path / "two", *common, "train.batch_size=4", "train.accumulate=2")))
     error = max((one[k] - two[k]).abs().max().item() for k in one if one[k].is_floating_point())
@@ -139,8 +174,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*launch, program, recipe, *common, "train.batch_size=4", f"output_dir={tmp_path / 'two'}"],
-        capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = (
         weights(train(load_recipe(recipe, [*common, f"output_dir={tmp_path / 'one'}"]))),
@@ -157,8 +194,14 @@ def test_a_run_may_start_from_another(tmp_path: Path) -> None:
     """From a run, student and fake score; from an export, the student. The student's average begins there too."""
     first = train(tiny(tmp_path / "first"))
     last = checkpoint.complete(first / "checkpoints")[-1]
-    still = ["train.steps=1", "optimizers.student.lr=2e-7", "optimizers.fake_score.lr=2e-7", "health.every=0",
-             "optimizers.student.weight_decay=0", "optimizers.fake_score.weight_decay=0"]  # fmt: skip
+    still = [
+        "train.steps=1",
+        "optimizers.student.lr=2e-7",
+        "optimizers.fake_score.lr=2e-7",
+        "health.every=0",
+        "optimizers.student.weight_decay=0",
+        "optimizers.fake_score.weight_decay=0",
+    ]
     for source in (first, first / "export"):
         second = train(tiny(tmp_path / f"from_{source.name}", *still, f"init_from={source}"))
         found = weights(second)

@@ -12,8 +12,14 @@ from fastgen.config import load_recipe
 from fastgen.train import main
 
 PAGE = Path(__file__).parent.parent / "docs" / "new_objective.md"
-TINY = ["backbone.fit_steps=20", "backbone.width=16", "train.batch_size=32", "train.checkpoint_every=3",
-        "train.sample_every=0", "eval.quick_num_samples=50"]  # fmt: skip
+TINY = [
+    "backbone.fit_steps=20",
+    "backbone.width=16",
+    "train.batch_size=32",
+    "train.checkpoint_every=3",
+    "train.sample_every=0",
+    "eval.quick_num_samples=50",
+]
 
 
 @pytest.fixture
@@ -76,9 +82,12 @@ def test_its_state_does_not_depend_on_accumulation(recipe: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "wanted"),
-    [("objective.memry=0.5", "did you mean 'memory'"), ("objective.memory=1.5", "objective.memory"),
-     ("objective.name=my_objective:RunningDMB", "objective.name")],
-)  # fmt: skip
+    [
+        ("objective.memry=0.5", "did you mean 'memory'"),
+        ("objective.memory=1.5", "objective.memory"),
+        ("objective.name=my_objective:RunningDMB", "objective.name"),
+    ],
+)
 def test_mistakes_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str], override: str, wanted: str) -> None:
     assert main([str(recipe), f"output_dir={recipe.parent / 'run'}", override]) == 2
     message = capsys.readouterr().err

@@ -20,20 +20,20 @@ from fastgen import noise, signals
 from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser, latent_size
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
+from fastgen.denoiser import Inputs
+from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
+from fastgen.evaluation.report import sample_section
 from fastgen.modules.experts import Experts
 from fastgen.modules.heads import TokenHeads
-from fastgen.denoiser import add_stop_input
-from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
-from fastgen.sampling.pictures import grid
-from fastgen.evaluation.report import sample_section
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
-from fastgen.pipelines import video
 from fastgen.pipelines.schedulers import flow_match_config
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, draw_stops
+from fastgen.sampling import video
 from fastgen.sampling.folder import sample_folder
+from fastgen.sampling.pictures import grid
 from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.schedule import TimeSampler
 from fastgen.train import train
@@ -91,9 +91,11 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_frames(
     backbone = open_wan(folders[experts])
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
     assert ours.shape == (2, 5, 3, 32, 32)
-    both = {"guidance_scale": scale} if isinstance(scale, float) else dict(
-        zip(("guidance_scale", "guidance_scale_2"), scale, strict=True)
-    )  # fmt: skip
+    both = (
+        {"guidance_scale": scale}
+        if isinstance(scale, float)
+        else dict(zip(("guidance_scale", "guidance_scale_2"), scale, strict=True))
+    )
     assert error_between(ours, plain_frames(folders[experts], backbone, steps, **both)) < 1e-4
 
 
@@ -121,7 +123,7 @@ def test_per_token_timesteps_of_the_stock_pipeline_change_nothing(tmp_path: Path
 
 def test_a_unipc_folder_is_sampled_with_euler_at_its_levels(tmp_path: Path) -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    backbone = open_wan(tiny_wan(tmp_path / "wan", scheduler=scheduler, conditioning_time=0.0))
+    backbone = open_wan(tiny_wan(tmp_path / "wan", scheduler=scheduler, time_scale=0.0))
     policy = backbone.teacher_policy(8)
     scheduler.set_timesteps(8)
     assert policy == RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), "ode")
@@ -193,9 +195,13 @@ def test_latents_are_normalised_as_the_pipelines_are(folders: dict[int, Path]) -
     other.scheduler.scale_noise = lambda latents, *_: latents
     frames = noise.uniform(torch.arange(2), (9, 3, 32, 32), 0, torch.float32)
     theirs = other.prepare_latents(
-        frames.transpose(1, 2) * 2 - 1, batch_size=2, generator=torch.Generator(), device=CPU, dtype=torch.float32,
+        frames.transpose(1, 2) * 2 - 1,
+        batch_size=2,
+        generator=torch.Generator(),
+        device=CPU,
+        dtype=torch.float32,
         timestep=torch.zeros(1),
-    )  # fmt: skip
+    )
     ours = backbone.encode(frames)
     assert ours.shape == (2, 3, 4, 4, 4)
     error = (ours.transpose(1, 2) - theirs).abs().max().item()
@@ -244,7 +250,8 @@ def test_an_extended_network_starts_as_the_unextended_one(folders: dict[int, Pat
     x, t, cond = inputs(backbone, [0.95, 0.9, 0.4, 0.1])
     stop = torch.tensor([0, 1, 2, 3])
     plain = backbone.load("fake_score")(x, t, cond)
-    extended = add_stop_input(backbone.load("fake_score"), 4, backbone.time_dim)
+    extended = backbone.load("fake_score")
+    extended.add_inputs({"stop": 4}, backbone.time_dim)
     assert torch.equal(extended(x, t, cond, Inputs(stop=stop)), plain)
 
     with torch.no_grad():
@@ -270,7 +277,8 @@ def test_recomputed_activations_give_the_same_gradients(folders: dict[int, Path]
     x, t, cond = inputs(backbone, [0.9, 0.4])
     gradients = []
     for recompute in (False, True):
-        fake = add_stop_input(backbone.load("fake_score"), 4, backbone.time_dim)
+        fake = backbone.load("fake_score")
+        fake.add_inputs({"stop": 4}, backbone.time_dim)
         if recompute:
             fake.enable_checkpointing()
         fake(x, t, cond, Inputs(stop=torch.tensor([1, 2]))).square().mean().backward()
@@ -558,7 +566,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_images_are_refused(folders: dict[int, Path], tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a cat")
-    with pytest.raises(RecipeError, match="images need a backbone of images, which wan is not"):
+    with pytest.raises(RecipeError, match="image data needs a backbone that makes images, and wan does not"):
         make_recipe(folders[1], tmp_path / "run", data={"name": "images", "folder": str(tmp_path)})
     with pytest.raises(ValueError, match="images do not fit"):
         open_wan(folders[1]).encode(torch.zeros(1, 3, 32, 32))
@@ -593,9 +601,15 @@ def make_recipe(folder: Path, output_dir: Path, **changes: Any) -> Recipe:
         "optimizers": {"student": {"lr": 1e-4}, "fake_score": {"lr": 1e-4}},
         "train": {"steps": 2, "batch_size": 2, "num_samples": 2, "sample_every": 2, "checkpoint_every": 0},
         "health": {"every": 0},
-        "eval": {"metrics": ["throughput"], "num_samples": 3, "quick_num_samples": 2, "prompts": PROMPTS,
-                 "teacher_steps": [2], "teacher_guidance_scale": 3.0},
-    }  # fmt: skip
+        "eval": {
+            "metrics": ["throughput"],
+            "num_samples": 3,
+            "quick_num_samples": 2,
+            "prompts": PROMPTS,
+            "teacher_steps": [2],
+            "teacher_guidance_scale": 3.0,
+        },
+    }
     return build_recipe(raw | changes)
 
 
@@ -641,9 +655,9 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
     assert row["metrics"].keys() == {"images_per_second", "network_evaluations"} and row["num_samples"] == 3
     page = (tmp_path / "results.html").read_text()
     assert page.count('class="frames"') == 1
-    with pytest.raises(ValueError, match="metric fid measures pixels, this gives frames; choose from throughput"):
+    with pytest.raises(ValueError, match="but the samples here are frames; choose from throughput"):
         evaluate_path(run, metrics="fid", progress=False)
-    with pytest.raises(ValueError, match="reference is for images, and this gives frames"):
+    with pytest.raises(ValueError, match="reference is for images, but the samples here are frames"):
         evaluate_path(run, reference="digits", progress=False)
 
 

@@ -16,8 +16,11 @@ PROMPTS = ("a red cat", "two green dogs", "the blue house")
 TEXT_WIDTH, TEXT_LENGTH = 16, 16
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # SDXL's added embedding: pooled text and six sizes of `addition_time_embed_dim` each
-XL_UNET = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-           "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 8}  # fmt: skip
+XL_UNET = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 8,
+}
 
 
 def tiny_sd(folder: Path) -> Path:

@@ -61,12 +61,20 @@ def loud(network: Any, std: float = 0.1) -> Any:
 def tiny_clip_score(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    tower = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "projection_dim": 16}  # fmt: skip
+    tower = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    }
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH}
     ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    config = CLIPConfig(text_config=tower | text | ends, vision_config=tower | {"image_size": SIZE, "patch_size": 32},
-                        projection_dim=16)  # fmt: skip
+    config = CLIPConfig(
+        text_config=tower | text | ends,
+        vision_config=tower | {"image_size": SIZE, "patch_size": 32},
+        projection_dim=16,
+    )
     loud(CLIPModel(config), 0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -101,33 +109,67 @@ def tiny_image_reward(folder: Path) -> Path:
     """In BLIP's own names."""
     torch.manual_seed(3)
     folder.mkdir(parents=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "two", "green", "dogs", "the", "blue",
-             "house"]  # fmt: skip
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "red",
+        "cat",
+        "two",
+        "green",
+        "dogs",
+        "the",
+        "blue",
+        "house",
+    ]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    config = {"vocab_size": len(words) + 2, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "hidden_act": "gelu", "max_position_embeddings": 64, "layer_norm_eps": 1e-12,
-              "pad_token_id": 0, "encoder_width": 768, "add_cross_attention": True}  # fmt: skip
+    config = {
+        "vocab_size": len(words) + 2,
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 64,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+        "encoder_width": 768,
+        "add_cross_attention": True,
+    }
     (folder / "med_config.json").write_text(json.dumps(config))
-    sizes = {"vision.embeddings.patch_embedding.weight": torch.empty(64, 3, 32, 32),
-             "vision.embeddings.position_embedding": torch.empty(1, (SIZE // 32) ** 2 + 1, 64),
-             "vision.encoder.layers.1.mlp.fc1.weight": torch.empty(96, 64),
-             "vision.encoder.layers.0.mlp.fc1.weight": torch.empty(96, 64)}  # fmt: skip
+    sizes = {
+        "vision.embeddings.patch_embedding.weight": torch.empty(64, 3, 32, 32),
+        "vision.embeddings.position_embedding": torch.empty(1, (SIZE // 32) ** 2 + 1, 64),
+        "vision.encoder.layers.1.mlp.fc1.weight": torch.empty(96, 64),
+        "vision.encoder.layers.0.mlp.fc1.weight": torch.empty(96, 64),
+    }
     vision, text = image_reward.vision_encoder(sizes), image_reward.text_encoder(config, sizes)
     tensors = {blip_name(n): t for n, t in loud(vision, 0.1).state_dict().items()}
     tensors |= {f"blip.text_encoder.{n}": t for n, t in loud(text, 0.1).state_dict().items()}
     tensors |= {f"mlp.layers.{n}": t for n, t in loud(aesthetic.linear_stack(WIDTH), 0.2).state_dict().items()}
-    tensors |= {"blip.vision_proj.weight": torch.zeros(4, 4), "blip.text_proj.bias": torch.zeros(4),
-                "blip.text_encoder.embeddings.position_ids": torch.arange(64)[None]}  # fmt: skip
+    tensors |= {
+        "blip.vision_proj.weight": torch.zeros(4, 4),
+        "blip.text_proj.bias": torch.zeros(4),
+        "blip.text_encoder.embeddings.position_ids": torch.arange(64)[None],
+    }
     torch.save(tensors, folder / "ImageReward.pt")
     return folder
 
 
 def blip_name(name: str) -> str:
     top = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed"}
-    for new, old in (("embeddings.patch_embedding.", "patch_embed.proj."), ("encoder.layers.", "blocks."),
-                     (".self_attn.qkv.", ".attn.qkv."), (".self_attn.projection.", ".attn.proj."),
-                     (".layer_norm1.", ".norm1."), (".layer_norm2.", ".norm2."),
-                     ("post_layernorm.", "norm.")):  # fmt: skip
+    for new, old in (
+        ("embeddings.patch_embedding.", "patch_embed.proj."),
+        ("encoder.layers.", "blocks."),
+        (".self_attn.qkv.", ".attn.qkv."),
+        (".self_attn.projection.", ".attn.proj."),
+        (".layer_norm1.", ".norm1."),
+        (".layer_norm2.", ".norm2."),
+        ("post_layernorm.", "norm."),
+    ):
         name = top.get(name, name.replace(new, old))
     return f"blip.visual_encoder.{name}"
 
@@ -135,8 +177,20 @@ def blip_name(name: str) -> str:
 def tiny_qwen(folder: Path) -> Path:
     """The base of both judges: config, tokenizer, weights."""
     torch.manual_seed(4)
-    words = ["[UNK]", *(f"<|{n}|>" for n in ("im_start", "im_end", "vision_start", "vision_end", "image_pad",
-             "video_pad")), "user", "assistant", "Rate", "the", "picture", "of", ".", "a", "red", "cat"]  # fmt: skip
+    words = [
+        "[UNK]",
+        *(f"<|{n}|>" for n in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")),
+        "user",
+        "assistant",
+        "Rate",
+        "the",
+        "picture",
+        "of",
+        ".",
+        "a",
+        "red",
+        "cat",
+    ]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", chat_template=CHAT)
@@ -151,12 +205,22 @@ def tiny_qwen(folder: Path) -> Path:
 
 def qwen_model(vocabulary: int) -> Any:
     config = Qwen2VLConfig(
-        text_config={"vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
-                     "num_attention_heads": 2, "num_key_value_heads": 1,
-                     "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}},
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        },
         vision_config={"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2},
-        image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=True,
-    )  # fmt: skip
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=True,
+    )
     return loud(Qwen2VLForConditionalGeneration(config), 0.2)
 
 
@@ -185,12 +249,16 @@ def tiny_video_reward(folder: Path, base: Path, adapters_alone: bool = False) ->
     (folder / "checkpoint-3").mkdir(parents=True)
     checkpoint.mkdir()
     settings = {
-        "data_config": {"fps": 2.0, "max_frame_pixels": 200704, "prompt_template_type": "detailed_special",
-                        "sample_type": "uniform"},
+        "data_config": {
+            "fps": 2.0,
+            "max_frame_pixels": 200704,
+            "prompt_template_type": "detailed_special",
+            "sample_type": "uniform",
+        },
         "model_config": {"use_special_tokens": True, "reward_token": "special", "output_dim": 1},
         "peft_lora_config": {"lora_r": 2, "lora_alpha": 4, "use_rslora": False},
         "inference_config": {f"{axis}_{k}": v for axis in video_reward.AXES for k, v in (("mean", 0.5), ("std", 2.0))},
-    }  # fmt: skip
+    }
     (folder / "model_config.json").write_text(json.dumps(settings))
     model = Qwen2VLForConditionalGeneration.from_pretrained(base)
     model.resize_token_embeddings(17 + 3, mean_resizing=False)
@@ -204,11 +272,14 @@ def tiny_video_reward(folder: Path, base: Path, adapters_alone: bool = False) ->
     if not adapters_alone:
         torch.save(named, checkpoint / "model.pth")
         return folder
-    save_file({n.replace(".default.", "."): t for n, t in named.items() if "lora_" in n},
-              checkpoint / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {n.replace(".default.", "."): t for n, t in named.items() if "lora_" in n},
+        checkpoint / "adapter_model.safetensors",
+    )
     trained = ("rm_head", "embed_tokens", "visual")
-    torch.save({n: t for n, t in named.items() if any(part in n for part in trained)},
-               checkpoint / "non_lora_state_dict.pth")  # fmt: skip
+    torch.save(
+        {n: t for n, t in named.items() if any(part in n for part in trained)}, checkpoint / "non_lora_state_dict.pth"
+    )
     return folder
 
 

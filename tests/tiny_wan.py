@@ -13,17 +13,23 @@ WORDS = ("a", "cat", "dog", "runs", "sleeps", "red", "blue")
 
 
 def tiny_wan(
-    folder: Path, experts: int = 1, boundary: float = 0.875, scheduler: Any = None, layers: int = 4, seed: int = 0,
-    conditioning_time: float = 1.0, **pipeline_config: Any,
-) -> Path:  # fmt: skip
+    folder: Path,
+    experts: int = 1,
+    boundary: float = 0.875,
+    scheduler: Any = None,
+    layers: int = 4,
+    seed: int = 0,
+    time_scale: float = 1.0,
+    **pipeline_config: Any,
+) -> Path:
     """Writes the folder and returns it. The VAE divides sides by 8 and frames by 4, as Wan's; videos of 32 x 32 x 5
     make latents of [2, 4, 4, 4].
 
-    experts: 2 adds a transformer_2 and the boundary. scheduler: shifted Euler by default. conditioning_time: factor of the
+    experts: 2 adds a transformer_2 and the boundary. scheduler: shifted Euler by default. time_scale: factor of the
     time input; random networks change with every unit of the timestep, at 0 they follow one smooth flow."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        networks = [transformer(layers, conditioning_time) for _ in range(experts)]
+        networks = [transformer(layers, time_scale) for _ in range(experts)]
         tokenizer = t5_tokenizer()
         pipeline = WanPipeline(
             tokenizer=tokenizer,
@@ -39,15 +45,21 @@ def tiny_wan(
     return folder
 
 
-def transformer(layers: int, conditioning_time: float) -> WanTransformer3DModel:
+def transformer(layers: int, time_scale: float) -> WanTransformer3DModel:
     """Its output is made as large as a velocity, and its text and time matter."""
     network = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT_WIDTH,
-        freq_dim=16, ffn_dim=32, num_layers=layers,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
+    ).eval()
     with torch.no_grad():
         network.proj_out.weight.mul_(3)
-        network.condition_embedder.time_embedder.linear_1.weight.mul_(conditioning_time)
+        network.condition_embedder.time_embedder.linear_1.weight.mul_(time_scale)
         for block in network.blocks:
             block.attn2.to_out[0].weight.mul_(10)
     return network
@@ -55,9 +67,13 @@ def transformer(layers: int, conditioning_time: float) -> WanTransformer3DModel:
 
 def autoencoder() -> AutoencoderKLWan:
     return AutoencoderKLWan(
-        base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=[0.1, 0.2, -0.3, 0.4], latents_std=[1.5, 0.7, 2.0, 1.1],
-    ).eval()  # fmt: skip
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, 0.2, -0.3, 0.4],
+        latents_std=[1.5, 0.7, 2.0, 1.1],
+    ).eval()
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -72,7 +88,13 @@ def t5_tokenizer() -> T5Tokenizer:
 def umt5_encoder(vocabulary: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(
         UMT5Config(
-            vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
+            vocab_size=vocabulary,
+            d_model=TEXT_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
             eos_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval()

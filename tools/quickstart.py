@@ -1,5 +1,7 @@
-"""`make quickstart`: distil the embedded digits teacher to four steps and show, in one table and one picture, how it
-went."""
+"""Distils the embedded digits teacher to four steps, and shows in one table and one picture how it went.
+
+python tools/quickstart.py      # or `make quickstart`
+"""
 
 import argparse
 import sys
@@ -32,11 +34,11 @@ COLUMNS = {
     "diversity": "diversity",
     "images_per_second": "images / second",
 }
-OTHER_SEEDS = 1_000_000  # the teacher's samples that others are compared with share no seed with any row
+OTHER_SEEDS = 1_000_000  # of the teacher's samples that all rows are compared with; no row uses these seeds
 
 
 def draw(sampler: Sampler, prompts: list[str], seed: int, name: str, timing: Timing | None = None) -> Tensor:
-    """[N, 3, 32, 32], one image a prompt, seeds seed, seed + 1, ..."""
+    """Samples [N, 3, 32, 32], one image for each prompt, with the seeds seed, seed + 1, and so on."""
     parts = []
     for i in tqdm(range(0, len(prompts), 100), desc=name):
         chunk, began = prompts[i : i + 100], time.perf_counter()
@@ -59,12 +61,18 @@ def measure(
             metric = METRICS[metric_name](context)
             metric.update(samples, prompts)
             numbers |= {key if k == "fid" else k: v for k, v in metric.compute().items() if k != "fid_num_samples"}
-    return {"name": name, "metrics": numbers, "guidance_scale": sampler.guidance_scale,
-            "policy": list(sampler.policy.timesteps), "weights": sampler.weight_hashes()}, samples  # fmt: skip
+    row = {
+        "name": name,
+        "metrics": numbers,
+        "guidance_scale": sampler.guidance_scale,
+        "policy": list(sampler.policy.timesteps),
+        "weights": sampler.weight_hashes(),
+    }
+    return row, samples
 
 
 def picture(strips: dict[str, Tensor], path: Path) -> None:
-    """One labelled row of images a sampler, the same prompts and seeds in each column."""
+    """Draws one labelled row of images for each sampler. A column has one prompt and seed."""
     figure = Figure(figsize=(10, 0.55 * len(strips)), dpi=150)
     for i, (name, pixels) in enumerate(strips.items()):
         axes = figure.add_axes((0.13, 1 - (i + 1) / len(strips), 0.87, 1 / len(strips)))
@@ -107,8 +115,10 @@ def main() -> None:
     asked = [f"a handwritten {word}" for word in words] * 2
     strips = {name: sampler.sample(asked, range(20)) for name, sampler in samplers.items()}
     picture(strips, arguments.output / "grid.png")
-    print(f"picture: {arguments.output / 'grid.png'}\npage:    {arguments.output / 'results.html'}\n"
-          f"export:  {folder / 'export'}\n{time.perf_counter() - began:.0f} seconds")  # fmt: skip
+    print(f"picture: {arguments.output / 'grid.png'}")
+    print(f"page:    {arguments.output / 'results.html'}")
+    print(f"export:  {folder / 'export'}")
+    print(f"{time.perf_counter() - began:.0f} seconds")
 
 
 if __name__ == "__main__":

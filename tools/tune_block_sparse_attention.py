@@ -1,10 +1,11 @@
-"""Times tile configurations of the block-sparse attention kernels on the GPU at hand and records the fastest.
-
-Each candidate is compiled first; what spills registers or needs more shared memory than there is, is not timed. Writes
-fastgen/ops/block_sparse_attention/configs.json for this GPU's architecture; run the compile tests afterwards.
+"""Times tile configurations of the block-sparse attention kernels on the GPU at hand, and records the fastest.
 
     python tools/tune_block_sparse_attention.py                        # everything
     python tools/tune_block_sparse_attention.py --list --arch sm_90    # what would be timed; needs no GPU
+
+Each candidate is compiled first. One that spills registers, or needs more shared memory than there is, is not timed.
+The fastest are written to fastgen/ops/block_sparse_attention/configs.json for this GPU's architecture. Run the compile
+tests afterwards.
 """
 
 import argparse
@@ -17,14 +18,13 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from compile_block_sparse_attention import compile_kernel  # before triton: its interpreter must be off
 
 import torch
 import triton
 
+from benchmarks.block_sparse_attention.compile import compile_kernel
 from fastgen.ops.block_sparse_attention.backends import Call
 from fastgen.ops.block_sparse_attention.break_even import random_call
 from fastgen.ops.block_sparse_attention.configs import (
@@ -44,8 +44,10 @@ Map = Callable[..., Iterable[bool]]
 
 
 def candidates(arch: str, head_dim: int, capacity: int, kernel: str, run: Map = map) -> list[KernelConfig]:
-    """Every tile that divides the layout's, with 4 or 8 warps, 2 to 4 stages, and from sm_90 on also by tensor
-    descriptors, that spills nothing and fits. run: `map`, or that of a pool of processes."""
+    """Every configuration that spills nothing and fits into shared memory, among the tiles that divide the layout's,
+    with 4 or 8 warps, 2 to 4 stages and, from sm_90 on, with and without tensor descriptors.
+
+    run: `map`, or the `map` of a pool of processes."""
     sides = [side for side in (64, 128) if side <= capacity]
     loads = (False, True) if int(arch.removeprefix("sm_")) >= 90 else (False,)
     configs = [KernelConfig(*values) for values in itertools.product(sides, sides, (4, 8), (2, 3, 4), loads)]
@@ -59,7 +61,8 @@ def candidates(arch: str, head_dim: int, capacity: int, kernel: str, run: Map = 
 
 
 def fits(arch: str, head_dim: int, capacity: int, kernel: str, config: KernelConfig) -> bool:
-    """Whether it spills nothing and fits. On that GPU it is launched, too: the timing then finds it compiled."""
+    """Whether a configuration spills nothing and fits. If this machine has such a GPU, the kernel is also launched, so
+    that the timing finds it compiled."""
     compiled = compile_kernel(kernel, arch, head_dim, capacity, config, two_sources=False, float32=False)
     if compiled.spills > 0 or compiled.shared > SHARED_MEMORY[arch]:
         return False
@@ -74,7 +77,7 @@ def small_call(head_dim: int, capacity: int) -> Call:
 
 
 def fastest(configs: list[KernelConfig], shipped: KernelConfig, seconds: Timer) -> KernelConfig:
-    """The configuration of the least time; the shipped one unless another is at least 1 % faster than it."""
+    """The fastest configuration if it is at least 1 % faster than the shipped one, and otherwise the shipped one."""
     times = {config: seconds(config) for config in dict.fromkeys([shipped, *configs])}
     best = min(times, key=lambda config: times[config])
     for config, time in sorted(times.items(), key=lambda item: item[1]):
@@ -83,7 +86,7 @@ def fastest(configs: list[KernelConfig], shipped: KernelConfig, seconds: Timer) 
 
 
 def launcher(call: Call, arch: str, kernel: str) -> Callable[[KernelConfig], object]:
-    """One launch of the kernel alone, by its configuration."""
+    """A function that launches the kernel alone with a given configuration."""
     query, key, value, layout = call.query, call.key, call.value, call.layout
     scale, sources, tiles = query.shape[-1] ** -0.5, Sources(key, value, None, None), (0, len(layout.k_tiles))
     shipped = {name: kernel_config(arch, query.shape[-1], layout.k_tiles.capacity, name) for name in KERNELS}
@@ -103,7 +106,7 @@ def launcher(call: Call, arch: str, kernel: str) -> Callable[[KernelConfig], obj
 
 
 def timer(call: Call, arch: str, kernel: str) -> Timer:
-    """Median seconds of a launch."""
+    """A function that returns the median seconds of a launch."""
     launch = launcher(call, arch, kernel)
     bench = functools.partial(triton.testing.do_bench, warmup=10, rep=50, return_mode="median")
     return lambda config: float(bench(lambda: launch(config))) / 1000
@@ -118,9 +121,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--list", action="store_true", help="only list what would be timed")
-    parser.add_argument("--arch", choices=SHARED_MEMORY, help="with --list: not this GPU's")
+    parser.add_argument("--arch", choices=SHARED_MEMORY, help="with --list: another architecture than this GPU's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--dry-run", action="store_true", help="time, but record nothing")
+    parser.add_argument("--dry-run", action="store_true", help="time, and record nothing")
     args = parser.parse_args()
     if not (args.list or torch.cuda.is_available()):
         sys.exit("timing needs a GPU; --list needs none")

@@ -1,10 +1,11 @@
-"""Compiles the block-sparse attention kernels for GPUs that are not there, and says what they take.
+"""Compiles the block-sparse attention kernels for GPUs that are not there, and prints what they need.
 
-For each shipped configuration: registers and spilled bytes a thread (from ptxas), shared memory against the
-architecture's limit, and whether the matrix products are WGMMA instructions. Needs no GPU, two to five seconds each.
+    python benchmarks/block_sparse_attention/compile.py --arch sm_90 --head-dim 128 --capacity 128
+    python benchmarks/block_sparse_attention/compile.py --json        # everything, one JSON object on each line
 
-    python tools/compile_block_sparse_attention.py --arch sm_90 --head-dim 128 --capacity 128
-    python tools/compile_block_sparse_attention.py --json        # everything, one JSON object a line
+For each shipped configuration it prints the registers and spilled bytes of a thread (from ptxas), the shared memory
+beside the architecture's limit, and the instruction of the matrix products (WGMMA on sm_90). It needs no GPU. Each
+configuration takes two to five seconds.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -57,7 +58,11 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers, spills: of a thread, spills in bytes.  shared: bytes of a program.  products: the PTX instruction."""
+    """What a compiled kernel needs.
+
+    registers, spills: of a thread; spills are in bytes.
+    shared: the bytes of shared memory of a program.
+    products: the PTX instruction of the matrix products."""
 
     registers: int
     spills: int
@@ -68,14 +73,23 @@ class Compiled:
 def compile_kernel(
     kernel: str, arch: str, head_dim: int, capacity: int, config: KernelConfig, two_sources: bool, float32: bool
 ) -> Compiled:
-    """One kernel in bfloat16 or float32, as by a launch on contiguous tensors. Raises what Triton does."""
+    """Compiles one kernel in bfloat16 or float32, as a launch on contiguous tensors does. Triton's errors are
+    raised."""
     function = FUNCTIONS[kernel]
     every = {
-        "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "QUERY_TILE": capacity,
-        "KEY_TILE": capacity, "CAPACITY": capacity, "COLUMNS": 512, "UPCAST": False, "TWO_SOURCES": two_sources,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "QUERY_TILE": capacity,
+        "KEY_TILE": capacity,
+        "CAPACITY": capacity,
+        "COLUMNS": 512,
+        "UPCAST": False,
+        "TWO_SOURCES": two_sources,
         "TMA": config.tma and not (two_sources and kernel != "dkv"),
-        "BY_MASS": True, "HAS_DLSE": True,
-    }  # fmt: skip
+        "BY_MASS": True,
+        "HAS_DLSE": True,
+    }
     constants = {name: every[name] for name in inspect.signature(function.fn).parameters if name.isupper()}
     names = list(inspect.signature(function.fn).parameters)
     signature = {name: "constexpr" if name in constants else argument_type(name, float32) for name in names}
@@ -106,7 +120,7 @@ def argument_type(name: str, float32: bool) -> str:
 
 
 def assemble(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes (stores and loads) that ptxas reports."""
+    """The registers and spilled bytes (of stores and loads) that ptxas reports."""
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +140,8 @@ def assemble(ptx: str) -> tuple[int, int]:
 
 
 def assemblers() -> list[str]:
-    """The wheel's own; newer wheels have an older one for older GPUs and ptxas-blackwell beside it."""
+    """The paths of the assemblers in the Triton wheel. Newer wheels have two, of which ptxas-blackwell is for newer
+    GPUs."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     return [str(folder / name) for name in ("ptxas", "ptxas-blackwell") if (folder / name).exists()]
 
@@ -137,12 +152,15 @@ def main() -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--capacity", nargs="+", type=int, choices=CAPACITIES, default=CAPACITIES)
     parser.add_argument("--kernel", nargs="+", choices=FUNCTIONS, default=KERNELS)
-    parser.add_argument("--two-sources", action="store_true", help="as with a cache, instead of without")
+    parser.add_argument("--two-sources", action="store_true", help="as they are with a cache as a second source")
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16")
     parser.add_argument(
-        "--config", type=int, nargs=5, help="block_m block_n num_warps num_stages tma (0 or 1), not the shipped one"
+        "--config",
+        type=int,
+        nargs=5,
+        help="block_m block_n num_warps num_stages tma (0 or 1), instead of the shipped configuration",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     for arch, head_dim, capacity, kernel in itertools.product(args.arch, args.head_dim, args.capacity, args.kernel):
         if args.config:
@@ -150,7 +168,7 @@ def main() -> None:
         elif kernel in KERNELS:
             config = kernel_config(arch, head_dim, capacity, kernel, args.float32)
         else:
-            config = KernelConfig(32, 32, 4, 3)  # as they are launched: warps and stages are Triton's defaults
+            config = KernelConfig(32, 32, 4, 3)  # these are launched with Triton's default warps and stages
         result = compile_kernel(kernel, arch, head_dim, capacity, config, args.two_sources, args.float32)
         names = {"arch": arch, "head_dim": head_dim, "capacity": capacity, "kernel": kernel}
         row = {**names, **asdict(config), **asdict(result), "limit": SHARED_MEMORY[arch]}

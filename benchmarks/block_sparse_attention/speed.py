@@ -1,12 +1,14 @@
-"""Block-sparse attention beside dense attention on a GPU: a table, JSON, and the picture of speed-up against density.
+"""Measures block-sparse attention beside dense attention on a GPU.
 
-Random data, every query tile sees the same number of random key tiles, a map of its own for each head. For each shape,
-density and backend: milliseconds, and TFLOP/s on visited pairs (4 products of a head dimension forward, 2.5 times that
-backward). SDPA without a mask is timed with each of its kernels and the best one is the dense line; masked SDPA and
-xformers where their mask fits. Selection by pooled top k and the building of lists are timed apart.
+    python benchmarks/block_sparse_attention/speed.py --output benchmarks/block_sparse_attention/h100
+    python benchmarks/block_sparse_attention/speed.py --smoke --output runs/smoke   # tries the program on a CPU
 
-    python tools/benchmark_block_sparse_attention.py --output docs/benchmarks/h100
-    python tools/benchmark_block_sparse_attention.py --smoke --output runs/smoke   # seconds on a CPU; says nothing
+The output folder gets results.json, table.md and speedup.png, the picture of speed-up against density. The data are
+random. Every query tile sees the same number of random key tiles, by a map of its own for each head. For each shape,
+density and backend, the program measures milliseconds and TFLOP/s on the visited pairs (the operations are 4 times the
+head dimension for each pair forward, and 2.5 times that backward). Scaled dot-product attention (SDPA) without a mask
+is timed with each of its kernels, and the best one is the dense line; SDPA with a mask and xformers are timed where
+their mask fits into memory. Selection by pooled top k and the building of lists are timed apart.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import matplotlib
 
@@ -43,17 +45,25 @@ from fastgen.ops.block_sparse_attention.tiles import tile_tokens
 Row = dict[str, Any]
 DENSE_KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 COLUMNS = (
-    "forward_ms", "forward_tflops", "both_ms", "backward_tflops", "selection_ms", "selection_both_ms",
-    "selection_graph_ms", "selection_both_graph_ms", "forward_speedup", "both_speedup",
-)  # fmt: skip
+    "forward_ms",
+    "forward_tflops",
+    "both_ms",
+    "backward_tflops",
+    "selection_ms",
+    "selection_both_ms",
+    "selection_graph_ms",
+    "selection_both_graph_ms",
+    "forward_speedup",
+    "both_speedup",
+)
 FIELDS = {"forward_speedup": "forward", "both_speedup": "forward and backward"}
 COLOURS = {"triton": "C0", "flex_attention": "C1", "xformers": "C2", "sdpa": "C3"}
-SPEED_UPS = (1 / 16, 1 / 8, 0.25, 0.5, 1, 2, 4, 8, 16)  # what the picture's axis names
-MASK_BYTES = 8e9  # masked backends are left out above this: the mask has an element for each pair and head
+SPEED_UPS = (1 / 16, 1 / 8, 0.25, 0.5, 1, 2, 4, 8, 16)  # the ticks of the picture's axis
+MASK_BYTES = 8e9  # backends with a mask are left out above this, as it has an element for each pair and head
 
 
 def make_call(queries: int, keys: int, heads: int, dim: int, capacity: int, density: float, device: str) -> Call:
-    """bfloat16 on a GPU, float32 elsewhere; gradients asked for."""
+    """Random tensors that ask for gradients, in bfloat16 on a GPU and in float32 elsewhere, and a random layout."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     lengths = (queries, keys, keys)
@@ -68,7 +78,7 @@ def make_call(queries: int, keys: int, heads: int, dim: int, capacity: int, dens
 
 
 def tera_flops(call: Call) -> float:
-    """10^12 operations of the forward over visited pairs of tokens."""
+    """The operations of the forward over the visited pairs of tokens, in units of 10^12."""
     sizes = [torch.tensor(tiles.lengths, dtype=torch.float64) for tiles in (call.layout.q_tiles, call.layout.k_tiles)]
     visited = torch.einsum("bhqk,q,k->bh", call.layout.block_map.cpu().double(), *sizes).mean()
     batch, _, heads, dim = call.query.shape
@@ -76,7 +86,7 @@ def tera_flops(call: Call) -> float:
 
 
 def measure(run: Callable[[], object], device: str, repeats: float) -> float:
-    """Median seconds of a call, after warming up; repeats: milliseconds to spend on a GPU."""
+    """The median seconds of a call, after warming up. repeats: the milliseconds to spend on a GPU."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -90,7 +100,7 @@ def measure(run: Callable[[], object], device: str, repeats: float) -> float:
 
 
 def time_backend(call: Call, attend: Callable[[], Tensor], device: str, repeats: float, backward: bool) -> Row:
-    """Forward without gradients, and forward and backward."""
+    """The times of a forward without gradients, and of a forward and backward together."""
     tera = tera_flops(call)
     with torch.no_grad():
         forward = measure(attend, device, repeats)
@@ -107,7 +117,7 @@ def time_backend(call: Call, attend: Callable[[], Tensor], device: str, repeats:
 
 
 def dense_rows(call: Call, device: str, repeats: float) -> list[Row]:
-    """Each kernel of SDPA without a mask, over all pairs."""
+    """A row for each kernel of SDPA without a mask, over all pairs."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
     rows = []
     for name in DENSE_KERNELS:
@@ -131,7 +141,7 @@ def timed(call: Call, attend: Callable[[], Tensor], device: str, repeats: float,
 
 
 def sparse_rows(call: Call, device: str, repeats: float) -> list[Row]:
-    """Every backend on the same layout."""
+    """A row for every backend, on the same layout."""
     pairs = call.query.shape[1] * call.key.shape[1] * call.query.shape[2]
     rows = []
     for name in ("triton", "flex_attention", "xformers", "sdpa"):
@@ -152,8 +162,8 @@ def sparse_rows(call: Call, device: str, repeats: float) -> list[Row]:
 
 
 def selection_ms(call: Call, density: float, device: str, repeats: float) -> Row:
-    """Milliseconds of selecting by pooled top k with the lists of a forward, and with those of a backward, too: as six
-    launches and more from Python, and as one graph, which is what the GPU itself takes."""
+    """The milliseconds of selecting by pooled top k and building the lists of a forward, and those of a backward, too.
+    They are measured as six launches and more from Python, and as one graph, which is what the GPU itself takes."""
     tiles = call.layout.q_tiles, call.layout.k_tiles
     rule = TopK(*tiles, max(1, round(density * len(tiles[1]))))
     query, key = call.query.detach(), call.key.detach()
@@ -182,8 +192,8 @@ def best_dense(rows: list[Row], column: str) -> Row | None:
 
 
 def with_speedups(rows: list[Row]) -> list[Row]:
-    """Each row of one shape with its speed-up over the best dense kernel; that of the kernels pays for selection, as
-    the GPU takes it (from Python its launches run ahead of the GPU, unless the host is the bottleneck)."""
+    """Adds to each row of one shape its speed-up over the best dense kernel. The kernels' own includes the time of the
+    selection on the GPU alone, because launches from Python run ahead of the GPU unless the host is the bottleneck."""
     for column, name in (("forward", "selection"), ("both", "selection_both")):
         dense = best_dense(rows, f"{column}_ms")
         for row in rows:
@@ -194,7 +204,8 @@ def with_speedups(rows: list[Row]) -> list[Row]:
 
 
 def break_even(rows: list[Row], column: str) -> float | None:
-    """The density at which the kernels' speed-up is 1, between measured densities; None if it never crosses."""
+    """The density at which the kernels' speed-up is 1, interpolated between measured densities. None if there is no
+    such density between them."""
     points = sorted((row["density"], row[column]) for row in rows if row["backend"] == "triton" and column in row)
     for (low, fast), (high, slow) in itertools.pairwise(points):
         if fast >= 1 > slow:
@@ -203,7 +214,8 @@ def break_even(rows: list[Row], column: str) -> float | None:
 
 
 def draw(report: Row, path: Path) -> None:
-    """Speed-up over the best dense kernel against density: a column each shape, forward above, both below."""
+    """Draws the speed-up over the best dense kernel against density: a column for each shape, the forward above, and
+    forward and backward together below."""
     shapes = list(dict.fromkeys((row["queries"], row["keys"]) for row in report["rows"]))
     densities = sorted({row["density"] for row in report["rows"]})
     limits = []
@@ -236,7 +248,8 @@ def draw(report: Row, path: Path) -> None:
 
 
 def table(report: Row) -> str:
-    """Markdown: a line for each measurement, then the densities at which the kernels and dense attention are even."""
+    """Markdown with a line for each measurement, and the densities at which the kernels and dense attention are
+    even."""
     lines = [
         "| shape | density | backend | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 3) + "|",
@@ -250,7 +263,7 @@ def table(report: Row) -> str:
 
 
 def reports(args: argparse.Namespace, device: str) -> Iterator[Row]:
-    """Everything measured so far, with what it was measured on; again after each density."""
+    """Everything measured so far, with what it was measured on, once after each density."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     about = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: not a measurement",
@@ -282,20 +295,20 @@ def reports(args: argparse.Namespace, device: str) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json, table.md and speedup.png")
+    parser.add_argument("--output", type=Path, required=True, help="the folder that gets the three files")
     parser.add_argument("--shapes", nargs="+", default=["4680x14040", "32760x32760"])
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.125])
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--capacity", type=int, default=128)
-    parser.add_argument("--repeats", type=float, default=200, help="milliseconds a measurement")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the script anywhere")
+    parser.add_argument("--repeats", type=float, default=200, help="milliseconds for each measurement")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the program anywhere")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     if args.smoke:
         args.shapes, args.densities, args.heads, args.head_dim, args.capacity = ["40x72"], [1.0, 0.5], 1, 64, 16
     elif device == "cpu":
-        sys.exit("this needs a GPU; --smoke tries the script without one")
+        sys.exit("this needs a GPU; --smoke tries the program without one")
     args.output.mkdir(parents=True, exist_ok=True)
     for report in reports(args, device):
         (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")

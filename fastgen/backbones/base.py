@@ -24,9 +24,10 @@ Output = Literal["pixels", "frames", "points"]
 class RoleOptions:
     """How a run's networks are made.
 
-    adapters: role -> its LoRA adapter, on a base that these roles share with the teacher; other roles are whole.
-    frozen_dtype: of the teacher or the shared base; None is the backbone's own dtype.
-    deferred: networks are made without their weights, which are read when the networks have been sharded."""
+    adapters: role -> its LoRA adapter, on a base that these roles share with the teacher. Other roles have whole
+    networks.
+    frozen_dtype: dtype of the teacher or of the shared base; None means the backbone's own dtype.
+    deferred: whether networks are made without their weights, which are then read after sharding."""
 
     adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
     frozen_dtype: torch.dtype | None = None
@@ -52,52 +53,52 @@ class BackboneConfig(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises ValueError if what the section names is not there. Loads no weights."""
+        """Raises ValueError if something that the section names does not exist. Loads no weights."""
 
     @abstractmethod
     def check_export(self, policy: RolloutPolicy) -> None:
-        """Raises ValueError if the exported folder could not hold this sampler. Loads no weights."""
+        """Raises ValueError if an exported folder cannot store this sampler. Loads no weights."""
 
     @abstractmethod
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
     ) -> "Backbone":
-        """The backbone; weights load when they are first needed. dtype: of everything but frozen networks, if `roles`
-        gives those another."""
+        """The backbone. Weights load when they are first needed. dtype: of everything, except frozen networks if
+        `roles` gives them another dtype."""
 
     def own_boundaries(self) -> tuple[float, ...] | None:
-        """Levels between the experts of this pipeline; () where it has one network, None where that is only known when
-        it loads."""
+        """The levels between the experts of this pipeline: () if it has one network, None if that is not known before
+        it is loaded."""
         return ()
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
-        """Raises ValueError if an export could not hold a student of several experts, made from copies of this
-        pipeline's one network. Loads no weights."""
+        """Raises ValueError if an export cannot store a student whose experts are copies of this pipeline's single
+        network. Loads no weights."""
         raise ValueError(f"backbone {self.name} exports a single network, no experts")
 
     def unloaded(self) -> "BackboneConfig":
-        """The section for planning: its sizes are known without weights and without the network. Raises ValueError if
-        they are not."""
+        """The section in a form for planning: its sizes can be read without weights and without network access. Raises
+        ValueError if they are not known."""
         return self
 
 
 class Backbone(ABC):
-    """A pretrained pipeline: networks by role, prompts and images to tensors and back, and export."""
+    """A pretrained pipeline: makes networks by role, converts prompts and images to tensors and back, and exports."""
 
     schedule: Schedule
     latent_shape: tuple[int, ...]
-    image_size: int | None  # pixels of a side, for images to be read at; None for points and frames
-    fps: int | None = None  # frames a second, for videos to be written at; None for points and pixels
+    image_size: int | None  # side in pixels at which images are read; None for points and frames
+    fps: int | None = None  # frames per second of written videos; None for points and pixels
     time_dim: int  # width of the time embedding, for extra inputs
 
-    lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers adapters go on by default
+    lora_targets: ClassVar[tuple[str, ...]]  # default name endings of the layers that get adapters
     teacher_is_base: ClassVar[bool] = True  # whether the teacher is the network that adapters share
     mixture: Any = None  # the exact law of the data, where it is known
     stores_adapters: ClassVar[bool] = True  # whether an export may be an adapter for the original pipeline
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES):
         self.config, self.device, self.dtype, self.roles = config, device, dtype, roles
-        self.shared: SharedBase | None = None  # what adapters share, once one has been loaded
+        self.shared: SharedBase | None = None  # the base that adapters share, once one is loaded
 
     @property
     def output(self) -> Output:
@@ -108,8 +109,8 @@ class Backbone(ABC):
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
 
     def load(self, role: str) -> Denoiser:
-        """The same, the teacher frozen and in evaluation mode, the others trainable; or, for a role with an adapter
-        (and then the teacher), a view of the one shared base."""
+        """Like `make`, with the teacher frozen and in evaluation mode, and the other roles trainable. A role with an
+        adapter is a view of one shared base instead, and so is the teacher if any role has an adapter."""
         frozen_dtype, adapters = self.roles.frozen_dtype or self.dtype, self.roles.adapters
         is_base = role == "teacher" and self.teacher_is_base and adapters
         if is_base or role in adapters:
@@ -122,15 +123,15 @@ class Backbone(ABC):
         return self.make(role, self.dtype).requires_grad_(True).train()
 
     def make_empty(self) -> Denoiser:
-        """A denoiser for its sizes alone: without memory for its parameters, where the family can."""
+        """A denoiser to read sizes from. If the family allows it, its parameters take no memory."""
         return self.make("sizes", self.dtype)
 
     def weights(self) -> WeightMap:
-        """Where the pretrained weights of a denoiser's parameters lie, for networks made without them."""
+        """Where the pretrained weights of a denoiser's parameters are stored, for networks made without them."""
         return {}
 
     def warnings(self) -> list[str]:
-        """What the user should know about this pipeline before it is trained."""
+        """What the user should know about this pipeline before training starts."""
         return []
 
     @abstractmethod
@@ -144,7 +145,7 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Normalised latents to what `output` says: pixels or frames in [0, 1], or points. Gradient flows to latents.
-        clamp: False leaves out the clamp, which has no gradient outside [0, 1]; pixels may then lie beyond."""
+        clamp: False leaves out the clamp, which has no gradient outside [0, 1]; pixels may then be outside."""
 
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:
@@ -156,7 +157,7 @@ class Backbone(ABC):
 
     @property
     def library(self) -> str:
-        """The package that loads its exports, as a model card names it."""
+        """The package that loads its exports, by the name that model cards use."""
         return "fastgen"
 
     @abstractmethod
@@ -166,4 +167,4 @@ class Backbone(ABC):
 
     @abstractmethod
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """Writes a folder that loads and samples without this package where the family has a public pipeline."""
+        """Writes a folder. If the family has a public pipeline, the folder loads and samples without this package."""

@@ -21,7 +21,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_components(folder: Path, index: dict[str, Any]) -> None:
-    """Raises ValueError if a component the index names has no config, or a network no complete safetensors weights."""
+    """Raises ValueError if a component in the index is missing, or lacks its config or safetensors weights."""
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
@@ -38,7 +38,7 @@ def check_components(folder: Path, index: dict[str, Any]) -> None:
 
 
 def missing_weights(part: Path) -> str:
-    """The first weight file that is not there, by the shards' index where there is one; '' if none is missing."""
+    """The first weight file that is missing, by the index of the shards if there is one; '' if none is missing."""
     for index in sorted(part.glob("*.safetensors.index.json")):
         wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         return next((w for w in wanted if not (part / w).is_file()), "")
@@ -46,13 +46,13 @@ def missing_weights(part: Path) -> str:
 
 
 def weight_files(part: Path) -> list[Path]:
-    """The safetensors files of a component: those of its index, or its one file."""
+    """The safetensors files of a component: those in its index, or its single file."""
     for index in sorted(part.glob("*.safetensors.index.json")):
         return [part / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return sorted(part.glob("*.safetensors"))[:1]
 
 
 def boundaries_in(part: Path) -> tuple[float, ...]:
-    """The boundaries of the experts that one component holds, by its config.json; () for one network or a hub id."""
+    """The boundaries between the experts in one component, from its config.json; () for one network or a hub id."""
     path = part / "config.json"
     return tuple(json.loads(path.read_text()).get("boundaries", ())) if path.is_file() else ()

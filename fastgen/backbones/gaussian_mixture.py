@@ -3,7 +3,7 @@
 With component weights w_k, means m_k and diagonal covariances S_k, x_t = alpha x0 + sigma noise is again a mixture:
     p_t(x) = sum_k w_k N(x; alpha m_k, V_k),   V_k = alpha^2 S_k + sigma^2
     E[x0 | x_t] = sum_k r_k(x_t) (m_k + alpha S_k V_k^-1 (x_t - alpha m_k)),   r_k the posterior weights.
-Students and fake scores are small MLPs, fitted to that posterior mean: their "pretrained weights", made in seconds.
+Students and fake scores are small MLPs. Their "pretrained weights" are a fit to that posterior mean, made in seconds.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ Rows = Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class GaussianMixtureConfig(BackboneConfig):
     """means: [K][D]. stds: [K], or [K][D] for axis-aligned covariances. weights: [K], normalised; equal if left out.
-    classes: [K] class label of each component, 0..C-1; prompts are then "0".."C-1" and the empty prompt is the whole
-    mixture. uncond_weights: [K] replaces the weights of the empty prompt (to pose guidance problems with known
-    answers). width, depth: the MLP. time_frequency: the fastest of its time embedding, times pi. fit_steps,
-    fit_batch_size, fit_lr: its fit to the teacher."""
+    classes: [K], class label of each component, 0..C-1; prompts are then "0".."C-1", and the empty prompt is the whole
+    mixture. uncond_weights: [K], replaces the weights for the empty prompt (for guidance problems with known answers).
+    width, depth: of the MLP. time_frequency: the highest frequency of its time embedding, in units of pi. fit_steps,
+    fit_batch_size, fit_lr: for its fit to the teacher."""
 
     means: Rows
     stds: tuple[float, ...] | Rows
@@ -57,7 +57,7 @@ class GaussianMixtureConfig(BackboneConfig):
     uncond_weights: tuple[float, ...] | None = None
     width: int = Field(default=128, ge=1)
     depth: int = Field(default=3, ge=1)
-    time_frequency: float = Field(default=32.0, gt=0.5)  # a derivative in time is as rough as it is fast
+    time_frequency: float = Field(default=32.0, gt=0.5)  # the higher, the rougher is a derivative in time
     fit_steps: int = Field(default=2000, ge=0)
     fit_batch_size: int = Field(default=1024, ge=1)
     fit_lr: float = Field(default=2e-3, gt=0)
@@ -93,13 +93,13 @@ class GaussianMixtureConfig(BackboneConfig):
         return len(self.means[0])
 
     def check(self) -> None:
-        """Nothing outside the recipe is needed."""
+        """Passes always: nothing outside the recipe is needed."""
 
     def check_export(self, policy: RolloutPolicy) -> None:
-        """Our own folder holds any policy."""
+        """Passes always: our own folder format can store any policy."""
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
-        """And any experts."""
+        """Passes always: our own folder format can store any experts."""
 
     def unloaded(self) -> "GaussianMixtureConfig":
         return dataclasses.replace(self, fit_steps=0)
@@ -113,7 +113,7 @@ class GaussianMixtureConfig(BackboneConfig):
 class Mixture:
     """The exact mixture. means, stds: [K, D]. logits: [labels, K], log-weights of the components given each label.
 
-    Everything takes a label [B] and computes in the dtype of its input."""
+    Most methods take the label [B] of each sample. Those that take x_t compute in its dtype."""
 
     def __init__(self, means: Tensor, stds: Tensor, logits: Tensor):
         self.means, self.variances, self.logits = means, stds**2, logits
@@ -122,7 +122,7 @@ class Mixture:
         return Mixture(self.means.to(like), self.variances.to(like).sqrt(), self.logits.to(like))
 
     def _posterior(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Log joint [B, K] of component and x_t, and V [B, K, D]. alpha, sigma: [B, 1]."""
+        """The log joint density of component and x_t, [B, K], and V, [B, K, D]. alpha, sigma: [B, 1]."""
         v = alpha[:, :, None] ** 2 * self.variances + sigma[:, :, None] ** 2
         z = (x_t[:, None] - alpha[:, :, None] * self.means) ** 2 / v + v.log() + math.log(2 * math.pi)
         return self.logits[label] - 0.5 * z.sum(-1), v
@@ -140,8 +140,9 @@ class Mixture:
         return (log_joint.softmax(1)[:, :, None] * means).sum(1)
 
     def flow_map(self, x_t: Tensor, coefficients: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
-        """Where the probability-flow ODE carries x_t, from (alpha, sigma) to another level's: closed form for a single
-        Gaussian,  x' = alpha' m + sqrt(V' / V) (x_t - alpha m).  Raises ValueError for several components."""
+        """Where the probability-flow ODE carries x_t from the level of `coefficients`, (alpha, sigma), to that of
+        `target`, (alpha', sigma'). For a single Gaussian, x' = alpha' m + sqrt(V' / V) (x_t - alpha m). Raises
+        ValueError for several components."""
         if len(self.means) != 1:
             raise ValueError("the flow map of a mixture with several components has no closed form")
         exact, (alpha, sigma), (alpha2, sigma2) = self.to(x_t), coefficients, target
@@ -149,12 +150,12 @@ class Mixture:
         return alpha2 * exact.means + ratio * (x_t - alpha * exact.means)
 
     def component(self, label: Tensor, u: Tensor) -> Tensor:
-        """Component index [B] for uniform u [B], by inverse cdf of the weights given the label."""
+        """Component index [B] for uniform u [B], by the inverse cdf of the weights given the label."""
         cdf = self.logits[label].softmax(1).cumsum(1)
         return (u.to(cdf)[:, None] > cdf).sum(1).clamp(max=len(self.means) - 1)
 
     def sample(self, ids: Tensor, label: Tensor, key: int) -> Tensor:
-        """Exact samples [B, D] float64, keyed by sample id."""
+        """Exact samples, [B, D] float64, keyed by sample id."""
         k = self.component(label, noise.uniform(ids, (), noise.make_key(key, "component"), torch.float64))
         z = noise.normal(ids, self.means.shape[1:], noise.make_key(key, "normal"), torch.float64)
         return self.means.double()[k] + self.variances.double().sqrt()[k] * z
@@ -176,15 +177,15 @@ class AnalyticDenoiser(Denoiser):
         return []
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        """The exact posterior mean at every t: there is no network time of its own."""
+        """The exact posterior mean at t. There is no network that could be conditioned on another time."""
         if inputs.given:
-            raise ValueError("the analytic teacher takes no extra inputs and is told its true time")
+            raise ValueError(f"the analytic teacher takes only x_t, t and the label, got also {sorted(inputs.given)}")
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return self.mixture.posterior_mean(x_t, alpha, sigma, cond["label"])
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep, by frequencies from pi / 2 to `fastest` pi, then two linear layers:
+    """Sines and cosines of the timestep, at frequencies from pi / 2 to `fastest` pi, then two linear layers:
     [B] -> [B, width]."""
 
     def __init__(self, width: int, fastest: float, frequencies: int = 16):
@@ -199,10 +200,10 @@ class TimeEmbedding(nn.Module):
 
 
 class PointMLP(nn.Module):
-    """A residual MLP on points [B, D] with time and label added in every block; predicts x0.
+    """A residual MLP on points [B, D] that predicts x0. Time and label are added in every block.
 
-    Preconditioned as EDM's networks (arXiv 2206.00364 Table 1, for flow matching), with d the mixture's spread and
-    v = alpha^2 d^2 + sigma^2:   x0 = (alpha d^2 / v) x + (sigma d / sqrt(v)) F(x / sqrt(v), t)."""
+    It is preconditioned like EDM's networks (arXiv 2206.00364 Table 1, for flow matching). With d the mixture's spread
+    and v = alpha^2 d^2 + sigma^2:   x0 = (alpha d^2 / v) x + (sigma d / sqrt(v)) F(x / sqrt(v), t)."""
 
     def __init__(self, dim: int, labels: int, width: int, depth: int, spread: float, time_frequency: float = 32.0):
         super().__init__()
@@ -256,7 +257,7 @@ class GaussianMixture(Backbone):
     image_size = None
     lora_targets = ("inlet", "1", "3", "outlet.2")
     stores_adapters = False
-    teacher_is_base = False  # it is a formula; the base is the network fitted to it
+    teacher_is_base = False  # the teacher is a formula; the base is the network fitted to it
 
     def __init__(
         self,
@@ -305,8 +306,9 @@ class GaussianMixture(Backbone):
         return RolloutPolicy(timesteps=tuple(1 - i / num_steps for i in range(num_steps)), transition="ode")
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        """model.safetensors (the PointMLP; model_2.safetensors, ... of further experts), config.json (the mixture's
-        configuration), experts.json (the boundaries) and inputs.json (the names of a flow map's further inputs)."""
+        """Writes model.safetensors (the PointMLP; further experts are in model_2.safetensors, ...), config.json (the
+        configuration of the mixture), experts.json (the boundaries) and inputs.json (the names of the extra inputs).
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for i, part in enumerate(student.members):
             weights = {k: v.contiguous().cpu() for k, v in part.network.state_dict().items()}
@@ -340,7 +342,7 @@ def weight_name(expert: int) -> str:
 
 
 def build_mixture(config: GaussianMixtureConfig) -> Mixture:
-    """The exact mixture in float64; one row of log-weights a class, the last row for the empty prompt."""
+    """The exact mixture in float64, with one row of log-weights per class, and a last row for the empty prompt."""
     means = torch.tensor(config.means, dtype=torch.float64)
     stds = torch.tensor(config.stds, dtype=torch.float64)
     stds = stds if stds.dim() == 2 else stds[:, None].expand_as(means)
@@ -367,8 +369,8 @@ def new_network(config: GaussianMixtureConfig, schedule: Schedule) -> PointDenoi
 
 @torch.enable_grad()
 def fit(denoiser: PointDenoiser, mixture: Mixture, config: GaussianMixtureConfig, seed: int) -> PointDenoiser:
-    """Regresses the network on the exact posterior mean, for uniform t in (0, 1) and every label; deterministic given
-    the seed. Adam, cosine decay. The error is measured relative to sigma, as a velocity."""
+    """Fits the network to the exact posterior mean, for uniform t in (0, 1) and every label; deterministic given the
+    seed. Uses Adam with cosine decay. The error is measured relative to sigma, as a velocity."""
     generator = torch.Generator().manual_seed(noise.make_key(seed, "fit") % 2**63)
     with torch.no_grad():
         for name, p in denoiser.named_parameters():

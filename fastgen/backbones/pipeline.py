@@ -1,4 +1,4 @@
-"""What every family of diffusers pipelines shares: the folder's checks, loading, and a table of encoded prompts."""
+"""What all families of diffusers pipelines share: checks of the folder, loading, encoded prompts, and export."""
 
 import dataclasses
 import importlib
@@ -39,8 +39,8 @@ CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PipelineConfig(BackboneConfig):
-    """path: a diffusers folder, of the working directory or else of what ships with fastgen; or a hub id "org/name",
-    the only thing here that uses the network."""
+    """path: a diffusers folder, in the working directory or else among the files that ship with fastgen; or a hub id
+    "org/name". Only a hub id uses the network."""
 
     path: str
 
@@ -69,28 +69,28 @@ class PipelineConfig(BackboneConfig):
     ) -> "PipelineBackbone": ...
 
     def local_folder(self) -> Path | None:
-        """The folder that `path` names in the working directory, else in what ships with fastgen, else None."""
+        """The folder that `path` names, in the working directory or shipped with fastgen; None if there is none."""
         for candidate in (Path(self.path), shipped(self.path)):
             if candidate.is_dir():
                 return candidate
         return None
 
     def unloaded(self) -> "PipelineConfig":
-        """Of a hub id, the configs that ship with fastgen (configs/README.md)."""
+        """For a hub id, the section with the configs that ship with fastgen (configs/README.md) as its path."""
         if self.local_folder() is not None:
             return self
         folder = CONFIGS / self.path
         if not folder.is_dir():
             known = ", ".join(str(p.parent.relative_to(CONFIGS)) for p in sorted(CONFIGS.glob("*/*/model_index.json")))
             raise ValueError(
-                f"path: the configs of {self.path} are not known without the network; download it and "
-                f"give the folder. Known are {known}"
+                f"path: the configs of {self.path} are not known without the network; download the pipeline and give "
+                f"its folder. The known ones are {known}"
             )
         return dataclasses.replace(self, path=str(folder))
 
 
 def other_family(class_name: str) -> str:
-    """'; backbone ... does', where another family loads this pipeline."""
+    """The end of a message: '; backbone ... does', if another family loads this pipeline."""
     name = next((n for n, c in family_configs() if class_name in c.pipelines), None)
     return f"; backbone {name} does" if name else ""
 
@@ -107,7 +107,7 @@ def family_configs() -> Iterator[tuple[str, type[PipelineConfig]]]:
 
 
 class PipelineBackbone(Backbone):
-    """A diffusers pipeline. Families say which networks it has and how they are called; this class loads them.
+    """A diffusers pipeline. Families define which networks it has and how they are called; this class loads them.
 
     `network_class` and `subfolder` name the denoising network; `wrap` puts it behind the contract."""
 
@@ -127,7 +127,7 @@ class PipelineBackbone(Backbone):
     )  # attention and feed-forward layers, by diffusers' names
     subfolder: ClassVar[str] = "transformer"
     vae_class: ClassVar[str] = "AutoencoderKL"
-    # how an export is called, for its card
+    # how an export is called, for its model card
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
 image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]"""
 
@@ -154,11 +154,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @property
     def subfolders(self) -> tuple[str, ...]:
-        """The folders of the denoising networks: several, from high noise to low, for a model of several experts."""
+        """The folders of the denoising networks: one, or one per expert from high noise to low."""
         return (self.subfolder,)
 
     def join(self, parts: list[Denoiser]) -> Denoiser:
-        """One denoiser from those of `subfolders`."""
+        """Joins the denoisers of `subfolders` into one."""
         return parts[0]
 
     @cached_property
@@ -181,11 +181,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return self.join(parts).to(self.device)
 
     def make_empty(self, dtype: torch.dtype = torch.float32) -> Denoiser:
-        """The denoiser with its parameters on the meta device: sizes without memory."""
+        """The denoiser with its parameters on the meta device, where they have sizes but take no memory."""
         with init_empty_weights(include_buffers=False):
             cls = getattr(diffusers, self.network_class)
             networks = [cls.from_config(self.network_config) for _ in self.subfolders]
-        for network in networks:  # as from_pretrained casts: some layers of a family stay in float32
+        for network in networks:  # cast as from_pretrained does: some layers stay in float32
             kept = tuple(network._keep_in_fp32_modules or ()) if dtype.itemsize < 4 else ()
             for name, tensor in network.state_dict(keep_vars=True).items():
                 if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
@@ -193,7 +193,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return self.join([self.wrap(network) for network in networks])
 
     def weights(self) -> WeightMap:
-        """parameter or buffer -> (file, name in the file); a hub id's files are downloaded."""
+        """parameter or buffer -> (file, name in the file). The files of a hub id are downloaded."""
         folder = Path(self.source)
         if not folder.is_dir():
             folder = Path(snapshot_download(self.source, allow_patterns=[f"{name}/*" for name in self.subfolders]))
@@ -223,11 +223,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @cached_property
     def text_pipeline(self) -> DiffusionPipeline:
-        """The stock pipeline without what draws and judges images: its own prompt encoding."""
+        """The stock pipeline without the parts that make or check images. It encodes the prompts."""
         unused = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "image_encoder")
         absent: dict[str, Any] = {name: None for name in unused if name in self.components}
         if "safety_checker" in absent:
-            absent["requires_safety_checker"] = False  # nothing is drawn here
+            absent["requires_safety_checker"] = False  # it makes no images
         pipeline = self.pipeline_class.from_pretrained(self.source, **absent, **self.options)
         return pipeline.to(self.device)
 
@@ -240,26 +240,27 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @property
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        """The stock pipeline's own class. DiffusionPipeline.from_pretrained ignores a component that is passed to it
-        where the class has a default for it, as WanPipeline has for its transformers, and loads the stored one."""
+        """The stock pipeline's own class, whose from_pretrained is used. DiffusionPipeline.from_pretrained would
+        ignore a component that is passed to it, and load the stored one, if the class has a default for that component
+        (as WanPipeline has for its transformers)."""
         return getattr(diffusers, self.components["_class_name"])
 
     def warnings(self) -> list[str]:
-        """Whether the teacher looks like a few-step student itself, by its name, its scheduler or our card."""
+        """Warns if the teacher looks like a few-step student itself, by its name, its scheduler or a fastgen.json."""
         folder = self.config.local_folder()
         exported = folder is not None and (folder / "fastgen.json").is_file()
         named = any(word in Path(self.source).name.lower() for word in FEW_STEP_NAMES)
         if not (exported or named or self.components["scheduler"][1] in FEW_STEP_SCHEDULERS):
             return []
         return [
-            f"{self.source} looks like a few-step student. Between its own steps it is no diffusion model any "
-            "more, and training it further blurs it. The anchored way: name the original pipeline as "
+            f"{self.source} looks like a few-step student. Between its own steps, such a student is no longer a "
+            "diffusion model, and training it further blurs it. Instead, name the original pipeline as "
             "backbone.path, and this one as init_from"
         ]
 
     @property
     def stock_call(self) -> tuple[int, float]:
-        """num_inference_steps and guidance_scale of the stock pipeline's call, where it is given none."""
+        """The defaults of num_inference_steps and guidance_scale in the call of the stock pipeline."""
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
         return parameters["num_inference_steps"].default, parameters["guidance_scale"].default
 
@@ -269,10 +270,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @abstractmethod
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's conditioning by key, at its longest, for planning."""
+        """For planning: key -> the shape of one prompt's conditioning, at its longest."""
 
     def finish_table(self, table: Conditioning) -> Conditioning:
-        """What networks are given, from the rows of all prompts seen so far."""
+        """Turns the rows of all prompts seen so far into what networks are given."""
         return table
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -291,15 +292,15 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return pipeline_usage(self, policy, folder, adapter)
 
     def student_components(self, student: Denoiser) -> dict[str, Any]:
-        """The stock components that the student replaces, besides the scheduler. Raises ValueError for experts that
-        the pipeline has no place for."""
+        """The stock components that the student replaces, besides the scheduler. Raises ValueError if the pipeline has
+        no place for the student's experts."""
         if len(student.members) != len(self.subfolders):
             raise ValueError(f"{self.components['_class_name']} has no place for {len(student.members)} experts")
         return {name: part.network for name, part in zip(self.subfolders, student.members, strict=True)}
 
     @abstractmethod
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
-        """A stock scheduler that holds the policy, or one of `few_step`. Raises ValueError if none can."""
+        """A stock scheduler that stores the policy, or one of `pipelines.few_step`. Raises ValueError if none can."""
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler."""

@@ -1,4 +1,4 @@
-"""Prompts that are encoded once and kept, and prompts that were encoded before and are read."""
+"""A table of encoded prompts. Each is encoded once and kept, or read if it was stored before the run."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -7,7 +7,7 @@ import torch
 
 from fastgen.batch import Conditioning
 
-TABLE_BYTES = 1 << 30  # prompt embeddings kept in memory; beyond it they are encoded again
+TABLE_BYTES = 1 << 30  # limit on prompt embeddings in memory; beyond it the table is emptied
 
 
 class PromptRows(Protocol):
@@ -16,15 +16,15 @@ class PromptRows(Protocol):
     def __contains__(self, prompt: str) -> bool: ...
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
-        """What encoding these prompts gives, on the CPU."""
+        """The conditioning that encoding these prompts would give, on the CPU."""
 
 
 class PromptTable:
     """The conditioning of every prompt seen so far, up to a gigabyte.
 
-    Each prompt is encoded by itself: the last bits of an embedding depend on what shares its batch, and a run that
-    continues meets its prompts in other company.
-    encode: a few prompts to their rows. finish: from the rows of all prompts to what networks are given."""
+    Each prompt is encoded alone, because the last bits of an embedding depend on the other prompts in its batch, and a
+    run that is continued sees its prompts in other batches.
+    encode: turns a few prompts into their rows. finish: turns the rows of all prompts into what networks are given."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PromptTable:
         return self._finished.select(torch.tensor([self._index[p] for p in prompts], device=self.device))
 
     def extend(self, new: list[str], wanted: set[str]) -> None:
-        """Encodes prompts and appends them to the table, which is emptied first when it would grow too large."""
+        """Encodes prompts and appends them to the table, which is emptied first if it has grown too large."""
         if self._encoded is not None and sum(v.nbytes for v in self._encoded.values()) > TABLE_BYTES:
             new, self._index, self._encoded = sorted(wanted), {}, None
         stored = [p for p in new if self.stored is not None and p in self.stored]

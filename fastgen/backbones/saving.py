@@ -1,4 +1,4 @@
-"""A student as a diffusers folder: a whole pipeline, an adapter, or a pipeline class of our own; and back again."""
+"""Saves and loads a student as a diffusers folder: a whole pipeline, an adapter, or a pipeline class of our own."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 class Pipeline(Protocol):
-    """What is needed of a `PipelineBackbone`; its attributes are explained there."""
+    """The part of a `PipelineBackbone` that is used here. Its attributes are explained there."""
 
     source: str
     options: dict[str, Any]
@@ -42,8 +42,8 @@ class Pipeline(Protocol):
 
 
 def save_student(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """A student with added inputs becomes a flow-map folder, an adapter a LoRA folder, any other the stock pipeline
-    with the student as its network and the policy in its scheduler."""
+    """Saves a student with added inputs as a flow-map folder, an adapter as a LoRA folder, and any other student as
+    the stock pipeline, with the student as its network and the policy in its scheduler."""
     if student.is_extended:
         save_flow_map(backbone, student.merged(), policy, folder)
     elif isinstance(student, LoraDenoiser):
@@ -59,8 +59,8 @@ def save_whole(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, fol
 
 
 def save_flow_map(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """A pipeline of `pipelines.flow_map`: the stock one, without the inputs that were added to its networks, and these
-    inputs in a file beside it."""
+    """Saves a pipeline of `pipelines.flow_map`: the stock pipeline without the inputs that were added to its networks,
+    and these inputs in a separate file."""
     embeddings: list[Any] = [part.time_embedding for part in student.members]
     name, inputs = backbone.components["_class_name"], list(embeddings[0].tables)
     if inputs != list(policy.inputs):
@@ -82,8 +82,8 @@ def save_flow_map(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, 
 
 
 def save_lora(backbone: Pipeline, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """The adapter as diffusers' `load_lora_weights` reads it, and the scheduler. The factor alpha / rank is multiplied
-    into B, so that readers which do not look for alpha agree."""
+    """Saves the adapter as diffusers' `load_lora_weights` reads it, and the scheduler. B is multiplied by
+    alpha / rank, so that a reader that does not look for alpha gets the same network."""
     assert student.role is not None
     config = student.shared.configs[student.role]
     factor = (config.alpha or config.rank) / config.rank
@@ -118,5 +118,5 @@ def load_student(backbone: Pipeline, folder: Path) -> Denoiser:
 
 
 def lora_files(subfolders: Sequence[str]) -> list[str]:
-    """One file per network. Inside each, diffusers expects the layers under the name of the first network."""
+    """One file per network. In each file, diffusers expects the layers under the name of the first network."""
     return [LORA_WEIGHTS, *(LORA_WEIGHTS.replace(".", f"_{name}.") for name in subfolders[1:])]

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5, 2.1 and XL: a variance-preserving discrete diffusion, a UNet, epsilon or v prediction.
 
-Guidance in our x0 predictions is guidance in the network's outputs, as the stock pipelines do it: at a fixed x_t the
-conversion is affine, and the two weights of guidance sum to one."""
+We apply guidance to x0 predictions. This equals guidance on the network's outputs, as in the stock pipelines: at a
+fixed x_t the conversion is affine, and the two weights of guidance sum to one."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -29,13 +29,13 @@ from fastgen.rollout import RolloutPolicy, TeacherPolicy
 from fastgen.schedule import PredictionType, VPSchedule
 
 CLIP_TOKENS = 77
-NUM_TRAIN_TIMESTEPS = 1000  # of every published Stable Diffusion; a hub id is only read when weights load
+NUM_TRAIN_TIMESTEPS = 1000  # of every published Stable Diffusion; a hub id is not read before weights load
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SDConfig(PipelineConfig):
-    """resolution: pixels of a side; the UNet's own by default. SDXL is told it as original and target size, uncropped,
-    as the stock pipeline does."""
+    """resolution: side of an image in pixels, by default that of the UNet. SDXL is conditioned on it as original and
+    target size, without cropping, as in the stock pipeline."""
 
     name: Literal["sd"] = "sd"
     resolution: int | None = Field(default=None, ge=8)
@@ -43,7 +43,7 @@ class SDConfig(PipelineConfig):
     output: ClassVar[Output] = "pixels"
     flow_matching: ClassVar[bool] = False
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-    prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # SDXL's time_ids
+    prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # it is in SDXL's time_ids
 
     def check(self) -> None:
         super().check()
@@ -58,13 +58,13 @@ class SDConfig(PipelineConfig):
         return SD(self, device, dtype, roles)
 
     def read(self) -> "SD":
-        """The backbone, for what its small files say."""
+        """The backbone, to read its small files."""
         return SD(self, torch.device("cpu"), torch.float32)
 
 
 class SDDenoiser(Denoiser):
-    """An unmodified UNet2DConditionModel behind the contract; its features are the output of the middle block, which
-    is where DMD2's discriminator looks (arXiv 2405.14867 Sec. 4.3)."""
+    """An unmodified UNet2DConditionModel behind the contract. Its features are the output of the middle block, which
+    DMD2's discriminator reads (arXiv 2405.14867 Sec. 4.3)."""
 
     network: UNet2DConditionModel
     extra_inputs = UNetExtraInputs
@@ -107,16 +107,16 @@ class SD(PipelineBackbone):
     subfolder = "unet"
 
     def check(self) -> None:
-        """Raises ValueError for what the small files already show cannot work. Loads no weights."""
+        """Raises ValueError if the small files show that this pipeline cannot be used. Loads no weights."""
         if self.network_config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                "path: this UNet has guidance embedded (time_cond_proj_dim); load the model it was distilled from"
+                "path: this UNet has guidance embedded (time_cond_proj_dim); load the model that it was distilled from"
             )
-        _ = self.schedule, self.latent_shape  # both refuse what they cannot be made from
+        _ = self.schedule, self.latent_shape  # each raises ValueError if it cannot be made
 
     @property
     def call(self) -> str:  # type: ignore[override]
-        """LCMScheduler draws from the generator it is given, unlike the flow-matching ones."""
+        """Unlike the flow-matching schedulers, LCMScheduler draws from the generator that it is given."""
         size = f"height={self.image_size}, width={self.image_size}, " if self.config.resolution else ""
         return f"""generator = torch.manual_seed(0)
 options = dict(num_inference_steps={{num_steps}}, guidance_scale=1, {size}generator=generator{{eta}})
@@ -129,7 +129,7 @@ image = pipeline("a prompt", **options).images[0]"""
         return noise_schedule(self.scheduler())
 
     def scheduler(self) -> Any:
-        """The pipeline's own scheduler, with the settings that StableDiffusionPipeline forces on any."""
+        """The pipeline's own scheduler, with the settings that StableDiffusionPipeline forces on every scheduler."""
         scheduler = super().scheduler()
         if self.is_xl:
             return scheduler
@@ -137,9 +137,10 @@ image = pipeline("a prompt", **options).images[0]"""
         return scheduler.from_config(scheduler.config, **{k: v for k, v in forced.items() if k in scheduler.config})
 
     def teacher_scheduler(self) -> Any:
-        """The stock scheduler the teacher is sampled with: the pipeline's own if that takes DDIM's steps, otherwise
-        (PNDM and the other multistep solvers) a DDIMScheduler of the same noise. Its spacing is trailing where the
-        solver's is linspace, which DDIMScheduler gets wrong: it steps to other levels than it calls the network at."""
+        """The stock scheduler that samples the teacher. This is the pipeline's own if it takes DDIM's steps. Otherwise
+        (PNDM and the other multistep solvers) it is a DDIMScheduler with the same noise. If the solver's spacing is
+        linspace, the spacing becomes trailing: with linspace, DDIMScheduler steps to other levels than those at which
+        it calls the network."""
         scheduler = self.scheduler()
         if isinstance(scheduler, DDIMScheduler) or is_plain_euler(scheduler):
             return scheduler
@@ -177,7 +178,7 @@ image = pipeline("a prompt", **options).images[0]"""
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D]; for SDXL also pooled [B, P] and time_ids [B, 6]: original height and width, crop
-        offsets, target height and width. SDXL's empty prompt is all zeros where the stock pipeline's is
+        offsets, target height and width. SDXL's empty prompt is all zeros if it is in the stock pipeline
         (force_zeros_for_empty_prompt)."""
         pipeline: Any = self.text_pipeline
         out = pipeline.encode_prompt(
@@ -206,7 +207,7 @@ image = pipeline("a prompt", **options).images[0]"""
 
     @cached_property
     def vae(self) -> Any:
-        """In float32 where float16 would overflow, as the stock SDXL pipeline has it."""
+        """The VAE, in float32 where float16 would overflow, as in the stock SDXL pipeline."""
         vae = super().vae
         overflows = self.is_xl and self.dtype == torch.float16 and vae.config.force_upcast
         return vae.float() if overflows else vae
@@ -245,8 +246,8 @@ image = pipeline("a prompt", **options).images[0]"""
         return pixels.clamp(0, 1) if clamp else pixels
 
     def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the VAE's latents, as the pipelines take them from its config: std = 1 / scaling_factor, and
-        SDXL's by channel, where there are any."""
+        """Mean and std of the VAE's latents, as the pipelines take them from its config: 0 and 1 / scaling_factor. If
+        SDXL's config has values per channel, the mean is latents_mean and the std latents_std / scaling_factor."""
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if not self.is_xl or mean is None or std is None:
@@ -256,17 +257,17 @@ image = pipeline("a prompt", **options).images[0]"""
 
 
 def noise_schedule(scheduler: Any) -> VPSchedule:
-    """The schedule of a discrete diffusion's scheduler. Raises ValueError for any other."""
+    """The noise schedule of a discrete diffusion's scheduler. Raises ValueError for any other scheduler."""
     config, name = scheduler.config, type(scheduler).__name__
     if not hasattr(scheduler, "betas") or config.get("timestep_type") == "continuous":
         raise ValueError(f"path: {name} is not a discrete variance-preserving diffusion, which backbone sd needs")
     kind = config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"path: backbone sd has epsilon, v_prediction and sample; the scheduler says {kind}")
+        raise ValueError(f"path: backbone sd needs epsilon, v_prediction or sample; the scheduler says {kind}")
     schedule = VPSchedule(DDIMScheduler(**stock_noise(config)).alphas_cumprod)
     if kind == "epsilon" and schedule.table[-1] <= 0:
         raise ValueError(
-            "path: rescale_betas_zero_snr leaves no signal at t = 1, where an epsilon network says "
+            "path: rescale_betas_zero_snr leaves no signal at t = 1, where the output of an epsilon network says "
             "nothing about x0; such a schedule needs v_prediction"
         )
     return schedule

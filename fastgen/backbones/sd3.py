@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: flow matching, an MMDiT, three text encoders. Also loads the embedded digits teacher."""
+"""Stable Diffusion 3 and 3.5: flow matching, an MMDiT, three text encoders. Also loads our digits teacher."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,13 +23,13 @@ from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 
-CLIP_TOKENS = 77  # before the T5 tokens
+CLIP_TOKENS = 77  # they come before the T5 tokens
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SD3Config(PipelineConfig):
-    """resolution: pixels of a side; the transformer's own by default. max_sequence_length: T5 tokens, the stock
-    pipeline's 256 by default."""
+    """resolution: side of an image in pixels, by default that of the transformer. max_sequence_length: number of T5
+    tokens, by default the stock pipeline's 256."""
 
     name: Literal["sd3"] = "sd3"
     resolution: int | None = Field(default=None, ge=16)
@@ -39,7 +39,7 @@ class SD3Config(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
 
     def check(self) -> None:
-        """Also raises ValueError for an exported student of several experts, which is no teacher."""
+        """Also raises ValueError for an exported student of several experts, which cannot be a teacher."""
         super().check()
         folder = self.local_folder()
         if folder is not None and boundaries_in(folder / "transformer"):
@@ -49,7 +49,7 @@ class SD3Config(PipelineConfig):
         flow_match_scheduler(policy)
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
-        """A `few_step.SD3Experts` holds any."""
+        """Passes always: a `few_step.SD3Experts` can store any experts."""
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD3":
         return SD3(self, device, dtype, roles)
@@ -167,9 +167,9 @@ class SD3(PipelineBackbone):
         scheduler = self.scheduler()
         scheduler.set_timesteps(num_steps)
         transition: Literal["renoise", "ode"] = "renoise" if scheduler.config.stochastic_sampling else "ode"
-        told = scheduler.config.num_train_timesteps / 1000
-        told = told if num_steps == 1 and told != 1 else None
-        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, told)
+        time = scheduler.config.num_train_timesteps / 1000
+        time = time if num_steps == 1 and time != 1 else None
+        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         boundaries = boundaries_in(Path(source) / self.subfolder)

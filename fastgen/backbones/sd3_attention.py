@@ -18,7 +18,7 @@ def fold_repeats(prompt_embeds: Tensor) -> tuple[Tensor, Tensor]:
 
     `prompt_embeds` is [B, L, D]. Returns the folded embeddings [B, L', D] and the bias `log_repeats` [B, L'] that
     `FoldedJointAttnProcessor` takes as `context_log_repeats`: zero, except the log of the run's length at its token.
-    Rows may repeat different tokens. Where nothing repeats the input comes back as it is, with zeros.
+    Rows may repeat different tokens. If nothing repeats, the input is returned as it is, with zeros.
     """
     same_as_last = (prompt_embeds == prompt_embeds[:, -1:]).all(dim=-1).all(dim=0)
     run = int(same_as_last.flip(0).to(torch.int64).cumprod(0).sum())
@@ -31,8 +31,8 @@ def fold_repeats(prompt_embeds: Tensor) -> tuple[Tensor, Tensor]:
 class FoldedJointAttnProcessor:
     """Diffusers' `JointAttnProcessor2_0` with one more input: `context_log_repeats` [B, L_context], or None.
 
-    It is added to the attention logits of the context keys. Pass it through `joint_attention_kwargs`; without it
-    the result is the stock one.
+    This input is added to the attention logits of the context keys. Pass it through `joint_attention_kwargs`. Without
+    it, the result is that of the stock processor.
     """
 
     def __call__(

@@ -1,4 +1,4 @@
-"""How an exported student is loaded and called, as the Markdown of its model card."""
+"""How an exported student is loaded and called, in Markdown for its model card."""
 
 import json
 from pathlib import Path
@@ -18,24 +18,24 @@ from diffusers import DiffusionPipeline
 
 The step list is stored in the scheduler: `num_inference_steps={num_steps}` gives the noise levels the student was
 trained at, {timesteps}. It was not trained for other numbers of steps, nor for a guidance scale above 1. With
-`transition: renoise`, `cps` or `tcd` every step adds fresh noise, which the seed above decides."""
+`transition: renoise`, `cps` or `tcd`, every step adds fresh noise, which depends on the seed above."""
 
 OWN_PARTS = """
 
-This student needs fastgen installed, and the import above: diffusers has no class for its {parts}, and it finds a
-class of another package only if that package has been imported, and only in a local folder. From the hub, download the
-folder first, with `huggingface_hub.snapshot_download`."""
+This student needs fastgen installed, and the import above. diffusers has no class for its {parts}. It finds a class of
+another package only if that package has been imported, and only for a local folder. If the student is on the hub,
+download the folder first with `huggingface_hub.snapshot_download`."""
 
 INPUTS = """
 
-Its network takes inputs besides its time, which plain diffusers cannot give it: sample it with the class above, of
-fastgen, from a local folder."""
+Its network takes inputs besides the timestep, which plain diffusers cannot give it. Sample it with fastgen's class
+above, from a local folder."""
 
-ANY_STEP = """ It is a flow map: other numbers of steps work, too, on the same grid."""
+ANY_STEP = """ It is a flow map, so that other numbers of steps work as well, on the same grid."""
 
 
 def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
-    """Of a `PipelineBackbone`'s export in `folder`. adapter: whether it is a LoRA adapter, not a whole pipeline."""
+    """For a `PipelineBackbone`'s export in `folder`. adapter: whether it is a LoRA adapter, not a whole pipeline."""
     load, call, own = loading(backbone, policy, adapter), CALL.replace("{call}", backbone.call), own_components(folder)
     if own and not policy.inputs:
         load = f"import {few_step.__name__}\n\n{load}"

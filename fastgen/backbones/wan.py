@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 text-to-video: flow matching, a DiT on video tokens, a UMT5 text encoder, a causal video VAE.
 
-Wan 2.1 and Wan 2.2 TI2V-5B have one network, Wan 2.2 A14B two experts: `transformer` at t >= boundary_ratio and
+Wan 2.1 and Wan 2.2 TI2V-5B have one network. Wan 2.2 A14B has two experts: `transformer` for t >= boundary_ratio and
 `transformer_2` below. Latents are [B, F, C, H, W] here and [B, C, F, H, W] inside diffusers.
 """
 
@@ -31,9 +31,9 @@ from fastgen.schedule import FlowSchedule
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WanConfig(PipelineConfig):
-    """height, width: pixels; num_frames: 4 k + 1. The stock pipeline's 480, 832 and 81 by default.
-    max_sequence_length: UMT5 tokens. fps: of the videos that are written; Wan 2.1 and A14B are trained at 16, TI2V-5B
-    at 24."""
+    """height, width: in pixels. num_frames: 4 k + 1. The defaults, 480, 832 and 81, are those of the stock pipeline.
+    max_sequence_length: number of UMT5 tokens. fps: frames per second of written videos; Wan 2.1 and A14B are trained
+    at 16, TI2V-5B at 24."""
 
     name: Literal["wan"] = "wan"
     height: int = Field(default=480, ge=16, multiple_of=16)
@@ -46,8 +46,9 @@ class WanConfig(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
     def check(self) -> None:
-        """Also raises ValueError for a size, a set of experts or a scheduler that does not fit, and where no video can
-        be written. Of a hub id only what does not depend on its files is checked here, the rest when it loads."""
+        """Also raises ValueError for a size, a set of experts or a scheduler that does not fit, and if videos cannot
+        be written. For a hub id, only what does not depend on its files is checked here, and the rest when it loads.
+        """
         super().check()
         check_writer()
         folder = self.local_folder()
@@ -71,9 +72,9 @@ class WanConfig(PipelineConfig):
         return () if boundary is None else (boundary,)
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
-        """The stock pipeline holds two, transformer and transformer_2, and boundary_ratio."""
+        """The stock pipeline has a place for two experts, transformer and transformer_2, and for boundary_ratio."""
         if len(boundaries) != 1:
-            raise ValueError(f"a WanPipeline holds two experts, not {len(boundaries) + 1}")
+            raise ValueError(f"a WanPipeline can store two experts, not {len(boundaries) + 1}")
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Wan":
         return Wan(self, device, dtype, roles)
@@ -88,23 +89,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_experts(index: Mapping[str, Any]) -> tuple[tuple[str, ...], float | None]:
-    """The networks of a WanPipeline's index, from high noise to low, and the boundary between them, if there are two.
+    """The networks in a WanPipeline's index, from high noise to low, and the boundary between them, if there are two.
 
-    Raises ValueError for a set of networks that the stock pipeline would not call as a whole."""
+    Raises ValueError for a set of networks of which the stock pipeline would not use all."""
     names = tuple(n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0] is not None)
     boundary = index.get("boundary_ratio")
     if (names, boundary is None) in ((("transformer",), True), (("transformer", "transformer_2"), False)):
         return names, boundary
     raise ValueError(
-        f"path: a WanPipeline has a transformer, or transformer, transformer_2 and boundary_ratio; this one has "
+        f"path: a WanPipeline needs transformer alone, or transformer, transformer_2 and boundary_ratio; this one has "
         f"{', '.join(names) or 'neither'} and boundary_ratio {boundary}"
     )
 
 
 def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Frames, height and width of the latents; vae, network: their config.json, which may leave out defaults.
+    """The number of frames, the height and the width of the latents. vae, network: their config.json, in which values
+    that are defaults may be missing.
 
-    Raises ValueError for sizes that the VAE or the network's patches do not divide."""
+    Raises ValueError for sizes that cannot be divided into the VAE's latents and the network's patches."""
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
     _, *patch = network.get("patch_size", (1, 2, 2))
     if (config.num_frames - 1) % temporal:
@@ -121,8 +123,8 @@ def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str,
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend on the number of steps
-    alone."""
+    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend only on the number of
+    steps."""
     name = config["_class_name"]
     if name == "FlowMatchEulerDiscreteScheduler":
         fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
@@ -136,7 +138,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 
 
 def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
-    """Raises ValueError if the exported list, which is the policy's up to rounding, would call another expert."""
+    """Raises ValueError if rounding in the exported list of timesteps would move one of them to the other expert."""
     scheduler.set_timesteps(policy.num_steps)
     stored = scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps  # the stock pipeline's rule
     for t, high in zip(policy.timesteps, stored.tolist(), strict=True):
@@ -150,8 +152,8 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
 class WanDenoiser(Denoiser):
     """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
 
-    t may be [B, F], one level a latent frame; features are the video tokens after the block at half depth, the one at
-    three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
+    t may be [B, F], one level per latent frame. Features are the video tokens after the block at half depth, the one
+    at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
 
     network: WanTransformer3DModel
     extra_inputs = WanExtraInputs
@@ -195,8 +197,8 @@ class WanDenoiser(Denoiser):
 class Wan(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: wan, path: ...}`.
 
-    A folder's own UniPC scheduler is a multi-step method, which our sampler has not: the teacher is sampled with Euler
-    at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler."""
+    A folder's own UniPC scheduler is a multi-step method, which our sampler does not have. Instead, the teacher is
+    sampled with Euler steps at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler."""
 
     config: WanConfig
     image_size = None
@@ -230,7 +232,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @property
     def boundary(self) -> float | None:
-        """The level from which `transformer` is called, where there are two experts."""
+        """The level from which on `transformer` is called, if there are two experts; None for one network."""
         return find_experts(self.components)[1]
 
     def wrap(self, network: Any) -> WanDenoiser:
@@ -250,18 +252,18 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @cached_property
     def vae(self) -> Any:
-        """In float32, as the stock pipeline asks for; one video at a time."""
+        """The VAE, in float32, as the stock pipeline asks for. It processes one video at a time."""
         options = self.options | {"torch_dtype": torch.float32}
         vae = AutoencoderKLWan.from_pretrained(self.source, subfolder="vae", **options)
         vae.enable_slicing()
         return vae.to(self.device).requires_grad_(False).eval()
 
     def latent_statistic(self, name: Literal["latents_mean", "latents_std"]) -> Tensor:
-        """[C, 1, 1] float32, of the VAE's config."""
+        """[C, 1, 1] float32, from the config of the VAE."""
         return torch.tensor(self.vae.config[name], device=self.device)[:, None, None]
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
-        """prompt_embeds [B, max_sequence_length, D], zero behind the last token."""
+        """prompt_embeds [B, max_sequence_length, D], zero after the last token."""
         embeds, _ = self.text_pipeline.encode_prompt(
             prompt=prompts,
             do_classifier_free_guidance=False,
@@ -288,8 +290,8 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """In float32, also under autocast. The VAE itself clamps: no gradient where a pixel is saturated, whatever
-        `clamp` says."""
+        """In float32, also under autocast. The VAE itself clamps, so that there is no gradient at saturated pixels,
+        whatever `clamp` says."""
         z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
         with torch.autocast(self.device.type, enabled=False):
             video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
@@ -297,17 +299,17 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return video.clamp(0, 1) if clamp else video
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
-        """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it tells the network whole numbers."""
+        """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it gives the network whole numbers."""
         scheduler = self.scheduler()
         check_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
         scheduler.set_timesteps(num_steps)
         transition: Literal["renoise", "ode"] = "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
-        told = scheduler.config.num_train_timesteps / 1000
-        told = told if num_steps == 1 and told != 1 else None
-        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, told)
+        time = scheduler.config.num_train_timesteps / 1000
+        time = time if num_steps == 1 and time != 1 else None
+        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
-        """Of this pipeline, or of a student of two experts that it has been exported to."""
+        """The denoiser of this pipeline, or of an export of it, which may be a student of two experts."""
         own = str(source) == self.source or not Path(source).is_dir()
         names, boundary = find_experts(self.components if own else read_index(Path(source)))
         networks = [WanTransformer3DModel.from_pretrained(source, subfolder=name, **options) for name in names]
@@ -315,7 +317,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
 
     def student_components(self, student: Denoiser) -> dict[str, Any]:
-        """Experts of our own making go where the stock pipeline has them, with their boundary."""
+        """Experts made from this pipeline's one network become transformer and transformer_2, with their boundary."""
         if not student.boundaries or self.boundary is not None:
             return super().student_components(student)
         high, low = (part.network for part in student.members)

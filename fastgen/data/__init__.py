@@ -1,4 +1,4 @@
-"""Where prompts and real images come from. One file a kind of source; `DATA` names them."""
+"""Sources of prompts and real images, one file per kind of source. `DATA` maps their names to their classes."""
 
 from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch
 from fastgen.data.hub import HubData
@@ -13,7 +13,7 @@ DATA: dict[str, type[DataSource] | str] = {
     "images": ImageData,
     "webdataset": WebDatasetData,
     "hub": HubData,
-    "prepared": "fastgen.data.prepared:PreparedData",  # imported when chosen, as it needs diffusers
+    "prepared": "fastgen.data.prepared:PreparedData",  # imported only when chosen, because it needs diffusers
     "digits": DigitsData,
     "mixture": MixtureData,
 }

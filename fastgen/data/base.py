@@ -1,5 +1,5 @@
-"""What a data source is: samples by global position, so that a run resumes at the sample it stopped at, and ranks and
-micro-batches split the same stream."""
+"""The interface of a data source. Samples are addressed by their global position in a stream, so that a run resumes at
+the sample where it stopped, and ranks and micro-batches split one stream."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -15,22 +15,22 @@ from fastgen.batch import Batch
 from fastgen.data.order import shuffled
 from fastgen.data.pairs import Pairs
 
-LATENT_BYTES = 1 << 30  # latents a stream keeps in memory; pictures beyond it are read and encoded anew
+LATENT_BYTES = 1 << 30  # of latents that a stream caches; pictures beyond that are read and encoded every time
 
 
 class DataError(RuntimeError):
-    """A sample cannot be read while the run goes; the message names it."""
+    """Data cannot be read during a run. The message names the sample or the data set."""
 
 
 class DataSource(ABC):
     """The recipe's `data:` section; subclasses are frozen pydantic dataclasses."""
 
     name: str
-    encodes_prompts: ClassVar[bool] = True  # whether a run needs the text encoders; else the source has embeddings
+    encodes_prompts: ClassVar[bool] = True  # False if the source stores embeddings, so that no text encoder is needed
 
     @property
     def provides(self) -> frozenset[str]:
-        """Fields of Batch beside the prompts: any of latents, pixels, pairs."""
+        """The fields of Batch that the source fills in addition to the prompts: any of latents, pixels, pairs."""
         return frozenset()
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
@@ -38,34 +38,35 @@ class DataSource(ABC):
 
     @abstractmethod
     def open(self, backbone: Backbone, seed: int) -> "Stream":
-        """The stream of this source; the order is a function of the seed. Called once."""
+        """The stream of this source. Its order depends on the seed alone. Called once."""
 
 
 class Stream(ABC):
-    """prompts, latents, pixels and pairs by global sample position [B] int64."""
+    """Prompts, latents, pixels and pairs, looked up by global sample positions [B] int64."""
 
     @abstractmethod
     def prompts(self, positions: Tensor) -> list[str]:
-        """One prompt a position."""
+        """One prompt per position."""
 
     def latents(self, positions: Tensor) -> Tensor | None:
-        """Real data [B, *latent_shape] for the same positions, where the source has any."""
+        """Latents of real data [B, *latent_shape] for the same positions; None if the source has no real data."""
         return None
 
     def pixels(self, positions: Tensor) -> Tensor | None:
-        """Real images [B, 3, H, W] in [0, 1] for the same positions, where the source has any."""
+        """Real images [B, 3, H, W] in [0, 1] for the same positions; None if the source has no images."""
         return None
 
     def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The teacher's ODE pairs (noise, x0), [B, *latent_shape] each, for the same positions' prompts, where the
-        source has any."""
+        """The teacher's ODE pairs (noise, x0), [B, *latent_shape] each, for the prompts of the same positions; None if
+        the source has no pairs."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A finite data set by row. Row i is prompts[i] and, where there are images, picture pictures[i] [N] int64, which
-    read(picture) gives as pixels [3, H, W] in [0, 1] at the backbone's resolution. Rows may share a picture."""
+    """A finite data set, by row. Row i has the prompt prompts[i] and, if there are images, the picture number
+    pictures[i] (pictures: [N] int64). read(number) gives that picture's pixels, [3, H, W] in [0, 1], at the backbone's
+    resolution. Several rows may share a picture."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
@@ -77,19 +78,19 @@ class Samples:
 
 
 class SampleSource(DataSource):
-    """A source with random access to its rows, whose prompts and latents `fastgen prepare` can store."""
+    """A source with random access to its rows. `fastgen prepare` can store its prompts and latents."""
 
     @abstractmethod
     def samples(self, backbone: Backbone) -> Samples:
-        """All rows; images are read when they are asked for."""
+        """All rows. An image is read only when it is needed."""
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
         return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"))
 
 
 class SampleStream(Stream):
-    """Rows in an order of their own each epoch; with ODE pairs, the rows of the pairs in theirs. Latents are kept in
-    memory, up to a gigabyte."""
+    """The rows of a data set, in a different random order in each epoch. With ODE pairs, the pairs are shuffled
+    instead, and each pair gives the row of its prompt. Up to a gigabyte of latents is cached in memory."""
 
     def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
         self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
@@ -118,7 +119,7 @@ class SampleStream(Stream):
         return torch.stack([self.latent(i) for i in self._samples.pictures[self.rows(positions)].tolist()])
 
     def latent(self, picture: int) -> Tensor:
-        """[*latent_shape], on the CPU."""
+        """The latent of one picture, [*latent_shape], on the CPU."""
         if picture in self._latents:
             return self._latents[picture]
         assert self._samples.read is not None
@@ -129,22 +130,22 @@ class SampleStream(Stream):
 
 
 def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Encoded alone: in a batch its last bits would
-    depend on the others, and those of a resumed run on where it was stopped."""
+    """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Every image is encoded alone. In a batch, the last
+    bits of its latent would depend on the other images, and so, in a resumed run, on where the run was stopped."""
     return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
 
 
 def make_batch(
     stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str], group_size: int = 1
 ) -> Batch:
-    """The batch of these global positions, with the fields in `needs`, in the backbone's dtype.
+    """The batch at these global positions, in the backbone's dtype. `needs` lists the optional fields to fill.
 
-    group_size: so many positions in a row are one prompt group and read one row of the data. Raises ValueError if a
-    group is not whole: what compares its samples would compare some of them."""
+    group_size: this many consecutive positions form one prompt group, and all of them read one row of the data. Raises
+    ValueError if a group is incomplete, because the samples of a group are compared with each other."""
     group = positions // group_size
     if group_size > 1 and bool((group.unique(return_counts=True)[1] != group_size).any()):
         raise ValueError(
-            f"positions {int(positions[0])} to {int(positions[-1])} divide a prompt group of {group_size}"
+            f"positions {int(positions[0])} to {int(positions[-1])} split a prompt group of {group_size}"
             "; make train.batch_size a multiple of objective.group_size"
         )
     prompts = stream.prompts(group)

@@ -1,4 +1,4 @@
-"""The digits data set, its prompts, and the classifier that judges pictures of it."""
+"""The digits data set, its prompts, and a classifier for its pictures."""
 
 import re
 from functools import lru_cache
@@ -61,7 +61,7 @@ def label_of(prompt: str) -> int:
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional network: which digit is in a picture, and features for the Frechet distance."""
+    """A small convolutional network that classifies digits. Its features also serve for the Frechet distance."""
 
     feature_dim = 48
 

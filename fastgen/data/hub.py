@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or local folders of parquet and the like, through `datasets`."""
+"""Data sets from the Hugging Face hub, or local folders that `datasets` can read."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,21 +18,22 @@ from fastgen.data.images import check_sizes, image_size, read_image, resolution
 from fastgen.data.order import permutation
 from fastgen.data.tables import check_text, choose_column, import_extra
 
-CHECKED_IMAGES = 256  # of a data set's images, how many are measured before weights load
+CHECKED_IMAGES = 256  # number of images whose size is checked before weights load
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class HubData(SampleSource):
-    """path: a hub id "org/name", or a local folder that `datasets` reads (parquet, arrow, csv, jsonl, or what
-    `save_to_disk` wrote). subset, split, revision: as in load_dataset. column: of the captions; `prompt`, `caption` or
-    `text` by default. image_column: of the images; without it there are prompts alone.
+    """path: a hub id "org/name", or a local folder that `datasets` reads (parquet, arrow, csv, jsonl, or the output of
+    `save_to_disk`). subset, split, revision: as in load_dataset. column: the caption column, by default `prompt`,
+    `caption` or `text`. image_column: the column of the images; without it, the source has prompts only.
 
-    A data set is downloaded (converted, if it is local) once and read by random access. With `streaming: true` it is
-    read in its own order and nothing is stored: see BlockStream. Its first 256 images are measured before weights
-    load, later ones when they are read. The captions of a local data set are checked before weights load; those of one
-    on the hub after its download, or, streaming, as they come."""
+    A data set is downloaded once (or converted, if it is local) and read by random access. With `streaming: true` it
+    is read in its own order and nothing is stored; see BlockStream. The sizes of the first 256 images are checked
+    before weights load, and those of later images when they are read. The captions of a local data set are checked
+    before weights load, and those of a data set on the hub after its download. When streaming, each caption is checked
+    when it is read."""
 
     path: str
     subset: str | None = None
@@ -42,7 +43,7 @@ class HubData(SampleSource):
     image_column: str | None = None
     allow_upscaling: bool = False
     streaming: bool = False
-    shuffle_buffer: int = Field(default=1000, ge=1)  # samples of a block, when streaming
+    shuffle_buffer: int = Field(default=1000, ge=1)  # samples per block, when streaming
     name: Literal["hub"] = "hub"
 
     @property
@@ -65,14 +66,14 @@ class HubData(SampleSource):
                 raise ValueError(
                     f"image_column: {self.path} has no column {self.image_column!r}; choose one of {', '.join(first)}"
                 )
-            found = (
+            sizes = (
                 (f"row {i + 1} of {self.path}", image_size(image_bytes(row[self.image_column])))
                 for i, row in enumerate(itertools.islice(rows, CHECKED_IMAGES))
             )
-            check_sizes(found, resolution(backbone), self.allow_upscaling)
+            check_sizes(sizes, resolution(backbone), self.allow_upscaling)
 
     def load(self, streaming: bool) -> Any:
-        """The datasets.Dataset or IterableDataset, its images undecoded. Raises ValueError if it cannot be had."""
+        """The datasets.Dataset or IterableDataset, with undecoded images. Raises ValueError if it cannot be loaded."""
         datasets = import_extra("datasets", "data hub")
         folder = Path(self.path)
         try:
@@ -93,12 +94,12 @@ class HubData(SampleSource):
         return rows
 
     def captions(self, rows: Any) -> list[str]:
-        """The caption of every row, checked."""
+        """The caption of every row. Raises ValueError if one is not text."""
         column = choose_column(rows.column_names, self.column, self.path)
         return [check_text(value, f"{column} in row {i} of {self.path}") for i, value in enumerate(rows[column][:], 1)]
 
     def pixels(self, row: Row, where: str, size: int) -> Tensor:
-        """[3, size, size] in [0, 1]. Only for a source with images."""
+        """The pixels of a row's image, [3, size, size] in [0, 1]. Only for a source with images."""
         assert self.image_column is not None
         return read_image(image_bytes(row[self.image_column]), size, where, self.allow_upscaling)
 
@@ -124,20 +125,21 @@ class HubData(SampleSource):
 
 
 class BlockStream(Stream):
-    """A data set that can only be read in order, over and over. It is cut into blocks of `shuffle_buffer` samples, and
-    position p is a sample of block p // shuffle_buffer, in an order that the seed and the block's number give.
+    """A data set that can only be read in order, repeated for ever. It is cut into blocks of `shuffle_buffer` samples.
+    Position p is a sample of block p // shuffle_buffer. Each block is shuffled, keyed by the seed and its number.
 
-    So the sample of a position is again a function of the seed and the position alone. A run resumes by skipping to
-    its block, and each of several processes reads the whole stream and takes its own positions out of it; what is
-    skipped is not decoded. Two blocks are kept, undecoded. Positions should ascend: one in an earlier block starts the
-    stream anew, except that the captions of the first block, for samples of fixed prompts, are remembered."""
+    So the sample at a position depends on the seed and the position alone, as in other sources. A run resumes by
+    skipping to its block. If there are several processes, each reads the whole stream and picks its own positions.
+    Skipped samples are not decoded. Two blocks are kept in memory, undecoded. Positions should ascend, because a
+    position in an earlier block restarts the stream. Only the captions of the first block are remembered, for samples
+    of fixed prompts."""
 
     def __init__(self, source: HubData, backbone: Backbone, key: int):
         self._source, self._backbone, self._key, self._size = source, backbone, key, source.shuffle_buffer
         self._rows = source.load(streaming=True)
         self._blocks: dict[int, list[Row]] = {}
         self._reader: Iterator[Row] = iter(())
-        self._next = -1  # the block that the reader is at
+        self._next = -1  # the block that the reader reads next
         self._first_captions: list[str] | None = None
 
     def prompts(self, positions: Tensor) -> list[str]:
@@ -180,13 +182,13 @@ class BlockStream(Stream):
 
 
 def repeated(rows: Any, start: int) -> Iterator[Row]:
-    """Rows `start`, `start + 1`, ... of an iterable data set that is repeated for ever. Raises DataError if empty."""
+    """Rows `start`, `start + 1`, ... of an iterable data set, repeated for ever. Raises DataError if it is empty."""
     while True:
-        found = False
+        any_rows = False
         for row in rows.skip(start):
-            found = True
+            any_rows = True
             yield row
-        if not found:
+        if not any_rows:
             length = sum(len(table) for table in rows.with_format("arrow").iter(1000))
             if length == 0:
                 raise DataError("data: the data set has no rows")
@@ -196,7 +198,8 @@ def repeated(rows: Any, start: int) -> Iterator[Row]:
 
 
 def image_bytes(value: Any) -> Path | BytesIO:
-    """An undecoded image: {"bytes", "path"} as `datasets` has it, or bytes. Anything else reads as a broken image."""
+    """The encoded bytes, or the path, of an undecoded image. value: {"bytes", "path"} as `datasets` gives it, or
+    bytes. Any other value gives no bytes, which read as a broken image."""
     if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
         return Path(value["path"])
     data = value.get("bytes") if isinstance(value, dict) else value

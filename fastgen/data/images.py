@@ -1,4 +1,4 @@
-"""Folders of images, and how an image becomes pixels."""
+"""Folders of images, and how an image file is read into pixels."""
 
 from collections.abc import Iterator
 from io import BytesIO
@@ -22,11 +22,12 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ImageData(SampleSource):
-    """A folder of images (png, jpg, jpeg, webp), each with its caption in a .txt file of the same name; or with one
-    metadata.csv, .jsonl or .parquet of `file_name` and a caption column, as `datasets` has them.
+    """A folder of images (png, jpg, jpeg, webp) with captions. Either each image has its caption in a .txt file of the
+    same name, or the folder has one metadata.csv, .jsonl or .parquet with the column `file_name` and a caption column,
+    in the layout of `datasets`.
 
-    Images are resized to cover the backbone's resolution and centre-cropped; smaller ones are refused unless
-    allow_upscaling. column: of the captions; `prompt`, `caption` or `text` by default."""
+    Images are resized to cover the backbone's resolution and centre-cropped. Smaller images are refused unless
+    allow_upscaling is set. column: the caption column, by default `prompt`, `caption` or `text`."""
 
     folder: str
     column: str | None = None
@@ -52,23 +53,23 @@ class ImageData(SampleSource):
         )
 
     def read(self) -> tuple[list[Path], list[str]]:
-        """Files and their captions. Raises ValueError if either is missing."""
+        """The image files and their captions. Raises ValueError if either are missing."""
         folder = Path(self.folder)
         tables = [folder / name for name in METADATA if (folder / name).is_file()]
         if len(tables) > 1:
-            raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep one")
+            raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
         return read_metadata(tables[0], self.column) if tables else self.read_beside(folder)
 
     def read_beside(self, folder: Path) -> tuple[list[Path], list[str]]:
-        """Captions from the text files beside the images."""
+        """The image files, and their captions from the text files next to them."""
         files = image_files(folder)
         if self.column is not None:
-            raise ValueError(f"column: {folder} has none of {', '.join(METADATA)}, so no columns; leave it out")
+            raise ValueError(f"column: {folder} has none of {', '.join(METADATA)} and so no columns; leave column out")
         missing = [f.name for f in files if not f.with_suffix(".txt").is_file()]
         if missing:
             raise ValueError(
-                f"folder: {len(missing)} images in {folder} have no caption, first {missing[0]}; put the "
-                "caption in a .txt file of the same name, or all in a metadata.csv"
+                f"folder: {len(missing)} images in {folder} have no caption, the first is {missing[0]}; put "
+                "each caption in a .txt file with the image's name, or all captions in a metadata.csv"
             )
         captions = []
         for text in (f.with_suffix(".txt") for f in files):
@@ -78,7 +79,7 @@ class ImageData(SampleSource):
 
 
 def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:
-    """The images a table lists, and their captions."""
+    """The images that a table lists, and their captions. Raises ValueError if an image or a caption is missing."""
     columns = columns_of(table)
     if "file_name" not in columns:
         raise ValueError(f"{table} has no column file_name, only {', '.join(columns)}")
@@ -88,33 +89,33 @@ def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str
     files = [table.parent / check_text(n, f"file_name in row {i} of {table}") for i, n in enumerate(names, 1)]
     missing = next((i for i, f in enumerate(files) if not f.is_file()), None)
     if missing is not None:
-        raise ValueError(f"row {missing + 1} of {table} names {names[missing]}, which is not there")
+        raise ValueError(f"row {missing + 1} of {table} names {names[missing]}, which does not exist")
     return files, captions
 
 
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder, sorted by name. Raises ValueError if there are none."""
     if not folder.is_dir():
-        raise ValueError(f"no image folder at {folder}")
+        raise ValueError(f"there is no image folder at {folder}")
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} holds no png, jpg, jpeg or webp image")
+        raise ValueError(f"{folder} contains no png, jpg, jpeg or webp image")
     return files
 
 
 def resolution(config: BackboneConfig) -> int:
-    """Pixels of a side that the backbone wants, from its configs alone. Raises ValueError if it takes no images."""
+    """The side of the backbone's images in pixels, from its configs alone. Raises ValueError if it takes no images."""
     try:
         size = config.build(torch.device("cpu"), torch.float32, 0).image_size
     except OSError as error:
         raise ValueError(f"cannot read the configs of the backbone: {error}") from None
     if size is None:
-        raise ValueError(f"name: images need a backbone of images, which {config.name} is not")
+        raise ValueError(f"name: image data needs a backbone that makes images, and {config.name} does not")
     return size
 
 
 def image_size(source: Path | BytesIO) -> tuple[int, int] | None:
-    """Width and height from the header alone; None if it is not an image."""
+    """The width and height of an image, from its header alone; None if it is not an image."""
     try:
         with Image.open(source) as image:
             return image.size
@@ -123,25 +124,27 @@ def image_size(source: Path | BytesIO) -> tuple[int, int] | None:
 
 
 def check_sizes(sizes: Iterator[tuple[str, tuple[int, int] | None]], size: int, allow_upscaling: bool) -> None:
-    """Raises ValueError if one is no image, or some are smaller than the resolution. sizes: name, (width, height)."""
+    """Raises ValueError if a file is not an image, or if images are smaller than size x size. sizes: pairs of a name
+    and (width, height), or of a name and None for what is not an image."""
     small = []
-    for where, found in sizes:
-        if found is None:
+    for where, dimensions in sizes:
+        if dimensions is None:
             raise ValueError(f"{where} is not a readable image; replace or remove it")
-        if min(found) < size and not allow_upscaling:
-            small.append((where, found))
+        if min(dimensions) < size and not allow_upscaling:
+            small.append((where, dimensions))
     if small:
         (where, (width, height)), count = small[0], len(small)
         number = "1 image is" if count == 1 else f"{count} images are"
         raise ValueError(
-            f"{number} smaller than the backbone's {size}x{size} pixels, first {where} with {width}x{height}; remove "
-            "them, set data.allow_upscaling: true, or train at a lower resolution"
+            f"{number} smaller than the backbone's {size}x{size} pixels, the first is {where} with "
+            f"{width}x{height}; remove them, set data.allow_upscaling: true, or train at a lower resolution"
         )
 
 
 def read_image(source: Path | BytesIO, size: int, where: str, allow_upscaling: bool) -> Tensor:
-    """[3, size, size] in [0, 1]: turned as its EXIF says, the shorter side resized (bicubic, antialiased), the centre
-    cropped. Raises DataError, naming `where`, if it cannot be read or is too small."""
+    """Pixels [3, size, size] in [0, 1]. The image is rotated as its EXIF data says, its shorter side is resized to
+    `size` (bicubic, antialiased), and the centre is cropped. Raises DataError, naming `where`, if the image cannot be
+    read or is too small."""
     from torchvision.transforms.functional import pil_to_tensor
 
     try:

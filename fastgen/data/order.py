@@ -1,4 +1,4 @@
-"""The order in which a run sees its samples: every epoch is a permutation of its own, keyed by the run's seed."""
+"""The order in which a run sees its samples: each epoch is an independent permutation, keyed by the run's seed."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from fastgen import noise
 
 
 def shuffled(positions: Tensor, size: int, key: int) -> Tensor:
-    """Index into a list of `size` for each global position: every epoch is its own permutation of the list."""
+    """The index into a list of length `size` for each global position. Each epoch permutes the list independently."""
     epochs = positions // size
     result = torch.empty_like(positions)
     for epoch in epochs.unique().tolist():
@@ -19,5 +19,5 @@ def shuffled(positions: Tensor, size: int, key: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def permutation(size: int, key: int, epoch: int) -> Tensor:
-    """The order of one epoch: [size] int64."""
+    """The permutation of one epoch: [size] int64."""
     return noise.uniform(torch.arange(size), (), noise.make_key(key, "epoch", epoch), torch.float64).argsort()

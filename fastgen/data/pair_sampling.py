@@ -1,4 +1,4 @@
-"""Sampling ODE pairs from the teacher. Stored pairs are read by pairs.py, which needs no sampler."""
+"""Samples ODE pairs from the teacher. Stored pairs are read by pairs.py, which needs no sampler."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,32 +12,32 @@ from fastgen.backbones.base import Backbone
 from fastgen.data.pairs import Pairs, PairSettings
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
-AT_ONCE = 32  # always the same pairs together, so that an interruption does not change their last bits
+AT_ONCE = 32  # pairs per batch; a fixed number, so that an interruption does not change their last bits
 
 
 def pair_samples(sampler: Sampler, prompts: Sequence[str], ids: Sequence[int], key: int) -> Tensor:
-    """Where the teacher's sampler takes `pair_noise`, given these prompts: x0 [B, *latent_shape]."""
+    """The teacher's samples x0 [B, *latent_shape], made from the `pair_noise` of these ids for these prompts."""
     return sampler.latents(prompts, ids, key)
 
 
 def sample_pairs(sampler: Sampler, prompts: Sequence[str], rows: range, key: int, bar: Any) -> Tensor:
-    """x0 [len(rows), *latent_shape] of the pairs `rows`, on the CPU. prompts: of all pairs."""
+    """x0 [len(rows), *latent_shape] of the pairs `rows`, on the CPU. prompts: one for each of all pairs."""
     parts = []
     for first in range(rows.start, rows.stop, AT_ONCE):
-        some = range(first, min(first + AT_ONCE, rows.stop))
-        parts.append(pair_samples(sampler, prompts[some.start : some.stop], some, key).cpu())
-        bar.update(len(some))
+        chunk = range(first, min(first + AT_ONCE, rows.stop))
+        parts.append(pair_samples(sampler, prompts[chunk.start : chunk.stop], chunk, key).cpu())
+        bar.update(len(chunk))
     return torch.cat(parts)
 
 
 def made_pairs(settings: PairSettings, prompts: Sequence[str], backbone: Backbone) -> Pairs:
-    """Pairs that are sampled, all of them, when the first is read, and kept in memory."""
+    """Pairs that are kept in memory. All of them are sampled when the first one is read."""
 
     @cache
     def made() -> Tensor:
         sampler = teacher_sampler(backbone, settings.steps, settings.guidance_scale)
-        own = [prompts[i] for i in settings.samples(len(prompts)).tolist()]
+        pair_prompts = [prompts[i] for i in settings.samples(len(prompts)).tolist()]
         with tqdm(total=settings.count, desc="sampling pairs") as bar:
-            return sample_pairs(sampler, own, range(settings.count), settings.key, bar)
+            return sample_pairs(sampler, pair_prompts, range(settings.count), settings.key, bar)
 
     return Pairs(settings, len(prompts), backbone, lambda rows: made()[list(rows)])

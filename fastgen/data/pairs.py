@@ -1,8 +1,9 @@
-"""ODE pairs of the teacher: a noise, and where the teacher's own sampler takes it.
+"""ODE pairs of the teacher: a noise, and the sample that the teacher's own sampler makes from it.
 
-Pair i is a function of the settings, of i and of its prompt: the noise is drawn by i, and the teacher samples from it
-as its stock pipeline does. `fastgen prepare --pairs` stores them. Of small teachers, data `digits` makes them when a
-run first asks for one, and `mixture` at every batch."""
+Pair i is a function of the settings, of i and of its prompt. Its noise is drawn for index i, and the teacher samples
+from that noise as its stock pipeline does. `fastgen prepare --pairs` stores pairs. Small teachers can also make them
+during a run: data `digits` makes all pairs when the first one is needed, and data `mixture` makes those of each
+batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,8 @@ from fastgen.data.order import shuffled
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class PairSettings:
-    """What a finite number of pairs depends on beside the teacher. steps, guidance_scale: of its sampler. seed: of
-    their noise, and of the order of their prompts."""
+    """What a finite set of pairs depends on besides the teacher. steps, guidance_scale: settings of the teacher's
+    sampler. seed: of the noise and of the assignment of prompts."""
 
     count: int = Field(ge=1)
     steps: int = Field(default=50, ge=1)
@@ -28,15 +29,16 @@ class PairSettings:
 
     @property
     def key(self) -> int:
-        return noise.make_key(self.seed, "pairs")  # not that of evaluations, whose noise no student has seen
+        return noise.make_key(self.seed, "pairs")  # not the key of evaluations, whose noise students must not see
 
     def samples(self, num_samples: int) -> Tensor:
-        """The sample whose prompt pair i has: [count] int64. All samples have equally many, give or take one."""
+        """The index of the sample whose prompt pair i has: [count] int64. Each sample has the same number of pairs, up
+        to one."""
         return shuffled(torch.arange(self.count), num_samples, self.key)
 
 
 class Pairs:
-    """A finite number of pairs. read: indices to x0 [B, *latent_shape]."""
+    """A finite set of pairs. read: maps indices to x0 [B, *latent_shape]."""
 
     def __init__(
         self, settings: PairSettings, num_samples: int, backbone: Backbone, read: Callable[[Sequence[int]], Tensor]
@@ -45,7 +47,7 @@ class Pairs:
         self._backbone, self._read = backbone, read
 
     def index(self, positions: Tensor, key: int) -> Tensor:
-        """The pair of each sample position: every epoch has an order of its own."""
+        """The index of the pair at each sample position. Each epoch has its own order."""
         return shuffled(positions, self.settings.count, key)
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,6 @@ class Pairs:
 
 
 def pair_noise(backbone: Backbone, ids: Tensor, key: int | str) -> Tensor:
-    """The noise of pairs ids [B] int64: [B, *latent_shape] standard normal, on the backbone's device."""
+    """The noise of the pairs `ids` [B] int64: standard normal [B, *latent_shape], on the backbone's device."""
     ids = ids.to(backbone.device)
     return noise.normal(ids, backbone.latent_shape, noise.make_key(key, "initial"), backbone.dtype)

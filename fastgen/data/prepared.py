@@ -1,11 +1,11 @@
-"""Folders that `fastgen prepare` wrote: their manifest, what must agree with it, and reading them back.
+"""Folders written by `fastgen prepare`: their manifest, the checks against it, and how they are read.
 
-manifest.json                       what the tensors depend on, and every file's rows, size and sha256
-prompts.jsonl                       the prompts, one JSON string a line; the first is the empty one
-samples.safetensors                 prompt [N] and, with images, picture [N], int64: the rows of every sample
+manifest.json                       what the tensors depend on, and the rows, size and sha256 of every file
+prompts.jsonl                       the prompts, one JSON string per line; the first is the empty prompt
+samples.safetensors                 prompt [N] and, if there are images, picture [N], int64: the rows of every sample
 prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
 latents-00000.safetensors ...       latents [n, *latent_shape], normalised
-pairs-00000.safetensors ...         x0 [n, *latent_shape] of ODE pairs; the manifest gives their noise and prompts
+pairs-00000.safetensors ...         x0 [n, *latent_shape] of ODE pairs; the manifest fixes their noise and prompts
 """
 
 import hashlib
@@ -37,20 +37,20 @@ TABLES = ("prompts.jsonl", "samples.safetensors")
 ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
 VAE_FILES = ("vae/*.safetensors",)
 TEACHER_FILES = ("transformer*/*", "unet/*", "scheduler/*")
-LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of the VAE's config
+LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # entries of the VAE's config
 
 Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PreparedData(DataSource):
-    """A folder that `fastgen prepare` wrote: prompts, their embeddings, latents if its source had images, and ODE
-    pairs if it was asked for them, in whose order samples then are. The text encoders are not loaded, except for
-    prompts that are not in it. Rows are read from the shards as they are needed.
+    """A folder written by `fastgen prepare`. It contains prompts and their embeddings, latents if the source had
+    images, and ODE pairs if they were requested. With pairs, samples come in the order of the pairs. The text encoders
+    are loaded only for prompts that are not in the folder. Rows are read from the shards as they are needed.
 
-    Refused unless it was prepared with this recipe's text encoders and, where it has latents, its VAE and resolution;
-    where it has pairs, its teacher.
-    Of the shards, sizes and headers are checked here; `fastgen prepare`, run again, checks every byte."""
+    The folder is refused unless it was prepared with this recipe's text encoders. If it has latents, the VAE and the
+    resolution must also match; if it has pairs, the teacher must. Here only the sizes and headers of the shards are
+    checked. Running `fastgen prepare` again checks every byte."""
 
     folder: str
     name: Literal["prepared"] = "prepared"
@@ -61,21 +61,23 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            return frozenset({"latents", "pixels", "pairs"})  # check says what is wrong with the folder
+            return frozenset({"latents", "pixels", "pairs"})  # check() reports what is wrong with the folder
         return frozenset(k for k, n in (("latents", "num_pictures"), ("pairs", "pairs")) if manifest.get(n))
 
     def check(self, backbone: Any) -> None:
         folder = Path(self.folder)
         manifest = read_manifest(folder)
         if not manifest["complete"]:
-            raise ValueError(f"folder: {folder} is not complete; run the same fastgen prepare again to finish it")
+            raise ValueError(
+                f"folder: {folder} is incomplete; run the same fastgen prepare command again to finish it"
+            )
         if not isinstance(backbone, PipelineConfig):
-            raise ValueError(f"name: prepared data is for diffusers pipelines, not backbone {backbone.name}")
+            raise ValueError(f"name: prepared data needs a diffusers pipeline as its backbone, not {backbone.name}")
         wanted = identity(backbone, bool(manifest["num_pictures"]), manifest, bool(manifest.get("pairs")))
         if changed := differing(manifest["identity"], wanted):
             raise ValueError(
                 f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
-                "a new folder with this recipe, or train with the backbone of that one"
+                "a new folder with this recipe, or train with the backbone that this folder was prepared with"
             )
         for name, entry in manifest["files"].items():
             check_file(folder / name, entry)
@@ -97,7 +99,7 @@ class PreparedData(DataSource):
 
 
 class PreparedStream(SampleStream):
-    """The samples of the source that was prepared, in the same order, with stored latents."""
+    """The samples of the prepared source, in the same order, with stored latents."""
 
     def __init__(
         self, samples: Samples, backbone: Backbone, key: int, stored: "ShardRows", pairs: Pairs | None = None
@@ -120,12 +122,12 @@ class PreparedPrompts:
         return prompt in self._rows
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
-        """Rows of `encode_chunk`, on the CPU. Raises KeyError for a prompt that is not in the folder."""
+        """The prompts' rows, as `encode_chunk` gave them, on the CPU. Raises KeyError if a prompt is not stored."""
         return self._stored.read([self._rows[p] for p in prompts])
 
 
 class ShardRows:
-    """Rows of the shards of one kind, memory-mapped: row i lies in shard i // shard_size."""
+    """Memory-mapped access to the rows of one kind of shard. Row i is in shard i // shard_size."""
 
     def __init__(self, folder: Path, manifest: Manifest, kind: str):
         self._folder, self._kind, self._size = folder, kind, manifest["shard_size"]
@@ -149,8 +151,8 @@ def shard_name(kind: str, number: int) -> str:
 
 
 def fold(rows: Tensor) -> Tensor:
-    """Tokens [n, L, D] without all but the first of the trailing tokens that repeat in every row: padding. Other
-    shapes as they are. `unfold` undoes it."""
+    """Removes padding from tokens [n, L, D]: trailing tokens that equal the last token, in every row, are dropped
+    except for the first of them. Tensors of other shapes are returned unchanged. `unfold` restores the padding."""
     if rows.dim() != 3:
         return rows
     same = (rows == rows[:, -1:]).all(dim=-1).all(dim=0)
@@ -159,14 +161,14 @@ def fold(rows: Tensor) -> Tensor:
 
 
 def unfold(rows: Tensor, length: int | None) -> Tensor:
-    """The last token repeated up to `length` tokens."""
+    """Repeats the last token until there are `length` tokens."""
     if length is None or length == rows.shape[1]:
         return rows
     return torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], dim=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ValueError if the folder has none that this version reads."""
+    """The manifest of a folder. Raises ValueError if there is none, or if this version cannot read it."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
@@ -179,7 +181,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"folder: {path} is not readable; prepare the data again") from None
     if found != FORMAT:
-        raise ValueError(f"folder: {folder} has format {found} and this version reads {FORMAT}; prepare it again")
+        raise ValueError(
+            f"folder: {folder} has format {found}, but this version reads format {FORMAT}; prepare it again"
+        )
     return manifest
 
 
@@ -189,14 +193,14 @@ def read_prompt_lines(folder: Path) -> list[str]:
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises ValueError if a file is not of the size, or a shard not of the rows, that the manifest says."""
-    again = "run the same fastgen prepare again to make it anew"
+    """Raises ValueError if a file does not have the size, or a shard the number of rows, that the manifest says."""
+    remedy = "run the same fastgen prepare command again to rebuild it"
     if not path.is_file():
-        raise ValueError(f"folder: {path} is missing; {again}")
+        raise ValueError(f"folder: {path} is missing; {remedy}")
     if path.stat().st_size != entry["bytes"]:
         raise ValueError(
             f"folder: {path} has {path.stat().st_size} bytes instead of {entry['bytes']}; it was cut "
-            f"short or changed; {again}"
+            f"short or changed; {remedy}"
         )
     if path.suffix != ".safetensors":
         return
@@ -204,18 +208,20 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
         with safe_open(path, framework="pt") as file:
             rows = {file.get_slice(key).get_shape()[0] for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"folder: {path} is damaged: {error}; {again}") from None
+        raise ValueError(f"folder: {path} is damaged: {error}; {remedy}") from None
     if rows != {entry["rows"]}:
-        raise ValueError(f"folder: {path} has {sorted(rows)} rows instead of {entry['rows']}; {again}")
+        raise ValueError(f"folder: {path} has {sorted(rows)} rows instead of {entry['rows']}; {remedy}")
 
 
 def identity(
     config: PipelineConfig, images: bool, known: Manifest | None = None, pairs: bool = False
 ) -> dict[str, Any]:
-    """What prepared tensors depend on: the family and its settings for prompts, the text encoders and tokenizers by
-    their files' sha256 and, with images, the VAE, scaling, resolution and latent shape; with pairs, the teacher, its
-    scheduler and the latent shape. Of a hub id, the commit. Reads configs and hashes files; those whose size and time
-    stamp a manifest knows are not read again. Raises ValueError if they are not there."""
+    """What prepared tensors depend on. This is always the backbone's name, its settings for prompts, and its text
+    encoders and tokenizers. With images, it is also the VAE, its scaling, the resolution and the latent shape; with
+    pairs, the teacher, its scheduler and the latent shape. Networks are identified as in `fingerprint`.
+
+    Reads configs and hashes files. known: a manifest; files whose size and time stamp match it are not hashed again.
+    Raises ValueError if the configs cannot be read."""
     try:
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
@@ -238,7 +244,7 @@ def identity(
 
 
 def fingerprint(config: PipelineConfig, patterns: Sequence[str], known: Manifest | None) -> dict[str, str]:
-    """sha256 of the files of a local pipeline folder, by their path in it; of a hub id, the commit."""
+    """The sha256 of each matching file of a local pipeline folder, by its path there; for a hub id, the commit."""
     folder = config.local_folder()
     if folder is None:
         DiffusionPipeline.load_config(config.path)
@@ -268,18 +274,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """'key (value there, value here)' for every dotted key that differs; hashes and lists shortened."""
+def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """A text 'key (old in the folder, new in the recipe)' for every dotted key that differs. Long values are cut."""
     from fastgen.registry import flatten
 
-    a, b = flatten(there), flatten(here)
+    a, b = flatten(stored), flatten(wanted)
 
     def shown(value: Any) -> str:
         text = "none" if value is None else str(value)
         return text if len(text) < 60 else f"{text[:12]}..."
 
     return [
-        f"{k} ({shown(a.get(k))} there, {shown(b.get(k))} here)"
+        f"{k} ({shown(a.get(k))} in the folder, {shown(b.get(k))} in the recipe)"
         for k in dict.fromkeys([*a, *b])
         if a.get(k) != b.get(k)
     ]

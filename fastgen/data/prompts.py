@@ -1,4 +1,4 @@
-"""Prompts alone, for objectives that need no data."""
+"""Prompts without images, for objectives that need no real data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from fastgen.backbones.base import Backbone
 from fastgen.data.base import Samples, SampleSource
 from fastgen.data.tables import TABLES, read_captions, read_lines
 
-NEUTRAL = Path(__file__).with_name("neutral.txt")  # 64 sentences, ours
+NEUTRAL = Path(__file__).with_name("neutral.txt")  # 64 prompts, ours
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PromptData(SampleSource):
-    """prompts: a list; a text file with one a line; a csv, tsv, jsonl or parquet file with a column of them; or
-    "neutral", the 64 that ship.
-    column: its name; `prompt`, `caption` or `text` by default, the first of these that is there."""
+    """prompts: a list of prompts; a text file with one prompt per line; a csv, tsv, jsonl or parquet file with a
+    column of prompts; or "neutral", the 64 prompts that ship with fastgen.
+    column: the name of that column; by default the first of `prompt`, `caption` and `text` that exists."""
 
     prompts: str | tuple[str, ...]
     column: str | None = None
@@ -32,17 +32,19 @@ class PromptData(SampleSource):
 
 
 def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> list[str]:
-    """A list as it is, or the prompts of a file (see PromptData). Raises ValueError, with the line, for anything that
-    is not a prompt, and if there are none."""
+    """Returns a list as it is, or reads the prompts of a file (see PromptData). Raises ValueError if there are no
+    prompts, or if an entry of the file is not a prompt; the message names its line or row."""
     if not isinstance(prompts, str):
         if column is not None:
-            raise ValueError("column: a list of prompts has no columns; leave it out")
+            raise ValueError("column: a list of prompts has no columns; leave column out")
         if not prompts:
-            raise ValueError("there are no prompts")
+            raise ValueError("there are no prompts: the list is empty")
         return list(prompts)
     path = NEUTRAL if prompts == "neutral" and not Path(prompts).exists() else Path(prompts)
     if not path.is_file():
-        raise ValueError(f"no prompt file at {prompts}; give a txt, csv, tsv, jsonl or parquet file, or a list")
+        raise ValueError(
+            f"there is no prompt file at {prompts}; give a txt, csv, tsv, jsonl or parquet file, or a list"
+        )
     if path.suffix.lower() in TABLES:
         found = read_captions(path, column)
         blank = next((i for i, prompt in enumerate(found, 1) if not prompt.strip()), None)
@@ -52,8 +54,8 @@ def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> lis
     if path.suffix.lower() not in ("", ".txt"):
         raise ValueError(f"prompts are read from txt, csv, tsv, jsonl and parquet files, not from {path.name}")
     if column is not None:
-        raise ValueError(f"column: the text file {path} has no columns; leave it out")
+        raise ValueError(f"column: the text file {path} has no columns; leave column out")
     found = read_lines(path)
     if not found:
-        raise ValueError(f"there are no prompts in {path}: it is empty")
+        raise ValueError(f"there are no prompts in {path}: the file is empty")
     return found

@@ -1,4 +1,4 @@
-"""Columns of text and table files: txt, csv, tsv, jsonl and parquet, with errors that name the line."""
+"""Reads columns of text and table files: txt, csv, tsv, jsonl and parquet. Errors name the line or row."""
 
 import csv
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-CAPTION_COLUMNS = ("prompt", "caption", "text")  # looked for in this order
+CAPTION_COLUMNS = ("prompt", "caption", "text")  # tried in this order
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -20,7 +20,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_captions(path: Path, column: str | None) -> list[str]:
-    """The caption column of a table. Raises ValueError for one that is not there, has no rows, or holds anything but
+    """The caption column of a table. Raises ValueError if the column is missing, has no rows, or contains anything but
     text."""
     column = choose_column(columns_of(path), column, str(path))
     (values,) = read_columns(path, [column])
@@ -28,16 +28,17 @@ def read_captions(path: Path, column: str | None) -> list[str]:
 
 
 def choose_column(columns: Sequence[str], column: str | None, where: str) -> str:
-    """The column of the captions: the one asked for, or the first of prompt, caption, text that is there."""
-    found = next((c for c in CAPTION_COLUMNS if c in columns), None) if column is None else column
-    if found is None or found not in columns:
+    """The name of the caption column: `column`, or by default the first of prompt, caption and text that exists.
+    Raises ValueError if it does not exist."""
+    chosen = next((c for c in CAPTION_COLUMNS if c in columns), None) if column is None else column
+    if chosen is None or chosen not in columns:
         what = "no column prompt, caption or text" if column is None else f"no column {column!r}"
         raise ValueError(f"column: {where} has {what}; choose one of {', '.join(columns)}")
-    return found
+    return chosen
 
 
 def check_text(value: Any, where: str) -> str:
-    """The value. Raises ValueError if it is not text."""
+    """Returns the value. Raises ValueError if it is not text."""
     if not isinstance(value, str):
         shown = "null" if value is None else f"{str(value)[:40]!r} ({type(value).__name__})"
         raise ValueError(f"{where} is {shown}, not text; correct or remove it, or choose another column")
@@ -45,7 +46,7 @@ def check_text(value: Any, where: str) -> str:
 
 
 def columns_of(path: Path) -> list[str]:
-    """Column names; of jsonl, the keys of the first line. Raises ValueError for an empty file."""
+    """The column names; for jsonl, the keys of the first row. Raises ValueError for an empty file."""
     if path.suffix.lower() == ".parquet":
         with parquet_file(path) as file:
             return list(file.schema_arrow.names)
@@ -56,7 +57,7 @@ def columns_of(path: Path) -> list[str]:
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[list[Any]]:
-    """One list a column, of equal length. Raises ValueError if there are no rows, or a row lacks a column."""
+    """One list per column, all of equal length. Raises ValueError if there are no rows, or if a row lacks a column."""
     if path.suffix.lower() == ".parquet":
         with parquet_file(path) as file:
             table = file.read(columns=list(columns))
@@ -64,10 +65,10 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[list[Any]]:
     else:
         values = [[] for _ in columns]
         for number, row in enumerate(rows_of(path), 1):
-            for column, found in zip(columns, values, strict=True):
+            for column, cells in zip(columns, values, strict=True):
                 if column not in row:
                     raise ValueError(f"row {number} of {path} has no {column}")
-                found.append(row[column])
+                cells.append(row[column])
     if not values[0]:
         raise ValueError(f"{path} is empty: it has no rows")
     return values
@@ -102,8 +103,8 @@ def csv_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, str]]:
         for cells in reader if header else ():
             if cells and len(cells) != len(header or ()):
                 raise ValueError(
-                    f"line {reader.line_num} of {path} has {len(cells)} cells and the header "
-                    f"{len(header or ())}; text with a comma in it needs quotes"
+                    f"line {reader.line_num} of {path} has {len(cells)} cells, but the header has "
+                    f"{len(header or ())}; text that contains a comma needs quotes"
                 )
             if cells:
                 yield dict(zip(header or (), cells, strict=True))
@@ -143,7 +144,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
 
 
 def import_extra(module: str, needed_by: str) -> ModuleType:
-    """A module of the optional extra `data`. Raises ValueError where it is not installed."""
+    """Imports a module of the optional extra `data`. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose members 000001.jpg, 000001.txt are one sample. Read by random access."""
+"""WebDataset shards: tar files in which 000001.jpg and 000001.txt form one sample. They are read by random access."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from fastgen.data.tables import check_text, choose_column
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: where its image lies in the file, its width and height, and its caption."""
+    """One sample of a shard: the position of its image in the file, the image's width and height, and its caption."""
 
     key: str
     offset: int
@@ -37,9 +37,10 @@ class WebDatasetData(SampleSource):
     """Local tar shards. shards: a folder of .tar files, one file, a pattern (`data/*.tar`,
     `data/{000000..000099}.tar`), or a list of these.
 
-    A sample is the members that share a name up to its first dot: an image (png, jpg, jpeg, webp) and its caption, in
-    a .txt, or in the .json under `column` (`prompt`, `caption` or `text` by default). The shards are read through once
-    at the start, for the place of every image; images are then resized and cropped as those of a folder."""
+    A sample consists of the members that share a name up to its first dot: an image (png, jpg, jpeg, webp) and its
+    caption. The caption is a .txt member, or the entry `column` (by default `prompt`, `caption` or `text`) of a .json
+    member. The shards are scanned once at the start to locate every image. Images are resized and cropped as in
+    ImageData."""
 
     shards: str | tuple[str, ...]
     column: str | None = None
@@ -80,7 +81,7 @@ class WebDatasetData(SampleSource):
 
 
 def shard_files(patterns: Sequence[str]) -> list[Path]:
-    """The tar files of folders, names and patterns, in the order given. Raises ValueError for what is not there."""
+    """The tar files of folders, names and patterns, in the given order. Raises ValueError if one of them has none."""
     files = list[Path]()
     for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
@@ -94,12 +95,12 @@ def shard_files(patterns: Sequence[str]) -> list[Path]:
                 raise ValueError(f"shards: there is no tar file at {name}")
             files.extend(found)
     if not files:
-        raise ValueError("shards: there are no shards")
+        raise ValueError("shards: the list of shards is empty")
     return files
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{008..010}.tar` to a-008.tar, a-009.tar, a-010.tar."""
+    """Expands `a-{008..010}.tar` into a-008.tar, a-009.tar, a-010.tar."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]
@@ -110,9 +111,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 @cache
 def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, ...]:
-    """The samples of a shard, in their order there. modified: its time stamp, so that a changed file is read again.
+    """The samples of a shard, in its order. modified: the shard's time stamp, so that a changed file is read again.
 
-    Raises ValueError for a file that is no uncompressed tar or is cut short, and a sample without image or caption."""
+    Raises ValueError if the file is not an uncompressed tar, is cut short or has no image. Raises ValueError too if a
+    sample has two images or no caption."""
     images: dict[str, tuple[int, int, tuple[int, int] | None]] = {}
     texts: dict[str, dict[str, bytes]] = {}
     try:
@@ -129,16 +131,18 @@ def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, 
                 file.seek(member.offset_data)
                 if suffix in IMAGE_SUFFIXES:
                     if key in images:
-                        raise ValueError(f"{shard} has two images {key}; give each sample a name of its own")
+                        raise ValueError(f"{shard} has two images named {key}; give each sample its own name")
                     data = BytesIO(file.read(min(member.size, 1 << 16)))
                     size = image_size(data) or image_size(BytesIO(data.getvalue() + file.read(member.size)))
                     images[key] = (member.offset_data, member.size, size)
                 else:
                     texts.setdefault(key, {})[suffix] = file.read(member.size)
     except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{shard} is not a complete, uncompressed tar file: {error}; make or copy it again") from None
+        raise ValueError(
+            f"{shard} is not a complete, uncompressed tar file: {error}; create or copy it again"
+        ) from None
     if not images:
-        raise ValueError(f"{shard} holds no png, jpg, jpeg or webp image")
+        raise ValueError(f"{shard} contains no png, jpg, jpeg or webp image")
     return tuple(
         Entry(key, *place, read_caption(texts.get(key, {}), column, f"{key} in {shard}"))
         for key, place in images.items()
@@ -146,10 +150,12 @@ def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, 
 
 
 def read_caption(texts: dict[str, bytes], column: str | None, where: str) -> str:
-    """From the .txt member of a sample, or from its .json where there is none or a column is asked for."""
+    """The caption of a sample, from its .txt member; from its .json member if there is no .txt or a column is
+    given."""
     suffix = ".json" if column is not None or ".txt" not in texts else ".txt"
     if suffix not in texts:
-        raise ValueError(f"{where} has no caption; add a {'.json' if column else '.txt or .json'} member of its name")
+        kinds = ".json" if column else ".txt or .json"
+        raise ValueError(f"{where} has no caption; add a {kinds} member with the same name")
     try:
         text = texts[suffix].decode("utf-8-sig")
         if suffix == ".txt":

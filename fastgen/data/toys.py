@@ -1,4 +1,4 @@
-"""The shipped digits, and exact samples of a mixture."""
+"""Data of the small built-in teachers: handwritten digits, and exact samples of a Gaussian mixture."""
 
 from functools import cached_property
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from fastgen.data.pairs import PairSettings, pair_noise
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DigitsData(SampleSource):
-    """scikit-learn's handwritten digits, the training two thirds, each in all four wordings; 32 pixels a side.
-    pairs: ODE pairs of the teacher, sampled anew when a run first asks for them."""
+    """The training two thirds of scikit-learn's handwritten digits, 32 x 32 pixels, each with all four prompt
+    wordings.
+    pairs: ODE pairs of the teacher, which every run samples when it first needs them."""
 
     name: Literal["digits"] = "digits"
     pairs: PairSettings | None = None
@@ -29,7 +30,7 @@ class DigitsData(SampleSource):
     def open(self, backbone: Backbone, seed: int) -> Stream:
         samples, pairs = self.samples(backbone), None
         if self.pairs is not None:
-            from fastgen.data.pair_sampling import made_pairs  # with diffusers
+            from fastgen.data.pair_sampling import made_pairs  # imports diffusers
 
             pairs = made_pairs(self.pairs, samples.prompts, backbone)
         return SampleStream(samples, backbone, noise.make_key(seed, "data"), pairs)
@@ -44,8 +45,9 @@ class DigitsData(SampleSource):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class MixtureData(DataSource):
-    """Class labels drawn by their weight, exact samples of the mixture, and pairs of the exact teacher's ODE, made as
-    they are asked for, for the gaussian_mixture backbone. pair_steps, pair_guidance_scale: of the ODE."""
+    """Data for the gaussian_mixture backbone: class labels drawn in proportion to their weights, exact samples of the
+    mixture, and ODE pairs of the exact teacher, which are made for each batch. pair_steps, pair_guidance_scale:
+    settings of the ODE sampler."""
 
     name: Literal["mixture"] = "mixture"
     pair_steps: int = Field(default=50, ge=1)
@@ -70,7 +72,7 @@ class MixtureStream(Stream):
         self._num_classes, self._weights = backbone.num_classes, backbone.config.weights
 
     def labels(self, positions: Tensor) -> Tensor:
-        """The class of each position; the label of the empty prompt when there are no classes."""
+        """The class of each position. If there are no classes, it is 0, the label of the empty prompt."""
         if not self._classes:
             return torch.zeros_like(positions)
         weights = torch.tensor(self._weights or (1.0,) * len(self._classes), dtype=torch.float64)
@@ -91,6 +93,6 @@ class MixtureStream(Stream):
 
     @cached_property
     def _teacher(self) -> Any:
-        from fastgen.sampling.sampler import teacher_sampler  # with diffusers
+        from fastgen.sampling.sampler import teacher_sampler  # imports diffusers
 
         return teacher_sampler(self._backbone, self._data.pair_steps, self._data.pair_guidance_scale)

@@ -1,4 +1,4 @@
-"""The recipe's `eval:` section, and the same keys from the command line."""
+"""The keys of scorers, from the recipe's `eval:` section and from the command line."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import yaml
 
 
 def merged_scorers(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The keys of scorers, those of the second over those of the first, a scorer at a time."""
+    """Merges the keys of each scorer. Where both have a key, `second` wins."""
     return {name: {**first.get(name, {}), **second.get(name, {})} for name in {**first, **second}}
 
 
 def scorer_keys(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The keys of scorers as options of the command line: NAME=PATH, or NAME.KEY=VALUE, the value read as YAML.
-    Raises ValueError for anything else."""
+    """The keys of scorers from command-line options, NAME=PATH or NAME.KEY=VALUE. The VALUE of a KEY is read as YAML.
+    Raises ValueError for any other form."""
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Evaluation: prompts and seeds to samples, samples to numbers, and the numbers with all it takes to repeat them."""
+"""Evaluation: draws samples from prompts and seeds, measures them, and records what repeating the numbers needs."""
 
 import dataclasses
 import hashlib
@@ -42,13 +42,13 @@ def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True) -> Row
 def evaluate_with_samples(
     sampler: Sampler, config: EvalConfig, progress: bool = True, partial: Path | None = None
 ) -> tuple[Row, Tensor]:
-    """Samples num_samples times and measures: the result, plain JSON values, and the first samples (at most 64 images,
-    a few frames of 8 videos, or 2,000 points) for a report.
+    """Draws num_samples samples and measures them. Returns the result, in plain JSON values, and the first samples (at
+    most 64 images, a few frames of 8 videos, or 2,000 points) for a report.
 
-    The same machine, configuration and weights give the same result, to the bit (but for throughput's seconds). The
-    batch size changes no prompt and no seed. partial: a file that holds what an interrupted call has gathered, and
-    from which this one continues; it is left to the caller to remove. Raises ValueError, before the first sample, for
-    metrics that do not fit the backbone or lack a reference, and for samples that are not finite."""
+    The same machine, configuration and weights give the same result to the bit, except for throughput's seconds. The
+    batch size changes no prompt and no seed. partial: a file for what an interrupted call has gathered, from which a
+    later call continues. The caller must remove it. Raises ValueError, before the first sample, for metrics that do
+    not fit the backbone or lack a reference. Raises ValueError too for samples that are not finite."""
     config.check()
     backbone = sampler.backbone
     reference = find_reference(backbone.output, config)
@@ -99,21 +99,22 @@ def evaluate_images_with_samples(
     partial: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Row, Tensor]:
-    """As evaluate_with_samples for the first num_samples images of a folder, in the order of their names. Prompts:
-    those of the config, or the captions beside the images, or empty. device: of the scorers and of inception.
+    """Like evaluate_with_samples, but for the first num_samples images of a folder, sorted by name. The prompts are
+    those of the config, otherwise the captions next to the images, otherwise empty. device: for the scorers and
+    inception.
 
     Raises ValueError if there are too few images, or no prompts for scorers that compare pictures with prompts."""
     config.check()
     files = sample_files(folder)
     if len(files) < config.num_samples:
-        raise ValueError(f"{folder} holds {len(files)} images; num_samples = {config.num_samples} asks for more")
+        raise ValueError(f"{folder} has {len(files)} images, fewer than num_samples = {config.num_samples}")
     files = files[: config.num_samples]
     prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
     readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
     if readers and not any(prompts):
         raise ValueError(
-            f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give "
-            "eval.prompts, --prompts FILE"
+            f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give "
+            "eval.prompts or --prompts FILE"
         )
     reference = find_reference("pixels", config)
     features = make_features(config, "pixels", device)
@@ -131,13 +132,13 @@ def evaluate_images_with_samples(
 
 def find_reference(output: Output, config: EvalConfig) -> Reference | None:
     if output != "pixels" and config.reference is not None:
-        instead = "; points are compared with their exact law" if output == "points" else ""
-        raise ValueError(f"eval.reference is for images, and this gives {output}: leave it out{instead}")
+        instead = "; points are compared with their exact distribution" if output == "points" else ""
+        raise ValueError(f"eval.reference is for images, but the samples here are {output}; leave it out{instead}")
     return None if config.reference is None else open_reference(config.reference)
 
 
 def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:
-    """One prompt a sample."""
+    """One prompt per sample."""
     if config.prompts is not None:
         return repeat(read_prompts(config.prompts), config.num_samples)
     if reference is not None:
@@ -145,7 +146,9 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
     if sampler.backbone.mixture is not None:
         seed = noise.make_key(config.seed, "eval prompts")
         return MixtureData().open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
-    raise ValueError("there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts then serve")
+    raise ValueError(
+        "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
+    )
 
 
 def repeat(prompts: Sequence[str], count: int) -> list[str]:
@@ -165,13 +168,14 @@ def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> 
         if METRICS[name].output not in (output, "any"):
             fitting = [n for n, metric in METRICS.items() if metric.output in (output, "any")]
             raise ValueError(
-                f"metric {name} measures {METRICS[name].output}, this gives {output}; choose from {', '.join(fitting)}"
+                f"metric {name} measures {METRICS[name].output}, but the samples here are {output}; choose from "
+                f"{', '.join(fitting)}"
             )
     return [METRICS[name](context) for name in config.metrics]
 
 
 def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, Any]) -> Row:
-    """What was measured, and everything that is needed to measure it again: the result, but for its numbers."""
+    """What was measured, and everything that is needed to measure it again: the result without its numbers."""
     packages = ["torch", "torchvision", "diffusers", "transformers", "torchmetrics"]
     packages += ["open_clip_torch"] * ("hpsv2" in config.metrics)
     versions = {name: version(name) for name in packages}
@@ -193,7 +197,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
 
 
 def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
-    """Exact samples with the labels of the first evaluated ones, to draw behind them."""
+    """Exact samples with the labels of the first evaluated samples, which are drawn behind those."""
     prompts = find_prompts(sampler, config, None)[: KEPT[2]]
     key = noise.make_key(config.seed, "exact", 0)
     return backbone.mixture.sample(torch.arange(len(prompts)), labels_of(backbone.mixture, prompts), key).float()
@@ -212,12 +216,14 @@ def evaluate_path(
 ) -> Row:
     """`fastgen eval`: measures a run folder, an export, a diffusers pipeline folder or a folder of images.
 
-    options: fields of EvalConfig; None means not given; metrics may be one text, "a,b". A folder with a recipe.yaml
-    takes the others from its `eval:` section. Without a recipe, images are compared with the held-out digits unless
-    reference or prompts say otherwise, and all images of a folder count. device: a GPU where there is one.
-    Prints a table. output: a JSON file, written with an HTML page of the same stem; an evaluation that is interrupted
-    leaves <stem>.partial.safetensors there and, called again, continues to the same file. Raises ValueError for
-    anything that does not fit."""
+    options: fields of EvalConfig; None means not given. metrics may be one text, "a,b". If the folder has a
+    recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
+    with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
+    device: by default a GPU if there is one.
+
+    Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. An interrupted
+    evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
+    Raises ValueError for anything that does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
@@ -253,11 +259,11 @@ def is_image_folder(path: Path) -> bool:
 
 
 def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]:
-    """The evaluation of a folder, and whether a recipe says it."""
+    """The evaluation config of a folder, and whether the folder has a recipe.yaml."""
     values: dict[str, Any] = {}
     own = (path / "recipe.yaml").is_file()
     if own:
-        # The section alone: files that only training needs may have stayed behind.
+        # Only this section is read, because files that only training needs may be missing.
         values = (yaml.safe_load((path / "recipe.yaml").read_text()) or {}).get("eval") or {}
     elif is_image_folder(path):
         values = {"num_samples": len(sample_files(path))}
@@ -267,7 +273,10 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
     if not own and is_image_folder(path) and not set(values.get("metrics", ())) <= set(SCORERS):
         values = {"reference": "digits"} | values
     if "metrics" not in values:
-        raise ValueError(f"say what to measure, --metrics a,b of {', '.join(METRICS)}: {path} has no recipe.yaml")
+        raise ValueError(
+            f"no metrics are given, neither as --metrics a,b nor by a recipe.yaml in {path}; choose from "
+            f"{', '.join(METRICS)}"
+        )
     try:
         return TypeAdapter(EvalConfig).validate_python(values), own
     except ValidationError as error:
@@ -276,18 +285,18 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
 
 
 def write_results(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor] | None = None) -> None:
-    """Several results, each with a name, as {"rows": [...]}, and the HTML page that compares them beside it.
+    """Writes several results, each with a name, as {"rows": [...]}, and an HTML page that compares them next to it.
 
-    samples: by the name of their row, as write_report takes them; points under the name "exact" are drawn behind the
+    samples: by the name of their row, in the form that write_report takes. Points named "exact" are drawn behind the
     others."""
     write_json(path, {"rows": list(rows)})
     write_page(path.with_suffix(".html"), rows, samples or {})
 
 
 def compare(results_files: Sequence[Path], output_html: Path) -> None:
-    """One page and one printed table for several result files; rows are named by the file where names repeat.
+    """Writes one page and prints one table for several result files. Rows whose name repeats also show their file.
 
-    Raises ValueError for a file that holds no result."""
+    Raises ValueError for a file that contains no result."""
     rows = [row for file in results_files for row in read_rows(Path(file))]
     names = [row["name"] for row in rows]
     sources = [str(file) for file in results_files for _ in read_rows(Path(file))]
@@ -299,7 +308,7 @@ def compare(results_files: Sequence[Path], output_html: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The results in a file: its rows, or the one it is, named after the file if it has no name."""
+    """The results in a file: its rows, or the single result that it is. A result without a name gets the file's."""
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -331,7 +340,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-    """A rich table, one result a row; a single result one number a row, which fits any terminal.
+    """A rich table with one result per row. A single result has one number per row, which fits any terminal.
 
     columns: names of numbers in `metrics`; all of them if left out."""
     from rich.table import Table
@@ -349,7 +358,7 @@ def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> 
             table.add_row(column, cell)
         return table
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")  # so that long names break into lines
+        table.add_column(column.replace("_", " "), justify="right")  # so that long names wrap
     for name, values in zip(names, cells, strict=True):
         table.add_row(name, *values)
     return table

@@ -1,4 +1,4 @@
-"""Streaming samples through metrics: a batch at a time, with progress, continued where it was interrupted."""
+"""Streams samples through metrics in batches, shows progress, and continues an interrupted evaluation."""
 
 import json
 import os
@@ -21,46 +21,46 @@ from tqdm import tqdm
 from fastgen.metrics import Metric
 from fastgen.sampling.video import stills
 
-KEPT = {2: 2000, 4: 64, 5: 8}  # by their dimensions, the points, images or videos an evaluation returns for the report
-SAVE_SECONDS = 20.0  # between two writes of what has been gathered
+KEPT = {2: 2000, 4: 64, 5: 8}  # by tensor rank: how many points, images or videos are kept for the report
+SAVE_SECONDS = 20.0  # between two writes of an unfinished evaluation
 
 Draw = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What an unfinished evaluation has gathered, in one safetensors file beside its results. identity: everything the
-    numbers depend on; a file of another evaluation is refused, not repaired."""
+    """What an unfinished evaluation has gathered, in one safetensors file next to its results. identity: everything
+    that the numbers depend on. A file with another identity is refused."""
 
     path: Path
     identity: Mapping[str, Any]
 
     def read(self, metrics: Sequence[Metric], prompts: Sequence[str]) -> int:
-        """How many samples have been measured, 0 without a file; restores the metrics. Raises ValueError if the file
-        is another evaluation's, or damaged."""
+        """Restores the metrics and returns how many samples have been measured, 0 without a file. Raises ValueError if
+        the file belongs to another evaluation or is damaged."""
         if not self.path.is_file():
             return 0
         try:
             with safe_open(self.path, "pt") as file:
                 about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            count, there = int(about["count"]), about["identity"]
+            count, stored = int(about["count"]), about["identity"]
         except Exception:
-            raise ValueError(f"{self.path} cannot be read; remove it to start anew") from None
-        here = json.loads(json.dumps(self.identity))
-        if different := [key for key in dict.fromkeys([*here, *there]) if here.get(key) != there.get(key)]:
+            raise ValueError(f"{self.path} cannot be read; remove it to start again") from None
+        current = json.loads(json.dumps(self.identity))
+        if different := [k for k in dict.fromkeys([*current, *stored]) if current.get(k) != stored.get(k)]:
             raise ValueError(
-                f"{self.path} is of another evaluation, which differs in {', '.join(different)}; remove "
-                "it to start anew, or choose another output"
+                f"{self.path} belongs to another evaluation, which differs in {', '.join(different)}; "
+                "remove it to start again, or choose another output"
             )
         for metric in metrics:
-            own = f"{metric.name}/"
-            state = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
+            prefix = f"{metric.name}/"
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             metric.restore(state, prompts[:count])
         return count
 
     def write(self, metrics: Sequence[Metric], count: int) -> None:
-        """Atomically."""
+        """Writes the file atomically."""
         tensors = {f"{m.name}/{name}": t.contiguous() for m in metrics for name, t in m.state().items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -77,22 +77,22 @@ def measure(
     progress: bool,
     partial: Partial | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """Streams draw(start, stop) through the metrics, one sample a prompt. Returns their values and the first samples,
-    for a report.
+    """Streams draw(start, stop) through the metrics, one sample per prompt. Returns the metrics' values, and the first
+    samples for a report.
 
-    With `partial`, what has been gathered is written now and then, and after the batch in which an interrupt comes; a
-    later call continues there, with the same batches and to the same bits. Raises KeyboardInterrupt after an
-    interrupt, and ValueError for samples that are not finite."""
+    With `partial`, what has been gathered is written every SAVE_SECONDS, and after the batch during which an interrupt
+    arrives. A later call continues from there, with the same batches and results that are the same to the bit. Raises
+    KeyboardInterrupt after an interrupt, and ValueError for samples that are not finite."""
     count = len(prompts)
     done = partial.read(metrics, prompts) if partial else 0
     kept, limit = list[Tensor](), 1
     timed = [(metric, metric.state()) for metric in metrics if done and metric.output == "any"]
-    for start, stop in batches(0, done, batch_size):  # pictures for the report are made again
+    for start, stop in batches(0, done, batch_size):  # the samples for the report are drawn again
         if start >= limit:
             break
         kept.append(stills(samples) if (samples := draw(start, stop)).dim() == 5 else samples)
         limit = KEPT[samples.dim()]
-    for metric, state in timed:  # making them again is no part of the time
+    for metric, state in timed:  # the time of drawing them again does not count
         metric.restore(state, prompts[:done])
     written = time.monotonic()
     with (
@@ -131,8 +131,9 @@ def finite(samples: Tensor, start: int) -> Tensor:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """While inside, the first SIGINT or SIGTERM is only noted, so that a batch ends whole; the second one acts as
-    always. Yields whether there was one. Not in a thread, where signals cannot be caught."""
+    """Inside this context, the first SIGINT or SIGTERM is only noted, so that the batch can finish. A second one acts
+    as usual. Yields a function that returns whether a signal was noted. In a thread other than the main one, signals
+    cannot be caught, and the function always returns False."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

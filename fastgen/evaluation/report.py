@@ -1,4 +1,4 @@
-"""One self-contained HTML page that compares results."""
+"""A self-contained HTML page that compares results."""
 
 import base64
 import html
@@ -30,11 +30,11 @@ img { max-width: 100% } .note { background: #fff4e0; padding: .6rem 1rem; border
 
 
 def write_report(path: Path, results: Sequence[dict[str, Any]], samples: Mapping[str, Tensor]) -> None:
-    """Writes the page, atomically: table, bars, samples, and what it takes to repeat the measurement.
+    """Writes the page atomically: a table, bars, samples, and what is needed to repeat the measurement.
 
     results: as `fastgen.evaluation.evaluate` gives them, each with a "name". samples: pixels [B, 3, H, W] or frames
-    [B, F, 3, H, W] in [0, 1], or points [B, D], by name; points named "exact" are drawn behind the others. Everything
-    is inside the one file; all text is escaped."""
+    [B, F, 3, H, W] in [0, 1], or points [B, D], by name; points named "exact" are drawn behind the others. The
+    page is a single file, and all text is escaped."""
     bars = "<h2>Numbers side by side</h2>" + image(png(plot_bars(results)), "bars of each metric")
     head = "<h1>Evaluation</h1>" + differences(results)
     parts = [head, table(results), bars, sample_section(samples), facts(results)]
@@ -52,7 +52,7 @@ def metric_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def format_value(value: float | None) -> str:
-    """Four significant digits; counts as they are; a dash for a missing number."""
+    """Four significant digits; no decimals for whole numbers and from 1000 on; a dash for a missing number."""
     if value is None:
         return "–"
     if float(value).is_integer() or abs(value) >= 1000:
@@ -61,12 +61,12 @@ def format_value(value: float | None) -> str:
 
 
 def best_value(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The best of a metric, None where no direction is better or there is nothing to compare."""
+    """The best value of a metric; None if neither direction is better, or if there is nothing to compare."""
     values = [row["metrics"][name] for row in results if name in row["metrics"]]
     direction = DIRECTIONS.get(name, "neither")
     if len(values) < 2 or direction == "neither":
         return None
-    # The closest to 0, not the smallest: an unbiased estimate of a distance can be negative.
+    # The value closest to 0, not the smallest, because an unbiased estimate of a distance can be negative.
     return min(values, key=abs) if direction == "lower" else max(values)
 
 
@@ -84,7 +84,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
-    """A warning where results were not measured alike."""
+    """A warning if the results were not measured in the same way."""
     keys = ("num_samples", "seed", "prompts_sha256", "reference", "features")
     differing = [key for key in keys if len({json.dumps(row[key]) for row in results if key in row}) > 1]
     if not differing:
@@ -93,7 +93,7 @@ def differences(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def facts(results: Sequence[Mapping[str, Any]]) -> str:
-    """Everything in the results but the metrics."""
+    """Everything in the results except the metrics."""
     keys = list(dict.fromkeys(k for row in results for k in row if k not in ("name", "metrics")))
     heads = "".join(f"<th>{escape(row['name'])}</th>" for row in results)
     lines = [
@@ -137,8 +137,8 @@ def image(data: bytes, alt: str, css_class: str = "plot") -> str:
 
 
 def plot_bars(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel a number that is better one way, one bar a result; the best in orange. A number `<name>_floor` is the
-    dashed line of its name."""
+    """One panel per number that has a better direction, with one bar per result, the best in orange. A number
+    `<name>_floor` is drawn as a dashed line in the panel of `<name>`."""
     names = [name for name in metric_names(results) if DIRECTIONS.get(name) != "neither"]
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)

@@ -1,4 +1,4 @@
-"""`fastgen score`: what each scorer gives each picture of a folder."""
+"""`fastgen score`: the score that each scorer gives each picture of a folder."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from fastgen.evaluation.report import format_value
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
 from fastgen.rewards import REWARDS, SCORERS, Reward, make_reward
 
-SHOWN = 20  # rows of the printed table
+SHOWN = 20  # images in the printed table
 
 
 def score_folder(
@@ -29,19 +29,20 @@ def score_folder(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores all images of a folder, of any sizes. names: rewards that read pixels; keys: theirs, by name. prompts: a
-    file with one for each image in the order of their names, or one for all; by default the captions beside them.
+    """Scores all images of a folder. Their sizes may differ. names: rewards that read pixels. keys: the rewards' keys,
+    by name. prompts: a file with one prompt for each image, in the order of the images' names, or one prompt for all.
+    By default, the captions next to the images are used.
 
-    Returns, and writes as JSON: a row an image with its file, prompt and scores (null where there is none), the means
-    over images that have one, and what repeating it takes. Raises ValueError for anything that does not fit, before
-    weights load."""
+    Returns the result, and writes it as JSON if `output` is given. It has one row per image with its file, prompt and
+    scores (null if there is none), the means over the images that have a score, and what is needed to repeat the
+    measurement. Raises ValueError for anything that does not fit, before weights load."""
     files = sample_files(folder)
     texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
     rewards = choose(names, keys)
     readers = [name for name in rewards if name in SCORERS and name != "aesthetic"]
     if readers and not any(texts):
         raise ValueError(
-            f"{readers[0]} compares pictures with prompts, and {folder} holds no captions; give --prompts FILE"
+            f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give --prompts FILE"
         )
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(files), desc="scoring", unit="image", disable=not progress) as bar:
@@ -66,18 +67,18 @@ def score_folder(
 
 
 def choose(names: Sequence[str], keys: dict[str, dict[str, Any]]) -> dict[str, Reward]:
-    """The rewards by name, their files checked. Raises ValueError for names and keys that do not fit."""
+    """The rewards by name. Raises ValueError for unknown names, keys that do not fit, and missing files."""
     possible = [name for name in REWARDS if name not in ("linear", "quadratic", "function")]
     for name in (*names, *keys):
         if name not in possible:
-            raise ValueError(f"there is no scorer {name}; choose of {', '.join(possible)}")
+            raise ValueError(f"there is no scorer {name}; choose from {', '.join(possible)}")
     if unused := [name for name in keys if name not in names]:
-        raise ValueError(f"--scorer {unused[0]}: it is not among the metrics, {', '.join(names)}; add it there")
+        raise ValueError(f"--scorer {unused[0]}: it is not among the metrics {', '.join(names)}; add it to them")
     rewards = {}
     for name in names:
         rewards[name] = make_reward(name, keys.get(name, {}))
         if rewards[name].input != "pixels":
-            raise ValueError(f"{name} reads {rewards[name].input}, and a folder holds pictures; leave it out")
+            raise ValueError(f"{name} reads {rewards[name].input}, but a folder contains pictures; leave it out")
         try:
             rewards[name].ready()
         except ValueError as error:
@@ -86,17 +87,17 @@ def choose(names: Sequence[str], keys: dict[str, dict[str, Any]]) -> dict[str, R
 
 
 def match(prompts: list[str], count: int, source: str | None) -> list[str]:
-    """One prompt an image. Raises ValueError unless there is one for each or one for all."""
+    """One prompt per image. Raises ValueError unless there is one prompt for each image or one for all."""
     if len(prompts) not in (1, count):
         raise ValueError(
-            f"{source} holds {len(prompts)} prompts for {count} images; give one for each, in the order "
+            f"{source} has {len(prompts)} prompts for {count} images; give one per image, in the order "
             "of the images' names, or one for all"
         )
     return prompts * count if len(prompts) < count else prompts
 
 
 def batches(files: Sequence[Path], size: int) -> Iterator[tuple[Tensor, int]]:
-    """Pixels [B, 3, H, W] of at most `size` images in a row that are of one size, and the number of the first."""
+    """Pixels [B, 3, H, W] of at most `size` consecutive images of equal size, and the index of the first."""
     kept: list[Tensor] = []
     for i, file in enumerate(files):
         pixels = read_images([file])
@@ -109,23 +110,23 @@ def batches(files: Sequence[Path], size: int) -> Iterator[tuple[Tensor, int]]:
 
 @torch.no_grad()
 def score(rewards: dict[str, Reward], pixels: Tensor, prompts: Sequence[str]) -> dict[str, list[float | None]]:
-    """name, and name_part -> a number an image, None where there is none."""
+    """`name` and `name_part` -> one number per image, None if it has no score."""
     columns: dict[str, list[float | None]] = {}
     for name, reward in rewards.items():
-        found = reward(pixels, prompts)
-        for key, values in {name: found.value, **{f"{name}_{k}": v for k, v in found.parts.items()}}.items():
-            pairs = zip(values.tolist(), found.valid.tolist(), strict=True)
+        result = reward(pixels, prompts)
+        for key, values in {name: result.value, **{f"{name}_{k}": v for k, v in result.parts.items()}}.items():
+            pairs = zip(values.tolist(), result.valid.tolist(), strict=True)
             columns[key] = [value if valid and math.isfinite(value) else None for value, valid in pairs]
     return columns
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def score_table(result: dict[str, Any]) -> Table:
-    """The first images and the means, a rich table."""
+    """A rich table of the first images and of the means."""
     from rich.table import Table
     from rich.text import Text
 

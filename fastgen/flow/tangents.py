@@ -1,12 +1,12 @@
-"""Directional derivatives of networks, by forward-mode differentiation and by what stands in for it.
+"""Directional derivatives of networks, by forward-mode differentiation or by finite differences.
 
-A training step of MeanFlow, sCM or the semigradient Lagrangian loss takes two passes: `tangent` gives a value and a
-derivative without gradient, then an ordinary forward through the network carries the gradient, with fast attention,
-activation checkpointing and whatever hooks divide the network. Losses with gradient *through* a derivative (Lagrangian
-and Eulerian) use `live_tangent`.
+A training step of MeanFlow, sCM or the semigradient Lagrangian loss takes two passes. First, `tangent` gives a value
+and a derivative without gradient. Then an ordinary forward of the network carries the gradient; it can use fast
+attention, activation checkpointing and the hooks that shard the network. Losses with gradient *through* a derivative
+(Lagrangian and Eulerian) use `live_tangent`.
 
-Forward-mode needs the MATH backend of scaled_dot_product_attention, which holds the attention matrix: for long videos
-take finite differences. tests/test_tangents.py says what works at the installed torch.
+Forward mode needs the MATH backend of scaled_dot_product_attention, which stores the whole attention matrix. For long
+videos, use finite differences. tests/test_tangents.py shows what works with the installed torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +33,10 @@ def tangent(
 ) -> tuple[Tensor, Tensor]:
     """fn(*primals) and its derivative along the tangents, both without gradient: [B, ...] each.
 
-    backend: jvp is exact; difference takes two evaluations at -step and +step, see `difference`.
-    Attention is MATH, autocast is off (a derivative in bfloat16 is noise), and the random state is put back, so that
-    the forward that follows draws the same dropout. Under no_grad diffusers does not checkpoint activations."""
+    backend: jvp is exact; difference evaluates fn at -step and +step as well, within `room`, see `difference`.
+    Attention uses the MATH backend, and autocast is off, because a derivative in bfloat16 is noise. The random state
+    is restored, so that the forward that follows draws the same dropout. Under no_grad, diffusers does not checkpoint
+    activations."""
     primals = [p.detach().clone(memory_format=torch.contiguous_format) for p in primals]
     tangents = [v.detach().clone(memory_format=torch.contiguous_format) for v in tangents]
     device = primals[0].device
@@ -52,8 +53,9 @@ def tangent(
 def live_tangent(
     fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """fn(*primals) and its derivative along the tangents, both with gradient to what fn is made of (reverse over
-    forward). Attention is MATH and autocast is off. Not with activation checkpointing."""
+    """fn(*primals) and its derivative along the tangents, both with gradient to the parameters inside fn (reverse over
+    forward mode). Attention uses the MATH backend, and autocast is off. Does not work with activation checkpointing.
+    """
     with math_attention(), torch.autocast(primals[0].device.type, enabled=False):
         return forward_mode(fn, primals, tangents)
 
@@ -65,7 +67,7 @@ def forward_mode(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Se
 
 @contextmanager
 def math_attention() -> Iterator[None]:
-    """The one backend of scaled_dot_product_attention that has a forward-mode derivative."""
+    """Selects the only backend of scaled_dot_product_attention that has a forward-mode derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -77,11 +79,11 @@ def difference(
     step: float,
     room: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """fn(*primals) and (fn(p + a v) - fn(p - b v)) / (a + b), both from the same random state, combined in float64.
+    """fn(*primals) and (fn(p + a v) - fn(p - b v)) / (a + b), for the same random state, combined in float64.
 
-    a = b = step; room: [B] each, how far a sample may go forward and back, where that is less (b = 0 is the forward
-    difference). Steps near 5e-3 (AnyFlow's 5 of 1000) smooth networks whose time embedding oscillates as fast, and
-    below 1e-3 float32 is noise; bfloat16 always is."""
+    a = b = step, or less where room limits them: [B] each, how far a sample may move forward and back (b = 0 gives the
+    forward difference). Steps near 5e-3 (AnyFlow's 5 of 1000) smooth networks whose time embedding oscillates as fast.
+    With steps below 1e-3 a float32 difference is noise; a bfloat16 difference always is."""
     ahead = behind = primals[0].new_full((len(primals[0]),), step)
     if room is not None:
         ahead, behind = torch.minimum(ahead, room[0].to(ahead)), torch.minimum(behind, room[1].to(behind))

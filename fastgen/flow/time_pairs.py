@@ -1,4 +1,4 @@
-"""Pairs of times s <= t: where a flow map is trained, and where consistency models compare two points."""
+"""Pairs of times s <= t, at which flow maps are trained and consistency models compare two points."""
 
 import math
 from typing import Annotated, Literal
@@ -21,7 +21,7 @@ class TimePairs:
     """Two draws of `time`, sorted; t is at least SHORTEST.
 
     diagonal: share of samples with s = t. to_zero: share with s = 0. max_gap: s is at least t - max_gap.
-    Shares go by sample number, so that every batch of every process has them, to a sample or two."""
+    The shares are assigned by sample number, so that every batch on every process has them, up to a sample or two."""
 
     time: TimeSampler = TimeSampler(low=0.0, high=1.0)
     diagonal: float = Field(default=0.75, ge=0, le=1)
@@ -31,11 +31,14 @@ class TimePairs:
     @model_validator(mode="after")
     def _shares(self) -> "TimePairs":
         if self.diagonal + self.to_zero > 1:
-            raise ValueError(f"diagonal and to_zero are shares of one batch: {self.diagonal:g} + {self.to_zero:g} > 1")
+            raise ValueError(
+                f"diagonal and to_zero are shares of the samples and must add up to at most 1, got {self.diagonal:g} "
+                f"and {self.to_zero:g}"
+            )
         return self
 
     def __call__(self, batch: Batch, name: str = "pair", max_gap: float | None = None) -> tuple[Tensor, Tensor]:
-        """t and s, [B] each. max_gap: instead of the field, for curricula."""
+        """t and s, [B] each. max_gap: replaces the field of that name, for curricula."""
         t, s = sorted_pair(*(self.time(batch.uniform(f"{name}_{end}")) for end in "ts"))
         t = t.clamp_min(SHORTEST)
         s = torch.maximum(s, t - (self.max_gap if max_gap is None else max_gap))
@@ -50,28 +53,28 @@ def sorted_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def between(s: Tensor | float, t: Tensor | float, u: Tensor) -> Tensor:
-    """s + u (t - s): a time of the interval."""
+    """s + u (t - s): a time in the interval."""
     return s + u * (t - s)
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    """shift u / (1 + (shift - 1) u): flow models' resolution shift; its inverse is that of 1 / shift."""
+    """shift u / (1 + (shift - 1) u): the resolution shift of flow models. Its inverse has shift 1 / shift."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def phase_edges(t: Tensor, phases: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Lower and upper edge of the phase t is in, of those between shifted(k / phases)   (PCM, arXiv 2405.18407)
+    """Lower and upper edge of the phase that t is in; edges are at shifted(k / phases)   (PCM, arXiv 2405.18407)
 
-    A phase is open below and closed above: an edge belongs to the phase that it ends."""
+    A phase is open below and closed above: an edge belongs to the phase below it."""
     place = (shifted(t.double(), 1 / shift) * phases - 1e-6).floor().clamp_min(0)
     low, high = (shifted(k / phases, shift).to(t.dtype) for k in (place, place + 1))
     return low, high
 
 
 def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))): the gap narrows by stages       (ECT, arXiv 2406.14548)
+    """r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))): the gap narrows at each stage   (ECT, arXiv 2406.14548)
 
-    t: noise-to-signal ratios, the authors' EDM clock."""
+    t: noise-to-signal ratios, which are the times in the authors' EDM convention."""
     return t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t))).clamp_min(0)
 
 
@@ -83,9 +86,9 @@ class GridPairs:
         square_root  n = ceil(sqrt(k / K ((last + 1)^2 - (count + 1)^2) + (count + 1)^2) - 1)  (CM, arXiv 2303.01469)
         doubling     n = min(count 2^floor(k / K'), last),  K' = floor(K / (log2 floor(last / count) + 1))
                                                                                                (iCT, arXiv 2310.14189)
-    spacing: uniform; shift moves it towards noise. karras: noise-to-signal ratios from 0.002 to 80 by the power 1/7
-        (EDM, arXiv 2206.00364), the ends then moved to levels 0 and 1, where this path has them (derived).
-    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are alike."""
+    spacing: uniform, which shift moves towards noise; or karras, noise-to-signal ratios from 0.002 to 80 by the power
+        1/7 (EDM, arXiv 2206.00364), whose ends are then moved to levels 0 and 1, where this path ends (derived).
+    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely."""
 
     count: int = Field(ge=1)
     last: int | None = Field(default=None, ge=1)
@@ -100,14 +103,14 @@ class GridPairs:
         if self.last is not None and (self.last < self.count or not self.updates):
             raise ValueError(
                 f"the grid grows from count: {self.count} to last: {self.last} in updates: {self.updates}"
-                "; last must not be below count, and updates not 0"
+                "; last must be at least count, and updates at least 1"
             )
         if self.spacing == "karras" and self.shift != 1:
-            raise ValueError("shift moves a uniform grid; leave it out with spacing: karras")
+            raise ValueError(f"shift is for spacing: uniform, got {self.shift:g}; leave it out with spacing: karras")
         return self
 
     def intervals(self, update: int) -> int:
-        """n of an update, from 0."""
+        """n at an update, which is counted from 0."""
         if self.last is None:
             return self.count
         if self.growth == "doubling":
@@ -139,11 +142,11 @@ class GridPairs:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ShrinkingPairs:
-    """A level, and one below it by a gap that narrows every `period` updates: `shrinking`  (ECT, arXiv 2406.14548)
+    """A level and a lower one, with a gap that narrows every `period` updates: `shrinking`  (ECT, arXiv 2406.14548)
 
-    In noise-to-signal ratios t / (1 - t), the authors' clock. cap: of r / t."""
+    Computed in noise-to-signal ratios t / (1 - t), the authors' time. cap: the largest r / t."""
 
-    period: int = Field(ge=1)  # updates of a stage; the authors' are of 2 to 12 million images
+    period: int = Field(ge=1)  # updates per stage; the authors' stages have 2 to 12 million images
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0)  # "lognormal(-1.1, 2)", CIFAR-10
     q: float = Field(default=2.0, gt=1)  # 2 CIFAR-10, 4 ImageNet; 256 in the one-hour run
     k: float = Field(default=8.0, ge=0)  # "k = 8"
@@ -160,7 +163,7 @@ class ShrinkingPairs:
 
 def check_scales(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= value[0] < value[1]:
-        raise ValueError(f"a range of guidance scales is [low, high] with 0 <= low < high, got {list(value)}")
+        raise ValueError(f"a range of guidance scales must be [low, high] with 0 <= low < high, got {list(value)}")
     return value
 
 
@@ -168,15 +171,15 @@ ScaleRange = Annotated[tuple[float, float], AfterValidator(check_scales)]
 
 
 def drawn_scale(batch: Batch, scales: ScaleRange) -> Tensor:
-    """[B]: guidance scales in [low, high], one a sample, the same whenever a batch is asked."""
+    """[B]: guidance scales in [low, high], one per sample. The same batch always gives the same scales."""
     return between(*scales, batch.uniform("guidance"))
 
 
 def check_told(policy: RolloutPolicy, scales: ScaleRange | None) -> None:
-    """Raises ValueError if a sampler tells the student a guidance scale that it has not learned."""
+    """Raises ValueError if a sampler gives the student a guidance scale that it does not learn."""
     scale = policy.embedded_guidance
     if scale is not None and (scales is None or not scales[0] <= scale <= scales[1]):
-        learned = None if scales is None else list(scales)
+        learned = "not set" if scales is None else list(scales)
         raise ValueError(
             f"rollout.embedded_guidance {scale:g} must lie in objective.guidance_range, the scales that the student "
             f"learns, which is {learned}"

@@ -24,7 +24,7 @@ METRICS: dict[str, type[Metric]] = {
     **REWARD_METRICS,
 }
 
-# Which way is better, for every number the metrics return.
+# Whether lower or higher is better, for every number that the metrics return.
 DIRECTIONS: dict[str, Direction] = {key: d for metric in METRICS.values() for key, d in metric.directions.items()}
 
 __all__ = ["DIRECTIONS", "METRICS", "Direction", "Metric", "MetricContext", "Timing"]

@@ -1,4 +1,4 @@
-"""The interface of a metric, and everything a metric may ask for."""
+"""The interface of a metric, and the context that a metric is created with."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from fastgen.metrics.reference import Reference
 from fastgen.rewards import Reward
 
 Direction = Literal["lower", "higher", "neither"]
-Directions = Mapping[str, Direction]  # number -> which way it is better
+Directions = Mapping[str, Direction]  # name of a number -> whether lower or higher is better
 
 
 @dataclass
 class Timing:
-    """Wall time of each batch of sampling and decoding, filled while an evaluation runs.
+    """The wall time of sampling and decoding each batch. It is filled while an evaluation runs.
 
-    network_evaluations: calls of the network for one sample."""
+    network_evaluations: network calls per sample."""
 
     network_evaluations: int
     batches: list[tuple[int, float]] = field(default_factory=list)  # (samples, seconds)
@@ -29,12 +29,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What an evaluation knows before the first sample. A field that does not apply is None.
+    """What is known about an evaluation before its first sample. A field that does not apply is None.
 
-    num_samples, seed: of the evaluation; sample i has seed `seed + i`.
-    reference: real images. features: shared by all metrics, so that each batch is embedded once.
-    mixture: the exact target law of points. timing: only where a sampler runs (not for a folder of images). rewards:
-    by the names of the metrics that measure them, where they have keys of their own. device: their networks' place."""
+    num_samples, seed: those of the evaluation; sample i has seed `seed + i`.
+    reference: the real images. features: the feature network that all metrics share, so that each batch is embedded
+    once. mixture: the exact target distribution of points. timing: given only if a sampler runs, not for a folder of
+    images. rewards: the rewards that have keys in the config, by the names of the metrics that measure them. device:
+    the device of the rewards' networks."""
 
     num_samples: int
     seed: int
@@ -47,10 +48,11 @@ class MetricContext:
 
 
 class Metric(ABC):
-    """A streaming metric: made once, updated with each batch in order, computed once.
+    """A streaming metric: it is created once, updated with each batch in order, and computed once.
 
-    name: its key in METRICS. output: the kind of sample it measures. directions: the keys compute() returns, and which
-    way each is better. Subclasses raise ValueError from __init__ if the context lacks what they need."""
+    name: its key in METRICS. output: the kind of sample that it measures. directions: the keys that compute()
+    returns, and whether lower or higher is better for each. Subclasses raise ValueError from __init__ if the context
+    lacks what they need."""
 
     name: ClassVar[str]
     output: ClassVar[Literal["pixels", "frames", "points", "any"]]
@@ -62,7 +64,7 @@ class Metric(ABC):
     @abstractmethod
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
         """samples: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D], on the CPU, ordered by
-        seed. prompts: [B]."""
+        seed. prompts: one per sample."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -70,12 +72,12 @@ class Metric(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything that `update` has gathered, so that an evaluation can be interrupted."""
+        """Everything that `update` has gathered, so that an interrupted evaluation can continue."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
-        """What `state` gave, into a metric that is new; prompts: of all samples it had seen. The numbers that come of
-        it are the same to the bit."""
+        """Loads what `state` returned into a new metric. prompts: those of all samples that the state covers. The
+        numbers computed afterwards are the same to the bit."""
 
     def need_features(self) -> FeatureNetwork:
         if self.context.features is None:

@@ -13,13 +13,13 @@ MAX_PER_PROMPT = 500
 
 
 class Diversity(Metric):
-    """Mean Euclidean distance of the features of two different samples of one prompt:
+    """Mean Euclidean distance between the features of two different samples of one prompt:
 
         mean over prompts of  2 / (n (n - 1)) sum_{i < j} |f_i - f_j|
 
-    unbiased over pairs; the first 500 samples of a prompt count. Prompts with a single sample do not enter; compute
-    raises ValueError if there is no other. A student that lost modes scores below its teacher; so does one
-    that is merely cleaner, so read it beside recall."""
+    The mean over pairs is unbiased. Only the first 500 samples of a prompt count. Prompts with a single sample are
+    left out; compute raises ValueError if no prompt remains. A student that lost modes scores below its teacher. So
+    does one whose samples are merely cleaner, so read diversity together with recall."""
 
     name = "diversity"
     output = "pixels"
@@ -43,7 +43,7 @@ class Diversity(Metric):
         return {"features": torch.stack(rows) if rows else torch.zeros(0, 0)}
 
     def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
-        """Rows lie by prompt, in the order of the prompts' first appearance."""
+        """The rows are grouped by prompt, in the order in which the prompts first appear."""
         start = 0
         for prompt, count in Counter(prompts).items():
             stop = start + min(count, MAX_PER_PROMPT)

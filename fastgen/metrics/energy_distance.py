@@ -1,4 +1,4 @@
-"""The distance between two laws, from samples: zero only if they are equal."""
+"""A distance between two distributions, estimated from samples. It is zero only if they are equal."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from fastgen import noise
 from fastgen.metrics.base import Directions
 from fastgen.metrics.points import PointMetric
 
-EXACT_SETS = 4  # six pairs for the floor
+EXACT_SETS = 4  # their six pairs give the floor
 
 
 def distances(x: Tensor, y: Tensor, rows: int = 1024) -> Iterator[Tensor]:
-    """|x_i - y_j| in blocks of at most `rows` rows; from differences, not inner products, so that |x - x| is 0."""
+    """|x_i - y_j| in blocks of at most `rows` rows, from differences, not inner products, so that |x - x| is 0."""
     for block in x.split(rows):
         yield torch.cdist(block, y, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -27,13 +27,13 @@ def mean_distance(x: Tensor, y: Tensor | None = None) -> float:
 
 
 class EnergyDistance(PointMetric):
-    """2 E|x - y| - E|x - x'| - E|y - y'|    (Szekely and Rizzo, J. Stat. Plan. Inference 2013, eq. 2.1; no root)
+    """2 E|x - y| - E|x - x'| - E|y - y'|    (Szekely and Rizzo, J. Stat. Plan. Inference 2013, eq. 2.1, without root)
 
-    between the samples x and equally many exact ones y. The estimator is the U-statistic: means over pairs of
-    different samples, so that two sets of one law give 0 on average, and can give less than 0. The floor is the mean
-    absolute value of the same estimator over all pairs of four exact sets of the same size: what a perfect student
-    scores. With class labels both are computed within each label and averaged with the labels' shares, because a
-    student that swaps two classes has the right pooled law."""
+    between the samples x and equally many exact samples y. The estimator is the U-statistic, whose means run over
+    pairs of different samples. Two sets from one distribution therefore give 0 on average, and can give less than 0.
+    The floor is the mean absolute value of the same estimator over all pairs of four exact sets of the same size. It
+    is what a perfect student scores. With class labels, both numbers are computed within each label and averaged with
+    the labels' shares, because a student that swaps two classes has the right pooled distribution."""
 
     name = "energy_distance"
     directions: ClassVar[Directions] = {"energy_distance": "lower", "energy_distance_floor": "neither"}

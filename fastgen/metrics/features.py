@@ -1,4 +1,4 @@
-"""Feature networks of the image metrics: pixels to vectors, each batch once however many metrics ask."""
+"""Feature networks of the image metrics, which map pixels to vectors. Each batch is embedded once for all metrics."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ FeatureName = Literal["digits", "inception"]
 
 
 class DigitsFeatures(nn.Module):
-    """The shipped classifier's penultimate features, [B, 3, 32, 32] -> [B, 48], and its logits."""
+    """The shipped classifier's penultimate features, [B, 3, 32, 32] -> [B, 48]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class DigitsFeatures(nn.Module):
         if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             wanted = [3, IMAGE_SIZE, IMAGE_SIZE]
             raise ValueError(
-                f"the digits classifier judges pictures of shape {wanted}, these have "
+                f"the digits classifier needs pictures of shape {wanted}, but these have "
                 f"{list(pixels.shape[1:])}; use features: inception"
             )
         return self.classifier.features(pixels)
@@ -36,8 +36,8 @@ class DigitsFeatures(nn.Module):
 class InceptionFeatures(nn.Module):
     """The 2,048 pool features of the Inception v3 that published FID numbers use, on 8-bit images of any size.
 
-    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases, or one on the hub,
-    "org/name/file.pth", which is downloaded once. See check_inception for what is raised."""
+    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` from torch-fidelity's releases, or a file on the
+    hub, "org/name/file.pth", which is downloaded once. See check_inception and check_tensors for what is raised."""
 
     def __init__(self, weights: str):
         super().__init__()
@@ -54,7 +54,7 @@ class InceptionFeatures(nn.Module):
 
 def check_inception(weights: str) -> None:
     """Raises ValueError if these weights are neither a local file nor one on the hub, or if the package
-    torch-fidelity, which holds the network, is missing. Does not go online."""
+    torch-fidelity, which holds the network, is missing. Makes no network requests."""
     if not Path(weights).is_file() and not re.fullmatch(HUB_FILE, weights):
         raise ValueError(
             f"inception_weights: there is no file {weights}; give a local copy of "
@@ -68,7 +68,7 @@ def check_inception(weights: str) -> None:
 
 
 def inception_file(weights: str) -> Path:
-    """Where the weights lie, after a download if they are a hub's."""
+    """The path of the weights. A file on the hub is downloaded first."""
     if Path(weights).is_file():
         return Path(weights)
     from huggingface_hub import hf_hub_download
@@ -78,20 +78,18 @@ def inception_file(weights: str) -> Path:
 
 
 def check_tensors(file: Path) -> None:
-    """Raises ValueError if a file of weights holds anything but tensors: torch-fidelity would unpickle that, too."""
+    """Raises ValueError if a weights file contains anything but tensors, because torch-fidelity would unpickle it."""
     try:
         torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"inception_weights: {file} is no file of tensors alone; it was not opened further"
-        ) from error
+        raise ValueError(f"inception_weights: {file} is not a file of tensors only, so it was not loaded") from error
 
 
 class FeatureNetwork:
-    """pixels [B, 3, H, W] in [0, 1] -> features [B, D] float32 on the CPU. Loads at first use.
+    """Maps pixels [B, 3, H, W] in [0, 1] to features [B, D] float32 on the CPU. The network is loaded at first use.
 
-    The features of the last batch are kept: metrics that are updated with the same tensor share one pass. So are the
-    features of a reference. name: digits, or inception with `inception_weights`."""
+    The features of the last batch are cached, so that metrics updated with the same tensor share one forward pass. The
+    features of a reference are cached, too. name: digits, or inception with `inception_weights`."""
 
     def __init__(
         self,
@@ -121,7 +119,7 @@ class FeatureNetwork:
         return self._last[1]
 
     def of_reference(self, reference: Reference, count: int) -> Tensor:
-        """Features [count, D] of the reference's first images."""
+        """Features [count, D] of the first `count` images of the reference."""
         key = (reference.name, count)
         if key not in self._references:
             starts = range(0, count, self.batch_size)

@@ -1,4 +1,4 @@
-"""Frechet distance of feature distributions."""
+"""The Frechet distance between feature distributions."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from fastgen.metrics.base import Directions, Metric, MetricContext
 
-# Sums over the generated features, which torchmetrics keeps.
+# Sums over the generated features that torchmetrics keeps.
 MOMENTS = ("fake_features_sum", "fake_features_cov_sum", "fake_features_num_samples")
 
 
 class Precomputed(nn.Identity):
-    """Tells torchmetrics that what it is given are already features."""
+    """Tells torchmetrics that its inputs are features already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -20,11 +20,11 @@ class Precomputed(nn.Identity):
 
 
 class FID(Metric):
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features, real and generated    (Heusel et al., arXiv 1706.08500)
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of real and generated features    (Heusel et al., arXiv 1706.08500)
 
-    Computed by torchmetrics in float64. Both sides have n = min(num_samples, len(reference)) images: the reference's
-    first n, and the first n generated ones, which carry the same prompts unless others were given. The number depends
-    on n and on the feature network: compare only equal ones."""
+    Computed by torchmetrics in float64. Both sides have n = min(num_samples, len(reference)) images: the first n of
+    the reference, and the first n generated images, which have the same prompts unless others were given. The number
+    depends on n and on the feature network: compare only FIDs with the same sample count and feature network."""
 
     name = "fid"
     output = "pixels"
@@ -35,8 +35,8 @@ class FID(Metric):
         self.features, reference = self.need_features(), self.need_reference()
         self.count = min(context.num_samples, len(reference))
         if self.count < 2:
-            raise ValueError(f"fid needs at least 2 images a side, got {self.count}; raise eval.num_samples")
-        from torchmetrics.image.fid import FrechetInceptionDistance  # seconds of imports, only where it is used
+            raise ValueError(f"fid needs at least 2 images per side, got {self.count}; raise eval.num_samples")
+        from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
         real = self.features.of_reference(reference, self.count)
         self.distance = FrechetInceptionDistance(feature=Precomputed(real.shape[1]))

@@ -11,22 +11,22 @@ from fastgen.metrics.points import PointMetric
 
 
 def nearest_component(mixture: Mixture, points: Tensor) -> Tensor:
-    """[B]: the component k with the largest N(x; m_k, S_k), points [B, D].
+    """[B]: the component k with the largest N(x; m_k, S_k), for points [B, D].
 
-    The posterior component at t = 0 with equal priors: priors of the target law would assign a sample of a mode that
-    should be empty to one that should not."""
+    This is the most likely component at t = 0 under equal priors. With the priors of the target distribution, a sample
+    in a mode that should be empty would be assigned to another mode."""
     means, variances = mixture.means.double(), mixture.variances.double()
     log_density = -0.5 * ((points[:, None] - means) ** 2 / variances + variances.log()).sum(-1)
     return log_density.argmax(1)
 
 
 class ModeShare(PointMetric):
-    """mode_share_error: max over modes of |share of all samples - weight|. mode_share_min_ratio: the smallest share /
-    weight of a mode with positive weight; 0 if a mode was dropped.
+    """mode_share_error: max over modes of |share of all samples - weight|. mode_share_min_ratio: the smallest ratio
+    share / weight of a mode with positive weight; 0 if a mode was dropped.
 
-    With class labels a sample counts for a mode only under its own label: the share of all samples that carry label c
-    and lie in mode k is held against the share of c times the weight of k given c, so that classes that were swapped
-    show as an error of their whole weight."""
+    With class labels, a sample counts for a mode only under its own label. The share of all samples that have label c
+    and are in mode k is compared with the share of c times the weight of k given c. Classes that were swapped
+    therefore show as an error of their whole weight."""
 
     name = "mode_share_error"
     directions: ClassVar[Directions] = {"mode_share_error": "lower", "mode_share_min_ratio": "higher"}

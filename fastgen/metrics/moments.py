@@ -1,4 +1,4 @@
-"""Mean and covariance against the exact ones."""
+"""The sample mean and covariance, compared with the exact ones."""
 
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ def exact_moments(mixture: Mixture, label: int) -> tuple[Tensor, Tensor]:
 
 
 class MeanError(PointMetric):
-    """|sample mean - exact mean|, Euclidean; averaged over labels with their shares."""
+    """|sample mean - exact mean|, Euclidean, averaged over labels with their shares as weights."""
 
     name = "mean_error"
     directions: ClassVar[Directions] = {"mean_error": "lower"}
@@ -34,8 +34,8 @@ class MeanError(PointMetric):
 
 
 class CovError(PointMetric):
-    """Frobenius norm of the difference of the (unbiased) sample covariance and the exact one; averaged over labels
-    with their shares."""
+    """Frobenius norm of the difference between the (unbiased) sample covariance and the exact one, averaged over
+    labels with their shares as weights."""
 
     name = "cov_error"
     directions: ClassVar[Directions] = {"cov_error": "lower"}

@@ -1,4 +1,5 @@
-"""What the metrics of points share: they keep all samples, and compare those of each label with that label's law."""
+"""What the metrics of points share. They keep all samples, and compare those of each label with the exact distribution
+given that label."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from fastgen.metrics.base import Metric, MetricContext
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one label. points: [n, D] float64. ids: [n], their numbers in the evaluation. share: n of all."""
+    """The samples of one label. points: [n, D] float64. ids: [n], their indices in the evaluation. share: n
+    divided by the number of all samples."""
 
     label: int
     share: float
@@ -21,12 +23,15 @@ class Group:
 
 
 def labels_of(mixture: Mixture, prompts: Sequence[str]) -> Tensor:
-    """[B] int64: the class a prompt names, or the last label for the empty prompt. Raises ValueError for others."""
+    """[B] int64: the class that a prompt names, or the last label for the empty prompt. Raises ValueError for other
+    prompts."""
     last = len(mixture.logits) - 1
     known = {"": last} | {str(label): label for label in range(last)}
     unknown = [prompt for prompt in prompts if prompt not in known]
     if unknown:
-        raise ValueError(f"prompts of this mixture are class labels {list(known)[1:]} or empty, got {unknown[0]!r}")
+        raise ValueError(
+            f"prompts of this mixture must be class labels {list(known)[1:]} or empty, got {unknown[0]!r}"
+        )
     return torch.tensor([known[prompt] for prompt in prompts])
 
 
@@ -38,7 +43,9 @@ class PointMetric(Metric):
     def __init__(self, context: MetricContext):
         super().__init__(context)
         if context.mixture is None:
-            raise ValueError(f"{self.name} compares with an exact law; it is for the backbone gaussian_mixture only")
+            raise ValueError(
+                f"{self.name} compares with an exact distribution, which only the backbone gaussian_mixture has"
+            )
         self.mixture = context.mixture
         self.points: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -54,13 +61,13 @@ class PointMetric(Metric):
         self.points, self.labels = [state["points"]], [state["labels"]]
 
     def groups(self, least: int) -> Iterator[Group]:
-        """The samples by label. Raises ValueError if a label has fewer than `least`."""
+        """The samples of each label. Raises ValueError if a label has fewer than `least`."""
         points, labels = torch.cat(self.points), torch.cat(self.labels)
         for label in labels.unique().tolist():
             ids = (labels == label).nonzero().squeeze(1)
             if len(ids) < least:
                 raise ValueError(
-                    f"{self.name} needs at least {least} samples of every label, label {label} has "
+                    f"{self.name} needs at least {least} samples of every label, but label {label} has "
                     f"{len(ids)}; raise eval.num_samples"
                 )
             yield Group(label, len(ids) / len(labels), ids, points[ids])

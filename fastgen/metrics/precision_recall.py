@@ -1,4 +1,4 @@
-"""Fidelity and coverage as two numbers."""
+"""Fidelity and coverage, as two numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -15,9 +15,10 @@ NEIGHBOURS = 3  # "k = 3", Sec. 3.1 of the paper
 class PrecisionRecall(Metric):
     """Improved precision and recall, in [0, 1]    (Kynkaanniemi et al., arXiv 1904.06991, eqs. 1-3)
 
-    The manifold of a set is the union of balls around its features, each reaching to the k-th nearest other feature of
-    the set, k = 3. precision: share of generated features in the real manifold. recall: share of real features in the
-    generated one. Equal counts, n = min(num_samples, len(reference)), the first n of each."""
+    The manifold of a set is the union of balls around its features. Each ball reaches to the k-th nearest other
+    feature of the set, k = 3. precision: the share of generated features in the real manifold. recall: the share of
+    real features in the generated manifold. Both sides have n = min(num_samples, len(reference)) images, the first n
+    of each."""
 
     name = "precision_recall"
     output = "pixels"
@@ -28,7 +29,7 @@ class PrecisionRecall(Metric):
         self.features, self.reference = self.need_features(), self.need_reference()
         self.count = min(context.num_samples, len(self.reference))
         if self.count <= NEIGHBOURS:
-            raise ValueError(f"precision_recall needs more than {NEIGHBOURS} images a side, got {self.count}")
+            raise ValueError(f"precision_recall needs more than {NEIGHBOURS} images per side, got {self.count}")
         self.generated: list[Tensor] = []
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
@@ -49,8 +50,8 @@ class PrecisionRecall(Metric):
 
 
 def share_inside(points: Tensor, manifold: Tensor) -> float:
-    """Share of points [M, D] within a ball of the manifold [N, D]."""
-    # A feature is its own nearest neighbour, so the k-th other one is the (k + 1)-th smallest distance.
+    """The share of points [M, D] that lie in at least one ball of the manifold [N, D]."""
+    # A feature is its own nearest neighbour, so the k-th other feature has the (k + 1)-th smallest distance.
     radius = torch.cat([block.kthvalue(NEIGHBOURS + 1, dim=1).values for block in distances(manifold, manifold)])
     inside = [(block <= radius).any(1) for block in distances(points, manifold)]
     return float(torch.cat(inside).double().mean())

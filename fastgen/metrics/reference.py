@@ -1,4 +1,4 @@
-"""Sets of images on disk or shipped: what generated images are compared with, and generated images themselves."""
+"""Sets of images: the real ones that generated images are compared with, and folders of generated images."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -27,8 +27,9 @@ class Reference:
 
 
 def open_reference(name: str) -> Reference:
-    """digits: the 599 held-out digits, "a handwritten three" and so on. Otherwise a folder of images, in the order of
-    their names; the prompt of a.png is the text of a.txt, or empty where no image has one.
+    """The images of a name. "digits" gives the 599 held-out digits, with prompts such as "a handwritten three". Any
+    other name is a folder, whose images are sorted by name. The prompt of a.png is the text of a.txt; if no image has
+    a text, all prompts are empty.
 
     Raises ValueError if the folder has no images, or captions for only some of them."""
     if name == "digits":
@@ -40,17 +41,18 @@ def open_reference(name: str) -> Reference:
 
 
 def sample_files(folder: Path) -> list[Path]:
-    """The images of a folder, sorted by name, without grid.png, the overview that `fastgen sample` writes beside them.
+    """The images of a folder, sorted by name, without grid.png, the overview that `fastgen sample` adds.
 
     Raises ValueError if there are none."""
     files = [file for file in image_files(folder) if file.name != "grid.png"]
     if not files:
-        raise ValueError(f"{folder} holds no images but an overview")
+        raise ValueError(f"{folder} contains no images except the overview grid.png")
     return files
 
 
 def captions(files: Sequence[Path]) -> tuple[str, ...]:
-    """The texts beside the images (a.png, a.txt); all empty if there is not one."""
+    """The texts next to the images (a.txt for a.png); all are empty if no image has a text. Raises ValueError if only
+    some have one."""
     texts = [f.with_suffix(".txt") for f in files]
     missing = [t for t in texts if not t.is_file()]
     if len(missing) == len(texts):
@@ -58,7 +60,7 @@ def captions(files: Sequence[Path]) -> tuple[str, ...]:
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(texts)} images have no caption, the first is {missing[0]}; "
-            "give every image one, or none"
+            "give every image a caption, or none"
         )
     return tuple(t.read_text().strip() for t in texts)
 
@@ -71,13 +73,13 @@ def read_images(files: Sequence[Path]) -> Tensor:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
         if images and pixels.shape != images[0].shape:
             sizes = f"{file} has {list(pixels.shape)}, {files[0]} has {list(images[0].shape)}"
-            raise ValueError(f"images must have one size: {sizes}")
+            raise ValueError(f"images must all have the same size: {sizes}")
         images.append(pixels)
     return torch.stack(images)
 
 
 def hash_files(files: Sequence[Path]) -> str:
-    """sha256 over the names and the bytes of the files, in order."""
+    """The sha256 over the names and contents of the files, in order."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())

@@ -1,4 +1,4 @@
-"""What a reward gives the samples, whether or not anything was trained on it."""
+"""The mean reward of the samples, whether or not the student was trained on it."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -14,24 +14,24 @@ from fastgen.rewards.jpeg_size import JpegSize
 
 
 class RewardMetric(Metric):
-    """<name>: mean of the reward over the samples that have one; <name>_std: their standard deviation, dividing by the
-    count. Both are what `calibration: zscore` asks for, measured on the teacher's samples.
+    """<name>: the mean of the reward over the samples that have a score. <name>_std: their standard deviation,
+    dividing by the count. Measured on the teacher's samples, these are the numbers that `calibration: zscore` needs.
 
-    The reward is the one of the context, or the class's own, which has no keys. Raises ValueError without either, and
-    if files of it are missing. Its network, if it has one, loads with the first batch."""
+    The reward comes from the context, or else from the class, if it needs no keys. Raises ValueError if there is
+    neither. The reward's network, if it has one, is loaded with the first batch."""
 
     output = "pixels"
     reward: ClassVar[Reward | None] = None
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
-        found = context.rewards.get(self.name, type(self).reward)
-        if found is None:
+        reward = context.rewards.get(self.name, type(self).reward)
+        if reward is None:
             raise ValueError(
-                f"{self.name} reads a network and must be told where it lies; set "
-                f"eval.scorers.{self.name}.path, --scorer {self.name}=FOLDER"
+                f"{self.name} needs the path of its network; set eval.scorers.{self.name}.path, or give "
+                f"--scorer {self.name}=FOLDER"
             )
-        self.measured: Reward = found
+        self.measured: Reward = reward
         self.values: list[Tensor] = []
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class RewardMetric(Metric):
 
 
 def reward_metric(name: str, kind: str = "pixels", better: Direction = "higher", reward: Reward | None = None) -> type:
-    """The metric of a registered reward; reward: itself, where it needs no keys."""
+    """The metric of a registered reward. reward: an instance of it, if it needs no keys."""
     directions: Directions = {name: better, f"{name}_std": "neither"}
     members = {"name": name, "output": kind, "directions": directions, "reward": reward, "__module__": __name__}
     return type(f"{name}_metric", (RewardMetric,), members)

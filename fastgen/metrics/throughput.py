@@ -1,4 +1,4 @@
-"""How fast does it sample?"""
+"""How fast are samples made?"""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -10,8 +10,8 @@ from fastgen.metrics.base import Directions, Metric, MetricContext
 
 
 class Throughput(Metric):
-    """images_per_second: samples over the wall time of sampling and decoding. The first batch, which pays for
-    start-up, is left out if there are more. network_evaluations: calls of the network for one sample."""
+    """images_per_second: the number of samples divided by the wall time of sampling and decoding. The first batch,
+    which includes start-up, is left out if there are more. network_evaluations: network calls per sample."""
 
     name = "throughput"
     output = "any"
@@ -20,7 +20,7 @@ class Throughput(Metric):
     def __init__(self, context: MetricContext):
         super().__init__(context)
         if context.timing is None:
-            raise ValueError("throughput measures a sampler; a folder of images has no speed")
+            raise ValueError("throughput measures a sampler, and a folder of images has none; leave it out")
         self.timing = context.timing
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:

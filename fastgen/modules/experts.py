@@ -1,4 +1,4 @@
-"""Several networks that share the noise levels, behind the contract of one."""
+"""Several networks, each for its own range of noise levels, behind the contract of a single one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from fastgen.denoiser import Denoiser, Inputs
 
 
 class Experts(Denoiser):
-    """Networks of one kind that share the noise levels: expert 0 from boundaries[0] up to t = 1, expert i from
-    boundaries[i] up to below boundaries[i - 1], the last one below all of them.
+    """Networks of one kind, each for its own range of noise levels. Expert 0 is for t >= boundaries[0], expert i for
+    boundaries[i] <= t < boundaries[i - 1], and the last expert for t below all boundaries.
 
-    One module and one role; every row of a batch goes to the expert of its level."""
+    Together they are one module and one role. Each row of a batch goes to the expert for its level."""
 
     def __init__(self, experts: Sequence[Denoiser], boundaries: Sequence[float]):
-        """Raises ValueError unless there is one boundary less than experts, decreasing, inside (0, 1)."""
+        """Raises ValueError unless the boundaries are one fewer than the experts, and decrease inside (0, 1)."""
         nn.Module.__init__(self)
         edges = [1.0, *boundaries, 0.0]
         if len(experts) != len(boundaries) + 1 or not all(low < high for high, low in pairwise(edges)):
@@ -39,35 +39,35 @@ class Experts(Denoiser):
         if index.dim() == 1:
             return index
         if bool((index != index[:, :1]).any()):
-            raise ValueError(f"the frames of a sample need levels of one expert; the boundaries are {self.boundaries}")
+            raise ValueError(f"the frames of a sample need one expert, but lie on both sides of {self.boundaries}")
         return index[:, 0]
 
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
-        """[B]: the value of each row's expert, where there is one for each."""
+        """[B]: for each row, the value of its expert. A single value is returned as it is."""
         if not isinstance(value, Sequence):
             return value
         if len(value) != len(self.experts):
-            raise ValueError(f"{len(self.experts)} experts need as many values, got {list(value)}")
+            raise ValueError(f"{len(self.experts)} experts need as many values or a single one, got {list(value)}")
         return torch.tensor(value, device=t.device, dtype=t.dtype)[self.expert_of(t)]
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        """Each row's expert is called; its level t, not the level it is conditioned on, chooses the expert.
+        """Calls the expert of each row. It is chosen by the level t, not by the level the network is conditioned on.
 
-        Sharded networks are gathered by all processes together: each process then calls every expert that any of them
-        has rows for, with a row that adds nothing where it has none of its own."""
+        All processes gather a sharded network together. Each process then calls every expert that has rows on any
+        process. Where it has none itself, it calls the expert with one row, whose output is multiplied by zero."""
         index = self.expert_of(t)
         called = self.called_experts(index)
         if len(called) > 1 and self._captures:
             raise ValueError(
-                f"features are of one expert, and the levels of this batch lie on both sides of {self.boundaries}; "
-                "draw them within one expert (gan_time.low and gan_time.high of DMD2)"
+                f"features come from a single expert, and the levels of this batch lie on both sides of "
+                f"{self.boundaries}; draw them within one expert (gan_time.low and gan_time.high of DMD2)"
             )
         if len(called) == 1:
             return self.experts[called[0]](x_t, t, cond, inputs, predict=self.prediction_type)
 
         def call(i: int, rows: Tensor) -> Tensor:
-            own = inputs.select(rows)
-            return self.experts[i](x_t[rows], t[rows], cond.select(rows), own, predict=self.prediction_type)
+            given = inputs.select(rows)
+            return self.experts[i](x_t[rows], t[rows], cond.select(rows), given, predict=self.prediction_type)
 
         rows = {i: (index == i).nonzero().squeeze(1) for i in called}
         outputs = {i: call(i, r if len(r) else torch.zeros_like(index[:1])) for i, r in rows.items()}
@@ -76,7 +76,7 @@ class Experts(Denoiser):
         return out[torch.cat(list(rows.values())).argsort()]
 
     def called_experts(self, index: Tensor) -> list[int]:
-        """Those with rows here; where networks are divided, those with rows in any process."""
+        """The experts that have rows on this process or, if the networks are sharded, on any process."""
         if not isinstance(self, FSDPModule):
             return index.unique().tolist()
         counts = torch.bincount(index, minlength=len(self.experts))
@@ -85,7 +85,7 @@ class Experts(Denoiser):
 
     @property
     def time_embedding(self) -> nn.Module:
-        """The first expert's; all have one of this kind."""
+        """That of the first expert; the others have one of the same kind."""
         return self.members[0].time_embedding
 
     def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
@@ -94,7 +94,7 @@ class Experts(Denoiser):
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:
-        """The first expert's; all have as many."""
+        """Those of the first expert; each of the others has as many."""
         return self.members[0].feature_modules
 
     @property
@@ -111,8 +111,8 @@ class Experts(Denoiser):
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
-        """As for one network. A forward inside whose rows need several experts raises ValueError: their features have
-        no common batch."""
+        """As for a single network. A forward inside raises ValueError if its rows need several experts, because their
+        features would not form one batch."""
         self._captures += 1
         try:
             with super().capture() as features:

@@ -1,4 +1,4 @@
-"""Small trained networks beside the denoisers: discriminator heads on captured features, and a learned loss weight."""
+"""Small trained networks next to the denoisers: discriminator heads on captured features, a learned loss weight."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from fastgen.modules.inputs import LevelInput
 
 
 class TokenHeads(nn.Module):
-    """Discriminator heads on features of several depths: logits [B, depths], one an input depth.
+    """Discriminator heads on features of several depths: logits [B, depths], one per depth.
 
-    Each head is LayerNorm, Linear, SiLU, mean over tokens, Linear: DMD2's small head on the fake score's features
-    (arXiv 2405.14867 Sec. 4.3) for token networks. The layer sizes are ours."""
+    Each head is LayerNorm, Linear, SiLU, mean over tokens, Linear. This is DMD2's small head on the fake score's
+    features (arXiv 2405.14867 Sec. 4.3), for token networks. The layer sizes are ours."""
 
     def __init__(self, feature_dim: int, depths: int, hidden: int = 64):
         super().__init__()
@@ -36,7 +36,7 @@ class ProductHeads(nn.Module):
         self.outer = nn.ModuleList(nn.Linear(width, 1) for _ in range(depths))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """features: [B, N, feature_dim] a depth. Returns logits [B, depths]."""
+        """features: one [B, N, feature_dim] tensor per depth. Returns logits [B, depths]."""
         logits = []
         for feature, norm, inner, outer in zip(features, self.norms, self.inner, self.outer, strict=True):
             one, other = inner(norm(feature)).chunk(2, dim=-1)
@@ -45,14 +45,14 @@ class ProductHeads(nn.Module):
 
 
 class StopHeads(nn.Module):
-    """Heads on several depths, one set of them for each stop of the rollout, or one for all."""
+    """Heads on features of several depths: one set of heads per stop of the rollout, or one set for all stops."""
 
     def __init__(self, feature_dim: int, depths: int, width: int, stops: int):
         super().__init__()
         self.heads = nn.ModuleList(ProductHeads(feature_dim, depths, width) for _ in range(stops))
 
     def forward(self, features: list[Tensor], stop: Tensor) -> Tensor:
-        """features: [B, N, feature_dim] a depth; stop: [B]. Returns logits [B, depths]."""
+        """features: one [B, N, feature_dim] tensor per depth; stop: [B]. Returns logits [B, depths]."""
         logits = torch.stack([heads(features) for heads in self.heads], dim=1)
         return logits[:, 0] if len(self.heads) == 1 else logits[torch.arange(len(stop), device=stop.device), stop]
 
@@ -69,10 +69,10 @@ class PictureHeads(nn.Module):
 
 
 class LevelWeight(nn.Module):
-    """A learned log-weight of a noise level, zero at the start: sines, and a linear layer. [B] in [0, 1] -> [B]
+    """A learned log-weight w of a noise level: sines and a linear layer, [B] in [0, 1] -> [B]. It starts at zero.
 
-    Of sCM's adaptive weighting (arXiv 2410.11081 Sec. 4.2), e^w square - w: at its optimum the weighted square is 1 at
-    every level."""
+    For sCM's adaptive weighting (arXiv 2410.11081 Sec. 4.2), whose loss is e^w square - w. At the optimum the weighted
+    square is 1 at every level."""
 
     def __init__(self) -> None:
         super().__init__()

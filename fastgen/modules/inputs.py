@@ -1,4 +1,4 @@
-"""Scalars that a network is told beside its level: branches added to its time embedder, which start at zero."""
+"""Scalar inputs of a network besides its noise level: branches of its time embedder, which start at zero."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,16 +14,16 @@ FREQUENCIES = tuple(math.pi * 2 ** (-1 + 3 * i / 7) for i in range(8))  # pi / 2
 class ExtraInputs(nn.Module):
     """A time embedder that also reads extra scalars: embedding(t) + sum_i table_i(extra_i).
 
-    The scalars travel inside the timestep tensor, [B, 1 + n] instead of [B], so that JVP and activation checkpointing
-    see them. The added branches start at zero: a freshly extended network is exactly the one it was made from.
+    The scalars are packed into the timestep tensor, [B, 1 + n] instead of [B], so that JVP and activation
+    checkpointing see them. The added branches start at zero: a newly extended network computes what it did before.
     counts: name -> number of values, for integer inputs such as the stop index of a rollout. levels: names of
     continuous inputs."""
 
     def __init__(self, embedding: nn.Module, dim: int, counts: Mapping[str, int], levels: Sequence[str] = ()):
-        """Raises ValueError for a level that is none of LEVELS."""
+        """Raises ValueError for names in `levels` that are not in LEVELS."""
         super().__init__()
         if unknown := set(levels) - set(LEVELS):
-            raise ValueError(f"continuous inputs are {list(LEVELS)}, got {sorted(unknown)}")
+            raise ValueError(f"the continuous inputs that exist are {list(LEVELS)}, got {sorted(unknown)}")
         self.embedding = embedding
         self.tables = nn.ModuleDict({name: IntegerInput(count, dim) for name, count in counts.items()})
         self.tables.update({name: LevelInput(dim) for name in levels})
@@ -33,7 +33,7 @@ class ExtraInputs(nn.Module):
 
     def pack(self, timestep: Tensor, t: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """[*t.shape, 1 + n]: the timestep and the given scalars, in the order of the tables. t: the noise level.
-        timestep: in the network's own unit, shaped like t. Raises ValueError unless every input is given."""
+        timestep: in the network's own unit, shaped like t. Raises ValueError if an input is missing or unknown."""
         tables = dict(self.tables.items())
         if set(given) != set(tables):
             raise ValueError(f"this network takes the extra inputs {list(tables)}, got {sorted(given)}")
@@ -51,7 +51,7 @@ class ExtraInputs(nn.Module):
 
 
 class IntegerInput(nn.Embedding):
-    """A row for each value, all zero at the start. No derivative with respect to the value."""
+    """An embedding with one row per value, zero at the start. It has no derivative with respect to the value."""
 
     def __init__(self, count: int, dim: int):
         super().__init__(count, dim, _weight=torch.zeros(count, dim))
@@ -75,7 +75,7 @@ class LevelInput(nn.Linear):
 
 
 class UNetExtraInputs(ExtraInputs):
-    """A UNet gives its time embedding the projected timestep and, in `timestep_cond`, the extra scalars [B, n]."""
+    """For UNets: their time embedding gets the projected timestep and, as `timestep_cond`, the scalars [B, n]."""
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
         return self.add(self.embedding(timestep), rest[0])
@@ -84,9 +84,9 @@ class UNetExtraInputs(ExtraInputs):
 class WanExtraInputs(ExtraInputs):
     """ExtraInputs around Wan's condition embedder.
 
-    The network flattens the timesteps it is given, [B, 1 + n] or, with a level for each token, [B, L (1 + n)]; this
-    undoes that, and returns the embedding of one token, which the blocks broadcast, or of all. The extra scalars reach
-    the blocks as well: their modulation is projected from the sum."""
+    The network flattens the timesteps it is given, [B, 1 + n] or, if each token has its own level, [B, L (1 + n)].
+    This class undoes that. It returns the embedding of one token, which the blocks broadcast, or of all tokens. The
+    extra scalars also reach the blocks, because the modulation of the blocks is projected from the sum."""
 
     def forward(self, timestep: Tensor, *rest: Tensor, timestep_seq_len: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         packed = timestep.unflatten(0, (-1, timestep_seq_len)).unflatten(1, (-1, 1 + len(self.tables)))
@@ -98,31 +98,31 @@ class WanExtraInputs(ExtraInputs):
 
 
 def level_column(name: str, value: Tensor, t: Tensor) -> Tensor:
-    """What a branch reads: zero where the input is neutral. s, the level a jump ends at: t - s. guidance, the embedded
-    scale w: (w - 1) / 10."""
+    """The value that a branch reads; it is zero where the input is neutral. For s, the level where a jump ends, it is
+    t - s. For guidance, the embedded scale w, it is (w - 1) / 10."""
     return t - value if name == "s" else (value - 1) / 10
 
 
 def unextended(network: nn.Module) -> list[nn.Parameter]:
-    """Its parameters but for the tables of extra inputs, in order: those of the network it was made from."""
+    """The parameters of the network it was made from, in order: all but the tables of extra inputs."""
     inputs = [m for m in network.modules() if isinstance(m, ExtraInputs)]
     added = {id(p) for m in inputs for p in m.tables.parameters()}
     return [p for p in network.parameters() if id(p) not in added]
 
 
 def carried_names(own: Iterable[str], given: Iterable[str]) -> dict[str, str]:
-    """own name -> given name of the same weight, where one of two students has more inputs than the other: an added
-    input wraps the time embedder, which changes the names of its weights. Inputs that only the own student has are
-    left out. Raises ValueError if anything else differs."""
+    """own name -> given name of the same weight, for two students of which `own` may have more inputs. An added input
+    wraps the time embedder, which changes the names of its weights. Inputs that only `own` has are left out. Raises
+    ValueError if the names differ in any other way."""
     mine, theirs = plain_names(own), plain_names(given)
     new = {name for name in mine.keys() - theirs.keys() if ".tables." in name or name.startswith("inputs.")}
     if differing := (mine.keys() ^ theirs.keys()) - new:
-        raise ValueError(f"the weights are of another network: {', '.join(sorted(differing)[:4])}")
+        raise ValueError(f"the weights belong to another network; they differ in {', '.join(sorted(differing)[:4])}")
     return {mine[name]: theirs[name] for name in mine.keys() & theirs.keys()}
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """name without the wrapper around an extended time embedder -> name."""
+    """The name without the wrapper around an extended time embedder -> the name itself."""
     names = list(names)
     wrapped = {name.partition(".tables.")[0] for name in names if ".tables." in name}
     result = {}

@@ -1,9 +1,9 @@
 """Roles as LoRA adapters on one copy of the weights.
 
-The teacher is the base with every adapter off; student and fake score are adapters on it. A forward names its role:
-`SharedBase.using(role)` switches the layers for its duration, and again whenever activation checkpointing repeats the
-forward during the backward pass. Every adapter keeps `requires_grad`; peft's own `set_adapter` clears it on the
-others, and gradients of a graph built before the switch then go missing without a word.
+The teacher is the base with every adapter off; student and fake score are adapters on it. Each forward runs for one
+role: `SharedBase.using(role)` switches the layers while it runs, and again whenever activation checkpointing
+recomputes it in the backward pass. Every adapter keeps `requires_grad`. peft's own `set_adapter` clears it on the
+other adapters, and gradients of a graph that was built before the switch are then lost without a warning.
 """
 
 import warnings
@@ -32,8 +32,8 @@ AVERAGE = "average"  # the adapter that holds the student's moving average
 class LoraConfig:
     """One role's adapter: W + (alpha / rank) B A, with B zero at the start         (LoRA, arXiv 2106.09685 Sec. 4.1)
 
-    alpha: None is the rank, a factor of one. targets: endings of the names of the linear layers it goes on; None is
-    the family's attention and feed-forward layers."""
+    alpha: None means the rank, so that the factor is one. targets: the adapter goes on the linear layers whose names
+    end like this; None means the attention and feed-forward layers of the family."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
@@ -41,21 +41,21 @@ class LoraConfig:
 
 
 class SharedBase:
-    """A frozen denoiser with one adapter a role. dtype: of the adapters; the base keeps its own."""
+    """A frozen denoiser with one adapter per role. dtype: of the adapters; the base keeps its own."""
 
     def __init__(self, denoiser: Denoiser, default_targets: Sequence[str], dtype: torch.dtype = torch.float32):
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.dtype = dtype
         self.default_targets = tuple(default_targets)
         self.configs: dict[str, LoraConfig] = {}
-        self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> what extends it
+        self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> how add_inputs extended it
         self._layers: list[BaseTunerLayer] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
         self._role: str | None = None
 
     def add(self, role: str, config: LoraConfig) -> "LoraDenoiser":
-        """A new adapter, which changes nothing yet. Raises ValueError if a target matches no linear layer."""
+        """A new adapter, which does not change the output yet. Raises ValueError if a target matches no layer."""
         targets = config.targets or self.default_targets
         linear = [name for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)]
         original = [name.removesuffix(".base_layer") for name in linear]
@@ -66,8 +66,8 @@ class SharedBase:
         alpha = config.rank if config.alpha is None else config.alpha
         peft_config = PeftLoraConfig(r=config.rank, lora_alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the idea
-            empty = next(self.denoiser.parameters()).is_meta  # then the adapter is too
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
+            empty = next(self.denoiser.parameters()).is_meta  # then the adapter is on the meta device too
             inject_adapter_in_model(peft_config, self.denoiser, adapter_name=role, low_cpu_mem_usage=empty)
         for name, p in self.denoiser.named_parameters():
             if is_adapter_parameter(name, role):
@@ -82,11 +82,11 @@ class SharedBase:
         return LoraDenoiser(self, role)
 
     def role(self, role: str, config: LoraConfig) -> "LoraDenoiser":
-        """The adapter of this name, made when it is first asked for."""
+        """The adapter of this role; it is added on first use."""
         return LoraDenoiser(self, role) if role in self.configs else self.add(role, config)
 
     def refresh(self) -> None:
-        """Looks for the adapters' parameters anew, after they have been replaced (by `fully_shard`)."""
+        """Looks up the adapters' parameters again, after they have been replaced (by `fully_shard`)."""
         named = dict(self.denoiser.named_parameters())
         self._parameters = {
             role: {n.replace(f".{role}.", "."): p for n, p in named.items() if is_adapter_parameter(n, role)}
@@ -98,7 +98,7 @@ class SharedBase:
                 self._parameters[role] |= {f"inputs.{name}": p for name, p in tables}
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters; names as in the base, without the adapter's name."""
+        """The adapter's own parameters, named as in the base, without the adapter's name."""
         return self._parameters[role]
 
     def base_parameters(self) -> list[nn.Parameter]:
@@ -106,7 +106,8 @@ class SharedBase:
         return [p for name, p in self.denoiser.named_parameters() if ".lora_" not in name]
 
     def switch(self, role: str | None) -> None:
-        for layer in self._layers:  # not peft's set_adapter: see above
+        """Turns on the role's adapter and time embedder, and all others off. None: the base alone."""
+        for layer in self._layers:  # not with peft's set_adapter, see the top of this file
             layer._disable_adapters = role is None
             layer._active_adapter = [] if role is None else [role]
         if len(self._embeddings) > 1:
@@ -114,7 +115,7 @@ class SharedBase:
         self._role = role
 
     def add_inputs(self, role: str, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
-        """Extends one role by further inputs: it gets a time embedder of its own, around the shared one."""
+        """Adds inputs for one role, which gets a time embedder of its own, around the shared one."""
         self.switch(None)
         self.denoiser.add_inputs(counts, dim, levels)
         self.inputs[role] = (counts, dim, levels)
@@ -125,7 +126,7 @@ class SharedBase:
 
     @contextmanager
     def using(self, role: str | None) -> Iterator[None]:
-        """Forwards inside are the role's (None: the base's own), and so are their repetitions."""
+        """Forwards inside, and their recomputations, use the role's adapter; with None, the base alone."""
         before = self._role
         self.switch(role)
         try:
@@ -135,7 +136,7 @@ class SharedBase:
             self.switch(before)
 
     def unload(self, role: str) -> Denoiser:
-        """A copy of the base with the role's adapter added into its weights and no adapters left."""
+        """A copy of the base with the role's adapter added into its weights, and no adapters."""
         with self.using(role):  # with its own time embedder
             whole = deepcopy(self.denoiser)
         for name, layer in list(whole.named_modules()):
@@ -152,7 +153,7 @@ def is_adapter_parameter(name: str, role: str) -> bool:
 class LoraDenoiser(Denoiser):
     """One role of a shared base, behind the ordinary contract. role None: the base itself, frozen.
 
-    Its parameters are its adapter's alone; the base is not a submodule of it."""
+    Its parameters are only those of its adapter; the base is not a submodule."""
 
     def __init__(self, shared: SharedBase, role: str | None):
         nn.Module.__init__(self)
@@ -224,12 +225,12 @@ class LoraDenoiser(Denoiser):
         """In place. Raises ValueError if names or shapes differ."""
         own = dict(self.named_parameters())
         if own.keys() != state_dict.keys():
-            raise ValueError(f"adapter weights for other layers: {sorted(own.keys() ^ state_dict.keys())[:4]}")
+            raise ValueError(f"the adapter weights are for other layers: {sorted(own.keys() ^ state_dict.keys())[:4]}")
         for name, p in own.items():
             local(p).copy_(own_slice(state_dict[name], p))
 
     def average(self) -> "LoraDenoiser":
-        """A further, frozen adapter that starts as this one: the place of its moving average."""
+        """A second, frozen adapter of the same shape, to hold this one's moving average."""
         assert self.role is not None
         average = self.shared.add(AVERAGE, self.shared.configs[self.role])
         if self.role in self.shared.inputs:
@@ -238,10 +239,10 @@ class LoraDenoiser(Denoiser):
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """A uniform in +- 1 / sqrt(inputs), as nn.Linear's, and B zero: the network is the base again. The draw
-        depends on the seed, the role and the layer alone."""
+        """Draws A uniformly in +- 1 / sqrt(number of inputs), as nn.Linear does, and sets B to zero, so that the
+        network computes what the base does. The draw depends only on the seed, the role and the layer."""
         for name, p in self.named_parameters():
-            if ".lora_A." not in name:  # B, and the tables of further inputs
+            if ".lora_A." not in name:  # B, and the tables of extra inputs
                 local(p).zero_()
                 continue
             generator = torch.Generator().manual_seed(make_key(seed, self.role or "", name) % 2**63)

@@ -1,4 +1,4 @@
-"""Activation checkpointing that finds, when it repeats a forward, the settings the forward ran under."""
+"""Activation checkpointing that recomputes a forward under the settings it first ran under."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,8 +13,8 @@ _active: list[Setting] = []
 
 @contextmanager
 def remembered(setting: Setting) -> Iterator[None]:
-    """While inside, every checkpointed forward notes `setting`, to enter it again when it is repeated in the backward
-    pass: which adapter is on, which networks are frozen."""
+    """Checkpointed forwards inside this context remember `setting`, such as which adapter is on or which networks are
+    frozen. They enter it again when the backward pass recomputes them."""
     _active.append(setting)
     try:
         yield
@@ -23,13 +23,14 @@ def remembered(setting: Setting) -> Iterator[None]:
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) without keeping its activations; for diffusers' `enable_gradient_checkpointing`."""
+    """Calls function(*args) without keeping its activations. For diffusers' `enable_gradient_checkpointing`."""
     settings = tuple(_active)
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again(settings)))
 
 
 @contextmanager
 def again(settings: tuple[Setting, ...]) -> Iterator[None]:
+    """Enters all the settings."""
     with ExitStack() as stack:
         for setting in settings:
             stack.enter_context(setting())

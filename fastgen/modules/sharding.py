@@ -1,7 +1,7 @@
-"""Networks divided over processes with FSDP2's `fully_shard`, and tensors that read and write as if they were whole.
+"""Networks sharded over processes with FSDP2's `fully_shard`, and access to their tensors, by shard or as a whole.
 
-No process ever holds a whole network: parameters are made on the meta device, divided, and then filled, each process
-reading its own slice of the weight files. A whole copy of one tensor at a time exists while a checkpoint is written.
+No process ever holds a whole network. Parameters are made on the meta device, sharded, and then filled: each process
+reads its own slice of the weight files. While a checkpoint is written, one tensor at a time exists as a whole copy.
 """
 
 import re
@@ -27,10 +27,10 @@ def shard(
     weights: WeightMap,
     stored_name: Callable[[nn.Module, str], str],
 ) -> nn.Module:
-    """Divides a module's parameters over the mesh: one gather a block, and one for what is left.
+    """Shards a module's parameters over the mesh, with one gather per block and one for the rest.
 
-    Parameters on the meta device are filled from `weights` (a file and a name each), under the name `stored_name`
-    gives them; others keep their values.
+    Parameters on the meta device are filled from `weights`, which is looked up by the name that `stored_name` gives
+    them; others keep their values.
     Raises ValueError if a parameter on the meta device has no weights."""
     if not any(True for _ in module.parameters()):
         return module.to(device)
@@ -44,7 +44,7 @@ def shard(
             if name in held:
                 local(tensor).copy_(own_slice(held[name], tensor))
             elif ".lora_" in name:
-                local(tensor).zero_()  # until LoraDenoiser.reset
+                local(tensor).zero_()  # LoraDenoiser.reset sets it later
             else:
                 fill(tensor, stored_name(module, name), weights)
     return module
@@ -54,8 +54,8 @@ def shard(
 def refill(
     module: nn.Module, fresh: nn.Module, weights: WeightMap, stored_name: Callable[[nn.Module, str], str]
 ) -> None:
-    """Sets a module's parameters and buffers, divided or whole, to those of a freshly made one, in place; what is on
-    the meta device there is filled from `weights`, as `shard` does."""
+    """Sets a module's parameters and buffers, sharded or whole, to those of a freshly made one, in place. Where these
+    are on the meta device, the values are read from `weights`, as `shard` does."""
     values = named_tensors(fresh)
     for name, tensor in named_tensors(module).items():
         if values[name].is_meta:
@@ -69,7 +69,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
-    """Copies this process's slice of a stored tensor. Experts made of one network are all filled from it."""
+    """Copies this process's slice of a stored tensor. If one network is stored, every expert is filled from it."""
     if name not in weights:
         name = re.sub(r"^experts\.\d+\.", "", name)
     if name not in weights:
@@ -86,7 +86,7 @@ def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
 
 
 def slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this process's part lies in the whole tensor."""
+    """The slices of the whole tensor that this process holds."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -94,12 +94,12 @@ def slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def own_slice(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds of `like`."""
+    """The part of a whole tensor that this process holds in `like`."""
     return whole[slices(like)] if whole.dim() else whole
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; the tensor itself where it is not divided. Shares memory."""
+    """This process's shard of a tensor, or the tensor itself if it is not sharded. Shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

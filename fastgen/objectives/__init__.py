@@ -1,5 +1,7 @@
-"""Objectives by name. A new one is a file beside this and a line here, or out of tree: `name:
-my_module:MyObjective`."""
+"""The objectives by name.
+
+To add one, put a file into this folder and a line into OBJECTIVES. A recipe can also name an objective that lies
+outside this package, as `name: my_module:MyObjective`."""
 
 from fastgen.objectives.adm import ADM
 from fastgen.objectives.adp import ADP

@@ -1,35 +1,35 @@
 """AC-DMD, the first stage of RTDMD: every step is matched at the level it goes to    (arXiv 2605.26108, and its code).
 
-    paper              here                  what it is
-    G_theta            networks.student      few-step generator; its steps are stochastic (rollout.transition: cps)
-    v_T                networks.teacher      frozen denoiser, guided
-    v_phi              networks.fake_score   denoiser of the student's x_s, trained online
-    K'                 rollout.stop          index of the step that is executed
-    s = t_{K'+1}       rollout.s             the level that step goes to, 0 after the last
-    x_s                rollout.x             the state there, not the clean prediction
-    a, sigma_{t|s}     renoise_coefficients  x_t = a x_s + sigma_{t|s} noise,  t ~ U(s + .01, 1)
-    h                  prediction            the fake score's clean prediction, a martingale of the reverse process
-    eta                policy.transition_eta      of all transitions, also of the two below
+    paper              here                   what it is
+    G_theta            networks.student       few-step generator; its steps are stochastic (rollout.transition: cps)
+    v_T                networks.teacher       frozen denoiser, guided
+    v_phi              networks.fake_score    denoiser of the student's x_s, trained online
+    K'                 rollout.stop           index of the step that is executed
+    s = t_{K'+1}       rollout.s              the level that this step goes to; 0 for the last step
+    x_s                rollout.x              the state at that level, not the clean prediction
+    a, sigma_{t|s}     renoise_coefficients   x_t = a x_s + sigma_{t|s} noise,  t ~ U(s + .01, 1)
+    h                  prediction             the fake score's clean prediction, a martingale of the reverse process
+    eta                policy.transition_eta  eta of all transitions, including the two kinds of step below
 
 The algorithm, for every student update:
     fake_updates times:
-        x_s = rollout of the student, no gradient
+        x_s = rollout of the student, without gradient
         fake_score <- min(1, 10 sigma_{t|s}^2) |v - v*|^2 at x_t renoised from x_s, with the unbiased target v*
                       + consistency_weight (h(x1, t') - h(x_t, t)) (h(x2, t') - h(x_t, t)),  x1, x2 two steps t -> t'
     once:
-        x_s = rollout of the student, gradient through the last executed step
+        x_s = rollout of the student, with gradient through the last executed step
         x_s^F, x_s^T = one step t -> s of the fake score and of the teacher from the same x_t, with the same noise
         student    <- surrogate of g = (x_s^F - x_s^T) / mean|x_s - x_s^T|
 
-The shared noise cancels in the difference, which is a factor times that of the clean predictions (derived):
-    x_s^F - x_s^T = (alpha_s - sigma_s cos(eta pi / 2) alpha_t / sigma_t) (mu_fake - mu_real),
-and at s = 0 the whole is DMD. It does not cancel in the normaliser. A fake score that is told the stop index
-(`condition_on_stop`, ours) matches every step by itself, as in dmd2.py.
+The shared noise cancels in the difference, which is the difference of the clean predictions times a factor (derived):
+    x_s^F - x_s^T = (alpha_s - sigma_s cos(eta pi / 2) alpha_t / sigma_t) (mu_fake - mu_real)
+The noise does not cancel in the normaliser. At s = 0 the method is DMD. With `condition_on_stop` (ours) the fake score
+is conditioned on the stop index, and every step is matched by itself, as in dmd2.py.
 
-Tilting the critic (`critic_weight: inverse_tilt`, derived; from no paper). The fake score's regression is weighted by
-exp(-r(x) / beta), so that it becomes the score of p_theta exp(-r / beta). The field then vanishes where p_theta is
-p_teacher exp(r / beta), with its normaliser or without, and no gradient of r is needed. A reward is of clean samples:
-every step's clean prediction is matched, at s = 0, instead of its x_s.
+Tilting the critic (`critic_weight: inverse_tilt`, derived, not from a paper). The fake score's regression is weighted
+by exp(-r(x) / beta), so that it learns the score of p_theta exp(-r / beta). The score difference g then vanishes where
+p_theta is p_teacher exp(r / beta), whether g is normalised or not, and no gradient of r is needed. Because a reward is
+defined on clean samples, the clean prediction of every step is matched, at s = 0, instead of its x_s.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,27 +50,27 @@ from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_st
 from fastgen.schedule import Schedule, TimeSampler
 
 MARGIN, LOW, HIGH = 0.01, 0.02, 0.98  # t ~ U{1000 s + 10..1000} of 1000, clamped to [20, 980]; the released code
-WEIGHT_RANGE = 4.0  # |log w| of inverse_tilt is at most this; ours
+WEIGHT_RANGE = 4.0  # the largest |log w| of inverse_tilt; ours
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ACDMD(Objective):
-    # SD3 and SD3.5; 4 for FLUX.2-klein. Several: one an expert of the teacher, from high noise to low
+    # 7 SD3 and SD3.5, 4 FLUX.2-klein. Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
     fake_updates: int = Field(default=10, ge=1)  # 10 in stage 1, 1 in stage 2
-    # shared: one stop index an update, the released code. last: that step alone, RTDMD's stage 2
+    # shared: one stop index per update, the released code. last: only the last step is matched, RTDMD's stage 2
     stops: Literal["shared", "per_sample", "last"] = "shared"
     condition_on_stop: bool = False  # ours, see above
-    normalise: bool = True  # false: the field itself, whose fixed points are known (ours)
+    normalise: bool = True  # false: g without its normaliser, whose fixed points are known (ours)
     consistency_weight: float = Field(default=0.01, ge=0)
     consistency_step: TimeSampler = TimeSampler(low=0.001, high=0.2)  # t - t' ~ U{1..200} of 1000
     critic_weight: Literal["none", "inverse_tilt"] = "none"  # ours, see above
-    reward_temperature: float | None = Field(default=None, gt=0)  # beta, of inverse_tilt
+    reward_temperature: float | None = Field(default=None, gt=0)  # beta of inverse_tilt
 
     @model_validator(mode="after")
     def _temperature(self) -> "ACDMD":
         if (self.reward_temperature is not None) != (self.critic_weight == "inverse_tilt"):
-            raise ValueError("reward_temperature belongs to critic_weight: inverse_tilt, which needs it")
+            raise ValueError("reward_temperature belongs to critic_weight: inverse_tilt; give both, or neither")
         return self
 
     @property
@@ -88,12 +88,12 @@ class ACDMD(Objective):
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.transition_eta:
             raise ValueError(
-                f"{self.name} trains a student with stochastic steps; set rollout.transition: cps and rollout.eta: 0.9"
+                f"{self.name} needs a student with stochastic steps; set rollout.transition: cps and rollout.eta: 0.9"
             )
         if max(policy.timesteps[1:], default=0) + MARGIN >= HIGH:
             raise ValueError(
-                f"steps must go to levels below {HIGH - MARGIN:g}, from which {self.name} renoises up to "
-                f"{HIGH:g}; lower rollout.timesteps after the first"
+                f"{self.name} renoises from the level a step goes to, up to {HIGH:g}, so that level must be below "
+                f"{HIGH - MARGIN:g}; lower rollout.timesteps after the first"
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
@@ -106,73 +106,87 @@ class ACDMD(Objective):
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """Denoising of the student's x_s with the unbiased target, and the martingale product."""
-        schedule, rollout = networks.teacher.schedule, self.rollout(networks, batch, grad=False)
-        t, noise = renoise_level(batch.uniform("fake_time"), rollout.s), batch.normal("fake_noise")
+        """The denoising loss on the student's x_s with the unbiased target, plus the martingale product."""
+        schedule = networks.teacher.schedule
+        rollout = self.rollout(networks, batch, grad=False)
+        t = renoise_level(batch.uniform("fake_time"), rollout.s)
+        noise = batch.normal("fake_noise")
         x_t = schedule.renoise(rollout.x, noise, rollout.s, t)
         target = signals.renoised_target(schedule, rollout.x, noise, rollout.s, t)
-        weight, terms = signals.renoised_weight(schedule, rollout.s, t), dict[str, Tensor]()
+        weight = signals.renoised_weight(schedule, rollout.s, t)
+        terms: dict[str, Tensor] = {}
         if self.critic_weight == "inverse_tilt":
             tilt = self.tilt_weight(networks, batch, rollout.x)
-            weight, terms = weight * tilt, {"weight_sample_size": tilt.mean().square() / tilt.square().mean()}
+            weight = weight * tilt
+            terms["weight_sample_size"] = tilt.mean().square() / tilt.square().mean()
         prediction = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         total = signals.denoising_loss(prediction, target, x_t, t, schedule, "flow_prediction", weight)
         terms["loss"] = total.detach()
         if self.consistency_weight:
             consistency = self.consistency(networks, batch, rollout, prediction, x_t, t)
-            total, terms["consistency"] = total + self.consistency_weight * consistency, consistency.detach()
+            total = total + self.consistency_weight * consistency
+            terms["consistency"] = consistency.detach()
         return Loss(total, terms)
 
     def consistency(
         self, networks: Networks, batch: Batch, rollout: Rollout, h: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """The martingale product from t to t' = t - U(.001, .2), not below s, where the process ends (ours)."""
+        """The martingale product from t to t' = t - U(.001, .2). t' is at least s, where the process ends (ours)."""
 
         def predict(x: Tensor, level: Tensor) -> Tensor:
-            twice = Conditioning.cat([batch.cond, batch.cond])
-            return networks.fake_score(x, level, twice, stop_input(rollout.stop.repeat(2), self.condition_on_stop))
+            cond = Conditioning.cat([batch.cond, batch.cond])
+            return networks.fake_score(x, level, cond, stop_input(rollout.stop.repeat(2), self.condition_on_stop))
 
         t_next = torch.maximum(t - self.consistency_step(batch.uniform("consistency_step")), rollout.s.clamp_min(1e-3))
-        draws = batch.normal("consistency1"), batch.normal("consistency2")
-        schedule, eta = networks.fake_score.schedule, networks.policy.transition_eta
+        draws = (batch.normal("consistency1"), batch.normal("consistency2"))
+        schedule = networks.fake_score.schedule
+        eta = networks.policy.transition_eta
         return martingale_product(predict, schedule, h, x_t, t, t_next, draws, eta)
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """Surrogate of the field at the student's x_s."""
+        """The surrogate of g at the student's x_s."""
         rollout = self.rollout(networks, batch, grad=True)
-        grad, terms = self.field(networks, batch, rollout)
+        grad, terms = self.score_gradient(networks, batch, rollout)
         total = signals.surrogate(rollout.x, grad)
         return Loss(total, terms | {"loss": total.detach()})
 
     @torch.no_grad()
-    def field(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """g at the student's x_s [B, ...], and its terms: the mean |g| and the fake score's lag."""
-        schedule, s = networks.teacher.schedule, rollout.s
-        t, noise = renoise_level(batch.uniform("renoise_time"), s), batch.normal("renoise")
+    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and the fake score's lag."""
+        schedule = networks.teacher.schedule
+        s = rollout.s
+        t = renoise_level(batch.uniform("renoise_time"), s)
+        noise = batch.normal("renoise")
         x_t = schedule.renoise(rollout.x, noise, s, t)
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = networks.teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
-        fresh, eta = batch.normal("back"), networks.policy.transition_eta
-        fake_s, real_s = (transition(schedule, x0, x_t, t, s, fresh, eta) for x0 in (fake, real))
+        fresh = batch.normal("back")
+        eta = networks.policy.transition_eta
+        fake_s = transition(schedule, fake, x_t, t, s, fresh, eta)
+        real_s = transition(schedule, real, x_t, t, s, fresh, eta)
         grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
         target = signals.renoised_target(schedule, rollout.x, noise, s, t)
         return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(target, fake, real)}
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
+        """The student's x_s; with inverse_tilt its clean prediction, at s = 0."""
         stop = self.draw_stop(networks.policy, batch)
-        clean = self.critic_weight == "inverse_tilt"
-        to = None if clean else next_levels(networks.policy, stop, batch.ids.to(batch.dtype))
+        if self.critic_weight == "inverse_tilt":
+            to = None
+        else:
+            to = next_levels(networks.policy, stop, batch.ids.to(batch.dtype))
         return backward_simulation(networks.student, networks.policy, batch, stop, grad, to)
 
     def draw_stop(self, policy: RolloutPolicy, batch: Batch) -> Tensor:
-        """[B]: the step that is matched."""
+        """The index of the step that is matched, [B]."""
         if self.stops == "last":
             return torch.full_like(batch.ids, policy.num_steps - 1)
         return draw_stops(batch, policy.num_steps, shared=self.stops == "shared")
 
     def tilt_weight(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
-        """inverse_tilt at clean samples x, normalised within prompt groups or, without them, over the batch."""
+        """The weights [B] of `inverse_tilt` at clean samples x. They are normalised within prompt groups or, where
+        group_size is 1, over the micro-batch."""
         assert self.reward_temperature is not None and batch.group is not None
         score = networks.rewards(x, batch)
         group = batch.group if self.group_size > 1 else torch.zeros_like(batch.group)
@@ -180,7 +194,7 @@ class ACDMD(Objective):
 
 
 def renoise_level(u: Tensor, s: Tensor) -> Tensor:
-    """[B]: t ~ U(s + .01, 1), clamped to [.02, .98], from uniform u and the levels s, [B] each."""
+    """t ~ U(s + .01, 1), clamped to [.02, .98], from a uniform draw u and the level s: [B] each."""
     start = s + MARGIN
     return (start + (1 - start) * u).clamp(LOW, HIGH)
 
@@ -197,24 +211,27 @@ def martingale_product(
 ) -> Tensor:
     """mean (h(x1, t') - h) (h(x2, t') - h),   h = h(x_t, t),  x1, x2 two independent steps t -> t' from (x_t, sg h).
 
-    Unbiased for mean |E[h(x', t') | x_t] - h|^2, so a batch's may be negative; with one draw squared the variance of
-    h(x', t') would be added (RTDMD's code, arXiv 2605.26108). Of the exact clean prediction it is 0 for the ancestral
-    step, cos(eta pi / 2) = alpha_t sigma_t' / (alpha_t' sigma_t); with a fixed eta a bias is left, which is why its
-    weight is small (derived).
+    It is an unbiased estimate of mean |E[h(x', t') | x_t] - h|^2, so its value on one batch may be negative
+    (RTDMD's code, arXiv 2605.26108). The square of a single draw would add the variance of h(x', t').
+    For the exact clean prediction and the ancestral step, cos(eta pi / 2) = alpha_t sigma_t' / (alpha_t' sigma_t), it
+    is 0. With a fixed eta a bias remains, which is why the weight of this loss is small (derived).
 
-    predict(x [2 B, ...], level [2 B]): the clean prediction, x1 above x2. h, x_t, draws: [B, ...]; t, t_next: [B].
-    Gradient flows through all three predictions, not through x1 and x2. Returns a scalar."""
+    predict(x [2 B, ...], level [2 B]): the clean prediction; the rows of x1 come first, then those of x2.
+    h, x_t, draws: [B, ...]; t, t_next: [B]. Returns a scalar.
+    Gradient flows through all three predictions, but not through x1 and x2."""
     with torch.no_grad():
-        x1, x2 = (transition(schedule, h, x_t, t, t_next, fresh, eta) for fresh in draws)
-    first, second = predict(torch.cat([x1, x2]), t_next.repeat(2)).chunk(2)
-    return ((first - h) * (second - h)).mean()
+        x1 = transition(schedule, h, x_t, t, t_next, draws[0], eta)
+        x2 = transition(schedule, h, x_t, t, t_next, draws[1], eta)
+    h1, h2 = predict(torch.cat([x1, x2]), t_next.repeat(2)).chunk(2)
+    return ((h1 - h) * (h2 - h)).mean()
 
 
 def inverse_tilt(reward: Tensor, valid: Tensor, group: Tensor, temperature: float) -> Tensor:
-    """[B]: exp(-r / temperature), of mean 1 within each group; 0 for invalid samples, which then count for nothing.
+    """The weights exp(-r / temperature), scaled to a mean of 1 within each group: [B], without gradient.
 
-    Clamped to e^{+-WEIGHT_RANGE} about the group's mean reward: beyond it the tilt is less than exp(r / temperature).
-    reward [B], valid [B] bool, group [B]. No gradient."""
+    Invalid samples get the weight 0, so they do not count. Relative to the group's mean reward the weights are clamped
+    to e^{+-WEIGHT_RANGE}; beyond that range the tilt is weaker than exp(r / temperature).
+    reward: [B]; valid: [B] bool; group: [B]."""
     with torch.no_grad():
         log_weight = (signals.group_mean(reward, group, valid) - reward) / temperature
         weight = torch.where(valid, log_weight.clamp(-WEIGHT_RANGE, WEIGHT_RANGE).exp(), 0.0)

@@ -1,8 +1,9 @@
-"""ADP: Adversarial Distillation Pre-training, the first stage of DMDX (arXiv 2507.18569). By `init_from`, ADM follows.
+"""ADP: Adversarial Distillation Pre-training, the first stage of DMDX (arXiv 2507.18569). ADM continues its run by
+`init_from`.
 
     paper            here                  what it is
-    G_theta          networks.student      told its true level, so that any sampler may follow
-    (x_T, x_0)       batch.pairs           a noise, and where the guided teacher's ODE takes it
+    G_theta          networks.student      conditioned on its true level, so that any sampler may be trained next
+    (x_T, x_0)       batch.pairs           a noise, and the sample to which the guided teacher's ODE takes it
     D_tau1           latent_discriminator  heads at several depths of the frozen teacher, on x renoised to t'
     D_tau2           pixel_discriminator   heads at several depths of a frozen image network (SAM), on decoded pictures
     lambda_1, _2     latent_weight, pixel_weight
@@ -10,14 +11,17 @@
 The algorithm, for every student update:
     x_t = alpha(t) x_0 + sigma(t) x_T, between the two ends of a pair, at t = 1 - u^3, u uniform: mostly noise
     x   = the student's clean prediction at x_t
-    discriminator_updates times: both discriminators <- hinge of the pair's x_0 against x, no gradient to the student
+    discriminator_updates times: both discriminators <- hinge loss of the pair's x_0 (real) against x (fake), without
+                                                        gradient to the student
     once:                        student             <- -(lambda_1 mean D_tau1(x) + lambda_2 mean D_tau2(x))
-    the average of the student's weights moves, once.
+    the average of the student's weights is updated once.
 
-The paper trains on no squared error, which blurs: the student may answer with any sample the discriminators take for
-the teacher's. Both see x_0 and x of one pair at the same t' and with the same fresh noise (ours).
+The paper has no squared error, because it blurs: the student may give any sample that the discriminators take for one
+of the teacher's. Both discriminators see x_0 and x of one pair at the same level t' and with the same fresh noise
+(ours).
 
-The mixture teacher is a formula without features, as in adm.py; its points are no pictures: pixel_weight 0.
+The mixture teacher is a formula without features; see adm.py for what D reads then. Its points are not pictures, so
+set pixel_weight to 0.
 """
 
 import json
@@ -45,8 +49,8 @@ from fastgen.schedule import TimeSampler
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ADP(Objective):
-    """pixel_network: `digits`, the shipped classifier; or a local folder of a vision model that transformers loads
-    (SAM, DINOv2, CLIP, ViT, ...), with its preprocessor_config.json."""
+    """pixel_network: `digits`, which is the shipped classifier, or a local folder with a vision model that
+    transformers loads (SAM, DINOv2, CLIP, ViT, ...) and its preprocessor_config.json."""
 
     name: Literal["adp"] = "adp"
     latent_weight: float = Field(default=0.85, gt=0)  # lambda_1, "0.85"
@@ -57,19 +61,24 @@ class ADP(Objective):
     discriminator_updates: int = Field(default=1, ge=1)  # ours
     head_width: int = Field(default=64, ge=1)  # ours
     r1_weight: float = Field(default=0.0, ge=0)  # ours, on D_tau1, as in adm.py; 0: the paper's loss
-    r1_noise: float = Field(default=0.1, gt=0)  # FastGen's
+    r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t
 
     @model_validator(mode="after")
     def _pixels(self) -> "ADP":
         if (self.pixel_weight > 0) != (self.pixel_network is not None):
             raise ValueError(
-                f"pixel_weight {self.pixel_weight:g} and pixel_network {self.pixel_network} do not go together: name "
-                "a network (digits, or the folder of a vision model), or set pixel_weight: 0 and leave it out"
+                f"pixel_weight {self.pixel_weight:g} and pixel_network {self.pixel_network} do not go together: give "
+                "pixel_network (digits, or the folder of a vision model), or set pixel_weight: 0 and leave "
+                "pixel_network out"
             )
         folder = Path(self.pixel_network or "digits")
-        files = ("config.json", "preprocessor_config.json")
-        if folder != Path("digits") and (missing := [n for n in files if not (folder / n).is_file()]):
-            raise ValueError(f"pixel_network: {folder} has no {missing[0]}; give digits, or a local vision model")
+        if folder == Path("digits"):
+            return self
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"pixel_network: {folder} has no {name}; give digits, or the folder of a local vision model"
+                )
         return self
 
     @property
@@ -86,13 +95,13 @@ class ADP(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if policy.conditioning_time is not None:
-            raise ValueError("adp tells the student its true level; remove rollout.conditioning_time")
+            raise ValueError("adp conditions the student on its true level; remove rollout.conditioning_time")
 
     def check_recipe(self, recipe: Recipe) -> None:
         if self.pixel_weight and recipe.backbone.output != "pixels":
             raise ValueError(
                 f"pixel_weight: backbone {recipe.backbone.name} gives {recipe.backbone.output}, not "
-                "pixels; set it to 0"
+                "pixels; set pixel_weight to 0, and leave pixel_network out"
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
@@ -110,62 +119,79 @@ class ADP(Objective):
         return (Turn("discriminator", self.full_roles, self.discriminator_updates), Turn("student", ("student",)))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
-        return (self.student_loss if turn.name == "student" else self.discriminator_loss)(networks, batch)
+        if turn.name == "student":
+            return self.student_loss(networks, batch)
+        return self.discriminator_loss(networks, batch)
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """-(lambda_1 mean D_tau1 + lambda_2 mean D_tau2), the gradient passing through the frozen networks."""
+        """-(lambda_1 mean D_tau1 + lambda_2 mean D_tau2). The gradient passes through the frozen networks."""
         x = self.generated(networks, batch)
         with frozen(*(module for role, module in networks.items() if role != "student")):
             latent = signals.hinge_generator_loss(self.latent_logits(networks, batch, x))
             pixel = signals.hinge_generator_loss(self.pixel_logits(networks, x)) if self.pixel_weight else 0 * latent
             total = self.latent_weight * latent + self.pixel_weight * pixel
-        return Loss(total, self.logged(total, latent, pixel))
+        return Loss(total, self.loss_terms(total, latent, pixel))
 
     def discriminator_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """The hinge of both, the pair's x0 being real; weighted alike, which Adam does not see."""
+        """The hinge losses of both discriminators, with the pair's x0 as the real sample.
+
+        They are added with the weights of the student's loss, which makes no difference to Adam."""
         assert batch.pairs is not None
+        real = batch.pairs[1]
         with torch.no_grad():
-            real, x = batch.pairs[1], self.generated(networks, batch)
-        real_logits, logits = (self.latent_logits(networks, batch, x0) for x0 in (real, x))
-        latent = signals.hinge_discriminator_loss(real_logits, logits)
-        pixel = 0 * latent
+            fake = self.generated(networks, batch)
+        real_logits = self.latent_logits(networks, batch, real)
+        fake_logits = self.latent_logits(networks, batch, fake)
+        latent = signals.hinge_discriminator_loss(real_logits, fake_logits)
         if self.pixel_weight:
-            pixel = signals.hinge_discriminator_loss(*(self.pixel_logits(networks, x0) for x0 in (real, x)))
+            pixel = signals.hinge_discriminator_loss(
+                self.pixel_logits(networks, real), self.pixel_logits(networks, fake)
+            )
+        else:
+            pixel = 0 * latent
         total = self.latent_weight * latent + self.pixel_weight * pixel
-        terms = self.logged(total, latent, pixel) | {"logit_gap": (real_logits - logits).mean().detach()}
+        terms = self.loss_terms(total, latent, pixel) | {"logit_gap": (real_logits - fake_logits).mean().detach()}
         if self.r1_weight:
-            moved = self.latent_logits(networks, batch, real, self.r1_noise * batch.normal("r1"))
-            penalty = (moved - real_logits).square().mean()
-            total, terms["r1"] = total + self.r1_weight * penalty, penalty.detach()
+            perturbed_logits = self.latent_logits(networks, batch, real, self.r1_noise * batch.normal("r1"))
+            penalty = (perturbed_logits - real_logits).square().mean()
+            total = total + self.r1_weight * penalty
+            terms["r1"] = penalty.detach()
         return Loss(total, terms)
 
     def generated(self, networks: Networks, batch: Batch) -> Tensor:
-        """The student's clean prediction [B, ...] between the ends of the pairs, at warped levels."""
+        """The student's clean prediction [B, ...] at x_t, between the two ends of each pair, t = 1 - u^time_power."""
         assert batch.pairs is not None
         noise, x0 = batch.pairs
         t = 1 - batch.uniform("t") ** self.time_power
-        return networks.student(networks.student.schedule.add_noise(x0, noise, t), t, batch.cond)
+        x_t = networks.student.schedule.add_noise(x0, noise, t)
+        return networks.student(x_t, t, batch.cond)
 
     def latent_logits(self, networks: Networks, batch: Batch, x0: Tensor, offset: Tensor | float = 0) -> Tensor:
-        """D_tau1 [B, depths] of x0 renoised to t'; offset: added to what the frozen backbone is shown."""
-        backbone, t = networks.critic, self.latent_time(batch.uniform("latent_time"))
+        """D_tau1 [B, depths] at x0 renoised to t'. offset: added to the renoised sample, for the R1 penalty."""
+        t = self.latent_time(batch.uniform("latent_time"))
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal("latent_noise"), t) + offset
-        with backbone.capture() as features:
-            backbone(x_t, t, batch.cond)
+        with networks.critic.capture() as features:
+            networks.critic(x_t, t, batch.cond)
         return networks["latent_discriminator"](features)
 
     def pixel_logits(self, networks: Networks, x0: Tensor) -> Tensor:
-        """D_tau2 [B, depths] of x0, decoded."""
+        """D_tau2 [B, depths] at the decoded picture of x0."""
         return networks["pixel_discriminator"](networks["pixel_features"](x0))
 
-    def logged(self, total: Tensor, latent: Tensor, pixel: Tensor) -> dict[str, Tensor]:
-        parts = {"latent": latent.detach(), "pixel": pixel.detach()} if self.pixel_weight else {}
-        return {"loss": total.detach()} | parts
+    def loss_terms(self, total: Tensor, latent: Tensor, pixel: Tensor) -> dict[str, Tensor]:
+        """The terms to log: the total and, where both parts are used, each part."""
+        terms = {"loss": total.detach()}
+        if self.pixel_weight:
+            terms |= {"latent": latent.detach(), "pixel": pixel.detach()}
+        return terms
 
 
 class PictureFeatures(nn.Module):
-    """Features of latents' decoded pictures in a frozen image network: [B, N, dim], one entry a depth. At least in
-    float32, also under autocast, and without the clamp to [0, 1], which has no gradient where it acts."""
+    """Decodes latents and returns the features of the pictures in a frozen image network: one [B, N, dim] tensor per
+    depth.
+
+    Runs in at least float32, also under autocast. The pictures are not clamped to [0, 1], because a clamp has no
+    gradient outside that range."""
 
     def __init__(self, network: nn.Module, decode: Callable[..., Tensor]):
         super().__init__()
@@ -178,7 +204,7 @@ class PictureFeatures(nn.Module):
 
 
 class DigitsNetwork(nn.Module):
-    """The convolutions of the shipped classifier; not the layer after them, with which FD is measured."""
+    """The convolutions of the shipped classifier, without the layer after them, which measures FD."""
 
     feature_dims = (16, 32, 64)
 
@@ -188,7 +214,8 @@ class DigitsNetwork(nn.Module):
         self.stages = nn.ModuleList(trunk[i : i + 3] for i in (0, 3, 6))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        h, features = resized(pixels, IMAGE_SIZE).mean(1, keepdim=True), []
+        h = resize(pixels, IMAGE_SIZE).mean(1, keepdim=True)
+        features = []
         for stage in self.stages:
             h = stage(h)
             features.append(h.flatten(2).mT)
@@ -196,31 +223,34 @@ class DigitsNetwork(nn.Module):
 
 
 class VisionNetwork(nn.Module):
-    """The image encoder of a local transformers model: SAM's as in the paper, or any other whose hidden states are
-    tokens; pictures are resized and normalised as its preprocessor_config.json says. Four depths, evenly spaced."""
+    """The image encoder of a local transformers model: SAM's, as in the paper, or any other whose hidden states are
+    tokens. Pictures are resized and normalised as its preprocessor_config.json says. Features come from four evenly
+    spaced depths."""
 
     def __init__(self, folder: Path):
         super().__init__()
         from transformers import AutoModel
 
         model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        names = ("vision_encoder", "vision_model")  # of models that also read prompts or text
+        names = ("vision_encoder", "vision_model")  # the image encoder of models that also read prompts or text
         self.encoder = next((getattr(model, name) for name in names if hasattr(model, name)), model)
-        config, settings = self.encoder.config, json.loads((folder / "preprocessor_config.json").read_text())
+        config = self.encoder.config
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
         self.size = config.image_size
-        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
-        self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
+        self.mean = nn.Buffer(torch.tensor(settings["image_mean"])[:, None, None], persistent=False)
+        self.std = nn.Buffer(torch.tensor(settings["image_std"])[:, None, None], persistent=False)
         layers = config.num_hidden_layers
         self.depths = sorted({max(1, round(layers * i / 4)) for i in (1, 2, 3, 4)})
         self.feature_dims = (config.hidden_size,) * len(self.depths)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        x = (resized(pixels, self.size) - self.mean) / self.std
+        x = (resize(pixels, self.size) - self.mean) / self.std
         states = self.encoder(x, output_hidden_states=True).hidden_states
         return [states[i].flatten(1, -2) for i in self.depths]
 
 
-def resized(pixels: Tensor, size: int) -> Tensor:
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """[B, C, size, size] by bilinear interpolation with antialiasing; unchanged where the size is right already."""
     if pixels.shape[-2:] == (size, size):
         return pixels
     return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)

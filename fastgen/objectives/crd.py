@@ -1,41 +1,48 @@
-"""CRD: centred reward distillation (arXiv 2603.14128), by forward-process samples alone.
+"""CRD: centred reward distillation (arXiv 2603.14128), which needs samples of the forward process only.
 
     paper            here                   what it is
-    v_theta          networks.student       the network that is trained, here as a velocity, see below
-    v_old            networks["reference"]  moving average of the student, from which the implicit reward is measured
-    sampling policy  networks["sampler"]    another moving average, which makes the samples; first the student itself
-    v_ref^CFG        networks.teacher       frozen, guided: the anchor
+    v_theta          networks.student       the trained network, here expressed as a velocity; see below
+    v_old            networks["reference"]  moving average of the student; the implicit reward is measured against it
+    sampling policy  networks["sampler"]    another moving average, which makes the samples; at first a student's copy
+    v_ref^CFG        networks.teacher       the anchor: frozen, guided
     x0               x0                     clean samples of the sampler, group_size of each prompt
-    A, R             advantage, reward      rewards standardised within the prompt, clipped; R = A / 10 + 1/2 in [0, 1]
+    A                advantage              rewards standardised within the prompt, clipped
+    R                reward                 A / (2 clip) + 1/2, in [0, 1]; A / 10 + 1/2 by default
     r_theta          implicit               implicit reward: how much better the student explains x0 than the reference
 
 The algorithm, for every student update:
-    x0 = samples of the sampler, no gradient;  R from their rewards
+    x0 = samples of the sampler, without gradient;  R from their rewards
     for several (t, noise), the same for all samples of a prompt:
         x_t = x0 noised;  v* = noise - x0
         r_theta = -(mean|v_theta - v*|^2 / w_theta - mean|v_old - v*|^2 / w_old),   w = sg(mean|v - v*|), or 1
         student <- clip / beta * mean (beta (r_theta - sg(mean_g r_theta)) - (R - mean_g R))^2
                    + kl * mean (c_min + R (1 - c_min)) |v_theta - v_ref^CFG|^2
-    reference and sampler move towards the student, each at its own decay; the average of the student moves, once.
+    reference and sampler are moved towards the student, each at its own decay
+    the average of the student's weights is updated once.
 
-Why: at the optimum of E[r] - beta KL(p || p_old), r = beta log(p / p_old) + beta log Z(prompt), and centring within a
-prompt removes log Z. On a finite set the loss is zero at p = p_old exp(r / beta) / Z alone, whatever the sampling.
+Why it works. At the optimum of E[r] - beta KL(p || p_old), r = beta log(p / p_old) + beta log Z(prompt). Centring
+within a prompt removes log Z. On a finite set the loss is zero only at p = p_old exp(r / beta) / Z, however the
+samples are drawn.
 
-Levels. t is a level at which the student is called when it samples, times 1 +- `jitter`: a few-step student is trained
-where sampling visits it (Flow-Factory takes t from the sampler's steps too). v_theta is the velocity its x0 prediction
-implies, noise_hat - x0_hat; for flow matching |v - v*|^2 = |x0_hat - x0|^2 / t^2. Of a student that has learned the
-posterior mean (the teacher; many ode steps) r_theta is then a term of its log-likelihood ratio at x0. The prediction
-of a distilled student is a sample: r_theta is the log-ratio of Gaussian kernels around two predictions, not of laws.
+Levels. t is a level at which the student is called when it samples, times 1 +- `jitter`, so a few-step student is
+trained at the levels that sampling visits (Flow-Factory takes t from the sampler's steps too). v_theta is the velocity
+noise_hat - x0_hat that the student's x0 prediction implies; for flow matching |v - v*|^2 = |x0_hat - x0|^2 / t^2. For
+a student that has learned the posterior mean (the teacher, or one with many ode steps) r_theta is then a term of its
+log-likelihood ratio at x0. The prediction of a distilled student, in contrast, is a sample. Its r_theta is the
+log-ratio of two Gaussian kernels around two predictions, not the log-ratio of two laws.
 
-What a run reaches (derived). Every (t, noise) has a square of its own, which must vanish by itself; that their sum be
-the log-ratio is not enough. With w = 1, no anchor and a reference that stays (`reference_decay: {first: 1.0}`) the
-student of a Gaussian N(m, S) of D dimensions and a reward a'x has zero loss exactly at
-    x0_hat = x0_hat_old + D V_t a / (4 clip beta std(a'x)),   V_t = alpha^2 S + sigma^2,   for flow matching
-while p_old exp(R / beta) would need sigma^2 S a / (2 clip beta std(a'x) V_t): a fixed point, and not that tilt. With a
-reference that keeps up with the student beta drops out and tilts compound; the anchor alone ends that, where (w = 1)
+What a run converges to (derived). Every (t, noise) has its own square, and each square must vanish by itself; it is
+not enough that their sum is the log-ratio. Take w = 1, no anchor, a fixed reference
+(`reference_decay: {first: 1.0}`), a Gaussian N(m, S) in D dimensions, the reward a'x and flow matching. The student
+then has zero loss exactly at
+    x0_hat = x0_hat_old + D V_t a / (4 clip beta std(a'x)),   V_t = alpha^2 S + sigma^2
+For p_old exp(R / beta) the shift would have to be sigma^2 S a / (2 clip beta std(a'x) V_t). So there is a fixed point,
+but it is not that tilt. With a reference that follows the student, beta drops out and the tilts compound. Only the
+anchor then stops them, where (w = 1)
     x0_hat = x0_hat_ref + Cov(A, x0 | x_t) / (kl c),   c the mean of the anchor's strength at x_t
-for a student that is the posterior mean of its own samples: to first order p_ref exp(A / (kl c)); exactly, for a
-Gaussian and c_min = 1. For a few-step student the anchor is a blur: at t = 1 the teacher's prediction is a mean.
+for a student that is the posterior mean of its own samples. To first order this is p_ref exp(A / (kl c)); it is exact
+for a Gaussian and c_min = 1. For a few-step student the anchor blurs, because at t = 1 the teacher's prediction is a
+mean.
 """
 
 from collections.abc import Iterator
@@ -63,8 +70,10 @@ COPIES = ("reference", "sampler")
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Decay:
-    """The decay of a moving average after n updates: first up to n = delay, then min(first + slope (n - delay), last).
-    1 keeps the average where it started, 0 makes it the network itself. Raises ValueError if last is below first."""
+    """The decay of a moving average after n updates.
+
+    It is `first` up to n = delay, and then min(first + slope (n - delay), last). A decay of 1 leaves the average
+    unchanged; 0 copies the network. Raises ValueError if last is below first."""
 
     first: float = Field(default=0.0, ge=0, le=1)
     slope: float = Field(default=0.0, ge=0)
@@ -74,7 +83,10 @@ class Decay:
     @model_validator(mode="after")
     def _ordered(self) -> "Decay":
         if self.last < self.first:
-            raise ValueError(f"a decay rises from first to last, got first {self.first:g} and last {self.last:g}")
+            raise ValueError(
+                f"a decay rises from first to last, so last must not be below first; got first {self.first:g} and "
+                f"last {self.last:g}"
+            )
         return self
 
     def __call__(self, n: int) -> float:
@@ -83,7 +95,7 @@ class Decay:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class CRD(Objective):
-    """Values without a further word are those of the paper's runs in Flow-Factory."""
+    """Defaults without a comment on their source are those of the paper's runs in Flow-Factory."""
 
     trained_roles = ("student",)
     reward_use = "score"
@@ -92,25 +104,27 @@ class CRD(Objective):
     name: Literal["crd"] = "crd"
     group_size: int = Field(default=24, ge=2)  # K
     beta: float = Field(default=1.0, gt=0)
-    clip: float = Field(default=5.0, gt=0)  # of advantages
-    std: Literal["group", "batch"] = "group"  # ours; theirs is the batch's, here of one process's micro-batch
+    clip: float = Field(default=5.0, gt=0)  # the largest |A|
+    std: Literal["group", "batch"] = "group"  # ours; theirs is batch, which here means one process's micro-batch
     loss_type: Literal["mse", "bce"] = "mse"
     self_normalised: bool = True  # w = sg(mean|v - v*|); False: w = 1
-    temperature: float | None = Field(default=None, ge=0)  # tau of the centring weights; None: uniform
-    draws: int | None = Field(default=None, ge=1)  # (t, noise) an update; None: one a level of the student's, ours
+    temperature: float | None = Field(default=None, ge=0)  # tau of the centring weights; None: uniform weights
+    # number of (t, noise) per update; None: one per timestep of the student, ours
+    draws: int | None = Field(default=None, ge=1)
     jitter: float = Field(default=0.0, ge=0, lt=1)  # ours
     anchor_weight: float = Field(default=0.1, ge=0)  # kl; 0 is off
     anchor_guidance_scale: Guidance = 4.5
-    anchor_floor: float | None = Field(default=None, ge=0, le=1)  # c_min; None: 1e-4 / kl; 1: the same for all rewards
+    anchor_floor: float | None = Field(default=None, ge=0, le=1)  # c_min; None: 1e-4 / kl; 1: equal for all rewards
     reference_decay: Decay = Decay(first=0.25, slope=0.005, last=0.999)
     sampler_decay: Decay = Decay(slope=0.0075, delay=75, last=0.999)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        """Two networks like the student, adapters where it is one; they become it in the first update."""
+        """Two networks of the student's kind, which are adapters where the student is one. The first update copies the
+        student's weights into them."""
         adapter = backbone.roles.adapters.get("student")
         if adapter is None:
             return {role: backbone.load(role).requires_grad_(False).eval() for role in COPIES}
-        assert backbone.shared is not None  # the student's
+        assert backbone.shared is not None  # the base on which the student is an adapter
         return {role: backbone.shared.role(role, adapter) for role in COPIES}
 
     def init_state(self) -> State:
@@ -122,19 +136,19 @@ class CRD(Objective):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
         if state["updates"] == 0:
             for role in COPIES:
-                move(networks[role], networks.student, 0.0)  # which `init_from` may have changed
+                move(networks[role], networks.student, 0.0)  # not earlier, as `init_from` may load the student
         with torch.no_grad():
             x0 = sample(networks["sampler"], networks.policy, batch.cond, batch.normal)  # type: ignore[arg-type]
         score = networks.rewards(x0, batch)
         assert batch.group is not None
         advantage = signals.advantages(score.value, batch.group, score.valid, std=self.std, clip=self.clip)
-        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
+        group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
         draws = self.draws or networks.policy.num_steps
         first = batch.integer("first_level", networks.policy.num_steps)
         for k in range(draws):
             level = networks.policy.timesteps[(first + k) % networks.policy.num_steps]
             loss = self.draw_loss(networks, batch, x0, advantage, score, level, str(k))
-            terms = {name: value / draws for name, value in (loss.terms | score.terms() | watched).items()}
+            terms = {name: value / draws for name, value in (loss.terms | score.terms() | group_terms).items()}
             yield Loss(loss.total / draws, terms)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
@@ -145,7 +159,7 @@ class CRD(Objective):
     def draw_loss(
         self, networks: Networks, batch: Batch, x0: Tensor, advantage: Tensor, score: Score, level: float, name: str
     ) -> Loss:
-        """The loss at one (t, noise)."""
+        """The loss at one (t, noise), with t within the jitter of `level`. name: names its random draws."""
         assert batch.group is not None
         offset = 2 * batch.uniform(f"level{name}", by_group=True).to(x0.dtype) - 1
         t = (level * (1 + self.jitter * offset)).clamp(max=1.0)
@@ -155,7 +169,8 @@ class CRD(Objective):
         with torch.no_grad():
             v_old = velocity(networks["reference"], x_t, t, batch, networks.policy)  # type: ignore[arg-type]
         implicit = implicit_reward(v, v_old, noise - x0, self.self_normalised)
-        used = score.valid & (group_mean(advantage.square(), batch.group, score.valid) > 0)  # not where all are equal
+        # a prompt whose rewards are all equal is not used
+        used = score.valid & (group_mean(advantage.square(), batch.group, score.valid) > 0)
         reward = advantage / (2 * self.clip) + 0.5
         weights = centring_weights(advantage, batch.group, used, self.temperature)
         matching = matching_loss(implicit, reward, batch.group, used, self.beta, weights, self.loss_type)
@@ -169,22 +184,22 @@ class CRD(Objective):
                 v_ref = signals.guided(teacher, x_t, t, batch.cond, batch.uncond, scale)
             distance = per_sample_mean((v - v_ref).square())
             terms["anchor"] = mean_over(distance.detach(), score.valid)
-            total = total + self.anchor_weight * mean_over(self.strength(reward) * distance, score.valid)
+            total = total + self.anchor_weight * mean_over(self.anchor_strength(reward) * distance, score.valid)
         return Loss(total, terms | {"loss": total.detach()})
 
-    def strength(self, reward: Tensor) -> Tensor:
-        """c_min + R (1 - c_min): [B]; samples of high reward are anchored hardest."""
+    def anchor_strength(self, reward: Tensor) -> Tensor:
+        """c_min + R (1 - c_min), [B]: the anchor's weight, which is largest for samples of high reward."""
         floor = min(1e-4 / self.anchor_weight, 1.0) if self.anchor_floor is None else self.anchor_floor
         return floor + reward * (1 - floor)
 
     def gain(self, implicit: Tensor, reward: Tensor, group: Tensor, used: Tensor) -> Tensor:
-        """The slope of beta r_theta on R within prompts: 0 where student and reference agree, 1 at zero loss."""
+        """The slope of beta r_theta against R within prompts: 0 where student and reference agree, 1 at zero loss."""
         target = torch.where(used, reward - group_mean(reward, group, used), 0.0)
         return self.beta * (implicit * target).sum() / target.square().sum().clamp_min(1e-12)
 
 
 def velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, policy: RolloutPolicy) -> Tensor:
-    """noise_hat - x0_hat of the prediction the sampler would make at x_t: [B, ...]."""
+    """noise_hat - x0_hat, [B, ...], for the prediction that the network would make at x_t when it samples."""
     x0 = predict_x0(denoiser, x_t, t, batch.cond, policy)
     return denoiser.schedule.from_sample(x0, x_t, t, "flow_prediction")
 
@@ -192,20 +207,25 @@ def velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, policy: R
 def implicit_reward(v: Tensor, v_old: Tensor, v_star: Tensor, self_normalised: bool) -> Tensor:
     """r_theta = -(mean|v - v*|^2 / w - mean|v_old - v*|^2 / w_old),   w = sg(mean|v - v*|) or 1
 
-    [B], with gradient to v; means are over a sample's elements."""
+    v, v_old, v_star: [B, ...]. Returns [B]. Means are over a sample's elements. Gradient flows to v alone."""
 
     def error(velocity: Tensor) -> Tensor:
-        squared, weight = (per_sample_mean(f(velocity - v_star)) for f in (torch.square, torch.abs))
-        return squared / weight.detach().clamp_min(1e-5) if self_normalised else squared
+        squared = per_sample_mean((velocity - v_star).square())
+        if not self_normalised:
+            return squared
+        weight = per_sample_mean((velocity - v_star).abs())
+        return squared / weight.detach().clamp_min(1e-5)
 
     return -(error(v) - error(v_old.detach()))
 
 
 def centring_weights(advantage: Tensor, group: Tensor, used: Tensor, temperature: float | None) -> tuple[Tensor, ...]:
-    """The weights [B] of the means that are subtracted, one or two sets of them (the losses of two are averaged).
+    """The weights of the group means that are subtracted: one or two sets of [B]. With two sets, `matching_loss`
+    averages the two losses.
 
-    None: uniform. tau > 0: exp(A / tau) and exp(-A / tau). 0: uniform over the samples with A > 0, and over those with
-    A < 0 (Flow-Factory takes the signs of R, which is never negative). Not normalised; 0 where not used."""
+    temperature (tau): None gives uniform weights. tau > 0 gives exp(A / tau) and exp(-A / tau). tau = 0 gives uniform
+    weights over the samples with A > 0, and over those with A < 0 (Flow-Factory takes the sign of R, which is never
+    negative). The weights are not normalised, and are 0 where `used` is False."""
     if temperature is None:
         return (used.to(advantage),)
     if temperature == 0:
@@ -228,26 +248,26 @@ def matching_loss(
     weights: tuple[Tensor, ...],
     loss_type: Literal["mse", "bce"] = "mse",
 ) -> Tensor:
-    """Scalar: centred implicit rewards against centred rewards, over the samples that are used.
+    """Scalar: compares centred implicit rewards with centred rewards, over the samples that are used.
 
         mse: mean (beta (r_theta - sg(mean_g r_theta)) - (R - mean_g R))^2
         bce: mean BCE(sigmoid(beta (r_theta - sg(mean_g r_theta))), sigmoid(R - mean_g R))
 
-    implicit, reward: [B]; mean_g: over the prompt's samples, by each set of weights [B]. 0 if no sample is used.
-    Gradient flows to `implicit`."""
+    implicit, reward: [B]. mean_g: the mean over the prompt's samples, weighted with each set of weights [B] in turn;
+    the losses of the sets are averaged. Returns 0 if no sample is used. Gradient flows to `implicit`."""
     losses = []
     for weight in weights:
         total = group_mean(weight, group, used).clamp_min(1e-12)
-        wanted = reward - group_mean(weight * reward, group, used) / total
-        found = beta * (implicit - group_mean(weight * implicit.detach(), group, used) / total)
+        target = reward - group_mean(weight * reward, group, used) / total
+        centred = beta * (implicit - group_mean(weight * implicit.detach(), group, used) / total)
         if loss_type == "bce":
-            each = F.binary_cross_entropy_with_logits(found, wanted.sigmoid(), reduction="none")
+            each = F.binary_cross_entropy_with_logits(centred, target.sigmoid(), reduction="none")
         else:
-            each = (found - wanted).square()
+            each = (centred - target).square()
         losses.append(mean_over(each, used))
     return torch.stack(losses).mean()
 
 
 def mean_over(value: Tensor, mask: Tensor) -> Tensor:
-    """The mean of value [B] over mask [B] bool; 0 where there is none."""
+    """The mean of value [B] over the samples in mask [B] bool; 0 if there are none."""
     return torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)

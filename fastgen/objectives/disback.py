@@ -4,18 +4,18 @@
     G_stu          networks.student              generator
     s_theta        networks.teacher = path[0]    the teacher
     path[i]        networks["path<i>"]           the teacher, degraded by i * path_every updates; i = 1 .. N - 1
-    s_phi          networks.fake_score           starts as path[N]
+    s_phi          networks.fake_score           is path[N] when the student's training starts
 
-Far from the student the teacher's score says little. The teacher is first led to the student, and the student then
-follows the way back:
-    degradation   N * path_every updates: a copy of the teacher is trained to denoise samples of the untrained student,
-                  and stored every path_every updates. The copy is the fake score, so that it ends as path[N].
-    backtracking  DMD2, with path[N - 1], ..., path[1], path[0] in turn as the real score, `interval` student updates
-                  each; the rest of the run is with the teacher itself.
+Where the student is far from the teacher, the teacher's score carries little information. The teacher is therefore
+first degraded until it matches the student, and the student then follows the same path backwards:
+    degradation   N * path_every updates. A copy of the teacher is trained to denoise samples of the untrained student,
+                  and is stored every path_every updates. The copy is the fake score, so it ends as path[N].
+    backtracking  DMD2 with path[N - 1], ..., path[1], path[0] in turn as the real score, for `interval` student
+                  updates each. The rest of the run uses the teacher itself.
 
-A degradation update counts as one of train.steps: the student and its average rest meanwhile. The path is N - 1 frozen
-networks (adapters would be smaller, and are not supported). The README of the released code writes the switch as
-`idx // interval == 0`, where its algorithm has one target after the other.
+A degradation update counts as one of train.steps, although the student and its average do not change in it. The path
+consists of N - 1 frozen networks (adapters would be smaller, but are not supported). The README of the released code
+writes the switch as `idx // interval == 0`; its algorithm uses one target after the other.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ from fastgen.rollout import RolloutPolicy
 
 @dataclasses.dataclass(frozen=True)
 class PathTurn(Turn):
-    """point: the index on the path that is stored after a degradation update (0: none), or aimed at by the student."""
+    """point: an index on the path. In a degradation turn, it is the point stored after the update (0: none). In a
+    student turn, it is the point used as the real score."""
 
     point: int = 0
 
@@ -45,22 +46,25 @@ class PathTurn(Turn):
 class DisBack(DMD2):
     name: Literal["disback"] = "disback"  # type: ignore[assignment]
     path_length: int = Field(default=5, ge=2)  # N; ours
-    path_every: int = Field(default=100, ge=1)  # updates from one point to the next, the released code
-    interval: int = Field(default=1000, ge=1)  # student updates with one target, the released code
+    path_every: int = Field(default=100, ge=1)  # degradation updates between two points, the released code
+    interval: int = Field(default=1000, ge=1)  # student updates per target, the released code
 
     @field_validator("condition_on_stop")
     @classmethod
-    def _untold(cls, value: bool) -> bool:
+    def _without_stop(cls, value: bool) -> bool:
         if value:
-            raise ValueError("points of the path stand in for the teacher, which is not told a stop: set it to false")
+            raise ValueError(
+                "set condition_on_stop to false: points of the path take the teacher's place, and the teacher has no "
+                "stop input"
+            )
         return value
 
     def check_recipe(self, recipe: Recipe) -> None:
         super().check_recipe(recipe)
         if recipe.train.steps <= self.degradation:
             raise ValueError(
-                f"train.steps is {recipe.train.steps}, and the first {self.degradation} updates, "
-                "path_length * path_every, only degrade the teacher; raise it"
+                f"train.steps is {recipe.train.steps}, but the first {self.degradation} updates, "
+                "path_length * path_every, only degrade the teacher; raise train.steps"
             )
 
     @property
@@ -69,7 +73,7 @@ class DisBack(DMD2):
 
     @property
     def degradation(self) -> int:
-        """Updates before the first of the student."""
+        """The number of updates before the student's first."""
         return self.path_length * self.path_every
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
@@ -78,19 +82,19 @@ class DisBack(DMD2):
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         if step < self.degradation:
-            point, rest = divmod(step + 1, self.path_every)
-            return (PathTurn("degrade", self.trained_roles[1:], point=0 if rest else point),)
-        fake, _ = super().turns(step, state)
-        return fake, PathTurn("student", ("student",), point=self.target(step - self.degradation))
+            point, remainder = divmod(step + 1, self.path_every)
+            return (PathTurn("degrade", self.trained_roles[1:], point=0 if remainder else point),)
+        fake_turn, _ = super().turns(step, state)
+        return fake_turn, PathTurn("student", ("student",), point=self.target(step - self.degradation))
 
     def target(self, update: int) -> int:
-        """The index of the real score at 0-based student update `update`."""
+        """The index on the path of the real score in student update `update` (0-based)."""
         return max(0, self.path_length - 1 - update // self.interval)
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         if isinstance(turn, PathTurn) and turn.name == "student" and turn.point:
-            aimed = {**networks, "teacher": networks[f"path{turn.point}"]}
-            networks = Networks(aimed, networks.policy, networks.scorer)
+            with_target = {**networks, "teacher": networks[f"path{turn.point}"]}
+            networks = Networks(with_target, networks.policy, networks.scorer)
         return super().loss(turn, networks, batch, state)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:

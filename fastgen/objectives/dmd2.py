@@ -5,30 +5,31 @@
     mu_real        networks.teacher     frozen denoiser, guided
     mu_fake        networks.fake_score  denoiser of the student's own samples, trained online
     D              discriminator        small heads on the fake score's features (optional)
-    x              rollout.x            student sample, at a random stop of the backward simulation
+    x              rollout.x            the student's sample at a random stop of the backward simulation
 
 The algorithm, for every student update:
     fake_updates times (two time-scale rule, Sec. 4.2):
-        x = rollout of the student, no gradient
+        x = rollout of the student, without gradient
         fake_score  <- denoising loss on x renoised to a random level
-        D           <- real images against x, both renoised (Sec. 4.3; only with gan_weight > 0)
+        D           <- GAN loss of real images against x, both renoised (Sec. 4.3; only with gan_weight > 0)
     once:
-        x = rollout of the student, gradient through the last executed step (Sec. 4.4)
+        x = rollout of the student, with gradient through the last executed step (Sec. 4.4)
         student     <- surrogate of g = (mu_fake - mu_real^w) / mean|x - mu_real^w| at x renoised   (+ GAN loss)
-    the average of the student's weights moves, once.
+    the average of the student's weights is updated once.
 
-One fake score that is shared by all stops of the rollout only knows the mixture of their outputs: each step's samples
-are then pushed to match the teacher *together*, not each on its own. With `condition_on_stop` the fake score is also
-told the stop index (our extension), and every step's output is matched to the teacher by itself.
+A single fake score that is shared by all stops of the rollout only knows the mixture of their outputs. The samples of
+all steps are then matched to the teacher *together*, not each step on its own. With `condition_on_stop` (our
+extension) the fake score is conditioned on the stop index, and the output of every step is matched to the teacher by
+itself.
 
-Two options of a few lines each, off by default:
-    ca_time    Decoupled DMD (arXiv 2511.22677). Guidance leaves the score difference and becomes a term of its own,
-               renoised by itself below the level t_k of the executed step:
+Two options take a few lines each, and are off by default:
+    ca_time    Decoupled DMD (arXiv 2511.22677). Guidance is taken out of the score difference and becomes a separate
+               term. That term has its own renoising, to a level t' below the level t_k of the executed step:
                    g = lambda_DM (mu_fake - mu_real)(x_t) / n  -  (w - 1) (mu_real - mu_uncond)(x_t') / n'
-    ida_decay  implicit distribution alignment (SenseFlow, arXiv 2506.00523). After each student update
+    ida_decay  Implicit distribution alignment (SenseFlow, arXiv 2506.00523). After each student update
                    fake_score <- lambda fake_score + (1 - lambda) student
-Those that weigh samples or remember something are objectives of their own, made of the methods here: f_distill,
-re_dmd, sc_dmd, disback.
+Variants that weight samples or keep a state are separate objectives built from the methods here: f_distill, re_dmd,
+sc_dmd, disback.
 """
 
 from typing import Annotated, Literal
@@ -55,21 +56,22 @@ class DMD2(Objective):
     takes_inputs = True
 
     name: Literal["dmd2"] = "dmd2"
-    # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one an expert of the teacher, from high noise to low
+    # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 1.0
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
     fake_updates: int = Field(default=5, ge=1)  # "5 fake updates per generator update", Sec. 4.2
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
-    fake_space: PredictionType | None = None  # space of the fake score's loss; None: its own prediction type
-    stops: Literal["shared", "per_sample"] = "shared"  # shared: one stop index an update, the released code
+    fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
+    stops: Literal["shared", "per_sample"] = "shared"  # shared: one stop index per update, the released code
     condition_on_stop: bool = False  # ours, see above
     normaliser_floor: float = Field(default=1e-6, gt=0)  # FastGen's epsilon
     gan_weight: float = Field(default=0.0, ge=0)  # lambda_G: 5e-3 SDXL, 3e-3 ImageNet (released configs); 0: data-free
     discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
     gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
-    # Decoupled DMD: levels of the guidance term in a step from t_k, between low and high t_k; {} is the paper's hybrid
+    # Decoupled DMD: the levels of the guidance term of a step from t_k, between low and high * t_k. {} is the paper's
+    # hybrid
     ca_time: TimeSampler | None = None
     dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
     ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code
@@ -85,14 +87,16 @@ class DMD2(Objective):
     def _decoupled(self) -> "DMD2":
         if self.ca_time is None:
             if self.dm_weight != 1:
-                raise ValueError("dm_weight weighs the score difference against the guidance term: give ca_time, too")
+                raise ValueError(
+                    "dm_weight weights the score difference against the guidance term of ca_time: give ca_time too"
+                )
             return self
         scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
         if all(scale == 1 for scale in scales):
-            raise ValueError("ca_time renoises the guidance term by itself, and guidance_scale 1 has none; raise it")
+            raise ValueError("ca_time renoises the guidance term, and guidance_scale 1 has none: raise guidance_scale")
         if self.guidance_interval != (0, 1) or self.guidance_rescale:
             raise ValueError(
-                "with ca_time the guidance term has its own levels and is not part of the teacher's "
+                "with ca_time the guidance term has its own noise levels and is not part of the teacher's "
                 "prediction: leave out guidance_interval and guidance_rescale"
             )
         return self
@@ -100,8 +104,8 @@ class DMD2(Objective):
     def check(self, policy: RolloutPolicy) -> None:
         if self.ca_time is not None and self.ca_time.high * policy.timesteps[-1] <= self.ca_time.low:
             raise ValueError(
-                f"ca_time leaves no level below the last step's: low = {self.ca_time.low} must be below "
-                f"high * {policy.timesteps[-1]}"
+                f"ca_time leaves no noise level below that of the last step: low = {self.ca_time.low} must be below "
+                f"high * {policy.timesteps[-1]} = {self.ca_time.high * policy.timesteps[-1]:g}"
             )
 
     @property
@@ -137,21 +141,22 @@ class DMD2(Objective):
         return self.matching_loss(networks, batch, self.rollout(networks, batch, grad=True))
 
     def matching_loss(self, networks: Networks, batch: Batch, rollout: Rollout, weight: Tensor | None = None) -> Loss:
-        """Surrogate of the score difference, and the generator's side of the GAN. weight: [B], of each sample's g."""
+        """The surrogate of the score difference, plus the generator's side of the GAN.
+
+        weight: [B], the factor of each sample's g; None: 1."""
         grad, lag = self.score_gradient(networks, batch, rollout)
         grad = grad if weight is None else expand(weight, grad) * grad
         total = signals.surrogate(rollout.x, grad)
         terms = {"dm_grad": grad.abs().mean(), "fake_lag": lag}
         if self.gan_weight:
-            fake_score, discriminator = networks.fake_score, networks["discriminator"]
-            with frozen(fake_score, discriminator):
+            with frozen(networks.fake_score, networks["discriminator"]):
                 gan = signals.gan_generator_loss(self.logits(networks, batch, rollout.x, rollout.stop, "gan"))
             total = total + self.gan_weight * gan
             terms["gan"] = gan.detach()
         return Loss(total, terms | {"loss": total.detach()})
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """Denoising of the student's samples, and the discriminator's side of the GAN."""
+        """The denoising loss on the student's samples, plus the discriminator's side of the GAN."""
         rollout = self.rollout(networks, batch, grad=False)
         inputs = stop_input(rollout.stop, self.condition_on_stop)
         denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs)
@@ -174,7 +179,7 @@ class DMD2(Objective):
 
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """g at the student's samples [B, ...], and the fake score's lag."""
+        """g [B, ...] at the student's samples, and the fake score's lag (`signals.score_lag`)."""
         x_t, t = self.renoised(networks, batch, rollout.x)
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = self.guidance_scale if self.ca_time is None else 1.0
@@ -194,31 +199,36 @@ class DMD2(Objective):
         return grad, signals.score_lag(rollout.x, fake, real)
 
     def guidance_gradient(self, networks: Networks, batch: Batch, rollout: Rollout, time: TimeSampler) -> Tensor:
-        """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at a renoising of its own; the normaliser is
-        that of the unguided teacher (byliutao/cdm's code)."""
-        teacher, t_k = networks.teacher, rollout.steps[-1].t
-        level = (time(batch.uniform("ca_time")) - time.low) / (time.high - time.low)
-        t = time.low + level * (time.high * t_k - time.low)
+        """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at x renoised with separate draws.
+
+        time: the law of t', stretched to the interval from time.low to time.high * t_k.
+        The normaliser uses the unguided teacher (byliutao/cdm's code)."""
+        teacher = networks.teacher
+        t_k = rollout.steps[-1].t
+        fraction = (time(batch.uniform("ca_time")) - time.low) / (time.high - time.low)
+        t = time.low + fraction * (time.high * t_k - time.low)
         x_t = teacher.schedule.add_noise(rollout.x, batch.normal("ca_noise"), t)
         both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([batch.cond, batch.uncond]))
         real, uncond = both.chunk(2)
         w = teacher.per_expert(self.guidance_scale, t)
-        augmentation = ((expand(w, real) if isinstance(w, Tensor) else w) - 1) * (real - uncond)
+        if isinstance(w, Tensor):
+            w = expand(w, real)
+        augmentation = (w - 1) * (real - uncond)
         return signals.score_difference(rollout.x, real - augmentation, real, self.normaliser_floor)
 
     def renoised(self, networks: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t [B, ...] and t [B], where the scores are compared."""
+        """x_t [B, ...] and t [B], at which the two scores are compared."""
         t = self.renoise_time(batch.uniform("renoise_time"))
         return networks.teacher.schedule.add_noise(x0, batch.normal("renoise"), t), t
 
     def logits(self, networks: Networks, batch: Batch, x0: Tensor, stop: Tensor, name: str) -> Tensor:
-        """D [B, depths] at x0 renoised by the draws of this name."""
+        """D [B, depths] at x0 renoised with the draws of this name."""
         t = self.gan_time(batch.uniform(f"{name}_time"))
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t)
         return self.discriminator_logits(networks, batch, x_t, t, stop)
 
     def discriminator_logits(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, stop: Tensor) -> Tensor:
-        """D(x_t, t) [B, depths], from the fake score's features."""
+        """D(x_t, t) [B, depths], from the features of the fake score."""
         with networks.fake_score.capture() as features:
             networks.fake_score(x_t, t, batch.cond, stop_input(stop, self.condition_on_stop))
         return networks["discriminator"](features)

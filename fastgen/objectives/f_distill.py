@@ -2,21 +2,22 @@
 
     paper          here                     what it is
     G_theta        networks.student         few-step generator
-    p, q           -                        data and student, both noised to t
+    p, q           -                        the laws of data and student, both noised to t
     s_p, s_q       teacher, fake_score      their denoisers
     r = p / q      signals.density_ratio    exp of DMD2's discriminator, which is optimal at log(p / q)
     h(r)           divergence_weight        f''(r) r^2
-    -              state["ratio"]           [3, bins]: decayed sums of r, of h and of ones, by noise level
+    -              state["ratio"]           [3, bins]: decayed sums of r, of h and of ones, per noise-level bin
 
-DMD2 with its GAN, where each sample's score difference is multiplied by h(r) / mean h at the same (x_t, t):
-    r = D's ratio at x_t, divided by its mean at that level (which is 1 for the true one)
+This is DMD2 with its GAN. Each sample's score difference is multiplied by h(r) / mean h at the same (x_t, t):
+    r = D's ratio at x_t, divided by the mean ratio at that level (the mean of the true ratio is 1)
     g = h(r) / mean h * (mu_fake - mu_real^w) / mean|x - mu_real^w|
-Reverse KL has h = 1 and is DMD2; the others count samples where the data has more (kl, jf) or less (sf, neyman) mass
-than the student. Everything else, options included, is DMD2's.
+Reverse KL has h = 1 and is DMD2. The other divergences give more weight to samples where the data has more (kl, jf) or
+less (sf, neyman) mass than the student. Everything else, including the options, is as in DMD2.
 
-Departures: both means are those of the updates before, so that a sample's weight does not depend on how an update is
-divided over processes and micro-batches (the code takes the update's own). D reads the fake score's features, as in
-DMD2 (the teacher's in the code), and the GAN term has noise levels of its own (in the code those of g).
+Departures. Both means are those of the previous updates, so that a sample's weight does not depend on how an update is
+split over processes and micro-batches; the released code uses the means of the current update. D reads the features of
+the fake score, as in DMD2, where the released code uses the teacher's. The GAN term draws its own noise levels, where
+the released code uses those of g.
 """
 
 from typing import Literal
@@ -40,18 +41,19 @@ class FDistill(DMD2):
     name: Literal["f_distill"] = "f_distill"  # type: ignore[assignment]
     f_divergence: signals.Divergence = "js"  # the released code's default; kl on CIFAR-10
     gan_weight: float = Field(default=1e-3, ge=0)  # SD1.5, CIFAR-10 and Wan in the released configs; SDXL 5e-3
-    ratio_bins: int = Field(default=10, ge=1)  # of the noise level, the released code
-    ratio_memory: float = Field(default=0.5, ge=0, lt=1)  # kept of the sums at each update; ImageNet's, else 0
+    ratio_bins: int = Field(default=10, ge=1)  # number of noise-level bins, the released code
+    # fraction of the sums that each update keeps; 0.5 on ImageNet, elsewhere 0
+    ratio_memory: float = Field(default=0.5, ge=0, lt=1)
 
     @field_validator("gan_weight")
     @classmethod
     def _discriminator(cls, value: float) -> float:
         if not value:
-            raise ValueError("the density ratio is read off the discriminator: gan_weight must be above 0")
+            raise ValueError("the density ratio comes from the discriminator: gan_weight must be above 0")
         return value
 
     def init_state(self) -> State:
-        """As if one sample with r = 1 had been seen at every level."""
+        """Starts as if one sample with r = 1 had been seen in every bin."""
         weight = signals.divergence_weight(self.f_divergence, torch.ones(self.ratio_bins))
         ones = torch.ones_like(weight)
         return {"ratio": torch.stack([ones, weight, ones]), "seen": torch.zeros(3, self.ratio_bins)}
@@ -74,17 +76,18 @@ class FDistill(DMD2):
     def ratio_weight(
         self, networks: Networks, batch: Batch, rollout: Rollout, state: State
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """h(r) / mean h [B] at the (x_t, t) of the score difference; r and h are summed for the means to come."""
+        """h(r) / mean h [B] at the (x_t, t) of the score difference, and the terms to log.
+
+        Also adds r and h to the state, for the means of the following updates."""
         x_t, t = self.renoised(networks, batch, rollout.x)
         ratio = signals.density_ratio(self.discriminator_logits(networks, batch, x_t, t, rollout.stop))
-        index = (
-            (t - self.renoise_time.low) / (self.renoise_time.high - self.renoise_time.low) * self.ratio_bins
-        ).long()
-        index = index.clamp(max=self.ratio_bins - 1)
+        position = (t - self.renoise_time.low) / (self.renoise_time.high - self.renoise_time.low)
+        index = (position * self.ratio_bins).long().clamp(max=self.ratio_bins - 1)
         total_ratio, total_weight, count = state["ratio"]
-        level_mean = (total_ratio + 1e-6) / (count + 1e-6)  # 1 where nothing was seen for long
+        level_mean = (total_ratio + 1e-6) / (count + 1e-6)  # 1 in a bin without recent samples
         weight = signals.divergence_weight(self.f_divergence, ratio / level_mean[index])
         seen = torch.stack([ratio, weight, torch.ones_like(ratio)])
-        state["seen"] += reduce(torch.zeros_like(state["seen"]).index_add_(1, index, seen), "sum")  # over processes
+        sums = torch.zeros_like(state["seen"]).index_add_(1, index, seen)
+        state["seen"] += reduce(sums, "sum")  # over processes
         terms = {"ratio": ratio.mean(), "effective_share": signals.effective_share(weight)}
         return weight * count.sum() / total_weight.sum(), terms

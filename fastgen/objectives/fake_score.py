@@ -1,7 +1,7 @@
 """The fake score of distribution matching: a denoiser of the student's own samples, trained online.
 
-Shared by the objectives that have one. `condition_on_stop` (ours) tells it which step of the rollout made its input,
-so that each step's samples are matched by themselves, not only their mixture; see dmd2.py."""
+Several objectives share it. With `condition_on_stop` (ours) it is conditioned on the step of the rollout that made its
+input, so that the samples of each step are matched by themselves, not only their mixture; see dmd2.py."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastgen.schedule import PredictionType, TimeSampler
 
 
 def make_fake_score(backbone: Backbone, policy: RolloutPolicy, condition_on_stop: bool = False) -> Denoiser:
-    """A copy of the teacher's network, extended by the stop index of the policy's steps if asked."""
+    """A copy of the teacher's network. With condition_on_stop, the index of the policy's step is added as an input."""
     fake_score = backbone.load("fake_score")
     if condition_on_stop:
         fake_score.add_inputs({"stop": policy.num_steps}, backbone.time_dim)
@@ -23,7 +23,7 @@ def make_fake_score(backbone: Backbone, policy: RolloutPolicy, condition_on_stop
 
 
 def stop_input(stop: Tensor, condition_on_stop: bool) -> Inputs:
-    """What the fake score is told about samples made at these stops [B]."""
+    """The inputs of the fake score for samples made at these stops [B]."""
     return Inputs(stop=stop) if condition_on_stop else NO_INPUTS
 
 
@@ -35,11 +35,13 @@ def denoising_loss(
     space: PredictionType | None = None,
     inputs: Inputs = NO_INPUTS,
 ) -> Tensor:
-    """Scalar: `signals.denoising_loss` of the fake score at the student's clean samples x0 [B, ...], renoised to
-    levels drawn from `time`. space: of the loss; None is the fake score's own prediction type.
+    """Scalar: `signals.denoising_loss` of the fake score, at the student's clean samples x0 [B, ...] renoised to
+    levels drawn from `time`.
 
+    space: the prediction type in which the error is measured; None is the fake score's own.
     Gradient flows to the fake score."""
-    schedule, t = networks.teacher.schedule, time(batch.uniform("fake_time"))
+    schedule = networks.teacher.schedule
+    t = time(batch.uniform("fake_time"))
     x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
     prediction = networks.fake_score(x_t, t, batch.cond, inputs)
     return signals.denoising_loss(prediction, x0, x_t, t, schedule, space or networks.fake_score.prediction_type)

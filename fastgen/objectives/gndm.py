@@ -1,35 +1,37 @@
 """GNDM: distribution matching as a reward, normalised within prompt groups (arXiv 2603.28460).
 
-Of the paper we know the abstract alone: R_dm as a reward, group normalisation (GNDM), other rewards (GNDMR), samples
-re-used by importance sampling. Every formula here is derived, every default ours.
+We know only the abstract of the paper: R_dm as a reward, group normalisation (GNDM), other rewards (GNDMR), and
+samples that are reused by importance sampling. Every formula here is derived, and every default is ours.
 
     paper     here                 what it is
     pi_theta  networks.student     few-step generator; its stochastic steps are Gaussian policies
     p_real    networks.teacher     frozen denoiser, guided
     p_fake    networks.fake_score  denoiser of the student's own samples, trained online as in DMD2
     R_dm      log_ratio            log p_real(x_t) - log p_fake(x_t) in nats, x renoised to levels t ~ renoise_time
-    group     batch.group          group_size samples of one prompt, judged at the same levels, with the same noises
-    r         networks.rewards     the recipe's rewards, one number a sample (GNDMR)
+    group     batch.group          group_size samples of one prompt, evaluated at the same levels with the same noises
+    r         networks.rewards     the recipe's rewards, one number per sample (GNDMR)
 
 E[R_dm] is -KL(student | teacher), averaged over levels. For x_t = (1 - t) x + t eps its two gradients agree (Stein):
     E[R_dm(x_t) eps] (1 - t) / t  =  (1 - t) E[grad R_dm],      grad R_dm = s_real - s_fake, DMD's direction
 
-form: path, after fake_updates of the fake score:
-    x = rollout of the student, gradient through the last executed step;  stop, t and noise: one a group
+form: path, after fake_updates updates of the fake score:
+    x = rollout of the student, with gradient through the last executed step;  one stop, t and noise per group
     student <- surrogate of g = (mu_fake - mu_real) / mean_group mean|x - mu_real|  at x renoised
-    With group_size 1 this is DMD2. A group's mean *vector* is never subtracted: a student off by a shift would stay.
+    With group_size 1 this is DMD2. The mean *vector* of a group is never subtracted, because then a student that is
+    off by a shift would receive no gradient.
     With rewards: g <- g - w dr/dx,   w = reward_weight |g| / |dr/dx|, averaged over past updates (decay 0.9).
 
-form: score, after fake_updates of the fake score:
-    x_1 ... x_K, x = the inputs of the K steps of the stochastic sampler, and its clean sample
-    A = (R_dm - mean_group R_dm) / (std_group R_dm + std_floor)  + reward_weight times the same of r
-    student <- PPO on log pi(x_k+1 | x_k), k < K, against the log-probabilities of when the trajectory was made,
+form: score, after fake_updates updates of the fake score:
+    x_1 ... x_K are the inputs of the K steps of the stochastic sampler, and x is its clean sample
+    A = (R_dm - mean_group R_dm) / (std_group R_dm + std_floor)  + reward_weight times the same expression for r
+    student <- PPO on log pi(x_k+1 | x_k), k < K, against the log-probabilities recorded with the trajectory,
                and the path form on x = f(x_K), weighted by the trajectory's likelihood ratio, at most 1 + clip
-    Log-probabilities are in RTDMD's unit, 2 std^2 / d of a nat, so that steps of all levels pull alike.
-    The last step, deterministic, has none. With x_K detached in both terms,
+    Log-probabilities are in RTDMD's unit, 2 std^2 / d of a nat, so that steps at all levels have a similar influence.
+    The last step is deterministic and has no log-probability. With x_K detached in both terms,
         grad E[R(x)] = E[R grad log pi(x_1 ... x_K)] + E[grad R . df/dtheta]
-    so the path form supplies what the score form cannot reach. Rewards act through A alone, and need no gradient.
-    With R_dm at t = 0 alone a student of two modes in two steps ended at energy distances of .06 to .22, not .01.
+    so the path form supplies the part of the gradient that the score form cannot. Rewards act through A alone, and
+    need no gradient. With R_dm at t = 0 alone, a student of two modes in two steps ended at energy distances of .06 to
+    .22 instead of .01.
 """
 
 import dataclasses
@@ -64,21 +66,21 @@ class GNDM(Objective):
     name: Literal["gndm"] = "gndm"
     form: Literal["path", "score"] = "path"
     group_size: int = Field(default=8, ge=1)
-    guidance_scale: Guidance = 1.0  # this, the times and the five updates: as DMD2's
+    guidance_scale: Guidance = 1.0  # this and the next three defaults are as in DMD2
     fake_updates: int = Field(default=5, ge=1)
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)
-    fake_space: PredictionType | None = None  # space of the fake score's loss; None: its own prediction type
-    reward_weight: float = Field(default=0.0, ge=0)  # 0: no rewards; 1: they weigh as much as R_dm
+    fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
+    reward_weight: float = Field(default=0.0, ge=0)  # 0: no rewards; 1: as much weight as R_dm
     # form: path
-    stops: Literal["shared", "per_group", "per_sample"] = "per_group"  # who shares a stop of the rollout
-    condition_on_stop: bool = False  # the fake score is told the stop index, see DMD2
+    stops: Literal["shared", "per_group", "per_sample"] = "per_group"  # which samples share a stop of the rollout
+    condition_on_stop: bool = False  # conditions the fake score on the stop index, see dmd2.py
     # form: score
-    num_pairs: int = Field(default=4, ge=1)  # (t, noise) in an estimate of R_dm
-    std_floor: float = Field(default=0.1, gt=0)  # nats; below it R_dm differs by noise, not to be blown up to 1
-    clip: float = Field(default=0.2, gt=0, lt=1)  # PPO's; of the ratio to the power 2 std^2 / d
-    replay_updates: int = Field(default=1, ge=1)  # student updates that trajectories are used for
-    last_step_weight: float = Field(default=1.0, gt=0)  # of the path form on the last step
+    num_pairs: int = Field(default=4, ge=1)  # number of (t, noise) in an estimate of R_dm
+    std_floor: float = Field(default=0.1, gt=0)  # nats; a smaller spread of R_dm is noise, and is not scaled up to 1
+    clip: float = Field(default=0.2, gt=0, lt=1)  # PPO's clip, of the likelihood ratio to the power 2 std^2 / d
+    replay_updates: int = Field(default=1, ge=1)  # number of student updates that use each trajectory
+    last_step_weight: float = Field(default=1.0, gt=0)  # weight of the path form on the last step
 
     @model_validator(mode="after")
     def _one_form(self) -> "GNDM":
@@ -86,9 +88,9 @@ class GNDM(Objective):
         defaults = type(self).__pydantic_fields__  # type: ignore[attr-defined]
         for name in FIELDS_OF_FORM[other]:
             if getattr(self, name) != defaults[name].default:
-                raise ValueError(f"{name} belongs to form: {other}; this is form: {self.form}, leave it out")
+                raise ValueError(f"{name} belongs to form: {other}, and this is form: {self.form}; leave {name} out")
         if self.form == "score" and self.group_size == 1:
-            raise ValueError("group_size: form: score compares the samples of a prompt; give at least 2")
+            raise ValueError("group_size: form: score compares the samples of one prompt; give at least 2")
         return self
 
     @property
@@ -101,7 +103,9 @@ class GNDM(Objective):
 
     @property
     def reward_use(self) -> Literal["none", "score", "gradient"]:  # type: ignore[override]
-        return "none" if not self.reward_weight else "gradient" if self.form == "path" else "score"
+        if not self.reward_weight:
+            return "none"
+        return "gradient" if self.form == "path" else "score"
 
     def check(self, policy: RolloutPolicy) -> None:
         if self.form == "score" and (policy.num_steps == 1 or not policy.transition_eta):
@@ -111,8 +115,10 @@ class GNDM(Objective):
         return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
 
     def init_state(self) -> State:
-        """path: the reward's weight, and sums of |g|^2 and |dr/dx|^2 over this update. score: the age of the
-        trajectories, which join it: replay.x [N, K, ...], .log_prob [N, K - 1], .advantage [N], .cond.<key>."""
+        """path: the reward's weight w, and the sums of |g|^2 and |dr/dx|^2 over this update.
+
+        score: the age of the trajectories. `trajectories` adds replay.x [N, K, ...], replay.log_prob [N, K - 1],
+        replay.advantage [N] and replay.cond.<key>."""
         if self.form == "path":
             return {"reward.weight": torch.zeros(()), "reward.squares": torch.zeros(2)}
         return replay.empty()
@@ -123,104 +129,119 @@ class GNDM(Objective):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if turn.name == "fake_score":
             return self.fake_loss(networks, batch)
-        return (self.path_loss if self.form == "path" else self.score_loss)(networks, batch, state)
+        if self.form == "path":
+            return self.path_loss(networks, batch, state)
+        return self.score_loss(networks, batch, state)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
-        """After the student's step: the weight of the reward moves; trajectories age, and are dropped when used up."""
-        if turn.name == "student" and self.form == "path":
-            weight, (ours, rewards) = state["reward.weight"], state["reward.squares"].sqrt()
-            if rewards > 0:
-                now = self.reward_weight * ours / rewards
-                weight.copy_(torch.where(weight > 0, 0.9 * weight + 0.1 * now, now))
-            state["reward.squares"].zero_()
-        elif turn.name == "student":
-            replay.grow_older(state, self.replay_updates)
+        """After the student's step: updates the reward's weight, or counts one use of the trajectories."""
+        if turn.name != "student":
+            return
+        if self.form == "score":
+            replay.count_use(state, self.replay_updates)
+            return
+        weight = state["reward.weight"]
+        matching_norm, reward_norm = state["reward.squares"].sqrt()
+        if reward_norm > 0:
+            current = self.reward_weight * matching_norm / reward_norm
+            weight.copy_(torch.where(weight > 0, 0.9 * weight + 0.1 * current, current))
+        state["reward.squares"].zero_()
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
-        """Denoising of the student's samples."""
-        made = self.rollout(networks, batch, grad=False)
-        inputs = stop_input(made.stop, self.condition_on_stop)
-        loss = denoising_loss(networks, batch, made.x, self.fake_time, self.fake_space, inputs)
+        """The denoising loss on the student's samples."""
+        rollout = self.rollout(networks, batch, grad=False)
+        inputs = stop_input(rollout.stop, self.condition_on_stop)
+        loss = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs)
         return Loss(loss, {"loss": loss.detach()})
 
     def path_loss(self, networks: Networks, batch: Batch, state: State) -> Loss:
-        """Surrogate of the score difference, and of the reward's gradient where there are rewards."""
-        made = self.rollout(networks, batch, grad=True)
-        grad, terms = self.score_gradient(networks, batch, made.x, made.stop)
+        """The surrogate of the score difference and, where there are rewards, of the reward's gradient."""
+        rollout = self.rollout(networks, batch, grad=True)
+        grad, terms = self.score_gradient(networks, batch, rollout.x, rollout.stop)
         if self.reward_weight:
             with torch.enable_grad():
-                leaf = made.x.detach().requires_grad_()
-                score = networks.rewards(leaf, batch, grad=True)
-                ascent = torch.autograd.grad(score.value.sum(), leaf)[0]
-            squares = torch.stack([grad.square().sum(), ascent.square().sum()]).to(state["reward.squares"])
+                x = rollout.x.detach().requires_grad_()
+                score = networks.rewards(x, batch, grad=True)
+                reward_grad = torch.autograd.grad(score.value.sum(), x)[0]
+            squares = torch.stack([grad.square().sum(), reward_grad.square().sum()]).to(state["reward.squares"])
             state["reward.squares"] += reduce(squares, "sum")
             weight = state["reward.weight"].clone()
-            grad, terms = grad - weight.to(grad) * ascent, terms | score.terms() | {"reward_weight": weight}
-        total = signals.surrogate(made.x, grad)
+            grad = grad - weight.to(grad) * reward_grad
+            terms = terms | score.terms() | {"reward_weight": weight}
+        total = signals.surrogate(rollout.x, grad)
         return Loss(total, terms | {"loss": total.detach()})
 
     def score_loss(self, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
-        """PPO's loss for every stochastic step, and the path form on the last."""
-        used, terms = self.trajectories(networks, batch, state)
-        cond = {key.removeprefix("cond."): value for key, value in used.items() if key.startswith("cond.")}
+        """PPO's loss for every stochastic step, then the path form on the last step."""
+        paths, path_terms = self.trajectories(networks, batch, state)
+        cond = {key.removeprefix("cond."): value for key, value in paths.items() if key.startswith("cond.")}
         batch = dataclasses.replace(batch, cond=Conditioning(cond))
-        x, last = used["x"].unbind(1), networks.policy.num_steps - 1
-        total_ratio = torch.zeros_like(used["advantage"])
+        x = paths["x"].unbind(1)
+        last = networks.policy.num_steps - 1
+        total_log_ratio = torch.zeros_like(paths["advantage"])
         for k, level in enumerate(networks.policy.timesteps):
             x0 = networks.student(x[k], x[k].new_full((len(x[k]),), level), batch.cond)
             if k == last:
                 break
             log_prob = step_log_prob(networks.student.schedule, networks.policy, k, x0, x[k], x[k + 1])
-            log_ratio = log_prob - used["log_prob"][:, k]
-            total = signals.policy_loss(log_ratio, used["advantage"], self.clip)
-            total_ratio = total_ratio + log_ratio.detach()
+            log_ratio = log_prob - paths["log_prob"][:, k]
+            total = signals.policy_loss(log_ratio, paths["advantage"], self.clip)
+            total_log_ratio = total_log_ratio + log_ratio.detach()
             yield Loss(total, {"loss": total.detach()})
-        grad, more = self.score_gradient(networks, batch, x0, torch.full_like(batch.ids, last))
-        importance = total_ratio.exp()
+        grad, grad_terms = self.score_gradient(networks, batch, x0, torch.full_like(batch.ids, last))
+        importance = total_log_ratio.exp()
         weight = expand(importance.clamp(max=1 + self.clip), grad).to(grad)
         total = self.last_step_weight * signals.surrogate(x0, weight * grad)
-        yield Loss(total, terms | more | {"loss": total.detach(), "importance": importance.mean()})
+        yield Loss(total, path_terms | grad_terms | {"loss": total.detach(), "importance": importance.mean()})
 
     @torch.no_grad()
     def trajectories(self, networks: Networks, batch: Batch, state: State) -> tuple[State, State]:
-        """x [B, K, ...], log_prob [B, K - 1], advantage [B] and the conditioning: this batch's own, or, while they
-        are replayed, its rows of the stored ones. And what is logged of new ones."""
-        if not replay.is_fresh(state):
+        """The trajectories of this micro-batch, and the terms to log for new ones.
+
+        A trajectory is x [B, K, ...], log_prob [B, K - 1], advantage [B] and its conditioning, cond.<key>. New ones
+        are made with this batch; while trajectories are replayed, the stored rows of this batch's ids are returned."""
+        if not replay.needs_samples(state):
             return replay.recall(state, batch.ids), {}
         assert batch.group is not None
-        made, group = trajectory(networks.student, networks.policy, batch), batch.group
-        r_dm = self.log_ratio(networks, batch, made.x)
+        group = batch.group
+        rollout = trajectory(networks.student, networks.policy, batch)
+        r_dm = self.log_ratio(networks, batch, rollout.x)
         advantage = signals.advantages(r_dm, group, floor=self.std_floor)
         spread = r_dm - signals.group_mean(r_dm, group)
         terms = {"r_dm": r_dm.mean(), "r_dm_std": spread.square().mean().sqrt()}
         if self.reward_weight:
-            score = networks.rewards(made.x, batch)
-            rewarded = signals.advantages(score.value, group, score.valid)
-            advantage = advantage + self.reward_weight * rewarded
-            terms |= score.terms() | signals.group_terms(score.own, group, score.valid, rewarded)
-        log_prob = torch.stack([step.log_prob for step in made.steps if step.log_prob is not None], 1)
-        new = {"x": torch.stack([step.x_t for step in made.steps], 1), "log_prob": log_prob, "advantage": advantage}
-        new |= {f"cond.{key}": value for key, value in batch.cond.items()}
+            score = networks.rewards(rollout.x, batch)
+            reward_advantage = signals.advantages(score.value, group, score.valid)
+            advantage = advantage + self.reward_weight * reward_advantage
+            terms |= score.terms() | signals.group_terms(score.own, group, score.valid, reward_advantage)
+        paths = {
+            "x": torch.stack([step.x_t for step in rollout.steps], 1),
+            "log_prob": torch.stack([step.log_prob for step in rollout.steps if step.log_prob is not None], 1),
+            "advantage": advantage,
+        }
+        paths |= {f"cond.{key}": value for key, value in batch.cond.items()}
         if self.replay_updates > 1:
-            replay.store(state, new)
-        return new, terms
+            replay.store(state, paths)
+        return paths, terms
 
     @torch.no_grad()
     def log_ratio(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
-        """R_dm [B], from num_pairs draws a group of a level t, stratified over renoise_time, and of the integral of
-        `signals.log_ratio_rate` from t up, at one level, log-uniform in (t, 1), with one noise."""
+        """An estimate of R_dm [B], the mean over num_pairs pairs of draws that a group shares.
+
+        The first draw of a pair is the level t of R_dm, stratified over renoise_time. R_dm at t is the integral of
+        `signals.log_ratio_rate` from t to 1. It is estimated at one level, log-uniform in (t, 1), with one noise."""
         total = x.new_zeros(len(x))
         for i in range(self.num_pairs):
             t = self.renoise_time((i + batch.uniform(f"ratio_from{i}", by_group=True)) / self.num_pairs)
-            above = t ** batch.uniform(f"ratio_time{i}", by_group=True)
-            fake, real = self.predictions(networks, batch, x, above, f"ratio_noise{i}", NO_INPUTS)
-            rate = signals.log_ratio_rate(networks.teacher.schedule, x, above, fake, real)
-            total = total - t.log() * above * rate / self.num_pairs  # d above = above d(log above)
+            level = t ** batch.uniform(f"ratio_time{i}", by_group=True)
+            fake, real = self.predictions(networks, batch, x, level, f"ratio_noise{i}", NO_INPUTS)
+            rate = signals.log_ratio_rate(networks.teacher.schedule, x, level, fake, real)
+            total = total - t.log() * level * rate / self.num_pairs  # d level = level d(log level)
         return total
 
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, x: Tensor, stop: Tensor) -> tuple[Tensor, State]:
-        """g at clean samples x [B, ...] made at these stops, and what is logged of it."""
+        """g [B, ...] at clean samples x that were made at these stops [B], and the terms to log."""
         t = self.renoise_time(batch.uniform("renoise_time", by_group=True))
         inputs = stop_input(stop, self.condition_on_stop)
         fake, real = self.predictions(networks, batch, x, t, "renoise", inputs)
@@ -230,14 +251,14 @@ class GNDM(Objective):
     def predictions(
         self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, noise: str, inputs: Inputs
     ) -> tuple[Tensor, Tensor]:
-        """mu_fake and the guided mu_real at x renoised, with one noise of this name a group."""
+        """mu_fake and the guided mu_real at x renoised to t, with one noise of this name per group."""
         x_t = networks.teacher.schedule.add_noise(x, batch.normal(noise, by_group=True), t)
         scale = networks.teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(networks.teacher, x_t, t, batch.cond, batch.uncond, scale)
         return networks.fake_score(x_t, t, batch.cond, inputs), real
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
-        """path: a sample at a random stop. score: one of the whole sampler."""
+        """Samples of the student. path: at random stops. score: of the whole sampler."""
         stop = draw_stops(batch, networks.policy.num_steps, self.stops == "shared", self.stops == "per_group")
         if self.form == "score":
             stop = torch.full_like(stop, networks.policy.num_steps - 1)

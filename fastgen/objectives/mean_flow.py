@@ -1,30 +1,31 @@
-"""MeanFlow (arXiv 2505.13447): average velocities from the Eulerian identity, from a teacher or from data alone.
+"""MeanFlow (arXiv 2505.13447): average velocities from the Eulerian identity, learned from a teacher or from data.
 
     paper            here                  what it is
-    u(z_t, r, t)     u(x, t, s)            average velocity over [s, t], networks.student told t and s; r is our s
-    v_t, v~_t        v                     the velocity it is trained by: the guided teacher's, or noise - x0, for
-                                           guidance mixed with the student's own
+    u(z_t, r, t)     u(x, t, s)            average velocity over [s, t]: networks.student conditioned on t and s; the
+                                           paper's r is s here
+    v_t, v~_t        v                     the velocity u is trained on: the guided teacher's, or noise - x0; guidance
+                                           mixes in the student's own velocity
     du/dt            D u                   d_t u + grad u . (velocity), by a JVP with tangents (v, 1, 0), no gradient
-    omega, kappa     omega, kappa          self-guidance, of data; its effective scale is omega / (1 - kappa)
+    omega, kappa     omega, kappa          self-guidance with teach: data; the effective scale is omega / (1 - kappa)
     alpha            turn.alpha            alpha-Flow's consistency step ratio (arXiv 2510.20771)
 
 The algorithm, for every student update:
-    t, s from a law of pairs, a share with s = t;  x_t from data and noise
+    t, s from a law of pairs, a share of them with s = t;  x_t from data and noise
     student <- |u(x_t, t, s) - sg(v - (t - s) D u)|^2 / sg(|.|^2 + floor)^power
-    the average of the student's weights moves, once.
+    the average of the student's weights is updated once.
 
-form: improved (iMF, arXiv 2512.02012). The identity as a regression of V = u + (t - s) sg(D u) on v: the derivative
-    goes along the student's own velocity u(x_t, t, t), so that V depends on x_t alone and noisy v is only a target.
-    Guidance of data is v = noise - x0 + (1 - 1/w) (u_cond - u_uncond)(x_t, t, t), w the scale the student is told,
-    drawn by sample, where rollout.embedded_guidance gives it that input.
-alpha: alpha-Flow anneals from trajectory flow matching (alpha = 1) to MeanFlow (0). Between, the target is
+form: improved (iMF, arXiv 2512.02012). The identity is a regression of V = u + (t - s) sg(D u) on v. The derivative is
+    taken along the student's own velocity u(x_t, t, t), so that V depends on x_t alone and the noisy v is only a
+    target. With guidance and teach: data, v = noise - x0 + (1 - 1/w) (u_cond - u_uncond)(x_t, t, t). Where
+    rollout.embedded_guidance gives the student the scale w as an input, w is drawn for each sample.
+alpha. alpha-Flow anneals from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0). In between, the target is
     alpha v + (1 - alpha) sg u(x_m, m, s),   x_m = x_t - (t - m) v,   m = alpha s + (1 - alpha) t
-    with the square weighed by alpha (1 / alpha without the adaptive weight). A run that ends at a finite alpha has too
-    little variance.
-From a teacher (FastGen's MeanFlow) the target's derivative may be trusted by degrees: `warmup`.
+    and the square is weighted by alpha (by 1 / alpha without the adaptive weight). A run that ends at a finite alpha
+    gives samples of too little variance.
+warmup. With a teacher (FastGen's MeanFlow) the factor of the derivative in the target may grow from 0 to 1.
 
-With noisy v (from data) the loss per sample is of order one at the exact map; only its mean gradient vanishes there.
-Departures: no auxiliary head (the diagonal share is iMF's), no interval conditions.
+When v is noisy (from data) the loss of a sample is of order one even at the exact map; only its mean gradient vanishes
+there. Departures: no auxiliary head (the diagonal share is that of iMF), and no interval conditions.
 """
 
 import math
@@ -51,7 +52,8 @@ from fastgen.schedule import TimeSampler, expand
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class AlphaSchedule:
-    """alpha(k) = 1 - sigmoid(gamma (k - (first + last) / 2) / (last - first)), snapped to 1 and 0 within `snap`."""
+    """alpha(k) = 1 - sigmoid(gamma (k - (first + last) / 2) / (last - first)). Values within `snap` of 1 or 0 become
+    exactly 1 or 0."""
 
     first: int = Field(ge=0)  # k_s: 600k of 1.2M for XL/2, 0 for B/2
     last: int = Field(ge=1)  # k_e: 1M for XL/2, 1.2M for B/2
@@ -61,18 +63,23 @@ class AlphaSchedule:
     @model_validator(mode="after")
     def _ordered(self) -> "AlphaSchedule":
         if self.last <= self.first:
-            raise ValueError(f"alpha falls from update first to last, got {self.first} and {self.last}")
+            raise ValueError(f"alpha: last must be above first, got first {self.first} and last {self.last}")
         return self
 
     def __call__(self, update: int) -> float:
         place = self.gamma * (update - (self.first + self.last) / 2) / (self.last - self.first)
         alpha = 1 / (1 + math.exp(min(place, 700.0)))
-        return 1.0 if alpha > 1 - self.snap else 0.0 if alpha < self.snap else alpha
+        if alpha > 1 - self.snap:
+            return 1.0
+        if alpha < self.snap:
+            return 0.0
+        return alpha
 
 
 @plain_dataclass(frozen=True)
 class MeanFlowTurn(Turn):
-    """alpha: of alpha-Flow, 0 for MeanFlow. trust: of the derivative, 1 when warm."""
+    """alpha: alpha-Flow's ratio in this update, 0 for MeanFlow. trust: the factor of the derivative in the target, 1
+    after the warm-up."""
 
     alpha: float = 0.0
     trust: float = 1.0
@@ -89,13 +96,15 @@ class MeanFlow(Objective):
     # "lognorm(-0.4, 1.0)" and 75 % of r = t, Tab. 1 (iMF: 50 %)
     pairs: TimePairs = TimePairs(TimeSampler("logit_normal", 0.0, 1.0, mean=-0.4, std=1.0), diagonal=0.75)
     power: float = Field(default=1.0, ge=0, le=1)  # p: "1.0"; 0.75 on CIFAR-10
-    floor: float = Field(default=1e-2, gt=0)  # c, of the sum over a sample; 1e-3 on CIFAR-10
+    floor: float = Field(default=1e-2, gt=0)  # c, added to the sum over a sample; 1e-3 on CIFAR-10
     derivative: Backend = "jvp"
-    difference_step: float = Field(default=5e-3, gt=0)  # AnyFlow's; longer ones smooth what embeddings add to D u
-    warmup: int = Field(default=0, ge=0)  # FastGen: 2000; 0 trusts the derivative at once
+    # AnyFlow's; longer steps smooth what time embeddings add to D u
+    difference_step: float = Field(default=5e-3, gt=0)
+    warmup: int = Field(default=0, ge=0)  # updates; FastGen: 2000; 0 uses the whole derivative from the start
     alpha: AlphaSchedule | None = None
-    clip: float | None = Field(default=None, gt=0)  # of alpha-Flow's discrete targets: 4 for XL/2
-    guidance_scale: Guidance = 1.0  # of the teacher; of data in the improved form, the student's own
+    clip: float | None = Field(default=None, gt=0)  # largest element of alpha-Flow's discrete targets: 4 for XL/2
+    # of the teacher; with teach: data in the improved form, the scale of the student's own guidance
+    guidance_scale: Guidance = 1.0
     scale_power: float = Field(default=1.0, ge=0)  # beta of iMF's p(w) ~ w^-beta on [1, 8]; ours
     omega: float = Field(default=1.0, gt=0)  # 0.2 for XL/2; 1 with kappa 0 is off
     kappa: float = Field(default=0.0, ge=0, lt=1)  # 0.92 for XL/2
@@ -104,14 +113,15 @@ class MeanFlow(Objective):
 
     @model_validator(mode="after")
     def _possible(self) -> "MeanFlow":
-        if self.mixes and (self.teach == "teacher" or self.form == "improved"):
-            raise ValueError("omega and kappa guide data in the original form; use guidance_scale")
+        if self.self_guided and (self.teach == "teacher" or self.form == "improved"):
+            raise ValueError("omega and kappa are for teach: data with form: original; use guidance_scale instead")
         if self.alpha is not None and (self.form == "improved" or self.warmup):
             raise ValueError("alpha anneals to the original form, and is a warm-up itself; leave out form and warmup")
         return self
 
     @property
-    def mixes(self) -> bool:
+    def self_guided(self) -> bool:
+        """Whether omega and kappa are in use."""
         return (self.omega, self.kappa) != (1.0, 0.0)
 
     @property
@@ -120,10 +130,14 @@ class MeanFlow(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if not policy.any_step:
-            raise ValueError("a flow map is told where it jumps to: set rollout.two_time: true, transition: ode")
+            raise ValueError(
+                "a flow map is conditioned on the level it jumps to: set rollout.two_time: true and "
+                "rollout.transition: ode"
+            )
         if policy.embedded_guidance is not None and (self.form, self.teach) != ("improved", "data"):
             raise ValueError(
-                "rollout.embedded_guidance is for form: improved with teach: data, which learns all scales"
+                "rollout.embedded_guidance needs form: improved with teach: data, which learns a range of scales; "
+                "leave it out"
             )
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -137,32 +151,44 @@ class MeanFlow(Objective):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         assert isinstance(turn, MeanFlowTurn) and batch.latents is not None
         t, s = self.pairs(batch)
-        noise, cond = batch.normal("noise"), self.dropped(batch)
+        noise = batch.normal("noise")
+        cond = self.drop_prompts(batch)
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
         inputs = self.guidance_input(networks.policy, batch)
         u = flow_maps.average_velocity(networks.student, cond, inputs)
-        v, own = self.velocities(networks, batch, cond, inputs, x, t, noise - batch.latents)
-        target, off = v, flow_maps.rows_of(s < t, networks.student)
+        v, along = self.velocities(networks, batch, cond, inputs, x, t, noise - batch.latents)
+        target = v
+        off = flow_maps.rows_of(s < t, networks.student)  # rows off the diagonal
         if len(off):
-            rows = flow_maps.average_velocity(networks.student, cond.select(off), inputs.select(off))
-            found = self.target(rows, turn, x[off], t[off], s[off], v[off], own[off])
-            found = torch.where(expand((s < t)[off], found), found, v[off])
-            target = v.index_copy(0, off, found.to(v.dtype))
-        weight = torch.where(s < t, turn.alpha if self.power else 1 / turn.alpha, 1.0) if turn.alpha else None
+            u_off = flow_maps.average_velocity(networks.student, cond.select(off), inputs.select(off))
+            values = self.target(u_off, turn, x[off], t[off], s[off], v[off], along[off])
+            values = torch.where(expand((s < t)[off], values), values, v[off])
+            target = v.index_copy(0, off, values.to(v.dtype))
+        weight = None
+        if turn.alpha:
+            weight = torch.where(s < t, turn.alpha if self.power else 1 / turn.alpha, 1.0)
         residual = u(x, t, s) - target
         total = flow_maps.adaptive_loss(residual, self.power, self.floor, weight)
         terms = flow_maps.mean_squares(residual, s == t)
-        return Loss(total, terms | {"loss": total.detach()} | self.schedules(turn, x))
+        return Loss(total, terms | {"loss": total.detach()} | self.schedule_terms(turn, x))
 
     def target(
-        self, u: flow_maps.AverageVelocity, turn: MeanFlowTurn, x: Tensor, t: Tensor, s: Tensor, v: Tensor, own: Tensor
+        self,
+        u: flow_maps.AverageVelocity,
+        turn: MeanFlowTurn,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        v: Tensor,
+        along: Tensor,
     ) -> Tensor:
-        """What u(x, t, s) regresses on where s < t."""
+        """What u(x, t, s) regresses on where s < t, [B, ...]. along: the velocity along which D u is taken."""
         if not turn.alpha:
             differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
-            return flow_maps.eulerian_target(u, x, t, s, v, own, turn.trust, differentiate)
-        found = flow_maps.discrete_target(u, x, t, turn.alpha * s + (1 - turn.alpha) * t, s, v)
-        return found if self.clip is None else found.clamp(-self.clip, self.clip)
+            return flow_maps.eulerian_target(u, x, t, s, v, along, turn.trust, differentiate)
+        middle = turn.alpha * s + (1 - turn.alpha) * t
+        target = flow_maps.discrete_target(u, x, t, middle, s, v)
+        return target if self.clip is None else target.clamp(-self.clip, self.clip)
 
     @torch.no_grad()
     def velocities(
@@ -175,51 +201,65 @@ class MeanFlow(Objective):
         t: Tensor,
         conditional: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The velocity that trains u, and that along which D u goes: [B, ...] each. conditional: noise - x0."""
-        inside = (t > self.guidance_interval[0]) & (t <= self.guidance_interval[1]) & ~self.is_dropped(batch)
+        """The velocity v that u is trained on, and the velocity along which D u is taken: [B, ...] each.
 
-        def own(condition: Conditioning) -> Tensor:
+        conditional: noise - x0, the velocity of the data. No gradient."""
+        low, high = self.guidance_interval
+        is_guided = (t > low) & (t <= high) & ~self.is_dropped(batch)
+
+        def student_velocity(condition: Conditioning) -> Tensor:
             return flow_maps.average_velocity(networks.student, condition, inputs)(x, t, t)
 
         if self.teach == "teacher":
-            v = flow_maps.guided_velocity(
+            teacher_velocity = flow_maps.guided_velocity(
                 networks.teacher, cond, batch.uncond, self.guidance_scale, self.guidance_interval
-            )(x, t)
-            return v, own(cond) if self.form == "improved" else v
+            )
+            v = teacher_velocity(x, t)
+            return v, student_velocity(cond) if self.form == "improved" else v
         if self.form == "original":
-            if not self.mixes:
+            if not self.self_guided:
                 return conditional, conditional
-            mixed = self.omega * conditional + self.kappa * own(cond)
-            mixed = mixed + (1 - self.omega - self.kappa) * own(batch.uncond)
-            v = torch.where(expand(inside, x), mixed, conditional)
+            mixed = self.omega * conditional + self.kappa * student_velocity(cond)
+            mixed = mixed + (1 - self.omega - self.kappa) * student_velocity(batch.uncond)
+            v = torch.where(expand(is_guided, x), mixed, conditional)
             return v, v
-        velocity = own(cond)
-        scale = torch.full_like(t, self.scale) if inputs.guidance is None else inputs.guidance
+        along = student_velocity(cond)
+        scale = torch.full_like(t, self.self_guidance_scale) if inputs.guidance is None else inputs.guidance
         if not bool((scale != 1).any()):
-            return conditional, velocity
-        guidance = expand(torch.where(inside, 1 - 1 / scale, 0.0).to(x), x) * (velocity - own(batch.uncond))
-        return conditional + guidance, velocity
+            return conditional, along
+        factor = expand(torch.where(is_guided, 1 - 1 / scale, 0.0).to(x), x)
+        guidance = factor * (along - student_velocity(batch.uncond))
+        return conditional + guidance, along
 
     @property
-    def scale(self) -> float:
-        """Of data, where the student is not told one."""
+    def self_guidance_scale(self) -> float:
+        """The scale of the student's own guidance with teach: data, where the scale is not an input of the student."""
         return self.guidance_scale[0] if isinstance(self.guidance_scale, tuple) else self.guidance_scale
 
     def guidance_input(self, policy: RolloutPolicy, batch: Batch) -> Inputs:
-        """The guidance input of each sample, where the student has one: w with density w^-beta on [1, 8]."""
+        """The guidance input of each sample, where the student has one: w with density w^-beta on [1, 8], by the
+        inverse of its cumulative distribution."""
         if policy.embedded_guidance is None:
             return NO_INPUTS
-        u, b = batch.uniform("guidance"), 1 - self.scale_power
-        return Inputs(guidance=8**u if b == 0 else (1 + u * (8**b - 1)) ** (1 / b))
+        u = batch.uniform("guidance")
+        exponent = 1 - self.scale_power
+        if exponent == 0:
+            return Inputs(guidance=8**u)
+        return Inputs(guidance=(1 + u * (8**exponent - 1)) ** (1 / exponent))
 
     def is_dropped(self, batch: Batch) -> Tensor:
+        """Which samples lose their prompt, [B] bool."""
         return batch.uniform("drop") < self.drop
 
-    def dropped(self, batch: Batch) -> Conditioning:
-        """The prompts, of some samples the empty one."""
-        gone = self.is_dropped(batch)
-        return Conditioning({k: torch.where(expand(gone, v), batch.uncond[k], v) for k, v in batch.cond.items()})
+    def drop_prompts(self, batch: Batch) -> Conditioning:
+        """The batch's conditioning, with the empty prompt for the samples of `is_dropped`."""
+        dropped = self.is_dropped(batch)
+        return Conditioning({k: torch.where(expand(dropped, v), batch.uncond[k], v) for k, v in batch.cond.items()})
 
-    def schedules(self, turn: MeanFlowTurn, like: Tensor) -> dict[str, Tensor]:
-        values = {"alpha": turn.alpha} if self.alpha else {"trust": turn.trust} if self.warmup else {}
-        return {name: like.new_tensor(value) for name, value in values.items()}
+    def schedule_terms(self, turn: MeanFlowTurn, like: Tensor) -> dict[str, Tensor]:
+        """The scheduled value of this update, to log: alpha, or trust where a warm-up is set."""
+        if self.alpha:
+            return {"alpha": like.new_tensor(turn.alpha)}
+        if self.warmup:
+            return {"trust": like.new_tensor(turn.trust)}
+        return {}

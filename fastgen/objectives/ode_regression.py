@@ -2,22 +2,24 @@
 
     paper      here                what it is
     theta      networks.student    the student G, initialised from the teacher
-    x_T, x_0   batch.pairs         a noise, and where the guided teacher's sampler takes it
-    t          t                   one of the student's timesteps, at random by sample
+    x_T, x_0   batch.pairs         a noise, and the sample to which the guided teacher's sampler takes it
+    t          t                   one of the student's timesteps, drawn for each sample
 
 The algorithm, for every student update:
     x_t = the state between the two ends of a pair, at level t
-    student <- 1/2 mean |G(x_t, t) - x_0|^2                     (FastGen's KD; DMD's initialisation has LPIPS for it)
-    the average of the student's weights moves, once.
+    student <- 1/2 mean |G(x_t, t) - x_0|^2                     (FastGen's KD; DMD's initialisation uses LPIPS instead)
+    the average of the student's weights is updated once.
 
-The state of a pair below t = 1 is, by `states`,
-    line    alpha x_0 + sigma x_T, between its ends: where `ode` sampling comes by if its predictions are right
-    path    the teacher's own, from x_T by Euler steps on the spot: where a flow map of the teacher's comes by
-At t = 1, the one level of a one-step student, the two are the same.
+`states` chooses the state of a pair at levels below t = 1:
+    line    alpha x_0 + sigma x_T, on the line between the two ends. Sampling with `ode` passes through these states if
+            the student's predictions are right.
+    path    the state on the teacher's ODE from x_T, computed by Euler steps during the update. A flow map of the
+            teacher's ODE passes through these states.
+At t = 1, the only level of a one-step student, the two are the same.
 
-The teacher's ODE sends each noise to one sample, and a student of enough capacity and pairs learns that map. Where it
-falls short the square blurs, and where pairs are few it learns them by heart: take a few thousand updates, then
-another objective with `init_from`.
+The teacher's ODE sends each noise to one sample. A student with enough capacity and enough pairs learns that map. With
+too little capacity the squared error blurs, and with few pairs the student memorises them. Use a few thousand updates,
+and then another objective with `init_from`.
 """
 
 from typing import Literal
@@ -36,7 +38,7 @@ from fastgen.rollout import draw_stops, predict_x0, transition
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ODERegression(Objective):
-    """guidance_scale: of the teacher on its path; give the pairs the same."""
+    """guidance_scale: the teacher's guidance with states: path. Use the same scale for the pairs."""
 
     trained_roles = ("student",)
 
@@ -44,7 +46,7 @@ class ODERegression(Objective):
     states: Literal["line", "path"] = "line"  # ours; FastGen stores four states of the path
     path_steps: int = Field(default=16, ge=1)  # ours
     guidance_scale: Guidance = 1.0
-    huber: float | None = Field(default=None, gt=0)  # ours: sqrt(|e|^2 + c^2) - c by sample; None: the paper's square
+    huber: float | None = Field(default=None, gt=0)  # c, ours: sqrt(|e|^2 + c^2) - c per sample; None: the square
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,7 +57,8 @@ class ODERegression(Objective):
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         assert batch.pairs is not None
-        policy, (noise, x0) = networks.policy, batch.pairs
+        policy = networks.policy
+        noise, x0 = batch.pairs
         t = noise.new_tensor(policy.timesteps)[draw_stops(batch, policy.num_steps, shared=False)]
         if self.states == "path":
             x_t = self.path(networks, batch, noise, t)
@@ -70,11 +73,12 @@ class ODERegression(Objective):
 
     @torch.no_grad()
     def path(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-        """Where the teacher's ODE takes noise x [B, ...] at level t [B]: path_steps Euler steps, evenly spaced."""
+        """The state at level t [B] on the teacher's ODE from noise x [B, ...], by path_steps equal Euler steps."""
         teacher = networks.teacher
         for i in range(self.path_steps):
-            here, there = (1 - (1 - t) * k / self.path_steps for k in (i, i + 1))
-            scale = teacher.per_expert(self.guidance_scale, here)
-            x0 = signals.guided(teacher, x, here, batch.cond, batch.uncond, scale)
-            x = transition(teacher.schedule, x0, x, here, there, None).to(x.dtype)
+            start = 1 - (1 - t) * i / self.path_steps
+            end = 1 - (1 - t) * (i + 1) / self.path_steps
+            scale = teacher.per_expert(self.guidance_scale, start)
+            x0 = signals.guided(teacher, x, start, batch.cond, batch.uncond, scale)
+            x = transition(teacher.schedule, x0, x, start, end, None).to(x.dtype)
         return x

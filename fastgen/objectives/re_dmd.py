@@ -4,17 +4,17 @@
     G_theta    networks.student           few-step generator
     r(x, c)    networks.rewards           any reward of the clean sample; no gradient through it
     beta       beta                       sharpness of the weights
-    -          state["reward"]            [2]: decayed sums of rewards and of ones, for their running mean (ours)
+    -          state["reward"]            [2]: decayed sums of rewards and of ones, for the running mean of r (ours)
 
-DMD2, where each sample's score difference is multiplied by a weight:
+This is DMD2, where each sample's score difference is multiplied by a weight w (mu_real^guided is the guided teacher):
     w = exp(beta (r - mean r)),   the exponent clamped to +-clip
-    g = w (mu_fake - mu_real^w) / mean|x - mu_real^w|
-The fake score's loss is not weighted. Without the running mean a constant added to the reward would scale the loss.
+    g = w (mu_fake - mu_real^guided) / mean|x - mu_real^guided|
+The fake score's loss is not weighted. Without the running mean, a constant added to the reward would scale the loss.
 
-The weight is positive and multiplies a field that vanishes where student and teacher agree: the optimum stays the
-*teacher's* law, whatever the reward (derived). Well rewarded samples are corrected first and most; what they gain is
-what a student of limited capacity, or one stopped early, gets wrong elsewhere. For a law that is tilted by the reward
-take an objective whose optimum is tilted.
+The weight is positive, and it multiplies a score difference that vanishes where student and teacher agree. The optimum
+is therefore the *teacher's* law, whatever the reward (derived). Samples with a high reward are corrected first and
+most strongly. They gain only because a student of limited capacity, or one that is stopped early, makes its errors
+elsewhere. To learn a law that is tilted by the reward, use an objective whose optimum is tilted.
 """
 
 from typing import Literal
@@ -37,9 +37,9 @@ class ReDMD(DMD2):
     reward_use = "score"
     rewards_required = True
     name: Literal["re_dmd"] = "re_dmd"  # type: ignore[assignment]
-    beta: float = Field(default=2.0, gt=0)  # of a normalised reward, the released code
-    clip: float = Field(default=4.0, gt=0)  # of beta (r - mean r); ours
-    reward_memory: float = Field(default=0.9, ge=0, lt=1)  # kept of the running mean's sums at each update; ours
+    beta: float = Field(default=2.0, gt=0)  # for a normalised reward, the released code
+    clip: float = Field(default=4.0, gt=0)  # the largest |beta (r - mean r)|; ours
+    reward_memory: float = Field(default=0.9, ge=0, lt=1)  # fraction of the sums that each update keeps; ours
 
     def init_state(self) -> State:
         return {"reward": torch.zeros(2), "seen": torch.zeros(2)}
@@ -62,12 +62,16 @@ class ReDMD(DMD2):
     def reward_weight(
         self, networks: Networks, batch: Batch, x0: Tensor, state: State
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """w [B]; 1 until a mean is known, after the first update. Invalid samples leave the loss and its mean."""
+        """w [B], and the terms to log. w is 1 in the first update, before a mean is known.
+
+        Invalid samples get the weight 0. The weights of the others are divided by the share of valid samples, so that
+        the mean loss is over the valid samples."""
         score = networks.rewards(x0, batch)
         valid = score.valid.to(score.value)
         total, count = state["reward"]
         centred = torch.where(count > 0, score.value - total / count.clamp_min(1e-12), 0.0)
         weight = (self.beta * centred).clamp(-self.clip, self.clip).exp()
-        state["seen"] += reduce(torch.stack([(valid * score.value).sum(), valid.sum()]), "sum")  # over processes
+        sums = torch.stack([(valid * score.value).sum(), valid.sum()])
+        state["seen"] += reduce(sums, "sum")  # over processes
         terms = score.terms() | {"effective_share": signals.effective_share(weight * valid)}
         return weight * valid / valid.mean().clamp_min(1 / len(valid)), terms

@@ -1,7 +1,9 @@
-"""Samples that serve several updates, kept in an objective's state: tensors, checkpointed, equal on all processes.
+"""Samples that are used for several updates. They are kept in the objective's state, so they are checkpointed and are
+equal on all processes.
 
-replay.age counts the updates they have served; replay.<name> [N, ...] are the N samples of one update, of all its
-micro-batches and processes, in the order of their ids: the rows of any micro-batch of a later update are ids % N."""
+replay.age counts the updates that have used the samples. replay.<name> [N, ...] holds the N samples of one update,
+from all its micro-batches and processes, in the order of their ids. In a later update, a sample with a given id uses
+row id % N."""
 
 from collections.abc import Mapping
 
@@ -13,32 +15,33 @@ AGE = "replay.age"
 
 
 def empty() -> dict[str, Tensor]:
-    """For `Objective.init_state`."""
+    """The state before any sample is stored, for `Objective.init_state`."""
     return {AGE: torch.zeros((), dtype=torch.int64)}
 
 
-def is_fresh(state: Mapping[str, Tensor]) -> bool:
-    """Whether this update has to make its samples."""
+def needs_samples(state: Mapping[str, Tensor]) -> bool:
+    """Whether this update has to make new samples."""
     return int(state[AGE]) == 0
 
 
 def store(state: dict[str, Tensor], samples: Mapping[str, Tensor]) -> None:
-    """Appends a micro-batch: tensors [B, ...], of which every process gives its own rows."""
+    """Appends a micro-batch of tensors [B, ...]. Every process passes its own rows, and all of them are stored."""
     for key, value in samples.items():
-        name, rows = f"replay.{key}", gather(value.contiguous())
+        name = f"replay.{key}"
+        rows = gather(value.contiguous())
         state[name] = torch.cat([state[name], rows]) if name in state else rows
 
 
 def recall(state: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-    """The rows of the samples with these ids [B]."""
+    """The stored rows for the samples with these ids [B], by name."""
     stored = {name.removeprefix("replay."): value for name, value in state.items() if name.startswith("replay.")}
     del stored["age"]
     return {name: value[ids % len(value)] for name, value in stored.items()}
 
 
-def grow_older(state: dict[str, Tensor], updates: int) -> None:
-    """For `Objective.finish`, once an update: after so many updates the samples are dropped."""
+def count_use(state: dict[str, Tensor], updates: int) -> None:
+    """Counts one use, for `Objective.finish`, once per update. After `updates` uses the samples are dropped."""
     state[AGE].add_(1).remainder_(updates)
-    if is_fresh(state):
+    if needs_samples(state):
         for name in [name for name in state if name.startswith("replay.") and name != AGE]:
             del state[name]

@@ -1,43 +1,45 @@
 """RTDMD: Reward-Tilted Distribution Matching Distillation                            (arXiv 2605.26108, and its code).
 
-Stage 1 is AC-DMD (ac_dmd.py, with its symbols): a few-step student with stochastic steps, without rewards. Stage 2,
-started from it (`init_from`, which takes the fake score over), adds the reward:
+Stage 1 is AC-DMD (ac_dmd.py, whose symbols are used here): a few-step student with stochastic steps, without rewards.
+Stage 2 starts from stage 1 by `init_from`, which also takes over the fake score, and adds the reward:
 
     paper            here              what it is
-    pi(x' | x)       transition_law    a stochastic step, a Gaussian; the last step is deterministic, without density
-    K                group_size        samples of one prompt
+    pi(x' | x)       transition_law    a stochastic step, a Gaussian; the last step is deterministic and has no density
+    K                group_size        samples per prompt
     m                selected_steps    stochastic steps that the policy gradient trains in an update (SubGRPO)
-    A                advantage         rewards compared within their group, each reward standardised alone (GDPO)
+    A                advantage         rewards compared within their group, each reward standardised by itself (GDPO)
     r_k, w_k         rewards.parts     rewards and their weights
 
 The algorithm, for every student update:
     fake_updates times (1 in the paper):
-        fake_score <- as in stage 1, on rollouts of the student as it is now
+        fake_score <- as in stage 1, on rollouts of the current student
     once:
-        trajectories of K samples a prompt, no gradient; on steps that are not selected a group shares its noise, so
-        that the spread of its rewards is owed to the selected ones (and to the initial noise, which is not shared)
+        make trajectories of K samples per prompt, without gradient. On steps that are not selected the samples of a
+        group share their noise, so that the spread of a group's rewards comes from the selected steps (and from the
+        initial noise, which is not shared)
         for every selected step: student <- PPO's loss of the step's log-probability with A
         student    <- dm_weight (stage 1's surrogate) + reward_weight mean ReLU(reward_hinge - sum_k w_k r_k(x_0)),
-                      x_0 the deterministic last step from a detached x_t; r_k the differentiable rewards alone
+                      x_0 the deterministic last step from a detached x_t; only differentiable rewards r_k are used
 
-The two reward terms are one gradient (hybrid identity, derived): for x_1 = mu(x_2) + rho eps and x_0 = f(x_1),
-    grad E r(x_0) = E[r grad log pi(x_1 | x_2)] + E[grad r . grad_theta f(sg x_1)].
-As published they are not on one scale: A is standardised, and the log-probability is a mean over elements without its
-1 / (2 rho^2). For the gradient of E r itself set normalise_advantages: false, log_prob: nats, and policy_weight equal
-to reward_weight, with every stochastic step selected.
+The two reward terms together are one gradient (hybrid identity, derived): for x_1 = mu(x_2) + rho eps, x_0 = f(x_1),
+    grad E r(x_0) = E[r grad log pi(x_1 | x_2)] + E[grad r . grad_theta f(sg x_1)]
+As published, the two terms have different scales: A is standardised, and the log-probability is a mean over elements
+without its factor 1 / (2 rho^2). For the gradient of E r itself set normalise_advantages: false, log_prob: nats and
+policy_weight equal to reward_weight, and select every stochastic step.
 
 What it converges to (derived). The tilt p exp(r / beta) minimises KL - E r / beta at t = 0, but the matching term
 averages over levels. With normalise: false and data in D dimensions the last step's output minimises
-    E_t[(sigma_t / alpha_t)^2 KL_t] - E[r] / beta,   1 / beta = D reward_weight / dm_weight,
-times the number of steps where `stops` draws one of them. For N(m, S) and r = a . x that is a Gaussian of the mean
-    m + a / (beta E_t[rho_t]),   rho_t = sigma_t^2 / (alpha_t^2 S + sigma_t^2),   where the tilt has m + S a / beta.
-`critic_weight: inverse_tilt` (stage 1) reaches p exp(r / beta) itself.
+    E_t[(sigma_t / alpha_t)^2 KL_t] - E[r] / beta,   1 / beta = D reward_weight / dm_weight
+Where `stops` draws one of several steps, 1 / beta is multiplied by the number of steps. For N(m, S) and r = a . x the
+minimum is a Gaussian with the mean
+    m + a / (beta E_t[rho_t]),   rho_t = sigma_t^2 / (alpha_t^2 S + sigma_t^2)
+whereas the tilt has the mean m + S a / beta. `critic_weight: inverse_tilt` (stage 1) reaches p exp(r / beta) itself.
 
-With stops: last, the published stage 2, the matching term holds the last step alone: the policy gradient moves the
-earlier ones for as long as that raises the reward, held by nothing but a small learning rate and shared weights.
+With stops: last, the published stage 2, the matching term constrains only the last step. The policy gradient moves the
+earlier steps for as long as that raises the reward; only a small learning rate and the shared weights limit this.
 
-An update makes one step from its own samples, so PPO's ratio is 1 and its clip idle, unless the two forward passes of
-a step differ: `log_ratio` logs by how much.
+An update makes one optimizer step from its own samples. PPO's ratio is therefore 1 and its clip has no effect, unless
+the two forward passes of a step differ. `log_ratio` logs by how much they differ.
 """
 
 import math
@@ -75,33 +77,39 @@ class RTDMD(ACDMD):
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
     group_size: int = Field(default_factory=lambda given: 16 if given["stage"] == 2 else 1, ge=1)  # K = 16 in stage 2
-    selected_steps: int = Field(default=2, ge=0)  # m = 2 of the three stochastic steps
+    selected_steps: int = Field(default=2, ge=0)  # m; the paper: 2 of the three stochastic steps
     policy_weight: float = Field(default=1.0, ge=0)
     log_prob: Literal["mean_square", "nats"] = "mean_square"  # the released code's unit; nats: the true one (ours)
-    ratio_clip: float = Field(default=1e-5, gt=0)  # in the unit of log_prob
+    ratio_clip: float = Field(default=1e-5, gt=0)  # PPO's clip, for ratios in the unit of log_prob
     advantage_clip: float = Field(default=5.0, gt=0)
-    normalise_advantages: bool = True  # false: reward minus the mean of the group's others (ours)
+    normalise_advantages: bool = True  # false: the reward minus the mean of the group's other samples (ours)
     dm_weight: float = Field(default=1e-3, gt=0)
-    reward_weight: float = Field(default=1e-4, ge=0)  # of the gradient through the last step
-    reward_hinge: float | None = 3.0  # no gradient above this reward; null: no hinge (ours)
+    reward_weight: float = Field(default=1e-4, ge=0)  # weight of the reward's gradient through the last step
+    reward_hinge: float | None = 3.0  # rewards above this have no gradient; null: no hinge (ours)
 
     @model_validator(mode="after")
     def _stages(self) -> "RTDMD":
         if self.stage == 1:
             defaults = type(self).__pydantic_fields__  # type: ignore[attr-defined]
             if given := [name for name in STAGE_2 if getattr(self, name) != defaults[name].default]:
-                raise ValueError(f"{', '.join(given)}: of stage 2; set stage: 2, or leave out what belongs to it")
+                raise ValueError(
+                    f"{', '.join(given)}: only for stage 2; set stage: 2, or leave out {', '.join(given)}"
+                )
             if self.stops == "last":
-                raise ValueError("stops: last would leave the other steps untrained; in stage 1 choose shared")
+                raise ValueError("stops: last leaves the other steps untrained; in stage 1 use stops: shared")
         elif self.critic_weight != "none":
             raise ValueError(
-                f"critic_weight: {self.critic_weight} tilts by itself; set stage: 1, or critic_weight: none"
+                f"critic_weight: {self.critic_weight} already tilts by the reward; set stage: 1, or "
+                "critic_weight: none"
             )
         elif not (self.selected_steps or self.reward_weight):
-            raise ValueError("selected_steps and reward_weight are both 0: no reward is left; set one, or stage: 1")
+            raise ValueError(
+                "selected_steps and reward_weight are both 0, so no reward is used; raise one of them, or set stage: 1"
+            )
         elif self.selected_steps and self.group_size == 1:
             raise ValueError(
-                "group_size: 1 leaves nothing to compare a reward with; raise it, or set selected_steps: 0"
+                "group_size: 1 leaves no other sample to compare a reward with; raise group_size, or set "
+                "selected_steps: 0"
             )
         return self
 
@@ -119,83 +127,103 @@ class RTDMD(ACDMD):
         super().check(policy)
         if self.stage == 2 and self.selected_steps > policy.num_steps - 1:
             raise ValueError(
-                f"selected_steps: {self.selected_steps}, and with {policy.num_steps} rollout.timesteps "
-                f"{policy.num_steps - 1} steps are stochastic, all but the last"
+                f"selected_steps is {self.selected_steps}, but with {policy.num_steps} rollout.timesteps only "
+                f"{policy.num_steps - 1} steps are stochastic, all but the last; lower selected_steps"
             )
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if self.stage == 2 and turn.name == "student":
-            return self.tilt_losses(networks, batch)
+            return self.stage_2_losses(networks, batch)
         return super().loss(turn, networks, batch, state)
 
-    def tilt_losses(self, networks: Networks, batch: Batch) -> Iterator[Loss]:
-        """Stage 2: one loss for every selected step, then that of the matching term and the last step."""
-        selected = self.selected(batch, networks.policy)
+    def stage_2_losses(self, networks: Networks, batch: Batch) -> Iterator[Loss]:
+        """One loss per selected step, then the loss of the matching term and of the rewards' gradient."""
+        selected = self.select_steps(batch, networks.policy)
         shared = set(range(networks.policy.num_steps - 1)).difference(selected)
         with torch.no_grad():
             rollout = trajectory(networks.student, networks.policy, batch, shared, log_prob=False)
             score = networks.rewards(rollout.x, batch)
         advantage = self.advantage(networks, batch, score)
         for i in selected:
-            yield self.policy_step(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
-        last = self.matching_step(networks, batch, rollout, score)
+            yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
+        loss = self.matching_and_reward_loss(networks, batch, rollout, score)
         assert batch.group is not None
-        watched = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
-        yield Loss(last.total, last.terms | watched)
+        group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
+        yield Loss(loss.total, loss.terms | group_terms)
 
-    def selected(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
-        """m of the stochastic steps, the same in all micro-batches and processes of an update."""
-        left = list(range(policy.num_steps - 1))
-        return sorted(left.pop(batch.integer(f"selected{i}", len(left))) for i in range(self.selected_steps))
+    def select_steps(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
+        """Draws m of the stochastic steps, the same ones in all micro-batches and processes of an update."""
+        remaining = list(range(policy.num_steps - 1))
+        selected = []
+        for i in range(self.selected_steps):
+            index = batch.integer(f"selected{i}", len(remaining))
+            selected.append(remaining.pop(index))
+        return sorted(selected)
 
     def advantage(self, networks: Networks, batch: Batch, score: Score) -> Tensor:
-        """[B]: GDPO's over the rewards' own scores, standardised over the micro-batch; a composite that is no sum
-        counts as one reward. Not normalised: r - mean of the others = K / (K - 1) (r - mean), whose policy gradient is
-        unbiased (derived)."""
+        """The advantages, [B].
+
+        By default they are GDPO's, from the scores of the single rewards, each standardised over the micro-batch. A
+        composite that is not a sum counts as one reward. With normalise_advantages: false they are the reward minus
+        the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased (derived)."""
         assert networks.scorer is not None and batch.group is not None
         if not self.normalise_advantages:
             centred = signals.advantages(score.value, batch.group, score.valid, "none", clip=math.inf)
             count = self.group_size * signals.group_mean(score.valid.float(), batch.group)
             return (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
         composite = networks.scorer.composite
-        parts, weights = {"value": score.value}, {"value": 1.0}
         if composite.aggregate == "sum":
             weights = {name: part.weight for name, part in composite.used(grad=False).items()}
             parts = {name: score.parts[name] for name in weights}
+        else:
+            weights = {"value": 1.0}
+            parts = {"value": score.value}
         return signals.gdpo_advantages(parts, weights, batch.group, score.valid, self.advantage_clip)
 
-    def policy_step(self, networks: Networks, batch: Batch, step: Step, t_next: Tensor, advantage: Tensor) -> Loss:
-        """PPO's loss of one stochastic step of the trajectory, its input and its outcome held fixed."""
+    def policy_step_loss(
+        self, networks: Networks, batch: Batch, step: Step, t_next: Tensor, advantage: Tensor
+    ) -> Loss:
+        """PPO's loss of one stochastic step of the trajectory, whose input x_t and outcome x_next are held fixed."""
         x0 = predict_x0(networks.student, step.x_t, step.t, batch.cond, networks.policy)
-        log_ratio = self.log_density(networks, step, x0, t_next) - self.log_density(networks, step, step.x0, t_next)
+        log_prob = self.log_density(networks, step, x0, t_next)
+        old_log_prob = self.log_density(networks, step, step.x0, t_next)
+        log_ratio = log_prob - old_log_prob
         total = self.policy_weight * signals.policy_loss(log_ratio, advantage, self.ratio_clip)
         return Loss(total, {"loss": total.detach(), "log_ratio": log_ratio.detach().abs().mean()})
 
     def log_density(self, networks: Networks, step: Step, x0: Tensor, t_next: Tensor) -> Tensor:
-        """[B]: log pi(x_next | x_t) of the student that predicts x0, in the unit of `log_prob`."""
-        schedule, eta = networks.student.schedule, networks.policy.transition_eta
+        """log pi(x_next | x_t) of the student that predicts x0, [B], in the unit of `log_prob`."""
+        schedule = networks.student.schedule
+        eta = networks.policy.transition_eta
         mean, std = transition_law(schedule, x0, step.x_t, step.t, t_next, eta)
-        nats = self.log_prob == "nats"
-        return signals.transition_log_prob(step.x_next, mean, std, "sum" if nats else "mean", scaled=nats)
+        if self.log_prob == "nats":
+            return signals.transition_log_prob(step.x_next, mean, std, "sum", scaled=True)
+        return signals.transition_log_prob(step.x_next, mean, std, "mean", scaled=False)
 
-    def matching_step(self, networks: Networks, batch: Batch, rollout: Rollout, score: Score) -> Loss:
-        """The matching term at the step that is drawn, and the rewards' gradient through the last step."""
+    def matching_and_reward_loss(self, networks: Networks, batch: Batch, rollout: Rollout, score: Score) -> Loss:
+        """The matching term at the drawn step, plus the rewards' gradient through the last step.
+
+        score: the rewards of the trajectories, which are only logged here."""
         last = torch.full_like(batch.ids, networks.policy.num_steps - 1)
-        matched = end = self.repeat_step(networks, batch, rollout, last)
+        last_step = self.repeat_step(networks, batch, rollout, last)
+        matched_step = last_step
         if self.stops != "last":
-            matched = self.repeat_step(networks, batch, rollout, self.draw_stop(networks.policy, batch))
-        grad, terms = self.field(networks, batch, matched)
-        total = self.dm_weight * signals.surrogate(matched.x, grad)
+            matched_step = self.repeat_step(networks, batch, rollout, self.draw_stop(networks.policy, batch))
+        grad, terms = self.score_gradient(networks, batch, matched_step)
+        total = self.dm_weight * signals.surrogate(matched_step.x, grad)
         if self.reward_weight:
-            own = networks.rewards(end.x, batch, grad=True)
-            shortfall = -own.value if self.reward_hinge is None else torch.relu(self.reward_hinge - own.value)
-            mean = torch.where(own.valid, shortfall, 0).sum() / own.valid.sum().clamp_min(1)
-            total = total + self.reward_weight * mean
+            reward = networks.rewards(last_step.x, batch, grad=True)
+            shortfall = -reward.value if self.reward_hinge is None else torch.relu(self.reward_hinge - reward.value)
+            mean_shortfall = torch.where(reward.valid, shortfall, 0).sum() / reward.valid.sum().clamp_min(1)
+            total = total + self.reward_weight * mean_shortfall
         return Loss(total, terms | score.terms() | {"loss": total.detach()})
 
     def repeat_step(self, networks: Networks, batch: Batch, rollout: Rollout, stop: Tensor) -> Rollout:
-        """Step stop[i] of sample i once more from its recorded input, with gradient: x at the level it goes to."""
-        policy, rows = networks.policy, torch.arange(len(stop), device=stop.device)
+        """Repeats step stop[i] of sample i from its recorded input, with gradient. Returns x at the level it goes to.
+
+        stop: [B]."""
+        policy = networks.policy
+        rows = torch.arange(len(stop), device=stop.device)
         x_t = torch.stack([step.x_t for step in rollout.steps])[stop, rows]
         t = torch.stack([step.t for step in rollout.steps])[stop, rows]
         s = next_levels(policy, stop, t)

@@ -2,20 +2,21 @@
 
     paper      here                 what it is
     v_1        steps[-1].x0         the executed step's prediction at (x, t_s); a velocity in the paper
-    t_m, t_e   middle, end          levels of the policy below it: t_s > t_m > t_e
-    lambda     semigroup_weight     of the semigroup term
+    t_m, t_e   middle, end          lower levels of the policy: t_s > t_m > t_e
+    lambda     semigroup_weight     weight of the semigroup term
 
-DMD2 constrains where single steps end; composed steps may still drift apart. One long jump is therefore compared with
-two short ones, all by the deterministic step (Euler for flow matching):
+DMD2 constrains where single steps end, but composed steps may still drift apart. One long jump is therefore compared
+with two short ones. All jumps are deterministic steps (Euler for flow matching):
     x_e(1) = x + (t_e - t_s) v_1
-    x_e(2): x_m = x + (t_m - t_s) sg(v_1), then x_m + (t_e - t_m) v(x_m, t_m), no gradient
+    x_e(2): x_m = x + (t_m - t_s) sg(v_1), then x_m + (t_e - t_m) v(x_m, t_m), without gradient
     student <- DMD2's loss + lambda (1 - t_s) mean |x_e(1) - sg x_e(2)|^2
-The gradient reaches the student through v_1 alone. A straight velocity field has no such loss.
+The gradient reaches the student through v_1 alone. For a straight velocity field the term is 0, and at t_s = 1 its
+weight is 0.
 
-t_e is one of the two levels that follow the next one, t_m any between; the last two levels end at 0. The paper trains
-on lists of 8, 4 and 2 steps mixed, and t_e is every second level of the longest; here there is one list, all of whose
-levels count. It reports that without mixed lists the term does not help autoregressive video. At t_s = 1 its weight
-is 0.
+t_e is drawn from the two levels after the next one, and t_m from the levels between t_s and t_e. From the last level
+but one the jump ends at 0, and from the last level there is no jump. The paper trains on a mixture of lists of 8, 4
+and 2 steps, and its t_e are every second level of the longest list. Here there is one list, and every level of it may
+be drawn. The paper reports that without mixed lists the term does not help autoregressive video.
 """
 
 from typing import Literal
@@ -36,13 +37,13 @@ from fastgen.rollout import Rollout, RolloutPolicy, predict_x0, transition
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCDMD(DMD2):
     name: Literal["sc_dmd"] = "sc_dmd"  # type: ignore[assignment]
-    semigroup_weight: float = Field(default=0.2, gt=0)  # lambda, the released code
+    semigroup_weight: float = Field(default=0.2, gt=0)  # lambda; the released code
 
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)
         if all(t == 1 for t in policy.timesteps[:-1]):
             raise ValueError(
-                "sc_dmd compares jumps from levels below 1 over at least one level: "
+                "sc_dmd needs a timestep below 1 that is not the last one, and rollout.timesteps "
                 f"{list(policy.timesteps)} has none; give three timesteps, or use dmd2"
             )
 
@@ -56,10 +57,13 @@ class SCDMD(DMD2):
         return Loss(total, matching.terms | {"semigroup": semigroup.detach(), "loss": total.detach()})
 
     def semigroup_loss(self, networks: Networks, batch: Batch, rollout: Rollout) -> Tensor:
-        """mean (1 - t_s) |x_e(1) - sg x_e(2)|^2, over samples and their elements."""
-        student, policy, step = networks.student, networks.policy, rollout.steps[-1]
+        """mean (1 - t_s) |x_e(1) - sg x_e(2)|^2, the mean over samples and their elements."""
+        student = networks.student
+        policy = networks.policy
+        step = rollout.steps[-1]
         levels = step.t.new_tensor((*policy.timesteps, 0.0))
-        middle, end = (levels[i] for i in self.jumps(batch, rollout.stop, policy.num_steps))
+        middle_index, end_index = self.jump_indices(batch, rollout.stop, policy.num_steps)
+        middle, end = levels[middle_index], levels[end_index]
         direct = transition(student.schedule, step.x0, step.x_t, step.t, end, None)
         with torch.no_grad():
             x_m = transition(student.schedule, step.x0, step.x_t, step.t, middle, None)
@@ -67,11 +71,14 @@ class SCDMD(DMD2):
             composed = transition(student.schedule, x0_m, x_m, middle, end, None)
         return ((1 - step.t) * signals.per_sample_mean((direct - composed).square())).mean()
 
-    def jumps(self, batch: Batch, stop: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """Indices [B] of t_m and t_e among the levels and 0. The last step has none below: it stays where it is, and
-        the student is still called, as often on every process."""
+    def jump_indices(self, batch: Batch, stop: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """The indices [B] of t_m and t_e in the list of timesteps followed by 0.
+
+        No timestep lies below the last one, so there both indices are the stop itself. The student is called
+        nevertheless, so that every process calls it equally often."""
         end = (stop + 2 + (batch.uniform("semigroup_end") < 0.5).long()).clamp(max=num_steps)
-        between = end - stop - 1
-        middle = stop + 1 + (batch.uniform("semigroup_middle") * between).long().clamp(max=(between - 1).clamp_min(0))
+        between = end - stop - 1  # the number of levels between t_s and t_e
+        offset = (batch.uniform("semigroup_middle") * between).long().clamp(max=(between - 1).clamp_min(0))
+        middle = stop + 1 + offset
         last = stop == num_steps - 1
         return torch.where(last, stop, middle), torch.where(last, stop, end)

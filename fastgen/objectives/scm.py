@@ -1,33 +1,37 @@
-"""sCM: continuous-time consistency models (arXiv 2410.11081), of flow-matching networks as they are.
+"""sCM: continuous-time consistency models (arXiv 2410.11081), with flow-matching networks as they are.
 
     paper            here                        what it is
-    x_t, t           x, angle                    TrigFlow: cos a x0 + sin a sigma_d z; an angle from 0 to pi / 2
-    sigma_d F        rate(...)                   dx/da of a flow network, converted without training (SANA-Sprint)
+    x_t, t           x, angle                    TrigFlow: cos a x0 + sin a sigma_d z, with an angle a from 0 to pi / 2
+    sigma_d F        trig_velocity(...)          dx/da of a flow network, converted without training (SANA-Sprint)
     f_theta          networks.student            cos a x - sin a sigma_d F, its clean prediction
-    dx_t/dt          along                       the guided teacher's rate, or cos a sigma_d z - sin a x0 from data
-    g                tangent                     cos a df/da, the derivative by one JVP without gradient
+    dx_t/dt          dx_da                       the guided teacher's dx/da, or cos a sigma_d z - sin a x0 from data
+    g                g                           cos a df/da; the derivative is one JVP without gradient
     r, c             turn.trust, normaliser      tangent warm-up; tangent normalisation g / (|g| + c)
-    w_phi(t)         networks.weighting          learned log-weight of a level
-    omega            scale                       guidance scale drawn for each sample, and an input of the student
-                                                 (rollout.embedded_guidance)
+    w_phi(t)         networks["weighting"]       learned log-weight of a level
+    omega            scale                       guidance scale, drawn for each sample; also an input of the student,
+                                                 with rollout.embedded_guidance
 
 The algorithm, for every student update:
     x at a random angle, from data and noise; or x along the teacher's own trajectory from noise (source: trajectory)
-    g = -cos^2 a (sigma_d F^- - dx/da) - r (cos a sin a x + sigma_d dF/da),   then g / (|g| + c)
+    g = -cos^2 a (sigma_d F^- - dx/da) - r cos a sin a (x + sigma_d dF/da),   then g / (|g| + c)
     student, weighting <- e^w / (sigma_d tan a) mean |F(x, a) - sg(F^- + g)|^2 - w
-    the average of the student's weights moves, once.
+    the average of the student's weights is updated once.
 
-SANA-Sprint (arXiv 2503.09641): flow-matching networks in TrigFlow; they see their own level and state. `gan`, its
-    adversarial term, is LADD: heads on the frozen teacher's features tell clean predictions of the student from data.
-TBCM (hustvl/TBCM): source trajectory, image-free. The teacher's guided ODE from noise, a level in each of
-    `trajectory_steps` intervals, all of them one batch: rows of a path are correlated, so make train.batch_size small.
-rCM (arXiv 2510.08431): `matching`, DMD2 on the student's own samples, from the end of the tangent warm-up on.
+SANA-Sprint (arXiv 2503.09641): flow-matching networks in TrigFlow. They are called at the flow-matching level and
+    state. `gan`, its adversarial term, is LADD: heads on the frozen teacher's features learn to tell the student's
+    clean predictions from data.
+TBCM (hustvl/TBCM): source: trajectory, which needs no images. The teacher's guided ODE runs from noise. One level is
+    drawn in each of `trajectory_steps` intervals, and the states at all of them form one batch. The rows of one path
+    are correlated, so use a small train.batch_size.
+rCM (arXiv 2510.08431): `matching` adds DMD2 on the student's own samples, from the end of the tangent warm-up on.
 
-The exact F has g = 0 at r = 1 alone. |g| is the root mean square of a sample (SANA-Sprint's code), so that c does not
-depend on its size. Departures: the network is the teacher's own, without sCM's embedding and normalisation; it is told
-the level in the teacher's unit, whose embedding may oscillate too fast for the derivative (SANA-Sprint fine-tunes its
-teacher to t instead of 1000 t first): `warmup` and derivative: difference are the remedies here. rCM warms g up in a
-form of its own; here it is sCM's.
+The exact F has g = 0 only at r = 1. |g| is the root mean square over a sample's elements (SANA-Sprint's code), so that
+c does not depend on the size of a sample.
+
+Departures. The network is the teacher's own, without sCM's embedding and normalisation. It receives the level in the
+teacher's unit, whose embedding may oscillate too fast for the derivative. (SANA-Sprint first fine-tunes its teacher to
+take t instead of 1000 t.) Here `warmup` and derivative: difference are the remedies. The warm-up of g is sCM's, also
+for rCM, which has its own form of it.
 """
 
 import itertools
@@ -61,14 +65,15 @@ from fastgen.schedule import TimeSampler, expand, flow_to_trig, flow_to_trig_vel
 
 @plain_dataclass(frozen=True)
 class TrustTurn(Turn):
-    """trust: of the derivative, 1 when warm."""
+    """trust: the factor r of the derivative in g, 1 after the warm-up."""
 
     trust: float = 1.0
 
 
 @plain_dataclass(frozen=True)
 class States:
-    """Rows x [N, ...] of the flow path at level t [N], their velocity, and what the student is told there."""
+    """States x [N, ...] on the flow path at level t [N], the velocity there, and the conditioning and inputs of the
+    student."""
 
     x: Tensor
     t: Tensor
@@ -84,36 +89,43 @@ class SCM(Objective):
     name: Literal["scm"] = "scm"
     teach: Literal["teacher", "data"] = "teacher"
     source: Literal["data", "trajectory"] = "data"
-    sigma_data: float = Field(default=1.0, gt=0)  # of latents: "0.5", sCM and SANA-Sprint, which scale theirs
-    # sigma_d tan a = t / (1 - t): lognormal(-1, 1.4) sCM, (0.2, 1.6) SANA-Sprint, (0.7, 1.6) rCM's code
+    # standard deviation of the latents; "0.5", sCM and SANA-Sprint, which scale their latents to it
+    sigma_data: float = Field(default=1.0, gt=0)
+    # law of sigma_d tan a = t / (1 - t): lognormal(-1, 1.4) sCM, (0.2, 1.6) SANA-Sprint, (0.7, 1.6) rCM's code
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.0, std=1.4)
-    warmup: int = Field(default=10_000, ge=0)  # "10k" sCM, 4000 SANA-Sprint; 0 trusts the derivative at once
+    # updates; "10k" sCM, 4000 SANA-Sprint; 0 uses the whole derivative from the start
+    warmup: int = Field(default=10_000, ge=0)
     normaliser: float = Field(default=0.1, gt=0)  # "c = 0.1"
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
     derivative: Backend = "jvp"
-    difference_step: float = Field(default=5e-3, gt=0)  # AnyFlow's; longer ones smooth what embeddings add to dF/da
+    # AnyFlow's; longer steps smooth what time embeddings add to dF/da
+    difference_step: float = Field(default=5e-3, gt=0)
     guidance_scale: Guidance = 1.0
     guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # as DMD2's
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
     trajectory_steps: int = Field(default=16, ge=2)  # TBCM's code
     trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code
     gan: Ladd | None = None  # SANA-Sprint: weight 0.5
-    max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that start at a = pi / 2
-    matching: DMD2 | None = None  # rCM; its guidance_scale etc. are DMD2's
+    max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that are made from a = pi / 2
+    matching: DMD2 | None = None  # rCM; guidance_scale and all other keys in it are those of dmd2
     matching_weight: float = Field(default=0.01, gt=0)  # "lambda = 0.01"
 
     @model_validator(mode="after")
     def _possible(self) -> "SCM":
         if self.teach == "data" and (self.source, self.guidance_scale, self.guidance_range) != ("data", 1.0, None):
-            raise ValueError("teach: data asks no teacher: leave out source, guidance_scale and guidance_range")
+            raise ValueError(
+                "teach: data does not call the teacher: leave out source, guidance_scale and guidance_range"
+            )
         if self.matching is not None and self.matching.gan_weight:
-            raise ValueError("matching.gan_weight: the adversarial term here is gan, on the teacher's features")
+            raise ValueError(
+                "matching.gan_weight must be 0: scm has its own adversarial term, gan, on the teacher's features"
+            )
         return self
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
-        there = {"weighting": self.learned_weight, "discriminator": self.gan, "fake_score": self.matching}
-        return ("student", *(role for role, used in there.items() if used))
+        optional = {"weighting": self.learned_weight, "discriminator": self.gan, "fake_score": self.matching}
+        return ("student", *(role for role, used in optional.items() if used))
 
     @property
     def full_roles(self) -> tuple[str, ...]:
@@ -125,11 +137,13 @@ class SCM(Objective):
 
     def check(self, policy: RolloutPolicy) -> None:
         if policy.two_time:
-            raise ValueError("a consistency model is not told where its step ends; remove rollout.two_time")
+            raise ValueError(
+                "a consistency model is not conditioned on the level where its step ends; remove rollout.two_time"
+            )
         if policy.num_steps > 1 and policy.transition != "renoise":
             raise ValueError(
-                f"a consistency model only knows the way to 0; transition: {policy.transition} steps "
-                "elsewhere, use renoise"
+                f"a consistency model only learns steps to 0, and transition: {policy.transition} steps to other "
+                "levels; use renoise"
             )
         check_told(policy, self.guidance_range)
         if self.matching is not None:
@@ -149,12 +163,13 @@ class SCM(Objective):
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         trust = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         roles = ("student", "weighting") if self.learned_weight else ("student",)
-        before: list[Turn] = []
+        turns: list[Turn] = []
         if self.matching is not None and trust == 1:
-            before.append(Turn("fake_score", ("fake_score",), self.matching.fake_updates))
+            turns.append(Turn("fake_score", ("fake_score",), self.matching.fake_updates))
         if self.gan is not None:
-            before.append(Turn("discriminator", ("discriminator",)))
-        return (*before, TrustTurn("student", roles, trust=trust))
+            turns.append(Turn("discriminator", ("discriminator",)))
+        turns.append(TrustTurn("student", roles, trust=trust))
+        return tuple(turns)
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         if turn.name == "fake_score":
@@ -170,7 +185,8 @@ class SCM(Objective):
         total, terms = self.consistency_loss(networks, states, turn.trust)
         if self.gan is not None:
             gan = self.gan.student_loss(networks, batch, self.generated(networks, batch))
-            total, terms["gan"] = total + self.gan.weight * gan, gan.detach()
+            total = total + self.gan.weight * gan
+            terms["gan"] = gan.detach()
         if self.matching is not None and turn.trust == 1:
             matching = self.matching.student_loss(networks, batch)
             total = total + self.matching_weight * matching.total
@@ -184,15 +200,18 @@ class SCM(Objective):
     # --- consistency
 
     def consistency_loss(self, networks: Networks, states: States, trust: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """sCM's loss at these states, a scalar with gradient to the student and the weighting, and the terms to log.
+
+        trust: r, the factor of the derivative in g."""
         angle = trig_angle(states.t, self.sigma_data)
         x = flow_to_trig(states.x, angle, self.sigma_data)
-        along = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
-        rate = self.rate(networks.student, states.cond, states.inputs)
+        dx_da = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
+        velocity = self.trig_velocity(networks.student, states.cond, states.inputs)
         differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
-        value, g = flow_maps.trig_tangent(rate, x, angle, along, trust, differentiate)
+        value, g = flow_maps.trig_tangent(velocity, x, angle, dx_da, trust, differentiate)
         size = signals.per_sample_mean(g.square()).sqrt()
-        g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", by sample
-        square = signals.per_sample_mean(((rate(x, angle) - value) / self.sigma_data - g).square())
+        g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", per sample
+        square = signals.per_sample_mean(((velocity(x, angle) - value) / self.sigma_data - g).square())
         terms = {"tangent": size.nanmean(), "trust": size.new_tensor(trust)}
         if not self.learned_weight:
             return square.mean(), terms
@@ -200,54 +219,69 @@ class SCM(Objective):
         prior = (torch.cos(angle) / (self.sigma_data * torch.sin(angle))).clamp_max(1 / flow_maps.SHORTEST)
         return (weight.exp() * prior * square - weight).mean(), terms
 
-    def rate(self, network: Denoiser, cond: Conditioning, inputs: Inputs) -> Velocity:
-        """sigma_d F(x / sigma_d, a): dx/da of a flow-matching network."""
+    def trig_velocity(self, network: Denoiser, cond: Conditioning, inputs: Inputs) -> Velocity:
+        """sigma_d F(x / sigma_d, a), which is dx/da of a flow-matching network, as a function of x [B, ...] and the
+        angle [B]."""
 
-        def of(x: Tensor, angle: Tensor) -> Tensor:
+        def velocity(x: Tensor, angle: Tensor) -> Tensor:
             x_flow, t = trig_to_flow(x, angle, self.sigma_data)
-            velocity = network(x_flow, t, cond, inputs, predict="flow_prediction")
-            return flow_to_trig_velocity(velocity, x, angle, self.sigma_data)
+            flow_velocity = network(x_flow, t, cond, inputs, predict="flow_prediction")
+            return flow_to_trig_velocity(flow_velocity, x, angle, self.sigma_data)
 
-        return of
+        return velocity
 
-    def scale(self, networks: Networks, batch: Batch) -> tuple[Guidance | Tensor, Inputs]:
-        """The teacher's guidance, and what the student is told of it."""
+    def guidance(self, networks: Networks, batch: Batch) -> tuple[Guidance | Tensor, Inputs]:
+        """The teacher's guidance scale, and the student's inputs, which hold the scale where it is embedded."""
         if self.guidance_range is None:
             return self.guidance_scale, NO_INPUTS
-        drawn = drawn_scale(batch, self.guidance_range)
-        return drawn, NO_INPUTS if networks.policy.embedded_guidance is None else Inputs(guidance=drawn)
+        scale = drawn_scale(batch, self.guidance_range)
+        if networks.policy.embedded_guidance is None:
+            return scale, NO_INPUTS
+        return scale, Inputs(guidance=scale)
 
-    def teacher(self, networks: Networks, batch: Batch, scale: Guidance | Tensor) -> Velocity:
+    def teacher_velocity(self, networks: Networks, batch: Batch, scale: Guidance | Tensor) -> Velocity:
+        """The guided teacher's velocity, for this batch's prompts."""
         return guided_velocity(networks.teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
 
     def noised(self, networks: Networks, batch: Batch) -> States:
-        """Data at random levels."""
+        """The batch's data, noised to random levels."""
         assert batch.latents is not None
-        t, noise = self.time(batch.uniform("time")).clamp_min(flow_maps.SHORTEST), batch.normal("noise")
+        t = self.time(batch.uniform("time")).clamp_min(flow_maps.SHORTEST)
+        noise = batch.normal("noise")
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        scale, inputs = self.scale(networks, batch)
-        along = noise - batch.latents if self.teach == "data" else self.teacher(networks, batch, scale)(x, t)
-        return States(x, t, along, batch.cond, inputs)
+        scale, inputs = self.guidance(networks, batch)
+        if self.teach == "data":
+            velocity = noise - batch.latents
+        else:
+            velocity = self.teacher_velocity(networks, batch, scale)(x, t)
+        return States(x, t, velocity, batch.cond, inputs)
 
     @torch.no_grad()
     def trajectory(self, networks: Networks, batch: Batch) -> States:
-        """The states after the first of the teacher's way from noise, a level drawn in each interval of its grid. A
-        rotation of the TrigFlow state along its rate is an Euler step of the flow state: both keep (x0, noise)."""
-        scale, inputs = self.scale(networks, batch)
+        """States on the teacher's ODE from noise, one per interval of the grid, at a level drawn in the interval. The
+        states of all samples are stacked: N is B * trajectory_steps.
+
+        An Euler step of the flow state is the same as rotating the TrigFlow state along its dx/da, because both keep
+        the pair (x0, noise)."""
+        scale, inputs = self.guidance(networks, batch)
         grid = shifted(torch.linspace(0, 1, self.trajectory_steps + 1, dtype=torch.float64), self.trajectory_shift)
         levels = [
             between(low, high, batch.uniform(f"level{i}")).clamp_min(flow_maps.SHORTEST)
             for i, (low, high) in enumerate(itertools.pairwise(grid.tolist()))
         ]
-        found = flow_maps.euler_path(self.teacher(networks, batch, scale), batch.normal("initial"), levels[::-1])
-        x, t, v = (torch.cat(parts) for parts in zip(*found, strict=True))
-        inputs = Inputs(**{name: torch.cat([value] * len(found)) for name, value in inputs.given.items()})
-        return States(x, t, v, Conditioning.cat([batch.cond] * len(found)), inputs)
+        velocity = self.teacher_velocity(networks, batch, scale)
+        path = flow_maps.euler_path(velocity, batch.normal("initial"), levels[::-1])
+        x, t, v = (torch.cat(parts) for parts in zip(*path, strict=True))
+        inputs = Inputs(**{name: torch.cat([value] * len(path)) for name, value in inputs.given.items()})
+        return States(x, t, v, Conditioning.cat([batch.cond] * len(path)), inputs)
 
     def generated(self, networks: Networks, batch: Batch) -> Tensor:
-        """Clean predictions of the student for D, from data at random levels or, a share of max_time, from noise."""
+        """The student's clean predictions for D, from data at random levels. A share max_time of them is made from
+        pure noise."""
         assert batch.latents is not None
-        t, noise = self.time(batch.uniform("time")), batch.normal("noise")
+        t = self.time(batch.uniform("time"))
+        noise = batch.normal("noise")
         t = torch.where(batch.uniform("max_time") < self.max_time, torch.ones_like(t), t)
         x = networks.student.schedule.add_noise(batch.latents, noise, t).to(noise.dtype)
-        return networks.student(x, t, batch.cond, self.scale(networks, batch)[1])
+        _, inputs = self.guidance(networks, batch)
+        return networks.student(x, t, batch.cond, inputs)

@@ -1,1 +1,1 @@
-"""Triton operators, one folder each: naive.py is the specification, README.md there the derivation."""
+"""Triton operators, one folder per operator. In each, naive.py is the specification and README.md the derivation."""

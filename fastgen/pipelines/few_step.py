@@ -1,8 +1,8 @@
-"""diffusers components for students that no stock one holds: a scheduler of CPS transitions, and a transformer made of
-several experts.
+"""diffusers components for students that stock ones cannot represent: a scheduler with CPS transitions, and a
+transformer made of several experts.
 
-Exports that contain one name this module in their model_index.json. diffusers loads such a component if the module has
-been imported before, and imports none by itself:
+An export that contains one of them names this module in its model_index.json. diffusers does not import the module
+itself, and loads the component only if it has been imported before:
 
     import fastgen.pipelines.few_step
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -24,14 +24,14 @@ from fastgen.rollout import RolloutPolicy
 
 
 class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
-    """CPS sampling of a flow-matching network along a stored list of noise levels, a call at each, then to 0.
+    """CPS sampling of a flow-matching network along a stored list of noise levels, with one call per level.
 
         x' = (1 - s') x0 + s' (cos(eta pi / 2) noise_hat + sin(eta pi / 2) fresh)               (arXiv 2605.26108)
 
-    with x0 and noise_hat as the velocity v says: x - s v and x + (1 - s) v.
+    The velocity v gives x0 = x - s v and noise_hat = x + (1 - s) v. The last step goes to level 0.
 
-    levels: decreasing in (0, 1]; any list, held exactly. eta: between 0 (Euler) and 1 (renoising). any_step: of a flow
-    map, which takes other numbers of steps on the same grid (`RolloutPolicy.with_steps`)."""
+    levels: decreasing in (0, 1]; any such list is stored exactly. eta: between 0 (Euler) and 1 (renoising). any_step:
+    for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`)."""
 
     order = 1
 
@@ -46,20 +46,23 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(len(levels))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Raises ValueError for another number of steps than the list has, but for a flow map."""
+        """Raises ValueError for a number of steps other than that of the list, except for a flow map."""
         levels = self.config.levels
         if self.config.any_step:
             policy = RolloutPolicy(tuple(levels), "ode", two_time=True)
             levels = policy.with_steps(num_inference_steps).timesteps
         elif num_inference_steps != len(levels):
-            raise ValueError(f"this student has {len(levels)} steps, at {list(levels)}; got {num_inference_steps}")
+            raise ValueError(
+                f"this student has {len(levels)} steps, at {list(levels)}; set num_inference_steps to that, got "
+                f"{num_inference_steps}"
+            )
         self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
         self.num_inference_steps = num_inference_steps
         self.set_begin_index(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The index of the first step, as pipelines set it."""
+        """Sets the index of the first step. Pipelines call this."""
         self._step_index = begin_index
 
     def step(
@@ -70,7 +73,7 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From one level to the next: call it once a timestep, in order. Computes in float32."""
+        """Steps from one level to the next. Call it once per timestep, in order. Computes in float32."""
         sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
         self._step_index += 1
         x, v = sample.float(), model_output.float()
@@ -82,11 +85,11 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
 
 
 class SD3Experts(SD3Transformer2DModel):
-    """SD3 transformers that share the noise levels as those of `fastgen.denoiser.Experts` do: expert 0 from
-    boundaries[0] up to 1, expert i from boundaries[i] up to below boundaries[i - 1], the last one below all of them.
+    """SD3 transformers, each for its own range of noise levels, as in `fastgen.modules.experts.Experts`: expert 0 for
+    t >= boundaries[0], expert i for boundaries[i] <= t < boundaries[i - 1], the last one for t below all boundaries.
 
-    Called as one SD3Transformer2DModel, so that StableDiffusion3Pipeline does not know. The other arguments are those
-    of each expert."""
+    It is called like a single SD3Transformer2DModel, so that StableDiffusion3Pipeline works unchanged. The other
+    arguments are those of each expert."""
 
     @register_to_config
     def __init__(
@@ -112,15 +115,15 @@ class SD3Experts(SD3Transformer2DModel):
 
     @classmethod
     def of(cls, networks: Sequence[SD3Transformer2DModel], boundaries: Sequence[float]) -> "SD3Experts":
-        """The given networks, from high noise to low, not copies."""
+        """Joins the given networks, from high noise to low, without copying them."""
         with torch.device("meta"):
             joined = cls.from_config({**networks[0].config, "boundaries": list(boundaries)})
         joined.experts = nn.ModuleList(networks)
         return joined
 
     def forward(self, hidden_states: Tensor, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
-        """As each expert's; timestep [B] = 1000 t chooses it. Raises ValueError if the rows need several."""
+        """The forward of the expert chosen by timestep [B] = 1000 t. Raises ValueError if the rows need several."""
         index = torch.stack([timestep < 1000 * b for b in self.config.boundaries]).sum(0)
         if bool((index != index[0]).any()):
-            raise ValueError(f"one call has levels of one expert; the boundaries are {list(self.config.boundaries)}")
+            raise ValueError(f"one call needs levels of one expert; the boundaries are {list(self.config.boundaries)}")
         return self.experts[int(index[0])](hidden_states, *args, timestep=timestep, **kwargs)

@@ -1,9 +1,9 @@
-"""diffusers pipelines for students with further inputs: flow maps, which are told the level their step ends at, and
-students that are told a guidance scale.
+"""diffusers pipelines for students with extra inputs: flow maps, which are conditioned on the level where their step
+ends, and students that are conditioned on a guidance scale.
 
-Each is a stock pipeline of stock networks, with `inputs.safetensors` beside them: the weights of the added inputs, as
-`modules.inputs.ExtraInputs` holds them. Plain diffusers does not know the class that model_index.json names, so it
-cannot sample such a folder without its inputs:
+Each is a stock pipeline of stock networks. Next to them, `inputs.safetensors` holds the weights of the added inputs
+(`modules.inputs.ExtraInputs`). Plain diffusers does not know the class that model_index.json names, so that it cannot
+sample such a folder without its inputs. To load one:
 
     from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline
     pipeline = FlowMapStableDiffusion3Pipeline.from_pretrained(folder)
@@ -27,56 +27,56 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 
 INPUTS = "inputs.safetensors"
-PREFIX = "FlowMap"  # of the class names
+PREFIX = "FlowMap"  # how the class names start
 
 
 def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedule: Schedule, folder: Path) -> None:
-    """The branches of the networks' further inputs, from high noise to low, and what a sampler tells them. Raises
-    ValueError for inputs that no sampler gives."""
+    """Saves the branches of the networks' extra inputs, from high noise to low, and how a sampler sets these inputs.
+    Raises ValueError if they are not the inputs that the policy gives."""
     names = list(embeddings[0].tables)
     if names != list(policy.inputs):
         raise ValueError(
             f"a network with the extra time inputs {names} does not fit a sampler that gives {list(policy.inputs)}"
         )
     total = len(schedule.table) - 1 if isinstance(schedule, VPSchedule) else 0
-    told = {
+    settings = {
         "names": names,
         "to_zero": policy.transition != "ode",
         "guidance": policy.embedded_guidance,
         "discrete": total,
     }
     weights = {f"{i}.{k}": v for i, e in enumerate(embeddings) for k, v in e.tables.state_dict().items()}
-    metadata = {"format": "pt", "told": json.dumps(told)}
+    metadata = {"format": "pt", "told": json.dumps(settings)}
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / INPUTS, metadata)
 
 
 def read_inputs(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """What save_inputs wrote: what is told, and each network's branches."""
+    """What save_inputs wrote: how the inputs are set, and the weights of each network's branches."""
     with safe_open(folder / INPUTS, framework="pt") as file:
-        told = json.loads(file.metadata()["told"])
+        settings = json.loads(file.metadata()["told"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     parts: list[dict[str, Tensor]] = [{} for _ in range(1 + max(int(k.partition(".")[0]) for k in tensors))]
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         parts[int(number)][name] = value
-    return told, parts
+    return settings, parts
 
 
-def told_columns(told: Mapping[str, Any], scheduler: Any, timestep: float) -> list[float]:
-    """What the branches read at a scheduler's timestep: the level t of this step, and the level s it ends at."""
+def told_columns(settings: Mapping[str, Any], scheduler: Any, timestep: float) -> list[float]:
+    """What the branches read at a scheduler's timestep, by the level t of this step and the level s where it ends."""
     steps = [float(step) for step in scheduler.timesteps]
     after = steps[steps.index(timestep) + 1 :]
-    if total := told["discrete"]:  # VPSchedule's clock
+    if total := settings["discrete"]:  # as VPSchedule counts
         t, s = (timestep + 1) / total, (after[0] + 1) / total if after else 0.0
     else:
         clock = FlowSchedule().num_train_timesteps
         t, s = timestep / clock, after[0] / clock if after else 0.0
-    values = {"s": 0.0 if told["to_zero"] else s, "guidance": told["guidance"]}
-    return [float(level_column(name, torch.tensor(values[name]), torch.tensor(t))) for name in told["names"]]
+    values = {"s": 0.0 if settings["to_zero"] else s, "guidance": settings["guidance"]}
+    return [float(level_column(name, torch.tensor(values[name]), torch.tensor(t))) for name in settings["names"]]
 
 
 class FlowMap:
-    """What these pipelines add to the stock ones. guidance_scale above 1 is not for them: leave it at 1."""
+    """What these pipelines add to the stock ones. They are made for guidance_scale 1, not for higher values."""
 
     networks: ClassVar[tuple[str, ...]] = ("transformer",)  # from high noise to low
     embedder: ClassVar[str]  # the networks' time embedder
@@ -84,28 +84,30 @@ class FlowMap:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """From a local folder."""
+        """Loads a pipeline from a local folder."""
         pipeline = super().from_pretrained(folder, **options)  # type: ignore[misc]
-        told, parts = read_inputs(Path(folder))
+        settings, parts = read_inputs(Path(folder))
         networks = [network for name in cls.networks if (network := getattr(pipeline, name, None)) is not None]
         for network, weights in zip(networks, parts, strict=True):
             extended = cls.wrapper(
-                getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {}, told["names"]
+                getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {}, settings["names"]
             )
             extended.tables.load_state_dict(weights)
             parameter = next(network.parameters())
             extended.tables.to(parameter.device, parameter.dtype)
             setattr(network, cls.embedder, extended)
-            network.register_forward_pre_hook(partial(cls.tell, told, pipeline), with_kwargs=True)
+            network.register_forward_pre_hook(partial(cls.tell, settings, pipeline), with_kwargs=True)
         return pipeline
 
     @staticmethod
-    def tell(told: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def tell(
+        settings: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
         """Packs the inputs into the timestep, as `fastgen.modules.inputs.ExtraInputs.pack` does."""
         timestep = kwargs["timestep"]
-        columns = told_columns(told, pipeline.scheduler, float(timestep.reshape(-1)[0]))
-        more = torch.tensor(columns, device=timestep.device, dtype=torch.float32).expand(*timestep.shape, -1)
-        packed = torch.cat([timestep[..., None].float(), more], dim=-1)
+        columns = told_columns(settings, pipeline.scheduler, float(timestep.reshape(-1)[0]))
+        extra = torch.tensor(columns, device=timestep.device, dtype=torch.float32).expand(*timestep.shape, -1)
+        packed = torch.cat([timestep[..., None].float(), extra], dim=-1)
         return args, kwargs | {"timestep": packed.flatten(1)}
 
 
@@ -125,12 +127,14 @@ class UNetFlowMap(FlowMap):
     wrapper = UNetExtraInputs
 
     @staticmethod
-    def tell(told: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """As `timestep_cond`, which a UNet hands to its time embedder."""
+    def tell(
+        settings: Mapping[str, Any], pipeline: Any, network: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Gives the inputs as `timestep_cond`, which a UNet passes to its time embedder."""
         sample, timestep = args
-        columns = told_columns(told, pipeline.scheduler, float(timestep))
-        more = torch.tensor(columns, device=sample.device, dtype=torch.float32).expand(len(sample), -1)
-        return args, kwargs | {"timestep_cond": more}
+        columns = told_columns(settings, pipeline.scheduler, float(timestep))
+        extra = torch.tensor(columns, device=sample.device, dtype=torch.float32).expand(len(sample), -1)
+        return args, kwargs | {"timestep_cond": extra}
 
 
 class FlowMapStableDiffusionPipeline(UNetFlowMap, StableDiffusionPipeline):

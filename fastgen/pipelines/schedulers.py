@@ -1,5 +1,5 @@
-"""Step lists as parameters of diffusers schedulers, of stock ones where possible, so that plain diffusers samples a
-student as it was trained."""
+"""Converts step lists to parameters of diffusers schedulers, of stock ones where possible, so that plain diffusers
+samples a student as it was trained."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ TOLERANCE = 1e-6
 
 
 def flow_match_sigmas(num_steps: int, config: dict[str, Any]) -> list[float]:
-    """The sigmas FlowMatchEulerDiscreteScheduler(**config) uses for num_steps, without the final 0."""
+    """The sigmas that FlowMatchEulerDiscreteScheduler(**config) uses for num_steps, without the final 0."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
@@ -24,7 +24,7 @@ def flow_match_sigmas(num_steps: int, config: dict[str, Any]) -> list[float]:
 
 def flow_match_scheduler(policy: RolloutPolicy) -> Any:
     """The scheduler with which a flow-matching pipeline samples the policy at num_inference_steps = K: the stock one,
-    or for cps and flow maps fastgen's own. Raises ValueError if neither can."""
+    or fastgen's own for cps and flow maps. Raises ValueError if neither can represent the policy."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from fastgen.pipelines.few_step import FlowMatchCPSScheduler
@@ -35,7 +35,8 @@ def flow_match_scheduler(policy: RolloutPolicy) -> Any:
         return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
     if policy.conditioning_time is not None:
         raise ValueError(
-            "conditioning_time with transition: cps cannot be stored; a single step is the same as ode, use that"
+            "conditioning_time with transition: cps cannot be stored in a scheduler; use transition: ode, which for a "
+            "single step is the same"
         )
     assert policy.eta is not None
     return FlowMatchCPSScheduler(list(policy.timesteps), policy.eta)
@@ -44,11 +45,12 @@ def flow_match_scheduler(policy: RolloutPolicy) -> Any:
 def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
     """Parameters of FlowMatchEulerDiscreteScheduler for which num_inference_steps = K gives exactly the policy's list.
 
-    The scheduler takes K values u_i from 1 down to sigma_min(shift), evenly, shifts them, sigma = shift u / (1 +
-    (shift - 1) u), and stretches 1 - sigma linearly so that the last one is shift_terminal. With the end points right,
-    `shift` is the one number left, and it is solved for; every list of the form sigma = a u' / (1 + (a - 1) u'), u' =
-    1, (K-1)/K, ..., 1/K, is held exactly. A told time becomes num_train_timesteps, as the network is given sigma *
-    num_train_timesteps. Raises ValueError if the list cannot be held to 1e-6."""
+    The scheduler takes K evenly spaced values u_i from 1 down to sigma_min(shift). It shifts them,
+    sigma = shift u / (1 + (shift - 1) u), and stretches 1 - sigma linearly so that the last sigma is shift_terminal.
+    This fixes the end points. Only `shift` is left, and it is solved for. Every list of the form
+    sigma = a u' / (1 + (a - 1) u'), u' = 1, (K-1)/K, ..., 1/K, is represented exactly. A conditioning time becomes
+    num_train_timesteps, because the network is given sigma * num_train_timesteps. Raises ValueError if the list cannot
+    be represented to within 1e-6."""
     if policy.transition in ("cps", "tcd"):
         raise ValueError(f"the stock scheduler has no transition: {policy.transition}; use renoise or ode")
     times = policy.timesteps
@@ -59,28 +61,28 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
             f"timesteps must start at 1.0 to be exported, got {times[0]}: the stock scheduler's first sigma is 1"
         )
     if len(times) == 1:
-        told = 1000 * (policy.conditioning_time or 1.0)
-        if abs(told - round(told)) > 1e-9 or told < 1:
+        total = 1000 * (policy.conditioning_time or 1.0)
+        if abs(total - round(total)) > 1e-9 or total < 1:
             raise ValueError(
                 f"conditioning_time must be a multiple of 0.001 to be exported, got {policy.conditioning_time}"
             )
-        return config | {"num_train_timesteps": round(told)}
+        return config | {"num_train_timesteps": round(total)}
     config["shift_terminal"] = times[-1]
     if len(times) > 2:
         config["shift"] = solve_shift(times)
-    held = flow_match_sigmas(len(times), config)
-    worst = max(abs(a - b) for a, b in zip(held, times, strict=True))
+    stored = flow_match_sigmas(len(times), config)
+    worst = max(abs(a - b) for a, b in zip(stored, times, strict=True))
     if worst > TOLERANCE:
-        near = [round(s, 6) for s in held]
+        near = [round(s, 6) for s in stored]
         raise ValueError(
-            f"timesteps {list(times)} cannot be stored in the stock scheduler (off by {worst:.2g}); a list it holds "
-            f"is {near}; use a shifted uniform list, s u / (1 + (s - 1) u)"
+            f"timesteps {list(times)} cannot be stored in the stock scheduler (off by {worst:.2g}); it can store "
+            f"{near}, and any shifted uniform list, s u / (1 + (s - 1) u)"
         )
     return config
 
 
 def solve_shift(times: tuple[float, ...]) -> float:
-    """The shift whose stretched list goes through times[1]; the end points hold for any shift."""
+    """The shift whose stretched list goes through times[1]. The end points are right for any shift."""
 
     def second(shift: float) -> float:
         smallest = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
@@ -99,26 +101,26 @@ def solve_shift(times: tuple[float, ...]) -> float:
 
 
 def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
-    """(S, k) for which DDIMScheduler (ode, S = K) or LCMScheduler (renoise) calls the network at the policy's levels;
-    TCDScheduler (tcd) takes LCMScheduler's steps.
+    """(S, k) for which DDIMScheduler (ode, S = K) or LCMScheduler (renoise) calls the network at the K levels of the
+    policy. TCDScheduler (tcd) takes the same steps as LCMScheduler.
 
     LCMScheduler keeps the steps k, 2k, ..., S k (one-based; S is its original_inference_steps) and calls the network
     at K of them, (S - floor(i S / K)) k for i = 0, ..., K - 1. DDIMScheduler with trailing spacing is the case S = K.
-    So every evenly spaced list is held, for renoise also one rounded to multiples of k, and every list of one step.
-    total: the steps of the diffusion. Raises ValueError for any other list, naming the nearest that is held and begins
-    at the same level."""
+    So any evenly spaced list can be stored, for renoise also one that is rounded to multiples of k, and any list of
+    one step. total: the number of steps of the diffusion. Raises ValueError for any other list. The message gives the
+    nearest list that can be stored and starts at the same level."""
     if policy.transition == "cps":
         raise ValueError(
             "transition: cps cannot be stored in a stock scheduler of this family; use renoise, ode or tcd"
         )
     if policy.conditioning_time is not None:
         raise ValueError(
-            f"conditioning_time {policy.conditioning_time} cannot be stored: the stock schedulers convert at the step "
-            "they tell the network, as DMD2's one-step SDXL (told step 399) does; for that, give timesteps: "
-            f"[{policy.conditioning_time}]"
+            f"conditioning_time {policy.conditioning_time} cannot be stored: a stock scheduler converts a prediction "
+            "at the same step that it gives the network, as DMD2's one-step SDXL does at step 399; give timesteps: "
+            f"[{policy.conditioning_time}] instead"
         )
     if policy.num_steps >= total:
-        raise ValueError(f"a scheduler of {total} steps cannot hold {policy.num_steps} timesteps")
+        raise ValueError(f"a scheduler of {total} steps cannot store {policy.num_steps} timesteps; give fewer")
 
     def rank(candidate: tuple[int, int]) -> tuple[float, float, bool]:
         steps = lcm_steps(*candidate, policy.num_steps)
@@ -130,26 +132,26 @@ def discrete_steps(policy: RolloutPolicy, total: int) -> tuple[int, int]:
         near = [round(step / total, 6) for step in lcm_steps(*best, policy.num_steps)]
         scheduler = {"renoise": "LCMScheduler", "tcd": "TCDScheduler"}.get(policy.transition, "DDIMScheduler")
         raise ValueError(
-            f"timesteps {list(policy.timesteps)} cannot be stored in {scheduler}, which holds evenly spaced multiples "
+            f"timesteps {list(policy.timesteps)} cannot be stored in {scheduler}, which takes evenly spaced multiples "
             f"of 1/{total}; the nearest list is {near}"
         )
     if policy.transition == "tcd":
         steps = [step - 1 for step in lcm_steps(*best, policy.num_steps)[1:]]
         if lowest := [step for step in steps if int((1 - (policy.eta or 0.0)) * step) < 1]:
             raise ValueError(
-                f"a step of transition: tcd to step {lowest[0]} of {total} would pass by step 0, which "
-                "TCDScheduler takes for clean; lower rollout.eta or raise the timestep"
+                f"with transition: tcd, the step to step {lowest[0]} of {total} would go through step 0, which "
+                "TCDScheduler treats as clean; lower rollout.eta or raise that timestep"
             )
     return best
 
 
 def lcm_steps(original: int, stride: int, count: int) -> list[int]:
-    """The one-based steps LCMScheduler takes."""
+    """The one-based steps that LCMScheduler takes."""
     return [(original - i * original // count) * stride for i in range(count)]
 
 
 def step_candidates(policy: RolloutPolicy, total: int) -> Iterator[tuple[int, int]]:
-    """All (S, k) with S k <= total. LCMScheduler's boundary scaling drops the prediction at step 0, so not that."""
+    """All (S, k) with S k <= total, without step 0, where LCMScheduler's boundary scaling drops the prediction."""
     count, ode = policy.num_steps, policy.transition == "ode"
     for original in range(count, (count if ode or count == 1 else total) + 1):
         for stride in range(1, total // original + 1):
@@ -161,12 +163,12 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
     """LCMScheduler (renoise), DDIMScheduler (ode) or TCDScheduler (tcd) that samples the policy with
     num_inference_steps = K. A pipeline with a TCDScheduler must also be given the policy's eta in its call.
 
-    config: of the pipeline's own scheduler, for its noise and prediction type. LCMScheduler mixes x_t into its
-    predictions by 1 / (1 + (2 timestep timestep_scaling)^2), at most 2.5e-9 with the timestep_scaling written here.
-    TCDScheduler ends at step 0 instead of at clean data: the betas written here make that step clean, and all others
-    what they were.
-    Where no list that begins at the last step fits, num_train_timesteps, by which the stock schedulers count, is the
-    list's first step; the noise is still that of all the steps."""
+    config: that of the pipeline's own scheduler, for its noise and prediction type. LCMScheduler mixes x_t into its
+    predictions with weight 1 / (1 + (2 timestep timestep_scaling)^2), at most 2.5e-9 with the timestep_scaling that is
+    set here. TCDScheduler ends at step 0 instead of at clean data. The betas set here make that step clean, and leave
+    all other steps as they were.
+    If no list that starts at the last step fits, num_train_timesteps, from which the stock schedulers count, is set to
+    the list's first step. The noise at each step stays the same."""
     from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     noise = stock_noise(config)
@@ -182,7 +184,7 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
         "num_train_timesteps": len(betas),
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "steps_offset": 1,  # without effect here; StableDiffusionPipeline insists on it
+        "steps_offset": 1,  # without effect here, but StableDiffusionPipeline requires it
     }
     if policy.transition == "ode":
         return DDIMScheduler(**options, timestep_spacing="trailing")
@@ -192,7 +194,7 @@ def few_step_scheduler(policy: RolloutPolicy, config: Mapping[str, Any]) -> Any:
 
 
 def stock_noise(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a scheduler's config another class must be told, as their defaults differ."""
+    """The part of a scheduler's config that another class must be given, because the defaults of classes differ."""
     keys = (
         "num_train_timesteps",
         "beta_start",
@@ -206,7 +208,7 @@ def stock_noise(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_plain_euler(scheduler: Any) -> bool:
-    """Whether this is an EulerDiscreteScheduler whose steps are DDIM's: unaltered sigmas of training steps, then 0."""
+    """Whether this is an EulerDiscreteScheduler with the steps of DDIM: the sigmas of training steps, then 0."""
     config = scheduler.config
     return (
         type(scheduler).__name__ == "EulerDiscreteScheduler"
@@ -220,17 +222,18 @@ def is_plain_euler(scheduler: Any) -> bool:
 def deterministic_policy(scheduler: Any, num_steps: int) -> TeacherPolicy:
     """How DDIMScheduler, or an EulerDiscreteScheduler with plain sigmas, samples with num_inference_steps = num_steps.
 
-    An Euler step in x / alpha is the DDIM step. It starts from sigma_max noise instead of sqrt(sigma_max^2 + 1) unless
-    the spacing is leading: then the first x_t is sigma(t) noise. Raises ValueError where the scheduler's steps do not
-    land where it next calls the network, or fall between training steps."""
+    An Euler step in x / alpha is the DDIM step. EulerDiscreteScheduler starts from noise of size sqrt(sigma_max^2 + 1)
+    if its spacing is leading. Otherwise it starts from noise of size sigma_max, so that the first x_t is sigma(t)
+    noise. Raises ValueError if the scheduler's steps do not end where it calls the network next, or if they fall
+    between training steps."""
     total = scheduler.config.num_train_timesteps
     scheduler.set_timesteps(num_steps)
     steps = scheduler.timesteps.tolist()
     name, spacing = type(scheduler).__name__, scheduler.config.timestep_spacing
     if any(step != int(step) or not 0 <= step < total for step in steps):
         raise ValueError(
-            f"{num_steps} steps with timestep_spacing {spacing} are not whole steps below {total}, first {steps[0]}; "
-            "choose another number"
+            f"{num_steps} steps with timestep_spacing {spacing} are not whole steps below {total}: the first is "
+            f"{steps[0]}; choose another number of steps"
         )
     if is_plain_euler(scheduler):
         sigma = float(scheduler.sigmas[0])
@@ -238,15 +241,15 @@ def deterministic_policy(scheduler: Any, num_steps: int) -> TeacherPolicy:
     else:
         if scheduler.config.clip_sample or scheduler.config.thresholding:
             raise ValueError(
-                f"{name} clips its clean predictions, which latents do not survive; set clip_sample and "
-                "thresholding to false in scheduler/scheduler_config.json"
+                f"{name} clips its clean predictions, which destroys latents; set clip_sample and thresholding to "
+                "false in scheduler/scheduler_config.json"
             )
         targets = [step - total // num_steps for step in steps]
         for target, after in zip(targets, steps[1:], strict=False):
             if target != after:
                 raise ValueError(
                     f"{name} with timestep_spacing {spacing} steps to {target} and then calls the network at {after}; "
-                    f"choose a number of steps that divides {total}, or the spacing leading or trailing"
+                    f"choose a number of steps that divides {total}, or timestep_spacing leading or trailing"
                 )
         ends_clean = targets[-1] < 0 and scheduler.config.set_alpha_to_one
         scale, final = 1.0, 0.0 if ends_clean else (max(targets[-1], 0) + 1) / total

@@ -1,21 +1,26 @@
-"""What a recipe needs, before anything is loaded: `fastgen plan recipe.yaml`.
+"""What a recipe needs, found before anything is loaded: `fastgen plan recipe.yaml`.
 
-The recipe's own objects are made without weights (`weightless`), and every turn of the objective runs once on them,
-loss and backward pass, while the bytes of live tensors are counted. So any objective is planned as it is written.
+The recipe's own objects are made without weights (`weightless`). Every turn of the objective runs once on them, with
+loss and backward pass, while the bytes of live tensors are counted. So any objective is planned exactly as it is
+written.
 
-    held      parameters and buffers of the roles and the average; AdamW's two moments of what is trained; text
-              encoders and VAE, which load when first needed and stay (encoders not with prepared prompts)
-    turn      activations, the bfloat16 weights that autocast keeps for the backward pass among them, and gradients as
-              that leaves them; with train.accumulate > 1 all from the start, as in every micro-batch after the first
-    step      all gradients of a turn's roles and, on a GPU, one role's second moments again (AdamW's `foreach`)
-    samples   the guided teacher, or the decoding, of the pictures that are sampled at once
+    held      parameters and buffers of the roles and of the moving average; AdamW's two moments of all trained
+              parameters; text encoders and VAE, which load when first needed and then stay (with prepared prompts, the
+              encoders are not loaded)
+    turn      activations, including the bfloat16 weights that autocast keeps for the backward pass, and the gradients
+              that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
+              as in every micro-batch after the first
+    step      all gradients of a turn's roles, and AdamW's temporary memory: on a GPU as much as the second moments of
+              one role (`foreach`), on a CPU as much as the largest parameter
+    samples   the guided teacher on the pictures that are sampled at once, or decoding them
 
-`fsdp` divides roles, average, moments and gradients over the GPUs; not activations, encoders and VAE. Beside its share
-a GPU then holds the layers outside the blocks, two gathered blocks and one block's gradients (derived, not measured).
+`fsdp` shards roles, average, moments and gradients over the GPUs, but not activations, encoders and VAE. In addition
+to its shards, a GPU then holds the layers outside the blocks, two gathered blocks and the gradients of one block
+(derived, not measured).
 
-Not counted: what kernels use inside, fragmentation and the CUDA context (together about a gigabyte), rewards' and
-metrics' networks, what encoding prompts needs, and prompt embeddings kept for later (at most a gigabyte). Prompts are
-taken at their longest where the encoders are large.
+Not counted are the memory that kernels use internally, fragmentation and the CUDA context (together about a gigabyte),
+the networks of rewards and metrics, what encoding prompts needs, and prompt embeddings kept for later (at most a
+gigabyte). Where the encoders are large, prompts are taken to be of the greatest length.
 """
 
 import dataclasses
@@ -42,13 +47,13 @@ from fastgen.rewards import Score, Scorer
 from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
-DRAWS = 32  # updates whose network evaluations are counted
-SMALL_ENCODERS = 64 << 20  # bytes; the text encoders of a local folder up to this size are run, for the true length
+DRAWS = 32  # network evaluations are counted over this many updates
+SMALL_ENCODERS = 64 << 20  # bytes; text encoders of a local folder up to this size are run, to get the true length
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """One network. Bytes are whole, not divided; parameters: its own, an adapter's without the base."""
+    """One network. Bytes are before sharding. parameters: the network's own; for an adapter, without the base."""
 
     name: str
     kind: str  # trained, adapter, frozen, average
@@ -75,7 +80,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class TurnPlan:
-    """One turn: its live bytes as they were counted, and network evaluations a sample by role."""
+    """One turn: its live bytes as counted, and its network evaluations per sample, by role."""
 
     turn: Turn
     live: LiveBytes
@@ -84,11 +89,11 @@ class TurnPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All numbers of a recipe in bytes, for one number of GPUs."""
+    """All numbers of a recipe in bytes, for a given number of GPUs."""
 
     recipe: Recipe
     gpus: int
-    gpu: bool  # whether AdamW is the GPU's
+    gpu: bool  # whether AdamW is planned as on a GPU
     roles: tuple[Role, ...]
     components: tuple[Component, ...]
     turns: tuple[TurnPlan, ...]
@@ -101,7 +106,7 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """Bytes on one GPU all the time."""
+        """Bytes that one GPU holds all the time."""
         ways = self.gpus if self.divided else 1
         networks = sum(-(-(r.held + r.moments) // ways) for r in self.roles)
         return networks + sum(c.held for c in self.components)
@@ -112,14 +117,14 @@ class Plan:
 
     @property
     def moments(self) -> dict[str, int]:
-        """Bytes on one GPU at the largest moment of each kind."""
+        """The most bytes on one GPU during each part of a run: turns, optimizer steps and sampling."""
         ways = self.gpus if self.divided else 1
         result = {}
         for part in self.turns:
             trained = [r for r in self.roles if r.name in part.turn.roles]
-            again = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
+            temporary = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
             result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways)
-            step = sum(r.gradients for r in trained) + again
+            step = sum(r.gradients for r in trained) + temporary
             result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
         result["samples, decoding"] = self.held + self.decode_bytes
@@ -127,15 +132,16 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes on one GPU."""
+        """The most bytes on one GPU at any moment."""
         return max(self.moments.values())
 
 
 def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bool = True) -> Plan:
-    """Plans a recipe. gpus: how many share the run. gpu: False plans AdamW and autocast as a CPU runs them; by default
-    what train.device says, `auto` being a GPU. activations: False leaves them out, which gives a lower bound at once.
+    """Plans a recipe. gpus: how many GPUs share the run. gpu: False plans AdamW and autocast as they run on a CPU; by
+    default train.device decides, where `auto` counts as a GPU. activations: False leaves activations out, which gives
+    a lower bound quickly.
 
-    Raises RecipeError if the sizes cannot be known without the network."""
+    Raises RecipeError if the sizes cannot be known offline."""
     gpu = recipe.train.device != "cpu" if gpu is None else gpu
     try:
         config = recipe.backbone.unloaded()
@@ -169,14 +175,15 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
 
 
 def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
-    """Those of the first update, and others that the last one has: a run may begin with a phase of its own."""
+    """The turns of the first update, and any other turns of the last one, because a run may have phases."""
     objective = recipe.objective
     turns = [t for step in (0, recipe.train.steps - 1) for t in objective.turns(step, objective.init_state())]
     return tuple({turn.name: turn for turn in reversed(turns)}.values())[::-1]
 
 
 def keep_float32(module: nn.Module) -> None:
-    """Wan's time embedder, norms and positions, as from_pretrained leaves them. Divided networks have one dtype."""
+    """Converts to float32 what from_pretrained keeps in float32: Wan's time embedder, norms and positions. Not for
+    sharded networks, which have one dtype."""
     for network in module.modules():
         kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
         for name, tensor in (*network.named_parameters(), *network.named_buffers()) if kept else ():
@@ -193,8 +200,8 @@ def size(held: Sequence[Tensor]) -> int:
 
 
 def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
-    """The numbers of one role. The base that adapters share counts as the teacher's, or as a role of its own."""
-    view = isinstance(module, LoraDenoiser)  # of the shared base: an adapter, or the base itself
+    """The numbers of one role. The base that adapters share counts under a role that uses it without an adapter."""
+    view = isinstance(module, LoraDenoiser)  # a view of the shared base, with or without an adapter
     adapter = isinstance(module, LoraDenoiser) and module.is_adapter
     network = backbone.shared.denoiser if view and backbone.shared else module
     if view and not adapter:
@@ -224,7 +231,7 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) ->
 
 
 def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
-    """What the pipeline has beside its denoisers. The VAE becomes the backbone's, without weights."""
+    """The pipeline's text encoders and VAE. Also gives the backbone its VAE, without weights."""
     if not isinstance(backbone, PipelineBackbone):
         return ()
     found = []
@@ -253,8 +260,8 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
 
 
 def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
-    """Conditioning of any number of prompts: weightless and of the greatest length or, where the encoders are at hand
-    and small, as long as the recipe's own."""
+    """A function that gives the conditioning of any number of prompts. For a pipeline it is weightless, and of the
+    greatest length, or of the length of the recipe's own prompts if the encoders are local and small."""
     encoders = sum(c.held for c in components if c.is_encoder)
     if not isinstance(backbone, PipelineBackbone):
         one = backbone.encode_prompts([""])
@@ -269,7 +276,7 @@ def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Compone
 
 @dataclasses.dataclass(frozen=True)
 class WeightlessBatch(Batch):
-    """A batch whose noise has no values; ids, levels and choices are real, as they decide the graph."""
+    """A batch whose noise has no values. Ids, levels and choices are real, because they decide the graph."""
 
     def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
         count = len(self._rows(by_group) if rows is None else rows)
@@ -278,15 +285,16 @@ class WeightlessBatch(Batch):
 
 @dataclasses.dataclass(frozen=True)
 class CountingBatch(WeightlessBatch):
-    """For counting network evaluations alone: its noise is not even drawn."""
+    """A batch that only serves to count network evaluations: its noise is not even drawn."""
 
     def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
         return empty(len(self._rows(by_group) if rows is None else rows), *self.latent_shape, dtype=self.dtype)
 
 
 class StandInScorer(Scorer):
-    """Decodes what the rewards read, and makes scores up: the rewards' own networks are not counted. With gradient the
-    score is a mean over what was decoded; without, it is real, as advantages decide what enters a loss."""
+    """Decodes what the rewards read but makes up the scores, because the rewards' own networks are not counted. With
+    gradient, the score is a mean over what was decoded. Without gradient, it has real values, because advantages
+    decide what enters a loss."""
 
     def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
         used, made_up = self.composite.used(grad), torch.linspace(0, 1, len(x0))
@@ -332,7 +340,7 @@ def make_batch(
 
 
 def norms_in_float32(network: nn.Module) -> None:
-    """As under a GPU's autocast; a CPU's leaves norms in bfloat16."""
+    """Makes norms compute in float32, as autocast does on a GPU. On a CPU, autocast leaves them in bfloat16."""
     for module in network.modules():
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
@@ -341,7 +349,7 @@ def norms_in_float32(network: nn.Module) -> None:
 def plan_turn(
     turn: Turn, recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning]
 ) -> TurnPlan:
-    """Counts network evaluations over a few draws, and the live bytes of the draw that has most of them."""
+    """Counts network evaluations over a few draws, then the live bytes for the draw with the most evaluations."""
     state = recipe.objective.init_state()
     counted = {key: evaluations(turn, recipe, backbone, networks, prompt, state, key) for key in range(DRAWS)}
     rows = {role: sum(c[role] for c in counted.values()) / DRAWS for role in networks}
@@ -370,7 +378,7 @@ def losses(recipe: Recipe, turn: Turn, networks: Networks, batch: Batch, state: 
 
 
 class Counted(Denoiser):
-    """Stands in for a denoiser: counts the rows it is called with and gives its input back."""
+    """Stands in for a denoiser: counts the rows that it is called with and returns its input."""
 
     def __init__(self, denoiser: Denoiser):
         nn.Module.__init__(self)
@@ -413,7 +421,7 @@ def evaluations(
     state: State,
     key: int,
 ) -> dict[str, int]:
-    """Rows that each network of a turn is called with in one micro-batch."""
+    """The number of rows that each network is called with in one micro-batch of a turn."""
     stand_ins = {role: Counted(m) if isinstance(m, Denoiser) else m for role, m in networks.items()}
     batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key), CountingBatch)
     with torch.no_grad():
@@ -426,7 +434,7 @@ def evaluations(
 def plan_samples(
     recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning]
 ) -> tuple[int, int]:
-    """Activations of the guided teacher on the pictures of `samples/`, and of decoding them."""
+    """Bytes of the activations of the guided teacher on the pictures of `samples/`, and of decoding them."""
     if not isinstance(backbone, PipelineBackbone):
         return 0, 0
     count, teacher = recipe.train.num_samples, networks.teacher

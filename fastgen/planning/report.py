@@ -1,4 +1,4 @@
-"""What `fastgen plan` prints: what a recipe needs, and which of its lines would make it fit."""
+"""What `fastgen plan` prints: what a recipe needs, and which changes of its lines would make it fit."""
 
 import dataclasses
 import itertools
@@ -16,8 +16,8 @@ LORA = "{rank: 64}"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe that take less memory. prepared: prompts are encoded once, by fastgen prepare. divided:
-    networks are divided over the GPUs. Both leave the turns as they are."""
+    """Overrides of a recipe that save memory. prepared: prompts are encoded beforehand by fastgen prepare. divided:
+    networks are sharded over the GPUs. Neither of these two changes the turns."""
 
     lines: tuple[str, ...]
     prepared: bool = False
@@ -25,35 +25,36 @@ class Change:
 
 
 def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
-    """What may still be changed, cheapest first."""
-    train, found = recipe.train, list[Change]()
+    """The changes that this recipe has not made yet, cheapest first. encoders: bytes held by text encoders."""
+    train, options = recipe.train, list[Change]()
     if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
-        found.append(Change(("train.gradient_checkpointing=true",)))
+        options.append(Change(("train.gradient_checkpointing=true",)))
     half = [
         f"train.{key}={value}"
         for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
         if getattr(train, key) != value
     ]
     if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
-        found.append(Change(tuple(half)))
+        options.append(Change(tuple(half)))
     if encoders:
-        found.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
+        options.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
-        found.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
+        options.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
     roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.full_roles)]
     if roles:
-        found.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
+        options.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
     if gpus > 1 and train.strategy != "fsdp":
-        found.append(Change(("train.strategy=fsdp",), divided=True))
-    return found
+        options.append(Change(("train.strategy=fsdp",), divided=True))
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """tried: what each change alone would leave on a GPU; a lower bound where that is already too much. lines: the
-    fewest that fit together, None if none do; peak: theirs, or with all changes; gpus: how many would hold it all
-    divided, None if no number does."""
+    """tried: for each change alone, its lines, the peak per GPU, and whether that peak is exact; otherwise it is a
+    lower bound, which is already too much. lines: the fewest recipe lines that make the recipe fit, None if no
+    combination does. peak: with these lines, or with all changes if nothing fits. gpus: how many GPUs would hold
+    everything sharded, None if no number does."""
 
     tried: tuple[tuple[tuple[str, ...], int, bool], ...]
     lines: tuple[str, ...] | None
@@ -62,14 +63,14 @@ class Advice:
 
 
 class Variants:
-    """Plans of a recipe under combinations of changes; networks are run once for each that changes the turns."""
+    """Plans of a recipe under combinations of changes. The networks run once for each that changes the turns."""
 
     def __init__(self, base: Plan):
         self.base = base
         self._known: dict[tuple[tuple[str, ...], bool], Plan] = {((), True): base}
 
     def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
-        """whole: False leaves out activations."""
+        """The plan with the chosen changes. whole: False leaves out activations."""
         lines = tuple(line for c in chosen if not (c.prepared or c.divided) for line in c.lines)
         key = (lines, whole or (lines, True) in self._known)
         if key not in self._known:
@@ -91,7 +92,7 @@ class Variants:
 
 
 def advise(base: Plan, memory: float) -> Advice:
-    """The fewest recipe lines with which the peak is at most `memory` bytes a GPU."""
+    """The fewest recipe lines with which the peak is at most `memory` bytes per GPU."""
     variants = Variants(base)
     options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.is_encoder))
     tried = []
@@ -116,8 +117,10 @@ def gigabytes(count: float) -> str:
 
 
 def report(found: Plan, memory: float | None, console: Console) -> None:
-    """Prints the plan and, for `memory` bytes a GPU, what would make it fit."""
-    table = Table("role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, GB, undivided")
+    """Prints the plan and, if `memory` is given (bytes per GPU), what would make it fit."""
+    table = Table(
+        "role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, in GB, before sharding"
+    )
     for r in found.roles:
         sizes = (gigabytes(n) if n else "" for n in (r.held, r.gradients, r.moments))
         table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
@@ -126,7 +129,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
     console.print(table)
 
     per_update: dict[str, float] = {}
-    table = Table("turn", "inner updates", "activations, GB", "network evaluations a sample", title="Turns")
+    table = Table("turn", "inner updates", "activations, GB", "network evaluations per sample", title="Turns")
     for part in found.turns:
         for role, n in part.evaluations.items():
             per_update[role] = per_update.get(role, 0) + n * part.turn.updates
@@ -138,12 +141,12 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
     samples = train.batch_size * train.accumulate
     calls = ", ".join(f"{role} {n:.3g}" for role, n in per_update.items())
     console.print(
-        f"Network evaluations per student update: {sum(per_update.values()):.3g} a sample ({calls}), for "
+        f"Network evaluations per student update: {sum(per_update.values()):.3g} per sample ({calls}), for "
         f"{samples} samples on each GPU.",
         highlight=False,
     )
 
-    table = Table("moment", "GB a GPU", title=f"{found.gpus} GPU{'s' * (found.gpus > 1)}, {strategy(found)}")
+    table = Table("moment", "GB per GPU", title=f"{found.gpus} GPU{'s' * (found.gpus > 1)}, {strategy(found)}")
     table.add_row("held all the time", gigabytes(found.held))
     for name, n in found.moments.items():
         table.add_row(name, gigabytes(n))
@@ -154,7 +157,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
 
 
 def strategy(found: Plan) -> str:
-    return "networks divided (fsdp)" if found.divided else "every network on each"
+    return "networks sharded (fsdp)" if found.divided else "every network on each GPU"
 
 
 def report_advice(found: Plan, memory: float, console: Console) -> None:
@@ -163,7 +166,7 @@ def report_advice(found: Plan, memory: float, console: Console) -> None:
         return
     advice = advise(found, memory)
     console.print(f"It does not fit: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
-    table = Table("change", "GB a GPU", title="One change at a time")
+    table = Table("change", "GB per GPU", title="One change at a time")
     for lines, peak, exact in advice.tried:
         table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")
     console.print(table)
@@ -173,13 +176,13 @@ def report_advice(found: Plan, memory: float, console: Console) -> None:
             console.print(f"  {line}", markup=False, highlight=False)
     elif advice.gpus is not None:
         console.print(
-            f"All of them together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
+            f"All changes together take {gigabytes(advice.peak)} GB; with train.strategy=fsdp, "
             f"{advice.gpus} GPUs would hold it.",
             highlight=False,
         )
     else:
         console.print(
-            f"All of them together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
-            "what is not divided is too large. Make samples smaller.",
+            f"All changes together take {gigabytes(advice.peak)} GB, and no number of GPUs would hold it: "
+            "what cannot be sharded is too large. Make the samples smaller.",
             highlight=False,
         )

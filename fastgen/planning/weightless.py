@@ -1,8 +1,8 @@
-"""Tensors without memory, and a count of the bytes that live tensors hold: how a run's peak is known before it runs.
+"""Tensors without memory, and a count of the bytes that live tensors hold. Both serve to know a run's peak beforehand.
 
-A `Weightless` tensor has the shape, dtype and memory size of one on the CPU and no values. Unlike a meta tensor it
-says that it is on the CPU, so that autocast applies, and it goes together with small real ones (sample ids, noise
-levels, stop indices), whose values may decide the graph.
+A `Weightless` tensor has the shape, dtype and memory size of a CPU tensor, but no values. Unlike a meta tensor it
+reports the CPU as its device, so autocast applies to it. It can also be combined with small real tensors (sample ids,
+noise levels, stop indices), whose values may decide the graph.
 """
 
 import weakref
@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-SMALL = 4096  # elements up to which a constant tensor is made with its values
+SMALL = 4096  # a constant tensor of at most this many elements is made with its values
 aten = torch.ops.aten
 CONSTANTS_LIKE = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
 CONSTANTS_NEW = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default}
 
 
 class Memory:
-    """What stands for a storage: views share it."""
+    """Stands for a storage; the views of a tensor share it."""
 
     __slots__ = ("__weakref__", "nbytes")
 
@@ -31,7 +31,7 @@ class Memory:
 
 
 class Layout:
-    """Everything about a tensor but its values."""
+    """Everything about a tensor except its values."""
 
     def __init__(self, tensor: Tensor):
         self.shape, self.strides, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -42,8 +42,8 @@ class Layout:
 
 
 class Weightless(Tensor):
-    """A tensor of known size without values. What an operation returns is found once on meta tensors and remembered by
-    the layouts of its arguments, as networks repeat their blocks."""
+    """A tensor of known size without values. What an operation returns is found by running it on meta tensors. That is
+    remembered by the layouts of its arguments, because networks repeat their blocks."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     memory: Memory
@@ -82,7 +82,7 @@ _kinds: dict[Any, str] = {}
 
 
 def kind_of(func: Any) -> str:
-    """What an operation returns: its first argument ("in place"), a view of it, or something new."""
+    """What an operation returns: its first argument ("in place"), a view of it ("view"), or a new tensor ("new")."""
     if func not in _kinds:
         aliased = any(r.alias_info is not None for r in func._schema.returns)
         _kinds[func] = "in place" if func._schema.name.endswith("_") else "view" if aliased else "new"
@@ -90,7 +90,7 @@ def kind_of(func: Any) -> str:
 
 
 def signature(value: Any) -> Any:
-    """What the layouts of an operation's results depend on, as a key."""
+    """A hashable key of everything in an argument that the layouts of an operation's results depend on."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.storage_offset(), value.dtype)
     if isinstance(value, list | tuple):
@@ -99,12 +99,12 @@ def signature(value: Any) -> Any:
 
 
 def bare(value: Any) -> Any:
-    """The meta tensor of a tensor's layout."""
+    """A tensor as a meta tensor of the same layout, and a device as the meta device; other values as they are."""
     if isinstance(value, Weightless):
         memory = torch.empty(value.memory.nbytes // value.element_size(), dtype=value.dtype, device=META)
         return memory.as_strided(value.shape, value.stride(), value.storage_offset())
     if isinstance(value, Tensor):
-        return value.to(META) if value.dim() else value  # a scalar promotes types by its own rules
+        return value.to(META) if value.dim() else value  # a scalar has type promotion rules of its own
     return META if isinstance(value, torch.device) else value
 
 
@@ -113,7 +113,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Weightless:
 
 
 def weightless(module: nn.Module) -> nn.Module:
-    """Replaces parameters and buffers, in place, by weightless ones; shared ones stay shared."""
+    """Replaces a module's parameters and buffers in place by weightless ones. Shared tensors stay shared."""
     seen: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for held in (part._parameters, part._buffers):
@@ -141,11 +141,11 @@ def nbytes(memory: Any) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made since it was entered and that are still alive; of real tensors
-    and of weightless ones. What kernels use inside and give back is not seen.
+    """Counts the bytes of storages that operations have made since it was entered and that are still alive, for real
+    and for weightless tensors. Memory that kernels use internally and release is not seen.
 
-    gradients: those of storages declared by `own_gradients`. history: (other bytes, gradients) whenever either has a
-    new maximum beside the last one kept; their largest sum is the peak."""
+    gradients: bytes of the gradients declared by `own_gradients`. live: all other bytes. history: the moments
+    (live, gradients) that `mark` keeps; the largest sum of the two is the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,14 +181,15 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
     def mark(self) -> None:
-        """Keeps this moment if no later one can be told to be at least as large in both numbers."""
+        """Keeps this moment unless the last kept one is at least as large in both numbers. First drops the last kept
+        ones that this moment equals or exceeds in both."""
         while self.history and self.history[-1][0] <= self.live and self.history[-1][1] <= self.gradients:
             self.history.pop()
         if not self.history or self.live > self.history[-1][0] or self.gradients > self.history[-1][1]:
             self.history.append((self.live, self.gradients))
 
     def own_gradient(self, parameter: Tensor) -> None:
-        """Counts a parameter's gradient as such."""
+        """Counts a parameter's gradient under `gradients` instead of `live`."""
         assert parameter.grad is not None
         memory = memory_of(parameter.grad)
         key = identity(memory)
@@ -198,7 +199,7 @@ class LiveBytes(TorchDispatchMode):
             self.gradients += nbytes(memory)
 
     def own_gradients(self, parameters: Iterable[Tensor]) -> list[Callable[[], None]]:
-        """Does that as gradients are accumulated. Returns the hooks' removers."""
+        """Does so for each parameter when its gradient is accumulated. Returns functions that remove the hooks."""
         return [
             p.register_post_accumulate_grad_hook(self.own_gradient).remove  # type: ignore[attr-defined]
             for p in parameters
@@ -206,5 +207,5 @@ class LiveBytes(TorchDispatchMode):
         ]
 
     def peak(self, divided_by: int = 1) -> int:
-        """The most bytes alive at once, with gradients divided over this many processes."""
+        """The most bytes alive at once, with gradients sharded over this many processes."""
         return max(live + -(-gradients // divided_by) for live, gradients in self.history)

@@ -1,4 +1,4 @@
-"""Rewards by name, as `rewards.parts` of a recipe chooses them; a class is imported only when it is chosen."""
+"""Rewards by name, as `rewards.parts` in a recipe lists them. A class is imported only when it is chosen."""
 
 import importlib
 from collections.abc import Mapping
@@ -26,22 +26,22 @@ REWARDS: dict[str, str] = {
     "function": "fastgen.rewards.function:FunctionReward",
 }
 
-# Those that read networks of their own, which must be told where these lie.
+# Rewards with networks of their own. The recipe must give the paths of their files.
 SCORERS = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic", "hpsv3", "video_reward", "motion")
 
 
 def make_reward(name: str, keys: Mapping[str, Any]) -> Reward:
-    """A registered reward with these keys; `Reward.ready` looks at its files. Raises ValueError, a line an error, each
-    with its key."""
+    """The registered reward `name` with these keys. Its files are not checked here, see `Reward.ready`. Raises
+    ValueError with one line per error, each of which names the key."""
     module, _, attribute = REWARDS[name].partition(":")
     try:
         return TypeAdapter(vars(importlib.import_module(module))[attribute]).validate_python(dict(keys))
     except ValidationError as error:
-        needed = "needed and not given; docs/rewards.md says what it is"
+        required = "required but not given; docs/rewards.md explains it"
         raise ValueError(
             "\n".join(
                 f"{name}.{'.'.join(map(str, e['loc']))}: "
-                f"{needed if e['type'] == 'missing' else e['msg'].removeprefix('Value error, ')}"
+                f"{required if e['type'] == 'missing' else e['msg'].removeprefix('Value error, ')}"
                 for e in error.errors()
             )
         ) from None

@@ -1,4 +1,4 @@
-"""How much would people like to look at it? LAION's predictor of ratings, which reads no prompt."""
+"""How much do people like to look at a picture? LAION's predictor of ratings, which reads no prompt."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,14 +18,15 @@ FILES = ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearM
 
 @dataclass(frozen=True, config=CONFIG)
 class Aesthetic(Reward):
-    """r(x) = head(CLIP image / its length): a mean rating, 1 to 10, mostly 4 to 7.
+    """r(x) = head(e / |e|), with e the CLIP features of the picture: a mean rating, 1 to 10, mostly 4 to 7.
 
-    The head is linear all the way, width -> 1024 -> 128 -> 64 -> 16 -> 1, its dropout for training only (LAION's
-    predictor v2). Input: OpenAI's own, shorter side to 224, bicubic, centre crop. Gradient: to the pixels of the crop.
+    The head is a stack of linear layers without nonlinearities, width -> 1024 -> 128 -> 64 -> 16 -> 1; its dropout is
+    for training only (LAION's predictor v2). Input: as in OpenAI's CLIP; the shorter side is resized to 224, bicubic,
+    and the centre is cropped. Gradient: to the pixels of the crop.
 
-    path: the folder with sac+logos+ava1-l14-linearMSE.pth (its source is a GitHub repository, not the hub; a
-    .safetensors of the same name does too), or a hub id that holds the file. clip: ViT-L/14, a folder or the hub id
-    openai/clip-vit-large-patch14."""
+    path: the folder with sac+logos+ava1-l14-linearMSE.pth, or a hub id that has this file. The authors publish it in a
+    GitHub repository, not on the hub. A .safetensors of the same name works too. clip: ViT-L/14, as a folder or the
+    hub id openai/clip-vit-large-patch14."""
 
     path: str
     clip: str
@@ -51,7 +52,7 @@ class Aesthetic(Reward):
 
 
 def linear_stack(width: int) -> nn.Sequential:
-    """The head of aesthetic and image_reward, with the numbers its published layers have among their dropouts."""
+    """The head of aesthetic and image_reward. Its layers have the published indices; dropouts became identities."""
     sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     return nn.Sequential(*(nn.Linear(*sizes[i]) if i in sizes else nn.Identity() for i in range(8)))
 

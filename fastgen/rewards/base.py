@@ -1,4 +1,4 @@
-"""What a reward is: samples and their prompts to one number each, higher is better."""
+"""The interface of a reward, which gives each sample with its prompt one number. Higher is better."""
 
 import dataclasses
 import re
@@ -21,8 +21,8 @@ CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """value: [B] float32, higher is better. valid: [B] bool. An invalid sample leaves the loss and its denominators;
-    the 0 that stands in its place is not a score. parts: [B] each, detached, to be logged."""
+    """value: [B] float32, higher is better. valid: [B] bool. An invalid sample enters neither the loss nor its
+    denominators; its value 0 is a placeholder, not a score. parts: [B] each, detached, for logging."""
 
     value: Tensor
     valid: Tensor
@@ -30,11 +30,12 @@ class Score:
 
     @property
     def own(self) -> dict[str, Tensor]:
-        """The numbers it is made of: its parts, or itself where it has none."""
+        """The individual scores: the parts, or the value itself if there are no parts."""
         return self.parts or {"reward": self.value.detach()}
 
     def terms(self) -> dict[str, Tensor]:
-        """For Loss.terms: means over valid samples, `reward` and `reward_<part>`, and their share, `reward_valid`."""
+        """For Loss.terms: the means over valid samples, `reward` and `reward_<part>`, and the share of valid samples,
+        `reward_valid`."""
         count = self.valid.sum().clamp_min(1)
         named = {"reward": self.value.detach()} | {f"reward_{name}": part for name, part in self.parts.items()}
         means = {name: torch.where(self.valid, value, 0).sum() / count for name, value in named.items()}
@@ -43,12 +44,12 @@ class Score:
 
 @dataclass(frozen=True, config=CONFIG)
 class Reward(ABC):
-    """A part of the recipe's `rewards:` section. Subclasses are frozen pydantic dataclasses and write `score`.
+    """One part of the recipe's `rewards:` section. Subclasses are frozen pydantic dataclasses that implement `score`.
 
     input: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], latents [B, *latent_shape], or points [B, D].
     differentiable: whether gradient flows from the score to the input.
-    weight: of this part in the composite; negative where less is better.
-    mean, std: of the score over the teacher's samples, for `calibration: zscore`."""
+    weight: the weight of this part in the composite; negative if a lower score is better.
+    mean, std: those of the score over the teacher's samples, for `calibration: zscore`."""
 
     input: ClassVar[Input]
     differentiable: ClassVar[bool]
@@ -60,23 +61,26 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor | Score:
-        """x: what `input` says, float32; prompts: one a sample. Returns [B], not finite where a sample has no score,
-        or a Score, to mark them itself. Preprocessing belongs here, in torch where the reward is differentiable."""
+        """x: float32, as `input` says. prompts: one per sample. Returns [B], not finite where a sample has no score,
+        or a Score that marks invalid samples itself. Preprocessing belongs here. It must be in torch if the reward is
+        differentiable."""
 
     def __call__(self, x: Tensor, prompts: Sequence[str]) -> Score:
-        """The score in float32, also under autocast. Samples without one get neither value nor gradient.
+        """The score in float32, also under autocast. Samples without a score get neither value nor gradient.
 
-        Raises ValueError if `score` does not return one number a sample."""
-        own = x.float().view_as(x)  # a node of its own, whose gradient is this reward's alone
+        Raises ValueError if `score` does not return one number per sample."""
+        node = x.float().view_as(x)  # separate in the graph, gets the gradient of this reward only
         with torch.autocast(x.device.type, enabled=False):
-            result = self.score(own, prompts)
+            result = self.score(node, prompts)
         result = result if isinstance(result, Score) else Score(result, torch.ones_like(result, dtype=torch.bool))
         value = result.value.to(x.device, torch.float32)
         if value.shape != (len(x),):
-            raise ValueError(f"reward {self.label} must give {len(x)} numbers, one a sample, got {list(value.shape)}")
+            raise ValueError(
+                f"reward {self.label} must give {len(x)} numbers, one per sample, got {list(value.shape)}"
+            )
         valid = result.valid.to(x.device) & value.isfinite()
-        if own.requires_grad:  # what is not finite has a NaN as gradient even where its value is not used
-            own.register_hook(lambda grad: torch.where(expand(valid, grad), grad, 0))
+        if node.requires_grad:  # a score that is not finite has NaN gradients even if its value is not used
+            node.register_hook(lambda grad: torch.where(expand(valid, grad), grad, 0))
         parts = {name: part.detach().to(x.device, torch.float32) for name, part in result.parts.items()}
         return Score(torch.where(valid, value, 0), valid, parts)
 
@@ -86,35 +90,35 @@ class Reward(ABC):
         self.ready()
         if self.input not in ("latents", config.output):
             raise ValueError(
-                f"{self.label} reads {self.input}, and backbone {config.name} gives {config.output}; "
+                f"{self.label} reads {self.input}, but backbone {config.name} gives {config.output}; "
                 f"choose a reward that reads {config.output} or latents"
             )
 
     def ready(self) -> None:  # noqa: B027 - most rewards have no files
-        """Raises ValueError if a local file, or a package, that the reward needs is missing. Loads no weights and does
-        not use the network."""
+        """Raises ValueError if a local file or a package that the reward needs is missing. Loads no weights and makes
+        no network requests."""
 
     def weight_files(self) -> list[Path]:
-        """The files its networks are read from; of a hub id, after a download."""
+        """The files that the reward's networks are read from. Files of a hub id are downloaded first."""
         return []
 
     @property
     def input_size(self) -> str:
-        """What its network sees of a picture, in words."""
+        """How a picture is resized for the reward's network, in words."""
         return "the picture as it is"
 
     def facts(self) -> dict[str, Any]:
-        """What repeating its numbers takes: its keys, its input, the sha256 of its weights."""
+        """What is needed to repeat the reward's numbers: its keys, its input, and the sha256 of its weights."""
         from fastgen.rewards.weights import sha256
 
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        keys = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
-        for name in ("weight", "mean", "std"):  # of a composite, not of the score
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        keys = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        for name in ("weight", "mean", "std"):  # these belong to the composite, not to the score
             keys.pop(name)
         hashes = {file.name: sha256(file) for file in self.weight_files()}
         return keys | {"input": self.input, "input_size": self.input_size, "weights": hashes}
 
     @property
     def label(self) -> str:
-        """Its name in logs: the class's, in lower case with underscores."""
+        """The reward's name in logs: the class name, in lower case with underscores."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()

@@ -1,4 +1,4 @@
-"""CLIP as transformers holds it, shared by the scorers that read it: one copy of a checkpoint, one table of texts."""
+"""CLIP in transformers' format. Scorers that use the same checkpoint share one copy of it and of its text features."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,11 +13,11 @@ from fastgen.rewards import images, weights
 CLIP_FILES = (("config.json",), ("*.safetensors",))
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PATTERNS = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
-MAX_TEXTS = 4096  # text features that are kept
+MAX_TEXTS = 4096  # number of text features that are kept
 
 
 class Texts:
-    """Features of prompts, [B, D], each encoded once; kept on the CPU, the oldest dropped beyond MAX_TEXTS."""
+    """Features of prompts, [B, D]. Each is encoded once and kept on the CPU; beyond MAX_TEXTS the oldest go."""
 
     def __init__(self) -> None:
         self.known: dict[str, Tensor] = {}
@@ -25,7 +25,7 @@ class Texts:
     def __call__(
         self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor], device: torch.device
     ) -> Tensor:
-        """encode: prompts to [N, D]; called under no_grad, for those that are new."""
+        """encode: maps prompts to [N, D]. It is called under no_grad, and only for new prompts."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         found = {prompt: self.known[prompt] for prompt in prompts if prompt in self.known}
         if new:
@@ -38,7 +38,7 @@ class Texts:
 
 
 class Clip:
-    """A frozen CLIP of any size. Features are float32 and of length 1."""
+    """A frozen CLIP of any size. Features are float32 and have length 1."""
 
     def __init__(self, path: str, tokenizer: str, device: torch.device):
         from transformers import AutoTokenizer, CLIPModel
@@ -51,13 +51,14 @@ class Clip:
         self.texts = Texts()
 
     def image(self, pixels: Tensor, round_half: bool = False) -> Tensor:
-        """[B, 3, H, W] in [0, 1] to [B, D], with gradient: shorter side to the network's size, centre, normalise."""
+        """Features [B, D] of pixels [B, 3, H, W] in [0, 1], with gradient. The shorter side is resized to the
+        network's size, the centre is cropped, and the pixels are normalised."""
         x = images.center_crop(images.shortest_side(pixels, self.size), self.size, round_half)
         pooled = self.model.vision_model(pixel_values=images.normalise(x)).pooler_output
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """[B, D]; prompts are cut at the network's length, 77 tokens."""
+        """Features [B, D] of prompts, which are cut at the network's length, 77 tokens."""
         return self.texts(prompts, self._encode, self.device)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
@@ -71,10 +72,10 @@ class Clip:
 
 @lru_cache(maxsize=4)
 def load_clip(path: str, tokenizer: str, device: torch.device) -> Clip:
-    """Raises ValueError if the checkpoint is not exactly a CLIP."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly the tensors of a CLIP."""
     return Clip(path, tokenizer, device)
 
 
 def weight_files(path: str) -> list[Path]:
-    """The safetensors of a folder or hub id."""
+    """The safetensors files of a folder or hub id."""
     return sorted(weights.snapshot(path, *PATTERNS).glob("*.safetensors"))

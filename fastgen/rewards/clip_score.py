@@ -1,4 +1,4 @@
-"""How well does the picture fit its prompt, by CLIP?"""
+"""How well does a picture match its prompt, according to CLIP?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,14 @@ EXAMPLE = "openai/clip-vit-large-patch14"
 
 @dataclass(frozen=True, config=CONFIG)
 class ClipScore(Reward):
-    """r(x, prompt) = cos(CLIP image, CLIP text), in [-1, 1]; .2 to .35 of photographs with ViT-L/14.
+    """r(x, prompt) = cos(CLIP image, CLIP text), in [-1, 1]; photographs score .2 to .35 with ViT-L/14.
 
-    Hessel et al. (arXiv 2104.08718) report 2.5 max(r, 0), torchmetrics 100 max(r, 0); the RL repositories r itself, as
-    here. Input: shorter side to 224 (the checkpoint's own size), bicubic, centre crop; prompts cut at 77 tokens.
-    Gradient: to the pixels of the crop.
+    Hessel et al. (arXiv 2104.08718) report 2.5 max(r, 0), and torchmetrics reports 100 max(r, 0). The RL repositories
+    use r itself, as we do here. Input: the shorter side is resized to 224 (the checkpoint's own size), bicubic, and
+    the centre is cropped. Prompts are cut at 77 tokens. Gradient: to the pixels of the crop.
 
-    path: a transformers CLIPModel with its tokenizer, a folder or a hub id such as openai/clip-vit-large-patch14."""
+    path: a transformers CLIPModel with its tokenizer, as a folder or a hub id such as
+    openai/clip-vit-large-patch14."""
 
     path: str
 

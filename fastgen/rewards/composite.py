@@ -1,4 +1,4 @@
-"""Several rewards as one, and what they see of a student's samples."""
+"""Combines several rewards into one, and prepares a student's samples for them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,18 +17,19 @@ from fastgen.signals import group_moments
 
 @dataclass(frozen=True, config=CONFIG)
 class Composite:
-    """The recipe's `rewards:` section. With r_k the score of part k, w_k its weight and g the sample's prompt group:
+    """The recipe's `rewards:` section. r_k is the score of part k, w_k its weight, and g the sample's prompt group.
 
     calibration   none:   c_k = r_k
-                  zscore: c_k = (r_k - mean_k) / std_k, the part's own mean and std
-                  group:  c_k = (r_k - mean_g r_k) / std_g r_k, over the group's valid samples; 0 where they are equal
-    aggregate, of v_k = w_k c_k
+                  zscore: c_k = (r_k - mean_k) / std_k, with the part's own mean and std
+                  group:  c_k = (r_k - mean_g r_k) / std_g r_k, over the group's valid samples; 0 if they are equal
+    aggregate, with v_k = w_k c_k
                   sum:            sum_k v_k
                   min:            min_k v_k
                   mean_minus_std: mean_k v_k - std_k v_k                                 (arXiv 2312.09244)
 
-    Standard deviations divide by the count. A group's mean and std carry no gradient: that of c_k is r_k's, divided.
-    held_out: rewards that nothing optimises, which the health watch looks at beside the parts.
+    Standard deviations divide by the count. A group's mean and std carry no gradient, so the gradient of c_k is that
+    of r_k divided by the std.
+    held_out: rewards that are not optimised. The health watch monitors them in addition to the parts.
     Raises ValueError for zscore without every part's std, and for a held-out reward that is among the parts."""
 
     parts: Annotated[tuple[InstanceOf[Reward], ...], Field(min_length=1)]
@@ -42,8 +43,8 @@ class Composite:
             for i, part in enumerate(self.parts):
                 if part.std is None:
                     raise ValueError(
-                        f"calibration zscore needs parts.{i}.std ({part.label}): measure mean and std of its score "
-                        "over the teacher's samples, or set calibration to none or group"
+                        f"calibration zscore needs parts.{i}.std ({part.label}): measure the mean and std of "
+                        "its score over the teacher's samples, or set calibration to none or group"
                     )
         plain = [dataclasses.replace(part, weight=1.0, mean=0.0, std=None) for part in self.parts]
         for i, part in enumerate(self.held_out):
@@ -54,7 +55,7 @@ class Composite:
         return self
 
     def used(self, grad: bool) -> dict[str, Reward]:
-        """The parts by their names in logs; those that enter with gradient are the differentiable ones."""
+        """The parts by their names in logs; with `grad`, only the differentiable ones."""
         return {name: p for name, p in self._named(self.parts).items() if p.differentiable or not grad}
 
     @property
@@ -71,11 +72,15 @@ class Composite:
     def __call__(
         self, inputs: Mapping[str, Tensor], prompts: Sequence[str], group: Tensor | None = None, grad: bool = False
     ) -> Score:
-        """inputs: {a part's `input`: [B, ...]}. group: [B] int64, complete prompt groups; only `group` reads it.
-        Returns a value with gradient to the inputs if `grad`, over the differentiable parts alone; valid where all of
-        them are; and each part's own score, before calibration and weight.
+        """inputs: {a part's `input`: [B, ...]}. group: [B] int64, the prompt group of each sample. Groups must be
+        complete. Only calibration `group` reads it.
 
-        Raises ValueError without a differentiable part for `grad`, or without groups for `group`."""
+        Returns the composite value, and each part's own score before calibration and weight. With `grad`, only the
+        differentiable parts are used, and the value carries gradient to the inputs. A sample is valid if all parts
+        that are used are valid.
+
+        Raises ValueError if `grad` is set and no part is differentiable, or if calibration is `group` and no groups
+        are given."""
         used = self.used(grad)
         if not used:
             raise ValueError(f"no gradient: none of {', '.join(self.used(False))} is differentiable")
@@ -84,9 +89,9 @@ class Composite:
             valid = torch.stack([score.valid for score in scores.values()]).all(0)
             values = [p.weight * self.calibrated(p, scores[n].value, valid, group) for n, p in used.items()]
             total = self.aggregated(torch.stack(values))
-        own = {name: score.value.detach() for name, score in scores.items()}
+        outer = {name: score.value.detach() for name, score in scores.items()}
         inner = {f"{name}_{key}": part for name, score in scores.items() for key, part in score.parts.items()}
-        return Score(torch.where(valid, total, 0), valid, own | inner)
+        return Score(torch.where(valid, total, 0), valid, outer | inner)
 
     def calibrated(self, part: Reward, value: Tensor, valid: Tensor, group: Tensor | None) -> Tensor:
         """c_k: [B] float32."""
@@ -101,18 +106,18 @@ class Composite:
         return torch.where(std > 0, (value - mean) / torch.where(std > 0, std, 1), 0).float()
 
     def aggregated(self, values: Tensor) -> Tensor:
-        """[K, B] to [B]."""
+        """Combines the values v_k of the parts, [K, B], into [B]."""
         if self.aggregate == "sum":
             return values.sum(0)
         if self.aggregate == "min":
             return values.amin(0)
         variance = values.var(0, correction=0)
-        spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)  # the root has no gradient at 0
+        spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)  # the root has no finite gradient at 0
         return values.mean(0) - spread
 
 
 class StraightThroughClamp(torch.autograd.Function):
-    """Clamps to [0, 1]; the gradient is that of the identity."""
+    """Clamps to [0, 1]. The gradient is that of the identity."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -125,26 +130,26 @@ class StraightThroughClamp(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A composite on a backbone's latents. decode: `Backbone.decode`."""
+    """Applies a composite to a backbone's latents. decode: `Backbone.decode`."""
 
     composite: Composite
     decode: Callable[..., Tensor]
 
     def __call__(self, x0: Tensor, prompts: Sequence[str], group: Tensor | None, grad: bool) -> Score:
-        """x0: [B, *latent_shape] clean samples, decoded once, without autocast, so that a reward sees what an
-        evaluation does. Pictures are in [0, 1]; with `grad` the clamp passes gradient as if it were not there."""
+        """x0: [B, *latent_shape] clean samples. They are decoded once and without autocast, so that a reward sees what
+        an evaluation sees. Pictures are clamped to [0, 1]; with `grad`, the clamp has the gradient of the identity."""
         return self.composite(self.seen(x0, self.composite.used(grad).values(), grad), prompts, group, grad)
 
     @torch.no_grad()
     def each(self, x0: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
-        """Every part's own score, neither calibrated nor weighted, and every held-out reward's, by name."""
+        """The scores of all parts and all held-out rewards, by name, neither calibrated nor weighted."""
         rewards = self.composite.used(grad=False) | self.composite.watched
         inputs = self.seen(x0, rewards.values(), grad=False)
         return {name: reward(inputs[reward.input], prompts) for name, reward in rewards.items()}
 
     def seen(self, x0: Tensor, rewards: Iterable[Reward], grad: bool) -> dict[str, Tensor]:
-        """What these rewards read, by their `input`. With `grad` the decoder's activations are not kept: they are
-        computed again in the backward pass, so that they do not add to those of the student and of the rewards."""
+        """What these rewards read, by their `input`. With `grad`, the decoder's activations are not stored but
+        recomputed in the backward pass, so that they do not add to those of the student and of the rewards."""
         inputs = {"latents": x0}
         grad = grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(grad), torch.autocast(x0.device.type, enabled=False):

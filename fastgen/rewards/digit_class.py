@@ -14,8 +14,8 @@ from fastgen.rewards.base import CONFIG, Reward
 
 @dataclass(frozen=True, config=CONFIG)
 class DigitClass(Reward):
-    """r(x, prompt) = log p(digit in the prompt | x) under the shipped classifier, in nats: at most 0, and log 1/10 for
-    one that cannot tell. Pictures of another size are resized to its 32 x 32.
+    """r(x, prompt) = log p(digit in the prompt | x) under the shipped classifier, in nats. It is at most 0, and log
+    1/10 if the classifier cannot tell the digits apart. Pictures of other sizes are resized to 32 x 32.
 
     Raises ValueError for a prompt without a digit word."""
 

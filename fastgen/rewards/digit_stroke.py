@@ -10,9 +10,9 @@ from fastgen.rewards.base import CONFIG, Reward
 
 @dataclass(frozen=True, config=CONFIG)
 class DigitStroke(Reward):
-    """r(x) = mean over channels and pixels of x: the inked fraction of the picture, in [0, 1]; ink is white on black.
+    """r(x) = mean over channels and pixels of x: the inked fraction of the picture, in [0, 1]. Ink is white on black.
 
-    Its gradient is 1 / (3 H W) at every value. Broad strokes score higher; a white picture scores 1."""
+    The gradient is 1 / (3 H W) everywhere. Broad strokes score higher; a white picture scores 1."""
 
     input = "pixels"
     differentiable = True

@@ -1,4 +1,4 @@
-"""A callable as a reward."""
+"""Any callable as a reward."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from fastgen.rewards.base import CONFIG, Input, Reward, Score
 
 @dataclass(frozen=True, config=CONFIG)
 class FunctionReward(Reward):
-    """r(x, prompts) = function(x, prompts): [B], or a Score. function: a callable, or in a recipe its import path
-    `my_module:my_function`. What it reads and whether it carries gradient cannot be seen: say so."""
+    """r(x, prompts) = function(x, prompts): [B], or a Score. function: a callable or, in a recipe, its import path
+    `my_module:my_function`. `input` and `differentiable` must be given, because they cannot be read off a function."""
 
     function: str | Callable[[Tensor, Sequence[str]], Tensor | Score]
     input: Input = Field(kw_only=True)  # type: ignore[misc]
@@ -23,9 +23,8 @@ class FunctionReward(Reward):
     @field_validator("function")
     @classmethod
     def _callable(cls, value: Any) -> Any:
-        found = imported(value)
-        if not callable(found):
-            raise ValueError(f"{value} is not callable; it is called as f(x, prompts)")
+        if not callable(imported(value)):
+            raise ValueError(f"{value} is not callable; give a function that can be called as f(x, prompts)")
         return value
 
     def score(self, x: Tensor, prompts: Sequence[str]) -> Tensor | Score:
@@ -38,7 +37,8 @@ class FunctionReward(Reward):
 
 
 def imported(function: Any) -> Any:
-    """The object of an import path; anything else as it is. Raises ValueError if it cannot be imported."""
+    """Imports the object at an import path. Anything but a text is returned as it is. Raises ValueError if the import
+    fails."""
     if not isinstance(function, str):
         return function
     try:

@@ -23,15 +23,17 @@ FILES = {
 
 @dataclass(frozen=True, config=CONFIG)
 class HPSv2(Reward):
-    """r(x, prompt) = cos(image, text) without logit scale, .20 to .37; published tables hold 100 r. The scales of v2
-    and v2.1 differ: compare within one version, and best within one prompt (Wu et al., arXiv 2306.09341).
+    """r(x, prompt) = cos(image, text) without logit scale, .20 to .37; published tables show 100 r. The scales of v2
+    and v2.1 differ: compare scores only within one version, and preferably within one prompt (Wu et al.,
+    arXiv 2306.09341).
 
-    Input: the longer side to 224, bicubic with antialiasing, zeros around the other, then normalised. Official numbers
-    move with torchvision, whose tensor resize antialiases by default since 0.17; here it always does. A picture whose
-    longer side is 224 already is padded too, which the official code forgets. Gradient: to all pixels.
+    Input: the longer side is resized to 224, bicubic with antialiasing; the other side is padded with zeros; then the
+    picture is normalised. The official numbers depend on the version of torchvision, whose tensor resize antialiases
+    by default since 0.17. Here the resize always antialiases. A picture whose longer side is already 224 is padded
+    too, which the official code omits. Gradient: to all pixels.
 
     path: the folder with HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or the hub id xswu/HPSv2. The architecture is
-    open_clip's ViT-H-14, or what an open_clip_config.json in a local folder says."""
+    open_clip's ViT-H-14, or the one that an open_clip_config.json in a local folder describes."""
 
     path: str
     version: Literal["v2", "v2.1"] = "v2.1"
@@ -56,14 +58,16 @@ class HPSv2(Reward):
 
 
 class Network:
-    """open_clip's CLIP, frozen; features of length 1."""
+    """open_clip's CLIP, frozen. Features have length 1."""
 
     def __init__(self, path: str, version: str, device: torch.device):
         import open_clip
 
-        file, own = weights.find(path, *FILES[version]), Path(path) / "open_clip_config.json"
+        file, config_file = weights.find(path, *FILES[version]), Path(path) / "open_clip_config.json"
         config: dict[str, Any] = (
-            weights.read_json(own)["model_cfg"] if own.is_file() else open_clip.get_model_config("ViT-H-14")
+            weights.read_json(config_file)["model_cfg"]
+            if config_file.is_file()
+            else open_clip.get_model_config("ViT-H-14")
         )
         model = open_clip.CLIP(**config)
         tensors = weights.read_tensors(file)
@@ -86,5 +90,5 @@ class Network:
 
 @lru_cache(maxsize=2)
 def load(path: str, version: str, device: torch.device) -> Network:
-    """Raises ValueError if the checkpoint is not exactly the network."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly its tensors."""
     return Network(path, version, device)

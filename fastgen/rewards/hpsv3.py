@@ -21,16 +21,18 @@ AREA = 256 * 28 * 28
 
 @dataclass(frozen=True, config=CONFIG)
 class HPSv3(Reward):
-    """r(x, prompt) = mu, -4 to 16, good pictures 10 to 15.6; the part `sigma` is the head's second output, its
-    uncertainty as trained (arXiv 2508.03789).
+    """r(x, prompt) = mu, from -4 to 16; good pictures score 10 to 15.6. The part `sigma` is the head's second output,
+    its uncertainty as trained (arXiv 2508.03789).
 
-    (mu, sigma) = W3 relu(W2 relu(W1 h)) at <|Reward|>, widths 1024 and 16, biases, dropout in training only.
-    Input: bicubic to sides that are multiples of 28 with 200,704 pixels at most, 448 x 448 of a square. Gradient: to
-    all pixels, a sample at a time, activations computed again.
+    (mu, sigma) = W3 relu(W2 relu(W1 h)), with h the hidden state at <|Reward|>. The hidden layers have 1024 and 16
+    units, all layers have biases, and dropout is used in training only. Input: resized (bicubic) to sides that are
+    multiples of 28, with at most 200,704 pixels; a square becomes 448 x 448. Gradient: to all pixels, one sample at a
+    time; activations are recomputed.
 
-    path: the folder with HPSv3.safetensors, or the hub id MizzenAI/HPSv3. base: config and tokenizer of
-    Qwen/Qwen2-VL-7B-Instruct, a folder or that id; none of its weights. template: a local file with the question, see
-    docs/rewards.md. dtype: of the networks; 28 GB in float32. The authors' own numbers are of bfloat16."""
+    path: the folder with HPSv3.safetensors, or the hub id MizzenAI/HPSv3. base: Qwen/Qwen2-VL-7B-Instruct, a folder or
+    that id; only its config and tokenizer are used, not its weights. template: a local file with the question, see
+    docs/rewards.md. dtype: that of the networks, which take 28 GB in float32. The authors computed their numbers in
+    bfloat16."""
 
     path: str
     base: str
@@ -72,6 +74,6 @@ def head(width: int) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def load(path: str, base: str, device: torch.device, dtype: torch.dtype) -> qwen.Judge:
-    """Raises ValueError if the checkpoint is not exactly the network."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly its tensors."""
     file = weights.find(path, "HPSv3.safetensors")
     return qwen.Judge(qwen.own_names(weights.read_tensors(file)), base, head, TOKENS, device, dtype, file)

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP, reading picture and prompt together, fine-tuned on rankings of generated pictures."""
+"""ImageReward: a BLIP that reads picture and prompt together, fine-tuned on rankings of generated pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from fastgen.rewards.base import CONFIG, Reward
 EXAMPLE = "THUDM/ImageReward"
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
 TOKENIZER = "google-bert/bert-base-uncased"
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, from the authors' code
-LENGTH = 35  # tokens of a prompt
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # statistics of the head's output, from the authors' code
+LENGTH = 35  # tokens per prompt
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
@@ -26,12 +26,14 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 class ImageReward(Reward):
     """r(x, prompt) = (head(h) - 0.1672) / 1.0333, mostly -2.3 to 2 (Xu et al., arXiv 2304.05977).
 
-    h: the first output token of BLIP's text encoder, whose layers attend to all tokens of the picture's ViT-L/16; so
-    nothing of a prompt but its tokens can be kept. head: aesthetic's linear stack. Input: shorter side to 224,
-    bicubic, centre crop; prompts padded to, and cut at, 35 tokens. Gradient: to the pixels of the crop.
+    h: the first output token of BLIP's text encoder, whose layers attend to all tokens of the picture's ViT-L/16.
+    Therefore only a prompt's tokens can be cached, not its features. head: the linear stack that aesthetic uses, too.
+    Input: the shorter side is resized to 224, bicubic, and the centre is cropped. Prompts are padded to, and cut at,
+    35 tokens. Gradient: to the pixels of the crop.
 
     path: the folder with ImageReward.pt and med_config.json, or the hub id THUDM/ImageReward (now zai-org's).
-    tokenizer: BERT's uncased one, a folder (by default `path` where it holds one) or its hub id."""
+    tokenizer: the uncased BERT tokenizer, as a folder or hub id. By default it is `path` if that folder has a
+    vocab.txt, and google-bert/bert-base-uncased if `path` is a hub id."""
 
     path: str
     tokenizer: str | None = None
@@ -65,7 +67,7 @@ class ImageReward(Reward):
 
 
 class Network:
-    """Transformers' BLIP encoders and the head, frozen."""
+    """The BLIP encoders of transformers and the head, frozen."""
 
     def __init__(self, path: str, tokenizer: str, device: torch.device):
         file = weights.find(path, *FILES)
@@ -88,24 +90,26 @@ class Network:
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         ids, mask = (torch.stack(rows).to(self.device) for rows in zip(*map(self.tokens, prompts), strict=True))
         x = images.center_crop(images.shortest_side(pixels, self.size), self.size, round_half=True)
-        seen = self.modules["vision"](pixel_values=images.normalise(x)).last_hidden_state
-        read = self.modules["text"](input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        return (self.modules["mlp"]["layers"](read[:, 0]).squeeze(1) - MEAN) / STD
+        picture = self.modules["vision"](pixel_values=images.normalise(x)).last_hidden_state
+        text = self.modules["text"](
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=picture
+        ).last_hidden_state
+        return (self.modules["mlp"]["layers"](text[:, 0]).squeeze(1) - MEAN) / STD
 
     def _tokens(self, prompt: str) -> tuple[Tensor, Tensor]:
-        found = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return found["input_ids"][0], found["attention_mask"][0]
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        return tokens["input_ids"][0], tokens["attention_mask"][0]
 
 
 @lru_cache(maxsize=2)
 def load(path: str, tokenizer: str, device: torch.device) -> Network:
-    """Raises ValueError if the checkpoint is not exactly the network."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly its tensors."""
     return Network(path, tokenizer, device)
 
 
 def bert_tokenizer(vocabulary: Path, size: int) -> Any:
-    """BERT's, lower case, with BLIP's two tokens after its vocabulary. Raises ValueError if that is not the network's
-    number of embeddings."""
+    """BERT's lower-case tokenizer, with BLIP's two tokens added after its vocabulary. Raises ValueError if the number
+    of tokens is not `size`, the network's number of embeddings."""
     from transformers import BertTokenizer
 
     words = {word: number for number, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
@@ -113,14 +117,14 @@ def bert_tokenizer(vocabulary: Path, size: int) -> Any:
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != size:
         raise ValueError(
-            f"tokenizer: {vocabulary} and two added tokens make {len(tokenizer)}, and med_config.json "
-            f"says {size}; give the tokenizer of {TOKENIZER}"
+            f"tokenizer: {vocabulary} with two added tokens has {len(tokenizer)} tokens, but "
+            f"med_config.json says {size}; give the tokenizer of {TOKENIZER}"
         )
     return tokenizer
 
 
 def transformers_name(name: str) -> str:
-    """BLIP's name of a tensor as transformers' classes have it."""
+    """Translates BLIP's name of a tensor to the name in transformers' classes."""
     if name.startswith("blip.text_encoder.") and name not in UNUSED:
         return "text." + name.removeprefix("blip.text_encoder.")
     if not name.startswith("blip.visual_encoder."):
@@ -142,23 +146,25 @@ def transformers_name(name: str) -> str:
 
 
 def vision_encoder(tensors: Mapping[str, Tensor]) -> Any:
-    """The ViT whose sizes the checkpoint has (published: 24 layers of width 1024, patches of 16, 224 pixels); heads
-    are 64 wide and norms have BLIP's epsilon."""
+    """A ViT with the sizes found in the checkpoint (published: 24 layers of width 1024, patches of 16, 224 pixels).
+    Heads are 64 wide, and norms have BLIP's epsilon. Raises ValueError if tensors that give the sizes are missing."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     try:
         width, _, patch, _ = tensors["vision.embeddings.patch_embedding.weight"].shape
-        places = tensors["vision.embeddings.position_embedding"].shape[1] - 1
+        positions = tensors["vision.embeddings.position_embedding"].shape[1] - 1
         inner = tensors["vision.encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"the checkpoint lacks {error.args[0]}: it is no ImageReward; give {EXAMPLE}'s") from None
+        raise ValueError(
+            f"the checkpoint lacks {error.args[0]}, so it is not an ImageReward; give {EXAMPLE}'s"
+        ) from None
     depth = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("vision.encoder.layers."))
     config = BlipVisionConfig(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=depth,
         num_attention_heads=width // 64,
-        image_size=math.isqrt(places) * patch,
+        image_size=math.isqrt(positions) * patch,
         patch_size=patch,
         layer_norm_eps=1e-6,
         attention_dropout=0.0,
@@ -167,8 +173,8 @@ def vision_encoder(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def text_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """med_config.json's BERT, its cross-attention as wide as the picture's tokens. `is_decoder` only makes that; the
-    forward pass is bidirectional."""
+    """The BERT that med_config.json describes, with cross-attention to the picture's tokens. `is_decoder` only creates
+    the cross-attention; the forward pass is bidirectional."""
     from transformers import BlipTextConfig, BlipTextModel
 
     known = (

@@ -14,8 +14,8 @@ from fastgen.rewards.base import CONFIG, Reward
 
 @dataclass(frozen=True, config=CONFIG)
 class JpegSize(Reward):
-    """r(x) = -kB / 500 with `compress`, else kB / 500; kB: 1,000 bytes of the file at this `quality` (DDPO's
-    compressibility, arXiv 2305.13301, in flow_grpo's scale). No gradient."""
+    """r(x) = -kB / 500 with `compress`, otherwise kB / 500. kB is the size of the JPEG file at this `quality`, in
+    units of 1,000 bytes (DDPO's compressibility, arXiv 2305.13301, in flow_grpo's scale). No gradient."""
 
     quality: int = Field(default=95, ge=1, le=95)
     compress: bool = True
@@ -30,7 +30,7 @@ class JpegSize(Reward):
         return kilobytes / (-500 if self.compress else 500)
 
     def size(self, image: Image.Image) -> int:
-        """Bytes of the file."""
+        """The size of the JPEG file in bytes."""
         file = io.BytesIO()
         image.save(file, format="JPEG", quality=self.quality)
         return file.tell()

@@ -1,4 +1,4 @@
-"""A linear reward on points, which tilts a mixture of Gaussians in closed form."""
+"""A linear reward on points. Its tilt of a mixture of Gaussians has a closed form."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from fastgen.rewards.base import CONFIG, Reward
 
 @dataclass(frozen=True, config=CONFIG)
 class Linear(Reward):
-    """r(x) = a^T x, with a the `direction`, [D]. exp(r / beta) moves the mean of N(m, S) to m + S a / beta."""
+    """r(x) = a^T x, with a the `direction`, [D]. Tilting N(m, S) by exp(r / beta) moves the mean to
+    m + S a / beta."""
 
     direction: tuple[float, ...]
 
@@ -28,6 +29,6 @@ class Linear(Reward):
 
 
 def check_dimension(config: BackboneConfig, name: str, values: Sequence[float]) -> None:
-    """Raises ValueError if a field has not one number for each coordinate of the mixture's points."""
+    """Raises ValueError unless a field has one number for each coordinate of the mixture's points."""
     if config.num_dims not in (None, len(values)):
-        raise ValueError(f"{name} has {len(values)} numbers, and the points of the mixture {config.num_dims}")
+        raise ValueError(f"{name} has {len(values)} numbers, but the mixture's points have {config.num_dims}")

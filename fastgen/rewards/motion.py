@@ -1,4 +1,4 @@
-"""How much moves in a video, and how steadily?"""
+"""How much does a video move, and how steadily?"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,34 +18,38 @@ from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_
 
 EXAMPLE = "openai/clip-vit-large-patch14"
 RAFT_FILES = ("raft_small*.safetensors", "raft_small*.pth")
-RAFT_SIDE = 128  # the least that RAFT reads
+RAFT_SIDE = 128  # the smallest side, in pixels, that RAFT reads
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Motion(Reward):
-    """Both methods are ours; pair them with a reward for quality, as motion alone is easily had.
+    """Both methods are ours. Combine them with a reward for quality, because motion alone is easy to produce.
 
     features, with e_k the CLIP embedding (length 1) of frame k:
         r = 1/2 mean_k |e_{k+1} - e_k|^2 - smoothness 1/2 mean_k |e_{k+2} - 2 e_{k+1} + e_k|^2
-      The first term is 1 - cos of neighbours. A still video has 0, steady change r > 0. Independent frames (noise,
-      flicker, cuts) have s^2 - 3 smoothness s^2 with s^2 their spread, which is below 0 from smoothness 1/3 on.
-    raft, with F_k the optical flow from frame k to k + 1 in shares of the frame's diagonal, 0 where the way back does
-    not lead home (|F_k + B_k|^2 > 0.01 (|F_k|^2 + |B_k|^2) + 0.5 pixels^2, arXiv 1711.07837), and m_k the mean of the
+      The first term is 1 - cos of neighbouring frames, averaged. A still video scores 0, and steady change scores
+      r > 0. Independent frames (noise, flicker, cuts) score s^2 - 3 smoothness s^2 with s^2 their variance, which is
+      negative for smoothness above 1/3.
+    raft, with F_k the optical flow from frame k to k + 1 as a share of the frame's diagonal, and m_k the mean of the
     largest tenth of |F_k|:
         r = log(1 + mean_k m_k / scale) - smoothness mean_k mean |F_{k+2} - 2 F_{k+1} + F_k| / scale
-      at most log(1 + cap). RAFT (arXiv 2003.12039) sees frames of at least 128 pixels a side, multiples of 8.
+      F_k is 0 at pixels where it is inconsistent with B_k, the flow back from where F_k leads, that is, where
+      |F_k + B_k|^2 > 0.01 (|F_k|^2 + |B_k|^2) + 0.5 pixels^2 (arXiv 1711.07837). mean_k m_k / scale is clamped at
+      `cap`, so r is at most log(1 + cap). RAFT (arXiv 2003.12039) sees frames with sides of at least 128 pixels that
+      are multiples of 8.
 
-    The parts `change` and `jerk` are the two terms. Frames [B, F, 3, H, W], F >= 3, or 4 for raft. Gradient: to all
-    frames; a sample's networks are computed again in the backward pass.
+    The parts `change` and `jerk` are the two terms, jerk without the factor smoothness. Input: frames [B, F, 3, H, W]
+    with F >= 3, or F >= 4 for raft. Gradient: to all frames; the networks' activations are recomputed in the backward
+    pass, one sample at a time.
 
-    path: features: a transformers CLIPModel, a folder or hub id; raft: a folder or hub id that holds torchvision's
+    path: for features, a transformers CLIPModel as a folder or hub id; for raft, a folder or hub id with torchvision's
     raft_small weights (raft_small_C_T_V2-01064c6d.pth)."""
 
     path: str
     method: Literal["features", "raft"] = "features"
     smoothness: float = Field(default=0.5, ge=0)
-    scale: float = Field(default=0.01, gt=0)  # raft: of m, a hundredth of the diagonal
-    cap: float = Field(default=10.0, gt=0)  # raft: of m / scale
+    scale: float = Field(default=0.01, gt=0)  # raft: the unit of m, a hundredth of the diagonal by default
+    cap: float = Field(default=10.0, gt=0)  # raft: the largest m / scale that counts
 
     input = "frames"
     differentiable = True
@@ -69,7 +73,7 @@ class Motion(Reward):
     def score(self, x: Tensor, prompts: Sequence[str]) -> Score:
         least = 3 if self.method == "features" else 4
         if x.shape[1] < least:
-            raise ValueError(f"motion reads at least {least} frames, and the video has {x.shape[1]}")
+            raise ValueError(f"motion needs at least {least} frames, but the video has {x.shape[1]}")
         if self.method == "features":
             clip = load_clip(self.path, self.path, x.device)
             terms = [feature_motion(checkpointed(clip.image, frames)) for frames in x]
@@ -90,18 +94,18 @@ class Motion(Reward):
 
 
 def feature_motion(e: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the mean squared first and second differences of [F, D] along F."""
+    """Half the mean squared first and second differences of the features [F, D] along F."""
     step = e.diff(dim=0)
     return 0.5 * step.square().sum(1).mean(), 0.5 * step.diff(dim=0).square().sum(1).mean()
 
 
 def flow_motion(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest tenth of consistent flow, and its mean second difference, in shares of the diagonal; forward,
-    backward: [F, 2, H, W] pixels, between neighbouring frames. A pixel that is inconsistent in one step has no jerk
-    there either."""
-    home = forward + warp(backward, forward)
+    """The mean length of the largest tenth of the flow, and the mean length of the flow's second difference, both as
+    shares of the diagonal. forward, backward: [F, 2, H, W] in pixels, between neighbouring frames. The flow of an
+    inconsistent pixel is set to 0 first."""
+    loop = forward + warp(backward, forward)
     size = forward.square().sum(1) + backward.square().sum(1)
-    consistent = (home.square().sum(1) <= 0.01 * size + 0.5).to(forward.dtype)
+    consistent = (loop.square().sum(1) <= 0.01 * size + 0.5).to(forward.dtype)
     height, width = forward.shape[-2:]
     flow = forward * consistent[:, None] / (height**2 + width**2) ** 0.5
     length = norm(flow).flatten(1)
@@ -110,13 +114,14 @@ def flow_motion(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm(vectors: Tensor) -> Tensor:
-    """[F, 2, H, W] to [F, H, W]; with a gradient of 0 at 0."""
+    """The lengths [F, H, W] of vectors [F, 2, H, W], with gradient 0 at 0."""
     square = vectors.square().sum(1)
     return torch.where(square > 0, square, 1).sqrt() * (square > 0)
 
 
 def warp(values: Tensor, flow: Tensor) -> Tensor:
-    """values at x + flow(x), bilinear, borders repeated: [F, C, H, W] and [F, 2, H, W] pixels (across, down)."""
+    """values [F, C, H, W] at x + flow(x), bilinear, with borders repeated. flow: [F, 2, H, W] pixels (across,
+    down)."""
     height, width = flow.shape[-2:]
     down, across = torch.meshgrid(*(torch.arange(n, device=flow.device) for n in (height, width)), indexing="ij")
     x = (across + flow[:, 0]) * 2 / max(width - 1, 1) - 1
@@ -125,7 +130,8 @@ def warp(values: Tensor, flow: Tensor) -> Tensor:
 
 
 class Raft:
-    """torchvision's RAFT-small, frozen: pairs of frames [N, 3, H, W] in [-1, 1] to flow [N, 2, H, W] in pixels."""
+    """torchvision's RAFT-small, frozen: from pairs of frames [N, 3, H, W] in [-1, 1] to flow [N, 2, H, W] in
+    pixels."""
 
     def __init__(self, path: str, device: torch.device):
         from torchvision.models.optical_flow import raft_small
@@ -141,5 +147,5 @@ class Raft:
 
 @lru_cache(maxsize=1)
 def load_raft(path: str, device: torch.device) -> Raft:
-    """Raises ValueError if the checkpoint is not exactly the network."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly its tensors."""
     return Raft(path, device)

@@ -1,4 +1,4 @@
-"""Which picture would users pick? CLIP-H fine-tuned on their choices."""
+"""Which picture would users pick? A CLIP-H fine-tuned on their choices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +18,12 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class Pickscore(Reward):
     """r(x, prompt) = exp(logit_scale) cos(image, text), 18 to 24; logit_scale is the checkpoint's, near log 100.
 
-    Kirstain et al., arXiv 2305.01569; RL repositories divide by 26, which is `weight: 0.0385`. Input and gradient as
-    clip_score's, with the checkpoint's own size, 224.
+    Source: Kirstain et al., arXiv 2305.01569. RL repositories divide by 26, which is `weight: 0.0385`. Input and
+    gradient are as in clip_score, with the checkpoint's own size, 224.
 
-    path: a transformers CLIPModel, a folder or the hub id yuvalkirstain/PickScore_v1. tokenizer: folder or hub id of
-    its processor; by default `path` where a local folder holds one, else the id its authors use."""
+    path: a transformers CLIPModel, as a folder or the hub id yuvalkirstain/PickScore_v1. tokenizer: the folder or hub
+    id of its processor. By default it is `path` if that folder has a tokenizer, and the hub id that the authors use if
+    `path` is a hub id."""
 
     path: str
     tokenizer: str | None = None
@@ -34,14 +35,14 @@ class Pickscore(Reward):
     def tokenizer_path(self) -> str:
         if self.tokenizer is not None:
             return self.tokenizer
-        own = any((Path(self.path) / name).is_file() for name in TOKENIZER_FILES)
-        return self.path if own else TOKENIZER
+        has_tokenizer = any((Path(self.path) / name).is_file() for name in TOKENIZER_FILES)
+        return self.path if has_tokenizer else TOKENIZER
 
     def ready(self) -> None:
         weights.check_files(self.path, "path", EXAMPLE, *CLIP_FILES)
         if Path(self.path).exists() and self.tokenizer is None and self.tokenizer_path != self.path:
             raise ValueError(
-                f"tokenizer: {self.path} has none; give tokenizer, a local folder or the hub id {TOKENIZER}"
+                f"tokenizer: {self.path} has no tokenizer; give tokenizer, a local folder or the hub id {TOKENIZER}"
             )
         weights.check_files(self.tokenizer_path, "tokenizer", TOKENIZER, TOKENIZER_FILES)
 

@@ -1,4 +1,4 @@
-"""A quadratic reward on points, which tilts a mixture of Gaussians in closed form."""
+"""A quadratic reward on points. Its tilt of a mixture of Gaussians has a closed form."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,7 +16,8 @@ from fastgen.rewards.linear import check_dimension
 class Quadratic(Reward):
     """r(x) = -1/2 (x - c)^T Q (x - c), with c the `center` and Q = diag(curvature), [D] each.
 
-    exp(r / beta) turns N(m, S) into N((S^-1 + Q / beta)^-1 (S^-1 m + Q c / beta), (S^-1 + Q / beta)^-1)."""
+    Tilting by exp(r / beta) turns N(m, S) into
+    N((S^-1 + Q / beta)^-1 (S^-1 m + Q c / beta), (S^-1 + Q / beta)^-1)."""
 
     center: tuple[float, ...]
     curvature: tuple[Annotated[float, Field(ge=0)], ...]

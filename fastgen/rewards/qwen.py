@@ -1,9 +1,10 @@
 """Qwen2-VL as a judge: what hpsv3 and video_reward share.
 
-A conversation holds the picture (or frames) and a question that ends in special tokens; a small head reads the hidden
-state at each of them. As in the judges' own code the language model is told plain positions 0, 1, 2, ... (not Qwen's
-three-dimensional ones), and nothing after a special token matters, since it is causal; so samples run one at a time,
-unpadded, each recomputed in the backward pass instead of kept."""
+A conversation consists of the picture (or frames) and a question that ends in special tokens. A small head reads the
+hidden state at each special token. As in the judges' own code, the language model is given plain positions (0, 1,
+2, ...) instead of Qwen's three-dimensional ones. The model is causal, so what follows a special token does not affect
+it. Samples run one at a time and without padding. The activations of each are not stored but recomputed in the
+backward pass."""
 
 import ast
 import math
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from fastgen.modules.recomputation import checkpointed
 from fastgen.rewards import images, weights
 
-PATCH, MERGE, PAIR = 14, 2, 2  # pixels of a patch; patches a side, and frames, of a token
+PATCH, MERGE, PAIR = 14, 2, 2  # a patch's side in pixels; a token's side in patches; frames per token
 SIDE = PATCH * MERGE
 BASE_FILES = ("config.json",), ("tokenizer.json", "vocab.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def smart_size(height: int, width: int, low: int, high: int) -> tuple[int, int]:
-    """Qwen2-VL's size: multiples of 28 with an area of low to high pixels, near the same proportions."""
+    """Qwen2-VL's size for a picture: multiples of 28, `low` to `high` pixels in all, nearly the same proportions."""
     h, w = (max(1, round(side / SIDE)) for side in (height, width))
     if h * w * SIDE**2 > high:
         shrink = math.sqrt(height * width / high)
@@ -38,8 +39,8 @@ def smart_size(height: int, width: int, low: int, high: int) -> tuple[int, int]:
 
 
 def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Normalised frames [T, 3, H, W], T even, to the vision tower's rows [T/2 H/14 W/14, 3 2 14 14] and the grid (T/2,
-    H/14, W/14): views and a permutation, the 2 x 2 patches of a token adjacent."""
+    """Rearranges normalised frames [T, 3, H, W], T even, into the vision tower's rows [T/2 H/14 W/14, 3 2 14 14], and
+    returns them with the grid (T/2, H/14, W/14). The 2 x 2 patches of a token are adjacent rows."""
     t, c, h, w = frames.shape
     grid = (t // PAIR, h // PATCH, w // PATCH)
     x = frames.view(grid[0], PAIR, c, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
@@ -47,42 +48,44 @@ def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 
 def check_template(file: str, names: Sequence[str], tokens: Sequence[str], source: str) -> None:
-    """Raises ValueError unless the file holds the judge's question."""
+    """Raises ValueError unless the file contains the judge's question."""
     read_template(file, tuple(names), tuple(tokens), source)
 
 
 @lru_cache(maxsize=8)
 def read_template(file: str, names: tuple[str, ...], tokens: tuple[str, ...], source: str) -> str:
-    """The judge's question with {text_prompt} and its special tokens: a text file, or the official Python file, of
-    which the string constants `names` are read, joined, and nothing is run.
+    """The judge's question, with {text_prompt} and the special tokens. The file is a text file, or the authors' Python
+    file. Of the latter, the string constants `names` are read and joined; its code is not run.
 
-    Raises ValueError if they are not there. The questions are their authors'; fastgen ships none."""
+    Raises ValueError if a part is missing. The questions belong to their authors, so fastgen ships none."""
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"template: there is no file {file}; give {source}, or a text file with the question in it")
+        raise ValueError(
+            f"template: there is no file {file}; give {source}, or a text file that contains the question"
+        )
     text = path.read_text()
     if path.suffix == ".py":
-        found = {
+        constants = {
             target.id: node.value.value
             for node in ast.parse(text).body
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
             for target in node.targets
             if isinstance(target, ast.Name) and isinstance(node.value.value, str)
         }
-        if missing := [name for name in names if name not in found]:
+        if missing := [name for name in names if name not in constants]:
             raise ValueError(f"template: {file} has no string {' and no '.join(missing)}; give {source}")
-        text = "".join(found[name] for name in names)
+        text = "".join(constants[name] for name in names)
     for part in ("{text_prompt}", *tokens):
         if text.count(part) != 1:
             raise ValueError(
-                f"template: {file} holds {part} {text.count(part)} times, and needs it once; give {source}"
+                f"template: {file} contains {part} {text.count(part)} times, but must contain it once; give {source}"
             )
     return text
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Qwen2-VL checkpoint's tensors, of any transformers version, as Judge has them. The language model's own output
-    layer, which no judge uses, is left out."""
+    """The tensors of a Qwen2-VL checkpoint, from any transformers version, under the names that Judge uses. The
+    language model's own output layer is left out, because no judge uses it."""
     prefixes = (
         ("model.visual.", "vision."),
         ("visual.", "vision."),
@@ -99,7 +102,8 @@ def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A PEFT checkpoint's tensors as those of its base, the adapters added: W + scale B A, in float32."""
+    """The tensors of a PEFT checkpoint under the names of its base model, with the adapters added: W + scale B A, in
+    float32. Raises ValueError if an adapter is incomplete."""
     plain, adapters = {}, dict[str, dict[str, Tensor]]()
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -112,14 +116,14 @@ def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         if name not in plain or len(pair) < 2:
             raise ValueError(
                 f"the adapter of {name} lacks its {'layer' if name not in plain else 'other half'}; give "
-                "the published checkpoint, whole"
+                "the complete published checkpoint"
             )
         plain[name] = plain[name].float() + scale * pair["B"] @ pair["A"]
     return plain
 
 
 class Judge:
-    """Vision tower, language model and head, frozen; strict about what it is made of."""
+    """A frozen vision tower, language model and head. `tensors` must be exactly theirs."""
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class Judge:
         folder = weights.snapshot(base, "*.json", "*.txt")
         config: Any = Qwen2VLConfig.from_pretrained(folder)
         if "language.embed_tokens.weight" not in tensors:
-            raise ValueError(f"{source} lacks the embeddings of its tokens; give the published checkpoint, whole")
+            raise ValueError(f"{source} lacks the token embeddings; give the complete published checkpoint")
         config.text_config.vocab_size = len(tensors["language.embed_tokens.weight"])
         with init_empty_weights(include_buffers=False):
             modules = nn.ModuleDict(
@@ -160,8 +164,8 @@ class Judge:
         self.special: list[int] = special
         if max(self.special) >= config.text_config.vocab_size:
             raise ValueError(
-                f"{source} embeds {config.text_config.vocab_size} tokens, and base's tokenizer has more; "
-                "give the base that it was trained from"
+                f"{source} embeds {config.text_config.vocab_size} tokens, but the tokenizer of base has more; "
+                "give the base that the checkpoint was trained from"
             )
         chat = folder / "chat_template.json"
         self.chat = weights.read_json(chat)["chat_template"] if chat.is_file() else None
@@ -171,7 +175,7 @@ class Judge:
         """frames: [T, 3, H, W] in [0, 1], T even, sides multiples of 28; kind: image or video. Returns the head's
         output at each special token, [tokens, outputs] float32, with gradient to the frames.
 
-        Raises ValueError if the question, with its prompt, does not hold each special token exactly once."""
+        Raises ValueError if the question, with its prompt, does not contain each special token exactly once."""
         count = len(frames) // PAIR * math.prod(side // SIDE for side in frames.shape[-2:])
         ids = self.ids(question, kind, count).to(self.device)
         return checkpointed(self._forward, frames, ids, self._pad(kind))
@@ -180,20 +184,20 @@ class Judge:
         return self.answer(*patches(images.normalise(frames)), ids, pad)
 
     def answer(self, rows: Tensor, grid: tuple[int, int, int], ids: Tensor, pad: int) -> Tensor:
-        """rows, grid: as `patches` gives them; ids [L] with the places of the picture, which hold `pad`."""
+        """The head's output. rows, grid: from `patches`. ids: [L], with `pad` at the positions of the picture."""
         thw = torch.tensor([grid], device=self.device)
-        seen = self.modules["vision"](rows.to(self.dtype), grid_thw=thw).pooler_output
+        picture = self.modules["vision"](rows.to(self.dtype), grid_thw=thw).pooler_output
         embedded = self.modules["language"].embed_tokens(ids)
-        embedded = embedded.masked_scatter((ids == pad)[:, None], seen)
+        embedded = embedded.masked_scatter((ids == pad)[:, None], picture)
         hidden = self.modules["language"](inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
-        places = torch.stack([(ids == token).nonzero()[0, 0] for token in self.special])
-        return self.modules["head"](hidden[places].float())
+        positions = torch.stack([(ids == token).nonzero()[0, 0] for token in self.special])
+        return self.modules["head"](hidden[positions].float())
 
     def _pad(self, kind: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
 
     def _ids(self, question: str, kind: str, count: int) -> Tensor:
-        """The conversation's tokens, [L], with `count` places for the picture."""
+        """The conversation's tokens, [L], with `count` positions for the picture."""
         message: dict[str, Any] = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}
         text = self.tokenizer.apply_chat_template(
             [message], tokenize=False, add_generation_prompt=True, chat_template=self.chat
@@ -204,6 +208,6 @@ class Judge:
             if (found := int((ids == token).sum())) != wanted:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(
-                    f"a conversation holds {name} {found} times, and should {wanted}; take it out of the prompt"
+                    f"a conversation contains {name} {found} times instead of {wanted}; remove it from the prompt"
                 )
         return ids

@@ -1,4 +1,5 @@
-"""VideoReward (VideoAlign): Qwen2-VL-2B judges a video's picture, its motion, and whether it fits its text."""
+"""VideoReward (VideoAlign): Qwen2-VL-2B judges a video's visual quality, its motion, and how well it matches its
+prompt."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ AXES: tuple[Axis, ...] = ("VQ", "MQ", "TA")
 TOKENS = tuple(f"<|{axis}_reward|>" for axis in AXES)
 QUESTION = ("DETAILED_PROMPT_WITH_SPECIAL_TOKEN",)
 SOURCE = "prompt_template.py of KwaiVGI/VideoAlign"
-MIN_AREA = 128 * 28 * 28  # of a frame, from the authors' vision_process.py
+MIN_AREA = 128 * 28 * 28  # pixels per frame, from the authors' vision_process.py
 MIN_FRAMES, MAX_FRAMES = 4, 768
 EXPECTED: dict[str, dict[str, Any]] = {
     "data_config": {"prompt_template_type": "detailed_special", "sample_type": "uniform"},
@@ -30,18 +31,19 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, config=CONFIG)
 class VideoReward(Reward):
-    """r(x, prompt) = sum of the chosen axes, each (W h - mean) / std at its own token, mostly -3 to 3; the parts vq,
-    mq and ta are always there (Liu et al., arXiv 2501.13918). mean and std are model_config.json's `inference_config`;
-    without that section the axes are W h itself.
+    """r(x, prompt) = sum of the chosen axes. Each axis is (W h - mean) / std with h the hidden state at the axis's own
+    token, mostly -3 to 3 (Liu et al., arXiv 2501.13918). The parts vq, mq and ta are always returned. mean and std
+    come from `inference_config` in model_config.json; without that section an axis is W h itself.
 
-    Input: two frames a second (model_config.json's fps), evenly from first to last, an even number from 4 on; each
-    bicubic to multiples of 28, 100,352 to max_frame_pixels pixels. Gradient: to the frames that are read.
+    Input: two frames per second (model_config.json's fps), evenly spaced from the first to the last. Their number is
+    even, and at least 4 if the video has that many. Each frame is resized (bicubic) to sides that are multiples of 28,
+    with 100,352 to max_frame_pixels pixels. Gradient: to the frames that are read.
 
-    path: the folder with model_config.json and checkpoint-N (model.pth; or adapter_model.safetensors with
-    non_lora_state_dict.pth), the newest N, or the hub id KwaiVGI/VideoReward. base: Qwen/Qwen2-VL-2B-Instruct, folder
-    or id: config and tokenizer, and weights where the checkpoint is adapters alone. template: a local file with
-    the question, see docs/rewards.md. fps: of the frames that are scored, 16 for Wan 2.1. axes: Reward Forcing, which
-    trains on motion alone, has [MQ]."""
+    path: the folder with model_config.json and checkpoint-N, of which the highest N is used, or the hub id
+    KwaiVGI/VideoReward. A checkpoint is either model.pth, or adapter_model.safetensors with non_lora_state_dict.pth.
+    base: Qwen/Qwen2-VL-2B-Instruct, as a folder or that id; its config and tokenizer are used, and its weights if the
+    checkpoint has adapters only. template: a local file with the question, see docs/rewards.md. fps: the frame rate of
+    the scored videos, 16 for Wan 2.1. axes: Reward Forcing, which trains on motion alone, uses [MQ]."""
 
     path: str
     base: str
@@ -55,7 +57,7 @@ class VideoReward(Reward):
 
     def ready(self) -> None:
         if len(set(self.axes)) < len(self.axes):
-            raise ValueError(f"axes: each once, got {', '.join(self.axes)}")
+            raise ValueError(f"axes: name each axis at most once, got {', '.join(self.axes)}")
         layouts = ("checkpoint-*/model.pth", "checkpoint-*/adapter_model.safetensors")
         weights.check_files(self.path, "path", EXAMPLE, ("model_config.json",), layouts)
         weights.check_files(self.base, "base", BASE, *qwen.BASE_FILES)
@@ -93,10 +95,10 @@ class VideoReward(Reward):
 
 
 def frame_indices(total: int, fps: float, wanted: float) -> list[int]:
-    """Which of `total` frames are read: at `wanted` a second, an even number from 4 on, the first and last among them.
-    Raises ValueError for fewer than two."""
+    """The indices of the frames to read out of `total`: `wanted` per second, evenly spaced, including the first and
+    the last. Their number is even, and at least 4 if there are that many. Raises ValueError if `total` < 2."""
     if total < qwen.PAIR:
-        raise ValueError(f"video_reward reads frames in pairs, and the video has {total}; use a model of videos")
+        raise ValueError(f"video_reward reads frames in pairs, but the video has {total}; use a video model")
     most = min(MAX_FRAMES, total) // qwen.PAIR * qwen.PAIR
     count = min(max(total / fps * wanted, MIN_FRAMES), most)
     count = min(round(count / qwen.PAIR) * qwen.PAIR, total)
@@ -104,13 +106,14 @@ def frame_indices(total: int, fps: float, wanted: float) -> list[int]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """model_config.json. Raises ValueError for a judge that asks or reads otherwise than the published one."""
+    """The content of model_config.json. Raises ValueError for a judge whose question or reward tokens are set up
+    differently from the published one."""
     config = weights.read_json(folder / "model_config.json")
     for section, expected in EXPECTED.items():
         for key, value in expected.items():
             if (given := config.get(section, {}).get(key)) != value:
                 raise ValueError(
-                    f"path: {folder}/model_config.json has {section}.{key}: {given}, and only {value} is known here"
+                    f"path: {folder}/model_config.json has {section}.{key}: {given}, but only {value} is supported"
                 )
     return config
 
@@ -124,17 +127,17 @@ def local_checkpoint(path: str) -> Path:
 
 
 def checkpoint_files(path: str, base: str) -> list[Path]:
-    """model.pth; or adapters, the other trained tensors, and the base's."""
+    """The weight files: model.pth alone, or the base's files, the other trained tensors, and the adapters."""
     folder = local_checkpoint(path)
     if (folder / "model.pth").is_file():
         return [folder / "model.pth"]
-    own = [folder / "non_lora_state_dict.pth", folder / "adapter_model.safetensors"]
-    return [*sorted(weights.snapshot(base, "*.json", "*.txt", "*.safetensors").glob("*.safetensors")), *own]
+    trained = [folder / "non_lora_state_dict.pth", folder / "adapter_model.safetensors"]
+    return [*sorted(weights.snapshot(base, "*.json", "*.txt", "*.safetensors").glob("*.safetensors")), *trained]
 
 
 @lru_cache(maxsize=1)
 def load(path: str, base: str, device: torch.device, dtype: torch.dtype) -> qwen.Judge:
-    """Raises ValueError if the checkpoint is not exactly the network."""
+    """The network, cached. Raises ValueError unless the checkpoint has exactly its tensors."""
     folder = local_checkpoint(path)
     config = read_config(folder.parent)
     lora = config["peft_lora_config"]

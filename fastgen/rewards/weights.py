@@ -1,4 +1,4 @@
-"""Where a scorer's published files lie, and loading them so that nothing is missing and nothing is left over."""
+"""Finds a scorer's published files and loads them strictly: no tensor may be missing or left over."""
 
 import hashlib
 import importlib.util
@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 
 def check_path(value: str, key: str, example: str) -> Path | None:
-    """The local folder or file a key names; None for a hub id `org/name`, which is the only thing that uses the
-    network. Raises ValueError for what is neither."""
+    """The local folder or file that a key names, or None for a hub id `org/name`. Only a hub id leads to downloads.
+    Raises ValueError if the value is neither."""
     path = Path(value)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
         raise ValueError(
-            f"{key}: {value!r} is neither a local folder nor a hub id; give a folder of the published "
+            f"{key}: {value!r} is neither a local folder nor a hub id; give a folder in the published "
             f"format, or an id such as {example}"
         )
     return None
 
 
 def check_files(value: str, key: str, example: str, *needed: Sequence[str]) -> None:
-    """Raises ValueError unless each of `needed`, a list of names of which one will do, lies in the local folder that
-    `value` names. A hub id is not looked up."""
+    """Raises ValueError unless the local folder `value` has a file for each entry of `needed`. An entry lists
+    alternative names, of which one is enough. A hub id is not looked up."""
     folder = check_path(value, key, example)
     if folder is None:
         return
     if not folder.is_dir():
-        raise ValueError(f"{key}: {value} is a file; give the folder that holds it, as {example} publishes it")
+        raise ValueError(f"{key}: {value} is a file; give its folder, with the layout of {example}")
     for names in needed:
         if not any(list(folder.glob(name)) for name in names):
             raise ValueError(
@@ -49,21 +49,22 @@ def check_package(package: str, reward: str, extra: str) -> None:
 
 
 def find(value: str, *names: str) -> Path:
-    """The first of these files that a local folder holds, or the first that a hub repository does, downloaded once."""
+    """The first of these files that a local folder has, or that a hub repository has; the latter is downloaded
+    once."""
     folder = Path(value)
     if folder.is_dir():
         return next(found for name in names for found in sorted(folder.glob(name)))
     from huggingface_hub import hf_hub_download, list_repo_files
 
-    there = set(list_repo_files(value)) if len(names) > 1 else set(names)
-    found = next((name for name in names if name in there), None)
+    available = set(list_repo_files(value)) if len(names) > 1 else set(names)
+    found = next((name for name in names if name in available), None)
     if found is None:
         raise ValueError(f"{value} has no {' or '.join(names)}")
     return Path(hf_hub_download(value, found))
 
 
 def snapshot(value: str, *patterns: str) -> Path:
-    """A local folder as it is, or the files of a hub repository that match, downloaded once."""
+    """A local folder as it is, or a folder with the matching files of a hub repository, which are downloaded once."""
     if Path(value).is_dir():
         return Path(value)
     from huggingface_hub import snapshot_download
@@ -72,7 +73,7 @@ def snapshot(value: str, *patterns: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """A checkpoint: safetensors, or a foreign .pt or .pth, of which nothing but tensors and plain values is read."""
+    """The content of a .safetensors, .pt or .pth file. Only tensors and plain values are read, and no code is run."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -87,11 +88,11 @@ def load_strictly(
     ignored: Sequence[str] = (),
     assign: bool = False,
 ) -> None:
-    """Every parameter and persistent buffer of the module from the checkpoint, and every tensor of the checkpoint into
-    the module, but those whose names start with one of `ignored`. assign: the tensors themselves, for a module that
-    was made without memory.
+    """Loads every parameter and persistent buffer of the module from the checkpoint. Every tensor of the checkpoint
+    must be used, except those whose names start with one of `ignored`. assign: use the checkpoint's tensors
+    themselves, for a module that was created without memory.
 
-    Raises ValueError with names for what is missing, left over or of another shape."""
+    Raises ValueError with the names of tensors that are missing, left over or of another shape."""
     kept = (
         {name: t for name, t in tensors.items() if not name.startswith(tuple(ignored))} if ignored else dict(tensors)
     )
@@ -100,32 +101,37 @@ def load_strictly(
     for name, tensor in kept.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
-                f"{source}: {name} has the shape {list(tensor.shape)}, and the network "
+                f"{source}: {name} has the shape {list(tensor.shape)}, but the network needs "
                 f"{list(wanted[name].shape)}; the checkpoint is of another architecture"
             )
     module.load_state_dict(kept, assign=assign)
 
 
 def report_keys(source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises ValueError if a checkpoint has not exactly the tensors of its network."""
+    """Raises ValueError unless a checkpoint has exactly the tensors of its network."""
     problems = []
-    for what, names in (("lacks", sorted(missing)), ("has, and the network does not,", sorted(unexpected))):
+    for what, names in (
+        ("lacks", sorted(missing)),
+        ("has tensors that the network does not have,", sorted(unexpected)),
+    ):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{what} {', '.join(names[:5])}{more}")
+            rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            problems.append(f"{what} {', '.join(names[:5])}{rest}")
     if problems:
         raise ValueError(
-            f"{source} {'; it '.join(problems)}: a scorer with a part at random is no scorer; give the "
-            "published checkpoint, whole"
+            f"{source} {'; it '.join(problems)}: a scorer whose weights are partly random is useless; give "
+            "the complete published checkpoint"
         )
 
 
 def pretrained(cls: Any, path: str, **options: Any) -> Any:
-    """A transformers network from a folder or hub id: safetensors alone, float32, every tensor accounted for."""
+    """A transformers network from the safetensors of a folder or hub id, in float32. Raises ValueError unless the
+    files have exactly the network's tensors."""
     model, info = cls.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
     )
-    extra = {key for key in info["unexpected_keys"] if not key.endswith(".position_ids")}  # old checkpoints' 0, 1, 2
+    # Old checkpoints store position_ids, which are just 0, 1, 2, ...
+    extra = {key for key in info["unexpected_keys"] if not key.endswith(".position_ids")}
     report_keys(path, info["missing_keys"], extra)
     if info["mismatched_keys"]:
         raise ValueError(f"{path}: {sorted(info['mismatched_keys'])[0]} does not fit the network's config.json")
@@ -137,19 +143,19 @@ def freeze(module: nn.Module, device: torch.device) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is no JSON mapping."""
+    """The mapping in a JSON file. Raises ValueError if there is none."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping, got {type(content).__name__}")
+        raise ValueError(f"{file} must contain a mapping, got {type(content).__name__}")
     return content
 
 
 @lru_cache(maxsize=64)
 def sha256(file: Path) -> str:
-    """Of a file's bytes, read a piece at a time; once a process."""
+    """The sha256 of a file, which is read in pieces. Computed once per process."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 24):

@@ -1,4 +1,4 @@
-"""What a recipe becomes: networks, optimizers, state and data, and the run folder they begin or go on in."""
+"""Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
 from pathlib import Path
@@ -28,12 +28,13 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the message says what was seen and what to try."""
+    """The run cannot continue. The message says what was observed and what to try."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What a recipe became. The loop's functions take it whole; only its modules, tensors and watch change."""
+    """Everything that was built from a recipe. The functions of the training loop take it as a whole. Its fields are
+    never reassigned; only the modules, optimizers, tensors and the watch in them change."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -44,34 +45,34 @@ class TrainingRun:
     state: dict[str, Tensor]
     ema: Ema
     stream: Stream
-    prompts: list[str]  # the first of the stream, for pictures and the watch
+    prompts: list[str]  # the first prompts of the stream, for pictures and the watch
     watch: Watch
 
     @property
     def saved(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds: every role but the frozen teacher, and the average."""
+        """The modules that a checkpoint stores: every role except the frozen teacher, and the moving average."""
         return {role: self.networks[role] for role in self.networks if role != "teacher"} | {"ema": self.ema.module}
 
     @property
     def student(self) -> Sampler:
-        """The average of the student, sampling as it will be exported."""
+        """The student's moving average, sampled as its export will be."""
         return Sampler(self.backbone, self.ema.module, self.recipe.rollout)
 
     def teacher(self, num_steps: int) -> Sampler:
-        """The teacher as its stock pipeline samples it."""
+        """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.eval.teacher_guidance_scale
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
 
     @property
     def samples_here(self) -> bool:
-        """Whether this process samples: the first one does, and all do where networks are sharded."""
+        """Whether this process samples. The first process always does; all of them do where networks are sharded."""
         return self.accelerator.is_main_process or self.strategy == "fsdp"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunNetworks:
-    """All networks of a recipe. modules: by role, student and teacher among them. average: the place of the student's
-    moving average."""
+    """All networks of a recipe. modules: role -> network, including student and teacher. average: the module that
+    holds the student's moving average."""
 
     backbone: Backbone
     modules: dict[str, nn.Module]
@@ -79,7 +80,7 @@ class RunNetworks:
 
     @property
     def wholes(self) -> list[nn.Module]:
-        """Every module that holds parameters of its own: roles and average, or the base that adapters share."""
+        """The modules that own their parameters: roles and average unless they are adapters, and the shared base."""
         shared = self.backbone.shared
         own = [m for m in (*self.modules.values(), self.average) if not isinstance(m, LoraDenoiser)]
         return own if shared is None else [*own, shared.denoiser]
@@ -93,16 +94,16 @@ def build_backbone(
     deferred: bool = False,
     section: BackboneConfig | None = None,
 ) -> Backbone:
-    """The backbone of a recipe. dtype: None is that of the training. deferred: networks get their weights later.
-    section: instead of the recipe's own, for planning without the network."""
+    """Builds the backbone of a recipe. dtype: the training dtype by default. deferred: networks are made without
+    weights, which are filled in later. section: replaces the recipe's backbone section, for planning offline."""
     frozen = recipe.train.frozen_dtype
     roles = RoleOptions(recipe.lora, DTYPES[frozen] if frozen else None, deferred)
     return (section or recipe.backbone).build(device, dtype or DTYPES[recipe.train.dtype], recipe.seed, roles)
 
 
 def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
-    """The networks of a recipe, in the order in which random initialisations are drawn: student, teacher, and those of
-    the objective. Training, planning and the benchmarks all build them here.
+    """Builds the networks of a recipe in the order in which random initialisations are drawn: student, teacher, then
+    the objective's auxiliary networks. Training, planning and the benchmarks all build them here.
 
     Raises RecipeError for an adapter on a role that is not a copy of the teacher."""
     modules: dict[str, nn.Module] = {
@@ -112,14 +113,16 @@ def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
     }
     for role in recipe.lora:
         if not isinstance(modules[role], LoraDenoiser):
-            raise RecipeError(f"lora.{role}: this objective's {role} is not a copy of the teacher")
+            raise RecipeError(
+                f"lora.{role}: this objective's {role} is not a copy of the teacher and cannot be an adapter"
+            )
     modules = {role: m if role == "teacher" else m.to(backbone.dtype) for role, m in modules.items()}
     return RunNetworks(backbone, modules, modules["student"].average())  # type: ignore[operator]
 
 
 def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
-    """What follows once every network has its weights: adapters are initialised from the recipe's seed, and activation
-    checkpointing is switched on where the recipe asks for it."""
+    """To be called once every network has its weights. Initialises adapters from the recipe's seed, and switches on
+    activation checkpointing if the recipe asks for it."""
     for module in networks.modules.values():
         if isinstance(module, LoraDenoiser) and module.role:
             module.reset(recipe.seed)
@@ -128,7 +131,7 @@ def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
 
 
 def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
-    """Networks, optimizers, state and data of a recipe; random initialisations come from the recipe's seed."""
+    """Builds networks, optimizers, state and data. Random initialisations are drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     strategy = strategy_of(recipe, accelerator)
     backbone = build_backbone(recipe, accelerator.device, deferred=strategy == "fsdp")
@@ -160,21 +163,25 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
 
 
 def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
-    """The run folder. A new one gets the resolved recipe; an existing one must have been started with the same."""
+    """Creates or reopens the run folder, writes the resolved recipe into it, and returns it. An existing run must
+    have been started with the same recipe, except for the keys that a continued run may change.
+
+    Raises RecipeError for a run of another recipe, for a finished run without checkpoints, and for a folder that is
+    not empty and holds no run."""
     folder = recipe.output_dir
     path = folder / "recipe.yaml"
     if path.is_file():
         if changed := changed_keys(load_stored(path), recipe):
             raise RecipeError(
-                f"{folder} was started with other values of {', '.join(changed)}; choose another output_dir, or undo "
-                "the change to continue the run"
+                f"{folder} was started with different values of {', '.join(changed)}; choose another output_dir, or "
+                "undo the change to continue the run"
             )
         if (folder / "export").exists() and not checkpoint.complete(folder / "checkpoints"):
             raise RecipeError(
                 f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
             )
     elif folder.is_dir() and any(folder.iterdir()):
-        raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another")
+        raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,33 +191,40 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
 
 
 def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """The checkpoint `train.resume_from` names, later ones set aside; else the newest complete one, if there is any.
+    """The checkpoint that `train.resume_from` names, after later ones have been moved to the folder set_aside.
+    Without that key, the newest complete checkpoint, or None if there is none.
 
-    Raises RecipeError if the named one is not there, CheckpointError if it is damaged; before weights load."""
+    Raises, before any weights load, RecipeError if the named checkpoint does not exist, and CheckpointError if the
+    checkpoint is damaged."""
     folder, name = recipe.output_dir / "checkpoints", recipe.train.resume_from
-    found = checkpoint.complete(folder)
+    complete = checkpoint.complete(folder)
     if name is None:
-        if found:
-            checkpoint.counters_of(found[-1])
-        return found[-1] if found else None
-    if name not in [c.name for c in found]:
-        have = f"complete there are {', '.join(c.name for c in found)}" if found else "there is no complete one"
-        raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {have}")
+        if complete:
+            checkpoint.counters_of(complete[-1])
+        return complete[-1] if complete else None
+    if name not in [c.name for c in complete]:
+        names = ", ".join(c.name for c in complete)
+        choice = f"the complete ones are {names}" if complete else "there is no complete one"
+        raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {choice}")
     checkpoint.counters_of(folder / name)
-    later = [c for c in found if c.name > name]
+    later = [c for c in complete if c.name > name]
     if later and accelerator.is_main_process:
         aside = recipe.output_dir / "set_aside"
         aside.mkdir(exist_ok=True)
         for c in later:
             if (aside / c.name).exists():
-                raise RecipeError(f"train.resume_from: {aside / c.name} is in the way of a later checkpoint; move it")
+                raise RecipeError(
+                    f"train.resume_from: the later checkpoint {c.name} cannot be set aside, because "
+                    f"{aside / c.name} already exists; move or remove that folder"
+                )
             c.rename(aside / c.name)
     accelerator.wait_for_everyone()
     return folder / name
 
 
 def start_from(run: TrainingRun) -> None:
-    """The student of `init_from`, and its fake score and other trained roles where a run has them."""
+    """Loads the weights of `init_from` into the student: from an export, or from the moving average of a run's last
+    checkpoint. A run also gives the other roles that this recipe trains, as far as its checkpoint has them."""
     if run.recipe.init_from is None:
         return
     path, networks = Path(run.recipe.init_from), run.networks
@@ -226,12 +240,13 @@ def start_from(run: TrainingRun) -> None:
 
 
 def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:
-    """Everything a checkpoint holds, into the run. Raises RecipeError if an update would be of another size."""
+    """Restores everything that a checkpoint holds into the run, and returns its counters. Raises RecipeError if the
+    run was started with another number of samples per update."""
     counters = checkpoint.counters_of(path)
     if counters["samples_per_update"] != per_update:
         raise RecipeError(
-            f"train.batch_size x train.accumulate x processes is {per_update}, and the run was started with "
-            f"{counters['samples_per_update']} samples an update; keep the product"
+            f"train.batch_size x train.accumulate x processes is {per_update}, but the run was started with "
+            f"{counters['samples_per_update']} samples per update; keep the product as it was"
         )
     checkpoint.load(path, run.saved, run.optimizers, run.state, run.accelerator.device)
     run.ema.updates = counters["ema_updates"]

@@ -1,13 +1,14 @@
-"""Checkpoints that are complete or not there: written beside, made durable, then renamed. All tensors are safetensors.
+"""Checkpoints that are either complete or absent. Each is written under another name, flushed to disk, then renamed.
+All tensors are stored as safetensors.
 
     step_00000200/
-        student.safetensors  fake_score.safetensors  ...  ema.safetensors      every role but the frozen teacher
+        student.safetensors  fake_score.safetensors  ...  ema.safetensors      every role except the frozen teacher
         student.optimizer.safetensors  ...                                     AdamW's moments, by parameter name
-        objective.safetensors                                                  what the objective remembers
-        counters.json                                                          steps, positions, and every file's size
+        objective.safetensors                                                  the objective's state
+        counters.json                                                          step, data position, every file's size
 
-A divided tensor is gathered, written and dropped, one at a time, and read slice by slice: the files do not depend on
-the number of processes that wrote them.
+Sharded tensors are gathered, written and dropped one at a time, and read back slice by slice. So the files do not
+depend on the number of processes that wrote them.
 """
 
 import itertools
@@ -41,7 +42,7 @@ DTYPES = {
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says what to do."""
+    """A checkpoint cannot be written or read. The message says what to do."""
 
 
 def save(
@@ -53,10 +54,11 @@ def save(
     keep: int,
     writer: bool = True,
 ) -> Path:
-    """Writes folder/step_<counters["step"]> and removes all but the newest `keep` complete ones, and never the one of
-    step counters["last_good"]. Every process calls it; only the `writer` writes.
+    """Writes folder/step_<counters["step"]>, then removes old complete checkpoints. The newest `keep` stay, and so
+    does that of step counters["last_good"]. Every process calls this; only the `writer` writes.
 
-    Raises CheckpointError when the disk is full; what was there before is still there."""
+    Raises CheckpointError if writing fails, for example because the disk is full. Earlier checkpoints are then
+    intact."""
     target = folder / f"{PREFIX}{counters['step']:08d}"
     partial = target.with_name(target.name + ".partial")
     files: dict[str, Mapping[str, Tensor]] = {role: module.state_dict() for role, module in modules.items()}
@@ -76,8 +78,8 @@ def save(
             sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        held = complete(folder)
-        kept = f"the last checkpoint, {held[-1].name}, is intact" if held else "there is no earlier checkpoint"
+        earlier = complete(folder)
+        kept = f"the last checkpoint, {earlier[-1].name}, is intact" if earlier else "there is no earlier checkpoint"
         raise CheckpointError(
             f"cannot write {target}: {error.strerror}; {kept}. Free some space and start the run again to continue"
         ) from None
@@ -90,7 +92,8 @@ def save(
 
 
 def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint, if it is there, so that a kill leaves none that looks complete and is not."""
+    """Removes a checkpoint if it exists. It is renamed first, so that a kill in between leaves nothing that looks like
+    a complete checkpoint but is not."""
     if checkpoint.exists():
         going = checkpoint.with_name(checkpoint.name + ".going.partial")
         checkpoint.rename(going)
@@ -98,13 +101,14 @@ def discard(checkpoint: Path) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, as "<parameter>.<name>"."""
+    """The optimizer's tensors, named "<parameter>.<state>"."""
     named: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     return {f"{named[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> None:
-    """A safetensors file, one tensor in memory at a time (https://huggingface.co/docs/safetensors, "Format")."""
+    """Writes a safetensors file with one whole tensor in memory at a time (https://huggingface.co/docs/safetensors,
+    "Format"). Every process must call this, because sharded tensors are gathered; only the `writer` writes."""
     header, offset = dict[str, Any](), 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -122,7 +126,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> No
             parts = (chunk.reshape(-1).view(torch.uint8).numpy().data for chunk in chunks)
             write_durably(path, itertools.chain([len(text).to_bytes(8, "little") + text], parts))
     finally:
-        for _ in chunks:  # gathering needs every process, also one that does not write or no longer can
+        for _ in chunks:  # gathering needs every process, even one that does not write or whose write failed
             pass
 
 
@@ -135,7 +139,7 @@ def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # some network file systems do not support this
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -149,15 +153,18 @@ def complete(folder: Path) -> list[Path]:
 
 
 def counters_of(path: Path) -> dict[str, Any]:
-    """What is counted in a checkpoint. Raises CheckpointError if it, or a file of it, is missing or cut short."""
+    """The counters of a checkpoint. Raises CheckpointError if any of its files is missing or truncated."""
     try:
         counters = json.loads((path / COUNTERS).read_text())
     except (OSError, ValueError):
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no readable {COUNTERS}") from None
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no readable {COUNTERS}. "
+            "Remove it to continue from an earlier one"
+        ) from None
     for name, size in counters["files"].items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        actual = (path / name).stat().st_size if (path / name).is_file() else None
+        if actual != size:
+            what = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
             raise CheckpointError(
                 f"{path} is damaged: {name} {what}. Remove this checkpoint to continue from an earlier one"
             )
@@ -172,7 +179,8 @@ def load(
     state: dict[str, Tensor],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Restores everything `save` wrote, in place; returns the counters. Raises CheckpointError on a missing tensor."""
+    """Restores in place everything that `save` wrote, and returns the counters. Raises CheckpointError if a tensor is
+    missing or has another shape."""
     counters = counters_of(path)
     for role, module in modules.items():
         read_into(path / f"{role}.safetensors", dict(module.state_dict()))
@@ -185,16 +193,20 @@ def load(
 
 
 def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors from a file that holds exactly their names; a divided one takes its slice."""
+    """Fills tensors in place from a file; a sharded tensor takes its own slice. Raises CheckpointError unless the file
+    has exactly these names and shapes."""
     with open_tensors(path) as file:
         if differing := sorted(set(file.keys()) ^ set(tensors)):
-            raise CheckpointError(f"{path} does not fit this recipe's network: {', '.join(differing[:4])}")
+            raise CheckpointError(
+                f"{path} does not fit this recipe's network; only one of the two has {', '.join(differing[:4])}"
+            )
         for name, tensor in tensors.items():
             local(tensor).copy_(read_slice(file, name, tensor))
 
 
 def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills a student's tensors from another's file, which may lack its further inputs: these stay as they are."""
+    """Fills a student's tensors from the file of another student. That one may lack added inputs that this student
+    has; their tensors stay as they are. Raises CheckpointError if anything else differs."""
     with open_tensors(path) as file:
         try:
             names = carried_names(tensors, file.keys())
@@ -205,7 +217,7 @@ def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Sets the optimizer's state; a scalar (`step`) stays on the CPU, as AdamW has it."""
+    """Sets the optimizer's state. A scalar (`step`) stays on the CPU, where AdamW keeps it."""
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
     with open_tensors(path) as file:
@@ -223,10 +235,12 @@ def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Mod
 
 
 def read_slice(file: Any, name: str, like: Tensor) -> Tensor:
-    """This process's part of a stored tensor. Raises CheckpointError if the shapes differ."""
+    """This process's slice of a stored tensor. Raises CheckpointError if the shapes differ."""
     stored = file.get_slice(name)
     if list(stored.get_shape()) != list(like.shape):
-        raise CheckpointError(f"{name} is stored as {stored.get_shape()} and needed as {list(like.shape)}")
+        raise CheckpointError(
+            f"{name} is stored with shape {stored.get_shape()}, but this recipe needs shape {list(like.shape)}"
+        )
     return stored[slices(like)] if like.dim() else file.get_tensor(name)
 
 

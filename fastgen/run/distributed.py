@@ -1,4 +1,4 @@
-"""How several processes share a run: who they are, how networks are divided, how gradients are averaged."""
+"""How several processes share a run: how they start, how networks are sharded, and how gradients are averaged."""
 
 import os
 from collections.abc import Iterable
@@ -21,49 +21,52 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 
 Strategy = Literal["single", "ddp", "fsdp"]
-BUCKET_BYTES = 25 << 20  # of gradients, averaged in one call
+BUCKET_BYTES = 25 << 20  # of gradients, averaged by one all-reduce
 
 
 def start(recipe: Recipe) -> Accelerator:
-    """The processes this program was launched with, all of them, on the device that was asked for.
+    """Starts accelerate with all processes that this program was launched with, on the device the recipe asks for.
 
-    On a machine without a GPU, accelerate would take a torchrun of two processes for two runs of one, unless it is
-    told that the CPU is meant. Mixed precision is the recipe's business, in the loop, not the launcher's.
-    Raises RecipeError for a device, a number of processes or a launcher's setting that cannot be had."""
+    Without a GPU, accelerate must be given cpu=True: otherwise it would treat a torchrun of two processes as two
+    separate runs. Mixed precision is set by the recipe and applied in the training loop, not by the launcher.
+    Raises RecipeError for a device, a number of processes or a launcher setting that is not available."""
     config = recipe.train
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device: cuda was asked for and there is no GPU here; set it to auto or cpu")
+        raise RecipeError("train.device is cuda, but there is no GPU here; set it to auto or cpu")
     for setting, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(setting, "false") == "true":
             raise RecipeError(
-                f"the launcher asks for {name}, which fastgen does not use; configure accelerate for multi-GPU or FSDP"
+                f"the launcher is configured for {name}, which fastgen does not support; configure accelerate for "
+                "multi-GPU or FSDP"
             )
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    for asked, what in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
-        if asked not in (None, accelerator.num_processes):
+    for count, source in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
+        if count not in (None, accelerator.num_processes):
             raise RecipeError(
-                f"{what} asks for {asked} processes and accelerate started {accelerator.num_processes}; on a CPU use "
-                "torchrun --nproc_per_node, as accelerate launch --cpu starts one"
+                f"{source} asks for {count} processes, but accelerate started {accelerator.num_processes}; on a CPU "
+                "use torchrun --nproc_per_node, because accelerate launch --cpu starts only one"
             )
     if strategy_of(recipe, accelerator) == "fsdp" and accelerator.num_processes == 1:
         raise RecipeError(
-            "train.strategy: fsdp divides networks over processes and there is one; launch more, or set it to auto"
+            "train.strategy: fsdp shards networks over processes, but there is only one process; launch more, or set "
+            "it to auto"
         )
     return accelerator
 
 
 def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
-    """What `auto` means under this launcher."""
-    asked = recipe.train.strategy
-    if asked == "auto":
-        asked = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else "ddp"
-    return "single" if asked == "ddp" and accelerator.num_processes == 1 else asked
+    """The strategy of this run. `auto` is fsdp if accelerate was configured for FSDP, else ddp; ddp on one process is
+    "single"."""
+    strategy = recipe.train.strategy
+    if strategy == "auto":
+        strategy = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else "ddp"
+    return "single" if strategy == "ddp" and accelerator.num_processes == 1 else strategy
 
 
 def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, accelerator: Accelerator) -> None:
-    """`fully_shard` for every role, the frozen ones too, in place; roles that share a base divide it once."""
+    """Applies `fully_shard` to every role in place, frozen ones included. A base that roles share is sharded once."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     weights = backbone.weights()
     for module in modules.values():
@@ -77,7 +80,7 @@ def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, accelerator: 
 
 
 def stored_name(module: nn.Module, name: str) -> str:
-    """The name a tensor has in the pretrained weights: without the wrappers put around its layer since."""
+    """The name of a tensor in the pretrained weights: without the wrappers around its layer (added inputs, LoRA)."""
     *path, last = name.split(".")
     kept = []
     for part in path:
@@ -91,10 +94,11 @@ def stored_name(module: nn.Module, name: str) -> str:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean over processes, in buckets; divided networks have averaged theirs already. A gradient that some process
-    does not have (of an expert it did not call) counts there as zero.
+    """Replaces gradients by their mean over processes, in buckets. Gradients of sharded networks are averaged already
+    and are left as they are. A gradient that a process lacks (of an expert that it did not call) counts as zero there.
 
-    By hand, not by a DDP wrapper: one module is called several times in an update, by several players."""
+    This is done by hand rather than by a DDP wrapper, because one module is called several times per update, by
+    several players."""
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     used = torch.tensor([p.grad is not None for p in whole], dtype=torch.uint8, device=accelerator.device)
     if not len(used):
@@ -115,7 +119,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
 
 
 def average(gradients: list[Tensor], num_processes: int) -> None:
-    """One all-reduce of several gradients, in place."""
+    """Averages several gradients over processes in place, with one all-reduce."""
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
     parts = (flat / num_processes).split([g.numel() for g in gradients])

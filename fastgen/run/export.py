@@ -1,4 +1,4 @@
-"""A finished student as a folder: weights, scheduler, recipe, and a card that says how to call it."""
+"""Exports a student as a folder: weights, scheduler, recipe, and a model card that says how to call it."""
 
 import dataclasses
 import json
@@ -27,10 +27,11 @@ def export(
     step: int,
     rows: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Writes the folder beside itself and renames it when it is complete; an earlier export is replaced only then.
+    """Writes the export under another name and renames it when it is complete; only then does it replace an earlier
+    export.
 
-    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with; may be
-    empty."""
+    step: number of student updates made. rows: name -> metrics, for the student and for the teacher that it is
+    compared with; may be empty."""
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for stale in (partial, old):
         if stale.exists():
@@ -57,7 +58,7 @@ def export(
 def model_card(
     backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]], usage: str
 ) -> str:
-    """Markdown: what it is, how to call it, the numbers, the recipe."""
+    """The model card in Markdown: what the student is, how to call it, its metrics, and its recipe."""
     source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
     return f"""---
 library_name: {backbone.library}
@@ -67,7 +68,7 @@ tags: [distillation, few-step, {recipe.objective.name}]
 # A {recipe.rollout.num_steps}-step student of {source}
 
 Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates. The
-weights are the moving average of the student's.
+weights are the moving average of the student's weights.
 
 ## How to call it
 
@@ -85,24 +86,25 @@ weights are the moving average of the student's.
 
 
 def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """How they were measured, then one line a row, one column a metric."""
+    """How the metrics were measured, then a table with one line per row and one column per metric."""
     if not rows:
-        return "Not measured at this checkpoint; `fastgen eval` does."
+        return "Not measured at this checkpoint; `fastgen eval` measures it."
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
     scale = recipe.eval.teacher_guidance_scale
-    said = f"{recipe.eval.quick_num_samples} samples; the teacher at guidance scale {scale}."
-    return "\n".join([said, "", *head, *body])
+    note = f"Measured on {recipe.eval.quick_num_samples} samples; the teacher is at guidance scale {scale}."
+    return "\n".join([note, "", *head, *body])
 
 
 def export_run(
     run: Path, output: Path | None = None, merge: bool = False, rows: Mapping[str, Mapping[str, float]] | None = None
 ) -> Path:
-    """Exports the moving average in the last complete checkpoint of a run. merge: a LoRA run's adapter is added into
-    the weights, and the export is a whole pipeline.
+    """Exports the moving average from the last complete checkpoint of a run. merge: adds the adapter of a LoRA run
+    into the weights, so that the export is a whole pipeline.
 
-    Raises ValueError if there is no checkpoint, or if `output` exists and is not an export."""
+    Raises ValueError if `run` is not a run folder or has no complete checkpoint, or if `output` exists and is not an
+    export."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
     checkpoints = checkpoint.complete(run / "checkpoints")

@@ -1,7 +1,8 @@
-"""The watch over a run: numbers that say early, and in words, that a student is going wrong.
+"""The watch over a run, which warns early and in words when a student goes wrong.
 
-Statistics of the student's own samples are compared with the teacher's, made from the same prompts and noise before
-the first step. Losses of distribution matching do not tell quality; these do tell collapse.
+Statistics of the student's samples are compared with those of the teacher's, which were made from the same prompts and
+noise before the first step. The losses of distribution matching do not show quality, but these statistics show
+collapse.
 """
 
 import math
@@ -23,9 +24,9 @@ Statistics = dict[str, float]
 def statistics(latents: Tensor, center: float | None = None, scale: float | None = None) -> Statistics:
     """mean, std, diversity and saturation of samples [B, ...].
 
-    diversity: the mean distance of two samples, a value, sqrt(mean |x_i - x_j|^2).
-    saturation: the share of values further than 3 scale from center (the teacher's std and mean; the samples' own by
-    default)."""
+    diversity: the mean distance between two samples x_i and x_j, per value: sqrt(mean |x_i - x_j|^2).
+    saturation: the share of values that are more than 3 scale away from center. center and scale are the teacher's
+    mean and std; by default they are the samples' own."""
     x = latents.detach().double().flatten(1)
     center = x.mean().item() if center is None else center
     scale = x.std().item() if scale is None else scale
@@ -36,9 +37,10 @@ def statistics(latents: Tensor, center: float | None = None, scale: float | None
 
 @plain_dataclass
 class Memory:
-    """What the watch remembers; a checkpoint keeps it. reference: the teacher's statistics. reward_spread: the
-    standard deviation of each reward over the teacher's samples. rewards: a row a look, its step, each reward's mean
-    and the samples' distance to the anchor."""
+    """What the watch remembers; it is stored in checkpoints. reference: the teacher's statistics. reward_spread: the
+    standard deviation of each reward over the teacher's samples. rewards: one row per look, with its step, the mean of
+    each reward, and the distance of the samples to the anchor. grad_norms: the values of each gradient norm at all
+    looks so far. alarmed: whether the last look gave a warning."""
 
     reference: Statistics = field(default_factory=dict)
     reward_spread: dict[str, float] = field(default_factory=dict)
@@ -48,34 +50,35 @@ class Memory:
 
 
 class Watch:
-    """Looks at a run from time to time."""
+    """Looks at a run every `health.every` updates."""
 
     def __init__(self, config: HealthConfig):
         self.config = config
         self.memory = Memory()
         self.skipped_in_a_row = 0
-        self.anchor: Tensor | None = None  # the teacher's samples, where the run has rewards
+        self.anchor: Tensor | None = None  # the teacher's samples, set if the run has rewards
 
     @property
     def alarmed(self) -> bool:
-        """Whether the last look ended in a warning, or updates are being skipped."""
+        """Whether the last look gave a warning, or updates are being skipped."""
         return self.memory.alarmed or self.skipped_in_a_row > 0
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.memory = Memory(**memory)
 
     def skip(self) -> int:
-        """Counts an update that could not be made; returns how many there were in a row."""
+        """Counts an update that was skipped. Returns how many have been skipped in a row."""
         self.skipped_in_a_row += 1
         return self.skipped_in_a_row
 
     def look(
         self, step: int, samples: Tensor, terms: Mapping[str, float], movement: Mapping[str, float]
     ) -> tuple[Statistics, list[str]]:
-        """Compares the student's samples [B, ...], and the mean log terms since the last row, with what is healthy.
+        """Compares the student's samples [B, ...], and the mean of the logged terms since the last row, with what is
+        healthy.
 
         movement: role -> relative change of its weights since the last look. Returns the statistics and the warnings.
-        Samples that are blurred or alike are not warned of before the grace is over."""
+        Samples that are washed out or look alike give no warning until `health.grace` updates have passed."""
         teacher = self.memory.reference
         seen = statistics(samples, teacher["mean"], teacher["std"])
         warnings = self.running_away(seen) + self.lagging(terms) + self.moving(movement) + self.growing(terms)
@@ -88,8 +91,8 @@ class Watch:
     def look_at_rewards(
         self, step: int, samples: Tensor, scores: Mapping[str, Score], rewards: Composite
     ) -> tuple[Statistics, list[str]]:
-        """Compares the rewards of the same samples, optimised and held out, and their distance to the anchor, with
-        those of earlier looks. The first look, before the first update, only listens."""
+        """Compares the rewards of the same samples (optimised and held out), and the distance of the samples to the
+        anchor, with those of earlier looks. The first look, before the first update, only records them."""
         assert self.anchor is not None
         row = {"anchor_distance": hacking.anchor_distance(samples, self.anchor)} | hacking.means(scores)
         self.memory.rewards.append({"step": float(step)} | row)
@@ -100,42 +103,42 @@ class Watch:
         return row, warnings
 
     def running_away(self, seen: Statistics) -> list[str]:
-        """Samples that leave the teacher's range."""
+        """Warns of samples outside the teacher's range."""
         config, teacher, warnings = self.config, self.memory.reference, []
         if not all(map(math.isfinite, seen.values())):
             return [
-                "the student's samples are not finite: lower optimizers.student.lr and start from the last good "
-                "checkpoint"
+                "the student's samples are not finite; lower optimizers.student.lr and continue from the last good "
+                "checkpoint (train.resume_from)"
             ]
         shift, std = abs(seen["mean"] - teacher["mean"]) / teacher["std"], seen["std"] / teacher["std"]
         if shift > config.mean_shift:
             warnings.append(
-                f"the student's samples have drifted: their mean is {shift:.1f} teacher standard "
-                "deviations off (colour or brightness runs away); lower optimizers.student.lr or raise "
+                f"the student's samples have drifted: their mean is off by {shift:.1f} standard deviations of the "
+                "teacher's samples (colour or brightness runs away); lower optimizers.student.lr or raise "
                 "objective.fake_updates"
             )
         if std > config.std_ratio[1] or seen["saturation"] > teacher["saturation"] + config.saturation:
             warnings.append(
-                f"the student's samples are over-saturated: {std:.2f} times the teacher's standard "
-                f"deviation, {seen['saturation']:.1%} of the values far out; lower guidance_scale, or use "
+                f"the student's samples are over-saturated: their standard deviation is {std:.2f} times the "
+                f"teacher's, and {seen['saturation']:.1%} of their values are far out; lower guidance_scale, or use "
                 "guidance_rescale or guidance_interval, and lower optimizers.student.lr"
             )
         return warnings
 
     def collapsed(self, seen: Statistics) -> list[str]:
-        """Samples that say too little."""
+        """Warns of samples without contrast, or without variety."""
         config, teacher, warnings = self.config, self.memory.reference, []
         std, diversity = (seen[k] / max(teacher[k], 1e-12) for k in ("std", "diversity"))
         if std < config.std_ratio[0]:
             warnings.append(
-                f"the student's samples are washed out: {std:.2f} times the teacher's standard deviation "
-                "(grey, blurred or empty); check that the student trains, lower its rate, or raise "
+                f"the student's samples are washed out (grey, blurred or empty): their standard deviation is "
+                f"{std:.2f} times the teacher's; check that the student trains, lower optimizers.student.lr, or raise "
                 "objective.fake_updates"
             )
         if diversity < config.diversity_ratio:
             warnings.append(
-                f"the student's samples look alike: their distances are {diversity:.2f} times the "
-                "teacher's (mode collapse); raise objective.fake_updates, lower optimizers.student.lr, or "
+                f"the student's samples look alike (mode collapse): the distances between them are {diversity:.2f} "
+                "times those between the teacher's; raise objective.fake_updates, lower optimizers.student.lr, or "
                 "add the discriminator"
             )
         return warnings
@@ -150,7 +153,8 @@ class Watch:
         ]
 
     def moving(self, movement: Mapping[str, float]) -> list[str]:
-        """Roles whose weights hardly move (float32 resolves relative changes of 1e-7), or are being overwritten."""
+        """Warns of roles whose weights hardly move (float32 resolves relative changes of 1e-7) or move too far. Also
+        warns of a student that moves further than the fake score."""
         (low, high), warnings = self.config.movement, []
         for role, moved in movement.items():
             if moved < low:
@@ -166,14 +170,14 @@ class Watch:
         student, fake = movement.get("student", 0.0), movement.get("fake_score", 0.0)
         if fake > low and student > self.config.lead * fake:
             warnings.append(
-                f"the student runs ahead of the fake score, {student / fake:.1f} times as far since the "
-                "last look; lower optimizers.student.lr, or raise optimizers.fake_score.lr or "
+                f"the student runs ahead of the fake score: its weights moved {student / fake:.1f} times as far "
+                "since the last look; lower optimizers.student.lr, or raise optimizers.fake_score.lr or "
                 "objective.fake_updates"
             )
         return warnings
 
     def growing(self, terms: Mapping[str, float]) -> list[str]:
-        """Roles whose gradient norm is far above its median so far; the first three looks only listen."""
+        """Warns of roles whose gradient norm is far above its median so far. The first three looks only record it."""
         warnings = []
         for name, value in terms.items():
             if "/grad_norm_" not in name:
@@ -183,7 +187,7 @@ class Watch:
             if value > self.config.grad_growth * usual:
                 role = name.rpartition("grad_norm_")[2]
                 warnings.append(
-                    f"the gradient of {role} has grown to {value / usual:.0f} times what it was; lower "
+                    f"the gradient of {role} has grown to {value / usual:.0f} times its median so far; lower "
                     f"optimizers.{role}.lr"
                 )
             history.append(value)

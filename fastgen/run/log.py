@@ -1,4 +1,4 @@
-"""What a run writes down: log.jsonl, TensorBoard events, and the progress bar's few numbers."""
+"""What a run logs: log.jsonl, TensorBoard events, warnings.log, and the few numbers of the progress bar."""
 
 import json
 import resource
@@ -13,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
-    """Averages the terms of every turn between writes. Continuing a run at `step` drops later rows of an earlier life,
-    so that the file tells one story. Disabled on all processes but the first."""
+    """Averages the terms of every turn between two writes. A run that continues from `step` first drops the rows that
+    were logged after that step, so that the file has one consistent history. Disabled on all processes but the first.
+    """
 
     def __init__(self, folder: Path, step: int, enabled: bool):
         self.enabled = enabled
@@ -28,7 +29,7 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, turn: str, terms: Mapping[str, Tensor]) -> None:
-        """Terms of one update, kept on their device until they are written."""
+        """Adds the terms of one update. They stay on their device until they are written."""
         for name, value in terms.items():
             self._sums[f"{turn}/{name}"].append(value.detach())
 
@@ -37,14 +38,14 @@ class RunLog:
         return {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
 
     def warn(self, step: int, message: str) -> None:
-        """A warning in words, in warnings.log."""
+        """Appends a warning to warnings.log."""
         if self.enabled:
             with (self._path.parent / "warnings.log").open("a") as file:
                 file.write(f"step {step}: {message}\n")
 
     def write(self, step: int, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, str]:
-        """One row: mean terms, learning rates, seconds a step, memory, and the network evaluations a sample of all
-        updates since the last row. Returns what the progress bar shows."""
+        """Writes one row: mean terms, learning rates, seconds per step, memory, and the network evaluations per
+        sample, summed over all updates since the last row. Returns what the progress bar shows."""
         row = self.means()
         row["evaluations"] = sum(float(sum(v)) for name, v in self._sums.items() if name.endswith("/evaluations"))
         self._sums.clear()
@@ -57,7 +58,7 @@ class RunLog:
         return {name: f"{row[name]:.3g}" for name in row if name.endswith(("/loss", "/fake_lag"))}
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a row as it is, to both files."""
+        """Writes a row as given to log.jsonl and TensorBoard."""
         if not self.enabled:
             return
         with self._path.open("a") as file:
@@ -71,7 +72,7 @@ class RunLog:
 
 
 def memory_mb() -> float:
-    """Peak memory in MB: the GPU's where there is one, else the process's."""
+    """Peak memory in MB, of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,8 +1,8 @@
-"""`fastgen prepare`: a recipe's prompts and images, encoded once into a folder that data {name: prepared} reads, and
-ODE pairs of its teacher.
+"""`fastgen prepare`: encodes a recipe's prompts and images once, into a folder that data {name: prepared} reads. Can
+also sample ODE pairs of the recipe's teacher.
 
-The manifest is written anew after every file, and every file beside its place and then renamed; so the work may be
-stopped at any moment, and goes on after the last complete file when it is started again."""
+Every file is written under another name and then renamed, and the manifest is rewritten after every file. So the
+command may be stopped at any moment. Started again, it continues after the last complete file."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ from fastgen.metrics.reference import open_reference
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.sampling.sampler import teacher_sampler
 
-ENCODED_AT_ONCE = 32  # prompts, as PipelineBackbone does
+ENCODED_AT_ONCE = 32  # prompts in one batch, as in PipelineBackbone
 
 Make = Callable[[], bytes]
 
@@ -54,13 +54,13 @@ Make = Callable[[], bytes]
 def prepare(
     recipe: Recipe, folder: Path, dtype: str = "float32", shard_size: int = 256, pairs: PairSettings | None = None
 ) -> Manifest:
-    """Encodes every prompt of the recipe's data and evaluation, and every image of its data, and samples ODE pairs of
-    its teacher if they are asked for, here or by its data. dtype: of the stored prompt tokens and latents. shard_size:
-    rows a file, which is also what an interruption may lose. Returns the manifest.
+    """Encodes every prompt of the recipe's data and evaluation, and every image of its data. Samples ODE pairs of its
+    teacher if `pairs` or the recipe's data asks for them. dtype: that of the stored prompt tokens and latents.
+    shard_size: rows per file, which is also the most that an interruption may lose. Returns the manifest.
 
-    A folder that is complete is verified, byte for byte, and what is damaged is made again. Raises ValueError, before
-    weights load, for data that cannot be prepared, and for a folder that holds anything else or was prepared with
-    other settings; DataError for an image that cannot be read."""
+    A complete folder is verified byte for byte, and damaged files are made again. Raises ValueError, before weights
+    load, for data that cannot be prepared, and for a folder that holds anything else or was prepared with other
+    settings. Raises DataError for an image that cannot be read."""
     config, source = recipe.backbone, recipe.data
     if not isinstance(config, PipelineConfig):
         raise ValueError(f"backbone.name: prepare is for diffusers pipelines; {config.name} has nothing to encode")
@@ -102,7 +102,7 @@ def prepare(
     with tqdm(total=count, desc="preparing", unit="row") as bar:
         files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
         if pairs is not None:
-            backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)  # pairs come after the prompts
+            backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)  # pairs are made after them
             files |= plan_pairs(backbone, samples, pairs, getattr(torch, dtype), shard_size, bar)
         for name, (rows, make) in files.items():
             if name in manifest["files"] and verified(folder / name, manifest["files"][name]):
@@ -113,7 +113,7 @@ def prepare(
             digest = hashlib.sha256(data).hexdigest()
             manifest["files"][name] = {"rows": rows, "bytes": len(data), "sha256": digest}
             write(folder / MANIFEST, dump(manifest))
-    manifest["files"] = {name: manifest["files"][name] for name in files}  # in order also after repairs
+    manifest["files"] = {name: manifest["files"][name] for name in files}  # in this order, even after repairs
     manifest["complete"] = True
     write(folder / MANIFEST, dump(manifest))
     return manifest
@@ -128,7 +128,7 @@ def plan(
     lengths: dict[str, int],
     bar: Any,
 ) -> dict[str, tuple[int, Make]]:
-    """Every file of the folder: its rows, and what makes its bytes."""
+    """Every file of the folder: name -> its number of rows, and the function that makes its bytes."""
     files: dict[str, tuple[int, Make]] = {
         "prompts.jsonl": (len(prompts), partial(prompt_lines, prompts)),
         "samples.safetensors": (len(samples.prompts), partial(sample_rows, samples, prompts)),
@@ -144,11 +144,11 @@ def plan(
 def plan_pairs(
     backbone: PipelineBackbone, samples: Samples, pairs: PairSettings, dtype: torch.dtype, shard_size: int, bar: Any
 ) -> dict[str, tuple[int, Make]]:
-    """The files of the pairs. Raises ValueError if the teacher's own sampler draws noise on its way."""
+    """The files of the ODE pairs, as in `plan`. Raises ValueError if the teacher's own sampler draws noise."""
     if backbone.teacher_policy(pairs.steps).transition != "ode":
-        raise ValueError("pairs are of the teacher's ODE, and its own scheduler is stochastic; use another pipeline")
+        raise ValueError("pairs need the teacher's ODE, but its own scheduler is stochastic; use another pipeline")
     prompts = [samples.prompts[i] for i in pairs.samples(len(samples.prompts)).tolist()]
-    teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded if one is missing
+    teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded only if needed
 
     def make(rows: range) -> bytes:
         return save({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar).to(dtype)})
@@ -158,7 +158,7 @@ def plan_pairs(
 
 
 def begun(folder: Path) -> Manifest | None:
-    """The manifest of a folder that was begun; None for a new or empty one. Raises ValueError for any other."""
+    """The manifest of a folder begun earlier; None for a new or empty one. Raises ValueError for any other."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
     if folder.exists() and (not folder.is_dir() or any(f.name != f"{MANIFEST}.partial" for f in folder.iterdir())):
@@ -177,7 +177,7 @@ def check_settings(folder: Path, known: Manifest, wanted: Manifest) -> None:
 
 
 def stamps(config: PipelineConfig, pairs: bool) -> dict[str, list[int]]:
-    """Size and time of the pipeline's files, so that an unchanged one is hashed once; {} for a hub id."""
+    """Size and time stamp of the pipeline's files, so that unchanged files are hashed only once; {} for a hub id."""
     folder = config.local_folder()
     if folder is None:
         return {}
@@ -186,7 +186,7 @@ def stamps(config: PipelineConfig, pairs: bool) -> dict[str, list[int]]:
 
 
 def evaluation_prompts(config: EvalConfig) -> Sequence[str]:
-    """What the recipe's evaluation samples, so that it needs no text encoders either."""
+    """The prompts of the recipe's evaluation. With them prepared, evaluation needs no text encoders either."""
     if config.prompts is not None:
         return read_prompts(config.prompts)
     return () if config.reference is None else open_reference(config.reference).prompts
@@ -197,7 +197,7 @@ def prompt_lines(prompts: Sequence[str]) -> bytes:
 
 
 def sample_rows(samples: Samples, prompts: Sequence[str]) -> bytes:
-    """prompt [N] and picture [N]: the rows of every sample."""
+    """prompt [N] and, with images, picture [N]: the row of each sample's prompt and of its picture."""
     row = {prompt: i for i, prompt in enumerate(prompts)}
     tensors = {"prompt": torch.tensor([row[p] for p in samples.prompts])}
     if samples.pictures is not None:
@@ -209,30 +209,31 @@ def sample_rows(samples: Samples, prompts: Sequence[str]) -> bytes:
 def encode_prompts(
     backbone: PipelineBackbone, prompts: Sequence[str], dtype: torch.dtype, lengths: dict[str, int], bar: Any
 ) -> bytes:
-    """One shard. lengths: token counts by key, filled in; padding is stored once."""
+    """Encodes the prompts of one shard. lengths: key -> token count, filled in here. Padding is stored only once."""
     chunks = []
-    for some in spans(len(prompts), ENCODED_AT_ONCE):
-        chunks.append({k: v.cpu() for k, v in backbone.encode_chunk(list(prompts[some.start : some.stop])).items()})
-        bar.update(len(some))
+    for span in spans(len(prompts), ENCODED_AT_ONCE):
+        chunks.append({k: v.cpu() for k, v in backbone.encode_chunk(list(prompts[span.start : span.stop])).items()})
+        bar.update(len(span))
     rows = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
     for key, value in rows.items():
         if value.dim() == 3 and lengths.setdefault(key, value.shape[1]) != value.shape[1]:
             raise ValueError(
-                f"{key} has {value.shape[1]} tokens here and {lengths[key]} before: not one length to pad to"
+                f"{key} has {value.shape[1]} tokens for these prompts and {lengths[key]} for earlier ones; only "
+                "prompts that are all padded to one length can be prepared"
             )
     return save({key: narrowed(fold(value), dtype).contiguous() for key, value in rows.items()})
 
 
 def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens [n, L, D] in the stored dtype; whatever else a prompt brings is small, and may be sizes that a narrow
-    dtype would round."""
+    """Converts tokens [n, L, D] to the stored dtype. Everything else in a prompt's conditioning is left as it is: it
+    is small, and it may be sizes, which a narrow dtype would round."""
     return rows.to(dtype) if rows.dim() == 3 and rows.is_floating_point() else rows
 
 
 def encode_pictures(
     backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
 ) -> bytes:
-    """One shard: latents [n, *latent_shape]."""
+    """Encodes the pictures of one shard: latents [n, *latent_shape]."""
     assert samples.read is not None
     latents = []
     for picture in pictures:
@@ -254,7 +255,7 @@ def dump(manifest: Manifest) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Written beside, made durable, then renamed."""
+    """Writes a file under another name, flushes it to disk, then renames it."""
     partial_file = path.with_name(path.name + ".partial")
     with partial_file.open("wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""What the loop shows and looks at: the role table, pictures, which tensors moved, quick metrics, the health watch."""
+"""What the loop shows and checks: the role table, pictures, which tensors moved, quick metrics, the health watch."""
 
 import sys
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from fastgen.sampling.video import save_video, side_by_side
 
 
 def role_table(recipe: Recipe, networks: Networks) -> Table:
-    """One row a network: class, parameters, trainable, bytes, dtype, learning rate."""
+    """One row per network: class, parameters, trainable, bytes, dtype, learning rate."""
     table = Table("role", "network", "parameters", "trainable", "MB", "dtype", "learning rate", title="Networks")
     for role, module in networks.items():
         parameters = list(module.parameters())
@@ -44,13 +44,13 @@ def role_table(recipe: Recipe, networks: Networks) -> Table:
 
 
 def bit_sums(networks: Networks, turn: Turn) -> dict[str, int]:
-    """A weighted sum over the bits of every parameter of a turn's roles, which changes when its elements do."""
+    """For every parameter of a turn's roles, a weighted sum over its bits, which changes when its elements do."""
     named = {f"{r}.{n}": local(p).detach() for r in turn.roles for n, p in networks[r].named_parameters()}
     return {name: bit_sum(p.reshape(-1).view(torch.int32)) for name, p in named.items()}
 
 
 def bit_sum(bits: Tensor, chunk: int = 1 << 20) -> int:
-    """sum_i (2 i + 1) bits_i, so that opposite changes of two elements do not cancel; a chunk at a time."""
+    """sum_i (2 i + 1) bits_i, one chunk at a time. The weights differ, so that opposite changes do not cancel."""
     total = 0
     for number, part in enumerate(bits.split(chunk)):
         weights = 2 * (number * chunk + torch.arange(len(part), device=bits.device)) + 1
@@ -61,14 +61,15 @@ def bit_sum(bits: Tensor, chunk: int = 1 << 20) -> int:
 def report_moved(
     run: TrainingRun, turn: Turn, before: dict[str, int], terms: dict[str, Tensor], console: Console
 ) -> None:
-    """Says which parameters the first update moved. An error: a role without gradient (weight decay alone may still
-    have moved it), or gradient left on a role of another turn, which would enter that role's next step."""
+    """Prints which parameters the first update moved. Raises TrainingError for a role without gradient (weight decay
+    alone may still have moved it), and for gradient that was left on a role of another turn, because it would enter
+    that role's next step."""
     after = bit_sums(run.networks, turn)
     for role in turn.roles:
         parameters = dict(run.networks[role].named_parameters())
         same = [after[f"{role}.{name}"] == before[f"{role}.{name}"] for name in parameters]
         flags = torch.tensor(same, dtype=torch.int32, device=run.accelerator.device)
-        if run.strategy == "fsdp":  # a part that moved on any process
+        if run.strategy == "fsdp":  # a tensor moved if its shard moved on any process
             dist.all_reduce(flags, dist.ReduceOp.MIN)
         still = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
         if terms[f"grad_norm_{role}"] == 0 or len(still) == len(parameters):
@@ -85,7 +86,7 @@ def report_moved(
 
 
 def weight_marks(run: TrainingRun) -> dict[str, Tensor]:
-    """A few values of every tensor of every trained role, to see later whether they moved."""
+    """A few values of every tensor of every trained role, to measure later how far they moved."""
     return {
         role: torch.cat([local(p).detach().reshape(-1)[:16].float() for p in run.networks[role].parameters()])
         for role in run.recipe.objective.trained_roles
@@ -93,21 +94,21 @@ def weight_marks(run: TrainingRun) -> dict[str, Tensor]:
 
 
 def watch(run: TrainingRun, step: int, log: RunLog, marks: Mapping[str, Tensor], console: Console) -> None:
-    """Looks at the student's samples and the run's terms; writes what it sees, and warns in words.
+    """Checks the student's samples and the logged terms. Logs the statistics, and prints and logs the warnings.
 
-    Raises TrainingError at a warning if health.stop says so."""
+    Raises TrainingError at a warning if health.stop is set."""
     config, terms = run.recipe.health, log.means()
     now = weight_marks(run)
     moved = {
         role: ((now[role] - old).square().mean() / old.square().mean().clamp_min(1e-6)).sqrt().item()
         for role, old in marks.items()
-        if any(name.endswith(f"/grad_norm_{role}") for name in terms)  # not a role whose turn has not come yet
+        if any(name.endswith(f"/grad_norm_{role}") for name in terms)  # without roles that have had no turn yet
     }
     latents = student_latents(run, config.num_samples)
     seen, warnings = run.watch.look(step, latents, terms, moved)
     if run.recipe.rewards:
-        rewarded, more = run.watch.look_at_rewards(step, latents, scores_of(run, latents), run.recipe.rewards)
-        seen, warnings = seen | rewarded, warnings + more
+        row, reward_warnings = run.watch.look_at_rewards(step, latents, scores_of(run, latents), run.recipe.rewards)
+        seen, warnings = seen | row, warnings + reward_warnings
     log.record(step, {f"health/{name}": value for name, value in seen.items()})
     for warning in warnings:
         log.warn(step, warning)
@@ -118,8 +119,8 @@ def watch(run: TrainingRun, step: int, log: RunLog, marks: Mapping[str, Tensor],
 
 
 def set_anchor(run: TrainingRun) -> None:
-    """What the watch compares rewards with: the teacher's samples, and, before the first update, their rewards'
-    spread and a first look at the student. On all processes alike."""
+    """Sets what the watch compares rewards with: the teacher's samples and, before the first update, the spread of
+    their rewards and a first look at the student. Every process computes the same."""
     recipe, watch = run.recipe, run.watch
     if not recipe.rewards or not recipe.health.every:
         return
@@ -132,7 +133,7 @@ def set_anchor(run: TrainingRun) -> None:
 
 
 def scores_of(run: TrainingRun, latents: Tensor) -> dict[str, Score]:
-    """Every reward, optimised and held out, of samples of the fixed prompts, a batch at a time."""
+    """Scores samples of the fixed prompts by every reward, optimised and held out, one batch at a time."""
     assert run.networks.scorer is not None
     size, chunks = run.recipe.train.batch_size, list[dict[str, Score]]()
     for i in range(0, len(latents), size):
@@ -145,20 +146,20 @@ def scores_of(run: TrainingRun, latents: Tensor) -> dict[str, Score]:
 
 
 def student_latents(run: TrainingRun, count: int) -> Tensor:
-    """Samples of the student as it is now, of fixed prompts and seeds."""
+    """Samples of the student with its current weights, for fixed prompts and seeds."""
     sampler = Sampler(run.backbone, run.networks.student, run.recipe.rollout)
     return fixed_latents(run, sampler, count)
 
 
 def fixed_latents(run: TrainingRun, sampler: Sampler, count: int) -> Tensor:
-    """Latents of fixed prompts, seeds 0, 1, 2, ..., a batch at a time: [count, ...]."""
+    """Latents [count, ...] of fixed prompts, with seeds 0, 1, 2, ..., one batch at a time."""
     size = run.recipe.train.batch_size
     chunks = [range(i, min(i + size, count)) for i in range(0, count, size)]
     return torch.cat([sampler.latents([run.prompts[i] for i in chunk], chunk) for chunk in chunks])
 
 
 def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
-    """A picture of fixed prompts and seeds: the data stream's first prompts, seeds 0, 1, 2, ..."""
+    """Saves a picture, or a picture and a video, of the data stream's first prompts with seeds 0, 1, 2, ..."""
     points = sampler.backbone.output == "points"
     count = len(run.prompts) if points else run.recipe.train.num_samples
     samples = sampler.sample(run.prompts[:count], range(count))
@@ -175,8 +176,9 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
 
 
 def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
-    """Samples the teacher through our own wrapper, before anything is trained: if this looks wrong, stop here. What
-    the health watch compares with is measured here too, on all processes alike."""
+    """Samples the teacher through our own wrapper before anything is trained, and saves a picture. If it looks wrong,
+    the run should be stopped here. The statistics that the health watch compares with are measured here too, by all
+    processes alike."""
     sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
     if run.samples_here:
         show(run, sampler, path)
@@ -191,7 +193,7 @@ def quick_metrics(run: TrainingRun) -> dict[str, float]:
 
 
 def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:
-    """The teacher at `eval.teacher_steps`, measured as the student is: what the card compares with."""
+    """The teacher's metrics at each of `eval.teacher_steps`, measured as the student's are, for the model card."""
     config = run.recipe.eval
     return {
         f"teacher, {k} steps": evaluate(run.teacher(k), config.quick(), progress=False)["metrics"]

@@ -1,4 +1,4 @@
-"""`fastgen sample`: images, videos or points of a pipeline, as files."""
+"""`fastgen sample`: writes images, videos or points of a pipeline to files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +25,11 @@ def sample_folder(
     guidance_scale: float | None,
     batch_size: int,
 ) -> int:
-    """num_images of every prompt: 00000.png (00000.mp4 of a video model) with its prompt in 00000.txt, and grid.png; a
-    mixture's points as points.safetensors and grid.png. Image i has seed seed + i. Returns how many.
+    """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
+    so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
+    + i. Returns the number of samples.
 
-    Raises ValueError if there is no prompt, if the folder is not empty, or if videos cannot be written here."""
+    Raises ValueError if there is no prompt, if the folder is not empty, or if this machine cannot write videos."""
     texts = [*prompts, *(read_prompts(str(prompt_file)) if prompt_file else [])]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another")
@@ -58,7 +59,7 @@ def sample_folder(
 
 
 def write_sample(sample: Tensor, text: str, stem: Path, fps: int | None) -> None:
-    """An image [3, H, W] or a video [F, 3, H, W] with its prompt beside it; nothing for a point [D]."""
+    """Writes an image [3, H, W] or a video [F, 3, H, W], and its prompt in a .txt file; nothing for a point [D]."""
     if sample.dim() == 1:
         return
     if sample.dim() == 3:

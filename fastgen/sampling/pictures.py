@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from fastgen.sampling.video import stills
 
-EXACT = "exact"  # the name of points that are drawn behind the others
+EXACT = "exact"  # points with this name are drawn behind the others
 BLUE, GREY = "#2f6fab", "#b5b5b5"
 
 
@@ -28,7 +28,8 @@ def png(picture: Figure | Image.Image) -> bytes:
 
 
 def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
-    """pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]: a few frames of each in a row, at most 256 wide."""
+    """Images in a grid. pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]. Each video becomes a row of a few
+    frames, at most 256 pixels wide each."""
     pixels = pixels.detach().float().cpu()
     if pixels.dim() == 5:
         pixels = stills(pixels)
@@ -41,13 +42,14 @@ def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 8) -> None:
-    """A PNG of images side by side, or of a few frames of each video. pixels: as in `grid`, any device."""
+    """Writes a PNG of images in a grid, or of a few frames per video. pixels: as in `grid`, on any device."""
     replace_file(path, png(grid(pixels, columns)))
 
 
 def plot_points(points_by_name: Mapping[str, Tensor], path: Path) -> None:
-    """A PNG with one scatter plot a name. points: [B, D], any device; of more than two axes the first two are drawn,
-    of one a histogram. Points named "exact" are drawn in grey behind all others."""
+    """Writes a PNG with one scatter plot per name. points: [B, D], on any device. With more than two axes, only the
+    first two are drawn; with one axis, a histogram is drawn. Points named "exact" are drawn in grey behind all
+    others."""
     replace_file(path, png(scatter_figure(points_by_name)))
 
 
@@ -74,13 +76,13 @@ def scatter_figure(points_by_name: Mapping[str, Tensor]) -> Figure:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not read as a formula, short enough for an axis."""
+    """Shortens a text to fit an axis, and escapes it so that matplotlib does not read it as a formula."""
     text = text if len(text) <= 32 else text[:31] + "…"
     return text.replace("$", r"\$")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes atomically."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Sampling from a run, an export or any supported pipeline folder, with one seed a sample."""
+"""Sampling from a run, an export or any supported pipeline folder, with one seed per sample."""
 
 import hashlib
 import json
@@ -16,19 +16,20 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, sample
 
-METADATA = "fastgen.json"  # beside an exported pipeline: the policy it was trained with
+METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
 
 
 class Guided(nn.Module):
-    """A denoiser under classifier-free guidance, callable like one: its unconditional rows are bound.
-    scale: one number, or one per expert."""
+    """A denoiser with classifier-free guidance, which is called like a plain denoiser. uncond: the unconditional
+    conditioning of the batch. scale: one number, or one per expert."""
 
     def __init__(self, denoiser: Denoiser, uncond: Conditioning, scale: float | Sequence[float]):
         super().__init__()
         self.denoiser, self.uncond, self.scale, self.schedule = denoiser, uncond, scale, denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs = NO_INPUTS) -> Tensor:
-        """The guided x0 prediction. Raises ValueError for inputs: they belong to students, which are not guided."""
+        """The guided x0 prediction. Raises ValueError if inputs are given: only students take them, and are not
+        guided."""
         if inputs.given:
             raise ValueError(f"a guided denoiser takes no inputs, got {sorted(inputs.given)}")
         scale = self.denoiser.per_expert(self.scale, t)
@@ -36,8 +37,8 @@ class Guided(nn.Module):
 
 
 class Sampler:
-    """A denoiser, its backbone and its policy: prompts and seeds to pixels, frames or points.
-    guidance_scale: one number, or one an expert, from high noise to low."""
+    """Maps prompts and seeds to pixels, frames or points, with a denoiser, its backbone and its policy.
+    guidance_scale: one number, or one per expert, from high noise to low."""
 
     def __init__(
         self,
@@ -52,19 +53,20 @@ class Sampler:
 
     @property
     def network_evaluations(self) -> int:
-        """Evaluations of the network a sample; a guided step counts twice."""
+        """Network evaluations per sample; a guided step counts twice."""
         return self.policy.num_steps * (1 if self.guidance_scale == 1 else 2)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """What the backbone's decode gives, float32, on the CPU: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in
+        """The samples, decoded by the backbone, float32, on the CPU: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in
         [0, 1], or points [B, D]. A sample depends on its prompt and seed alone, up to the rounding of batched
         kernels."""
         return self.backbone.decode(self.latents(prompts, seeds)).float().cpu()
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], key: int | str = "sample") -> Tensor:
-        """The same before decoding: [B, *latent_shape], on the backbone's device. Another key, other noise."""
+        """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
+        noise."""
         backbone = self.backbone
         both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
         cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
@@ -77,7 +79,7 @@ class Sampler:
         return sample(network, self.policy, cond, draw)  # type: ignore[arg-type]
 
     def weight_hashes(self) -> dict[str, str]:
-        """sha256 of every weight file, by its path in the folder; {} where there is no folder."""
+        """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
         if self._weights is None:
             return {}
         files = sorted(self._weights.rglob("*.safetensors"))
@@ -87,7 +89,7 @@ class Sampler:
 def teacher_sampler(
     backbone: Backbone, num_steps: int, guidance_scale: float | Sequence[float], teacher: Denoiser | None = None
 ) -> Sampler:
-    """The teacher (loaded, if it is not given) as its stock pipeline samples it."""
+    """Samples the teacher as its stock pipeline does. The teacher is loaded if it is not given."""
     teacher = teacher or backbone.load("teacher")
     return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale)
 
@@ -100,11 +102,11 @@ def load_sampler(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Sampler:
-    """From a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
+    """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
 
-    num_steps and guidance_scale are a plain pipeline's (by default those of its call in diffusers); an export brings
-    its own, and asking for others raises ValueError (of a flow map, any number of steps may be asked for), as does a
-    folder that is none of these."""
+    num_steps and guidance_scale are for a plain pipeline; by default they are those of its call in diffusers. An
+    export has its own, and asking for others raises ValueError, except that a flow map takes any number of steps. A
+    folder that is none of these raises ValueError, too."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
@@ -120,9 +122,9 @@ def load_sampler(
                 "and the guidance scale"
             )
         policy = policy.with_steps(num_steps or policy.num_steps)
-        whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export is a whole pipeline itself
-        own = {"path": str(folder)} if whole else {}
-        backbone = build_section("backbone", metadata["backbone"] | own, BACKBONES, BackboneConfig).build(
+        whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
+        location = {"path": str(folder)} if whole else {}
+        backbone = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig).build(
             device, dtype, 0
         )
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
@@ -137,10 +139,10 @@ def load_sampler(
 
 
 def pipeline_config(folder: Path) -> PipelineConfig:
-    """The backbone section that loads this diffusers folder. Raises ValueError if no family here does."""
+    """The backbone section that loads this diffusers folder. Raises ValueError if no supported family does."""
     class_name, known = read_index(folder)["_class_name"], list[str]()
     for _, cls in family_configs():
         if class_name in cls.pipelines:
             return cls(path=str(folder))
         known.extend(cls.pipelines)
-    raise ValueError(f"{folder} holds a {class_name}; supported are {', '.join(known)}")
+    raise ValueError(f"{folder} contains a {class_name}; supported are {', '.join(known)}")

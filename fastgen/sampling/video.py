@@ -1,4 +1,4 @@
-"""Videos as mp4 files, and the few frames that stand for them in a picture."""
+"""Writes videos as mp4 files, and picks the few frames that represent a video in a picture."""
 
 import os
 from importlib.util import find_spec
@@ -11,13 +11,13 @@ from torchvision.utils import make_grid
 
 
 def check_writer() -> None:
-    """Raises ValueError where no mp4 can be written."""
+    """Raises ValueError if mp4 files cannot be written."""
     if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
-        raise ValueError("videos are written with imageio and ffmpeg: pip install 'fastgen-distill[video]'")
+        raise ValueError("writing videos needs imageio and ffmpeg: pip install 'fastgen-distill[video]'")
 
 
 def save_video(frames: Tensor, path: Path, fps: int) -> None:
-    """An mp4 (H.264), written atomically. frames: [F, 3, H, W] in [0, 1], H and W even, any device."""
+    """Writes an mp4 (H.264) atomically. frames: [F, 3, H, W] in [0, 1], H and W even, on any device."""
     check_writer()
     import imageio.v2
 
@@ -32,13 +32,13 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
 
 
 def side_by_side(videos: Tensor) -> Tensor:
-    """Several videos [B, F, 3, H, W] as one, [F, 3, H', W'], in about as many rows as columns."""
+    """Tiles several videos [B, F, 3, H, W] into one, [F, 3, H', W'], with about as many rows as columns."""
     columns = max(1, round(len(videos) ** 0.5))
     return torch.stack([make_grid(frame, nrow=columns, padding=2, pad_value=1.0) for frame in videos.transpose(0, 1)])
 
 
 def stills(videos: Tensor, count: int = 4) -> Tensor:
-    """Evenly spaced frames of each video, the first and the last among them: [B, at most count, 3, H, W]."""
+    """Evenly spaced frames of each video, including the first and the last: [B, at most count, 3, H, W]."""
     length = videos.shape[1]
     chosen = torch.linspace(0, length - 1, min(count, length)).round().long()
     return videos[:, chosen.to(videos.device)]

@@ -1,6 +1,6 @@
 """Five ways to compute the same function: Triton, flex_attention, xformers, SDPA and naive.
 
-Each says in words what it cannot do. None repairs its input, and none changes what is computed.
+Each backend says in words which calls it cannot do. None repairs its input, and none changes what is computed.
 """
 
 import functools
@@ -22,7 +22,7 @@ from fastgen.ops.block_sparse_attention.result import Result
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, tile_of_token
 
 HALF = (torch.bfloat16, torch.float16)
-MAX_MASK = 2e9  # elements of an expanded mask, a byte each at least; ours
+MAX_MASK = 2e9  # elements of an expanded mask, each at least one byte; the limit is ours
 _BLOCK_MASKS: weakref.WeakKeyDictionary[BlockLayout, Any] = (
     weakref.WeakKeyDictionary()
 )  # one layout serves many layers
@@ -30,7 +30,7 @@ _BLOCK_MASKS: weakref.WeakKeyDictionary[BlockLayout, Any] = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call of attention; the fields are `naive_attention`'s arguments. needs_lse: whether lse will be used."""
+    """One call of attention. Its fields are `naive_attention`'s arguments. needs_lse: whether lse will be used."""
 
     query: Tensor
     key: Tensor
@@ -47,7 +47,7 @@ class Call:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, keys and values [B, L, H, D] of all sources, for backends that know one source and no holes."""
+        """Query, keys and values [B, L, H, D] of all sources, for backends that take one source without holes."""
         return readable_rows(self.query, self.key, self.value, self.layout, self.cache, self.grad_keys)
 
     def named(self) -> dict[str, Any]:
@@ -58,14 +58,14 @@ class Call:
 class Backend(ABC):
     @abstractmethod
     def refusal(self, call: Call) -> str | None:
-        """Why this backend cannot do it, or None."""
+        """Why this backend cannot do the call, or None if it can."""
 
     @abstractmethod
     def run(self, call: Call) -> Result: ...
 
 
 class Triton(Backend):
-    """The kernels of this folder."""
+    """The Triton kernels of this folder."""
 
     def refusal(self, call: Call) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -74,7 +74,7 @@ class Triton(Backend):
         from fastgen.ops.block_sparse_attention.launch import INTERPRETED
 
         if call.query.shape[-1] not in HEAD_DIMS:
-            return f"the kernels have head dimensions {HEAD_DIMS}, not {call.query.shape[-1]}"
+            return f"the kernels support head dimensions {HEAD_DIMS}, not {call.query.shape[-1]}"
         if call.query.dtype not in DTYPES:
             return f"the kernels do not compute in {call.query.dtype}"
         if INTERPRETED:
@@ -94,7 +94,7 @@ class Triton(Backend):
 
 
 class FlexAttention(Backend):
-    """torch's flex_attention: compiled on a GPU; on a CPU uncompiled, without gradients, which torch lacks there."""
+    """torch's flex_attention. It is compiled on a GPU. On a CPU it is not, and torch gives no gradients there."""
 
     def refusal(self, call: Call) -> str | None:
         if not call.query.is_cuda and call.needs_grad:
@@ -129,7 +129,7 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def flex_block_mask(layout: BlockLayout) -> Any:
-    """flex_attention's BlockMask of a layout: from its lists where tiles are uniform, else token by token."""
+    """flex_attention's BlockMask for a layout: made from its lists if tiles are uniform, else token by token."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     q_tiles, k_tiles = layout.q_tiles, layout.k_tiles
@@ -158,9 +158,9 @@ def flex_block_mask(layout: BlockLayout) -> Any:
 
 
 class DenseMask:
-    """The layout as a mask [b, h, Lq, Lk] for backends that know no block lists; None where nothing is hidden.
+    """The layout as a mask [b, h, Lq, Lk] for backends that know no block lists; None if nothing is hidden.
 
-    Rows that see nothing see everything in the mask, and are set to 0 afterwards: no backend divides by 0."""
+    So that no backend divides by 0, rows that see nothing see everything in the mask, and are set to 0 afterwards."""
 
     def __init__(self, layout: BlockLayout) -> None:
         self.mask: Tensor | None = None
@@ -170,12 +170,13 @@ class DenseMask:
             self.mask = mask | self.blind
 
     def clear(self, out: Tensor) -> Tensor:
-        """out: [B, H, Lq, D]; with 0 in the rows that see nothing."""
+        """out: [B, H, Lq, D]. Returns it with 0 in the rows that see nothing."""
         return out if self.mask is None else out.masked_fill(self.blind, 0.0)
 
 
 def mask_refusal(call: Call) -> str | None:
-    """Why the layout cannot be a mask: it would have an element for each pair of tokens and each head with its own."""
+    """Why the layout cannot be expanded to a mask, or None. The mask would have an element for each pair of tokens, in
+    each sample and head that has a map of its own."""
     batch, heads = call.layout.block_map.shape[:2]
     elements = batch * heads * call.layout.q_tiles.num_tokens * call.layout.k_tiles.num_tokens
     if call.layout.sees_all or elements <= MAX_MASK:
@@ -184,7 +185,7 @@ def mask_refusal(call: Call) -> str | None:
 
 
 class SDPA(Backend):
-    """torch's scaled_dot_product_attention with the expanded mask; without one, its fastest kernel."""
+    """torch's scaled_dot_product_attention with the expanded mask, or without one if nothing is hidden."""
 
     def refusal(self, call: Call) -> str | None:
         if call.needs_lse:
@@ -207,7 +208,7 @@ class XFormers(Backend):
         if not call.query.is_cuda:
             return "xformers needs a GPU"
         if call.needs_lse:
-            return "xformers gives no differentiable lse"
+            return "xformers returns no differentiable lse"
         if call.query.dtype not in (*HALF, torch.float32):
             return f"xformers does not compute in {call.query.dtype}"
         return mask_refusal(call)
@@ -225,8 +226,8 @@ class XFormers(Backend):
 
 
 def aligned_bias(mask: Tensor, query: Tensor) -> Tensor:
-    """0 and -inf for a mask [b, h, Lq, Lk], [B, H, Lq, Lk] in the query's dtype; rows start at multiples of 8, as
-    xformers demands."""
+    """The mask [b, h, Lq, Lk] as a bias of 0 and -inf, [B, H, Lq, Lk] in the query's dtype. Its rows start at
+    multiples of 8 elements, as xformers demands."""
     batch, _, heads, _ = query.shape
     width = mask.shape[-1]
     bias = torch.zeros(batch, heads, mask.shape[2], width + -width % 8, dtype=query.dtype, device=query.device)

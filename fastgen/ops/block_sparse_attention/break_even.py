@@ -1,6 +1,7 @@
-"""The density from which dense attention is faster than a sparse backend, measured once on each device and kept.
+"""The density from which dense attention is faster than a sparse backend, measured once on each device and stored.
 
-A sparse call costs a + b * density. Two timings give a and b, a third the dense time: they cross at (dense - a) / b.
+A sparse call costs a + b * density. Two timings give a and b, and a third gives the dense time. The two cross at
+density (dense - a) / b.
 """
 
 import functools
@@ -15,13 +16,14 @@ from fastgen.ops.block_sparse_attention.backends import BACKENDS, Call
 from fastgen.ops.block_sparse_attention.layout import BlockLayout, dense_layout, static_layout
 from fastgen.ops.block_sparse_attention.tiles import tile_tokens
 
-TOKENS, HEADS = 8192, 8  # ours: long enough that launches do not count, a tenth of a second on a large GPU
+TOKENS, HEADS = 8192, 8  # ours: long enough for launches not to matter, a tenth of a second on a large GPU
 DENSITIES = (0.25, 0.75)
 
 
 def break_even_density(call: Call, sparse: str, dense: str) -> float:
-    """The density at which SDPA (dense = `mask`: with the layout's mask, `full`: without) overtakes the backend
-    `sparse` for calls like this one: device, dtype, head dimension, tile size, with or without a backward."""
+    """The density at which SDPA overtakes the backend `sparse` for calls like this one: the same device, dtype, head
+    dimension and tile size, with or without a backward. dense: `mask` is SDPA with the layout's mask, `full` without.
+    """
     device = call.query.device
     capacity = max(call.layout.q_tiles.capacity, call.layout.k_tiles.capacity)
     return _kept(device, call.query.dtype, call.query.shape[-1], capacity, call.needs_grad, sparse, dense)
@@ -51,19 +53,19 @@ def crossing(seconds: Callable[[float, str], float], sparse: str, dense: str) ->
     slope = (high - low) / (DENSITIES[1] - DENSITIES[0])
     base = low - slope * DENSITIES[0]
     dense_seconds = seconds(1.0 if dense == "full" else 0.5, "sdpa")
-    if slope <= 0:  # no density dependence to be seen: all or nothing
+    if slope <= 0:  # the time does not grow with density, so one of the two always wins
         return 1.0 if low < dense_seconds else 0.0
     return min(1.0, max(0.0, (dense_seconds - base) / slope))
 
 
 def cache_file() -> Path:
-    """FASTGEN_CACHE, or the user's cache folder."""
+    """The file with the measured densities, in FASTGEN_CACHE or in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastgen"
     return Path(os.environ.get("FASTGEN_CACHE", default)) / "attention_break_even.json"
 
 
 def remembered(path: Path, key: str, measure: Callable[[], float]) -> float:
-    """The number that the file has under this key, or a fresh one, which is added to the file."""
+    """The number that the file has under this key. If it has none, it is measured and added to the file."""
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -109,7 +111,7 @@ def random_call(
     tokens: int = TOKENS,
     heads: int = HEADS,
 ) -> Call:
-    """Standard normal tensors [1, tokens, heads, head_dim]; every query tile sees as many random key tiles."""
+    """Standard normal tensors [1, tokens, heads, head_dim]; each query tile sees equally many random key tiles."""
     generator = torch.Generator().manual_seed(0)
     tensors = (torch.randn(1, tokens, heads, head_dim, generator=generator) for _ in range(3))
     query, key, value = (tensor.to(device, dtype).requires_grad_(backward) for tensor in tensors)

@@ -2,7 +2,7 @@
 
     P = softmax(mean_q mean_k^T scale),    out = gate * repeat(P mean_v) + sparse,  sparse over the top k tiles of P
 
-The selection has no gradient; queries and keys also learn through P, and the gate decides how much of it is used.
+The selection has no gradient. Queries and keys also get gradient through P, and the gate decides how much P counts.
 """
 
 import torch
@@ -15,18 +15,18 @@ from fastgen.ops.block_sparse_attention.tiles import Tiles, tile_of_token
 def coarse_attention(
     query: Tensor, key: Tensor, value: Tensor, q_tiles: Tiles, k_tiles: Tiles, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query, key, value: [B, L, H, D]. Returns the coarse output [B, Lq, H, D] in the query's dtype, 0 on rows of no
-    tile, and the scores [B, H, q, k] that a selection may use. Both carry gradient."""
+    """query, key, value: [B, L, H, D]. Returns the coarse output [B, Lq, H, D] in the query's dtype, 0 for rows in no
+    tile, and the scores [B, H, q, k], which a selection may use. Both carry gradient."""
     scores = pooled_scores(query, key, q_tiles, k_tiles, scale)
     means = scores.softmax(-1) @ pool(value, k_tiles)
-    padded = torch.nn.functional.pad(means, (0, 0, 0, 1))  # the tile of rows in none
+    padded = torch.nn.functional.pad(means, (0, 0, 0, 1))  # an extra tile for rows in no tile
     out = padded[:, :, tile_of_token(q_tiles, query.device)].transpose(1, 2)
     return out.to(query.dtype), scores
 
 
 class CoarseGate(nn.Module):
-    """The gate of the coarse branch: a linear function of each token. It starts at 0, so that the model starts as its
-    sparse self; VSA's own code initialises it as any linear layer."""
+    """The gate of the coarse branch, a linear function of each token. It starts at 0, so that the model starts with
+    the sparse branch alone. This departs from VSA's own code, which initialises it like any linear layer."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Which backend computes a call: named by the caller, or chosen and logged.
+"""The choice of the backend that computes a call: the caller names it, or `auto` chooses one and logs the choice.
 
-Every backend computes the same function; one that cannot do a call is refused in words. Above the density at which
-dense attention is faster on this device, `auto` leaves the sparse kernels.
+Every backend computes the same function. A named backend that cannot do a call raises an error with the reason. From
+the density on at which dense attention is faster on this device, `auto` uses SDPA instead of the sparse kernels.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from fastgen.ops.block_sparse_attention.tiles import Tiles
 BackendName = Literal["auto", "triton", "flex_attention", "xformers", "sdpa", "naive"]
 WhenDenseWins = Literal["mask", "full", "stay"]
 
-# the order in which `auto` asks; xformers, which expands the mask as SDPA does, only when it is named
+# the order in which `auto` tries backends; xformers, which expands the mask like SDPA, is used only when named
 AUTO = {"cuda": ("triton", "flex_attention", "sdpa", "naive"), "cpu": ("sdpa", "naive")}
 SPARSE = ("triton", "flex_attention")
 
@@ -43,15 +43,16 @@ def attention(
     when_dense_wins: WhenDenseWins = "mask",
     break_even: float | None = None,
 ) -> Result:
-    """The tensors are `naive_attention`'s. needs_lse: result.lse will be used; without it some backends give None.
+    """The tensors, cache, scale and grad_keys are as in `naive_attention`. needs_lse: whether result.lse will be used;
+    if not, some backends return None for it.
 
-    when_dense_wins, with `auto` and a layout whose density is at least the break-even one: `mask`, SDPA with the same
-    mask, the same function; `full`, attention over every row of a tile, which is what a selected layout approximates
-    and a causal one must not become; `stay`, keep the sparse kernel.
-    break_even: that density; measured once on this device and cached, if None. Give it where several processes must
-    agree. A layout whose density is not known on the host always stays sparse.
+    when_dense_wins: what `auto` does with a layout whose density is at least the break-even density. `mask` calls SDPA
+    with the same mask, which computes the same function. `full` attends to every row in a tile: a selected layout
+    approximates that, but a causal layout must not become it. `stay` keeps the sparse kernel.
+    break_even: that density. By default it is measured once on each device and cached; give it where several processes
+    must agree. A layout whose density is not known on the host always stays sparse.
 
-    Raises ValueError if a named backend cannot do the call, with its reason."""
+    Raises ValueError with the reason if a named backend cannot do the call."""
     check_shapes(query, key, value, layout, cache)
     call = Call(query, key, value, layout, cache, scale, grad_keys, needs_lse)
     if backend != "auto":
@@ -66,7 +67,7 @@ def attention(
 
 
 def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None) -> tuple[str, Call]:
-    """The backend of an `auto` call, and the call itself, over all tiles where dense wins and `full` was asked for."""
+    """The backend of an `auto` call, and the call, which covers all tiles if dense wins and `full` was asked for."""
     refused = []
     for name in AUTO.get(call.query.device.type, ("sdpa", "naive")):
         reason = BACKENDS[name].refusal(call)
@@ -94,7 +95,7 @@ def choose(call: Call, when_dense_wins: WhenDenseWins, break_even: float | None)
 
 
 def widened(call: Call) -> Call:
-    """The same call over every pair of tiles."""
+    """The same call, with every pair of tiles visible."""
     return dataclasses.replace(call, layout=all_pairs(call.layout.q_tiles, call.layout.k_tiles, call.query.device))
 
 
@@ -105,5 +106,5 @@ def all_pairs(q_tiles: Tiles, k_tiles: Tiles, device: torch.device) -> BlockLayo
 
 @functools.lru_cache(maxsize=1024)
 def log_once(name: str, because: str, warn: bool) -> None:
-    """Each choice with its reason, once: a warning where the first choice was not taken."""
+    """Logs each choice with its reason once, as a warning where the first choice was not taken."""
     logger.log(logging.WARNING if warn else logging.INFO, "attention by %s%s", name, f": {because}" if because else "")

@@ -36,19 +36,21 @@ def triton_attention(
     grad_keys: tuple[int, int] | None = None,
     configs: Configs | None = None,
 ) -> Result:
-    """query: [B, Lq, H, D], D 64 or 128; bfloat16, float16, or float32 (exact, slow, without tensor cores).
-    key, value: [B, Lk, H, D]; cache: keys before them, read in place. The last dimension is contiguous, other strides
-    are free. scale: D ** -0.5 by default.
-    grad_keys: the rows of all keys, first to last + 1, that get gradient, on tile edges; other rows get 0 at no cost.
-    Without it each of key, value and cache that requires gradient gets it whole; a detached cache costs nothing.
-    configs: in place of the shipped tile configurations.
+    """query: [B, Lq, H, D] with D 64 or 128; bfloat16, float16, or float32 (exact and slow, without tensor cores).
+    key, value: [B, Lk, H, D].  cache: keys and values before them, read in place. The last dimension must be
+    contiguous; the other strides are free. scale: D ** -0.5 by default.
+    grad_keys: the rows (first, last + 1), among all keys, that get gradient; both ends must be tile edges. Other rows
+    get gradient 0 at no cost. By default, all rows of each of key, value and cache that requires gradient get it; a
+    detached cache costs nothing.
+    configs: replaces the shipped tile configurations.
 
-    Gradients flow to query, keys and values, from out and from lse; not twice.
-    Raises ValueError for tensors or layouts that do not fit, RuntimeError without a CUDA device and interpreter."""
+    Gradients flow from out and from lse to query, keys and values. There are no second derivatives.
+    Raises ValueError for tensors or layouts that do not fit, and RuntimeError if there is neither a CUDA device nor
+    the interpreter."""
     check_shapes(query, key, value, layout, cache)
     if query.shape[-1] not in HEAD_DIMS or query.dtype not in DTYPES:
         raise ValueError(
-            f"the kernels take head dimensions {HEAD_DIMS} in {DTYPES}, got {query.shape[-1]} in {query.dtype}"
+            f"the kernels support head dimensions {HEAD_DIMS} in {DTYPES}, got {query.shape[-1]} in {query.dtype}"
         )
     if not (query.is_cuda or INTERPRETED):
         raise RuntimeError("the kernels need a CUDA device; on a CPU set TRITON_INTERPRET=1 before triton is imported")

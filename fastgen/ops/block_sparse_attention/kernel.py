@@ -1,9 +1,11 @@
-"""The forward kernel; README.md has the derivation. `p_` are pointers, `b_` values on the chip, `i_` indices, `d_`
-tensor descriptors (unused pointers without TMA), `step_` where a batch or head begins in their rows and columns.
+"""The forward kernel; README.md has the derivation.
+
+Prefixes of names: `p_` pointers, `b_` values on the chip, `i_` indices, `d_` tensor descriptors (unused pointers
+without TMA), `step_` the rows or columns of a descriptor between two batches or heads.
 
 A program owns BLOCK_M query rows of one tile and walks the list of key tiles: first the full ones, without a mask,
-then the ragged ones. An entry of a list is start * 256 + length - 1, in rows of [cache | current]; it is all that has
-to be loaded before the addresses of a tile are known. The head dimension is contiguous, every other stride is free.
+then the ragged ones. An entry of a list is start * 256 + length - 1, in rows of [cache | current]. Nothing else has to
+be loaded before the addresses of a tile are known. The head dimension is contiguous; every other stride is free.
 """
 
 import triton
@@ -25,7 +27,7 @@ def pick_source(row, p_cached, p_current, stride_cached, stride_current, num_cac
 def load_rows(
     p_rows, stride, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """[ROWS, HEAD_DIM] from p_rows on; rows from `length` on are 0 and not read, if RAGGED."""
+    """The block [ROWS, HEAD_DIM] from p_rows on. If RAGGED, rows from `length` on are 0 and are not read."""
     i_row = tl.arange(0, ROWS)
     p_block = p_rows + i_row.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
     if RAGGED:
@@ -39,7 +41,7 @@ def load_rows(
 
 @triton.jit
 def load_described(d_rows, i_row, i_column, UPCAST: tl.constexpr):
-    """The block of a tensor descriptor from this row and column on, by the copy engine (TMA)."""
+    """The block of a tensor descriptor from this row and column on, loaded by the copy engine (TMA)."""
     block = d_rows.load([i_row, i_column])
     if UPCAST:
         block = block.to(tl.float32)
@@ -79,7 +81,7 @@ def attend(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The online softmax over entries i_first to i_last of a list.
+    """The online softmax over entries i_first to i_last - 1 of a list.
 
     b_acc [BLOCK_M, HEAD_DIM], b_sum, b_max [BLOCK_M]."""
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
@@ -167,7 +169,7 @@ def forward_kernel(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out [B, Lq, H, HEAD_DIM], contiguous.  lse [B, H, Lq] float32: logarithm to base 2.  p_tiles: the query tiles.
+    """out [B, Lq, H, HEAD_DIM], contiguous.  lse [B, H, Lq] float32, to base 2.  p_tiles: the query tiles.
 
     Grid: (query tiles * QUERY_TILE // BLOCK_M, batch * heads). Rows in no tile are not written."""
     PARTS: tl.constexpr = QUERY_TILE // BLOCK_M

@@ -1,7 +1,8 @@
-"""The backward kernels; README.md has the derivation. No atomics: every gradient is written once, in a fixed order.
+"""The backward kernels; README.md has the derivation. There are no atomics: every gradient is written once, in a fixed
+order.
 
-Both recompute p = exp2(scale_log2 * dot(q, k) - lse) from the raw operands, as the forward does, and
-ds = p * (dot(dout, v) - delta), where delta = rowsum(out * dout) - dlse.
+dq_kernel and dkv_kernel recompute p = exp2(scale_log2 * dot(q, k) - lse) from the raw operands, as the forward does,
+and ds = p * (dot(dout, v) - delta), where delta = rowsum(out * dout) - dlse.
 """
 
 import triton
@@ -24,10 +25,10 @@ def delta_kernel(
     HAS_DLSE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """delta [B, H, Lq] float32.  out, dout [B, Lq, H, HEAD_DIM] contiguous, dlse [B, H, Lq], of the natural lse.
+    """delta [B, H, Lq] float32.  out, dout [B, Lq, H, HEAD_DIM] contiguous.  dlse [B, H, Lq], for the natural lse.
 
     Grid: (B * Lq * H / BLOCK_M,)."""
-    i_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # over (batch, query, head)
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # counts over (batch, query, head)
     length = num_rows - tl.program_id(0).to(tl.int64) * BLOCK_M
     i_block = tl.program_id(0).to(tl.int64) * BLOCK_M * HEAD_DIM
     b_out = load_rows(p_out + i_block, HEAD_DIM, length, BLOCK_M, HEAD_DIM, True, UPCAST)
@@ -74,7 +75,7 @@ def gather_dq(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Adds ds k over entries i_first to i_last of a list to b_dq [BLOCK_M, HEAD_DIM]."""
+    """Adds ds k, over entries i_first to i_last - 1 of a list, to b_dq [BLOCK_M, HEAD_DIM]."""
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
     for i in tl.range(i_first * PARTS, i_last * PARTS):
         entry = tl.load(p_list + i // PARTS)
@@ -156,7 +157,7 @@ def dq_kernel(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dq [B, Lq, H, HEAD_DIM] contiguous, as dout. Grid: (query tiles * QUERY_TILE // BLOCK_M, batch * heads)."""
+    """dq [B, Lq, H, HEAD_DIM], contiguous like dout. Grid: (query tiles * QUERY_TILE // BLOCK_M, batch * heads)."""
     PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
     i_tile = tl.program_id(0) // PARTS
     i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
@@ -288,9 +289,10 @@ def gather_dkv(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Adds ds^T q and p^T dout over entries i_first to i_last of a list to b_dk, b_dv [BLOCK_N, HEAD_DIM].
+    """Adds ds^T q and p^T dout, over entries i_first to i_last - 1 of a list, to b_dk and b_dv [BLOCK_N, HEAD_DIM].
 
-    Query rows beyond a ragged tile have lse +inf, so p = 0; key rows beyond one spoil only themselves."""
+    Query rows beyond the end of a ragged tile have lse +inf, so p = 0. Key rows beyond the end affect only themselves.
+    """
     PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
     i_row = tl.arange(0, BLOCK_M)
     for i in tl.range(i_first * PARTS, i_last * PARTS):
@@ -370,7 +372,7 @@ def dkv_kernel(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dk, dv [B, num_keys, H, HEAD_DIM] contiguous, of one source, whose row 0 is row `first_row` of all keys.
+    """dk, dv [B, num_keys, H, HEAD_DIM] contiguous, of one source. Its row 0 is row `first_row` among all keys.
 
     Grid: (key tiles * KEY_TILE // BLOCK_N, batch * heads), over the key tiles from i_first_tile on."""
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N

@@ -1,7 +1,7 @@
-"""Selection in few launches: means of tiles, the tiles that a row keeps, and block lists. selection.py and layout.py
-say the same in torch; what these kernels write is equal to it, ties and all.
+"""Kernels that select in few launches: means of tiles, the tiles that a row keeps, and block lists. selection.py and
+layout.py compute the same in torch, and the results are equal, including ties.
 
-A program of the last two holds one row of scores or of the map, padded to COLUMNS, a power of two.
+In the last two kernels, a program holds one row of scores or of the map, padded to COLUMNS, a power of two.
 """
 
 import triton
@@ -37,7 +37,7 @@ def pool_kernel(
 
 @triton.jit
 def sortable(b_score):
-    """int32 that sort as the float32 scores do; -0 as 0."""
+    """int32 keys that sort like the float32 scores; -0 counts as 0."""
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
 
@@ -46,8 +46,8 @@ def sortable(b_score):
 def select_kernel(p_scores, p_forced, p_map, num_columns, amount, COLUMNS: tl.constexpr, BY_MASS: tl.constexpr):
     """map [rows, num_columns] uint8 from scores [rows, num_columns] float32 and forced [num_columns] uint8.
 
-    amount, a float: how many to keep, or BY_MASS the mass. The score at which it is reached is found by bisection
-    over the 2^32 float32 values; of equal scores the first columns are kept. Grid: (rows,)."""
+    amount, a float: how many tiles to keep or, if BY_MASS, the mass. The score at which the amount is reached is found
+    by bisection over the 2^32 float32 values. Among equal scores, the first columns are kept. Grid: (rows,)."""
     i_column = tl.arange(0, COLUMNS)
     inside = i_column < num_columns
     p_row = tl.program_id(0).to(tl.int64) * num_columns + i_column
@@ -63,7 +63,7 @@ def select_kernel(p_scores, p_forced, p_map, num_columns, amount, COLUMNS: tl.co
         b_exp = b_exp / tl.sum(b_exp, 0)
         b_share = tl.where(b_open, b_exp, 0.0)
         wanted -= tl.sum(tl.where(b_forced, b_exp, 0.0), 0)
-    # the least threshold above which less than `wanted` lies
+    # the smallest threshold above which there is less than `wanted`
     low = tl.full([], -2147483648, tl.int64)
     high = tl.full([], 2147483647, tl.int64)
     for _ in tl.range(32):
@@ -76,7 +76,7 @@ def select_kernel(p_scores, p_forced, p_map, num_columns, amount, COLUMNS: tl.co
     b_equal_share = tl.where(b_equal, b_share, 0.0)
     b_before = before + tl.cumsum(b_equal_share, 0) - b_equal_share
     b_kept = b_above | (b_equal & (b_before < wanted))
-    if BY_MASS:  # at least one
+    if BY_MASS:  # keep at least one
         best = tl.max(b_key, 0)
         b_first = i_column == tl.min(tl.where(b_open & (b_key == best), i_column, COLUMNS), 0)
         b_kept = b_kept | (b_first & (tl.sum(b_forced.to(tl.int32), 0) == 0))
@@ -100,7 +100,7 @@ def lists_kernel(
 ):
     """entries [b * h, rows, columns], counts and full [b * h, rows], int32, of a map with free strides.
 
-    Full tiles first, then ragged ones; what follows the last entry is not written. Grid: (rows, b * h)."""
+    Full tiles come first, then ragged ones. Nothing is written after the last entry. Grid: (rows, b * h)."""
     i_column = tl.arange(0, COLUMNS)
     inside = i_column < num_columns
     p_row = p_map + tl.program_id(1).to(tl.int64) * stride_head + tl.program_id(0).to(tl.int64) * stride_row

@@ -1,4 +1,4 @@
-"""Launchers: from tensors and a layout to kernel arguments. Forward and backward, without autograd."""
+"""Launchers, which turn tensors and a layout into kernel arguments. Forward and backward, without autograd."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from fastgen.ops.block_sparse_attention.layout import BlockLayout, BlockLists
 from fastgen.ops.block_sparse_attention.tensors import on_device, row_strides
 from fastgen.ops.block_sparse_attention.tiles import entries
 
-# TRITON_INTERPRET=1 before the first import of triton runs kernels on the CPU, one program after the other
+# with TRITON_INTERPRET=1 set before the first import of triton, kernels run on the CPU, one program after another
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
-Configs = dict[str, KernelConfig]  # by kernel: forward, dq, dkv
+Configs = dict[str, KernelConfig]  # kernel (forward, dq, dkv) -> its configuration
 
 
 def configs_for(query: Tensor, layout: BlockLayout) -> Configs:
@@ -33,7 +33,7 @@ def configs_for(query: Tensor, layout: BlockLayout) -> Configs:
 def launch_forward(
     query: Tensor, keys: "Sources", layout: BlockLayout, scale: float, configs: Configs
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Lq, H, D], and lse [B, H, Lq] float32 to base 2."""
+    """Returns out [B, Lq, H, D], and lse [B, H, Lq] float32 to base 2."""
     batch, queries, heads, dim = query.shape
     config = configs["forward"]
     out = like(query, layout.q_tiles.covers_all)
@@ -70,7 +70,7 @@ def launch_forward(
 
 
 def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """delta [B, H, Lq] = rowsum(out * dout) - dlse, float32; dlse is that of the natural lse."""
+    """delta [B, H, Lq] = rowsum(out * dout) - dlse, float32. dlse: the gradient of the natural lse."""
     batch, queries, heads, dim = out.shape
     delta = torch.empty(batch, heads, queries, device=out.device)
     rows, block = batch * queries * heads, 32
@@ -101,7 +101,7 @@ def launch_dq(
     scale: float,
     configs: Configs,
 ) -> Tensor:
-    """dq, [B, Lq, H, D]."""
+    """Returns dq [B, Lq, H, D]."""
     batch, queries, heads, dim = query.shape
     config = configs["dq"]
     dq = like(query, layout.q_tiles.covers_all)
@@ -152,9 +152,9 @@ def launch_dkv(
     scale: float,
     configs: Configs,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of one source, both of its shape; its row 0 is row `first_row` of all keys.
+    """Returns dk and dv of one source, in its shape. Row 0 of the source is row `first_row` among all keys.
 
-    tiles: the key tiles, first to last + 1, that get gradient; only they are computed, other rows are 0."""
+    tiles: the key tiles (first, last + 1) that get gradient. Only these are computed; all other rows are 0."""
     batch, queries, heads, dim = query.shape
     config = configs["dkv"]
     first, last = tiles
@@ -200,15 +200,15 @@ def launch_dkv(
 
 
 def like(tensor: Tensor, covered: bool) -> Tensor:
-    """A contiguous output of this shape, zeros unless every row will be written.
+    """A contiguous output of this shape, filled with zeros unless every row will be written.
 
-    The interpreter cuts bfloat16 off where a GPU rounds: there it writes float32, which torch then rounds."""
+    The interpreter truncates to bfloat16 where a GPU rounds. So under it kernels write float32, which torch rounds."""
     make = torch.empty if covered else torch.zeros
     return make(tensor.shape, dtype=torch.float32 if INTERPRETED else tensor.dtype, device=tensor.device)
 
 
 class Sources:
-    """Keys and values of one source, or of a cache and the current tokens after it, as kernels take them."""
+    """Keys and values as kernels take them: of one source, or of a cache and the current tokens after it."""
 
     def __init__(self, key: Tensor, value: Tensor, cache_key: Tensor | None, cache_value: Tensor | None) -> None:
         cached = (key, value) if cache_key is None or cache_value is None else (cache_key, cache_value)
@@ -217,24 +217,24 @@ class Sources:
         self.strides = tuple(stride for tensor in self.tensors for stride in row_strides(tensor))
 
     def described(self, config: KernelConfig) -> tuple[tuple[Tensor | TensorDescriptor, ...], tuple[int, ...]]:
-        """`describe` of key and value; with a cache, where a tile may lie in either source, they stay pointers."""
+        """`describe` for key and value. With a cache they stay pointers, because a tile may lie in either source."""
         return describe(self.tensors[:2], config.block_n, config.tma and not self.num_cached)
 
 
 def describe(
     tensors: Sequence[Tensor], block_rows: int, tma: bool
 ) -> tuple[tuple[Tensor | TensorDescriptor, ...], tuple[int, ...]]:
-    """Descriptors of the tensors, and of each the steps of batch and head in rows, and of head in columns; the tensors
-    themselves and zeros without tma, or if one of them cannot be described."""
+    """Descriptors of the tensors, and for each tensor three steps: of a batch in rows, a head in rows, and a head in
+    columns. Without tma, or if a tensor cannot be described, the tensors themselves, and zeros for the steps."""
     views = [matrix_view(tensor) for tensor in tensors] if tma else [None]
     if any(view is None for view in views):
         return tuple(tensors), (0, 0, 0) * len(tensors)
-    found = [
+    descriptors = [
         TensorDescriptor(tensor, list(view.shape), [tensor.stride(1), 1], [block_rows, tensor.shape[-1]])
         for tensor, view in zip(tensors, views, strict=True)
         if view is not None
     ]
-    return tuple(found), tuple(step for view in views if view is not None for step in view.steps)
+    return tuple(descriptors), tuple(step for view in views if view is not None for step in view.steps)
 
 
 def is_described(arguments: Sequence[Tensor | TensorDescriptor]) -> bool:
@@ -242,15 +242,16 @@ def is_described(arguments: Sequence[Tensor | TensorDescriptor]) -> bool:
 
 
 class MatrixView(NamedTuple):
-    """shape: rows and columns; a row is a token.  steps: of batch and head in rows, of head in columns."""
+    """shape: rows and columns; each row is a token.  steps: of a batch in rows, a head in rows, a head in columns."""
 
     shape: tuple[int, int]
     steps: tuple[int, int, int]
 
 
 def matrix_view(tensor: Tensor) -> MatrixView | None:
-    """[B, L, H, D] as a matrix in which a token of one head is one row: heads side by side in a row, or one after the
-    other in rows, as they lie in memory. None where neither is so, or where TMA's 16-byte alignment is not given."""
+    """A tensor [B, L, H, D] as a matrix in which each token of a head is in one row. The heads are side by side in a
+    row, or one after another in rows, depending on the memory layout. None if the memory layout is neither, or if it
+    lacks the 16-byte alignment that TMA needs."""
     batch, length, heads, dim = tensor.shape
     stride_batch, stride, stride_head, _ = tensor.stride()
     size = tensor.element_size()
@@ -267,7 +268,7 @@ def matrix_view(tensor: Tensor) -> MatrixView | None:
 
 
 def list_strides(lists: BlockLists) -> tuple[int, int, int, int, int]:
-    """Of entries: batch, head, row; of counts: batch, head. 0 where one list serves all."""
+    """The strides of entries (batch, head, row) and of counts (batch, head). 0 where one list serves all."""
     batch, heads, rows, width = lists.entries.shape
     one_batch, one_head = batch == 1, heads == 1
     return (

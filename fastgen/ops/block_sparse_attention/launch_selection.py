@@ -1,4 +1,4 @@
-"""Launchers of the selection kernels. They give what the torch code of selection.py and layout.py gives."""
+"""Launchers of the selection kernels. Their results equal those of the torch code in selection.py and layout.py."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from fastgen.ops.block_sparse_attention.tiles import Tiles, entries
 
 
 def pool_by_kernel(tokens: Tensor, tiles: Tiles) -> Tensor:
-    """[B, L, H, D] -> [B, H, len(tiles), D] float32, without gradient; D a power of two."""
+    """[B, L, H, D] -> [B, H, len(tiles), D] float32, without gradient. D must be a power of two."""
     batch, _, heads, dim = tokens.shape
     means = torch.empty(batch, heads, len(tiles), dim, device=tokens.device)
     with on_device(tokens):
@@ -28,7 +28,7 @@ def pool_by_kernel(tokens: Tensor, tiles: Tiles) -> Tensor:
 
 
 def select_by_kernel(scores: Tensor, forced: Tensor, top_k: int = 0, mass: float = 0.0) -> Tensor:
-    """The map [B, H, q, k] bool of `top_k_map`, or of `mass_map` if mass > 0. forced: [1, 1, 1, k] bool."""
+    """The map [B, H, q, k] bool of `mass_map` if mass > 0, else of `top_k_map`. forced: [1, 1, 1, k] bool."""
     scores = scores.contiguous()
     columns = scores.shape[-1]
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
@@ -48,7 +48,7 @@ def select_by_kernel(scores: Tensor, forced: Tensor, top_k: int = 0, mass: float
 def lists_by_kernel(block_map: Tensor, columns: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     """The entries, counts and full counts of `block_lists`.
 
-    block_map: [b, h, rows, len(columns)], in any strides with which b and h can be flattened into one."""
+    block_map: [b, h, rows, len(columns)], with any strides that let b and h be flattened into one dimension."""
     batch, heads, rows, width = block_map.shape
     flat = block_map.view(torch.uint8).flatten(0, 1)
     lists = torch.zeros(batch, heads, rows, width, dtype=torch.int32, device=block_map.device)

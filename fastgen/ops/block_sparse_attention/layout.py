@@ -1,6 +1,6 @@
 """BlockLayout: which tiles of queries see which tiles of keys, and the lists that kernels walk.
 
-Everything here is built on the device of the block map, without a host sync, and is deterministic.
+Everything here is deterministic, and is built on the device of the block map without synchronising with the host.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, Tiles, entrie
 
 
 class BlockLists(NamedTuple):
-    """For each row tile the column tiles it meets: full ones first, then ragged ones, ascending each.
+    """For each row tile, the column tiles that it meets: first the full ones, then the ragged ones, each in ascending
+    order.
 
-    entries: [b, h, rows, M] int32, start * 256 + length - 1 of the column tile; what follows the first `counts` is 0.
-    counts: [b, h, rows] int32.  full: [b, h, rows] int32, how many of them are full.  b and h may be 1, for all."""
+    entries: [b, h, rows, M] int32, start * 256 + length - 1 of each column tile; 0 after the first `counts` entries.
+    counts: [b, h, rows] int32, the length of each list.  full: [b, h, rows] int32, how many of its tiles are full.
+    b and h may be 1, in which case one list serves all."""
 
     entries: Tensor
     counts: Tensor
@@ -28,8 +30,8 @@ class BlockLists(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
     """block_map: [b, h, len(q_tiles), len(k_tiles)] bool, b in {1, batch}, h in {1, heads}; True where a query tile
-    sees a key tile. Rows of the map may be empty: such queries give 0.
-    density: share of the map that is True, if it is known on the host; None after a selection by content.
+    sees a key tile. Rows of the map may be empty; the output of such queries is 0.
+    density: the share of the map that is True, if it is known on the host; None if it depends on the content.
 
     Raises ValueError if the map does not fit the tiles."""
 
@@ -45,54 +47,58 @@ class BlockLayout:
             )
         tiles = (len(self.q_tiles), len(self.k_tiles))
         if tuple(self.block_map.shape[2:]) != tiles:
-            raise ValueError(f"block_map is {tuple(self.block_map.shape)}, but there are {tiles} query and key tiles")
+            raise ValueError(
+                f"block_map is {tuple(self.block_map.shape)}, but there are {tiles[0]} query tiles and {tiles[1]} key "
+                "tiles"
+            )
 
     @property
     def device(self) -> torch.device:
         return self.block_map.device
 
     def to(self, device: torch.device | str) -> "BlockLayout":
-        """The same layout there; itself if it is there already, with the lists it has built."""
+        """The same layout on this device. If it is there already, itself, with the lists that it has built."""
         if torch.device(device) == self.device:
             return self
         return BlockLayout(self.block_map.to(device), self.q_tiles, self.k_tiles, self.density)
 
     @property
     def sees_all(self) -> bool:
-        """Whether it is known on the host to be plain dense attention over every row."""
+        """Whether the host knows that this is plain dense attention over every row."""
         return self.density == 1 and self.q_tiles.covers_all and self.k_tiles.covers_all
 
     @cached_property
     def key_lists(self) -> BlockLists:
-        """Of each query tile, the key tiles it sees."""
+        """For each query tile, the key tiles that it sees."""
         return block_lists(self.block_map, self.k_tiles)
 
     @cached_property
     def query_lists(self) -> BlockLists:
-        """Of each key tile, the query tiles that see it: the transposed map."""
+        """For each key tile, the query tiles that see it (the transposed map)."""
         return block_lists(self.block_map.transpose(2, 3), self.q_tiles)
 
     def mask(self) -> Tensor:
-        """[b, h, query tokens, key tokens] bool: the dense expansion, False on rows in no tile."""
+        """[b, h, query tokens, key tokens] bool: the dense expansion, False for rows in no tile."""
         return expand(self.block_map, self.q_tiles, self.k_tiles)
 
 
 def static_layout(block_map: Tensor, q_tiles: Tiles, k_tiles: Tiles) -> BlockLayout:
-    """A layout from a map [q, k] or [b, h, q, k] on the CPU, with its density counted."""
+    """A layout from a map [q, k] or [b, h, q, k] on the CPU, from which the density is counted."""
     full = block_map[None, None] if block_map.dim() == 2 else block_map
     return BlockLayout(full, q_tiles, k_tiles, float(full.float().mean()))
 
 
 def dense_layout(q_tiles: Tiles, k_tiles: Tiles) -> BlockLayout:
-    """Every query tile sees every key tile: a chunk of a rollout over all that its cache shows."""
+    """Every query tile sees every key tile, like a chunk of a rollout over its whole visible cache."""
     return static_layout(torch.ones(len(q_tiles), len(k_tiles), dtype=torch.bool), q_tiles, k_tiles)
 
 
 def block_lists(block_map: Tensor, columns: Tiles) -> BlockLists:
     """The lists of a map [b, h, rows, len(columns)].
 
-    Position of a tile = number of kept tiles before it, in the order full, then ragged: a cumulative sum and a scatter
-    of distinct positions, so equal maps give equal lists on every device. On a GPU one kernel does it."""
+    The position of a tile in its list is the number of kept tiles before it, counting full tiles first, then ragged
+    ones. A cumulative sum gives it, and the scatter has distinct positions, so equal maps give equal lists on every
+    device. On a GPU, one kernel does it."""
     if kernels_run_on(block_map.device) and len(columns) <= MAX_COLUMNS:
         from fastgen.ops.block_sparse_attention.launch_selection import lists_by_kernel
 
@@ -100,7 +106,7 @@ def block_lists(block_map: Tensor, columns: Tiles) -> BlockLists:
     order, num_full = full_first(columns, block_map.device)
     ordered = block_map[..., order]
     packed = entries(columns, block_map.device)[order].expand(ordered.shape)
-    position = ordered.cumsum(-1).sub(1).masked_fill(~ordered, len(columns))  # dropped tiles go to a last column
+    position = ordered.cumsum(-1).sub(1).masked_fill(~ordered, len(columns))  # dropped tiles go to an extra column
     lists = torch.zeros(*ordered.shape[:-1], len(columns) + 1, dtype=torch.int32, device=block_map.device)
     lists = lists.scatter(-1, position, packed)[..., :-1].contiguous()
     count = ordered.sum(-1, dtype=torch.int32)
@@ -108,7 +114,7 @@ def block_lists(block_map: Tensor, columns: Tiles) -> BlockLists:
 
 
 def lists_to_map(lists: BlockLists, columns: Tiles) -> Tensor:
-    """The map [b, h, rows, len(columns)] that lists stand for, whatever their order; the inverse of `block_lists`."""
+    """The inverse of `block_lists`: the map [b, h, rows, len(columns)] that lists of any order stand for."""
     starts = entries(columns, lists.entries.device) // MAX_CAPACITY
     column = torch.searchsorted(starts, lists.entries // MAX_CAPACITY, right=True).sub(1).clamp(min=0)
     listed = torch.arange(lists.entries.shape[-1], device=column.device) < lists.counts[..., None]
@@ -118,7 +124,8 @@ def lists_to_map(lists: BlockLists, columns: Tiles) -> Tensor:
 
 
 def expand(block_map: Tensor, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
-    """A map of tiles [b, h, q, k] as a mask of tokens [b, h, query tokens, key tokens]."""
-    padded = torch.nn.functional.pad(block_map, (0, 1, 0, 1))  # the tile of rows in none sees and is seen by nothing
+    """Expands a map of tiles [b, h, q, k] to a mask of tokens [b, h, query tokens, key tokens]."""
+    # the added tile stands for rows in no tile: it sees nothing and is seen by nothing
+    padded = torch.nn.functional.pad(block_map, (0, 1, 0, 1))
     rows = tile_of_token(q_tiles, block_map.device)
     return padded[:, :, rows][..., tile_of_token(k_tiles, block_map.device)]

@@ -2,8 +2,8 @@
 
     S = sum_j phi(k_j) v_j^T,   z = sum_j phi(k_j),   out_i = phi(q_i) S / (phi(q_i) . z + eps)
 
-A projection of each head, zero-initialised, follows: at the start the sum is exactly the sparse output. It is added,
-not merged by lse: the two parts do not share a normaliser.
+A zero-initialised projection of the head dimension follows, so that at the start the sum is exactly the sparse output.
+The branch is added, not merged by lse, because the two parts do not share a normaliser.
 """
 
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ FeatureMap = Literal["softmax", "relu"]
 
 
 class LinearState(NamedTuple):
-    """products: [B, H, D, D], S above.  keys: [B, H, D], z. Sums over keys, so states of disjoint keys add."""
+    """products: S above, [B, H, D, D].  keys: z, [B, H, D]. Both are sums over keys: states of disjoint keys add."""
 
     products: Tensor
     keys: Tensor
@@ -25,13 +25,13 @@ class LinearState(NamedTuple):
 
 
 def feature_map(tokens: Tensor, kind: FeatureMap) -> Tensor:
-    """phi, float32 (float64 for float64) and not negative: softmax over the head dimension (SLA), or ReLU."""
+    """phi, not negative: softmax over the head dimension (SLA) or ReLU, in float32 (float64 for float64)."""
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return wide.softmax(-1) if kind == "softmax" else wide.relu()
 
 
 def linear_state(key: Tensor, value: Tensor, kind: FeatureMap = "softmax") -> LinearState:
-    """key, value: [B, L, H, D]; the state of these keys, whatever their order."""
+    """key, value: [B, L, H, D]. Returns the state of these keys, which does not depend on their order."""
     features = feature_map(key, kind)
     return LinearState(torch.einsum("blhd,blhe->bhde", features, value.to(features.dtype)), features.sum(1))
 
@@ -44,7 +44,7 @@ def linear_attention(query: Tensor, state: LinearState, kind: FeatureMap = "soft
 
 
 class LinearBranch(nn.Module):
-    """The branch over all given keys, through one zero-initialised projection of the head dimension."""
+    """Linear attention over all given keys, then one zero-initialised projection of the head dimension."""
 
     def __init__(self, head_dim: int, kind: FeatureMap = "softmax") -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     s_ij = scale q_i . k_j  where the tile of i sees the tile of j, else -inf
     lse_i = log sum_j exp(s_ij),    out_i = sum_j exp(s_ij - lse_i) v_j
 
-A query that sees nothing has out 0 and lse -inf. Rows that belong to no tile are never read: they may hold anything.
+A query that sees nothing has out 0 and lse -inf. Rows in no tile are never read, so they may hold anything.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from fastgen.ops.block_sparse_attention.tiles import tile_of_token
 
 
 class Cache(NamedTuple):
-    """Keys and values [B, L, H, D] that come before the current ones; read where they are, never copied together."""
+    """Keys and values [B, L, H, D] that come before the current ones. The Triton kernels read them in place."""
 
     key: Tensor
     value: Tensor
@@ -34,9 +34,9 @@ def naive_attention(
     grad_keys: tuple[int, int] | None = None,
 ) -> Result:
     """query: [B, Lq, H, D].  key, value: [B, Lk, H, D].
-    cache: keys before them; the layout's key tiles run over both.  scale: D ** -0.5 by default.
-    grad_keys: the rows of all keys, first to last + 1, that get gradient; all by default.
-    Computed in float64 for float64 inputs, else in float32; the output has the query's dtype.
+    cache: keys and values before them; the layout's key tiles cover both.  scale: D ** -0.5 by default.
+    grad_keys: the rows (first, last + 1), among all keys, that get gradient; by default all of them.
+    Computed in float64 for float64 inputs, else in float32. The output has the query's dtype.
 
     Raises ValueError if the layout does not fit the tensors."""
     check_shapes(query, key, value, layout, cache)
@@ -56,14 +56,15 @@ def naive_attention(
 
 
 def softmax_scale(query: Tensor, scale: float | None) -> float:
-    """D ** -0.5 by default. Raises ValueError unless positive: kernels take a row's maximum before they scale."""
+    """The scale, D ** -0.5 by default. Raises ValueError if it is not positive, because kernels take a row's maximum
+    before they scale."""
     if scale is not None and scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
 def all_keys(key: Tensor, cache_key: Tensor | None) -> Tensor:
-    """Cached rows, then current ones, in one tensor."""
+    """The cached rows, then the current ones, in one tensor."""
     return key if cache_key is None else torch.cat([cache_key, key], dim=1)
 
 
@@ -75,7 +76,7 @@ def readable_rows(
     cache: Cache | None,
     grad_keys: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, and keys and values of both sources, with zeros in rows of no tile and gradient for `grad_keys` alone."""
+    """Query, and keys and values of both sources, with zeros in rows of no tile and gradient only for `grad_keys`."""
     key = all_keys(key, None if cache is None else cache.key)
     value = all_keys(value, None if cache is None else cache.value)
     if grad_keys is not None:
@@ -92,7 +93,7 @@ def readable_rows(
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, cache: Cache | None) -> None:
-    """Raises ValueError, in words, for tensors that do not fit each other or the layout."""
+    """Raises ValueError for tensors that do not fit each other or the layout."""
     sources = {"key": key, "value": value}
     if cache is not None:
         sources |= {"cache.key": cache.key, "cache.value": cache.value}
@@ -101,20 +102,22 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout,
     batch, queries, heads, dim = query.shape
     for name, tensor in sources.items():
         if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, dim):
-            raise ValueError(f"{name} must be [{batch}, L, {heads}, {dim}] as the query, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be [{batch}, L, {heads}, {dim}] like the query, got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the query {query.dtype} on {query.device}")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but the query is {query.dtype} on {query.device}"
+            )
     if key.shape != value.shape or (cache is not None and cache.key.shape != cache.value.shape):
-        raise ValueError("each key tensor must be as long as its value tensor")
+        raise ValueError("each key tensor must be as long as its value tensor; the numbers of tokens differ")
     keys = key.shape[1] + (0 if cache is None else cache.key.shape[1])
     if (queries, keys) != (layout.q_tiles.num_tokens, layout.k_tiles.num_tokens):
         tiled = f"{layout.q_tiles.num_tokens} queries and {layout.k_tiles.num_tokens} keys"
-        raise ValueError(f"there are {queries} queries and {keys} keys, the layout is for {tiled}")
+        raise ValueError(f"there are {queries} queries and {keys} keys, but the layout is for {tiled}")
     if layout.block_map.shape[0] not in (1, batch) or layout.block_map.shape[1] not in (1, heads):
         raise ValueError(
-            f"the layout is for batch and heads {tuple(layout.block_map.shape[:2])}, not {(batch, heads)}"
+            f"the layout's batch and heads are {tuple(layout.block_map.shape[:2])}, the query's {(batch, heads)}"
         )
     if layout.device != query.device:
         raise ValueError(
-            f"the layout is on {layout.device}, the query on {query.device}; call layout.to(query.device)"
+            f"the layout is on {layout.device}, but the query is on {query.device}; call layout.to(query.device)"
         )

@@ -1,4 +1,4 @@
-"""Static patterns of video tokens, sliding tiles and radial attention, each with its mask; and the order of tokens."""
+"""Static patterns for video tokens (sliding tiles, radial attention), each with its mask, and the order of tokens."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ from fastgen.ops.block_sparse_attention.tiles import Tiles, tile_tokens
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tokens of a video [frames, rows, columns] in cuboids, so that one cuboid is one tile.
+    """The tokens of a video [frames, rows, columns], ordered by cuboids so that each cuboid is one tile.
 
-    grid: tokens along each axis.  tile: tokens of a cuboid along each axis, at most 256 together; cuboids at the
-    far edges are smaller where it does not divide the grid. Tokens are put in this order once a forward."""
+    grid: number of tokens along each axis.  tile: number of tokens of a cuboid along each axis, at most 256 in all.
+    Where the tile does not divide the grid, the cuboids at the far edges are smaller. Tokens are put in this order
+    once per forward."""
 
     grid: tuple[int, int, int]
     tile: tuple[int, int, int]
 
     def __post_init__(self) -> None:
         if min(*self.grid, *self.tile) < 1 or math.prod(self.tile) > 256:
-            raise ValueError(f"grid and tile must be positive, a tile of at most 256 tokens, got {self}")
+            raise ValueError(f"grid and tile must be positive, and a tile must hold at most 256 tokens; got {self}")
 
     @property
     def num_tiles(self) -> tuple[int, int, int]:
@@ -32,20 +33,20 @@ class TileGrid:
         return frames, rows, columns
 
     def coordinates(self) -> Tensor:
-        """[tokens, 3] int64: the cuboid of each token, in the video's own order (columns fastest)."""
+        """[tokens, 3] int64: the cuboid of each token, with tokens in the video's own order (columns fastest)."""
         axes = [torch.arange(side) // step for side, step in zip(self.grid, self.tile, strict=True)]
         return torch.cartesian_prod(*axes)
 
     def order(self) -> Tensor:
-        """[tokens] int64: tokens[order] are in cuboid order."""
+        """[tokens] int64: tokens[order] is in cuboid order."""
         return torch.argsort(self._cuboid(), stable=True)
 
     def inverse(self) -> Tensor:
-        """[tokens] int64: tokens[order][inverse] are the tokens again."""
+        """[tokens] int64: tokens[order][inverse] restores the original order."""
         return torch.argsort(self.order())
 
     def tiles(self) -> Tiles:
-        """One tile a cuboid, for tokens in cuboid order."""
+        """One tile per cuboid, for tokens in cuboid order."""
         lengths = torch.bincount(self._cuboid()).tolist()
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         capacity = max(16, 1 << (max(lengths) - 1).bit_length())
@@ -59,10 +60,10 @@ class TileGrid:
 
 @dataclass(frozen=True)
 class SlidingTile:
-    """Sliding tile attention (arXiv 2502.04507): a query cuboid sees the cuboids of a window around it.
+    """Sliding tile attention (arXiv 2502.04507): each query cuboid sees the cuboids in a window around it.
 
-    window: cuboids along each axis, odd, or at least as many as there are. The window's centre is moved inward at the
-    edges, so that it keeps its full width there."""
+    window: number of cuboids along each axis; odd, or at least the grid's own number. At the edges the centre of the
+    window is moved inward, so that the window keeps its full width."""
 
     grid: TileGrid
     window: tuple[int, int, int]
@@ -71,11 +72,12 @@ class SlidingTile:
         for width, tiles in zip(self.window, self.grid.num_tiles, strict=True):
             if width < 1 or (width % 2 == 0 and width < tiles):
                 raise ValueError(
-                    f"window must be odd along each axis, or cover it: {self.window} of {self.grid.num_tiles}"
+                    f"window must be odd along each axis or cover the axis, got {self.window} of "
+                    f"{self.grid.num_tiles} cuboids"
                 )
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """Rows of queries and keys in cuboid order, int64, broadcast -> bool."""
+        """Query rows and key rows in cuboid order, int64, broadcast against each other -> bool."""
         cuboid = self.grid.coordinates()[self.grid.order()]
         seen = torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
         for axis, (width, tiles) in enumerate(zip(self.window, self.grid.num_tiles, strict=True)):
@@ -92,13 +94,14 @@ class SlidingTile:
 
 @dataclass(frozen=True)
 class Radial:
-    """Radial attention (arXiv 2506.19852) in tiles: the band of a pair of frames halves with each octave of distance.
+    """Radial attention (arXiv 2506.19852) in tiles: the band halves each time the distance between two frames doubles.
 
         width(d) = decay * frame_tokens / 2^floor(log2 max(d, 1)),  d = |query frame - key frame|
 
-    d <= 1: the whole pair of frames. Else tiles at the same place in their frames whose distance is below width(d);
-    once width(d) is below a tile, only the same place, in every ceil(capacity / width(d))-th pair of frames.
-    sink: keys of frame 0 are seen by all.  Tiles start anew with each frame."""
+    d <= 1: the two frames see each other whole. Otherwise two tiles see each other if their places in their frames are
+    less than width(d) tokens apart. Once width(d) is less than a tile, only tiles at the same place see each other,
+    and only where d is a multiple of ceil(capacity / width(d)).
+    sink: all queries see the keys of frame 0.  Each frame starts a new tile."""
 
     frames: int
     frame_tokens: int
@@ -111,11 +114,11 @@ class Radial:
             raise ValueError(f"frames, frame_tokens and decay must be positive, got {self}")
 
     def width(self, distance: int) -> float:
-        """The band of two frames at this distance, in tokens."""
+        """The width, in tokens, of the band between two frames at this distance."""
         return self.decay * self.frame_tokens / (1 << (max(distance, 1).bit_length() - 1))
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """Rows of queries and keys, int64, broadcast -> bool."""
+        """Query rows and key rows, int64, broadcast against each other -> bool."""
         distance = (query // self.frame_tokens - key // self.frame_tokens).abs()
         place = [(rows % self.frame_tokens) // self.capacity for rows in (query, key)]
         apart = (place[0] - place[1]).abs() * self.capacity

@@ -1,8 +1,8 @@
-"""Sparse attention in diffusers' transformers: a processor around the stock one, which it leaves as it is.
+"""Sparse attention in diffusers' transformers: a processor that wraps the stock one and leaves it as it is.
 
-A stock processor projects, normalises and rotates in the way of its family, and ends in one call of
-`scaled_dot_product_attention`. That call is what is replaced, through torch's own hook for it (`TorchFunctionMode`),
-so one class serves every family whose stock processor ends there: Wan, PixArt, SD3, Flux and others.
+A stock processor projects, normalises and rotates as its family does, then calls `scaled_dot_product_attention` once.
+Only that call is replaced, through torch's own hook for it (`TorchFunctionMode`). So one class serves every family
+whose stock processor makes that call: Wan, PixArt, SD3, Flux and others.
 """
 
 import functools
@@ -20,17 +20,18 @@ from fastgen.ops.block_sparse_attention.layout import BlockLayout
 from fastgen.ops.block_sparse_attention.linear_branch import LinearBranch, linear_state
 from fastgen.ops.block_sparse_attention.selection import Selection
 
-SELF_ATTENTION = ("attn1", "attn")  # what diffusers calls self and joint attention; attn2 is cross-attention
+SELF_ATTENTION = ("attn1", "attn")  # diffusers' names of self and joint attention; attn2 is cross-attention
 
 
 class BlockSparseAttnProcessor(nn.Module):
-    """stock: the processor of the layer.  layout: fixed, or a rule that selects by content.
-    gate: VSA's coarse branch, added through its gate; it needs a `Selection`, or a layout without holes.
-    linear: the linear-attention branch over all keys, added.  backend, when_dense_wins: as in `attention`.
+    """stock: the layer's own processor.  layout: a fixed layout, or a rule that selects one by content.
+    gate: adds VSA's coarse branch through this gate; it needs a `Selection`, or a layout without holes.
+    linear: adds this linear-attention branch over all keys.  backend, when_dense_wins: as in `attention`.
 
-    The tokens are those of the stock call: joint families have text and image tokens in one sequence, and the layout
-    covers both. Raises ValueError where the call has a mask, dropout, causality or grouped heads, and RuntimeError
-    where the stock processor does not call it, as with another attention backend of diffusers."""
+    The tokens are those of the stock call. Joint families have text and image tokens in one sequence, and the layout
+    covers both. Raises ValueError if the call has a mask, dropout, causality or grouped heads. Raises RuntimeError if
+    the stock processor does not call `scaled_dot_product_attention` exactly once, as with another attention backend of
+    diffusers."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class BlockSparseAttnProcessor(nn.Module):
 
     @property
     def __call__(self) -> Callable[..., Any]:  # type: ignore[override]
-        """A function with the stock signature: diffusers drops arguments that the signature of __call__ lacks."""
+        """A function with the stock signature, because diffusers drops arguments that __call__ does not declare."""
 
         @functools.wraps(self.stock.__call__)
         def call(attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ class BlockSparseAttnProcessor(nn.Module):
         return call
 
     def attend(self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """hidden_states: [B, L, width], the layer's input.  query, key, value: [B, L, H, D], as is the result."""
+        """hidden_states: [B, L, width], the layer's input.  query, key, value: [B, L, H, D], like the result."""
         coarse = None
         if isinstance(self.layout, BlockLayout):
             layout = self.layout = self.layout.to(query.device)
@@ -90,7 +91,7 @@ class BlockSparseAttnProcessor(nn.Module):
 
 
 class _Replaced(TorchFunctionMode):
-    """Inside it, scaled_dot_product_attention is `attend` (query, key, value [B, L, H, D], scale)."""
+    """Inside this context, scaled_dot_product_attention calls attend(query, key, value, scale), with [B, L, H, D]."""
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -115,9 +116,14 @@ class _Replaced(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """The arguments of scaled_dot_product_attention; tensors are [B, H, L, D]."""
-        given = {"attn_mask": attn_mask is not None, "dropout_p": dropout_p, "is_causal": is_causal, "gqa": enable_gqa}
-        if any(given.values()):
-            names = ", ".join(name for name, value in given.items() if value)
+        extras = {
+            "attn_mask": attn_mask is not None,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "gqa": enable_gqa,
+        }
+        if any(extras.values()):
+            names = ", ".join(name for name, value in extras.items() if value)
             raise ValueError(f"sparse attention takes its mask from the layout, but the layer asks for {names}")
         if torch.is_autocast_enabled(query.device.type):  # as torch does for this function
             dtype = torch.get_autocast_dtype(query.device.type)
@@ -135,12 +141,12 @@ def set_sparse_attention(
     backend: BackendName = "auto",
     when_dense_wins: WhenDenseWins = "mask",
 ) -> list[str]:
-    """Gives every self-attention layer of a diffusers transformer a `BlockSparseAttnProcessor`, through its own
-    `set_attn_processor`; returns the names of these layers. `transformer.set_attn_processor` takes it back.
+    """Gives every self-attention layer of a diffusers transformer a `BlockSparseAttnProcessor`, through the
+    transformer's own `set_attn_processor`, which can also undo it. Returns the names of these layers.
 
-    names: what these layers are called in their block.  coarse, linear: with these branches, new for each layer and
-    zero-initialised: until trained they change nothing. Their parameters are in the transformer's state dict under
-    `processor.gate` and `processor.linear`, which a stock transformer does not have.
+    names: what these layers are called in their blocks.  coarse, linear: adds these branches, new for each layer and
+    zero-initialised, so that they change nothing until trained. Their parameters are in the transformer's state dict
+    under `processor.gate` and `processor.linear`, which a stock transformer does not have.
     Raises ValueError if no layer has one of these names."""
     processors: dict[str, Any] = dict(transformer.attn_processors)  # type: ignore[arg-type]
     chosen = [name for name in processors if name.split(".")[-2] in names]
@@ -162,10 +168,10 @@ def set_sparse_attention(
 
 
 def reorder_tokens(transformer: nn.Module, order: Tensor) -> list[torch.utils.hooks.RemovableHandle]:
-    """Makes a Wan transformer work on tokens[order] from its first block to its last, once a forward.
+    """Makes a Wan transformer work on tokens[order] from its first block to its last, reordering once per forward.
 
-    order: [tokens] int64, such as `TileGrid.order()`. Positions and, where each token has its own, time embeddings
-    follow their tokens; the output is that of the stock transformer. Returns the hooks; remove them to undo it."""
+    order: [tokens] int64, such as `TileGrid.order()`. Positions follow their tokens, and so do time embeddings if each
+    token has its own. The output is that of the stock transformer. Returns the hooks; remove them to undo this."""
     inverse = torch.argsort(order)
     blocks: Any = transformer.blocks
 

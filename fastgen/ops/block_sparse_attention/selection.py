@@ -1,7 +1,8 @@
 """Layouts chosen by content: pooled scores, then the top k tiles or a cumulative mass, around a forced set.
 
-Everything runs on the device of the scores without a host sync. Ties go to the lower tile, so equal scores give equal
-layouts. A selection has no gradient: it reaches pooled queries and keys only through VSA's coarse branch.
+Everything runs on the device of the scores without synchronising with the host. Ties go to the tile with the lower
+index, so equal scores give equal layouts. A selection has no gradient: gradient reaches the pooled queries and keys
+only through VSA's coarse branch.
 """
 
 import functools
@@ -19,9 +20,9 @@ from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, Tiles, entrie
 
 
 def pool(tokens: Tensor, tiles: Tiles) -> Tensor:
-    """[B, L, H, D] -> [B, H, len(tiles), D] float32 (float64 for float64): the mean of each tile's own tokens.
+    """[B, L, H, D] -> [B, H, len(tiles), D] float32 (float64 for float64): the mean of each tile's tokens.
 
-    Differentiable, deterministic, and blind to rows in no tile."""
+    Differentiable and deterministic. Rows in no tile have no influence."""
     batch, _, heads, dim = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
     if tiles.is_uniform:
@@ -36,7 +37,7 @@ def pool(tokens: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _rows_of_tiles(tiles: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[len(tiles), capacity] each: the row of each place in a tile, and whether the tile has it."""
+    """Two tensors [len(tiles), capacity]: the row at each place of a tile, and whether the tile has that place."""
     packed = entries(tiles, device).long()[:, None]
     offset = torch.arange(tiles.capacity, device=device)
     held = offset <= packed % MAX_CAPACITY
@@ -44,16 +45,16 @@ def _rows_of_tiles(tiles: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def pooled_scores(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles, scale: float | None = None) -> Tensor:
-    """[B, H, q, k] float32: logits between mean queries and mean keys. Subtracting the mean key first, as SLA does,
-    adds a constant to each row, which changes neither selection below.
+    """[B, H, q, k] float32: logits between mean queries and mean keys. SLA subtracts the mean key first. That only
+    adds a constant to each row, which changes neither of the selections below, so it is left out here.
 
-    query, key: [B, L, H, D]; key holds the rows of all sources."""
+    query, key: [B, L, H, D]; the key has the rows of all sources."""
     product = pool(query, q_tiles) @ pool(key, k_tiles).transpose(-1, -2)
     return product * softmax_scale(query, scale)
 
 
 def scores_without_gradient(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
-    """`pooled_scores`, in three launches on a GPU."""
+    """`pooled_scores` without gradient, in three launches on a GPU."""
     dim = query.shape[-1]
     if not kernels_run_on(query.device) or dim & (dim - 1):
         with torch.no_grad():
@@ -72,10 +73,10 @@ def _by_kernel(scores: Tensor) -> bool:
 
 
 def top_k_map(scores: Tensor, k: int, forced: Tensor | None = None, allowed: Tensor | None = None) -> Tensor:
-    """[B, H, q, k] bool: the forced tiles, and the k best of the others.
+    """[B, H, q, k] bool: True for the forced tiles and for the k best of the others.
 
-    forced, allowed: bool, broadcast to the scores; a tile that is not allowed is never kept, forced ones are allowed.
-    Rows with fewer than k others keep all of them. Raises ValueError for a negative k."""
+    forced, allowed: bool, broadcast to the scores. Forced tiles count as allowed; a tile that is not allowed is never
+    kept. Rows with fewer than k other tiles keep all of them. Raises ValueError for a negative k."""
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
     forced, ranked = _candidates(scores, forced, allowed)
@@ -85,14 +86,15 @@ def top_k_map(scores: Tensor, k: int, forced: Tensor | None = None, allowed: Ten
 
 
 def mass_map(scores: Tensor, mass: float, forced: Tensor | None = None, allowed: Tensor | None = None) -> Tensor:
-    """[B, H, q, k] bool: the smallest set of tiles, at least one, with the forced ones and `mass` of softmax(scores).
+    """[B, H, q, k] bool: the smallest set of tiles, at least one, that has the forced tiles and at least `mass` of
+    softmax(scores).
 
-    mass: in (0, 1]. forced, allowed: as in `top_k_map`; the softmax runs over allowed tiles."""
+    mass: in (0, 1]. forced, allowed: as in `top_k_map`. The softmax runs over the allowed tiles."""
     if not 0 < mass <= 1:
         raise ValueError(f"mass must be in (0, 1], got {mass}")
     forced, ranked = _candidates(scores, forced, allowed)
     open_scores = scores if allowed is None else scores.masked_fill(~(allowed | forced), -torch.inf)
-    share = open_scores.softmax(-1).nan_to_num(0.0)  # a row of which nothing is allowed
+    share = open_scores.softmax(-1).nan_to_num(0.0)  # NaN in a row where no tile is allowed
     missing = mass - (share * forced).sum(-1, keepdim=True)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     sorted_share = share.masked_fill(forced, 0.0).gather(-1, order)
@@ -104,7 +106,7 @@ def mass_map(scores: Tensor, mass: float, forced: Tensor | None = None, allowed:
 
 
 def _candidates(scores: Tensor, forced: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The forced set at full size, and the scores of the tiles that compete, -inf for all others."""
+    """The forced set at full size, and the scores of the tiles that compete for a place; -inf for all others."""
     scores = scores.detach()
     forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced.expand(scores.shape)
     closed = forced if allowed is None else forced | ~allowed
@@ -114,7 +116,7 @@ def _candidates(scores: Tensor, forced: Tensor | None, allowed: Tensor | None) -
 @functools.lru_cache(maxsize=512)
 @torch.inference_mode(False)
 def tiles_touched(tiles: Tiles, ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[1, 1, 1, len(tiles)] bool: the tiles that hold any of the rows first to last + 1. Kept on the device."""
+    """[1, 1, 1, len(tiles)] bool: the tiles that hold a row of any range (first, last + 1). Cached on the device."""
     touched = torch.zeros(len(tiles) + 1, dtype=torch.bool)
     tile = tile_of_token(tiles, torch.device("cpu"))
     for first, last in ranges:
@@ -124,10 +126,10 @@ def tiles_touched(tiles: Tiles, ranges: tuple[tuple[int, int], ...], device: tor
 
 @dataclass(frozen=True)
 class Selection(ABC):
-    """A rule that gives each head of each sample its own layout; on a GPU in a handful of launches.
+    """A rule that gives each head of each sample its own layout. On a GPU this takes a handful of launches.
 
-    forced: ranges of key rows, first to last + 1, whose tiles are always kept. In streaming they are the sink, the
-    current chunk and the last past chunk; what is selected comes on top of them."""
+    forced: ranges of key rows, (first, last + 1), whose tiles are always kept. In streaming these are the sink, the
+    current chunk and the last past chunk. The selected tiles come in addition."""
 
     q_tiles: Tiles
     k_tiles: Tiles
@@ -150,12 +152,12 @@ class Selection(ABC):
     @property
     @abstractmethod
     def density(self) -> float | None:
-        """The share of tiles that will be kept, where it does not depend on the content."""
+        """The share of tiles that will be kept, or None if it depends on the content."""
 
 
 @dataclass(frozen=True)
 class TopK(Selection):
-    """The k best tiles beside the forced ones."""
+    """The forced tiles and the k best of the others."""
 
     k: int
 
@@ -175,7 +177,8 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class Mass(Selection):
-    """The smallest set with the forced tiles and this share of the pooled attention (SpargeAttn, arXiv 2502.18137)."""
+    """The smallest set that has the forced tiles and this share of the pooled attention (SpargeAttn, arXiv
+    2502.18137)."""
 
     mass: float
 

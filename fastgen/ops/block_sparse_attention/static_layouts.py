@@ -1,8 +1,8 @@
-"""Layouts of streaming video: causal chunks with window and sink, teacher forcing. Each with its mask function.
+"""Layouts of streaming video: causal chunks with window and sink, and teacher forcing, each with its mask function.
 
-Frames count latent frames, all of `frame_tokens` tokens. A chunk is bidirectional inside and causal across. W, the
-window, counts all frames that a query sees: the sink, the past and its own chunk; S, the sink, are the first frames.
-With e(q) the end of the query's chunk, a frame f < e(q) is seen if f >= e(q) - (W - S) or f < S.
+Frames are latent frames; all have `frame_tokens` tokens. Attention is bidirectional within a chunk and causal across
+chunks. The window W counts all frames that a query sees: the sink, the past and its own chunk. The sink is the first S
+frames. With e(q) the end of the query's chunk, a frame f < e(q) is seen if f >= e(q) - (W - S) or f < S.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,9 @@ MaskFunction = Callable[[Tensor, Tensor], Tensor]  # query rows, key rows -> boo
 
 @dataclass(frozen=True)
 class VideoMask:
-    """frame_tokens: tokens of a frame.  chunk_frames: frames of each chunk.  window: W, or None for all the past.
-    sink: S frames that every later query sees; without a window the past includes them.
+    """frame_tokens: number of tokens per frame.  chunk_frames: number of frames in each chunk.  window: W, or None for
+    the whole past.  sink: S, the number of first frames that every later query sees. Without a window, the past
+    includes them.
 
     Raises ValueError for a window that cannot hold the sink and the largest chunk."""
 
@@ -39,7 +40,7 @@ class VideoMask:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The frame after each chunk."""
+        """For each chunk, the first frame after it."""
         return tuple(accumulate(self.chunk_frames))
 
     @property
@@ -51,7 +52,7 @@ class VideoMask:
         return 0 if self.window is None else max(0, end - (self.window - self.sink))
 
     def causal(self, query: Tensor, key: Tensor) -> Tensor:
-        """Rows of queries and keys, int64, broadcast -> bool. A query sees its chunk and the visible past."""
+        """Query rows and key rows, int64, broadcast -> bool. A query sees its own chunk and the visible past."""
         _, end = self._chunk_of(query)
         frame = key // self.frame_tokens
         return (frame < end) & (self._in_window(frame, end) | (frame < self.sink))
@@ -59,8 +60,8 @@ class VideoMask:
     def teacher_forcing(self, query: Tensor, key: Tensor) -> Tensor:
         """The same for rows of [clean | noisy], each `num_tokens` long.
 
-        Clean queries see clean keys as in `causal`. Noisy ones see their own noisy chunk, and of the clean keys what
-        they would see in a rollout: the visible frames before their chunk."""
+        Clean queries see clean keys as in `causal`. Noisy queries see their own noisy chunk and, as in a rollout, the
+        clean keys of the visible frames before their chunk."""
         clean_query, clean_key = query < self.num_tokens, key < self.num_tokens
         query, key = query % self.num_tokens, key % self.num_tokens
         start, end = self._chunk_of(query)
@@ -80,28 +81,29 @@ class VideoMask:
         return torch.ones_like(frame < end) if self.window is None else frame >= end - (self.window - self.sink)
 
     def cuts(self) -> list[int]:
-        """The rows at which visibility may change: edges of chunks, windows and sink; tiles must not cross them."""
+        """The rows at which visibility may change (edges of chunks, windows and sink). No tile may cross one."""
         frames = {*self.ends, *(self.window_start(end) for end in self.ends), min(self.sink, self.ends[-1])}
         return [frame * self.frame_tokens for frame in sorted(frames)]
 
 
 def causal_layout(mask: VideoMask, capacity: int) -> BlockLayout:
-    """Queries and keys are all tokens in order: diffusion forcing and ODE regression."""
+    """Queries and keys are all tokens in order, as in diffusion forcing and ODE regression."""
     tiles = tile_tokens(mask.num_tokens, capacity, mask.cuts())
     return layout_of(mask.causal, tiles, tiles)
 
 
 def teacher_forcing_layout(mask: VideoMask, capacity: int) -> BlockLayout:
-    """Queries and keys are [clean | noisy], twice the tokens, both halves at the same positions."""
+    """Queries and keys are [clean | noisy], twice as many tokens, with both halves at the same positions."""
     half = tile_tokens(mask.num_tokens, capacity, mask.cuts())
     tiles = half.followed_by(half)
     return layout_of(mask.teacher_forcing, tiles, tiles)
 
 
 def rollout_layout(mask: VideoMask, chunk: int, capacity: int) -> BlockLayout:
-    """Queries are the tokens of one chunk; keys are all clean tokens before it, then the chunk's own.
+    """Queries are the tokens of one chunk. Keys are all clean tokens before it, then the chunk's own.
 
-    For a cache that holds every frame, where it is: frames that the window has left are in tiles nobody lists."""
+    For a cache that keeps every frame in its place. Frames that the window has left behind are in tiles that no list
+    contains."""
     end = mask.ends[chunk]
     first = (end - mask.chunk_frames[chunk]) * mask.frame_tokens
     own = tile_tokens(end * mask.frame_tokens - first, capacity)
@@ -112,9 +114,9 @@ def rollout_layout(mask: VideoMask, chunk: int, capacity: int) -> BlockLayout:
 
 
 def slots_layout(query_tokens: int, visible: Sequence[tuple[int, int]], slots: int, capacity: int) -> BlockLayout:
-    """Every query sees the rows `visible` [(first, last + 1), ...] of a cache of `slots` rows, then all its own.
+    """Every query sees the rows `visible` [(first, last + 1), ...] of a cache of `slots` rows, and all current tokens.
 
-    For a cache that rolls: visible rows may be anywhere, in ascending pieces; stale rows between are never read."""
+    For a rolling cache: the visible rows may be anywhere, in ascending ranges. Stale rows between are never read."""
     rows = [(start, min(start + capacity, last)) for first, last in visible for start in range(first, last, capacity)]
     own = tile_tokens(query_tokens, capacity)
     keys = own
@@ -122,13 +124,12 @@ def slots_layout(query_tokens: int, visible: Sequence[tuple[int, int]], slots: i
         starts, lengths = tuple(start for start, _ in rows), tuple(end - start for start, end in rows)
         keys = Tiles(starts, lengths, capacity, slots).followed_by(own)
     elif slots:
-        raise ValueError(f"a cache of {slots} rows of which none is visible: leave it out")
+        raise ValueError(f"none of the {slots} rows of the cache is visible; leave it out, with slots=0")
     return static_layout(torch.ones(len(own), len(keys), dtype=torch.bool), own, keys)
 
 
 def layout_of(mask: MaskFunction, q_tiles: Tiles, k_tiles: Tiles) -> BlockLayout:
-    """The layout whose dense expansion is `mask`, which must not change inside a pair of tiles.
-
-    It is read at the first row of each tile, on the CPU."""
+    """The layout whose dense expansion is `mask`. The mask must be constant within each pair of tiles, because it is
+    read only at the first row of each tile. Runs on the CPU."""
     queries, keys = torch.tensor(q_tiles.starts)[:, None], torch.tensor(k_tiles.starts)[None, :]
     return static_layout(mask(queries, keys), q_tiles, k_tiles)

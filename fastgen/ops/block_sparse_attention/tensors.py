@@ -1,4 +1,4 @@
-"""What every launcher asks of a tensor: its device and its strides."""
+"""What every launcher needs from a tensor: its strides and its device."""
 
 import torch
 from torch import Tensor
@@ -12,5 +12,5 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Kernels start on the current device: make it the tensor's. Does nothing on a CPU."""
+    """A context that makes the tensor's device the current one, on which kernels start. Does nothing on a CPU."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

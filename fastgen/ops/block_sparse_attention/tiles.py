@@ -1,8 +1,8 @@
 """Tiles: runs of consecutive tokens, the unit that a block list keeps or drops.
 
-A tile may start at any row and may hold fewer tokens than its capacity. So the edges of chunks, frames and windows are
-tile edges without padding any tensor, rows that belong to no tile (stale cache slots, padding) are never read, and the
-visible part of a cache is a list of tiles, wherever its slots are.
+A tile may start at any row and may hold fewer tokens than its capacity. So the edges of chunks, frames and windows can
+be tile edges without padding any tensor. The visible part of a cache is a list of tiles, wherever its slots are. Rows
+that belong to no tile (stale cache slots, padding) are never read.
 """
 
 import bisect
@@ -21,9 +21,10 @@ MAX_TOKENS = 2**31 // MAX_CAPACITY  # and the first row in the other 23
 
 @dataclass(frozen=True)
 class Tiles:
-    """starts, lengths: first row and number of tokens of each tile, ascending, without overlap.
-    capacity: most tokens of a tile, a power of two from 16 to 256; a tile of as many is full, any other ragged.
-    num_tokens: rows of the tensor that is tiled; rows in no tile are never read.
+    """starts, lengths: first row and number of tokens of each tile, in ascending order and without overlap.
+    capacity: the most tokens that a tile may hold, a power of two from 16 to 256. A tile that holds as many is full;
+    any other is ragged.
+    num_tokens: number of rows of the tensor that is tiled; rows in no tile are never read.
 
     Raises ValueError for tiles that are empty, too long, out of order or outside the tensor."""
 
@@ -39,7 +40,8 @@ class Tiles:
             raise ValueError(f"at most {MAX_TOKENS - 1} tokens can be tiled, got {self.num_tokens}")
         if len(self.starts) != len(self.lengths) or not self.starts:
             raise ValueError(
-                f"tiles need as many starts as lengths, at least one: {len(self.starts)}, {len(self.lengths)}"
+                f"tiles need equally many starts and lengths, and at least one: got {len(self.starts)} starts and "
+                f"{len(self.lengths)} lengths"
             )
         if not all(1 <= length <= self.capacity for length in self.lengths):
             raise ValueError(
@@ -61,7 +63,7 @@ class Tiles:
         return hash((self.starts, self.lengths, self.capacity, self.num_tokens))
 
     def __hash__(self) -> int:
-        """Computed once: every call looks its tiles up."""
+        """Computed only once, because every call looks its tiles up."""
         return self._hash
 
     @cached_property
@@ -75,7 +77,7 @@ class Tiles:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether tile i holds the tokens from i * capacity on, as other libraries' blocks do."""
+        """Whether every tile i starts at i * capacity and no row is left out, like the blocks of other libraries."""
         return self.covers_all and all(start == i * self.capacity for i, start in enumerate(self.starts))
 
     def split_at(self, token: int) -> int:
@@ -86,36 +88,40 @@ class Tiles:
         return index
 
     def followed_by(self, other: "Tiles") -> "Tiles":
-        """These tiles, then `other`'s, of two tensors laid end to end. Raises ValueError for different capacities."""
+        """Tiles of two tensors laid end to end: these, then `other`'s. Raises ValueError if the capacities differ."""
         if self.capacity != other.capacity:
-            raise ValueError(f"tiles of capacity {self.capacity} and {other.capacity} cannot be joined")
+            raise ValueError(
+                f"tiles of capacity {self.capacity} and {other.capacity} cannot be joined; give both the same capacity"
+            )
         shifted = tuple(start + self.num_tokens for start in other.starts)
         tokens = self.num_tokens + other.num_tokens
         return Tiles(self.starts + shifted, self.lengths + other.lengths, self.capacity, tokens)
 
 
 def tile_tokens(num_tokens: int, capacity: int, cuts: Sequence[int] = ()) -> Tiles:
-    """Tiles of all tokens from row 0, with an edge at each of `cuts`; the last tile before a cut may be ragged."""
+    """Tiles over all tokens, with an edge at each of `cuts`. The last tile before a cut may be ragged."""
     edges = sorted({0, num_tokens, *cuts})
     if num_tokens < 1 or edges[0] < 0 or edges[-1] > num_tokens:
-        raise ValueError(f"cuts must lie within 0 and {num_tokens} tokens, got {list(cuts)}")
+        raise ValueError(
+            f"num_tokens must be positive and cuts must lie between 0 and num_tokens, got {num_tokens}, {list(cuts)}"
+        )
     starts = [start for low, high in pairwise(edges) for start in range(low, high, capacity)]
     lengths = [end - start for start, end in pairwise([*starts, num_tokens])]
     return Tiles(tuple(starts), tuple(lengths), capacity, num_tokens)
 
 
 @functools.lru_cache(maxsize=512)
-@torch.inference_mode(False)  # what is kept may serve a training step later
+@torch.inference_mode(False)  # the cached tensor may be used in a training step later
 def entries(tiles: Tiles, device: torch.device) -> Tensor:
-    """[len(tiles)] int32: start * 256 + length - 1 of each tile; what block lists are made of. Kept on the device."""
+    """[len(tiles)] int32: start * 256 + length - 1 of each tile, the entries of block lists. Cached on the device."""
     packed = [start * MAX_CAPACITY + length - 1 for start, length in zip(tiles.starts, tiles.lengths, strict=True)]
     return torch.tensor(packed, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache(maxsize=512)
-@torch.inference_mode(False)  # what is kept may serve a training step later
+@torch.inference_mode(False)  # the cached tensor may be used in a training step later
 def tile_of_token(tiles: Tiles, device: torch.device) -> Tensor:
-    """[num_tokens] int64: the tile of each row, len(tiles) for rows in none. Kept on the device."""
+    """[num_tokens] int64: the tile of each row, len(tiles) for rows in no tile. Cached on the device."""
     result = torch.full((tiles.num_tokens,), len(tiles))
     for index, (start, length) in enumerate(zip(tiles.starts, tiles.lengths, strict=True)):
         result[start : start + length] = index
@@ -123,9 +129,9 @@ def tile_of_token(tiles: Tiles, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-@torch.inference_mode(False)  # what is kept may serve a training step later
+@torch.inference_mode(False)  # the cached tensor may be used in a training step later
 def full_first(tiles: Tiles, device: torch.device) -> tuple[Tensor, int]:
-    """The order [len(tiles)] int64 that puts full tiles before ragged ones, ascending each, and how many are full."""
+    """The order [len(tiles)] int64 that puts full tiles before ragged ones, each ascending, and how many are full."""
     order = sorted(range(len(tiles)), key=lambda index: (tiles.lengths[index] < tiles.capacity, index))
     num_full = sum(length == tiles.capacity for length in tiles.lengths)
     return torch.tensor(order, device=device), num_full

@@ -1,5 +1,6 @@
 """Students that are told the level their step ends at, or a guidance scale: sampling, export, init_from, adapters."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,22 +9,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from oracles import FOUR_JUMPS, GaussianMap, Recorder, point_batch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_sd, tiny_sdxl
 from tiny_wan import tiny_wan
 from torch import Tensor
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, RoleOptions
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
 from fastgen.backbones.pipeline import PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
+from fastgen.batch import Conditioning
 from fastgen.config import build_recipe
 from fastgen.denoiser import Denoiser
-from fastgen.modules.inputs import carried_names
 from fastgen.flow.time_pairs import TimePairs, phase_edges, shrinking
+from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import DMD2, Objective
 from fastgen.registry import RecipeError
@@ -34,27 +37,12 @@ from fastgen.train import train
 
 CPU = torch.device("cpu")
 DIGITS = str(Path(__file__).parents[1] / "assets/teachers/digits")
-FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode", two_time=True)
 MIXTURE = GaussianMixtureConfig(means=((0.7, -0.3),), stds=(0.5,), fit_steps=2, width=16, depth=1)
 
 
-class ExactMap(Denoiser):
-    """The exact flow map of N(m, s^2) as a two-time denoiser."""
-
-    def __init__(self, backbone: Any):
-        torch.nn.Module.__init__(self)
-        self.mixture, self.schedule, self.seen = backbone.mixture, backbone.schedule, list[float]()
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        s = extras["s"]
-        self.seen.append(float(s[0]))
-        here, there = self.schedule.coefficients(t, x_t), self.schedule.coefficients(s, x_t)
-        u = (x_t - self.mixture.flow_map(x_t, here, there)) / (t - s)[:, None]
-        return x_t - t[:, None] * u
-
-    @property
-    def is_sharded(self) -> bool:
-        return False
+def ends(student: Recorder) -> list[float]:
+    """The levels s that the student was told, call by call."""
+    return [float(call.inputs.s[0]) for call in student.calls]  # type: ignore[index]
 
 
 def fill_inputs(student: Denoiser) -> Denoiser:
@@ -71,42 +59,39 @@ def fill_inputs(student: Denoiser) -> Denoiser:
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_jumps_of_the_exact_map_land_on_the_exact_samples(steps: int) -> None:
     """However many: x0 = m + s noise."""
-    backbone = MIXTURE.build(CPU, torch.float64, 0)
     draw = noise.normal(torch.arange(50), (2,), 5, torch.float64)
-    cond = backbone.encode_prompts([""] * 50)
-    student = ExactMap(backbone)
-    found = sample(student, FOUR.with_steps(steps), cond, lambda name: draw)
+    student = Recorder(GaussianMap(mean=(0.7, -0.3)))
+    found = sample(student, FOUR_JUMPS.with_steps(steps), Conditioning({}), lambda name: draw)
     wanted = torch.tensor([0.7, -0.3], dtype=torch.float64) + 0.5 * draw
     assert torch.allclose(found, wanted, atol=1e-12)
-    assert student.seen == pytest.approx([*(1 - i / steps for i in range(1, steps)), 0.0])
+    assert ends(student) == pytest.approx([*(1 - i / steps for i in range(1, steps)), 0.0])
 
 
 def test_the_sampler_tells_zero_where_each_step_is_renoised() -> None:
-    backbone = MIXTURE.build(CPU, torch.float64, 0)
-    student = ExactMap(backbone)
+    student = Recorder(GaussianMap(mean=(0.7, -0.3)))
     policy = RolloutPolicy((1.0, 0.5), "renoise", two_time=True)
-    sample(student, policy, backbone.encode_prompts([""] * 4), lambda name: torch.ones(4, 2, dtype=torch.float64))
-    assert student.seen == [0.0, 0.0]
+    sample(student, policy, Conditioning({}), lambda name: torch.ones(4, 2, dtype=torch.float64))
+    assert ends(student) == [0.0, 0.0]
 
 
 def test_a_rollout_jumps_and_then_predicts_the_clean_sample() -> None:
     """Backward simulation: exact jumps to the stopping level, then X_{t,0}; with `to`, X_{t,to}."""
-    backbone, batch = MIXTURE.build(CPU, torch.float64, 0), point_batch(6)
-    student = ExactMap(backbone)
-    rollout = backward_simulation(student, FOUR, batch, torch.full((6,), 2))
-    assert student.seen == [0.75, 0.5, 0.0]
+    batch = point_batch(6)
+    student = Recorder(GaussianMap(mean=(0.7, -0.3)))
+    rollout = backward_simulation(student, FOUR_JUMPS, batch, torch.full((6,), 2))
+    assert ends(student) == [0.75, 0.5, 0.0]
     wanted = torch.tensor([0.7, -0.3], dtype=torch.float64) + 0.5 * batch.normal("initial")
     assert torch.allclose(rollout.x, wanted, atol=1e-12)
     level = torch.full((6,), 0.25, dtype=torch.float64)
-    stopped = backward_simulation(student, FOUR, batch, torch.full((6,), 2), to=level)
-    assert student.seen[-1] == 0.25
+    stopped = backward_simulation(student, FOUR_JUMPS, batch, torch.full((6,), 2), to=level)
+    assert ends(student)[-1] == 0.25
     size = math.hypot(0.75 * 0.5, 0.25)
     mean = torch.tensor([0.7, -0.3], dtype=torch.float64)
     assert torch.allclose(stopped.x, 0.75 * mean + size * batch.normal("initial"), atol=1e-12)
 
 
 def test_grids_of_other_numbers_of_steps() -> None:
-    assert FOUR.with_steps(2).timesteps == pytest.approx((1.0, 0.5))
+    assert FOUR_JUMPS.with_steps(2).timesteps == pytest.approx((1.0, 0.5))
     shifted = RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode", two_time=True)  # shift 3
     assert shifted.with_steps(8).timesteps[4] == pytest.approx(0.75)
     assert shifted.with_steps(4) is shifted
@@ -165,8 +150,14 @@ def call(pipeline: Any, backbone: Any, prompts: list[str], steps: int, scale: fl
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
     if backbone.output == "frames":
         config = backbone.config
-        frames = pipeline(prompts, height=config.height, width=config.width, num_frames=config.num_frames,
-                          latents=start.transpose(1, 2), **options).frames  # fmt: skip
+        frames = pipeline(
+            prompts,
+            height=config.height,
+            width=config.width,
+            num_frames=config.num_frames,
+            latents=start.transpose(1, 2),
+            **options,
+        ).frames
         return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
     return torch.from_numpy(pipeline(prompts, latents=start, **options).images).permute(0, 3, 1, 2)
 
@@ -180,12 +171,12 @@ def test_an_exported_flow_map_gives_the_same_pixels(
     from fastgen.pipelines import flow_map
 
     backbone: Any = configs[family].build(CPU, torch.float32, 0)
-    policy = RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=3.0)
+    policy = dataclasses.replace(FOUR_JUMPS, embedded_guidance=3.0)
     student = fill_inputs(DMD2().make_student(backbone, policy)).eval()
     prompts = ["a handwritten two", "the digit five"] if family == "sd3" else ["a red cat", "two green dogs"]
     before = Sampler(backbone, student, policy).sample(prompts, range(2))
     backbone.save_pipeline(student, policy, tmp_path)
-    unlike = Sampler(backbone, student, RolloutPolicy(FOUR.timesteps, "ode", two_time=True, embedded_guidance=9.0))
+    unlike = Sampler(backbone, student, dataclasses.replace(policy, embedded_guidance=9.0))
     assert (unlike.sample(prompts, range(2)) - before).abs().max() > 1e-3
 
     again = Sampler(backbone, backbone.load_exported(tmp_path), policy).sample(prompts, range(2))
@@ -201,24 +192,24 @@ def test_an_exported_flow_map_gives_the_same_pixels(
     assert (call(pipeline, backbone, prompts, 5) - six).abs().max() < 1e-4
     assert (six - before).abs().max() > 1e-3
     with pytest.raises(ValueError, match="does not fit"):
-        backbone.save_pipeline(student, FOUR, tmp_path / "other")
+        backbone.save_pipeline(student, FOUR_JUMPS, tmp_path / "other")
 
 
 def test_plain_diffusers_refuses_the_folder(configs: dict[str, PipelineConfig], tmp_path: Path) -> None:
     import diffusers
 
     backbone = configs["sd3"].build(CPU, torch.float32, 0)
-    backbone.save_pipeline(DMD2().make_student(backbone, FOUR), FOUR, tmp_path)
+    backbone.save_pipeline(DMD2().make_student(backbone, FOUR_JUMPS), FOUR_JUMPS, tmp_path)
     with pytest.raises(AttributeError, match="FlowMapStableDiffusion3Pipeline"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_a_mixtures_flow_map_comes_back_from_its_folder(tmp_path: Path) -> None:
     backbone = MIXTURE.build(CPU, torch.float32, 0)
-    student = fill_inputs(DMD2().make_student(backbone, FOUR))
-    backbone.save_pipeline(student, FOUR, tmp_path)
+    student = fill_inputs(DMD2().make_student(backbone, FOUR_JUMPS))
+    backbone.save_pipeline(student, FOUR_JUMPS, tmp_path)
     again = backbone.load_exported(tmp_path)
-    samples = [Sampler(backbone, d, FOUR).sample([""] * 8, range(8)) for d in (student, again)]
+    samples = [Sampler(backbone, d, FOUR_JUMPS).sample([""] * 8, range(8)) for d in (student, again)]
     assert torch.equal(*samples) and not again.training
 
 
@@ -236,7 +227,7 @@ def short_run(raw: dict[str, Any], folder: Path, **sections: Any) -> Path:
 def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) -> None:
     """A plain student becomes a two-time one with its new branch at zero, from its run or from its export alone; a
     two-time one starts another; the way back is refused before anything loads."""
-    told = {"timesteps": list(FOUR.timesteps), "transition": "ode", "two_time": True}
+    told = {"timesteps": list(FOUR_JUMPS.timesteps), "transition": "ode", "two_time": True}
     plain = short_run(raw_recipe, tmp_path / "plain")
     first = short_run(raw_recipe, tmp_path / "first", rollout=told, init_from=str(plain))
     sampler = load_sampler(first, num_steps=3)
@@ -244,7 +235,7 @@ def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) 
     weights = load_file(first / "export/model.safetensors")
     assert any("tables.s" in name for name in weights)
     short_run(raw_recipe, tmp_path / "second", rollout=told, init_from=str(first))
-    with pytest.raises(RecipeError, match="init_from: the student there is told s"):
+    with pytest.raises(RecipeError, match="init_from: the student of .* has the inputs s, and"):
         short_run(raw_recipe, tmp_path / "fourth", init_from=str(first))
     for checkpoint in (plain / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
@@ -271,9 +262,11 @@ def test_names_of_carried_weights() -> None:
 # --- adapters
 
 
+ADAPTED = RoleOptions(adapters={"student": LoraConfig(rank=2)})
+
+
 def lora_student(backbone: Backbone) -> Any:
-    backbone.adapters = {"student": LoraConfig(rank=2)}
-    student: Any = Objective().make_student(backbone, FOUR)
+    student: Any = Objective().make_student(backbone, FOUR_JUMPS)
     student.reset(0)
     with torch.no_grad():
         for name, p in student.named_parameters():
@@ -284,31 +277,31 @@ def lora_student(backbone: Backbone) -> Any:
 
 def test_an_adapter_has_its_own_inputs_and_so_has_its_average(tmp_path: Path) -> None:
     """The base and the teacher do not; the average follows; the export is the whole network, with them."""
-    backbone = SD3Config(path=DIGITS).build(CPU, torch.float32, 0)
+    backbone = SD3Config(path=DIGITS).build(CPU, torch.float32, 0, ADAPTED)
     student = lora_student(backbone)
     teacher = backbone.load("teacher")
     average = student.average()
     fill_inputs(student)
     average.load_state_dict(student.state_dict())
-    sampler = Sampler(backbone, average, FOUR)
+    sampler = Sampler(backbone, average, FOUR_JUMPS)
     before = sampler.sample(["a two"], [0])
-    assert torch.equal(Sampler(backbone, student, FOUR).sample(["a two"], [0]), before)
+    assert torch.equal(Sampler(backbone, student, FOUR_JUMPS).sample(["a two"], [0]), before)
     cond, x = backbone.encode_prompts(["a two"]), torch.randn(1, *backbone.latent_shape)
     teacher(x, torch.full((1,), 0.5), cond)
-    backbone.save_pipeline(student, FOUR, tmp_path)
-    found = Sampler(backbone, backbone.load_exported(tmp_path), FOUR).sample(["a two"], [0])
+    backbone.save_pipeline(student, FOUR_JUMPS, tmp_path)
+    found = Sampler(backbone, backbone.load_exported(tmp_path), FOUR_JUMPS).sample(["a two"], [0])
     assert (found - before).abs().max() < 1e-4
 
 
 def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     raw = yaml.safe_load((root / "recipes/digits_dmd2_4step.yaml").read_text())
-    raw["rollout"] = {"timesteps": list(FOUR.timesteps), "transition": "ode", "two_time": True}
+    raw["rollout"] = {"timesteps": list(FOUR_JUMPS.timesteps), "transition": "ode", "two_time": True}
     raw["backbone"]["path"] = DIGITS
     recipe = build_recipe(raw | {"lora": {"student": {"rank": 2}}})
-    backbone = recipe.backbone.build(CPU, torch.float32, 0)
+    backbone = recipe.backbone.build(CPU, torch.float32, 0, ADAPTED)
     student = fill_inputs(lora_student(backbone))
-    before = Sampler(backbone, student, FOUR).sample(["a two"], [0])
+    before = Sampler(backbone, student, FOUR_JUMPS).sample(["a two"], [0])
     export(student, backbone, recipe, tmp_path / "export", 0, {})
     found = load_sampler(tmp_path / "export").sample(["a two"], [0])
     assert (found - before).abs().max() < 1e-4
