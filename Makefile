@@ -36,8 +36,8 @@ quickstart: $(VENV)/.installed
 
 # The full acceptance, all seeds and rows; resumable. Then runs that are killed again and again.
 accept: $(VENV)/.dev
-	$(BIN)/python tools/accept.py
-	$(BIN)/python tools/kill_runs.py
+	$(BIN)/python benchmarks/acceptance/accept.py
+	$(BIN)/python benchmarks/acceptance/kill_runs.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

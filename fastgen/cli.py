@@ -148,7 +148,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt on each line.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Image i is drawn with the seed SEED + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=1 << 62, help="Image i is drawn with the seed SEED + i.")] = 0,
     output: Annotated[Path, typer.Option(help="The folder for the images, which must be new or empty.")] = Path(
         "samples"
     ),
@@ -195,7 +195,9 @@ def evaluate(
             help="How many samples to measure. By default the number in the run's recipe, or all images of a folder.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Sample i is drawn with the seed SEED + i.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=1 << 62, help="Sample i is drawn with the seed SEED + i.")
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="The file for the results (JSON). An HTML page is written beside it.")
     ] = Path("results.json"),
@@ -216,6 +218,9 @@ def evaluate(
     scorer: ScorerOption = None,
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -232,7 +237,7 @@ def evaluate(
 
     try:
         if path.suffix == ".json":
-            compare([path, *(others or [])], output.with_suffix(".html"))
+            compare([path, *(others or [])], output.with_suffix(".html"), overwrite)
             return
         if others:
             raise ValueError("several paths are compared only when they are results files (.json)")
@@ -249,6 +254,7 @@ def evaluate(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             batch_size=batch_size,
+            overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,
         )
     except (RecipeError, ValueError, FileNotFoundError) as error:

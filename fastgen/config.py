@@ -7,7 +7,8 @@ Every refusal gives the full path of the key and, if the key is misspelt, the ne
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
 from fastgen.data import DATA
 from fastgen.data.base import DataSource
+from fastgen.metrics import METRICS
+from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import OBJECTIVES
 from fastgen.objectives.base import Objective
 from fastgen.recipe import Recipe
@@ -33,6 +36,7 @@ from fastgen.registry import (
 )
 from fastgen.rewards import REWARDS
 from fastgen.rewards.base import Reward
+from fastgen.rollout import RolloutPolicy
 from fastgen.run import checkpoint
 
 SECTIONS: dict[str, tuple[Mapping[str, Any], type]] = {  # section -> its registry and base class
@@ -61,17 +65,44 @@ MUTABLE_KEYS = (
     "train.gradient_checkpointing",
     "health",
     "eval",
+    "init_from",  # a folder that may have moved; the checkpoint holds what came from it
+    "data.folder",
+    "data.shards",
 )
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice. YAML itself would silently keep the last one."""
+MOST_BYTES = 1 << 20  # of a recipe; the shipped ones have two thousand
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML itself would silently keep the last one.
+
+    Only true and false are booleans, as in YAML 1.2: `mixed_precision: no` is the text "no"."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        if twice := next((k for i, k in enumerate(keys) if k in keys[:i] and k != "<<"), None):
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
+        if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises RecipeError, which begins with `what`, for one that is not valid."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is not valid YAML: {error}") from None
+    except (ValueError, TypeError) as error:  # such as 2024-13-45, which looks like a date, or a list as a key
+        raise RecipeError(f"{what} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{what} is nested too deeply to be a recipe") from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -86,24 +117,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stored(path: Path) -> Recipe:
-    """The recipe stored in a run or an export. Keys that had another name in an earlier version are renamed."""
+    """The recipe stored in a run or an export. Keys that had another name in an earlier version are renamed. Files
+    that only training needs, such as images or `init_from`, may have moved since."""
     raw = read_recipe(path, path)
     for section, values in raw.items():
         if isinstance(values, dict):
             raw[section] = current_names(section, values)
-    return build_recipe(raw)
+    return build_recipe(raw, files=False)
 
 
 def read_recipe(file: Path, name: str | Path) -> dict[str, Any]:
     """The YAML of a recipe, not checked yet. name: the path as the user gave it, for messages."""
     try:
-        raw = yaml.load(file.read_text(), UniqueKeys)
+        if file.exists() and not file.is_file():
+            raise RecipeError(f"{name} is not a file; give the recipe's YAML file")
+        if file.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"{name} has {file.stat().st_size:,} bytes, which is no recipe; give a YAML file")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {name}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or a text that is not UTF-8
         raise RecipeError(f"cannot read the recipe {name}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {error}") from None
+    raw = parse_yaml(text, str(name))
     if not isinstance(raw, dict):
         raise RecipeError(f"{name} must hold a mapping of sections, got {type(raw).__name__}")
     return raw
@@ -120,28 +155,63 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise RecipeError(f"cannot set {key}: {'.'.join(parents[: i + 1])} is not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of {key} is not valid YAML: {error}") from None
+    node[last] = parse_yaml(value, f"the value of {key}")
 
 
-def build_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """Checks the keys, then types and ranges, then whether the sections fit each other."""
-    values = dict(raw)
-    check_keys(values, Recipe, "")
+def home_expanded(value: Any) -> Any:
+    """The same values, with a leading ~/ of a text replaced by the user's home folder, as a shell does it."""
+    if isinstance(value, dict):
+        return {key: home_expanded(sub) for key, sub in value.items()}
+    if isinstance(value, list):
+        return [home_expanded(sub) for sub in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+class Problems:
+    """Collects what is wrong with a recipe, so that all of it is said at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def noting(self, section: str = "") -> Iterator[None]:
+        """Notes a refusal inside the block, and goes on after it. section: what a ValueError's message begins with."""
+        try:
+            yield
+        except RecipeError as error:
+            self.lines += str(error).splitlines()
+        except ValueError as error:
+            self.lines += [f"{section}: {line}" for line in str(error).splitlines()]
+
+    def refuse(self) -> None:
+        """Raises RecipeError if anything was noted."""
+        if self.lines:
+            raise RecipeError("\n".join(dict.fromkeys(self.lines)))
+
+
+def build_recipe(raw: Mapping[str, Any], files: bool = True) -> Recipe:
+    """Checks the keys, then types and ranges, then whether the sections fit each other. files: whether the files that
+    training needs must be there. Each of these stages names all mistakes that it finds."""
+    values, problems = home_expanded(dict(raw)), Problems()
+    with problems.noting():
+        check_keys(values, Recipe, "")
     for section in ("backbone", "data", "objective"):
         registry, base = SECTIONS[section]
-        if section not in values:
-            raise RecipeError(f"missing key {section}: add it with a name, one of {', '.join(registry)}")
-        values[section] = build_section(section, values[section], registry, base)
+        with problems.noting():
+            if section not in values:
+                raise RecipeError(f"missing key {section}: add it with a name, one of {', '.join(registry)}")
+            values[section] = build_section(section, values[section], registry, base)
     if isinstance(values.get("rewards"), dict):
         given = values["rewards"]
-        values["rewards"] = given | {"parts": build_parts(given.get("parts"))}
-        if given.get("held_out"):
-            values["rewards"]["held_out"] = build_parts(given["held_out"], "held_out")
-    recipe = validated(Recipe, values, "")
-    check_recipe(recipe)
+        with problems.noting():
+            values["rewards"] = given | {"parts": build_parts(given.get("parts"))}
+            if given.get("held_out"):
+                values["rewards"]["held_out"] = build_parts(given["held_out"], "held_out")
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    with problems.noting():
+        recipe = validated(Recipe, {key: value for key, value in values.items() if key in known}, "")
+    problems.refuse()
+    check_recipe(recipe, files)
     return recipe
 
 
@@ -162,8 +232,34 @@ def build_parts(value: Any, key: str = "parts") -> tuple[Reward, ...]:
     return tuple(parts)
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Checks that the sections fit each other: roles, data, export. Reads only small files, and no weights."""
+def check_recipe(recipe: Recipe, files: bool = True) -> None:
+    """Checks that the sections fit each other: roles, data, export, evaluation. Reads only small files, and no
+    weights. files: whether the files that training needs must be there. Raises RecipeError with all that is wrong."""
+    objective, problems = recipe.objective, Problems()
+    for check in (check_roles, check_lora, check_training, check_rewards, check_inputs, check_evaluation):
+        with problems.noting():
+            check(recipe)
+    with problems.noting("objective"):
+        objective.check(recipe.rollout)
+    with problems.noting("backbone"):
+        recipe.backbone.check()
+    if files:
+        with problems.noting():
+            check_init(recipe)
+        with problems.noting("data"):
+            recipe.data.check(recipe.backbone)
+        with problems.noting("eval"):
+            recipe.eval.check()
+    problems.refuse()  # what follows needs a backbone whose files are there
+    with problems.noting("rollout"):
+        recipe.backbone.check_export(recipe.rollout)
+    with problems.noting("objective"):
+        objective.check_recipe(recipe)
+    problems.refuse()
+
+
+def check_roles(recipe: Recipe) -> None:
+    """Checks that every trained role, and no other, has an optimizer."""
     objective: Objective = recipe.objective
     for role in recipe.optimizers:
         if role not in objective.trained_roles:
@@ -174,44 +270,68 @@ def check_recipe(recipe: Recipe) -> None:
     for role in objective.trained_roles:
         if role not in recipe.optimizers:
             raise RecipeError(f"missing key optimizers.{role}: this objective trains {role}; give at least its lr")
-    check_lora(recipe)
-    if recipe.train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
+
+
+def check_training(recipe: Recipe) -> None:
+    """Checks what the section `train` asks of backbone and objective."""
+    train, objective = recipe.train, recipe.objective
+    if train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
         raise RecipeError(
             f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; set it to false"
         )
-    if recipe.train.frozen_dtype in ("bfloat16", "float16") and recipe.train.mixed_precision == "no":
+    if train.frozen_dtype in ("bfloat16", "float16") and train.mixed_precision == "no":
         raise RecipeError(
-            f"train.frozen_dtype: {recipe.train.frozen_dtype} weights together with {recipe.train.dtype} ones "
+            f"train.frozen_dtype: {train.frozen_dtype} weights together with {train.dtype} ones "
             "need train.mixed_precision: bf16"
         )
-    check_init(recipe)
-    if recipe.train.batch_size % objective.group_size:
+    if train.batch_size % objective.group_size:
         raise RecipeError(
-            f"train.batch_size: {recipe.train.batch_size} does not hold whole groups of "
+            f"train.batch_size: {train.batch_size} does not hold whole groups of "
             f"objective.group_size {objective.group_size}; make it a multiple of that"
         )
-    check_rewards(recipe)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Checks that the objective can train the student's inputs, and that the data provides what it needs."""
+    objective = recipe.objective
     if recipe.rollout.inputs and not objective.takes_inputs:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
-    missing = objective.needs - recipe.data.provides
-    if missing:
+    if missing := objective.needs - recipe.data.provides:
         raise RecipeError(
             f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
             f"{recipe.data.name} does not provide; choose other data"
         )
-    for section, check in (
-        ("objective", lambda: objective.check(recipe.rollout)),
-        ("backbone", lambda: recipe.backbone.check()),
-        ("data", lambda: recipe.data.check(recipe.backbone)),
-        ("rollout", lambda: recipe.backbone.check_export(recipe.rollout)),
-        ("eval", lambda: recipe.eval.check()),
-        ("objective", lambda: objective.check_recipe(recipe)),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            raise RecipeError(f"{section}: {error}") from None
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
+    evaluation that cannot be made would be found only after the last update."""
+    config, output = recipe.eval, recipe.backbone.output
+    for name in config.metrics:
+        metric = METRICS[name]
+        if metric.output not in (output, "any"):
+            fitting = [n for n, m in METRICS.items() if m.output in (output, "any")]
+            raise RecipeError(
+                f"eval.metrics: {name} measures {metric.output}, and backbone {recipe.backbone.name} gives {output}; "
+                f"choose from {', '.join(fitting)}"
+            )
+        if metric.needs_reference and config.reference is None:
+            raise RecipeError(
+                f"eval.reference: {name} compares with real images; set it to digits or to a folder of images"
+            )
+    if config.reference is not None and output != "pixels":
+        raise RecipeError(
+            f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
+        )
+    if config.prompts is None and config.reference is None and not recipe.backbone.has_exact_law:
+        raise RecipeError(
+            "eval.prompts: there are no prompts to sample; give a file or a list of prompts, or give "
+            "eval.reference, whose prompts are then used"
+        )
+    fewest = max(METRICS[name].fewest_samples for name in config.metrics)
+    if config.quick().num_samples < fewest:
+        raise RecipeError(f"eval.num_samples and eval.quick_num_samples must be at least {fewest} for these metrics")
 
 
 def check_lora(recipe: Recipe) -> None:
@@ -265,19 +385,22 @@ def check_rewards(recipe: Recipe) -> None:
 
 def check_init(recipe: Recipe) -> None:
     """Checks that init_from is a run with a complete checkpoint or an export, and that its student is of this kind."""
-    if recipe.init_from is None:
-        return
+    if recipe.init_from is None or checkpoint.complete(recipe.output_dir / "checkpoints"):
+        return  # a run that continues has the weights in its own checkpoint
     path = Path(recipe.init_from)
     stored, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
     if not stored.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
         raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export; give one")
-    earlier = load_stored(stored)
-    if missing := set(earlier.rollout.inputs) - set(recipe.rollout.inputs):
+    raw = read_recipe(stored, stored)  # its objective is not needed, and may be a module that is not installed here
+    rollout = validated(RolloutPolicy, current_names("rollout", raw.get("rollout") or {}), "rollout.")
+    if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(
             f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
             "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance if it is set there"
         )
-    before, now = earlier.lora.get("student"), recipe.lora.get("student")
+    adapter = (raw.get("lora") or {}).get("student")
+    before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")
+    now = recipe.lora.get("student")
     if before != now:
         raise RecipeError(
             f"init_from: lora.student is {before or 'not set'} in {path} and {now or 'not set'} in this recipe; make "

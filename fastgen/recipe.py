@@ -22,6 +22,8 @@ from fastgen.registry import nearest
 from fastgen.rewards import SCORERS, Composite, Reward, make_reward
 from fastgen.rollout import RolloutPolicy
 
+MOST_SEED = 1 << 62  # sample i has the seed `seed + i`, a signed 64-bit integer
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OptimizerConfig:
@@ -104,7 +106,7 @@ class EvalConfig:
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
     num_samples: int = Field(default=599, ge=1)
     quick_num_samples: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     batch_size: int = Field(default=64, ge=1)
     reference: str | None = None
     features: Literal["digits", "inception"] = "digits"
@@ -112,7 +114,8 @@ class EvalConfig:
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    teacher_guidance_scale: float | tuple[float, ...] = 1.0  # or one per expert, from high noise to low
+    # or one per expert, from high noise to low; None: the scale that the objective distils
+    teacher_guidance_scale: float | tuple[float, ...] | None = None
 
     @field_validator("metrics")
     @classmethod
@@ -164,7 +167,7 @@ class EvalConfig:
 
     def quick(self) -> "EvalConfig":
         """The same evaluation with quick_num_samples samples."""
-        return dataclasses.replace(self, num_samples=self.quick_num_samples)
+        return dataclasses.replace(self, num_samples=min(self.quick_num_samples, self.num_samples))
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -210,4 +213,11 @@ class Recipe:
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
     init_from: str | None = None  # a run or an export whose student (and fake score) this run starts from
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
+
+    @property
+    def teacher_guidance(self) -> float | tuple[float, ...]:
+        """The guidance scale of the teacher wherever a run shows it, measures it or compares with it: what
+        `eval.teacher_guidance_scale` says, or else the scale that the objective distils."""
+        said = self.eval.teacher_guidance_scale
+        return self.objective.teacher_guidance if said is None else said

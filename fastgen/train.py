@@ -11,11 +11,14 @@ if not __package__:  # run by path: Python put fastgen/ first on sys.path, where
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
+import signal
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -30,10 +33,21 @@ from fastgen.objectives import Loss, Turn
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
-from fastgen.run.build import TrainingError, TrainingRun, build, checkpoint_to_resume, open_run, resume, start_from
+from fastgen.run.build import (
+    TrainingError,
+    TrainingRun,
+    build,
+    checkpoint_to_resume,
+    open_run,
+    resume,
+    set_aside,
+    start_from,
+)
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import average_gradients, start, stored_name
-from fastgen.run.export import export, export_run
+from fastgen.run.export import export, export_run, write_card
+from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
+from fastgen.run.lock import locked
 from fastgen.run.log import RunLog
 from fastgen.run.watching import (
     bit_sums,
@@ -50,93 +64,168 @@ from fastgen.run.watching import (
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs a recipe to its last step, starting from a complete checkpoint if there is one. Returns the run folder."""
+    """Runs a recipe to its last step, starting from a complete checkpoint if there is one. Returns the run folder.
+
+    SIGINT, SIGTERM and SIGUSR1 end the run after the current update: it saves a checkpoint and raises Interrupted."""
     accelerator = start(recipe)
-    main, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
-    folder, config = open_run(recipe, accelerator), recipe.train
-    resumed = checkpoint_to_resume(recipe, accelerator)
+    with locked(recipe.output_dir, accelerator):
+        return run_recipe(recipe, accelerator)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. step: student updates made. position: of the next sample in the data stream. good: the step of
+    the last checkpoint that was saved without a warning of the watch. saved: the step of the last checkpoint."""
+
+    step: int = 0
+    position: int = 0
+    good: int = 0
+    saved: int = -1
+
+
+def run_recipe(recipe: Recipe, accelerator: Accelerator) -> Path:
+    """The run itself, in a folder that no other program trains in: prepare, train, export, measure."""
+    console = Console(quiet=not accelerator.is_main_process)
+    folder, resumed = open_run(recipe, accelerator), checkpoint_to_resume(recipe)
+    accelerator.wait_for_everyone()
     console.out(dump_recipe(recipe), highlight=False)
     run = build(recipe, accelerator)
     console.print(role_table(recipe, run.networks))
     for warning in run.backbone.warnings():
         console.print(f"[yellow]warning: {warning}[/yellow]")
-
-    step, position, good = 0, 0, 0
-    per_update = config.batch_size * config.accumulate * accelerator.num_processes
-    if resumed:
-        counters = resume(run, resumed, per_update)
-        step, position, good = counters["step"], counters["position"], counters["last_good"]
-        console.print(f"continuing from {resumed.name}")
-        set_anchor(run)
-    else:
-        console.print(f"no checkpoint: starting from {recipe.init_from or 'the pretrained weights'}")
-        start_from(run)
-        show_teacher(run, folder / "samples" / "teacher.png", console)
-        set_anchor(run)
-
-    log = RunLog(folder, step, enabled=main)
-    bar = tqdm(total=config.steps, initial=step, desc="training", disable=not main)
-    marks = weight_marks(run)
-    while step < config.steps:
-        student_moved = False
-        for turn in recipe.objective.turns(step, run.state):
-            reset_roles(run, turn, step)
-            set_rates(run, turn, step)
-            for inner in range(turn.updates):
-                before = bit_sums(run.networks, turn) if step == 0 and inner == 0 else None
-                terms, stepped = update(run, turn, position, make_key(recipe.seed, step, turn.name, inner))
-                recipe.objective.finish(turn, run.networks, run.state)
-                position += per_update
-                student_moved |= stepped and "student" in turn.roles
-                log.add(turn.name, terms)
-                if before is not None and stepped:
-                    report_moved(run, turn, before, terms, console)
-        if student_moved:
-            run.ema.update(run.networks.student)
-        step += 1
-        bar.update()
-
-        if recipe.health.every and step % recipe.health.every == 0:
-            watch(run, step, log, marks, console)
-            marks = weight_marks(run)
-        if step % config.log_every == 0 or step == config.steps:
-            bar.set_postfix(log.write(step, run.optimizers))
-        if run.samples_here and due(step, config.sample_every, config.steps):
-            show(run, run.student, folder / "samples" / f"step_{step:08d}.png")
-        if run.samples_here and due(step, config.eval_every, config.steps):
-            log.record(step, {f"eval/{k}": v for k, v in quick_metrics(run).items()})
-        if due(step, config.checkpoint_every, config.steps):
-            good = good if run.watch.alarmed else step
-            counters = {
-                "step": step,
-                "position": position,
-                "ema_updates": run.ema.updates,
-                "last_good": good,
-                "samples_per_update": per_update,
-                "watch": dataclasses.asdict(run.watch.memory),
-            }
-            if main or run.strategy == "fsdp":
-                checkpoint.save(
-                    folder / "checkpoints",
-                    run.saved,
-                    run.optimizers,
-                    run.state,
-                    counters,
-                    config.keep_checkpoints,
-                    writer=main,
-                )
-        accelerator.wait_for_everyone()
-    bar.close()
+    progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
+    set_anchor(run)
+    log = RunLog(folder, progress.step, enabled=accelerator.is_main_process)
+    with Interruption() as interruption:
+        train_networks(run, folder, progress, log, interruption, console)
     log.close()
-    if run.samples_here:
-        rows = {f"student, {recipe.rollout.num_steps} steps": quick_metrics(run)} | teacher_metrics(run)
-        if main and run.strategy == "fsdp":
-            export_run(folder, rows=rows)
-        elif main:
-            export(run.ema.module, run.backbone, recipe, folder / "export", step, rows)
-        console.print(f"exported to {folder / 'export'}", markup=False)
-    accelerator.wait_for_everyone()
+    finish(run, folder, progress.step, console)
     return folder
+
+
+def begin_run(run: TrainingRun, folder: Path, console: Console) -> Progress:
+    """A new run: the weights of `init_from`, and a first look at the teacher."""
+    console.print(f"no checkpoint: starting from {run.recipe.init_from or 'the pretrained weights'}")
+    for role in start_from(run):
+        console.print(f"{run.recipe.init_from} has no {role}; it starts from the pretrained weights", markup=False)
+    show_teacher(run, folder / "samples" / "teacher.png", console)
+    return Progress()
+
+
+def continue_run(run: TrainingRun, path: Path, console: Console) -> Progress:
+    """A run that was started before: everything its checkpoint holds. Later checkpoints are then set aside."""
+    counters = resume(run, path, samples_per_update(run))
+    if run.accelerator.is_main_process:
+        set_aside(run.recipe, path)
+    console.print(f"continuing from {path.name}")
+    return Progress(counters["step"], counters["position"], counters["last_good"], counters["step"])
+
+
+def samples_per_update(run: TrainingRun) -> int:
+    return run.recipe.train.batch_size * run.recipe.train.accumulate * run.accelerator.num_processes
+
+
+def train_networks(
+    run: TrainingRun, folder: Path, progress: Progress, log: RunLog, interruption: Interruption, console: Console
+) -> None:
+    """The loop: the objective's turns for every student update, and what falls due after it.
+
+    Raises Interrupted, after saving a checkpoint, if a signal asked the run to end."""
+    recipe, config, main = run.recipe, run.recipe.train, run.accelerator.is_main_process
+    marks = weight_marks(run)
+    with tqdm(total=config.steps, initial=progress.step, desc="training", disable=not main) as bar:
+        while progress.step < config.steps:
+            step, student_moved = progress.step, False
+            for turn in recipe.objective.turns(step, run.state):
+                reset_roles(run, turn, step)
+                set_rates(run, turn, step)
+                for inner in range(turn.updates):
+                    before = bit_sums(run.networks, turn) if step == 0 and inner == 0 else None
+                    key = make_key(recipe.seed, step, turn.name, inner)
+                    terms, stepped = update(run, turn, progress.position, key)
+                    recipe.objective.finish(turn, run.networks, run.state)
+                    progress.position += samples_per_update(run)
+                    student_moved |= stepped and "student" in turn.roles
+                    log.add(turn.name, terms)
+                    if before is not None and stepped:
+                        report_moved(run, turn, before, terms, console)
+            if student_moved:
+                run.ema.update(run.networks.student)
+            progress.step = step = step + 1
+            bar.update()
+
+            if recipe.health.every and step % recipe.health.every == 0:
+                watch(run, step, log, marks, console)
+                marks = weight_marks(run)
+            if step % config.log_every == 0 or step == config.steps:
+                bar.set_postfix(log.write(step, run.optimizers))
+            if run.samples_here and due(step, config.sample_every, config.steps):
+                show(run, run.student, folder / "samples" / f"step_{step:08d}.png")
+            if run.samples_here and due(step, config.eval_every, config.steps):
+                measure(run, step, log)
+            if due(step, config.checkpoint_every, config.steps):
+                save(run, folder, progress)
+            run.accelerator.wait_for_everyone()
+            if step < config.steps and (number := interruption.agreed(run.accelerator)):
+                if progress.saved < step:
+                    save(run, folder, progress)
+                raise Interrupted(
+                    f"{signal.Signals(number).name} ended the run after update {step} of {config.steps}; it is saved, "
+                    "and the same command continues it",
+                    EXIT_CODES[number],
+                )
+
+
+def measure(run: TrainingRun, step: int, log: RunLog) -> None:
+    """Logs the quick metrics of the average. Samples that cannot be measured, because they are not finite, are a
+    warning: the run may still recover, and its checkpoints are kept."""
+    try:
+        log.record(step, {f"eval/{name}": value for name, value in quick_metrics(run).items()})
+    except ValueError as error:
+        log.warn(step, str(error))
+        tqdm.write(f"warning at step {step}: {error}", file=sys.stderr)
+
+
+def save(run: TrainingRun, folder: Path, progress: Progress) -> None:
+    """Writes a checkpoint of the whole run. All processes call this together."""
+    progress.good = progress.good if run.watch.alarmed else progress.step
+    progress.saved = progress.step
+    counters = {
+        "step": progress.step,
+        "position": progress.position,
+        "ema_updates": run.ema.updates,
+        "last_good": progress.good,
+        "samples_per_update": samples_per_update(run),
+        "watch": dataclasses.asdict(run.watch.memory),
+    }
+    main = run.accelerator.is_main_process
+    if main or run.strategy == "fsdp":
+        keep = run.recipe.train.keep_checkpoints
+        checkpoint.save(folder / "checkpoints", run.saved, run.optimizers, run.state, counters, keep, writer=main)
+
+
+def finish(run: TrainingRun, folder: Path, step: int, console: Console) -> None:
+    """Exports the average of the student, and then measures it and writes the numbers into the export's card: what
+    cannot be measured is still exported.
+
+    Raises TrainingError if the student cannot be measured, for example because its samples are not finite."""
+    main, exported = run.accelerator.is_main_process, folder / "export"
+    if main and run.strategy == "fsdp":
+        export_run(folder)
+    elif main:
+        export(run.ema.module, run.backbone, run.recipe, exported, step)
+    console.print(f"exported to {exported}", markup=False)
+    run.accelerator.wait_for_everyone()
+    if run.samples_here:
+        try:
+            rows = {f"student, {run.recipe.rollout.num_steps} steps": quick_metrics(run)} | teacher_metrics(run)
+        except ValueError as error:
+            raise TrainingError(
+                f"the student was exported to {exported}, but it cannot be measured: {error}"
+            ) from None
+        if main:
+            write_card(run.backbone, run.recipe, exported, step, rows)
+    run.accelerator.wait_for_everyone()
 
 
 def update(run: TrainingRun, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
@@ -234,7 +323,8 @@ def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run fails."""
+    """Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run fails, and 130 or 143 if a signal
+    ended it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stderr)
@@ -244,7 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, DataError) as error:
+    except Interrupted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.exit_code
+    except (TrainingError, CheckpointError, DataError, OSError, SafetensorError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

@@ -36,7 +36,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 def wan() -> WanTransformer3DModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return transformer(layers=2, conditioning_time=1.0)
+        return transformer(layers=2, time_scale=1.0)
 
 
 def run(wan: WanTransformer3DModel, video: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:

@@ -450,7 +450,7 @@ def test_what_cannot_be_is_refused() -> None:
         "edge to edge": ["objective.phases=[2]"],
         "is not conditioned on the level where": ["rollout.two_time=true"],
         "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
-        "last must not be below": ["objective.grid={count: 8, last: 4, updates: 5}"],
+        "last must be at least count": ["objective.grid={count: 8, last: 4, updates: 5}"],
         "leave it out with spacing": ["objective.grid={count: 8, spacing: karras, shift: 3.0}"],
         "roles that can be adapters are none": ["objective.target_decay=0.9", "lora={student: {rank: 4}}"],
         "needs an eta": ["rollout.transition=tcd"],

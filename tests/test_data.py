@@ -420,4 +420,4 @@ def test_every_section_in_the_documentation_is_accepted() -> None:
     sections = [yaml.safe_load(line)["data"] for line in text.splitlines() if line.startswith("data: ")]
     assert {section["name"] for section in sections} >= {"prompts", "images", "webdataset", "hub", "prepared"}
     for section in sections:
-        build_section("data", section, DATA)
+        build_section("data", section, DATA, DataSource)

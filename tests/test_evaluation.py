@@ -16,12 +16,12 @@ from torchvision.utils import save_image
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
 from fastgen.config import dump_recipe, load_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
-from fastgen.evaluation.evaluate import evaluate as evaluation
+from fastgen.evaluation import evaluate as evaluation
 from fastgen.metrics.reference import read_images
-from fastgen.planning.report import report
 from fastgen.recipe import EvalConfig
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.export import export
+from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error
 
 class PixelBackbone:
     output = "pixels"
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, mixture = torch.device("cpu"), torch.float32, None
 
 
 class CopyingSampler:
@@ -156,7 +156,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     for i in range(60):
         save_image(pixels[i], folder / f"{i:03}.png")
         (folder / f"{i:03}.txt").write_text(prompt_for(int(labels[i])) + "\n")
-    report.save_grid(pixels[:60], folder / "grid.png")  # as `fastgen sample` does; no sample
+    save_grid(pixels[:60], folder / "grid.png")  # as `fastgen sample` does; no sample
     output = tmp_path / "out" / "results.json"
     metrics = ("fid", "accuracy", "precision_recall")
     result = evaluation.evaluate_path(folder, metrics=",".join(metrics), output=output, progress=False)
@@ -242,12 +242,12 @@ def test_results_table_shows_the_asked_columns() -> None:
 
 def test_a_single_picture_is_saved_as_it_is(tmp_path: Path) -> None:
     pixels = load_digits("test")[0][:1]
-    report.save_grid(pixels, tmp_path / "one.png", columns=1)
+    save_grid(pixels, tmp_path / "one.png", columns=1)
     assert torch.equal(read_images([tmp_path / "one.png"]), (pixels * 255).round() / 255)
 
 
 def test_pictures(tmp_path: Path) -> None:
-    report.save_grid(torch.rand(6, 3, 8, 8), tmp_path / "grid.png", columns=3)
-    report.plot_points({"one axis": torch.randn(50, 1), "exact": torch.randn(50, 1)}, tmp_path / "line.png")
-    report.plot_points({"three": torch.randn(50, 3)}, tmp_path / "points.png")
+    save_grid(torch.rand(6, 3, 8, 8), tmp_path / "grid.png", columns=3)
+    plot_points({"one axis": torch.randn(50, 1), "exact": torch.randn(50, 1)}, tmp_path / "line.png")
+    plot_points({"three": torch.randn(50, 3)}, tmp_path / "points.png")
     assert all((tmp_path / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("grid", "line", "points"))

@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "two_time: true": ["rollout.two_time=false"],
         "transition: ode": ["rollout.transition=renoise"],
         "one timestep": ["objective.source=prior"],
-        "no data to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
+        "no data from which to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
         "pairs.diagonal": ["objective.form=progressive", "objective.pairs.diagonal=0"],
     }.items():
         with pytest.raises(RecipeError, match=text):

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from fastgen.cli import app
 from fastgen.data import read_prompts
 from fastgen.data.digits import load_digits
+from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation.config import scorer_keys
-from fastgen.evaluation.evaluate import evaluate as evaluation
 from fastgen.evaluation.scoring import score_folder, score_table
 from fastgen.metrics.features import check_inception
 from fastgen.recipe import EvalConfig

@@ -265,7 +265,7 @@ def test_the_digits_in_eighty_updates(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes/digits_quickstart.yaml", overrides)
     student = evaluate_path(train(recipe), metrics="fid,accuracy")["metrics"]
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
-    teacher = evaluate(teacher_sampler(backbone, 4, recipe.eval.teacher_guidance_scale), recipe.eval)["metrics"]
+    teacher = evaluate(teacher_sampler(backbone, 4, recipe.teacher_guidance), recipe.eval)["metrics"]
     print(f"FD of the student {student['fid']:.3f}, of the teacher at four steps {teacher['fid']:.3f}")
     assert student["fid"] <= 0.75 * teacher["fid"]
     assert student["accuracy"] >= 0.97

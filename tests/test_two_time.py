@@ -235,7 +235,7 @@ def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) 
     weights = load_file(first / "export/model.safetensors")
     assert any("tables.s" in name for name in weights)
     short_run(raw_recipe, tmp_path / "second", rollout=told, init_from=str(first))
-    with pytest.raises(RecipeError, match="init_from: the student of .* has the inputs s, and"):
+    with pytest.raises(RecipeError, match=r"init_from: the student of .* has the inputs s, and"):
         short_run(raw_recipe, tmp_path / "fourth", init_from=str(first))
     for checkpoint in (plain / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)

@@ -1,7 +1,8 @@
 """Distils the embedded digits teacher to four steps, and shows in one table and one picture how it went.
 
-python tools/quickstart.py      # or `make quickstart`
-"""
+    python tools/quickstart.py train.steps=100 --output runs/short
+
+`make quickstart` runs it without options, which takes a few minutes."""
 
 import argparse
 import sys
@@ -83,9 +84,9 @@ def picture(strips: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="recipes/digits_quickstart.yaml")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/digits_quickstart.yaml", help="what is trained")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="a folder")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value, for the recipe")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -94,7 +95,7 @@ def main() -> None:
     folder = train(recipe)
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, recipe.seed)
     held_out, features = open_reference("digits"), FeatureNetwork("digits")
-    prompts, scale = list(held_out.prompts), recipe.eval.teacher_guidance_scale
+    prompts, scale = list(held_out.prompts), recipe.teacher_guidance
     own = draw(teacher_sampler(backbone, 50, scale), prompts, OTHER_SEEDS, "the teacher's own samples")
     teacher = Reference("teacher", held_out.prompts, lambda start, stop: own[start:stop])
 

@@ -297,7 +297,7 @@ def measure_teacher(steps: Sequence[int]) -> dict[str, Any]:
 
     recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", ["output_dir=unused"])
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
-    scale = recipe.eval.teacher_guidance_scale
+    scale = recipe.teacher_guidance
     return {str(k): evaluate(teacher_sampler(backbone, k, scale), recipe.eval) for k in steps}
 
 

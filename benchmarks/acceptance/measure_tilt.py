@@ -26,7 +26,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.gaussian_mixture import Mixture
 from fastgen.batch import Conditioning
-from fastgen.config import load_recipe
+from fastgen.config import load_stored
 from fastgen.objectives.ac_dmd import renoise_level
 from fastgen.recipe import Recipe
 from fastgen.rollout import sample
@@ -123,7 +123,7 @@ def student_samples(run: Path, recipe: Recipe, backbone: Any) -> Tensor:
 def measure(run: Path) -> dict[str, float]:
     """The student's mean and standard deviation. For each law its own two, the offset of the student's mean in units
     of the law's standard deviation, and the energy distance."""
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_stored(run / "recipe.yaml")
     backbone, objective = recipe.backbone.unloaded().build(torch.device("cpu"), torch.float32, 0), recipe.objective
     x = student_samples(run, recipe, backbone)
     part = recipe.rewards.parts[0]  # type: ignore[union-attr]

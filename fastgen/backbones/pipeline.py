@@ -40,7 +40,7 @@ CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PipelineConfig(BackboneConfig):
     """path: a diffusers folder, in the working directory or else among the files that ship with fastgen; or a hub id
-    "org/name". Only a hub id uses the network."""
+    "org/name". Only a hub id needs network access."""
 
     path: str
 
@@ -83,8 +83,8 @@ class PipelineConfig(BackboneConfig):
         if not folder.is_dir():
             known = ", ".join(str(p.parent.relative_to(CONFIGS)) for p in sorted(CONFIGS.glob("*/*/model_index.json")))
             raise ValueError(
-                f"path: the configs of {self.path} are not known without the network; download the pipeline and give "
-                f"its folder. The known ones are {known}"
+                f"path: the configs of {self.path} are not known without network access; download the pipeline and "
+                f"give its folder, or name one whose configs ship with fastgen: {known}"
             )
         return dataclasses.replace(self, path=str(folder))
 

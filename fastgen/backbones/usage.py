@@ -72,7 +72,7 @@ def loading(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
     kind, module = scheduler.__name__, scheduler.__module__
     lines = [
         f"from {'diffusers' if module.startswith('diffusers.') else module} import {kind}\n",
-        f'pipeline = DiffusionPipeline.from_pretrained("{backbone.config.path}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(backbone.config.path)})",
     ]
     for i, file in enumerate(lora_files(backbone.subfolders)):
         more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""

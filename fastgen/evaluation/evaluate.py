@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import MixtureData, read_prompts
+from fastgen.data.files import write_json
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
@@ -212,6 +212,7 @@ def evaluate_path(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    overwrite: bool = True,
     **options: Any,
 ) -> Row:
     """`fastgen eval`: measures a run folder, an export, a diffusers pipeline folder or a folder of images.
@@ -225,6 +226,8 @@ def evaluate_path(
     evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
     Raises ValueError for anything that does not fit."""
     path = Path(path)
+    if output is not None and not overwrite:
+        refuse_existing(Path(output), Path(output).with_suffix(".html"))
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
@@ -293,10 +296,19 @@ def write_results(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor]
     write_page(path.with_suffix(".html"), rows, samples or {})
 
 
-def compare(results_files: Sequence[Path], output_html: Path) -> None:
+def refuse_existing(*paths: Path) -> None:
+    """Raises ValueError if one of the files exists, so that no results are lost."""
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path} exists; choose another --output, or give --overwrite to replace it")
+
+
+def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = True) -> None:
     """Writes one page and prints one table for several result files. Rows whose name repeats also show their file.
 
-    Raises ValueError for a file that contains no result."""
+    overwrite: whether the page may exist. Raises ValueError if it must not, and for a file that contains no result."""
+    if not overwrite:
+        refuse_existing(output_html)
     rows = [row for file in results_files for row in read_rows(Path(file))]
     names = [row["name"] for row in rows]
     sources = [str(file) for file in results_files for _ in read_rows(Path(file))]
@@ -317,14 +329,6 @@ def read_rows(path: Path) -> list[Row]:
     if not rows or not all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) for row in rows):
         raise ValueError(f"{path} is not a result of `fastgen eval`: it has no metrics")
     return [{"name": path.stem} | row for row in rows]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 def write_page(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastgen.data.files import replace_file
 from fastgen.metrics import DIRECTIONS
-from fastgen.sampling.pictures import BLUE, grid, plain, png, replace_file, scatter_figure
+from fastgen.sampling.pictures import BLUE, grid, plain, png, scatter_figure
 
 ORANGE = "#e07b39"
 ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.data import read_prompts
-from fastgen.evaluation.evaluate import write_json
+from fastgen.data.files import write_json
 from fastgen.evaluation.report import format_value
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
-from fastgen.rewards import REWARDS, SCORERS, Reward, make_reward
+from fastgen.rewards import REWARDS, Reward, make_reward
 
 SHOWN = 20  # images in the printed table
 
@@ -39,7 +39,7 @@ def score_folder(
     files = sample_files(folder)
     texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
     rewards = choose(names, keys)
-    readers = [name for name in rewards if name in SCORERS and name != "aesthetic"]
+    readers = [name for name, reward in rewards.items() if reward.reads_prompts]
     if readers and not any(texts):
         raise ValueError(
             f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give --prompts FILE"

@@ -181,6 +181,6 @@ def check_told(policy: RolloutPolicy, scales: ScaleRange | None) -> None:
     if scale is not None and (scales is None or not scales[0] <= scale <= scales[1]):
         learned = "not set" if scales is None else list(scales)
         raise ValueError(
-            f"rollout.embedded_guidance {scale:g} must lie in objective.guidance_range, the scales that the student "
-            f"learns, which is {learned}"
+            f"rollout.embedded_guidance {scale:g} must lie in the range of scales that the student learns, "
+            f"objective.guidance_range, which is {learned}"
         )

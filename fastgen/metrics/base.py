@@ -57,6 +57,8 @@ class Metric(ABC):
     name: ClassVar[str]
     output: ClassVar[Literal["pixels", "frames", "points", "any"]]
     directions: ClassVar[Directions]
+    needs_reference: ClassVar[bool] = False  # whether it compares with real images
+    fewest_samples: ClassVar[int] = 1
 
     def __init__(self, context: MetricContext):
         self.context = context

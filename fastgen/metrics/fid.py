@@ -27,6 +27,8 @@ class FID(Metric):
     depends on n and on the feature network: compare only FIDs with the same sample count and feature network."""
 
     name = "fid"
+    needs_reference = True
+    fewest_samples = 2
     output = "pixels"
     directions: ClassVar[Directions] = {"fid": "lower", "fid_num_samples": "neither"}
 

@@ -21,6 +21,8 @@ class PrecisionRecall(Metric):
     of each."""
 
     name = "precision_recall"
+    needs_reference = True
+    fewest_samples = NEIGHBOURS + 1
     output = "pixels"
     directions: ClassVar[Directions] = {"precision": "higher", "recall": "higher"}
 

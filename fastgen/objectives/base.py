@@ -59,6 +59,11 @@ class Objective:
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
 
     @property
+    def teacher_guidance(self) -> Guidance:
+        """The guidance scale of the teacher that is distilled: the field `guidance_scale`, if the objective has it."""
+        return vars(self).get("guidance_scale", 1.0)
+
+    @property
     def trained_roles(self) -> tuple[str, ...]:
         """Roles that need an optimizer. They are known before any weight loads, so that a recipe can be checked."""
         raise NotImplementedError

@@ -151,7 +151,8 @@ def lcm_steps(original: int, stride: int, count: int) -> list[int]:
 
 
 def step_candidates(policy: RolloutPolicy, total: int) -> Iterator[tuple[int, int]]:
-    """All (S, k) with S k <= total, without step 0, where LCMScheduler's boundary scaling drops the prediction."""
+    """All (S, k) with S k <= total. Unless the transition is ode, lists with step 0 are left out, because
+    LCMScheduler's boundary scaling drops the prediction there."""
     count, ode = policy.num_steps, policy.transition == "ode"
     for original in range(count, (count if ode or count == 1 else total) + 1):
         for stride in range(1, total // original + 1):

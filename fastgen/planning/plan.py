@@ -447,4 +447,4 @@ def plan_samples(
 
 
 def max_guidance(recipe: Recipe, teacher: Denoiser, t: Tensor) -> float | Tensor:
-    return teacher.per_expert(recipe.eval.teacher_guidance_scale, t)
+    return teacher.per_expert(recipe.teacher_guidance, t)

@@ -49,8 +49,7 @@ def check_package(package: str, reward: str, extra: str) -> None:
 
 
 def find(value: str, *names: str) -> Path:
-    """The first of these files that a local folder has, or that a hub repository has; the latter is downloaded
-    once."""
+    """The first of these files in a local folder or a hub repository. A file of the hub is downloaded once."""
     folder = Path(value)
     if folder.is_dir():
         return next(found for name in names for found in sorted(folder.glob(name)))

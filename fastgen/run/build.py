@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
 from fastgen.config import changed_keys, dump_recipe, load_stored
 from fastgen.data.base import Stream
+from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
@@ -22,6 +23,7 @@ from fastgen.rewards import Scorer
 from fastgen.run import checkpoint
 from fastgen.run.distributed import Strategy, shard_roles, strategy_of
 from fastgen.run.health import Watch
+from fastgen.run.lock import LOCK
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +62,7 @@ class TrainingRun:
 
     def teacher(self, num_steps: int) -> Sampler:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
-        scale = self.recipe.eval.teacher_guidance_scale
+        scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
 
     @property
@@ -180,19 +182,18 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
             raise RecipeError(
                 f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(f.name != LOCK for f in folder.iterdir()):
         raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_recipe(recipe))
+        replace_file(path, dump_recipe(recipe))
     accelerator.wait_for_everyone()
     return folder
 
 
-def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that `train.resume_from` names, after later ones have been moved to the folder set_aside.
-    Without that key, the newest complete checkpoint, or None if there is none.
+def checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    """The checkpoint that `train.resume_from` names. Without that key, the newest complete checkpoint, or None if
+    there is none. Nothing on disk is changed.
 
     Raises, before any weights load, RecipeError if the named checkpoint does not exist, and CheckpointError if the
     checkpoint is damaged."""
@@ -207,36 +208,51 @@ def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | Non
         choice = f"the complete ones are {names}" if complete else "there is no complete one"
         raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {choice}")
     checkpoint.counters_of(folder / name)
-    later = [c for c in complete if c.name > name]
-    if later and accelerator.is_main_process:
-        aside = recipe.output_dir / "set_aside"
-        aside.mkdir(exist_ok=True)
-        for c in later:
-            if (aside / c.name).exists():
-                raise RecipeError(
-                    f"train.resume_from: the later checkpoint {c.name} cannot be set aside, because "
-                    f"{aside / c.name} already exists; move or remove that folder"
-                )
-            c.rename(aside / c.name)
-    accelerator.wait_for_everyone()
+    for later in later_checkpoints(recipe, folder / name):
+        if (aside := recipe.output_dir / "set_aside" / later.name).exists():
+            raise RecipeError(
+                f"train.resume_from: the later checkpoint {later.name} cannot be set aside, because {aside} already "
+                "exists; move or remove that folder"
+            )
     return folder / name
 
 
-def start_from(run: TrainingRun) -> None:
+def later_checkpoints(recipe: Recipe, resumed: Path) -> list[Path]:
+    """The complete checkpoints after the one that `train.resume_from` names."""
+    complete = checkpoint.complete(recipe.output_dir / "checkpoints")
+    return complete[complete.index(resumed) + 1 :] if recipe.train.resume_from else []
+
+
+def set_aside(recipe: Recipe, resumed: Path) -> None:
+    """Moves later checkpoints to the folder set_aside, once the run is ready to continue from this one."""
+    for later in later_checkpoints(recipe, resumed):
+        (recipe.output_dir / "set_aside").mkdir(exist_ok=True)
+        later.rename(recipe.output_dir / "set_aside" / later.name)
+
+
+def start_from(run: TrainingRun) -> list[str]:
     """Loads the weights of `init_from` into the student: from an export, or from the moving average of a run's last
-    checkpoint. A run also gives the other roles that this recipe trains, as far as its checkpoint has them."""
+    checkpoint. A run also gives the other roles that this recipe trains, as far as its checkpoint has them. Returns
+    the trained roles that started from the pretrained weights instead."""
     if run.recipe.init_from is None:
-        return
-    path, networks = Path(run.recipe.init_from), run.networks
+        return []
+    path, networks, missing = Path(run.recipe.init_from), run.networks, list[str]()
     if checkpoints := checkpoint.complete(path / "checkpoints"):
+        checkpoint.verify(checkpoints[-1])
         checkpoint.read_student(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
         for role in run.recipe.objective.trained_roles:
-            if role != "student" and (checkpoints[-1] / f"{role}.safetensors").is_file():
+            if role == "student":
+                continue
+            if (checkpoints[-1] / f"{role}.safetensors").is_file():
                 checkpoint.read_into(checkpoints[-1] / f"{role}.safetensors", networks[role].state_dict())
+            else:
+                missing.append(role)
     else:
         own, given = networks.student.state_dict(), run.backbone.load_exported(path).state_dict()
         networks.student.load_state_dict(own | {n: given[g] for n, g in carried_names(own, given).items()})
+        missing = [role for role in run.recipe.objective.trained_roles if role != "student"]
     run.ema.move(networks.student, 0.0)
+    return missing
 
 
 def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:

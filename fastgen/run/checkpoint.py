@@ -5,20 +5,23 @@ All tensors are stored as safetensors.
         student.safetensors  fake_score.safetensors  ...  ema.safetensors      every role except the frozen teacher
         student.optimizer.safetensors  ...                                     AdamW's moments, by parameter name
         objective.safetensors                                                  the objective's state
-        counters.json                                                          step, data position, every file's size
+        counters.json                                                          step, data position, files' hashes
 
 Sharded tensors are gathered, written and dropped one at a time, and read back slice by slice. So the files do not
 depend on the number of processes that wrote them.
 """
 
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +31,8 @@ from fastgen.modules.inputs import carried_names
 from fastgen.modules.sharding import local, slices, whole
 
 PREFIX = "step_"
+NAME = re.compile(r"step_\d{8,}")
+GOING = ".going.partial"  # ends the name of a checkpoint that is being removed
 COUNTERS = "counters.json"
 DTYPES = {
     torch.float64: "F64",
@@ -39,6 +44,9 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+Entry = dict[str, Any]  # of a file in the manifest: {"bytes": its size, "sha256": its hash}
 
 
 class CheckpointError(RuntimeError):
@@ -68,11 +76,13 @@ def save(
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        for name, tensors in files.items():
-            write_tensors(partial / f"{name}.safetensors", tensors, writer)
+        written = {
+            f"{name}.safetensors": write_tensors(partial / f"{name}.safetensors", tensors, writer)
+            for name, tensors in files.items()
+        }
         if writer:
-            sizes = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
-            write_durably(partial / COUNTERS, [json.dumps(dict(counters) | {"files": sizes}).encode()])
+            manifest = {name: entry for name, entry in sorted(written.items()) if entry is not None}
+            write_durably(partial / COUNTERS, [json.dumps(dict(counters) | {"files": manifest}).encode()])
             discard(target)
             partial.rename(target)
             sync_folder(folder)
@@ -94,8 +104,10 @@ def save(
 def discard(checkpoint: Path) -> None:
     """Removes a checkpoint if it exists. It is renamed first, so that a kill in between leaves nothing that looks like
     a complete checkpoint but is not."""
+    for left in checkpoint.parent.glob(f"{checkpoint.name}*{GOING}"):  # by an earlier kill
+        shutil.rmtree(left, ignore_errors=True)
     if checkpoint.exists():
-        going = checkpoint.with_name(checkpoint.name + ".going.partial")
+        going = checkpoint.with_name(f"{checkpoint.name}.{uuid4().hex[:8]}{GOING}")
         checkpoint.rename(going)
         shutil.rmtree(going)
 
@@ -106,9 +118,10 @@ def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Te
     return {f"{named[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> Entry | None:
     """Writes a safetensors file with one whole tensor in memory at a time (https://huggingface.co/docs/safetensors,
-    "Format"). Every process must call this, because sharded tensors are gathered; only the `writer` writes."""
+    "Format"), and returns its entry in the manifest. Every process must call this, because sharded tensors are
+    gathered; only the `writer` writes."""
     header, offset = dict[str, Any](), 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -124,18 +137,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> No
     try:
         if writer:
             parts = (chunk.reshape(-1).view(torch.uint8).numpy().data for chunk in chunks)
-            write_durably(path, itertools.chain([len(text).to_bytes(8, "little") + text], parts))
+            return write_durably(path, itertools.chain([len(text).to_bytes(8, "little") + text], parts))
+        return None
     finally:
         for _ in chunks:  # gathering needs every process, even one that does not write or whose write failed
             pass
 
 
-def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
+    """Writes a file and flushes it to disk. Returns its size and sha256."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for part in parts:
             file.write(part)
+            digest.update(part)
+            size += len(part)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:
@@ -146,10 +165,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first. These are the folders named step_<number> and nothing else:
+    a step_00000030_backup beside them is neither continued from nor removed."""
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.iterdir() if f.name.startswith(PREFIX) and not f.name.endswith(".partial"))
+    found = [f for f in folder.iterdir() if NAME.fullmatch(f.name) and f.is_dir()]
+    return sorted(found, key=lambda f: int(f.name.removeprefix(PREFIX)))
 
 
 def counters_of(path: Path) -> dict[str, Any]:
@@ -161,7 +182,8 @@ def counters_of(path: Path) -> dict[str, Any]:
             f"{path} is not a complete checkpoint: it has no readable {COUNTERS}. "
             "Remove it to continue from an earlier one"
         ) from None
-    for name, size in counters["files"].items():
+    for name, entry in counters["files"].items():
+        size = entry["bytes"] if isinstance(entry, dict) else entry  # version 0.1 wrote the size alone
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
             what = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
@@ -169,6 +191,21 @@ def counters_of(path: Path) -> dict[str, Any]:
                 f"{path} is damaged: {name} {what}. Remove this checkpoint to continue from an earlier one"
             )
     return counters
+
+
+def verify(path: Path) -> None:
+    """Compares every file of a checkpoint with the hash in its manifest. Raises CheckpointError, naming the file, if
+    one differs. A checkpoint of version 0.1 has no hashes, and passes."""
+    for name, entry in counters_of(path)["files"].items():
+        if not isinstance(entry, dict):
+            continue
+        with (path / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            raise CheckpointError(
+                f"{path} is damaged: the contents of {name} are not those that were written. Remove this checkpoint "
+                "to continue from an earlier one"
+            )
 
 
 @torch.no_grad()
@@ -182,7 +219,9 @@ def load(
     """Restores in place everything that `save` wrote, and returns the counters. Raises CheckpointError if a tensor is
     missing or has another shape."""
     counters = counters_of(path)
+    verify(path)
     for role, module in modules.items():
+        check_dtypes(path / f"{role}.safetensors", module.state_dict())
         read_into(path / f"{role}.safetensors", dict(module.state_dict()))
     for role, optimizer in optimizers.items():
         restore_moments(path / f"{role}.optimizer.safetensors", optimizer, modules[role])
@@ -190,6 +229,15 @@ def load(
     with open_tensors(path / "objective.safetensors") as file:
         state.update({name: file.get_tensor(name).to(device) for name in file.keys()})  # noqa: SIM118
     return counters
+
+
+def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a stored tensor has another dtype than the network: a continued run would differ."""
+    with open_tensors(path) as file:
+        for name in set(file.keys()) & set(tensors):
+            stored, needed = file.get_slice(name).get_dtype(), DTYPES[tensors[name].dtype]
+            if stored != needed:
+                raise CheckpointError(f"{path} stores {name} as {stored}, but this recipe needs {needed}")
 
 
 def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 import fastgen
 from fastgen.backbones.base import Backbone
 from fastgen.config import dump_recipe, load_stored, to_dict
+from fastgen.data.files import replace_file, unused_sibling
 from fastgen.denoiser import Denoiser
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
 from fastgen.run.build import build_backbone
 from fastgen.sampling.sampler import METADATA
+
+REPLACED = "replaced"  # in the name of an earlier export while the new one takes its place
 
 
 def export(
@@ -25,34 +28,53 @@ def export(
     recipe: Recipe,
     folder: Path,
     step: int,
-    rows: Mapping[str, Mapping[str, float]],
+    rows: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Writes the export under another name and renames it when it is complete; only then does it replace an earlier
-    export.
+    """Writes an export folder. It is written under a name that nothing else has and takes its place when it is
+    complete; an earlier export is removed only then, and put back if that fails.
 
-    step: number of student updates made. rows: name -> metrics, for the student and for the teacher that it is
-    compared with; may be empty."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for stale in (partial, old):
-        if stale.exists():
-            shutil.rmtree(stale)
-    adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
-    backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
-    metadata = {
-        "lora": adapter,
-        "fastgen": fastgen.__version__,
-        "backbone": to_dict(recipe.backbone),
-        "policy": to_dict(recipe.rollout),
-    }
-    (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
-    (partial / "recipe.yaml").write_text(dump_recipe(recipe))
-    usage = backbone.usage(recipe.rollout, partial, adapter)
-    (partial / "README.md").write_text(model_card(backbone, recipe, step, rows, usage))
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with."""
+    restore(folder)
+    partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
+    try:
+        adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
+        backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
+        metadata = {
+            "lora": adapter,
+            "fastgen": fastgen.__version__,
+            "backbone": to_dict(recipe.backbone),
+            "policy": to_dict(recipe.rollout),
+        }
+        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
+        (partial / "recipe.yaml").write_text(dump_recipe(recipe))
+        write_card(backbone, recipe, partial, step, rows or {})
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Puts an export back that a kill has left under its temporary name, between two renames."""
+    left = [p for p in folder.parent.glob(f".{folder.name}.{REPLACED}-*") if (p / METADATA).is_file()]
+    if left and not folder.exists():
+        max(left, key=lambda p: p.stat().st_mtime).rename(folder)
+
+
+def write_card(
+    backbone: Backbone, recipe: Recipe, folder: Path, step: int, rows: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes the model card of an export, in place of the one it has."""
+    adapter = json.loads((folder / METADATA).read_text())["lora"]
+    usage = backbone.usage(recipe.rollout, folder, adapter)
+    replace_file(folder / "README.md", model_card(backbone, recipe, step, rows, usage))
 
 
 def model_card(
@@ -92,8 +114,8 @@ def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
-    scale = recipe.eval.teacher_guidance_scale
-    note = f"Measured on {recipe.eval.quick_num_samples} samples; the teacher is at guidance scale {scale}."
+    scale = recipe.teacher_guidance
+    note = f"Measured on {recipe.eval.quick().num_samples} samples; the teacher is at guidance scale {scale}."
     return "\n".join([note, "", *head, *body])
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from fastgen.data.files import replace_file
+
 
 class RunLog:
     """Averages the terms of every turn between two writes. A run that continues from `step` first drops the rows that
-    were logged after that step, so that the file has one consistent history. Disabled on all processes but the first.
-    """
+    were logged after that step, and rows that a kill or a full disk has torn, so that the file has one consistent
+    history. Disabled on all processes but the first."""
 
     def __init__(self, folder: Path, step: int, enabled: bool):
         self.enabled = enabled
@@ -23,9 +25,10 @@ class RunLog:
         self._path = folder / "log.jsonl"
         self._start, self._last_step = time.perf_counter(), step
         if enabled:
-            rows = self._path.read_text().splitlines() if self._path.is_file() else []
-            kept = [row for row in rows if json.loads(row)["step"] <= step]
-            self._path.write_text("".join(row + "\n" for row in kept))
+            rows = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
+            kept = [row for row in rows if 0 <= step_of(row) <= step]
+            if kept != rows:
+                replace_file(self._path, "".join(row + "\n" for row in kept))
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, turn: str, terms: Mapping[str, Tensor]) -> None:
@@ -69,6 +72,14 @@ class RunLog:
     def close(self) -> None:
         if self.enabled:
             self._board.close()
+
+
+def step_of(row: str) -> int:
+    """The step of a row of log.jsonl; -1 if the row is torn."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def memory_mb() -> float:

@@ -45,6 +45,11 @@ def sample_folder(
     for start in tqdm(range(0, len(everything), batch_size), desc="sampling"):
         chunk = range(start, min(start + batch_size, len(everything)))
         samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk])
+        if not bool(samples.isfinite().all()):
+            raise ValueError(
+                f"the samples of {path} are not finite: its weights hold NaN, or overflow in this precision; export "
+                "an earlier checkpoint"
+            )
         output.mkdir(parents=True, exist_ok=True)
         for i, sample in zip(chunk, samples, strict=True):
             write_sample(sample, everything[i], output / f"{i:05d}", sampler.backbone.fps)

@@ -1,7 +1,6 @@
 """Samples as pictures: grids of images and video frames, and scatter plots of points."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from fastgen.data.files import replace_file
 from fastgen.sampling.video import stills
 
 EXACT = "exact"  # points with this name are drawn behind the others
@@ -79,11 +79,3 @@ def plain(text: str) -> str:
     """Shortens a text to fit an axis, and escapes it so that matplotlib does not read it as a formula."""
     text = text if len(text) <= 32 else text[:31] + "…"
     return text.replace("$", r"\$")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes the file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

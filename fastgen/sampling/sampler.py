@@ -4,16 +4,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import noise, signals
+from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.folder import read_index
 from fastgen.backbones.pipeline import PipelineConfig, family_configs
 from fastgen.batch import Conditioning
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
+from fastgen.registry import build_section, current_names
 from fastgen.rollout import RolloutPolicy, sample
 
 METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
@@ -94,6 +97,24 @@ def teacher_sampler(
     return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale)
 
 
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What an export says of itself. The folder may come from anybody: a backbone that names a module to import is
+    refused. Raises ValueError for that, and for a file that is not such metadata."""
+    path = folder / METADATA
+    try:
+        metadata = json.loads(path.read_text())
+        name = metadata["backbone"]["name"]
+        metadata["policy"]["timesteps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe an export of fastgen: {error!r}; export the run again") from None
+    if name not in BACKBONES:
+        raise ValueError(
+            f"{path} names the backbone {name!r}, which is not one of {', '.join(BACKBONES)}; an export may not name "
+            "code to import"
+        )
+    return metadata
+
+
 def load_sampler(
     path: Path,
     *,
@@ -110,10 +131,7 @@ def load_sampler(
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
-        from fastgen.backbones import BACKBONES
-        from fastgen.registry import build_section, current_names
-
-        metadata = json.loads((folder / METADATA).read_text())
+        metadata = read_metadata(folder)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
         other = num_steps not in (None, policy.num_steps)
         if (other and not policy.any_step) or guidance_scale not in (None, 1.0):

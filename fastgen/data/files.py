@@ -1,0 +1,41 @@
+"""Writing files without losing what was there: a reader or a kill finds the old file or the new one, never a part."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+
+def unused_sibling(path: Path, word: str) -> Path:
+    """A hidden path beside `path` that nothing has: .NAME.WORD-<random>. It is not created."""
+    return path.with_name(f".{path.name}.{word}-{uuid4().hex[:12]}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends. When the block fails, `path` stays as it was.
+    The folder is created if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unused_sibling(path, "partial")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes | str) -> None:
+    """Writes a whole file in place of the one that is there."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, indented. Raises ValueError for numbers that are not finite, which JSON does not have."""
+    replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

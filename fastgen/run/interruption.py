@@ -1,0 +1,56 @@
+"""Signals that ask a run to end: it saves first, and says how to continue."""
+
+import os
+import signal
+from collections.abc import Mapping
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+# The exit code of a run that was asked to end, by signal. Slurm sends SIGUSR1 before its time limit.
+EXIT_CODES: Mapping[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint was saved. exit_code: what the program should return."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interruption:
+    """While entered, the first signal is noted and the second one ends the process at once.
+
+    Only the main thread of a program can receive signals; elsewhere nothing is changed."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        try:
+            self._before = {number: signal.signal(number, self.note) for number in EXIT_CODES}
+        except ValueError:  # not the main thread
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process has received, 0 if none has. All processes call this together, so that they end
+        at the same step."""
+        if accelerator.num_processes == 1:
+            return self.received
+        seen = torch.zeros(accelerator.num_processes, device=accelerator.device)
+        seen[accelerator.process_index] = self.received
+        return int(accelerator.reduce(seen, "sum").max())

@@ -1,0 +1,53 @@
+"""One run per folder: two programs that train in the same folder would write over each other."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from fastgen.registry import RecipeError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Holds the folder for this run, on all processes alike. The first process has the lock file open; the operating
+    system gives it up when that process ends, however it ends.
+
+    Raises RecipeError, naming the process, if another program trains in the folder. That includes processes which a
+    killed launcher has left behind."""
+    existed = folder.is_dir()
+    handle = None
+    owner = ""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BlockingIOError:
+            owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+        except OSError:
+            pass  # some network file systems have no locks
+    taken = torch.tensor(float(bool(owner)), device=accelerator.device)
+    try:
+        if accelerator.reduce(taken, "sum") > 0:
+            raise RecipeError(
+                f"output_dir: {owner or 'another process'} is training in {folder}; wait for it, or end it (a "
+                "launcher that was killed may have left its processes running), or choose another output_dir"
+            )
+        yield
+    finally:
+        if handle is not None:
+            if not owner:
+                os.unlink(folder / LOCK)
+            os.close(handle)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()

@@ -1,0 +1,305 @@
+"""Nothing on disk is lost: exports, checkpoints, logs, and runs that are stopped, started twice or moved."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from fastgen.config import load_recipe, load_stored
+from fastgen.data.files import replace_file, replacing
+from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
+from fastgen.run.checkpoint import CheckpointError
+from fastgen.run.export import REPLACED, export_run, restore
+from fastgen.run.interruption import EXIT_CODES, Interruption
+from fastgen.run.lock import LOCK, locked
+from fastgen.run.log import RunLog
+from fastgen.train import main, train
+
+RING = Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"
+SHORT = [
+    "backbone.fit_steps=0",
+    "backbone.width=16",
+    "train.steps=2",
+    "train.batch_size=32",
+    "train.log_every=1",
+    "train.checkpoint_every=1",
+    "train.device=cpu",
+    "health.every=0",
+    "eval.num_samples=400",
+    "eval.quick_num_samples=400",
+    "eval.teacher_steps=[2]",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates, with both checkpoints."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(load_recipe(RING, [*SHORT, f"output_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def continued(run: Path, *overrides: str) -> list[str]:
+    return [str(RING), *SHORT, "train.steps=3", f"output_dir={run}", *overrides]
+
+
+# --- files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    replace_file(path, "old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half of the ne")
+        raise RuntimeError("the disk is full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# --- exports
+
+
+def test_an_export_leaves_its_neighbours_alone(run: Path) -> None:
+    """A user's folders named as version 0.1 named its temporary ones."""
+    neighbours = [run.parent / name for name in ("student", "student.old", "student.partial")]
+    for folder in neighbours[1:]:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("the only copy")
+    for _ in range(2):
+        export_run(run, neighbours[0])
+    assert [(f / "thesis.txt").read_text() for f in neighbours[1:]] == ["the only copy"] * 2
+    assert sorted(p.name for p in run.parent.iterdir()) == ["run", "student", "student.old", "student.partial"]
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p.name: p.read_bytes() for p in (run / "export").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastgen.run.export.dump_recipe", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run)
+    assert {p.name: p.read_bytes() for p in (run / "export").iterdir()} == before
+    assert not [p for p in run.iterdir() if p.name.startswith(".export")]
+
+
+def test_an_export_is_put_back_after_a_kill_between_two_renames(run: Path) -> None:
+    folder = run / "export"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    folder.rename(run / f".export.{REPLACED}-0123456789ab")
+    restore(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+# --- checkpoints
+
+
+def test_only_checkpoints_are_checkpoints(run: Path) -> None:
+    folder = run / "checkpoints"
+    for name in ("step_00000030_backup", "step_best", "step_00000003.going.partial"):
+        shutil.copytree(folder / "step_00000002", folder / name)
+    (folder / "step_00000009").write_text("a file")
+    assert [c.name for c in checkpoint.complete(folder)] == ["step_00000001", "step_00000002"]
+    assert main(continued(run)) == 0
+    kept = {p.name for p in folder.iterdir()}
+    assert {"step_00000030_backup", "step_best", "step_00000002", "step_00000003"} <= kept
+    assert "step_00000001" not in kept and "step_00000003.going.partial" not in kept
+
+
+@pytest.mark.parametrize("name", ["student", "fake_score.optimizer", "objective", "ema"])
+def test_a_flipped_bit_is_found(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / f"checkpoints/step_00000002/{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(continued(run)) == 1
+    assert f"the contents of {name}.safetensors are not those that were written" in capsys.readouterr().err
+
+
+def test_another_runs_file_is_found(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(load_recipe(RING, [*SHORT, f"output_dir={other}", "seed=1"]))
+    name = "checkpoints/step_00000002/student.optimizer.safetensors"
+    shutil.copy(other / name, run / name)
+    with pytest.raises(CheckpointError, match=r"student\.optimizer\.safetensors"):
+        checkpoint.verify(run / "checkpoints/step_00000002")
+
+
+def test_a_checkpoint_of_the_first_version_has_sizes_only(run: Path) -> None:
+    path = run / "checkpoints/step_00000002/counters.json"
+    counters = json.loads(path.read_text())
+    counters["files"] = {name: entry["bytes"] for name, entry in counters["files"].items()}
+    path.write_text(json.dumps(counters))
+    assert main(continued(run)) == 0
+
+
+def test_later_checkpoints_are_set_aside_only_when_the_run_goes_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = "train.resume_from=step_00000001"
+    assert main(continued(run, resume, "train.batch_size=16")) == 2
+    assert "keep the product as it was" in capsys.readouterr().err
+    assert (run / "checkpoints/step_00000002").is_dir() and not (run / "set_aside").exists()
+    assert main(continued(run, resume)) == 0
+    assert (run / "set_aside/step_00000002").is_dir()
+
+
+# --- logs and recipes
+
+
+def test_a_torn_row_of_the_log_stops_nothing(run: Path) -> None:
+    path = run / "log.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows) + '\n{"step": 3, "student/lo')
+    RunLog(run, 2, enabled=True).close()
+    assert path.read_text().splitlines() == rows
+
+
+def test_a_run_whose_start_has_moved_continues_and_exports(run: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    train(load_recipe(RING, [*SHORT, f"output_dir={second}", f"init_from={run}"]))
+    run.rename(tmp_path / "moved")
+    assert load_stored(second / "recipe.yaml").init_from == str(run)
+    export_run(second, tmp_path / "student")
+    assert main(continued(second, f"init_from={run}")) == 0
+    with pytest.raises(RecipeError, match="init_from"):
+        load_recipe(RING, [f"output_dir={tmp_path / 'third'}", f"init_from={run}"])
+
+
+def test_roles_that_init_from_does_not_have_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(load_recipe(RING, [*SHORT, f"output_dir={tmp_path / 'new'}", f"init_from={run / 'export'}"]))
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "has no fake_score; it starts from the pretrained weights" in text
+
+
+# --- two runs in one folder, and runs that are asked to end
+
+
+def test_a_folder_has_one_run(tmp_path: Path) -> None:
+    with locked(tmp_path / "run", Accelerator(cpu=True)):
+        assert main([str(RING), *SHORT, f"output_dir={tmp_path / 'run'}"]) == 2
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_the_first_signal_is_noted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as interruption:
+        assert interruption.agreed(Accelerator(cpu=True)) == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.agreed(Accelerator(cpu=True)) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_a_signal_saves_and_says_how_to_continue(number: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [str(RING), *SHORT, "train.steps=100000", "train.checkpoint_every=0", f"output_dir={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgen", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "log.jsonl").is_file() or not (folder / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODES[number]
+    assert re.search(rf"^stopped: {signal.Signals(number).name} ended the run", error, re.MULTILINE)
+    (saved,) = checkpoint.complete(folder / "checkpoints")
+    step = checkpoint.counters_of(saved)["step"]
+    last = [*SHORT, f"train.steps={step + 1}", "train.checkpoint_every=0", f"output_dir={folder}"]
+    assert main([str(RING), *last]) == 0 and not (folder / LOCK).exists()
+
+
+# --- the end of a run
+
+
+def test_a_student_that_cannot_be_measured_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are there, although the average has diverged in the last update."""
+
+    def diverged(*_: object) -> None:
+        raise ValueError("the samples are not finite")
+
+    monkeypatch.setattr("fastgen.train.quick_metrics", diverged)
+    folder = tmp_path / "run"
+    assert main([str(RING), *SHORT, "train.checkpoint_every=0", f"output_dir={folder}"]) == 1
+    assert "was exported" in capsys.readouterr().err
+    assert (folder / "export/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("eval.metrics=[fid]", "fid measures pixels, and backbone gaussian_mixture gives points"),
+        ("eval.reference=digits", "it is for images"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_at_the_start(override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(RING, [override])
+
+
+def test_pictures_need_prompts_and_a_reference() -> None:
+    digits = RING.with_name("digits_dmd2_4step.yaml")
+    with pytest.raises(RecipeError, match="fid compares with real images"):
+        load_recipe(digits, ["eval.reference=null"])
+    with pytest.raises(RecipeError, match="there are no prompts to sample"):
+        load_recipe(digits, ["eval.reference=null", "eval.metrics=[throughput]"])
+
+
+def test_no_more_samples_are_measured_than_asked_for() -> None:
+    config = load_recipe(RING, ["eval.num_samples=8"]).eval
+    assert config.quick().num_samples == 8
+
+
+def test_the_teacher_is_shown_with_the_guidance_that_is_distilled() -> None:
+    recipe = load_recipe(RING, ["objective.guidance_scale=4.0"])
+    assert recipe.eval.teacher_guidance_scale is None and recipe.teacher_guidance == 4.0
+    said = load_recipe(RING, ["objective.guidance_scale=4.0", "eval.teacher_guidance_scale=1.0"])
+    assert said.teacher_guidance == 1.0
+
+
+def test_weights_that_are_not_finite_are_not_drawn(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from fastgen.sampling.folder import sample_folder
+
+    path = run / "export/model.safetensors"
+    save_file({name: torch.full_like(p, torch.nan) for name, p in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="are not finite"):
+        sample_folder(run, [""], None, 4, 0, tmp_path / "samples", None, None, 4)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_an_export_cannot_name_code(run: Path, tmp_path: Path) -> None:
+    from fastgen.sampling.sampler import load_sampler
+
+    path = run / "export/fastgen.json"
+    metadata = json.loads(path.read_text())
+    metadata["backbone"]["name"] = "evil_module:Config"
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="may not name code to import"):
+        load_sampler(run / "export")
