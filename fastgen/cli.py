@@ -62,9 +62,16 @@ def refuse(message: object) -> typer.Exit:
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a recipe. A run that is started again goes on from its last checkpoint."""
-    from fastgen.train import main
+    from fastgen.config import load_recipe
+    from fastgen.registry import RecipeError
 
-    raise typer.Exit(main([str(recipe), *(overrides or [])]))
+    try:
+        loaded = load_recipe(recipe, overrides or [])
+    except RecipeError as error:
+        raise refuse(error) from None
+    from fastgen.train import run_program  # takes seconds to import: not for a recipe that is refused
+
+    raise typer.Exit(run_program(loaded))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -63,7 +63,7 @@ class RolloutPolicy:
             )
         if (self.eta is not None) != (self.transition in ("cps", "tcd")):
             raise ValueError(
-                "transition: cps and tcd need an eta (0.9 in RTDMD and 0.3 in TCD), and the others take none; got "
+                "transition: cps or tcd needs an eta (0.9 in RTDMD, 0.3 in TCD), and the others take none; got "
                 f"transition: {self.transition} and eta: {self.eta}"
             )
         if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):

@@ -330,7 +330,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stderr)
         return 0 if arguments else 2
     try:
-        train(load_recipe(arguments[0], arguments[1:]))
+        recipe = load_recipe(arguments[0], arguments[1:])
+    except RecipeError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    return run_program(recipe)
+
+
+def run_program(recipe: Recipe) -> int:
+    """Trains a recipe that was read and checked; what goes wrong is said in words. Returns the exit code."""
+    try:
+        train(recipe)
     except RecipeError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before diffusers imports triton: its kernels then run on the CPU
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 import yaml
 from torch import Tensor
 
+from fastgen.backbones import gaussian_mixture
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, PointDenoiser
 from fastgen.schedule import VPSchedule
 
 # Triton has no macOS or Windows wheels; the development extras install it on Linux
@@ -53,3 +56,22 @@ def sd_betas() -> Tensor:
 @pytest.fixture(scope="session")
 def vp_schedule(sd_betas: Tensor) -> VPSchedule:
     return VPSchedule((1 - sd_betas).cumprod(0))
+
+
+@pytest.fixture(scope="module")
+def fit_once() -> Iterator[None]:
+    """The runs of one file fit the network of each mixture once. A fit depends on the configuration and the seed alone
+    (test_gaussian_mixture.py), and a backbone only copies its weights."""
+    fitted: dict[tuple[GaussianMixtureConfig, int], PointDenoiser] = {}
+    fit = gaussian_mixture.fit
+
+    def once(
+        denoiser: PointDenoiser, mixture: gaussian_mixture.Mixture, config: GaussianMixtureConfig, seed: int
+    ) -> PointDenoiser:
+        if (config, seed) not in fitted:
+            fitted[config, seed] = fit(denoiser, mixture, config, seed)
+        return fitted[config, seed]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussian_mixture, "fit", once)
+        yield

@@ -118,3 +118,20 @@ def test_refusals_are_exit_code_2_with_the_message_on_standard_error(arguments: 
     assert status == 2
     assert words in error
     assert "Traceback" not in error
+
+
+SLOW_TO_IMPORT = ("peft", "diffusers", "transformers", "accelerate", "torchvision", "scipy", "torch.distributed.fsdp")
+
+
+@pytest.mark.parametrize("recipe", ["mixture_dmd2_4step", "sdxl_dmd2_4step", "wan21_1b_dmd2_4step"])
+def test_a_refusal_imports_nothing_heavy(recipe: str) -> None:
+    """A mistake in a recipe is answered before the libraries that take seconds to import."""
+    program = (
+        "import sys\nfrom fastgen.cli import main\n"
+        f"sys.argv = ['fastgen', 'train', {str(ROOT / 'recipes' / recipe)!r} + '.yaml', 'train.steps=-1', 'foo=1']\n"
+        "try:\n    main()\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
+        f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert "unknown key foo" in done.stderr and "train.steps" in done.stderr

@@ -372,9 +372,12 @@ REFUSED = "refused: unknown key train.stps; did you mean 'steps'?"
 
 
 def test_the_program_refuses_before_any_weight_loads(project: Path, tmp_path: Path) -> None:
-    """`python fastgen/train.py`: exit code 2, the message on stderr, no traceback, nothing written."""
-    command = [sys.executable, "fastgen/train.py", str(weightless(tmp_path)), "train.stps=3"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    """`python fastgen/train.py` exits with code 2 and the message on stderr, without a traceback, and writes nothing.
+
+    It is run by its path, from another folder and isolated from PYTHONPATH: with -E the package is found by the
+    program's own path alone, or as it is installed."""
+    command = [sys.executable, "-E", str(project / "fastgen/train.py"), str(weightless(tmp_path)), "train.stps=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     print(done.stderr)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip().splitlines()[-1] == REFUSED

@@ -117,11 +117,20 @@ def test_an_export_of_stock_parts_says_nothing_of_fastgens(backbone: SD3, tmp_pa
     assert "import fastgen" not in card and "fastgen installed" not in card
 
 
-def test_diffusers_says_what_to_import(backbone: SD3, tmp_path: Path) -> None:
-    """In another process: without the import, words that name it; with it, an image."""
-    folder = saved(backbone, split(backbone, (0.625,)), CPS, tmp_path)
+def test_plain_diffusers_samples_stock_exports_and_says_what_else_to_import(backbone: SD3, tmp_path: Path) -> None:
+    """In another process. An export of stock parts samples where fastgen cannot be imported. One of fastgen's own
+    parts is refused in words that name the import, and samples after it."""
+    stock = saved(backbone, backbone.load("student"), "{timesteps: [1.0, 0.5]}", tmp_path / "stock")
+    folder = saved(backbone, split(backbone, (0.625,)), CPS, tmp_path / "own")
     code = f"""
+import sys
+sys.modules["fastgen"] = None
 from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(stock)!r})
+image = pipeline("a handwritten two", num_inference_steps=2, guidance_scale=1).images[0]
+assert image.size == (32, 32), image.size
+del sys.modules["fastgen"]
+assert not [name for name in sys.modules if name.startswith("fastgen")]
 try:
     DiffusionPipeline.from_pretrained({str(folder)!r})
 except ValueError as error:

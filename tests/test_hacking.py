@@ -39,6 +39,7 @@ SHORT = [
     "rewards.held_out=[{name: quadratic, center: [0.7], curvature: [1.0]}]",
     "health.grace=1000",
 ]
+pytestmark = pytest.mark.usefixtures("fit_once")
 
 
 def test_the_distance_to_the_anchor_is_the_energy_distance() -> None:

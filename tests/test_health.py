@@ -34,6 +34,7 @@ SHORT = [
     "objective.fake_updates=3",
     "eval.teacher_steps=[4]",
 ]
+pytestmark = pytest.mark.usefixtures("fit_once")
 TEACHER = {"mean": 0.0, "std": 1.0, "diversity": 1.4, "saturation": 0.003}
 
 
@@ -89,7 +90,7 @@ def test_gradients_that_grow_are_said_after_some_looks() -> None:
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def healthy(tmp_path_factory: pytest.TempPathFactory, fit_once: None) -> Path:
     return train(load_recipe(RING, [*SHORT, f"output_dir={tmp_path_factory.mktemp('healthy') / 'run'}"]))
 
 

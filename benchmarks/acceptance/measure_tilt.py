@@ -129,7 +129,9 @@ def measure(run: Path) -> dict[str, float]:
     part = recipe.rewards.parts[0]  # type: ignore[union-attr]
 
     def reward(z: Tensor) -> Tensor:
-        return part.score(z[:, None], [""] * len(z))
+        scores = part.score(z[:, None], [""] * len(z))
+        assert isinstance(scores, Tensor)  # `linear` and `quadratic` return nothing else
+        return scores
 
     inverse = objective.critic_weight == "inverse_tilt"
     ratio = objective.reward_weight / objective.dm_weight * recipe.rollout.num_steps

@@ -10,29 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub import snapshot_download
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 
-from fastgen.backbones import saving
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, RoleOptions
 from fastgen.backbones.folder import check_components, read_index, weight_files
 from fastgen.backbones.prompt_table import PromptTable
-from fastgen.backbones.usage import pipeline_usage
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import WeightMap
-from fastgen.pipelines import flow_map
 from fastgen.registry import shipped
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
+FLOW_MAP = "FlowMap"  # begins the names of our pipeline classes for students with added inputs
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
@@ -106,6 +99,13 @@ def family_configs() -> Iterator[tuple[str, type[PipelineConfig]]]:
             yield name, cls
 
 
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers, which takes seconds to import: not before a recipe is known to be good."""
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
 class PipelineBackbone(Backbone):
     """A diffusers pipeline. Families define which networks it has and how they are called; this class loads them.
 
@@ -149,7 +149,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     # --- networks
 
     @abstractmethod
-    def wrap(self, network: ModelMixin) -> Denoiser:
+    def wrap(self, network: Any) -> Denoiser:
         """The network behind the contract."""
 
     @property
@@ -164,7 +164,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def network_config(self) -> dict[str, Any]:
         """config.json of the network, without its weights."""
-        cls = getattr(diffusers, self.network_class)
+        cls = diffusers_class(self.network_class)
         return cls.load_config(
             self.source, subfolder=self.subfolder, local_files_only=self.options["local_files_only"]
         )
@@ -176,14 +176,16 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of a pipeline folder or hub id."""
-        cls = getattr(diffusers, self.network_class)
+        cls = diffusers_class(self.network_class)
         parts = [self.wrap(cls.from_pretrained(source, subfolder=name, **options)) for name in self.subfolders]
         return self.join(parts).to(self.device)
 
     def make_empty(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """The denoiser with its parameters on the meta device, where they have sizes but take no memory."""
+        from accelerate import init_empty_weights
+
         with init_empty_weights(include_buffers=False):
-            cls = getattr(diffusers, self.network_class)
+            cls = diffusers_class(self.network_class)
             networks = [cls.from_config(self.network_config) for _ in self.subfolders]
         for network in networks:  # cast as from_pretrained does: some layers stay in float32
             kept = tuple(network._keep_in_fp32_modules or ()) if dtype.itemsize < 4 else ()
@@ -196,6 +198,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         """parameter or buffer -> (file, name in the file). The files of a hub id are downloaded."""
         folder = Path(self.source)
         if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
             folder = Path(snapshot_download(self.source, allow_patterns=[f"{name}/*" for name in self.subfolders]))
         found: dict[str, tuple[Path, str]] = {}
         for i, name in enumerate(self.subfolders):
@@ -206,23 +210,25 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return found
 
     def load_exported(self, folder: Path) -> Denoiser:
-        return saving.load_student(self, folder)
+        from fastgen.backbones.saving import load_student  # with diffusers
+
+        return load_student(self, folder)
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """config.json of the VAE, without its weights."""
-        cls = getattr(diffusers, self.vae_class)
+        cls = diffusers_class(self.vae_class)
         return cls.load_config(self.source, subfolder="vae", local_files_only=self.options["local_files_only"])
 
     @cached_property
     def vae(self) -> Any:
-        vae = getattr(diffusers, self.vae_class).from_pretrained(self.source, subfolder="vae", **self.options)
+        vae = diffusers_class(self.vae_class).from_pretrained(self.source, subfolder="vae", **self.options)
         return vae.to(self.device).requires_grad_(False).eval()
 
     # --- prompts
 
     @cached_property
-    def text_pipeline(self) -> DiffusionPipeline:
+    def text_pipeline(self) -> Any:
         """The stock pipeline without the parts that make or check images. It encodes the prompts."""
         unused = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "image_encoder")
         absent: dict[str, Any] = {name: None for name in unused if name in self.components}
@@ -235,15 +241,15 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def components(self) -> dict[str, Any]:
         """model_index.json: component -> [library, class]."""
         local = self.options["local_files_only"]
-        index = dict(DiffusionPipeline.load_config(self.source, local_files_only=local))
-        return index | {"_class_name": index["_class_name"].removeprefix(flow_map.PREFIX)}
+        index = dict(diffusers_class("DiffusionPipeline").load_config(self.source, local_files_only=local))
+        return index | {"_class_name": index["_class_name"].removeprefix(FLOW_MAP)}
 
     @property
-    def pipeline_class(self) -> type[DiffusionPipeline]:
+    def pipeline_class(self) -> Any:
         """The stock pipeline's own class, whose from_pretrained is used. DiffusionPipeline.from_pretrained would
         ignore a component that is passed to it, and load the stored one, if the class has a default for that component
         (as WanPipeline has for its transformers)."""
-        return getattr(diffusers, self.components["_class_name"])
+        return diffusers_class(self.components["_class_name"])
 
     def warnings(self) -> list[str]:
         """Warns if the teacher looks like a few-step student itself, by its name, its scheduler or a fastgen.json."""
@@ -282,13 +288,17 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     # --- export
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-        saving.save_student(self, student, policy, folder)
+        from fastgen.backbones.saving import save_student  # with diffusers
+
+        save_student(self, student, policy, folder)
 
     @property
     def library(self) -> str:
         return "diffusers"
 
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
+        from fastgen.backbones.usage import pipeline_usage  # with diffusers
+
         return pipeline_usage(self, policy, folder, adapter)
 
     def student_components(self, student: Denoiser) -> dict[str, Any]:
@@ -304,7 +314,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler."""
-        cls = getattr(diffusers, self.components["scheduler"][1])
+        cls = diffusers_class(self.components["scheduler"][1])
         return cls.from_pretrained(
             self.source, subfolder="scheduler", local_files_only=self.options["local_files_only"]
         )

@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inputs import UNetExtraInputs
@@ -66,10 +65,10 @@ class SDDenoiser(Denoiser):
     """An unmodified UNet2DConditionModel behind the contract. Its features are the output of the middle block, which
     DMD2's discriminator reads (arXiv 2405.14867 Sec. 4.3)."""
 
-    network: UNet2DConditionModel
+    network: Any  # a UNet2DConditionModel
     extra_inputs = UNetExtraInputs
 
-    def __init__(self, network: UNet2DConditionModel, schedule: VPSchedule, prediction_type: PredictionType):
+    def __init__(self, network: Any, schedule: VPSchedule, prediction_type: PredictionType):
         super().__init__(network, schedule, prediction_type)
         self.feature_dim = network.config.block_out_channels[-1]
 
@@ -142,11 +141,11 @@ image = pipeline("a prompt", **options).images[0]"""
         linspace, the spacing becomes trailing: with linspace, DDIMScheduler steps to other levels than those at which
         it calls the network."""
         scheduler = self.scheduler()
-        if isinstance(scheduler, DDIMScheduler) or is_plain_euler(scheduler):
+        if isinstance(scheduler, diffusers_class("DDIMScheduler")) or is_plain_euler(scheduler):
             return scheduler
         config = scheduler.config
         spacing = config.get("timestep_spacing", "leading")
-        return DDIMScheduler.from_config(
+        return diffusers_class("DDIMScheduler").from_config(
             config,
             **stock_noise(config),
             clip_sample=False,
@@ -264,7 +263,7 @@ def noise_schedule(scheduler: Any) -> VPSchedule:
     kind = config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"path: backbone sd needs epsilon, v_prediction or sample; the scheduler says {kind}")
-    schedule = VPSchedule(DDIMScheduler(**stock_noise(config)).alphas_cumprod)
+    schedule = VPSchedule(diffusers_class("DDIMScheduler")(**stock_noise(config)).alphas_cumprod)
     if kind == "epsilon" and schedule.table[-1] <= 0:
         raise ValueError(
             "path: rescale_betas_zero_snr leaves no signal at t = 1, where the output of an epsilon network says "

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import SD3Transformer2DModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repea
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
-from fastgen.pipelines.few_step import SD3Experts
 from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
@@ -58,9 +56,9 @@ class SD3Config(PipelineConfig):
 class SD3Denoiser(Denoiser):
     """An unmodified SD3Transformer2DModel behind the contract; features are the image tokens after each block."""
 
-    network: SD3Transformer2DModel
+    network: Any  # an SD3Transformer2DModel
 
-    def __init__(self, network: SD3Transformer2DModel):
+    def __init__(self, network: Any):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.inner_dim
 
@@ -175,6 +173,8 @@ class SD3(PipelineBackbone):
         boundaries = boundaries_in(Path(source) / self.subfolder)
         if not boundaries:
             return super().read_networks(source, **options)
+        from fastgen.pipelines.few_step import SD3Experts  # with diffusers
+
         joined = SD3Experts.from_pretrained(source, subfolder=self.subfolder, **options)
         return Experts([self.wrap(network) for network in joined.experts], boundaries).to(self.device)
 
@@ -182,6 +182,8 @@ class SD3(PipelineBackbone):
         if not student.boundaries:
             return super().student_components(student)
         networks = [part.network for part in student.members]
+        from fastgen.pipelines.few_step import SD3Experts  # with diffusers
+
         return {self.subfolder: SD3Experts.of(networks, student.boundaries)}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:

@@ -6,10 +6,10 @@ token with that bias gives the same picture as the whole run, for a fraction of 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 
@@ -37,7 +37,7 @@ class FoldedJointAttnProcessor:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,  # a diffusers Attention
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

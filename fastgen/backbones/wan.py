@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.folder import read_index
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
@@ -155,10 +154,10 @@ class WanDenoiser(Denoiser):
     t may be [B, F], one level per latent frame. Features are the video tokens after the block at half depth, the one
     at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
 
-    network: WanTransformer3DModel
+    network: Any  # a WanTransformer3DModel
     extra_inputs = WanExtraInputs
 
-    def __init__(self, network: WanTransformer3DModel):
+    def __init__(self, network: Any):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
@@ -254,7 +253,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def vae(self) -> Any:
         """The VAE, in float32, as the stock pipeline asks for. It processes one video at a time."""
         options = self.options | {"torch_dtype": torch.float32}
-        vae = AutoencoderKLWan.from_pretrained(self.source, subfolder="vae", **options)
+        vae = diffusers_class(self.vae_class).from_pretrained(self.source, subfolder="vae", **options)
         vae.enable_slicing()
         return vae.to(self.device).requires_grad_(False).eval()
 
@@ -312,7 +311,8 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         """The denoiser of this pipeline, or of an export of it, which may be a student of two experts."""
         own = str(source) == self.source or not Path(source).is_dir()
         names, boundary = find_experts(self.components if own else read_index(Path(source)))
-        networks = [WanTransformer3DModel.from_pretrained(source, subfolder=name, **options) for name in names]
+        cls = diffusers_class(self.network_class)
+        networks = [cls.from_pretrained(source, subfolder=name, **options) for name in names]
         parts = [self.wrap(network) for network in networks]
         return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
 

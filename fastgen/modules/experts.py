@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
@@ -77,7 +76,7 @@ class Experts(Denoiser):
 
     def called_experts(self, index: Tensor) -> list[int]:
         """The experts that have rows on this process or, if the networks are sharded, on any process."""
-        if not isinstance(self, FSDPModule):
+        if not self.is_sharded:
             return index.unique().tolist()
         counts = torch.bincount(index, minlength=len(self.experts))
         dist.all_reduce(counts)

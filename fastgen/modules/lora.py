@@ -6,15 +6,14 @@ recomputes it in the backward pass. Every adapter keeps `requires_grad`. peft's 
 other adapters, and gradients of a graph that was built before the switch are then lost without a warning.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -49,13 +48,16 @@ class SharedBase:
         self.default_targets = tuple(default_targets)
         self.configs: dict[str, LoraConfig] = {}
         self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> how add_inputs extended it
-        self._layers: list[BaseTunerLayer] = []
+        self._layers: list[Any] = []  # peft's, which hold the adapters
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
         self._role: str | None = None
 
     def add(self, role: str, config: LoraConfig) -> "LoraDenoiser":
         """A new adapter, which does not change the output yet. Raises ValueError if a target matches no layer."""
+        from peft import LoraConfig as PeftLoraConfig  # takes seconds to import
+        from peft import inject_adapter_in_model
+
         targets = config.targets or self.default_targets
         linear = [name for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)]
         original = [name.removesuffix(".base_layer") for name in linear]
@@ -73,7 +75,7 @@ class SharedBase:
             if is_adapter_parameter(name, role):
                 p.data = p.data.to(self.dtype)
         self.configs[role] = config
-        self._layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = [m for m in self.denoiser.modules() if is_adapter_layer(m)]
         self.refresh()
         self.switch(None)
         for r in self.configs:
@@ -140,10 +142,16 @@ class SharedBase:
         with self.using(role):  # with its own time embedder
             whole = deepcopy(self.denoiser)
         for name, layer in list(whole.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
+            if is_adapter_layer(layer):
                 layer.merge(adapter_names=[role])
                 whole.set_submodule(name, layer.get_base_layer())
         return whole
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether this is a layer that peft has put an adapter on."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    return layers is not None and isinstance(module, layers.BaseTunerLayer)
 
 
 def is_adapter_parameter(name: str, role: str) -> bool:

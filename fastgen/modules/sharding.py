@@ -5,16 +5,14 @@ reads its own slice of the weight files. While a checkpoint is written, one tens
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in the file)
 
@@ -22,7 +20,7 @@ WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in t
 def shard(
     module: nn.Module,
     blocks: Iterable[nn.Module],
-    mesh: DeviceMesh,
+    mesh: Any,
     device: torch.device,
     weights: WeightMap,
     stored_name: Callable[[nn.Module, str], str],
@@ -32,6 +30,8 @@ def shard(
     Parameters on the meta device are filled from `weights`, which is looked up by the name that `stored_name` gives
     them; others keep their values.
     Raises ValueError if a parameter on the meta device has no weights."""
+    from torch.distributed.fsdp import fully_shard
+
     if not any(True for _ in module.parameters()):
         return module.to(device)
     held = {n: t.detach().clone() for n, t in named_tensors(module).items() if not t.is_meta}
@@ -85,10 +85,27 @@ def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
     local(tensor).copy_(part)
 
 
-def slices(tensor: Tensor) -> tuple[slice, ...]:
+# torch.distributed's tensors and modules take seconds to import. Where nothing has imported them, nothing is sharded.
+
+
+def is_sharded_tensor(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to this module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def slices(tensor: Any) -> tuple[slice, ...]:
     """The slices of the whole tensor that this process holds."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded_tensor(tensor):
         return tuple(slice(0, n) for n in tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))
 
@@ -98,15 +115,11 @@ def own_slice(whole: Tensor, like: Tensor) -> Tensor:
     return whole[slices(like)] if whole.dim() else whole
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's shard of a tensor, or the tensor itself if it is not sharded. Shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded_tensor(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """The whole tensor, on every process; all of them must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
+    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor

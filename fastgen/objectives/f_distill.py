@@ -23,13 +23,13 @@ the released code uses those of g.
 from typing import Literal
 
 import torch
-from accelerate.utils import reduce
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import signals
 from fastgen.batch import Batch
+from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
@@ -88,6 +88,6 @@ class FDistill(DMD2):
         weight = signals.divergence_weight(self.f_divergence, ratio / level_mean[index])
         seen = torch.stack([ratio, weight, torch.ones_like(ratio)])
         sums = torch.zeros_like(state["seen"]).index_add_(1, index, seen)
-        state["seen"] += reduce(sums, "sum")  # over processes
+        state["seen"] += summed(sums)  # over processes
         terms = {"ratio": ratio.mean(), "effective_share": signals.effective_share(weight)}
         return weight * count.sum() / total_weight.sum(), terms

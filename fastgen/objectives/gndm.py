@@ -39,7 +39,6 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from accelerate.utils import reduce
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import NO_INPUTS, Inputs
+from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives import replay
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
@@ -164,7 +164,7 @@ class GNDM(Objective):
                 score = networks.rewards(x, batch, grad=True)
                 reward_grad = torch.autograd.grad(score.value.sum(), x)[0]
             squares = torch.stack([grad.square().sum(), reward_grad.square().sum()]).to(state["reward.squares"])
-            state["reward.squares"] += reduce(squares, "sum")
+            state["reward.squares"] += summed(squares)
             weight = state["reward.weight"].clone()
             grad = grad - weight.to(grad) * reward_grad
             terms = terms | score.terms() | {"reward_weight": weight}

@@ -20,13 +20,13 @@ elsewhere. To learn a law that is tilted by the reward, use an objective whose o
 from typing import Literal
 
 import torch
-from accelerate.utils import reduce
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import signals
 from fastgen.batch import Batch
+from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
@@ -72,6 +72,6 @@ class ReDMD(DMD2):
         centred = torch.where(count > 0, score.value - total / count.clamp_min(1e-12), 0.0)
         weight = (self.beta * centred).clamp(-self.clip, self.clip).exp()
         sums = torch.stack([(valid * score.value).sum(), valid.sum()])
-        state["seen"] += reduce(sums, "sum")  # over processes
+        state["seen"] += summed(sums)  # over processes
         terms = score.terms() | {"effective_share": signals.effective_share(weight * valid)}
         return weight * valid / valid.mean().clamp_min(1 / len(valid)), terms

@@ -8,8 +8,9 @@ row id % N."""
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils import gather
 from torch import Tensor
+
+from fastgen.modules.processes import gathered
 
 AGE = "replay.age"
 
@@ -28,7 +29,7 @@ def store(state: dict[str, Tensor], samples: Mapping[str, Tensor]) -> None:
     """Appends a micro-batch of tensors [B, ...]. Every process passes its own rows, and all of them are stored."""
     for key, value in samples.items():
         name = f"replay.{key}"
-        rows = gather(value.contiguous())
+        rows = gathered(value)
         state[name] = torch.cat([state[name], rows]) if name in state else rows
 
 

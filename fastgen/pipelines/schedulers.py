@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scipy.optimize import brentq
-
 from fastgen.rollout import RolloutPolicy, TeacherPolicy
 
 TOLERANCE = 1e-6
@@ -94,6 +92,8 @@ def solve_shift(times: tuple[float, ...]) -> float:
     if not brackets:
         return 1.0
     low, high = min(brackets, key=lambda pair: abs(math.log(pair[0])))
+    from scipy.optimize import brentq  # takes a second to import
+
     return float(brentq(second, low, high, xtol=1e-13))
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import ExtraInputs
-from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.lora import LoraDenoiser, is_adapter_layer
 from fastgen.modules.sharding import shard
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
@@ -85,7 +84,7 @@ def stored_name(module: nn.Module, name: str) -> str:
     kept = []
     for part in path:
         wrapped = (isinstance(module, ExtraInputs) and part == "embedding") or (
-            isinstance(module, BaseTunerLayer) and part == "base_layer"
+            is_adapter_layer(module) and part == "base_layer"
         )
         if not wrapped:
             kept.append(part)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 
 def check_writer() -> None:
@@ -33,6 +32,8 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
 
 def side_by_side(videos: Tensor) -> Tensor:
     """Tiles several videos [B, F, 3, H, W] into one, [F, 3, H', W'], with about as many rows as columns."""
+    from torchvision.utils import make_grid  # takes a second to import
+
     columns = max(1, round(len(videos) ** 0.5))
     return torch.stack([make_grid(frame, nrow=columns, padding=2, pad_value=1.0) for frame in videos.transpose(0, 1)])
 
