@@ -2,8 +2,9 @@
 
 from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch
 from fastgen.data.hub import HubData
-from fastgen.data.images import ImageData, image_files
+from fastgen.data.images import ImageData
 from fastgen.data.order import shuffled
+from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
 from fastgen.data.toys import DigitsData, MixtureData

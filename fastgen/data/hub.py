@@ -14,8 +14,9 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataError, Samples, SampleSource, SampleStream, Stream, encode_picture
-from fastgen.data.images import check_sizes, image_size, read_image, resolution
+from fastgen.data.images import check_sizes, read_image, resolution
 from fastgen.data.order import permutation
+from fastgen.data.pictures import picture_size
 from fastgen.data.tables import check_text, choose_column, import_extra
 
 CHECKED_IMAGES = 256  # number of images whose size is checked before weights load
@@ -67,7 +68,7 @@ class HubData(SampleSource):
                     f"image_column: {self.path} has no column {self.image_column!r}; choose one of {', '.join(first)}"
                 )
             sizes = (
-                (f"row {i + 1} of {self.path}", image_size(image_bytes(row[self.image_column])))
+                (f"row {i + 1} of {self.path}", picture_size(image_bytes(row[self.image_column]), f"row {i + 1}"))
                 for i, row in enumerate(itertools.islice(rows, CHECKED_IMAGES))
             )
             check_sizes(sizes, resolution(backbone), self.allow_upscaling)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, utf8
+from fastgen.data.pictures import PictureError, image_files, picture_size, read_picture
+from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, read_text
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -40,7 +39,7 @@ class ImageData(SampleSource):
 
     def check(self, backbone: Any) -> None:
         files, _ = self.read()
-        check_sizes(((str(f), image_size(f)) for f in files), resolution(backbone), self.allow_upscaling)
+        check_sizes(((str(f), picture_size(f, str(f))) for f in files), resolution(backbone), self.allow_upscaling)
 
     def samples(self, backbone: Backbone) -> Samples:
         files, captions = self.read()
@@ -71,11 +70,7 @@ class ImageData(SampleSource):
                 f"folder: {len(missing)} images in {folder} have no caption, the first is {missing[0]}; put "
                 "each caption in a .txt file with the image's name, or all captions in a metadata.csv"
             )
-        captions = []
-        for text in (f.with_suffix(".txt") for f in files):
-            with utf8(text):
-                captions.append(text.read_text(encoding="utf-8-sig").strip())
-        return files, captions
+        return files, [read_text(f.with_suffix(".txt")) for f in files]
 
 
 def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:
@@ -93,16 +88,6 @@ def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str
     return files, captions
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, sorted by name. Raises ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no image folder at {folder}")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} contains no png, jpg, jpeg or webp image")
-    return files
-
-
 def resolution(config: BackboneConfig) -> int:
     """The side of the backbone's images in pixels, from its configs alone. Raises ValueError if it takes no images."""
     try:
@@ -112,15 +97,6 @@ def resolution(config: BackboneConfig) -> int:
     if size is None:
         raise ValueError(f"name: image data needs a backbone that makes images, and {config.name} does not")
     return size
-
-
-def image_size(source: Path | BytesIO) -> tuple[int, int] | None:
-    """The width and height of an image, from its header alone; None if it is not an image."""
-    try:
-        with Image.open(source) as image:
-            return image.size
-    except UNREADABLE:
-        return None
 
 
 def check_sizes(sizes: Iterator[tuple[str, tuple[int, int] | None]], size: int, allow_upscaling: bool) -> None:
@@ -142,16 +118,15 @@ def check_sizes(sizes: Iterator[tuple[str, tuple[int, int] | None]], size: int, 
 
 
 def read_image(source: Path | BytesIO, size: int, where: str, allow_upscaling: bool) -> Tensor:
-    """Pixels [3, size, size] in [0, 1]. The image is rotated as its EXIF data says, its shorter side is resized to
-    `size` (bicubic, antialiased), and the centre is cropped. Raises DataError, naming `where`, if the image cannot be
-    read or is too small."""
+    """Pixels [3, size, size] in [0, 1], of `pictures.read_picture`. The shorter side is resized to `size` (bicubic,
+    antialiased), and the centre is cropped. Raises DataError, naming `where`, if the image cannot be read or is too
+    small."""
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        with Image.open(source) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except UNREADABLE as error:
-        raise DataError(f"cannot read the image {where}: {error}; replace or remove it") from None
+        image = read_picture(source, where)
+    except PictureError as error:
+        raise DataError(str(error)) from None
     if min(image.size) < size and not allow_upscaling:
         raise DataError(
             f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {size}x{size}; "

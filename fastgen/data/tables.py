@@ -125,6 +125,12 @@ def utf8(path: Path) -> Iterator[None]:
         ) from None
 
 
+def read_text(path: Path) -> str:
+    """A caption file's text, without the spaces around it. Raises ValueError, naming the line, if it is not UTF-8."""
+    with utf8(path):
+        return path.read_text(encoding="utf-8-sig").strip()
+
+
 def decodes(line: bytes) -> bool:
     try:
         line.decode()

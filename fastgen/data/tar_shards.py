@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.images import IMAGE_SUFFIXES, check_sizes, image_size, read_image, resolution
+from fastgen.data.images import check_sizes, read_image, resolution
+from fastgen.data.pictures import IMAGE_SUFFIXES, picture_size
 from fastgen.data.tables import check_text, choose_column
 
 
@@ -133,7 +134,9 @@ def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, 
                     if key in images:
                         raise ValueError(f"{shard} has two images named {key}; give each sample its own name")
                     data = BytesIO(file.read(min(member.size, 1 << 16)))
-                    size = image_size(data) or image_size(BytesIO(data.getvalue() + file.read(member.size)))
+                    size = picture_size(data, key) or picture_size(
+                        BytesIO(data.getvalue() + file.read(member.size)), key
+                    )
                     images[key] = (member.offset_data, member.size, size)
                 else:
                     texts.setdefault(key, {})[suffix] = file.read(member.size)

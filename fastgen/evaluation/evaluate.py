@@ -26,7 +26,15 @@ from fastgen.evaluation.measure import KEPT, Partial, measure
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, inception_file
 from fastgen.metrics.points import labels_of
-from fastgen.metrics.reference import Reference, captions, hash_files, open_reference, read_images, sample_files
+from fastgen.metrics.reference import (
+    Reference,
+    captions,
+    check_one_size,
+    hash_files,
+    open_reference,
+    read_images,
+    sample_files,
+)
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
 from fastgen.sampling.sampler import Sampler, load_sampler
@@ -109,6 +117,7 @@ def evaluate_images_with_samples(
     if len(files) < config.num_samples:
         raise ValueError(f"{folder} has {len(files)} images, fewer than num_samples = {config.num_samples}")
     files = files[: config.num_samples]
+    check_one_size(files)
     prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
     readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
     if readers and not any(prompts):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastgen.data import image_files
 from fastgen.data.digits import load_digits, prompt_for
+from fastgen.data.pictures import image_files, picture_size, read_picture
+from fastgen.data.tables import read_text
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def open_reference(name: str) -> Reference:
         prompts = tuple(prompt_for(int(label)) for label in labels)
         return Reference("digits", prompts, lambda start, stop: pixels[start:stop])
     files = sample_files(Path(name))
+    check_one_size(files)
     return Reference(name, captions(files), lambda start, stop: read_images(files[start:stop]))
 
 
@@ -62,20 +63,34 @@ def captions(files: Sequence[Path]) -> tuple[str, ...]:
             f"{len(missing)} of {len(texts)} images have no caption, the first is {missing[0]}; "
             "give every image a caption, or none"
         )
-    return tuple(t.read_text().strip() for t in texts)
+    return tuple(read_text(t) for t in texts)
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
-    """Pixels [B, 3, H, W] float32 in [0, 1]. Raises ValueError if the sizes differ."""
+    """Pixels [B, 3, H, W] float32 in [0, 1], of `pictures.read_picture`. Raises ValueError, naming the file, if one
+    cannot be read, or if the sizes differ."""
     images: list[Tensor] = []
     for file in files:
-        with Image.open(file) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(np.array(read_picture(file, str(file)))).permute(2, 0, 1).float() / 255
         if images and pixels.shape != images[0].shape:
             sizes = f"{file} has {list(pixels.shape)}, {files[0]} has {list(images[0].shape)}"
             raise ValueError(f"images must all have the same size: {sizes}")
         images.append(pixels)
     return torch.stack(images)
+
+
+def check_one_size(files: Sequence[Path]) -> None:
+    """Raises ValueError if images differ in size, whatever the batch size, or if one is not an image; from their
+    headers alone."""
+    sizes = {file: picture_size(file, str(file)) for file in files}
+    for file, size in sizes.items():
+        if size is None:
+            raise ValueError(f"{file} is not a readable image; replace or remove it")
+        if size != sizes[files[0]]:
+            raise ValueError(
+                f"images must all have the same size: {file} has {size[0]}x{size[1]}, {files[0]} has "
+                f"{sizes[files[0]][0]}x{sizes[files[0]][1]}"  # type: ignore[index]
+            )
 
 
 def hash_files(files: Sequence[Path]) -> str:
