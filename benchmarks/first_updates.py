@@ -38,11 +38,19 @@ def overrides(path: Path, runs: Path, quick: bool) -> list[str]:
     steps = 4 if quick else 20
     points = raw["backbone"]["name"] == "gaussian_mixture"
     given = [
-        f"output_dir={runs / path.stem}", "train.device=cpu", f"train.steps={steps}", "train.log_every=1",
-        f"train.checkpoint_every={steps}", "train.sample_every=0", "train.eval_every=0", "train.num_samples=4",
-        "eval.teacher_steps=[4]", f"eval.quick_num_samples={500 if points else 64}", "health.every=10",
+        f"output_dir={runs / path.stem}",
+        "train.device=cpu",
+        f"train.steps={steps}",
+        "train.log_every=1",
+        f"train.checkpoint_every={steps}",
+        "train.sample_every=0",
+        "train.eval_every=0",
+        "train.num_samples=4",
+        "eval.teacher_steps=[4]",
+        f"eval.quick_num_samples={500 if points else 64}",
+        "health.every=10",
         "health.num_samples=16",
-    ]  # fmt: skip
+    ]
     if quick:
         given += ["train.batch_size=48"] + ["backbone.fit_steps=50"] * points
     if raw["data"].get("pairs"):

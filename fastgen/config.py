@@ -210,6 +210,8 @@ def build_recipe(raw: Mapping[str, Any], files: bool = True) -> Recipe:
     known = {field.name for field in dataclasses.fields(Recipe)}
     with problems.noting():
         recipe = validated(Recipe, {key: value for key, value in values.items() if key in known}, "")
+    if any(line.startswith("unknown key") for line in problems.lines):  # pydantic says that too, in worse words
+        problems.lines = [line for line in problems.lines if ": Unexpected keyword argument" not in line]
     problems.refuse()
     check_recipe(recipe, files)
     return recipe

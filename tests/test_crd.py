@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import AffineStudent, Recorder, grouped_batch, tiny_backbone, tiny_networks
+from oracles import AffineStudent, Recorder, gaussian, grouped_batch, tiny_backbone, tiny_networks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
+from fastgen.backbones.gaussian_mixture import Mixture, build_mixture
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser, Inputs
@@ -642,9 +642,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def test_the_affine_student_starts_as_the_posterior_mean() -> None:
     """Exactly, so that what the oracles of the Gaussian find is about CRD alone."""
-    mixture = build_mixture(GaussianMixtureConfig(means=(tuple(MEAN.tolist()),), stds=(tuple(STD.tolist()),)))
+    teacher, batch = gaussian(MEAN.tolist(), STD.tolist()), grouped_batch(20)
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for level in LEVELS:
         t = torch.full((20,), level, dtype=torch.float64)
-        exact = mixture.posterior_mean(x, 1 - t[:, None], t[:, None], torch.zeros(20, dtype=torch.int64))
-        assert torch.allclose(exact_student()(x, t, {}), exact)  # type: ignore[arg-type]
+        assert torch.allclose(exact_student()(x, t, batch.cond), teacher(x, t, batch.cond))

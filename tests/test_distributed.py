@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,23 +65,30 @@ def difference(one: Path, other: Path) -> float:
     return largest
 
 
-def compare(folder: Path, extra: list[str], only_divided: list[str]) -> float:
-    one = run(folder / "one", 1, *extra)
-    two = run(folder / "two", 2, "train.strategy=fsdp", *extra, *only_divided)
+def compare(one: Path, folder: Path, *overrides: str) -> float:
+    """A run of one process with that of two, whose networks are divided, made in `folder` with these overrides."""
+    two = run(folder, 2, "train.strategy=fsdp", *overrides)
     names = {f.name for f in (two / "export").rglob("*") if f.is_file()}
     assert names == {f.name for f in (one / "export").rglob("*") if f.is_file()}
     return difference(one, two)
 
 
-def test_divided_networks_train_as_one(tmp_path: Path) -> None:
-    error = compare(tmp_path, GAN, [])
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a discriminator, to be read only."""
+    return run(tmp_path_factory.mktemp("one") / "run", 1, *GAN)
+
+
+def test_divided_networks_train_as_one(one_process: Path, tmp_path: Path) -> None:
+    error = compare(one_process, tmp_path / "two", *GAN)
     print(f"largest difference {error:.2g}")
     assert error < 1e-9
 
 
 @pytest.mark.slow
 def test_adapters_on_a_divided_base_train_as_on_a_whole_one(tmp_path: Path) -> None:
-    error = compare(tmp_path, [LORA], ["train.gradient_checkpointing=true"])
+    one = run(tmp_path / "one", 1, LORA)
+    error = compare(one, tmp_path / "two", LORA, "train.gradient_checkpointing=true")
     print(f"largest difference {error:.2g}")
     assert error < 1e-9
 
@@ -130,9 +138,11 @@ def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
         assert seen["peak_while_loading"] <= seen["held"] + 1.1 * seen["largest_block"]
 
 
-def test_a_run_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "run", 1)
-    arguments = [str(ROOT / DIGITS), *SMALL, f"output_dir={tmp_path / 'run'}", "train.steps=4"]
+def test_a_run_of_another_size_is_refused(
+    one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(one_process, tmp_path / "run")
+    arguments = [str(ROOT / DIGITS), *SMALL, *GAN, f"output_dir={folder}", "train.steps=4"]
     assert main([*arguments, "train.batch_size=2"]) == 2
     assert "was started with 4 samples per update" in capsys.readouterr().err
     assert main([*arguments, "train.batch_size=2", "train.accumulate=2"]) == 0

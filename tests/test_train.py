@@ -51,6 +51,18 @@ def tiny(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes/mixture_dmd2_4step.yaml", [*TINY, f"output_dir={folder}", *overrides])
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be read only."""
+    return train(tiny(tmp_path_factory.mktemp("plain") / "run"))
+
+
+@pytest.fixture(scope="module")
+def adversarial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a discriminator, to be read only."""
+    return train(tiny(tmp_path_factory.mktemp("adversarial") / "run", *GAN))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
     last = checkpoint.complete(folder / "checkpoints")[-1]
@@ -102,25 +114,23 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert load_recipe(folder / "recipe.yaml") == tiny(tmp_path / "run", *GAN)
 
 
-def test_the_export_is_the_moving_average(tmp_path: Path) -> None:
-    folder = train(tiny(tmp_path / "run"))
-    last = checkpoint.complete(folder / "checkpoints")[-1]
-    exported = load_file(folder / "export/model.safetensors")
+def test_the_export_is_the_moving_average(plain: Path, tmp_path: Path) -> None:
+    last = checkpoint.complete(plain / "checkpoints")[-1]
+    exported = load_file(plain / "export/model.safetensors")
     average, student = load_file(last / "ema.safetensors"), load_file(last / "student.safetensors")
     assert all(torch.equal(v, average[f"network.{k}"]) for k, v in exported.items())
     assert any(not torch.equal(v, student[f"network.{k}"]) for k, v in exported.items())
-    again = export_run(folder, tmp_path / "again")
+    again = export_run(plain, tmp_path / "again")
     assert all(torch.equal(v, exported[k]) for k, v in load_file(again / "model.safetensors").items())
-    points = load_sampler(folder).sample(["", ""], [0, 1])
+    points = load_sampler(plain).sample(["", ""], [0, 1])
     assert points.shape == (2, 2)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = train(tiny(tmp_path / "whole", *GAN))
+def test_an_interrupted_run_ends_with_the_same_bits(adversarial: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path / "parts", *GAN, "train.steps=3"))
     (tmp_path / "parts/checkpoints/step_00000005.partial").mkdir()  # what a kill while saving leaves
     parts = train(tiny(tmp_path / "parts", *GAN))
-    a, b = weights(whole), weights(parts)
+    a, b = weights(adversarial), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [r["step"] for r in rows(parts) if "student/loss" in r] == [2, 3, 4, 6]
 
@@ -190,10 +200,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert world["position"] == 3 * 3 * 8  # three updates of three turns of eight samples: both processes took part
 
 
-def test_a_run_may_start_from_another(tmp_path: Path) -> None:
+def test_a_run_may_start_from_another(plain: Path, tmp_path: Path) -> None:
     """From a run, student and fake score; from an export, the student. The student's average begins there too."""
-    first = train(tiny(tmp_path / "first"))
-    last = checkpoint.complete(first / "checkpoints")[-1]
+    last = checkpoint.complete(plain / "checkpoints")[-1]
     still = [
         "train.steps=1",
         "optimizers.student.lr=2e-7",
@@ -202,13 +211,13 @@ def test_a_run_may_start_from_another(tmp_path: Path) -> None:
         "optimizers.student.weight_decay=0",
         "optimizers.fake_score.weight_decay=0",
     ]
-    for source in (first, first / "export"):
+    for source in (plain, plain / "export"):
         second = train(tiny(tmp_path / f"from_{source.name}", *still, f"init_from={source}"))
         found = weights(second)
         for role, origin in (("student", "ema"), ("ema", "ema"), ("fake_score", "fake_score")):
             expected = load_file(last / f"{origin}.safetensors")
             far = max((found[f"{role}.{k}"] - v).abs().max().item() for k, v in expected.items())
-            assert (far < 1e-6) == (source == first or role != "fake_score"), (source, role, far)
+            assert (far < 1e-6) == (source == plain or role != "fake_score"), (source, role, far)
 
 
 def test_a_few_step_teacher_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +233,8 @@ def test_a_few_step_teacher_is_warned_of(tmp_path: Path, monkeypatch: pytest.Mon
         assert "init_from" in warning
 
 
-def test_a_run_is_evaluated_without_further_options(tmp_path: Path) -> None:
-    folder = train(tiny(tmp_path / "run"))
-    evaluate_path(folder, output=tmp_path / "results.json")
+def test_a_run_is_evaluated_without_further_options(plain: Path, tmp_path: Path) -> None:
+    evaluate_path(plain, output=tmp_path / "results.json")
     result = json.loads((tmp_path / "results.json").read_text())
     assert {"energy_distance", "energy_distance_floor", "mean_error", "cov_error", "mode_share_error"} <= result[
         "metrics"
@@ -281,9 +289,9 @@ def test_opposite_moves_of_two_elements_are_seen() -> None:
         assert bit_sum(p.view(torch.int32), chunk) != bit_sum(moved.view(torch.int32), chunk)
 
 
-def test_bf16_autocast_keeps_float32_weights(tmp_path: Path) -> None:
+def test_bf16_autocast_keeps_float32_weights(adversarial: Path, tmp_path: Path) -> None:
     folder = train(tiny(tmp_path / "run", *GAN, "train.mixed_precision=bf16"))
     saved = weights(folder)
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in saved.values())
-    whole = weights(train(tiny(tmp_path / "whole", *GAN)))
+    whole = weights(adversarial)
     assert any(not torch.equal(saved[k], whole[k]) for k in whole)  # the option does something
