@@ -217,14 +217,15 @@ def test_fsdp_divides_what_is_held(backbones) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan22_a14b", "sdxl"])
 def test_the_largest_recipes_are_planned_in_20_seconds_and_4_gigabytes(project: Path, name: str) -> None:
-    """CPU seconds of a fresh process, as the machine may be busy with others; where importing alone takes longer than
-    the 8.5 seconds it took when this was written, as many more."""
+    """CPU seconds of a fresh process, as the machine may be busy with others. A slower machine is given as many more:
+    its speed is told by importing the libraries, which took 6.8 seconds on the machine that the 20 are of. (Our own
+    imports were the measure before; they have become fewer, which does not make a machine faster.)"""
     gc.collect()
-    imports, _ = cpu_seconds(project, "-c", "import fastgen.planning.report")
+    libraries, _ = cpu_seconds(project, "-c", "import torch, peft, diffusers, transformers, accelerate")
     seconds, output = cpu_seconds(project, "-m", "fastgen", "plan", f"recipes/{name}_dmd2_4step.yaml", "--gpus", "8")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(output[-1500:], f"{seconds:.1f} CPU seconds, of them {imports:.1f} for imports, {memory / 1e6:.2f} GB")
-    assert seconds < 20 * max(1.0, imports / 8.5) and memory < 4e6
+    print(output[-1500:], f"{seconds:.1f} CPU seconds; the libraries take {libraries:.1f}; {memory / 1e6:.2f} GB")
+    assert seconds < 20 * max(1.0, libraries / 6.8) and memory < 4e6
 
 
 def cpu_seconds(folder: Path, *arguments: str) -> tuple[float, str]:
