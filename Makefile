@@ -21,9 +21,9 @@ dev: $(VENV)/.dev
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not hub"
 
-# One training run for each kind of signal, and the longer oracles; one after the other, as some measure time.
+# One training run for each kind of signal, the longer oracles, and the fuzz tests.
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load -m slow
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .

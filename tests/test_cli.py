@@ -123,7 +123,7 @@ def test_refusals_are_exit_code_2_with_the_message_on_standard_error(arguments: 
 SLOW_TO_IMPORT = ("peft", "diffusers", "transformers", "accelerate", "torchvision", "scipy", "torch.distributed.fsdp")
 
 
-@pytest.mark.parametrize("recipe", ["mixture_dmd2_4step", "sdxl_dmd2_4step", "wan21_1b_dmd2_4step"])
+@pytest.mark.parametrize("recipe", ["mixture_dmd2_4step", "sdxl_dmd2_4step"])
 def test_a_refusal_imports_nothing_heavy(recipe: str) -> None:
     """A mistake in a recipe is answered before the libraries that take seconds to import."""
     program = (

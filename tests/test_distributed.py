@@ -79,6 +79,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("one") / "run", 1, *GAN)
 
 
+@pytest.mark.slow
 def test_divided_networks_train_as_one(one_process: Path, tmp_path: Path) -> None:
     error = compare(one_process, tmp_path / "two", *GAN)
     print(f"largest difference {error:.2g}")

@@ -176,6 +176,7 @@ def weights_moved(folder: Path) -> float:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same samples, divided between two processes, give the same weights in float64."""
     common = [*TINY, "train.dtype=float64", "train.eval_every=0", "train.sample_every=0", "train.steps=3"]
