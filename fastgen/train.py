@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fastgen.config import dump_recipe, load_recipe
 from fastgen.data import DataError, make_batch
 from fastgen.modules.lora import LoraDenoiser
-from fastgen.modules.sharding import refill
+from fastgen.modules.sharding import WeightsError, refill
 from fastgen.networks import counted
 from fastgen.noise import make_key
 from fastgen.objectives import Loss, Turn
@@ -347,7 +347,7 @@ def run_program(recipe: Recipe) -> int:
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code
-    except (TrainingError, CheckpointError, DataError, OSError, SafetensorError) as error:
+    except (TrainingError, CheckpointError, DataError, WeightsError, OSError, SafetensorError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

@@ -221,9 +221,12 @@ def test_the_largest_recipes_are_planned_in_20_seconds_and_4_gigabytes(project: 
     its speed is told by importing the libraries, which took 6.8 seconds on the machine that the 20 are of. (Our own
     imports were the measure before; they have become fewer, which does not make a machine faster.)"""
     gc.collect()
-    libraries, _ = cpu_seconds(project, "-c", "import torch, peft, diffusers, transformers, accelerate")
+    imports = ("-c", "import torch, peft, diffusers, transformers, accelerate")
+    before, _ = cpu_seconds(project, *imports)
     seconds, output = cpu_seconds(project, "-m", "fastgen", "plan", f"recipes/{name}_dmd2_4step.yaml", "--gpus", "8")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    after, _ = cpu_seconds(project, *imports)
+    libraries = max(before, after)  # a shared machine changes its speed in between
     print(output[-1500:], f"{seconds:.1f} CPU seconds; the libraries take {libraries:.1f}; {memory / 1e6:.2f} GB")
     assert seconds < 20 * max(1.0, libraries / 6.8) and memory < 4e6
 

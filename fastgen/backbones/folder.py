@@ -1,10 +1,18 @@
-"""The files of a diffusers pipeline folder: its index, its components, and whether they are complete."""
+"""The files of a diffusers pipeline folder: its index, its components, and whether each can be read as a whole.
+
+What is checked is what is read: the weights of a component are the files that diffusers and transformers open, and
+these are opened here first, their headers alone."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")  # components without weights
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the stock pipelines do without
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # library -> how its weight files begin
+VARIANTS = (None, "fp16")  # in the order in which they are taken
+FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
+LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -12,47 +20,133 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise ValueError(f"path: {folder} is not a diffusers pipeline: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text())
-        index["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"path: {path} is not a diffusers index; download the pipeline again") from None
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"path: {path} is not a diffusers index; download the pipeline again")
     return index
 
 
-def check_components(folder: Path, index: dict[str, Any]) -> None:
-    """Raises ValueError if a component in the index is missing, or lacks its config or safetensors weights."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, naming the file, if it is missing or holds anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"path: cannot read {path}: {error}; download the pipeline again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {path} holds no JSON object; download the pipeline again")
+    return content
+
+
+def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """component -> (library, class), of those that the pipeline has. An optional one whose folder is missing counts as
+    absent. Raises ValueError for any other folder that is missing."""
+    found: dict[str, tuple[str, str]] = {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
-        part = folder / name
-        if not part.is_dir():
+        if (folder / name).is_dir():
+            found[name] = (str(entry[0]), str(entry[1]))
+        elif name not in OPTIONAL:
             raise ValueError(f"path: {folder} is incomplete: it has no folder {name}; download it again")
-        if name.startswith(WEIGHTLESS):
-            continue
-        if not (part / "config.json").is_file():
-            raise ValueError(f"path: {part} has no config.json; download it again")
-        missing = missing_weights(part)
-        if missing:
-            raise ValueError(f"path: {part} has no {missing}; download the safetensors weights")
+    return found
 
 
-def missing_weights(part: Path) -> str:
-    """The first weight file that is missing, by the index of the shards if there is one; '' if none is missing."""
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return next((w for w in wanted if not (part / w).is_file()), "")
-    return "" if any(part.glob("*.safetensors")) else "safetensors weights"
+def check_components(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> None:
+    """Raises ValueError, naming the file, if a component cannot be read whole. classes: component -> the class that
+    this family of pipelines needs there."""
+    for name, (library, class_name) in component_entries(folder, index).items():
+        part = folder / name
+        if name in classes and class_name != classes[name]:
+            raise ValueError(f"path: {part} is a {class_name}, and this pipeline needs a {classes[name]} there")
+        if name.startswith("tokenizer"):
+            check_tokenizer(part, class_name)
+        elif name.startswith("scheduler"):
+            read_json(part / "scheduler_config.json")
+        elif not name.startswith(WEIGHTLESS) and name not in OPTIONAL:
+            read_json(part / "config.json")
+            for path in weight_files(part, library):
+                check_weights(path)
 
 
-def weight_files(part: Path) -> list[Path]:
-    """The safetensors files of a component: those in its index, or its single file."""
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        return [part / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(part.glob("*.safetensors"))[:1]
+def check_tokenizer(part: Path, class_name: str) -> None:
+    """CLIP's prompts are padded to the length that its tokenizer's config gives."""
+    if not class_name.startswith("CLIP"):
+        return
+    length = read_json(part / "tokenizer_config.json").get("model_max_length")
+    if not isinstance(length, int) or not 1 <= length <= 10_000:
+        raise ValueError(
+            f"path: {part}/tokenizer_config.json gives no model_max_length, to which prompts are padded; set it, 77 "
+            "for CLIP"
+        )
+
+
+def variant_of(part: Path, library: str) -> str | None:
+    """The variant of a component's weights: None for the plain files, "fp16" where only those are there. Raises
+    ValueError, saying what is there instead, if the component has no safetensors weights."""
+    for variant in VARIANTS:
+        if any((part / name).is_file() for name in weight_names(library, variant)):
+            return variant
+    others = ", ".join(
+        sorted(p.name for p in part.glob("*.bin"))[:3] + sorted(p.name for p in part.glob("*.saf*"))[:3]
+    )
+    single, _ = weight_names(library, None)
+    raise ValueError(
+        f"path: {part} has no safetensors weights: {single}, or its index, is missing"
+        + (f", and {others} is not read" if others else "")
+        + "; download the safetensors weights"
+    )
+
+
+def weight_names(library: str, variant: str | None) -> tuple[str, str]:
+    """The names of a component's single file of weights and of the index of its shards."""
+    stem, infix = STEMS.get(library, STEMS["transformers"]), f".{variant}" if variant else ""
+    return f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
+
+
+def weight_files(part: Path, library: str = "diffusers") -> list[Path]:
+    """The files that hold a component's weights: the one file, or the shards of its index. Where both are there,
+    diffusers reads the shards and transformers the file. Raises ValueError if any is missing."""
+    single, index = (part / name for name in weight_names(library, variant_of(part, library)))
+    if single.is_file() and (library != "diffusers" or not index.is_file()):
+        return [single]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"path: {index} lists no shards; download the pipeline again")
+    files = [part / str(name) for name in sorted(set(shards.values()))]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise ValueError(f"path: {part} has no {missing.name}, which {index.name} lists; download the shard")
+    return files
+
+
+def check_weights(path: Path) -> None:
+    """Reads the header of a safetensors file. Raises ValueError if the file is cut short or is none, as a Git LFS
+    pointer is, or if weights in it are not floating-point numbers."""
+    again = "download it again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise ValueError(f"path: {path} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
+            if length > min(LONGEST_HEADER, size - 8):
+                raise ValueError(f"path: {path} is not a safetensors file, or is cut short; {again}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            dtypes = {name: entry["dtype"] for name, entry in header.items()}
+    except OSError as error:
+        raise ValueError(f"path: cannot read {path}: {error.strerror}; {again}") from None
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"path: {path} has a damaged header; {again}") from None
+    if size != 8 + length + end:
+        raise ValueError(f"path: {path} has {size:,} bytes instead of {8 + length + end:,}; {again}")
+    for name, dtype in dtypes.items():
+        if name.endswith((".weight", ".bias")) and dtype not in FLOATING:
+            raise ValueError(f"path: {path} stores {name} as {dtype}; quantised weights are not supported")
 
 
 def boundaries_in(part: Path) -> tuple[float, ...]:
     """The boundaries between the experts in one component, from its config.json; () for one network or a hub id."""
     path = part / "config.json"
-    return tuple(json.loads(path.read_text()).get("boundaries", ())) if path.is_file() else ()
+    return tuple(read_json(path).get("boundaries", ())) if path.is_file() else ()

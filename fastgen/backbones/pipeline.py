@@ -16,17 +16,27 @@ from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, RoleOptions
-from fastgen.backbones.folder import check_components, read_index, weight_files
+from fastgen.backbones.folder import (
+    OPTIONAL,
+    WEIGHTLESS,
+    check_components,
+    component_entries,
+    read_index,
+    read_json,
+    variant_of,
+    weight_files,
+)
 from fastgen.backbones.prompt_table import PromptTable
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
-from fastgen.modules.sharding import WeightMap
-from fastgen.registry import shipped
+from fastgen.modules.sharding import WeightMap, WeightsError
+from fastgen.registry import nearest, shipped
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
 FLOW_MAP = "FlowMap"  # begins the names of our pipeline classes for students with added inputs
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
 
@@ -44,8 +54,7 @@ class PipelineConfig(BackboneConfig):
         """Raises ValueError if the path is neither a complete pipeline folder of this family nor a hub id."""
         folder = self.local_folder()
         if folder is None:
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
-                raise ValueError(f"path: {self.path!r} is neither a folder nor a hub id like org/name")
+            self.check_hub_id()
             return
         index = read_index(folder)
         if index["_class_name"] not in self.pipelines:
@@ -54,7 +63,24 @@ class PipelineConfig(BackboneConfig):
                 f"path: {folder} holds a {index['_class_name']}; backbone {self.name} loads a {expected}"
                 f"{other_family(index['_class_name'])}"
             )
-        check_components(folder, index)
+        backbone = self.build(torch.device("cpu"), torch.float32, 0)
+        check_components(folder, index, backbone.needed_classes)
+
+    def check_hub_id(self) -> None:
+        """Raises ValueError if the path, which is no folder, cannot be a hub id either."""
+        if Path(self.path).is_file():
+            raise ValueError(
+                f"path: {self.path} is a single file; convert it to a diffusers folder (from_single_file and "
+                "save_pretrained of the pipeline), and name that"
+            )
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
+            raise ValueError(f"path: {self.path!r} is neither a folder nor a hub id like org/name")
+        parent = Path(self.path).parent
+        if parent.is_dir():
+            names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+            raise ValueError(
+                f"path: the folder {parent} has no {Path(self.path).name}{nearest(Path(self.path).name, names)}"
+            )
 
     @abstractmethod
     def build(
@@ -103,7 +129,34 @@ def diffusers_class(name: str) -> Any:
     """A class of diffusers, which takes seconds to import: not before a recipe is known to be good."""
     import diffusers
 
-    return getattr(diffusers, name)
+    try:
+        return getattr(diffusers, name)
+    except AttributeError:
+        raise WeightsError(
+            f"path: diffusers {diffusers.__version__} has no class {name}, which the pipeline names"
+        ) from None
+
+
+def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:
+    """A network of a pipeline with all its weights. Of a folder that has them in float16 only, these are read.
+
+    Raises WeightsError if the stored tensors are not those of the network that config.json describes: diffusers and
+    transformers would draw the missing ones at random."""
+    part = Path(source) / name
+    try:
+        variant = variant_of(part, cls.__module__.partition(".")[0]) if part.is_dir() else None
+        network, info = cls.from_pretrained(
+            source, subfolder=name, variant=variant, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise WeightsError(f"path: cannot load {name} of {source} as a {cls.__name__}: {error}") from None
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs", *UNEXPECTED.get(cls.__module__.split(".")[0], ())):
+        if found := sorted(map(str, info.get(kind) or ())):
+            raise WeightsError(
+                f"path: the weights of {name} in {source} are not those of the {cls.__name__} in its config.json: "
+                f"{kind.replace('_', ' ')} {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
+            )
+    return network
 
 
 class PipelineBackbone(Backbone):
@@ -164,10 +217,13 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def network_config(self) -> dict[str, Any]:
         """config.json of the network, without its weights."""
-        cls = diffusers_class(self.network_class)
-        return cls.load_config(
-            self.source, subfolder=self.subfolder, local_files_only=self.options["local_files_only"]
-        )
+        return self.component_config(self.network_class, self.subfolder)
+
+    def component_config(self, class_name: str, name: str) -> dict[str, Any]:
+        """config.json of a component. A local one is read without diffusers, which takes seconds to import."""
+        if self.options["local_files_only"]:
+            return read_json(Path(self.source) / name / "config.json")
+        return diffusers_class(class_name).load_config(self.source, subfolder=name)
 
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         if self.roles.deferred:
@@ -177,8 +233,13 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of a pipeline folder or hub id."""
         cls = diffusers_class(self.network_class)
-        parts = [self.wrap(cls.from_pretrained(source, subfolder=name, **options)) for name in self.subfolders]
+        parts = [self.wrap(read_component(cls, source, name, options)) for name in self.subfolders]
         return self.join(parts).to(self.device)
+
+    @property
+    def needed_classes(self) -> dict[str, str]:
+        """component -> the class that this family needs there."""
+        return dict.fromkeys(self.subfolders, self.network_class) | {"vae": self.vae_class}
 
     def make_empty(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """The denoiser with its parameters on the meta device, where they have sizes but take no memory."""
@@ -200,7 +261,9 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(self.source, allow_patterns=[f"{name}/*" for name in self.subfolders]))
+            files = [f"{name}/*.{kind}" for name in self.subfolders for kind in ("safetensors", "json")]
+            ignored = ["*.fp16.*", "*non_ema*", "*.index.fp16.json"]  # one variant is enough
+            folder = Path(snapshot_download(self.source, allow_patterns=files, ignore_patterns=ignored))
         found: dict[str, tuple[Path, str]] = {}
         for i, name in enumerate(self.subfolders):
             prefix = f"experts.{i}.network." if len(self.subfolders) > 1 else "network."
@@ -217,12 +280,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """config.json of the VAE, without its weights."""
-        cls = diffusers_class(self.vae_class)
-        return cls.load_config(self.source, subfolder="vae", local_files_only=self.options["local_files_only"])
+        return self.component_config(self.vae_class, "vae")
 
     @cached_property
     def vae(self) -> Any:
-        vae = diffusers_class(self.vae_class).from_pretrained(self.source, subfolder="vae", **self.options)
+        vae = read_component(diffusers_class(self.vae_class), self.source, "vae", self.options)
         return vae.to(self.device).requires_grad_(False).eval()
 
     # --- prompts
@@ -230,18 +292,51 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def text_pipeline(self) -> Any:
         """The stock pipeline without the parts that make or check images. It encodes the prompts."""
-        unused = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "image_encoder")
-        absent: dict[str, Any] = {name: None for name in unused if name in self.components}
-        if "safety_checker" in absent:
-            absent["requires_safety_checker"] = False  # it makes no images
-        pipeline = self.pipeline_class.from_pretrained(self.source, **absent, **self.options)
+        unused = ("transformer", "transformer_2", "unet", "vae")
+        given: dict[str, Any] = {name: None for name in (*unused, *OPTIONAL) if name in self.components}
+        if "safety_checker" in given:
+            given["requires_safety_checker"] = False  # it makes no images
+        import transformers
+
+        for name, entry in self.components.items():
+            if name.startswith("text_encoder") and isinstance(entry, list) and entry[0] == "transformers":
+                given[name] = read_component(getattr(transformers, entry[1]), self.source, name, self.options)
+        try:
+            pipeline = self.pipeline_class.from_pretrained(self.source, **given, **self.options)
+        except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+            raise WeightsError(
+                f"path: cannot load the text encoders and the scheduler of {self.source}: {error}"
+            ) from None
         return pipeline.to(self.device)
+
+    @cached_property
+    def variant(self) -> str | None:
+        """What diffusers has to be asked for when it loads the whole folder: "fp16" if a component has only that."""
+        if not self.options["local_files_only"]:
+            return None
+        entries = component_entries(Path(self.source), self.components).items()
+        found = [
+            variant_of(Path(self.source) / name, library)
+            for name, (library, _) in entries
+            if not name.startswith(WEIGHTLESS) and name not in OPTIONAL
+        ]
+        return next((variant for variant in found if variant), None)
+
+    @cached_property
+    def absent_components(self) -> dict[str, None]:
+        """Optional components that the index names and whose folder is missing, as None, so that diffusers does not
+        look for them."""
+        if not self.options["local_files_only"]:
+            return {}
+        return {name: None for name in OPTIONAL if name in self.components and not (Path(self.source) / name).is_dir()}
 
     @cached_property
     def components(self) -> dict[str, Any]:
         """model_index.json: component -> [library, class]."""
-        local = self.options["local_files_only"]
-        index = dict(diffusers_class("DiffusionPipeline").load_config(self.source, local_files_only=local))
+        if self.options["local_files_only"]:
+            index = read_index(Path(self.source))
+        else:
+            index = dict(diffusers_class("DiffusionPipeline").load_config(self.source))
         return index | {"_class_name": index["_class_name"].removeprefix(FLOW_MAP)}
 
     @property

@@ -33,6 +33,10 @@ class Pipeline(Protocol):
     @property
     def components(self) -> dict[str, Any]: ...
     @property
+    def variant(self) -> str | None: ...
+    @property
+    def absent_components(self) -> dict[str, None]: ...
+    @property
     def pipeline_class(self) -> type[DiffusionPipeline]: ...
     @property
     def time_dim(self) -> int: ...
@@ -54,7 +58,9 @@ def save_student(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, f
 
 def save_whole(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
     replaced = backbone.student_components(student) | {"scheduler": backbone.student_scheduler(policy)}
-    pipeline = backbone.pipeline_class.from_pretrained(backbone.source, **replaced, **backbone.options)
+    replaced |= backbone.absent_components
+    options = backbone.options | ({"variant": backbone.variant} if backbone.variant else {})
+    pipeline = backbone.pipeline_class.from_pretrained(backbone.source, **replaced, **options)
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 

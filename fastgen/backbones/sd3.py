@@ -38,10 +38,10 @@ class SD3Config(PipelineConfig):
 
     def check(self) -> None:
         """Also raises ValueError for an exported student of several experts, which cannot be a teacher."""
-        super().check()
         folder = self.local_folder()
         if folder is not None and boundaries_in(folder / "transformer"):
             raise ValueError(f"path: {folder} is a student of several experts; name the pipeline it came from")
+        super().check()
 
     def check_export(self, policy: RolloutPolicy) -> None:
         flow_match_scheduler(policy)

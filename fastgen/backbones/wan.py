@@ -4,7 +4,6 @@ Wan 2.1 and Wan 2.2 TI2V-5B have one network. Wan 2.2 A14B has two experts: `tra
 `transformer_2` below. Latents are [B, F, C, H, W] here and [B, C, F, H, W] inside diffusers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.folder import read_index
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class
+from fastgen.backbones.folder import read_index, read_json
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class, read_component
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
@@ -77,14 +76,6 @@ class WanConfig(PipelineConfig):
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Wan":
         return Wan(self, device, dtype, roles)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError if it is missing or unreadable."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"path: cannot read {path}: {error}; download the pipeline again") from None
 
 
 def find_experts(index: Mapping[str, Any]) -> tuple[tuple[str, ...], float | None]:
@@ -253,7 +244,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def vae(self) -> Any:
         """The VAE, in float32, as the stock pipeline asks for. It processes one video at a time."""
         options = self.options | {"torch_dtype": torch.float32}
-        vae = diffusers_class(self.vae_class).from_pretrained(self.source, subfolder="vae", **options)
+        vae = read_component(diffusers_class(self.vae_class), self.source, "vae", options)
         vae.enable_slicing()
         return vae.to(self.device).requires_grad_(False).eval()
 
@@ -312,7 +303,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         own = str(source) == self.source or not Path(source).is_dir()
         names, boundary = find_experts(self.components if own else read_index(Path(source)))
         cls = diffusers_class(self.network_class)
-        networks = [cls.from_pretrained(source, subfolder=name, **options) for name in names]
+        networks = [read_component(cls, source, name, options) for name in names]
         parts = [self.wrap(network) for network in networks]
         return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
 

@@ -14,6 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+
+class WeightsError(ValueError):
+    """Stored weights are not those of the network that is to have them; the message names the file or the tensor."""
+
+
 WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in the file)
 
 
@@ -73,12 +78,12 @@ def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
     if name not in weights:
         name = re.sub(r"^experts\.\d+\.", "", name)
     if name not in weights:
-        raise ValueError(f"the pretrained weights have no tensor {name}")
+        raise WeightsError(f"the pretrained weights have no tensor {name}")
     path, key = weights[name]
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(key)
         if tuple(stored.get_shape()) != tuple(tensor.shape):
-            raise ValueError(
+            raise WeightsError(
                 f"{path}: {key} has shape {tuple(stored.get_shape())}, {name} needs {tuple(tensor.shape)}"
             )
         part = stored[slices(tensor)] if tensor.dim() else file.get_tensor(key)
