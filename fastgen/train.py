@@ -5,15 +5,43 @@ The recipe is built into objects, one loop trains them, and the run folder holds
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run by path: Python put fastgen/ first on sys.path, where its modules could hide installed ones
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the recipe and trains it. Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run
+    fails, and 130 or 143 if a signal ended it."""
+    from fastgen.config import load_recipe
+    from fastgen.registry import RecipeError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+    except RecipeError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    from fastgen.train import run_program
+
+    return run_program(recipe)
+
+
+if __name__ == "__main__":  # here, because the imports below take seconds, and a recipe that is refused needs none
+    from fastgen.run.quiet import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())
+
 import dataclasses
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +51,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fastgen.config import dump_recipe, load_recipe
+from fastgen.config import dump_recipe
 from fastgen.data import DataError, make_batch
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightsError, refill
@@ -322,21 +350,6 @@ def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
             group["lr"] = run.recipe.optimizers[role].rate(*(turn.progress or (step, run.recipe.train.steps)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run fails, and 130 or 143 if a signal
-    ended it."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stderr)
-        return 0 if arguments else 2
-    try:
-        recipe = load_recipe(arguments[0], arguments[1:])
-    except RecipeError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return run_program(recipe)
-
-
 def run_program(recipe: Recipe) -> int:
     """Trains a recipe that was read and checked; what goes wrong is said in words. Returns the exit code."""
     try:
@@ -351,7 +364,3 @@ def run_program(recipe: Recipe) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
