@@ -23,6 +23,7 @@ from fastgen.rewards import Scorer
 from fastgen.run import checkpoint
 from fastgen.run.distributed import Strategy, shard_roles, strategy_of
 from fastgen.run.health import Watch
+from fastgen.run.leftovers import clean, leftovers
 from fastgen.run.lock import LOCK
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
@@ -182,10 +183,11 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
             raise RecipeError(
                 f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
             )
-    elif folder.is_dir() and any(f.name != LOCK for f in folder.iterdir()):
+    elif folder.is_dir() and {f.name for f in folder.iterdir()} - {LOCK, *(f.name for f in leftovers(folder))}:
         raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        clean(folder)
         replace_file(path, dump_recipe(recipe))
     accelerator.wait_for_everyone()
     return folder
