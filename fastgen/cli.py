@@ -242,7 +242,8 @@ def evaluate(
 
     The command can be interrupted. Started again, it goes on where it was."""
     from fastgen.evaluation.config import scorer_keys
-    from fastgen.evaluation.evaluate import compare, evaluate_path
+    from fastgen.evaluation.evaluate import evaluate_path
+    from fastgen.evaluation.results import compare
     from fastgen.registry import RecipeError
 
     try:

@@ -12,8 +12,8 @@ PACKAGE = Path(fastgen.__file__).parent
 # import from its own layer and from those above it in this list, wherever the import statement stands.
 LAYERS = (
     (
-        *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.pictures"),
-        *("run.terminal", "run.quiet"),
+        *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.captions"),
+        *("sampling.pictures", "run.terminal", "run.quiet"),
     ),
     ("batch",),
     ("signals",),

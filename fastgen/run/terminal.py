@@ -2,8 +2,10 @@
 
 import re
 import sys
+from collections import Counter
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from tqdm import tqdm
 
@@ -19,19 +21,19 @@ def console(quiet: bool = False) -> Console:
 def print_table(table: Table, console: Console) -> None:
     """Prints a table with whole words: cells are wrapped between words to fit the console, and where that is not
     enough, the table is wider than the console. rich alone would cut words."""
-    own = console.width
-    whole = words(table, console, LOG_WIDTH)
-    most = max(own, LOG_WIDTH)
-    console.width = next((w for w in range(own, most) if whole <= words(table, console, w)), most)
+    own, whole = console.width, words(table, console, LOG_WIDTH)
+    least = Measurement.get(console, console.options.update(width=LOG_WIDTH), table).minimum
+    enough = (w for w in range(max(own, least), LOG_WIDTH) if whole <= words(table, console, w))
+    console.width = next(enough, max(own, LOG_WIDTH))
     console.print(table)
     console.width = own
 
 
-def words(table: Table, console: Console, width: int) -> set[str]:
+def words(table: Table, console: Console, width: int) -> Counter[str]:
     """What a table of this width shows, without its lines, which are box-drawing characters."""
     lines = console.render_lines(table, console.options.update(width=width))
-    text = " ".join(segment.text for line in lines for segment in line)
-    return set(re.split(r"[\s\u2500-\u257f]+", text))
+    text = "\n".join("".join(segment.text for segment in line) for line in lines)
+    return Counter(re.findall(r"[^\s\u2500-\u257f]+", text))
 
 
 def progress_bar(
