@@ -126,7 +126,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
     run = build(recipe, accelerator)
     terminal.print_table(role_table(recipe, run.networks), console)
     for warning in run.backbone.warnings():
-        console.print(f"[yellow]warning: {warning}[/yellow]")
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
     set_anchor(run)
     with run_log(folder, progress.step, accelerator.is_main_process) as log:
@@ -148,7 +148,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
 
 def begin_run(run: TrainingRun, folder: Path, console: Console) -> Progress:
     """A new run: the weights of `init_from`, and a first look at the teacher."""
-    console.print(f"no checkpoint: starting from {run.recipe.init_from or 'the pretrained weights'}")
+    console.print(f"no checkpoint: starting from {run.recipe.init_from or 'the pretrained weights'}", markup=False)
     for role in start_from(run):
         console.print(f"{run.recipe.init_from} has no {role}; it starts from the pretrained weights", markup=False)
     show_teacher(run, folder / TEACHER, console)
