@@ -15,8 +15,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from fastgen.data.prompts import read_prompts
 from fastgen.metrics import METRICS
 from fastgen.metrics.features import check_inception
+from fastgen.metrics.reference import open_reference
 from fastgen.modules.lora import LoraConfig
 from fastgen.registry import nearest
 from fastgen.rewards import SCORERS, Composite, Reward, make_reward
@@ -156,7 +158,14 @@ class EvalConfig:
             raise ValueError("\n".join(f"scorers.{line}" for line in str(error).splitlines())) from None
 
     def check(self) -> None:
-        """Raises ValueError if files or packages that the metrics need are missing. Loads no weights."""
+        """Raises ValueError if files or packages that the metrics need are missing, or if there are no prompts or no
+        real images where the section says that they are. Loads no weights."""
+        for key, read in (("prompts", read_prompts), ("reference", open_reference)):
+            if (value := getattr(self, key)) is not None:
+                try:
+                    read(value)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
         for name, reward in self.rewards().items():
             try:
                 reward.ready()

@@ -1,6 +1,7 @@
 """Nothing on disk is lost: exports, checkpoints, logs, and runs that are stopped, started twice or moved."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.export import export_run
 from fastgen.run.interruption import EXIT_CODES, Interruption
 from fastgen.run.leftovers import REPLACED, leftovers, restore
-from fastgen.run.lock import LOCK, locked
+from fastgen.run.lock import LOCK, lock, locked
 from fastgen.run.log import RunLog
 from fastgen.train import export, main, train, update
 
@@ -88,6 +89,17 @@ def test_an_export_leaves_its_neighbours_alone(run: Path) -> None:
         export_run(run, neighbours[0])
     assert [(f / "thesis.txt").read_text() for f in neighbours[1:]] == ["the only copy"] * 2
     assert sorted(p.name for p in run.parent.iterdir()) == ["run", "student", "student.old", "student.partial"]
+
+
+def test_an_export_keeps_what_is_in_its_place_and_no_export(run: Path) -> None:
+    shutil.rmtree(run / "export")
+    (run / "export").mkdir()
+    (run / "export/thesis.txt").write_text("the only copy")
+    assert main(continued(run)) == 0
+    (kept,) = run.glob("export.kept-*")
+    assert (kept / "thesis.txt").is_file() and (run / "export/fastgen.json").is_file()
+    assert main(continued(run)) == 0
+    assert (kept / "thesis.txt").is_file()
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +239,24 @@ def test_a_folder_has_one_run(tmp_path: Path) -> None:
     with locked(tmp_path / "run", Accelerator(cpu=True)):
         assert main([str(RING), *SHORT, f"output_dir={tmp_path / 'run'}"]) == 2
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_lock_file_that_was_just_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that had the lock removes the file between our opening it and locking it."""
+    path, flock = tmp_path / LOCK, fcntl.flock
+
+    def late(handle: int, flags: int) -> None:
+        path.unlink()
+        monkeypatch.undo()
+        flock(handle, flags)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    handle, owner = lock(path)
+    assert not owner and os.path.samestat(os.fstat(handle), path.stat())
+    second, owner = lock(path)
+    assert str(os.getpid()) in owner
+    for descriptor in (handle, second):
+        os.close(descriptor)
 
 
 def test_the_first_signal_is_noted() -> None:
@@ -369,6 +399,10 @@ def test_an_evaluation_that_cannot_be_made_is_refused_at_the_start(override: str
 
 def test_pictures_need_prompts_and_a_reference() -> None:
     digits = RING.with_name("digits_dmd2_4step.yaml")
+    with pytest.raises(RecipeError, match=r"eval: reference: .*no/images"):
+        load_recipe(digits, ["eval.reference=no/images"])
+    with pytest.raises(RecipeError, match=r"eval: prompts: there is no prompt file at no/prompts\.txt"):
+        load_recipe(digits, ["eval.prompts=no/prompts.txt"])
     with pytest.raises(RecipeError, match="fid compares with real images"):
         load_recipe(digits, ["eval.reference=null"])
     with pytest.raises(RecipeError, match="there are no prompts to sample"):

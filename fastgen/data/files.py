@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-TEMPORARY = re.compile(r"\..+\.[a-z]+-[0-9a-f]{12}")  # names that `unused_sibling` gives
+TEMPORARY = re.compile(r"\..+\.[a-z]+-[0-9a-f]{12}(\.mp4)?")  # names that `unused_sibling` gives
 
 
-def unused_sibling(path: Path, word: str) -> Path:
-    """A hidden path beside `path` that nothing has: .NAME.WORD-<random>. It is not created."""
-    return path.with_name(f".{path.name}.{word}-{uuid4().hex[:12]}")
+def unused_sibling(path: Path, word: str, suffix: str = "") -> Path:
+    """A hidden path beside `path` that nothing has: .NAME.WORD-<random><suffix>. It is not created."""
+    return path.with_name(f".{path.name}.{word}-{uuid4().hex[:12]}{suffix}")
 
 
 @contextmanager

@@ -30,11 +30,14 @@ def export(
     rows: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Writes an export folder. It is written under a name that nothing else has and takes its place when it is
-    complete; an earlier export is removed only then, and put back if that fails.
+    complete; an earlier export is removed only then, and put back if that fails. A folder in its place that is no
+    export is kept, as NAME.kept-<random>.
 
     step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with."""
     restore(folder)
     partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
+    if stranger := folder.exists() and not (folder / METADATA).is_file():
+        old = old.with_name(old.name.replace(REPLACED, "kept").removeprefix("."))
     try:
         adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
         backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
@@ -55,7 +58,8 @@ def export(
             if old.exists():
                 old.rename(folder)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if not stranger:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -15,6 +15,24 @@ from fastgen.registry import RecipeError
 LOCK = ".lock"
 
 
+def lock(path: Path) -> tuple[int, str]:
+    """Opens the lock file and locks it. Returns its descriptor, and who has the lock if that is another process."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.is_file() or not os.path.samestat(os.fstat(handle), path.stat()):
+                os.close(handle)  # the run that had it has just ended, and removed the file
+                continue
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BlockingIOError:
+            return handle, os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+        except OSError:
+            pass  # some network file systems have no locks
+        return handle, ""
+
+
 @contextmanager
 def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Holds the folder for this run, on all processes alike. The first process has the lock file open; the operating
@@ -27,15 +45,7 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     owner = ""
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError:
-            owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        except OSError:
-            pass  # some network file systems have no locks
+        handle, owner = lock(folder / LOCK)
     taken = torch.tensor(float(bool(owner)), device=accelerator.device)
     try:
         if accelerator.reduce(taken, "sum") > 0:

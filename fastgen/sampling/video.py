@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.data.files import unused_sibling
+
 
 def check_writer() -> None:
     """Raises ValueError if mp4 files cannot be written."""
@@ -22,12 +24,15 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
 
     images = (frames.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-    writer: Any = imageio.v2.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2)
-    with writer:
-        for image in images:
-            writer.append_data(image)
-    os.replace(temporary, path)
+    temporary = unused_sibling(path, "partial", ".mp4")
+    try:
+        writer: Any = imageio.v2.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2)
+        with writer:
+            for image in images:
+                writer.append_data(image)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def side_by_side(videos: Tensor) -> Tensor:
