@@ -34,10 +34,11 @@ style: $(VENV)/.dev
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
 
-# The full acceptance, all seeds and rows; resumable. Then runs that are killed again and again.
+# The full acceptance, all seeds and rows; resumable. Then runs that are killed again and again, and other faults.
 accept: $(VENV)/.dev
 	$(BIN)/python benchmarks/acceptance/accept.py
 	$(BIN)/python benchmarks/acceptance/kill_runs.py
+	$(BIN)/python benchmarks/acceptance/fault_runs.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

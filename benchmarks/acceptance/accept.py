@@ -40,7 +40,7 @@ INTRODUCTION = """\
 
 `accept.py` trains and evaluates every recipe; each line compares one of its numbers with a bound. `make accept` runs
 what is missing and writes this page. The numbers, with all overrides, are in `rows.jsonl`; `kills.jsonl` has the runs
-that were killed again and again.
+that were killed again and again, `faults.jsonl` those that other faults came to.
 """
 
 ONE_STEP = (
