@@ -160,10 +160,11 @@ class EvalConfig:
     def check(self) -> None:
         """Raises ValueError if files or packages that the metrics need are missing, or if there are no prompts or no
         real images where the section says that they are. Loads no weights."""
-        for key, read in (("prompts", read_prompts), ("reference", open_reference)):
-            if (value := getattr(self, key)) is not None:
+        folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
+        for key, value, read in (("prompts", self.prompts, read_prompts), ("reference", folder, open_reference)):
+            if value is not None:
                 try:
-                    read(value)
+                    read(value)  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from None
         for name, reward in self.rewards().items():
