@@ -346,12 +346,12 @@ REFUSED: dict[str, tuple[str, str, Make]] = {
     "remote tar": ("{name: webdataset, shards: 'https://x/a.tar'}", "not a local file", lambda f: None),
     "tar without caption": (
         "{name: webdataset, shards: F}",
-        "1 in .*a.tar has no caption",
+        "1.png in .*a.tar has no caption",
         lambda f: write_tar(f / "a.tar", {"1.png": png(32)}),
     ),
     "tar of small images": (
         "{name: webdataset, shards: F}",
-        "the first is 1 in .*a.tar with 24x24",
+        "the first is 1.png in .*a.tar with 24x24",
         lambda f: write_tar(f / "a.tar", {"1.png": png(24), "1.txt": b"a"}),
     ),
     "tar cut short": (

@@ -62,6 +62,9 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[list[Any]]:
         with parquet_file(path) as file:
             table = file.read(columns=list(columns))
             values = [table.column(column).to_pylist() for column in columns]
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if {file.metadata.num_rows, sum(groups)} != {len(cells) for cells in values}:
+                raise ValueError(f"it says that it has {file.metadata.num_rows} rows, and has {len(values[0])}")
     else:
         values = [[] for _ in columns]
         for number, row in enumerate(rows_of(path), 1):
@@ -89,8 +92,8 @@ def json_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f'line {number} of {path} is not an object like {{"prompt": "a lighthouse"}}')
         yield row
@@ -141,12 +144,14 @@ def decodes(line: bytes) -> bool:
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[Any]:
+    """An open parquet file, whose checksums, if it has some, are compared when it is read. Any error in the block
+    becomes a ValueError that names the file: of a damaged one, Arrow raises errors of many kinds."""
     pyarrow = import_extra("pyarrow.parquet", str(path))
     try:
-        with pyarrow.ParquetFile(path) as file:
+        with pyarrow.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
-    except (OSError, import_extra("pyarrow", str(path)).ArrowInvalid) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}; create or copy it again") from None
 
 
 def import_extra(module: str, needed_by: str) -> ModuleType:

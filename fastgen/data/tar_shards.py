@@ -3,12 +3,12 @@
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from glob import glob
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict
@@ -24,9 +24,9 @@ from fastgen.data.tables import check_text, choose_column
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: the position of its image in the file, the image's width and height, and its caption."""
+    """One sample of a shard: its image's name, place in the file, and width and height; and its caption."""
 
-    key: str
+    name: str
     offset: int
     length: int
     size: tuple[int, int] | None
@@ -40,8 +40,8 @@ class WebDatasetData(SampleSource):
 
     A sample consists of the members that share a name up to its first dot: an image (png, jpg, jpeg, webp) and its
     caption. The caption is a .txt member, or the entry `column` (by default `prompt`, `caption` or `text`) of a .json
-    member. The shards are scanned once at the start to locate every image. Images are resized and cropped as in
-    ImageData."""
+    member. The shards are scanned once at the start to locate every image; a damaged shard is refused, so that no
+    sample is lost. Images are resized and cropped as in ImageData."""
 
     shards: str | tuple[str, ...]
     column: str | None = None
@@ -53,7 +53,7 @@ class WebDatasetData(SampleSource):
         return frozenset({"latents", "pixels"})
 
     def check(self, backbone: Any) -> None:
-        sizes = ((f"{entry.key} in {shard}", entry.size) for shard, entry in self.entries())
+        sizes = ((f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries())
         check_sizes(sizes, resolution(backbone), self.allow_upscaling)
 
     def samples(self, backbone: Backbone) -> Samples:
@@ -68,7 +68,7 @@ class WebDatasetData(SampleSource):
                     data = BytesIO(file.read(entry.length))
             except OSError as error:
                 raise DataError(f"cannot read {shard}: {error}") from None
-            return read_image(data, size, f"{entry.key} in {shard}", self.allow_upscaling)
+            return read_image(data, size, f"{entry.name} in {shard}", self.allow_upscaling)
 
         return Samples([entry.caption for _, entry in entries], torch.arange(len(entries)), read)
 
@@ -94,65 +94,101 @@ def shard_files(patterns: Sequence[str]) -> list[Path]:
             found = sorted(Path(name).glob("*.tar")) if Path(name).is_dir() else [Path(f) for f in sorted(glob(name))]
             if not found:
                 raise ValueError(f"shards: there is no tar file at {name}")
+            if odd := next((f for f in found if not f.is_file()), None):
+                raise ValueError(f"shards: {odd} is not a file; remove it, or name the shards by a pattern")
             files.extend(found)
     if not files:
         raise ValueError("shards: the list of shards is empty")
     return files
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """Expands `a-{008..010}.tar` into a-008.tar, a-009.tar, a-010.tar."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last = match.groups()
-    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [name for n in numbers for name in expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
+    for n in range(int(first), int(last) + 1):
+        yield from expand_braces(f"{pattern[: match.start()]}{str(n).zfill(len(first))}{pattern[match.end() :]}")
 
 
 @cache
 def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, ...]:
     """The samples of a shard, in its order. modified: the shard's time stamp, so that a changed file is read again.
 
-    Raises ValueError if the file is not an uncompressed tar, is cut short or has no image. Raises ValueError too if a
-    sample has two images or no caption."""
-    images: dict[str, tuple[int, int, tuple[int, int] | None]] = {}
-    texts: dict[str, dict[str, bytes]] = {}
+    Raises ValueError if the file is damaged, has no image, has a member twice, or if an image has no caption or a
+    caption no image."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> its members: image, .txt, .json
+    for member in read_members(shard):
+        key, suffix = key_and_suffix(member.name)
+        part = "image" if suffix in IMAGE_SUFFIXES else suffix
+        if not member.isfile() or part not in ("image", ".txt", ".json"):
+            continue
+        if part in samples.setdefault(key, {}):
+            raise ValueError(f"{shard} has two {part} members named {key}; give each sample its own name")
+        samples[key][part] = member
+    if not any("image" in parts for parts in samples.values()):
+        raise ValueError(f"{shard} contains no png, jpg, jpeg or webp image")
+    if alone := next((key for key, parts in samples.items() if "image" not in parts), None):
+        raise ValueError(
+            f"{shard} has a caption of {alone}, but no png, jpg, jpeg or webp image of that name; add the image or "
+            "remove the caption"
+        )
+    try:
+        with shard.open("rb") as file:
+            in_order = sorted(samples.values(), key=lambda parts: parts["image"].offset)
+            return tuple(read_entry(shard, file, parts, column) for parts in in_order)
+    except OSError as error:
+        raise ValueError(f"cannot read {shard}: {error}") from None
+
+
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """What the members of a sample share, and what differs: the name up to its first dot, and the rest in lower
+    case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", f".{extension.lower()}"
+
+
+def read_members(shard: Path) -> list[tarfile.TarInfo]:
+    """Every member of a shard. tarfile takes a damaged header for the end of the archive. So this also checks that the
+    members are followed by what ends an archive, at least two blocks of zeros, and by nothing else. Raises ValueError
+    if they are not, or if the file is no uncompressed tar."""
+    members = []
     try:
         with tarfile.open(shard, "r:") as archive, shard.open("rb") as file:
-            total = file.seek(0, 2)
             for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key, suffix = f"{folder}/{stem}" if folder else stem, f".{extension.lower()}"
-                if not member.isfile() or suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
-                    continue
-                if member.offset_data + member.size > total:
-                    raise tarfile.ReadError(f"{member.name} is cut short")
-                file.seek(member.offset_data)
-                if suffix in IMAGE_SUFFIXES:
-                    if key in images:
-                        raise ValueError(f"{shard} has two images named {key}; give each sample its own name")
-                    data = BytesIO(file.read(min(member.size, 1 << 16)))
-                    size = picture_size(data, key) or picture_size(
-                        BytesIO(data.getvalue() + file.read(member.size)), key
-                    )
-                    images[key] = (member.offset_data, member.size, size)
-                else:
-                    texts.setdefault(key, {})[suffix] = file.read(member.size)
-    except (tarfile.TarError, OSError) as error:
+                if member.size < 0:  # the archive would never end
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+                members.append(member)
+            zeros = file.seek(0, 2) - file.seek(archive.offset)
+            if any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b"")):
+                raise tarfile.ReadError(f"what follows byte {archive.offset:,} is neither a member nor the end")
+            if zeros < 2 * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it was cut short: the blocks of zeros that end a tar file are missing")
+    except Exception as error:  # of a damaged file, tarfile raises errors of many kinds
         raise ValueError(
             f"{shard} is not a complete, uncompressed tar file: {error}; create or copy it again"
         ) from None
-    if not images:
-        raise ValueError(f"{shard} contains no png, jpg, jpeg or webp image")
-    return tuple(
-        Entry(key, *place, read_caption(texts.get(key, {}), column, f"{key} in {shard}"))
-        for key, place in images.items()
-    )
+    return members
 
 
-def read_caption(texts: dict[str, bytes], column: str | None, where: str) -> str:
+def read_entry(shard: Path, file: BinaryIO, parts: Mapping[str, tarfile.TarInfo], column: str | None) -> Entry:
+    """One sample, from its members. Of the image, only as much is read as tells its size."""
+    image = parts["image"]
+    where = f"{image.name} in {shard}"
+
+    def read(member: tarfile.TarInfo, most: int | None = None) -> bytes:
+        file.seek(member.offset_data)
+        return file.read(member.size if most is None else min(member.size, most))
+
+    size = picture_size(BytesIO(read(image, 1 << 16)), where) or picture_size(BytesIO(read(image)), where)
+    texts = {part: read(member) for part, member in parts.items() if part != "image"}
+    return Entry(image.name, image.offset_data, image.size, size, read_caption(texts, column, where))
+
+
+def read_caption(texts: Mapping[str, bytes], column: str | None, where: str) -> str:
     """The caption of a sample, from its .txt member; from its .json member if there is no .txt or a column is
     given."""
     suffix = ".json" if column is not None or ".txt" not in texts else ".txt"
@@ -164,7 +200,7 @@ def read_caption(texts: dict[str, bytes], column: str | None, where: str) -> str
         if suffix == ".txt":
             return text.strip()
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise ValueError(f"the {suffix} of {where} is not {kind}: {error}") from None
     if not isinstance(row, dict):
