@@ -122,7 +122,7 @@ def test_refusals_are_exit_code_2_with_the_message_on_standard_error(arguments: 
 
 SLOW_TO_IMPORT = (
     *("peft", "diffusers", "transformers", "accelerate", "torchvision", "scipy", "sklearn", "pandas", "matplotlib"),
-    *("tensorboard", "torchmetrics", "torch.distributed.fsdp"),
+    *("tensorboard", "torchmetrics", "torch.distributed.fsdp", "fastgen.objectives.rtdmd", "fastgen.rewards.clip"),
 )
 COMMANDS = {  # what answers: the arguments before the recipe, and the program that Python runs
     "fastgen train": (["train"], "from fastgen.cli import main; main()"),
