@@ -190,7 +190,7 @@ def may_mount() -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=5, help="of each kind")
-    parser.add_argument("--steps", type=int, default=40, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=30, help="updates of a run")
     parser.add_argument("--only", default="", help="kinds whose name contains this")
     parser.add_argument("--seed", type=int, default=0, help="decides the moments of the faults")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/faults", help="where the runs are kept")
