@@ -12,11 +12,13 @@ PACKAGE = Path(fastgen.__file__).parent
 # import from its own layer and from those above it in this list, wherever the import statement stands.
 LAYERS = (
     ("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.pictures"),
+    ("streaming.schedule", "streaming.context"),
     ("batch",),
     ("signals",),
     ("denoiser", "modules"),  # the network contract, and what implements, wraps and extends it
     ("rollout",),
     ("flow", "ops", "pipelines"),
+    ("streaming",),  # causal networks, and a running stream
     ("backbones",),
     ("sampling.sampler",),
     ("data",),
