@@ -309,14 +309,15 @@ def check_inputs(recipe: Recipe) -> None:
 def check_evaluation(recipe: Recipe) -> None:
     """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
     evaluation that cannot be made would be found only after the last update."""
-    config, output = recipe.eval, recipe.backbone.output
+    config, output, backbone = recipe.eval, recipe.backbone.output, recipe.backbone.name
     for name in config.metrics:
         metric = METRICS[name]
-        if metric.output not in (output, "any"):
-            fitting = [n for n, m in METRICS.items() if m.output in (output, "any")]
+        if not metric.fits(output, backbone):
+            other = metric.output not in (output, "any")
+            measured = metric.output if other else f"the law of {' or '.join(metric.backbones)}"
             raise RecipeError(
-                f"eval.metrics: {name} measures {metric.output}, and backbone {recipe.backbone.name} gives {output}; "
-                f"choose from {', '.join(fitting)}"
+                f"eval.metrics: {name} measures {measured}, and backbone {backbone} gives {output}; choose from "
+                f"{', '.join(n for n, m in METRICS.items() if m.fits(output, backbone))}"
             )
         if metric.needs_reference and config.reference is None:
             raise RecipeError(

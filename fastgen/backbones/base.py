@@ -93,7 +93,7 @@ class Backbone(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]  # default name endings of the layers that get adapters
     teacher_is_base: ClassVar[bool] = True  # whether the teacher is the network that adapters share
-    mixture: Any = None  # the exact law of the data, where it is known
+    law: Any = None  # the exact law of the data, where it is known
     stores_adapters: ClassVar[bool] = True  # whether an export may be an adapter for the original pipeline
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES):

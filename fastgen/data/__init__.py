@@ -7,7 +7,7 @@ from fastgen.data.order import shuffled
 from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
-from fastgen.data.toys import DigitsData, MixtureData
+from fastgen.data.toys import AR1Data, DigitsData, MixtureData, exact_data
 
 DATA: dict[str, type[DataSource] | str] = {
     "prompts": PromptData,
@@ -17,10 +17,12 @@ DATA: dict[str, type[DataSource] | str] = {
     "prepared": "fastgen.data.prepared:PreparedData",  # imported only when chosen, because it needs diffusers
     "digits": DigitsData,
     "mixture": MixtureData,
+    "ar1_video": AR1Data,
 }
 
 __all__ = [
     "DATA",
+    "AR1Data",
     "DataError",
     "DataSource",
     "DigitsData",
@@ -31,6 +33,7 @@ __all__ = [
     "SampleSource",
     "Stream",
     "WebDatasetData",
+    "exact_data",
     "image_files",
     "make_batch",
     "read_prompts",

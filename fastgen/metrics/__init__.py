@@ -5,6 +5,7 @@ from fastgen.metrics.base import Direction, Metric, MetricContext, Timing
 from fastgen.metrics.diversity import Diversity
 from fastgen.metrics.energy_distance import EnergyDistance
 from fastgen.metrics.fid import FID
+from fastgen.metrics.frames import LagError, VarianceError
 from fastgen.metrics.mode_share import ModeShare
 from fastgen.metrics.moments import CovError, MeanError
 from fastgen.metrics.precision_recall import PrecisionRecall
@@ -20,6 +21,8 @@ METRICS: dict[str, type[Metric]] = {
     "mean_error": MeanError,
     "cov_error": CovError,
     "mode_share_error": ModeShare,
+    "variance_error": VarianceError,
+    "lag_error": LagError,
     "throughput": Throughput,
     **REWARD_METRICS,
 }
