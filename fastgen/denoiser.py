@@ -119,17 +119,24 @@ class Denoiser(nn.Module):
         x0 = self.schedule.to_sample(output, x_t, t, self.prediction_type)
         return self.schedule.from_sample(x0, x_t, t, predict)
 
-    @torch.no_grad()
     def commit(
-        self, x: Tensor, t: Tensor, cond: Conditioning, context: Context, inputs: Inputs = NO_INPUTS
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        context: Context,
+        inputs: Inputs = NO_INPUTS,
+        grad: bool = False,
     ) -> Context:
         """The context with the next chunk x [B, frames, ...] added, which is clean or at level t [B].
 
         It is a forward like any other, so that hooks gather sharded weights and count it, and its prediction is
-        dropped. `context` itself does not change."""
+        dropped. `context` itself does not change. grad: whether gradient flows from later chunks to the network
+        through what it remembers of this one."""
         memory: list[tuple[Tensor, Tensor]] = []
-        self(x, t, cond, dataclasses.replace(inputs, context=context, memory=memory))
-        return context.committed(memory)
+        with torch.set_grad_enabled(grad):
+            self(x, t, cond, dataclasses.replace(inputs, context=context, memory=memory))
+            return context.committed(memory)
 
     def timestep(self, t: Tensor, inputs: Inputs) -> Tensor:
         """The input of the network's time embedder: the timestep in the network's own unit, shaped like t, or packed

@@ -76,6 +76,11 @@ class BackboneConfig(ABC):
         network. Loads no weights."""
         raise ValueError(f"backbone {self.name} exports a single network, no experts")
 
+    def check_chunks(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError if a student of this pipeline cannot work chunk by chunk, as `policy.chunks` says. Loads
+        no weights."""
+        raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
     def unloaded(self) -> "BackboneConfig":
         """The section in a form for planning: its sizes can be read without weights and without network access. Raises
         ValueError if they are not known."""

@@ -25,7 +25,7 @@ from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
-from fastgen.streaming.causal_wan import make_causal, place_of, placed
+from fastgen.streaming.causal_wan import check_causal, make_causal, place_of, placed
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -62,6 +62,20 @@ class WanConfig(PipelineConfig):
         scheduler = flow_match_scheduler(policy)
         for boundary in self.own_boundaries() or ():
             check_boundary(policy, scheduler, boundary)
+
+    def check_chunks(self, policy: RolloutPolicy) -> None:
+        """The latent frames are whole chunks, each patch is of one frame, and the text is the only condition."""
+        assert policy.chunks is not None
+        folder = self.local_folder()
+        if folder is None:
+            return
+        vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
+        check_causal(network)
+        try:
+            policy.chunks.split(latent_size(self, vae, network)[0])
+        except ValueError as error:
+            step = vae.get("scale_factor_temporal", 4)
+            raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
 
     def own_boundaries(self) -> tuple[float, ...] | None:
         folder = self.local_folder()

@@ -20,6 +20,7 @@ from fastgen.objectives.re_dmd import ReDMD
 from fastgen.objectives.rtdmd import RTDMD
 from fastgen.objectives.sc_dmd import SCDMD
 from fastgen.objectives.scm import SCM
+from fastgen.objectives.teacher_forcing import TeacherForcing
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "adm": ADM,
@@ -38,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mean_flow": MeanFlow,
     "consistency": Consistency,
     "scm": SCM,
+    "teacher_forcing": TeacherForcing,
 }
 
 __all__ = [
@@ -61,5 +63,6 @@ __all__ = [
     "PhasedDMD",
     "ReDMD",
     "State",
+    "TeacherForcing",
     "Turn",
 ]

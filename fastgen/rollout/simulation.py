@@ -74,17 +74,22 @@ def sample_chunks(
         context = commit(student, policy, x0, cond, noise, context)
 
 
-@torch.no_grad()
 def commit(
-    student: Denoiser, policy: RolloutPolicy, x0: Tensor, cond: Conditioning, noise: Noise, context: Context
+    student: Denoiser,
+    policy: RolloutPolicy,
+    x0: Tensor,
+    cond: Conditioning,
+    noise: Noise,
+    context: Context,
+    grad: bool = False,
 ) -> Context:
     """The context with a finished chunk x0 [B, frames, ...] added, renoised to the schedule's context noise with the
-    draw "context"."""
+    draw "context". x0 gets no gradient; grad: whether the student's memory of it does."""
     t = x0.new_full((len(x0),), context.chunks.context_noise)
     x = x0.detach()
     if context.chunks.context_noise:
         x = student.schedule.add_noise(x, noise("context"), t)
-    return student.commit(x, t, cond, context, policy.network_inputs(t))
+    return student.commit(x, t, cond, context, policy.network_inputs(t), grad)
 
 
 def denoise(

@@ -6,7 +6,7 @@ attention processors read the `Place`; given stock embeddings, they are the stoc
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class CausalAttention:
         return out.unflatten(1, (rotary_emb.frames, -1)).flatten(0, 1)
 
     def attend(self, place: Place, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, L, H, D]: attention over the visible past and the own tokens. The past gets no gradient."""
+        """[B, L, H, D]: attention over the visible past and the own tokens."""
         query, key = rotated(query, place.own), rotated(key, place.own)
         cache = None
         if place.context is not None and (past := place.context.past(self.layer)) is not None:
@@ -90,7 +90,8 @@ class CausalAttention:
         layout, rows = place.layout, 0 if cache is None else cache.key.shape[1]
         if not isinstance(layout, BlockLayout):
             layout = layout(query, key if cache is None else torch.cat([cache.key, key], dim=1))
-        named = {"cache": cache, "grad_keys": (rows, rows + key.shape[1]), "backend": place.attention.backend}
+        learns = None if cache is not None and cache.key.requires_grad else (rows, rows + key.shape[1])
+        named = {"cache": cache, "grad_keys": learns, "backend": place.attention.backend}
         return attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
 
 
@@ -115,16 +116,18 @@ class FoldedCrossAttention:
         return out.unflatten(1, (frames, -1)).flatten(0, 1)
 
 
-def make_causal(network: Any) -> None:
-    """Gives a WanTransformer3DModel the processors above, once. Without a `Place`, it computes what it did before.
-
-    Raises ValueError for patches of several frames, and for networks that are also given an image."""
-    if network.config.patch_size[0] != 1:
-        raise ValueError(
-            f"chunks need patches of one latent frame, and this network's are {network.config.patch_size}"
-        )
-    if network.config.image_dim is not None or network.config.added_kv_proj_dim is not None:
+def check_causal(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for the config of a transformer that cannot work by frames or chunks: one with patches of
+    several frames, and one that is also given an image."""
+    if (patch := config.get("patch_size", (1, 2, 2)))[0] != 1:
+        raise ValueError(f"chunks need patches of one latent frame, and this network's are {list(patch)}")
+    if config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
         raise ValueError("a network that is given an image cannot work chunk by chunk yet")
+
+
+def make_causal(network: Any) -> None:
+    """Gives a WanTransformer3DModel the processors above, once. Without a `Place`, it computes what it did before."""
+    check_causal(network.config)
     for i, block in enumerate(network.blocks):
         if not isinstance(block.attn1.processor, CausalAttention):
             block.attn1.set_processor(CausalAttention(block.attn1.processor, i))

@@ -34,7 +34,7 @@ class Context:
     """The memory of the frames that the next chunk sees. No forward changes it: `committed` returns a new one.
 
     chunks: the schedule that decides what is kept.  blocks: what is kept, in order.  frames: how many were committed.
-    There is no gradient to earlier chunks: what is stored is detached."""
+    What is stored has no gradient, unless `Denoiser.commit` was asked for it."""
 
     chunks: ChunkSchedule
     blocks: tuple[Block, ...] = ()
@@ -61,7 +61,7 @@ class Context:
         """The context after the next chunk. memory: the chunk's keys and values, [B, tokens, heads, D], per layer.
 
         What the chunk after it does not see leaves, or is averaged into the sink (`ChunkSchedule.sink_decay`)."""
-        keys, values = (torch.stack([pair[i].detach() for pair in memory]) for i in (0, 1))
+        keys, values = (torch.stack([pair[i] for pair in memory]) for i in (0, 1))
         blocks = [*self.blocks, Block(self.chunk, keys, values)]
         following = self.chunks.chunk_at(self.chunk.stop)
         kept = self.chunks.past(following)
@@ -76,15 +76,15 @@ class Context:
         blocks = tuple(Block(b.frames, b.keys[:, rows], b.values[:, rows]) for b in self.blocks)
         return dataclasses.replace(self, blocks=blocks)
 
-    def cat(self, other: "Context") -> "Context":
-        """The context of a batch of both. Raises ValueError if they are not after the same chunk."""
-        if (self.chunks, self.frames) != (other.chunks, other.frames):
-            raise ValueError(f"contexts of one batch end at the same frame, got {self.frames} and {other.frames}")
-        pairs = zip(self.blocks, other.blocks, strict=True)
-        joined = (
-            Block(a.frames, torch.cat([a.keys, b.keys], 1), torch.cat([a.values, b.values], 1)) for a, b in pairs
+    def layers(self, part: int, parts: int) -> "Context":
+        """The context of one of several networks of equal depth that remember together (`modules.experts.Experts`)."""
+        if not self.blocks:
+            return self
+        count = len(self.blocks[0].keys) // parts
+        own = slice(part * count, (part + 1) * count)
+        return dataclasses.replace(
+            self, blocks=tuple(Block(b.frames, b.keys[own], b.values[own]) for b in self.blocks)
         )
-        return dataclasses.replace(self, blocks=tuple(joined))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the schedule, as tensors for safetensors."""
