@@ -1,6 +1,9 @@
 """Self Forcing by each objective on tiny real Wan pipelines: what trains, what is refused, LoRA roles and experts."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,53 @@ def test_first_chunk_with_more_steps() -> None:
     longer = dataclasses.replace(plain, timesteps=(1.0, 0.8, 0.6, 0.3))
     assert torch.equal(first, sample(network, longer, conditioning(), draws(2)))
     assert not torch.equal(first, sample(network, plain, conditioning(), draws(2)))
+
+
+@pytest.mark.slow
+def test_divided_networks_roll_out_and_commit_as_one(tmp_path: Path) -> None:
+    """FSDP2 on two processes: a rollout with commits between its forwards, and the gradient of it."""
+    script = f"""
+import sys, dataclasses, datetime
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_streaming import POLICIES, batch, policy, wan
+from fastgen.rollout import backward_simulation
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+rank = dist.get_rank()
+plain, divided = wan(), wan()
+for module in (*divided.shard_modules, divided):
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+chunks = POLICIES["EMA sink"]
+part = batch(8, rows=4)
+rows = slice(2 * rank, 2 * rank + 2)
+own = dataclasses.replace(part, ids=part.ids[rows], cond=part.cond.select(rows), uncond=part.uncond.select(rows))
+expected = backward_simulation(plain, policy(chunks), part, torch.ones_like(part.ids)).x
+expected.square().mean().backward()
+x = backward_simulation(divided, policy(chunks), own, torch.ones_like(own.ids)).x
+x.square().mean().backward()
+assert torch.allclose(x, expected[rows], atol=1e-6)
+for (name, p), q in zip(plain.named_parameters(), divided.parameters(), strict=True):
+    assert torch.allclose(q.grad.full_tensor(), p.grad, atol=1e-6), name
+assert max(p.grad.abs().max().item() for p in plain.parameters()) > 0.01
+try:
+    replay = policy(dataclasses.replace(chunks, replay=True))
+    backward_simulation(divided, replay, own, torch.ones_like(own.ids))
+    raise AssertionError("replay was not refused")
+except ValueError as error:
+    assert "cannot replay" in str(error)
+dist.destroy_process_group()
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

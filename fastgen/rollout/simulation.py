@@ -179,6 +179,8 @@ def simulate_chunks(
     context, parts = Context(policy.chunks), list[Rollout]()
     chunks = policy.chunks.split(batch.latent_shape[0])
     replay = grad and policy.chunks.replay
+    if replay and student.is_sharded:
+        raise ValueError("sharded networks cannot replay: FSDP reduces gradients once per backward pass")
     for frames in chunks:
         own, part = policy.of_chunk(frames), batch.chunk(frames)
         own_stop = stop if own is policy else torch.full_like(stop, batch.integer("first_stop", own.num_steps))

@@ -56,7 +56,7 @@ class ChunkSchedule:
         training and in sampling.
     first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
     replay: whether training holds the graph of one chunk at a time. The gradient is the same; the student's last step
-        and the commits are computed twice.
+        and the commits are computed twice. Not for sharded networks.
     attention: see `ChunkAttention`."""
 
     frames: int = Field(default=3, ge=1, le=MOST_FRAMES)
