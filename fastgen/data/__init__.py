@@ -3,6 +3,7 @@
 from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch
 from fastgen.data.hub import HubData
 from fastgen.data.images import ImageData
+from fastgen.data.moving_digits import MovingDigitsData
 from fastgen.data.order import shuffled
 from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
@@ -16,6 +17,7 @@ DATA: dict[str, type[DataSource] | str] = {
     "hub": HubData,
     "prepared": "fastgen.data.prepared:PreparedData",  # imported only when chosen, because it needs diffusers
     "digits": DigitsData,
+    "moving_digits": MovingDigitsData,
     "mixture": MixtureData,
     "ar1_video": AR1Data,
 }
@@ -29,6 +31,7 @@ __all__ = [
     "HubData",
     "ImageData",
     "MixtureData",
+    "MovingDigitsData",
     "PromptData",
     "SampleSource",
     "Stream",
