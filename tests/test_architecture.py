@@ -19,8 +19,8 @@ LAYERS = (
     ("rollout",),
     ("flow", "ops", "pipelines"),
     ("streaming",),  # causal networks, and a running stream
-    ("backbones",),
-    ("sampling.sampler",),
+    ("backbones", "pipelines.streaming"),
+    ("sampling.sampler", "pipelines.streaming"),
     ("data",),
     ("rewards",),
     ("networks", "metrics", "run.checkpoint"),
