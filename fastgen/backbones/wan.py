@@ -5,6 +5,7 @@ Wan 2.1 and Wan 2.2 TI2V-5B have one network. Wan 2.2 A14B has two experts: `tra
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,8 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
 from fastgen.streaming.causal_wan import check_causal, make_causal, place_of, placed
+
+TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length")  # keys that a streaming export stores
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -59,6 +62,10 @@ class WanConfig(PipelineConfig):
         check_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
 
     def check_export(self, policy: RolloutPolicy) -> None:
+        if policy.chunks is not None:
+            if policy.inputs:
+                raise ValueError(f"a student that works in chunks cannot be exported with inputs {policy.inputs}")
+            return
         scheduler = flow_match_scheduler(policy)
         for boundary in self.own_boundaries() or ():
             check_boundary(policy, scheduler, boundary)
@@ -355,6 +362,10 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return {"transformer": high, "transformer_2": low, "boundary_ratio": student.boundaries[0]}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        if policy.chunks is not None:
+            from fastgen.pipelines.few_step import ChunkScheduler  # with diffusers
+
+            return ChunkScheduler(asdict(policy), **{name: getattr(self.config, name) for name in TRAINED})
         scheduler = flow_match_scheduler(policy)
         if self.boundary is not None:
             check_boundary(policy, scheduler, self.boundary)

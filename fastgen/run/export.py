@@ -37,7 +37,8 @@ def export(
     restore(folder)
     partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
     try:
-        adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
+        whole = recipe.rollout.inputs or recipe.rollout.chunks is not None  # what an adapter could not say
+        adapter = student.is_adapter and backbone.stores_adapters and not whole
         backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
         metadata = {
             "lora": adapter,

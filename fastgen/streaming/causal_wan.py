@@ -156,7 +156,7 @@ def place_of(network: Any, x: Tensor, inputs: Inputs) -> Place:
         chunks, chunk = inputs.context.chunks, inputs.context.chunk
         if frames != len(chunk):
             raise ValueError(f"the next chunk has {len(chunk)} frames, frames {chunk}, and x has {frames}")
-        past, own = chunks.positions_of(chunk)
+        past, own = chunks.positions_of(chunk, tuple(block.frames for block in inputs.context.blocks))
         seen = sum(len(part) for part in past)
         layout = chunk_layout(chunks.attention, tokens, seen, min(chunks.sink, seen), frames, x.device)
         return Place(

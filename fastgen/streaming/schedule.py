@@ -131,9 +131,10 @@ class ChunkSchedule:
         """Whether a video of this length is longer than the window."""
         return self.window is not None and num_frames > self.window
 
-    def positions_of(self, chunk: range) -> tuple[tuple[range, ...], range]:
-        """The temporal positions of the frames in `past(chunk)`, and of the chunk itself."""
-        past = self.past(chunk)
+    def positions_of(self, chunk: range, past: tuple[range, ...] | None = None) -> tuple[tuple[range, ...], range]:
+        """The temporal positions of the earlier frames that are seen, and of the chunk itself. past: these frames, by
+        default `past(chunk)`."""
+        past = self.past(chunk) if past is None else past
         if self.positions == "absolute":
             return past, chunk
         ends = list(itertools.accumulate((len(frames) for frames in past), initial=0))
