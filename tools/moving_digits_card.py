@@ -113,8 +113,8 @@ The autoencoder had {vae["steps"]:,} steps in {vae["minutes"]:.0f} minutes, the 
 
 ## Measured
 
-{measured["videos"]} prompts that state everything, 25 steps, by the metrics `video_accuracy`, `motion_error` and `drift`
-(docs/evaluation.md). The columns "autoencoder alone" are videos of held-out digits, encoded and decoded: what a perfect
+{measured["videos"]} prompts that state everything, 25 steps, by the metrics `video_accuracy`, `motion_error` and `drift`.
+The columns "autoencoder alone" are videos of held-out digits, encoded and decoded: what a perfect
 transformer would reach. Its PSNR is {measured["autoencoder"]["psnr"]:.1f} dB, {measured["autoencoder_49_frames"]["psnr"]:.1f} dB
 with 49 pictures. 109 pictures were measured on a quarter of the videos.
 

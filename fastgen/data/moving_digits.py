@@ -148,7 +148,7 @@ class MovingDigitsData(SampleSource):
             )
 
     def samples(self, backbone: Backbone) -> Samples:
-        frames = backbone.config.num_frames  # type: ignore[attr-defined] - that of a video backbone
+        frames = backbone.config.num_frames
         ids, key = torch.arange(self.videos), noise.make_key(self.seed, self.name)
         stated = noise.uniform(ids, (3,), noise.make_key(key, "stated")) >= self.unstated
         prompts = draw_scenes(ids, key).prompts(stated)
