@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_wan import CHANNELS, TEXT_WIDTH, transformer
 from torch import Tensor
 
 from fastgen.backbones.wan import WanDenoiser
@@ -16,7 +17,6 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, backward_simulation, commit, sample, sample_chunks
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
-from tiny_wan import CHANNELS, TEXT_WIDTH, transformer
 
 SHAPE = (CHANNELS, 4, 4)
 POLICIES = {
@@ -461,3 +461,26 @@ def test_a_chunk_of_another_length_is_refused(network: WanDenoiser) -> None:
         network(
             draws(3)("x"), torch.ones(2).double(), conditioning(), Inputs(context=Context(ChunkSchedule(frames=2)))
         )
+
+
+def test_what_steps_compute_alike_is_computed_once(network: WanDenoiser) -> None:
+    """A memoised context gives the same bits, keeps what each layer computed, and passes it to no other context."""
+    chunks, t = POLICIES["sink"], torch.tensor([0.9, 0.3], dtype=torch.float64)
+    context = Context(chunks)
+    for frames in chunks.split(8):
+        context = network.commit(draws(2).chunk(frames)("clean"), 0 * t, conditioning(), context)
+    twin, x = context.memoised(), draws(2)("x")
+    with torch.no_grad():
+        outputs = [network(x, t, conditioning(), Inputs(context=c)) for c in (context, twin, twin)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert context.memo is None and twin.memo is not None and sorted(twin.memo) == [0, 1]
+    kept = dict(twin.memo)
+    with torch.no_grad():
+        network(x, t, conditioning(), Inputs(context=twin))
+    assert all(twin.memo[layer] is value for layer, value in kept.items())
+    assert twin.select(slice(1)).memo is None and twin.layers(0, 2).memo is None
+    assert network.commit(x, 0 * t, conditioning(), twin).memo is None
+    fresh = context.memoised()
+    with torch.enable_grad():
+        network(x.requires_grad_(True), t, conditioning(), Inputs(context=fresh))
+    assert fresh.memo == {}

@@ -96,6 +96,7 @@ def denoise(
     student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise, context: Context | None = None
 ) -> Tensor:
     """All steps of the sampler, for whole samples or, with a context, for the next chunk of a video."""
+    context = None if context is None else context.memoised()
     x = noise("initial")
     if isinstance(policy, TeacherPolicy):
         x = policy.initial_scale * x
@@ -139,6 +140,7 @@ def simulate(
 ) -> Rollout:
     """The backward simulation of whole samples or, with a context, of the next chunk of a video."""
     x_in = batch.normal("initial")
+    memoised = None if context is None else context.memoised()
     with torch.no_grad():
         for i in range(farthest(student, stop)):
             reached = stop > i
@@ -146,7 +148,7 @@ def simulate(
             active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             t_next = torch.full_like(t, policy.timesteps[i + 1])
-            past = context if context is None or len(active) == len(stop) else context.select(active)
+            past = memoised if memoised is None or len(active) == len(stop) else memoised.select(active)
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next, past).to(x_in.dtype)
             draw = partial(batch.normal, f"step{i + 1}", rows=active)
             x_next = step_to(student.schedule, policy, x0, x_t, t, t_next, draw)

@@ -83,16 +83,28 @@ class CausalAttention:
     def attend(self, place: Place, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, L, H, D]: attention over the visible past and the own tokens."""
         query, key = rotated(query, place.own), rotated(key, place.own)
-        cache = None
-        if place.context is not None and (past := place.context.past(self.layer)) is not None:
-            assert place.past is not None
-            cache = Cache(rotated(past[0].type_as(key), place.past), past[1].type_as(value))
+        cache = self.past(place, key)
         layout, rows = place.layout, 0 if cache is None else cache.key.shape[1]
         if not isinstance(layout, BlockLayout):
             layout = layout(query, key if cache is None else torch.cat([cache.key, key], dim=1))
         learns = None if cache is not None and cache.key.requires_grad else (rows, rows + key.shape[1])
         named = {"cache": cache, "grad_keys": learns, "backend": place.attention.backend}
         return attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
+
+    def past(self, place: Place, like: Tensor) -> Cache | None:
+        """Keys and values of the visible past, with the keys at their positions; None if there are none."""
+        context = place.context
+        if context is None or place.past is None:
+            return None
+        memo = None if torch.is_grad_enabled() else context.memo
+        if memo is not None and self.layer in memo:
+            return memo[self.layer]
+        past = context.past(self.layer)
+        assert past is not None
+        cache = Cache(rotated(past[0].type_as(like), place.past), past[1].type_as(like))
+        if memo is not None:
+            memo[self.layer] = cache
+        return cache
 
 
 class FoldedCrossAttention:

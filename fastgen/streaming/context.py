@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ class Context:
     """The memory of the frames that the next chunk sees. No forward changes it: `committed` returns a new one.
 
     chunks: the schedule that decides what is kept.  blocks: what is kept, in order.  frames: how many were committed.
-    What is stored has no gradient, unless `Denoiser.commit` was asked for it."""
+    What is stored has no gradient, unless `Denoiser.commit` was asked for it.
+    memo: layer -> what it computes of this context for every step of a chunk alike (`memoised`); None: it is computed
+    anew. No other context shares it."""
 
     chunks: ChunkSchedule
     blocks: tuple[Block, ...] = ()
     frames: int = 0
+    memo: dict[int, Any] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def chunk(self) -> range:
@@ -49,6 +52,13 @@ class Context:
     def nbytes(self) -> int:
         """The size of what is kept. Snapshots that share blocks share this memory."""
         return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.keys, block.values))
+
+    def memoised(self) -> "Context":
+        """The same context for the steps of one chunk without gradient. What layers compute of it once is freed with
+        it."""
+        twin = dataclasses.replace(self)
+        object.__setattr__(twin, "memo", {})
+        return twin
 
     def past(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, tokens, heads, D] of all visible frames, in order; None if there are none."""
