@@ -2,9 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from fastgen.run.quiet import quiet_libraries
 
 app = typer.Typer(
     name="fastgen",
@@ -59,17 +61,22 @@ def refuse(message: object) -> typer.Exit:
     return typer.Exit(2)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
-def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Train a recipe. A run that is started again goes on from its last checkpoint."""
+def read(recipe: Path, overrides: list[str] | None) -> Any:
+    """The checked recipe. Until then, nothing is imported that takes seconds, except torch."""
     from fastgen.config import load_recipe
     from fastgen.registry import RecipeError
 
     try:
-        loaded = load_recipe(recipe, overrides or [])
+        return load_recipe(recipe, overrides or [])
     except RecipeError as error:
         raise refuse(error) from None
-    from fastgen.train import run_program  # takes seconds to import: not for a recipe that is refused
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train a recipe. A run that is started again goes on from its last checkpoint."""
+    loaded = read(recipe, overrides)
+    from fastgen.train import run_program
 
     raise typer.Exit(run_program(loaded))
 
@@ -85,16 +92,14 @@ def plan(
     ] = None,
 ) -> None:
     """Print what a recipe needs: parameters, memory and network evaluations. No weights are loaded or downloaded."""
-    from rich.console import Console
-
-    from fastgen.config import load_recipe
+    loaded = read(recipe, overrides)
     from fastgen.planning.plan import plan as plan_recipe
     from fastgen.planning.report import report
-    from fastgen.registry import RecipeError
+    from fastgen.run.terminal import console
 
     try:
-        report(plan_recipe(load_recipe(recipe, overrides or []), gpus), memory and memory * 1e9, Console())
-    except (RecipeError, ValueError) as error:
+        report(plan_recipe(loaded, gpus), memory and memory * 1e9, console())
+    except ValueError as error:
         raise refuse(error) from None
 
 
@@ -123,17 +128,15 @@ def prepare(
     """Encode a recipe's prompts and images once, into a folder to train on.
 
     The command can be interrupted. Started again, it checks the files that are there and makes the others."""
-    from fastgen.config import load_recipe
+    loaded = read(recipe, overrides)
     from fastgen.data import DataError
     from fastgen.data.pairs import PairSettings
-    from fastgen.registry import RecipeError
     from fastgen.run.prepare import prepare as prepare_folder
 
     try:
-        loaded = load_recipe(recipe, overrides or [])
         wanted = PairSettings(pairs, pair_steps, guidance_scale, loaded.seed) if pairs else None
         manifest = prepare_folder(loaded, output, dtype, shard_size, wanted)
-    except (RecipeError, ValueError) as error:
+    except ValueError as error:
         raise refuse(error) from None
     except DataError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -239,7 +242,8 @@ def evaluate(
 
     The command can be interrupted. Started again, it goes on where it was."""
     from fastgen.evaluation.config import scorer_keys
-    from fastgen.evaluation.evaluate import compare, evaluate_path
+    from fastgen.evaluation.evaluate import evaluate_path
+    from fastgen.evaluation.results import compare
     from fastgen.registry import RecipeError
 
     try:
@@ -290,10 +294,10 @@ def score(
 ) -> None:
     """Score the images of a folder one by one: print a table, write all scores."""
     import torch
-    from rich.console import Console
 
     from fastgen.evaluation.config import scorer_keys
     from fastgen.evaluation.scoring import score_folder, score_table
+    from fastgen.run.terminal import console, print_table
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -301,7 +305,7 @@ def score(
         result = score_folder(images, names, scorer_keys(scorer or []), prompts, output, batch_size, device)
     except ValueError as error:
         raise refuse(error) from None
-    Console().print(score_table(result))
+    print_table(score_table(result), console())
     print(f"scores of each image in {output}")
 
 
@@ -329,6 +333,7 @@ def export(
 
 def main() -> None:
     """Runs the command that the arguments of the process name."""
+    quiet_libraries()
     app()
 
 

@@ -415,13 +415,20 @@ def check_rewards(recipe: Recipe) -> None:
 
 
 def check_init(recipe: Recipe) -> None:
-    """Checks that init_from is a run with a complete checkpoint or an export, and that its student is of this kind."""
+    """Checks that init_from is a run with a complete checkpoint, an export or a pipeline folder, and that its student
+    is of this kind."""
     if recipe.init_from is None or checkpoint.complete(recipe.output_dir / "checkpoints"):
         return  # a run that continues has the weights in its own checkpoint
     path = Path(recipe.init_from)
     stored, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
+    if not stored.is_file() and (path / "model_index.json").is_file():
+        check_pipeline_start(recipe, path)
+        return
     if not stored.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
-        raise RecipeError(f"init_from: {path} is neither a run with a complete checkpoint nor an export; give one")
+        raise RecipeError(
+            f"init_from: {path} is neither a run with a complete checkpoint, nor an export, nor the folder of a "
+            "diffusers pipeline; give one"
+        )
     raw = read_recipe(stored, stored)  # its objective is not needed, and may be a module that is not installed here
     rollout = validated(RolloutPolicy, current_names("rollout", raw.get("rollout") or {}), "rollout.")
     if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
@@ -439,6 +446,19 @@ def check_init(recipe: Recipe) -> None:
         )
     if now and not checkpoints:
         raise RecipeError(f"init_from: {path} is an exported adapter; name the run that it came from")
+
+
+def check_pipeline_start(recipe: Recipe, folder: Path) -> None:
+    """Checks that init_from, a pipeline folder that others have made, has the networks of this recipe's student."""
+    if "student" in recipe.lora:
+        raise RecipeError(
+            f"init_from: {folder} has a whole network, and lora.student trains an adapter on that of backbone.path; "
+            "leave out lora.student"
+        )
+    try:
+        recipe.backbone.check_start(folder)
+    except ValueError as error:
+        raise RecipeError(f"init_from: {str(error).removeprefix('path: ')}") from None
 
 
 def to_dict(value: Any) -> Any:

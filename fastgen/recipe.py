@@ -212,7 +212,7 @@ class Recipe:
     rewards: Composite | None = None  # for objectives that use them
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
-    init_from: str | None = None  # a run or an export whose student (and fake score) this run starts from
+    init_from: str | None = None  # a run, an export or a pipeline folder whose student this run starts from
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @property

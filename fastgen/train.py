@@ -5,15 +5,46 @@ The recipe is built into objects, one loop trains them, and the run folder holds
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run by path: Python put fastgen/ first on sys.path, where its modules could hide installed ones
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the recipe and trains it. Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run
+    fails, and 130 or 143 if a signal ended it."""
+    from fastgen.config import load_recipe
+    from fastgen.registry import RecipeError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+    except RecipeError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    from fastgen.train import run_program
+
+    return run_program(recipe)
+
+
+if __name__ == "__main__":  # here, because the imports below take seconds, and a recipe that is refused needs none
+    from fastgen.run.quiet import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())
+
 import dataclasses
+import errno
 import signal
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +54,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fastgen.config import dump_recipe, load_recipe
 from fastgen.data import DataError, make_batch
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightsError, refill
@@ -32,7 +62,7 @@ from fastgen.noise import make_key
 from fastgen.objectives import Loss, Turn
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
-from fastgen.run import checkpoint
+from fastgen.run import checkpoint, terminal
 from fastgen.run.build import (
     TrainingError,
     TrainingRun,
@@ -48,12 +78,13 @@ from fastgen.run.distributed import average_gradients, start, stored_name
 from fastgen.run.export import export, export_run, write_card
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
-from fastgen.run.log import RunLog
+from fastgen.run.log import RunLog, run_log
+from fastgen.run.stalls import attended
+from fastgen.run.summary import role_table, summary
 from fastgen.run.watching import (
     bit_sums,
     quick_metrics,
     report_moved,
-    role_table,
     set_anchor,
     show,
     show_teacher,
@@ -62,14 +93,16 @@ from fastgen.run.watching import (
     weight_marks,
 )
 
+TEACHER = "samples/teacher.png"
+
 
 def train(recipe: Recipe) -> Path:
     """Runs a recipe to its last step, starting from a complete checkpoint if there is one. Returns the run folder.
 
     SIGINT, SIGTERM and SIGUSR1 end the run after the current update: it saves a checkpoint and raises Interrupted."""
     accelerator = start(recipe)
-    with locked(recipe.output_dir, accelerator):
-        return run_recipe(recipe, accelerator)
+    with attended(accelerator) as moved, locked(recipe.output_dir, accelerator):
+        return run_recipe(recipe, accelerator, moved)
 
 
 @dataclasses.dataclass
@@ -83,32 +116,42 @@ class Progress:
     saved: int = -1
 
 
-def run_recipe(recipe: Recipe, accelerator: Accelerator) -> Path:
-    """The run itself, in a folder that no other program trains in: prepare, train, export, measure."""
-    console = Console(quiet=not accelerator.is_main_process)
+def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], None]) -> Path:
+    """The run itself, in a folder that no other program trains in: prepare, train, export, measure. moved: called
+    after every update."""
+    console = terminal.console(quiet=not accelerator.is_main_process)
     folder, resumed = open_run(recipe, accelerator), checkpoint_to_resume(recipe)
     accelerator.wait_for_everyone()
-    console.out(dump_recipe(recipe), highlight=False)
+    console.print(summary(recipe, folder, accelerator), markup=False, highlight=False)
     run = build(recipe, accelerator)
-    console.print(role_table(recipe, run.networks))
+    terminal.print_table(role_table(recipe, run.networks), console)
     for warning in run.backbone.warnings():
-        console.print(f"[yellow]warning: {warning}[/yellow]")
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
     set_anchor(run)
-    log = RunLog(folder, progress.step, enabled=accelerator.is_main_process)
-    with Interruption() as interruption:
-        train_networks(run, folder, progress, log, interruption, console)
-    log.close()
-    finish(run, folder, progress.step, console)
+    with run_log(folder, progress.step, accelerator.is_main_process) as log:
+        if not resumed:
+            log.picture(0, "teacher", folder / TEACHER)
+        with Interruption(says=accelerator.is_main_process) as interruption:
+            train_networks(run, folder, progress, log, interruption, moved, console)
+            exported = export_student(run, folder, progress.step, console)
+            ended = interruption.agreed(accelerator)
+    if ended:
+        name = signal.Signals(ended).name
+        raise Interrupted(
+            f"{name} ended the run after its last update; the student was exported to {exported}, and not measured",
+            EXIT_CODES[ended],
+        )
+    measure_student(run, exported, progress.step)
     return folder
 
 
 def begin_run(run: TrainingRun, folder: Path, console: Console) -> Progress:
     """A new run: the weights of `init_from`, and a first look at the teacher."""
-    console.print(f"no checkpoint: starting from {run.recipe.init_from or 'the pretrained weights'}")
+    console.print(f"no checkpoint: starting from {run.recipe.init_from or 'the pretrained weights'}", markup=False)
     for role in start_from(run):
         console.print(f"{run.recipe.init_from} has no {role}; it starts from the pretrained weights", markup=False)
-    show_teacher(run, folder / "samples" / "teacher.png", console)
+    show_teacher(run, folder / TEACHER, console)
     return Progress()
 
 
@@ -126,16 +169,22 @@ def samples_per_update(run: TrainingRun) -> int:
 
 
 def train_networks(
-    run: TrainingRun, folder: Path, progress: Progress, log: RunLog, interruption: Interruption, console: Console
+    run: TrainingRun,
+    folder: Path,
+    progress: Progress,
+    log: RunLog,
+    interruption: Interruption,
+    moved: Callable[[], None],
+    console: Console,
 ) -> None:
     """The loop: the objective's turns for every student update, and what falls due after it.
 
     Raises Interrupted, after saving a checkpoint, if a signal asked the run to end."""
     recipe, config, main = run.recipe, run.recipe.train, run.accelerator.is_main_process
     marks = weight_marks(run)
-    with tqdm(total=config.steps, initial=progress.step, desc="training", disable=not main) as bar:
+    with terminal.progress_bar(config.steps, "training", initial=progress.step, enabled=main, in_logs=True) as bar:
         while progress.step < config.steps:
-            step, student_moved = progress.step, False
+            step, student_moved, began = progress.step, False, time.perf_counter()
             for turn in recipe.objective.turns(step, run.state):
                 reset_roles(run, turn, step)
                 set_rates(run, turn, step)
@@ -143,6 +192,7 @@ def train_networks(
                     before = bit_sums(run.networks, turn) if step == 0 and inner == 0 else None
                     key = make_key(recipe.seed, step, turn.name, inner)
                     terms, stepped = update(run, turn, progress.position, key)
+                    moved()
                     recipe.objective.finish(turn, run.networks, run.state)
                     progress.position += samples_per_update(run)
                     student_moved |= stepped and "student" in turn.roles
@@ -152,6 +202,7 @@ def train_networks(
             if student_moved:
                 run.ema.update(run.networks.student)
             progress.step = step = step + 1
+            log.took(time.perf_counter() - began)
             bar.update()
 
             if recipe.health.every and step % recipe.health.every == 0:
@@ -160,7 +211,9 @@ def train_networks(
             if step % config.log_every == 0 or step == config.steps:
                 bar.set_postfix(log.write(step, run.optimizers))
             if run.samples_here and due(step, config.sample_every, config.steps):
-                show(run, run.student, folder / "samples" / f"step_{step:08d}.png")
+                picture = folder / "samples" / f"step_{step:08d}.png"
+                show(run, run.student, picture)
+                log.picture(step, "student", picture)
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
             if due(step, config.checkpoint_every, config.steps):
@@ -204,11 +257,9 @@ def save(run: TrainingRun, folder: Path, progress: Progress) -> None:
         checkpoint.save(folder / "checkpoints", run.saved, run.optimizers, run.state, counters, keep, writer=main)
 
 
-def finish(run: TrainingRun, folder: Path, step: int, console: Console) -> None:
-    """Exports the average of the student, and then measures it and writes the numbers into the export's card: what
-    cannot be measured is still exported.
-
-    Raises TrainingError if the student cannot be measured, for example because its samples are not finite."""
+def export_student(run: TrainingRun, folder: Path, step: int, console: Console) -> Path:
+    """Exports the average of the student, before anything is measured: what cannot be measured is still exported.
+    Returns the export's folder."""
     main, exported = run.accelerator.is_main_process, folder / "export"
     if main and run.strategy == "fsdp":
         export_run(folder)
@@ -216,6 +267,13 @@ def finish(run: TrainingRun, folder: Path, step: int, console: Console) -> None:
         export(run.ema.module, run.backbone, run.recipe, exported, step)
     console.print(f"exported to {exported}", markup=False)
     run.accelerator.wait_for_everyone()
+    return exported
+
+
+def measure_student(run: TrainingRun, exported: Path, step: int) -> None:
+    """Measures the average of the student, and writes the numbers into the card of its export.
+
+    Raises TrainingError if the student cannot be measured, for example because its samples are not finite."""
     if run.samples_here:
         try:
             rows = {f"student, {run.recipe.rollout.num_steps} steps": quick_metrics(run)} | teacher_metrics(run)
@@ -223,7 +281,7 @@ def finish(run: TrainingRun, folder: Path, step: int, console: Console) -> None:
             raise TrainingError(
                 f"the student was exported to {exported}, but it cannot be measured: {error}"
             ) from None
-        if main:
+        if run.accelerator.is_main_process:
             write_card(run.backbone, run.recipe, exported, step, rows)
     run.accelerator.wait_for_everyone()
 
@@ -322,23 +380,9 @@ def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
             group["lr"] = run.recipe.optimizers[role].rate(*(turn.progress or (step, run.recipe.train.steps)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 if the run is complete, 2 if the recipe is refused, 1 if the run fails, and 130 or 143 if a signal
-    ended it."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: train.py RECIPE.yaml [dotted.key=value ...]", file=sys.stderr)
-        return 0 if arguments else 2
-    try:
-        recipe = load_recipe(arguments[0], arguments[1:])
-    except RecipeError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return run_program(recipe)
-
-
 def run_program(recipe: Recipe) -> int:
     """Trains a recipe that was read and checked; what goes wrong is said in words. Returns the exit code."""
+    threading.excepthook = say_in_background
     try:
         train(recipe)
     except RecipeError as error:
@@ -347,11 +391,25 @@ def run_program(recipe: Recipe) -> int:
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # while the run is built or measured, when there is nothing to save
+        print("\nstopped: SIGINT ended the run; the same command continues it", file=sys.stderr)
+        return EXIT_CODES[signal.SIGINT]
     except (TrainingError, CheckpointError, DataError, WeightsError, OSError, SafetensorError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {error}{advice(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def advice(error: Exception) -> str:
+    """What to do where a file could not be written, as the end of a message."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return ". Free some space and start the run again, which continues it from its last checkpoint" if full else ""
+
+
+def say_in_background(raised: threading.ExceptHookArgs) -> None:
+    """An error in writing from a background thread, which is TensorBoard's, is one line. The training stops when it
+    writes the next row."""
+    if isinstance(raised.exc_value, OSError):
+        print(f"\nwarning: {raised.exc_value} (in a background thread)", file=sys.stderr)
+    else:
+        threading.__excepthook__(raised)

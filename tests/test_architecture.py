@@ -11,7 +11,10 @@ PACKAGE = Path(fastgen.__file__).parent
 # From the ground up. A name is a module, or a room with all its modules that are not named themselves. A module may
 # import from its own layer and from those above it in this list, wherever the import statement stands.
 LAYERS = (
-    ("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.pictures"),
+    (
+        *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.captions"),
+        *("sampling.pictures", "run.terminal", "run.quiet"),
+    ),
     ("streaming.schedule", "streaming.context"),
     ("batch",),
     ("signals",),
@@ -20,7 +23,7 @@ LAYERS = (
     ("flow", "ops", "pipelines"),
     ("streaming",),  # causal networks, and a running stream
     ("backbones", "pipelines.streaming"),
-    ("sampling.sampler", "pipelines.streaming"),
+    ("sampling.sampler",),
     ("data",),
     ("rewards",),
     ("networks", "metrics", "run.checkpoint"),

@@ -120,18 +120,40 @@ def test_refusals_are_exit_code_2_with_the_message_on_standard_error(arguments: 
     assert "Traceback" not in error
 
 
-SLOW_TO_IMPORT = ("peft", "diffusers", "transformers", "accelerate", "torchvision", "scipy", "torch.distributed.fsdp")
+SLOW_TO_IMPORT = (
+    *("peft", "diffusers", "transformers", "accelerate", "torchvision", "scipy", "sklearn", "pandas", "matplotlib"),
+    *("tensorboard", "torchmetrics", "torch.distributed.fsdp"),
+)
+COMMANDS = {  # what answers: the arguments before the recipe, and the program that Python runs
+    "fastgen train": (["train"], "from fastgen.cli import main; main()"),
+    "fastgen plan": (["plan"], "from fastgen.cli import main; main()"),
+    "fastgen prepare": (["prepare", "--output", "nowhere"], "from fastgen.cli import main; main()"),
+    "python -m fastgen.train": ([], "import runpy; runpy.run_module('fastgen.train', run_name='__main__')"),
+    "fastgen/train.py": ([], f"import runpy; runpy.run_path({str(ROOT / 'fastgen/train.py')!r}, run_name='__main__')"),
+}
 
 
-@pytest.mark.parametrize("recipe", ["mixture_dmd2_4step", "sdxl_dmd2_4step"])
-def test_a_refusal_imports_nothing_heavy(recipe: str) -> None:
-    """A mistake in a recipe is answered before the libraries that take seconds to import."""
+@pytest.mark.parametrize(
+    ("command", "recipe"),
+    [("fastgen train", "mixture_dmd2_4step"), *((command, "sdxl_dmd2_4step") for command in COMMANDS)],
+)
+def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Path) -> None:
+    """A mistake in a recipe is answered before the libraries that take seconds to import, by every command."""
+    before, program = COMMANDS[command]
+    arguments = [*before, str(ROOT / "recipes" / f"{recipe}.yaml"), "train.steps=-1", "foo=1"]
     program = (
-        "import sys\nfrom fastgen.cli import main\n"
-        f"sys.argv = ['fastgen', 'train', {str(ROOT / 'recipes' / recipe)!r} + '.yaml', 'train.steps=-1', 'foo=1']\n"
-        "try:\n    main()\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
+        f"import sys\nsys.argv = ['command', *{arguments}]\n"
+        f"try:\n    {program}\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
         f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-    assert "unknown key foo" in done.stderr and "train.steps" in done.stderr
+    assert "unknown key foo" in done.stderr and "train.steps" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_training_programs_help_goes_to_standard_output() -> None:
+    program = [sys.executable, ROOT / "fastgen/train.py"]
+    asked = subprocess.run([*program, "--help"], capture_output=True, text=True)
+    assert (asked.returncode, asked.stderr) == (0, "") and asked.stdout.startswith("usage: train.py RECIPE.yaml")
+    missing = subprocess.run(program, capture_output=True, text=True)
+    assert (missing.returncode, missing.stdout) == (2, "") and missing.stderr == asked.stdout

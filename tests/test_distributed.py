@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fastgen.config import load_recipe
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
+from fastgen.run.launcher import differences
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +167,41 @@ def test_what_was_asked_for_and_cannot_be_had(tmp_path: Path, override: str, mes
         train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}", override]))
 
 
-def test_a_launcher_configured_for_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RecipeError, match="DeepSpeed"):
-        train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}"]))
+@pytest.mark.parametrize(
+    ("variable", "value", "override", "words"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "seed=0", "DeepSpeed"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "seed=0", "parallelism"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "seed=0", "offloading"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "seed=0", r"set train\.mixed_precision=bf16, or launch with .* no$"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "train.mixed_precision=bf16", "was told fp16; launch with .* bf16$"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.accumulate=2", r"set train\.accumulate=4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "seed=0", "compile with inductor"),
+        ("ACCELERATE_USE_FSDP", "true", "train.strategy=ddp", "configured for FSDP"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "seed=0", r"set train\.gradient_checkpointing=true"),
+    ],
+)
+def test_a_launcher_that_was_told_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, override: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RecipeError, match=words):
+        train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}", override]))
+
+
+def test_a_launcher_that_was_told_the_same_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_recipe(ROOT / DIGITS, ["train.mixed_precision=bf16", "train.accumulate=2"]).train
+    for precision, accumulate in (("bf16", "2"), ("no", "1"), ("no", "auto")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulate)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+        assert not list(differences(config))
+
+
+@pytest.mark.slow
+def test_accelerates_own_flags_arrive(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"]
+    arguments = ["fastgen/train.py", DIGITS, *SMALL, f"output_dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([*program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "refused: train.mixed_precision is no, but the launcher was told bf16" in result.stderr

@@ -17,11 +17,13 @@ from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureC
 from fastgen.config import dump_recipe, load_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
+from fastgen.evaluation import results
+from fastgen.evaluation.report import pictures_in
 from fastgen.metrics.reference import read_images
 from fastgen.recipe import EvalConfig
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.export import export
-from fastgen.sampling.pictures import plot_points, save_grid
+from fastgen.sampling.pictures import grid, plot_points, save_grid
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 torch.set_num_threads(1)
@@ -203,8 +205,8 @@ def test_page_with_points_is_self_contained_and_repeatable(tmp_path: Path) -> No
         rows.append({"name": name, **result, "seconds": 1.0})
     assert isinstance(sampler.backbone, GaussianMixture)
     samples["exact"] = evaluation.exact_points(sampler.backbone, config, sampler)
-    evaluation.write_results(tmp_path / "a.json", rows, samples)
-    evaluation.write_results(tmp_path / "b.json", rows, samples)
+    results.write_results(tmp_path / "a.json", rows, samples)
+    results.write_results(tmp_path / "b.json", rows, samples)
     page = (tmp_path / "a.html").read_text()
     assert page == (tmp_path / "b.html").read_text()
     assert_self_contained(page)
@@ -217,14 +219,47 @@ def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
     for name, count in (("a", 50), ("b", 40)):
         result = evaluation.evaluate(sampler, pixel_config(num_samples=count), progress=False)  # type: ignore[arg-type]
         evaluation.write_json(tmp_path / f"{name}.json", {"name": "student", **result})
-    evaluation.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
+    results.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "differ in num_samples, prompts_sha256" in page and "a.json)" in page and "b.json)" in page
     assert "transformer/&lt;script&gt;.safetensors" in page
     assert_self_contained(page)
     (tmp_path / "c.json").write_text("[1]")
     with pytest.raises(ValueError, match="no metrics"):
-        evaluation.compare([tmp_path / "c.json"], tmp_path / "page.html")
+        results.compare([tmp_path / "c.json"], tmp_path / "page.html")
+
+
+def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the pages beside the result files, and of no other result that such a page may show."""
+    sampler, pages = CopyingSampler(), []
+    for name in ("first", "<second>"):
+        row, kept = evaluation.evaluate_with_samples(sampler, pixel_config(num_samples=20, seed=len(name)), False)  # type: ignore[arg-type]
+        path = tmp_path / f"{len(name)}.json"
+        evaluation.write_json(path, {"name": name, **row})
+        results.write_page(path.with_suffix(".html"), [row | {"name": name}], {name: kept}, {name: ["a two"] * 20})
+        pages += pictures_in(path.with_suffix(".html"), [name])
+    assert len(pages) == 2 and pages[0].png != pages[1].png
+    files = [tmp_path / "5.json", tmp_path / "8.json"]
+    results.compare(files, tmp_path / "both.html")
+    assert pictures_in(tmp_path / "both.html", ["first", "<second>"]) == pages
+    assert_self_contained((tmp_path / "both.html").read_text())
+    results.compare(files, tmp_path / "5.html")  # in place of the first one's own page
+    results.compare(files[:1], tmp_path / "again.html")
+    assert pictures_in(tmp_path / "again.html", ["first", "<second>"]) == pages[:1]
+    (tmp_path / "8.html").unlink()
+    capsys.readouterr()
+    results.compare(files, tmp_path / "one.html")
+    assert "8.html, which should show samples of" in capsys.readouterr().out
+
+
+def test_a_comparison_of_points_shows_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        row, kept = evaluation.evaluate_with_samples(mixture_teacher(2), EvalConfig(("mean_error",), 50), False)
+        evaluation.write_json(tmp_path / f"{name}.json", {"name": "run", **row})
+        results.write_page(tmp_path / f"{name}.html", [row | {"name": "run"}], {"run": kept, "exact": kept}, {})
+    results.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img class="plot"') == 1 + 2  # the bars, and the points of each
 
 
 def test_results_table_shows_the_asked_columns() -> None:
@@ -233,10 +268,10 @@ def test_results_table_shows_the_asked_columns() -> None:
         {"name": "b", "metrics": {"fid": 1200.0}},
     ]
     console = Console(width=80, record=True, quiet=False)
-    console.print(evaluation.results_table(rows, ["fid", "accuracy"]))
+    console.print(results.results_table(rows, ["fid", "accuracy"]))
     text = console.export_text()
     assert "[teacher]" in text and "1.235" in text and "1200" in text and "–" in text
-    console.print(evaluation.results_table(rows[:1]))
+    console.print(results.results_table(rows[:1]))
     assert "accuracy │       0.5" in console.export_text()
 
 
@@ -251,3 +286,52 @@ def test_pictures(tmp_path: Path) -> None:
     plot_points({"one axis": torch.randn(50, 1), "exact": torch.randn(50, 1)}, tmp_path / "line.png")
     plot_points({"three": torch.randn(50, 3)}, tmp_path / "points.png")
     assert all((tmp_path / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("grid", "line", "points"))
+
+
+def test_captions_stand_below_their_pictures(tmp_path: Path) -> None:
+    """Small pictures are enlarged without blurring. What is below one depends on its own caption only."""
+    pixels = torch.rand(3, 3, 32, 32).mul(255).round() / 255
+    texts = ["a handwritten six", "a very long prompt " * 20, "x" * 300]
+    save_grid(pixels, tmp_path / "a.png", columns=2, captions=texts)
+    save_grid(pixels, tmp_path / "b.png", columns=2, captions=[texts[0], "another", texts[2]])
+    a, b = (read_images([tmp_path / f"{name}.png"])[0] for name in "ab")
+    height = (a.shape[1] - 2) // 2
+    assert a.shape[2] == 2 * (128 + 2) + 2 and height > 128 + 2 + 3 * 10  # a caption has three lines
+    large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for i, (top, left) in enumerate(((2, 2), (2, 132), (2 + height, 2))):
+        assert torch.equal(a[:, top : top + 128, left : left + 128], large[i])
+        below = a[:, top + 128 : top + height - 2, left : left + 128]
+        assert 0.01 < (below < 0.5).float().mean() < 0.4  # black letters on white
+        assert torch.equal(below, b[:, top + 128 : top + height - 2, left : left + 128]) == (i != 1)
+    assert bool((a[:, 2 + height :, 132:] == 1).all())  # an empty place
+
+
+def test_videos_have_one_caption_each() -> None:
+    frames = torch.zeros(2, 5, 3, 64, 64)
+    plain, below = grid(frames), grid(frames, captions=["a cat", "a dog"])
+    assert plain.size == (4 * 66 + 2, 2 * 66 + 2)
+    assert below.width == plain.width + 4 and below.height > plain.height
+    assert grid(frames, captions=["", ""]).size == plain.size
+
+
+def test_throughput_leaves_out_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch, in which networks load; a single batch is drawn twice, and the second time counts."""
+    clock = [0.0]
+
+    class Loading(CopyingSampler):
+        calls = 0
+
+        def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            clock[0] += 100 if self.calls == 0 else 2
+            self.calls += 1
+            return super().sample(prompts, seeds)
+
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    for count, calls in ((8, 2), (32, 4)):
+        sampler = Loading()
+        config = pixel_config(metrics=("throughput",), num_samples=count, batch_size=8)
+        metrics = evaluation.evaluate(sampler, config, progress=False)["metrics"]  # type: ignore[arg-type]
+        assert metrics["images_per_second"] == 8 / 2 and sampler.calls == calls
+    sampler = Loading()
+    evaluation.evaluate(sampler, pixel_config(metrics=("accuracy",), num_samples=8, batch_size=8), progress=False)  # type: ignore[arg-type]
+    assert sampler.calls == 1

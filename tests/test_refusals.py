@@ -70,7 +70,7 @@ def test_a_pipeline_of_another_family(copy: Path, tmp_path: Path, capsys: pytest
     error = refusal(capsys, tmp_path, f"backbone.path={copy}")
     assert "holds a StableDiffusionXLPipeline" in error and "backbone sd does" in error
     (copy / "model_index.json").write_text("{")
-    assert "not a diffusers index" in refusal(capsys, tmp_path, f"backbone.path={copy}")
+    assert f"cannot read {copy}/model_index.json" in refusal(capsys, tmp_path, f"backbone.path={copy}")
 
 
 def test_the_run_folder_of_another_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_discriminator_without_images(tmp_path: Path, capsys: pytest.CaptureFi
         (["train.frozen_dtype=bfloat16"], "train.mixed_precision: bf16"),
         (["train.resume_from=step_00000100"], "there is no complete one"),
         (["health.std_ratio=[0.5]"], "health.std_ratio"),
-        (["init_from=no/such/run"], "neither a run with a complete checkpoint nor an export"),
+        (["init_from=no/such/run"], "is neither a run with a complete checkpoint, nor an export"),
         (["train.strategy=zero"], "train.strategy"),
     ],
 )

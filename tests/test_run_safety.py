@@ -1,5 +1,6 @@
 """Nothing on disk is lost: exports, checkpoints, logs, and runs that are stopped, started twice or moved."""
 
+import errno
 import json
 import os
 import re
@@ -9,21 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from benchmarks.rows import read_rows
 from fastgen.config import load_recipe, load_stored
 from fastgen.data.files import replace_file, replacing
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
 from fastgen.run.checkpoint import CheckpointError
-from fastgen.run.export import REPLACED, export_run, restore
+from fastgen.run.export import export_run
 from fastgen.run.interruption import EXIT_CODES, Interruption
+from fastgen.run.leftovers import REPLACED, leftovers, restore
 from fastgen.run.lock import LOCK, locked
 from fastgen.run.log import RunLog
-from fastgen.train import main, train
+from fastgen.train import export, main, train, update
 
 RING = Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"
 SHORT = [
@@ -105,6 +109,32 @@ def test_an_export_is_put_back_after_a_kill_between_two_renames(run: Path) -> No
     folder.rename(run / f".export.{REPLACED}-0123456789ab")
     restore(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_what_kills_have_left_is_removed_and_nothing_else(run: Path) -> None:
+    left = [
+        run / ".recipe.yaml.partial-0123456789ab",
+        run / f".export.{REPLACED}-0123456789ab",
+        run / "checkpoints/step_00000007.partial",
+        run / "checkpoints/step_00000001.01234567.going.partial",
+    ]
+    kept = [run / "notes.partial", run / ".git", run / "checkpoints/step_best.partial", run / "samples/mine"]
+    for folder in (*left, *kept):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("the only copy")
+    assert sorted(leftovers(run)) == sorted(left)
+    assert main(continued(run)) == 0
+    assert not any(folder.exists() for folder in left)
+    assert all((folder / "thesis.txt").is_file() for folder in kept)
+
+
+def test_a_run_that_was_killed_before_it_had_a_recipe_starts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (LOCK, ".recipe.yaml.partial-0123456789ab"):
+        (run / name).write_text("")
+    assert main(continued(run)) == 0
+    assert not leftovers(run)
 
 
 # --- checkpoints
@@ -206,6 +236,81 @@ def test_the_first_signal_is_noted() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.agreed(Accelerator(cpu=True)) == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_all_that_was_logged_is_in_tensorboard_when_a_signal_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.undo()
+        return update(*arguments)
+
+    monkeypatch.setattr("fastgen.train.update", signalled)
+    assert main(continued(tmp_path / "run")) == EXIT_CODES[signal.SIGUSR1]
+    assert "SIGUSR1: the run saves what it has and ends" in capfd.readouterr().err
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("student/loss")] == [1]
+
+
+def test_a_signal_while_the_student_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without checkpoints, the export is all that a run leaves."""
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        export(*arguments)
+
+    monkeypatch.setattr("fastgen.train.export", signalled)
+    assert main(continued(tmp_path / "run", "train.checkpoint_every=0")) == EXIT_CODES[signal.SIGTERM]
+    assert "exported" in capsys.readouterr().err
+    assert (tmp_path / "run/export/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("moment", ["build", "quick_metrics"])
+def test_ctrl_c_before_and_after_training_is_no_traceback(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastgen.train.{moment}", interrupted)
+    assert main(continued(tmp_path / "run")) == EXIT_CODES[signal.SIGINT]
+    assert re.search("^stopped: SIGINT ended the run", capsys.readouterr().err, re.MULTILINE)
+    monkeypatch.undo()
+    assert main(continued(tmp_path / "run")) == 0
+
+
+def test_a_full_disk_is_words_in_a_background_thread_too(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard's writer is a thread of its own, whose errors Python shows as tracebacks."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    assert main(continued(run)) == 1
+    said = capsys.readouterr().err
+    assert "stopped: [Errno 28] No space left on device. Free some space" in said
+    assert "in a background thread" in said and "Traceback" not in said
+    monkeypatch.undo()
+    assert main(continued(run)) == 0
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_fault_of_every_kind(tmp_path: Path) -> None:
+    """benchmarks/acceptance/fault_runs.py is the whole program."""
+    program = [sys.executable, "benchmarks/acceptance/fault_runs.py", "--faults=1", "--steps=9"]
+    places = [f"--folder={tmp_path / 'runs'}", f"--rows={tmp_path / 'rows.jsonl'}"]
+    result = subprocess.run([*program, *places], cwd=RING.parents[1], capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) >= 10 and all(sum(row["outcomes"].values()) == 1 for row in rows.values())
 
 
 @pytest.mark.slow

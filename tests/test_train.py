@@ -1,6 +1,7 @@
 """The loop: what a run leaves behind, and that dividing or interrupting the work changes nothing."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastgen.config import load_recipe
 from fastgen.evaluation.evaluate import evaluate, evaluate_path
@@ -20,6 +23,7 @@ from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
 from fastgen.run.build import TrainingError
 from fastgen.run.export import export_run
+from fastgen.run.log import MOST_PIXELS, RunLog
 from fastgen.run.watching import bit_sum
 from fastgen.sampling.sampler import load_sampler, teacher_sampler
 from fastgen.train import main, train
@@ -111,7 +115,48 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| student, 4 steps |" in card and "| teacher, 50 steps |" in card and "6 student updates" in card
     printed = capsys.readouterr().out
     assert "discriminator" in printed and "tensors moved" in printed and "the teacher at" in printed
+    for words in (
+        f"{folder}/recipe.yaml has all values",
+        "dmd2",
+        "mixture",
+        "4 steps at 1, 0.75",
+        "each of 8 samples",
+    ):
+        assert words in printed, words
+    assert len(printed.splitlines()) < 35 and "fit_batch_size" not in printed  # not the whole recipe
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["images"] == ["teacher", "student"]
+    assert [event.step for event in board.Images("student")] == [3, 6]
+    shown = Image.open(io.BytesIO(board.Images("student")[-1].encoded_image_string))
+    assert shown.tobytes() == Image.open(folder / "samples/step_00000006.png").convert("RGB").tobytes()
     assert load_recipe(folder / "recipe.yaml") == tiny(tmp_path / "run", *GAN)
+
+
+def test_seconds_per_step_are_those_of_updates_after_the_first(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, enabled=True)
+    for seconds in ([50.0, 1.0, 3.0], [4.0, 6.0]):
+        for taken in seconds:
+            log.took(taken)
+        log.write(1, {})
+    log.close()
+    assert [row["seconds_per_step"] for row in rows(tmp_path)] == [2.0, 5.0]
+    alone = RunLog(tmp_path / "alone", 0, enabled=True)
+    alone.took(7.0)
+    alone.write(1, {})
+    alone.close()
+    assert rows(tmp_path / "alone")[0]["seconds_per_step"] == 7.0
+
+
+def test_large_pictures_are_made_smaller_for_tensorboard(tmp_path: Path) -> None:
+    Image.new("RGB", (2 * MOST_PIXELS, MOST_PIXELS), "red").save(tmp_path / "large.png")
+    log = RunLog(tmp_path, 0, enabled=True)
+    log.picture(3, "student", tmp_path / "large.png")
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (event,) = board.Images("student")
+    assert (event.step, event.width, event.height) == (3, MOST_PIXELS, MOST_PIXELS // 2)
 
 
 def test_the_export_is_the_moving_average(plain: Path, tmp_path: Path) -> None:

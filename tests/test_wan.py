@@ -22,7 +22,7 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
 from fastgen.denoiser import Inputs
 from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
-from fastgen.evaluation.report import sample_section
+from fastgen.evaluation.report import draw_pictures, sample_section
 from fastgen.modules.experts import Experts
 from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks
@@ -624,7 +624,8 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
 ) -> None:
     run = train(make_recipe(folders[experts], tmp_path / "run"))
     for name in ("teacher", "step_00000002"):
-        assert Image.open(run / f"samples/{name}.png").size == (4 * 34 + 2, 2 * 34 + 2)  # a row of 4 stills a video
+        width, height = Image.open(run / f"samples/{name}.png").size
+        assert width == (4 * 34 + 2) + 4 and height > 2 * (34 + 2)  # a row of 4 stills a video, and its prompt
         assert read_video(run / f"samples/{name}.mp4").shape == (5, 2 * 34 + 2, 36, 3)  # one below the other
     card = (run / "export/README.md").read_text()
     for line in (
@@ -654,7 +655,7 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
     row = evaluate_path(run, output=tmp_path / "results.json", progress=False)
     assert row["metrics"].keys() == {"images_per_second", "network_evaluations"} and row["num_samples"] == 3
     page = (tmp_path / "results.html").read_text()
-    assert page.count('class="frames"') == 1
+    assert page.count('<img class="captioned"') == 1
     with pytest.raises(ValueError, match="but the samples here are frames; choose from throughput"):
         evaluate_path(run, metrics="fid", progress=False)
     with pytest.raises(ValueError, match="reference is for images, but the samples here are frames"):
@@ -668,7 +669,7 @@ def test_a_teacher_is_measured_with_a_scale_an_expert(folders: dict[int, Path]) 
     )
     assert row["guidance_scale"] == [4.0, 3.0] and row["metrics"]["network_evaluations"] == 4
     assert kept.shape == (8, 4, 3, 32, 32)  # stills of the first videos
-    assert sample_section({"teacher": kept}).count("<img") == 1
+    assert sample_section(draw_pictures({"teacher": kept}, {})).count('<img class="frames"') == 1
     assert grid(torch.zeros(2, 9, 3, 480, 832)).size == (4 * 258 + 2, 2 * (147 + 2) + 2)  # made smaller
 
 

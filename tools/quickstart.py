@@ -13,16 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.config import load_recipe
-from fastgen.evaluation.evaluate import write_results
+from fastgen.evaluation.results import write_results
 from fastgen.metrics import METRICS, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.reference import Reference, open_reference
+from fastgen.run.terminal import console, print_table
 from fastgen.sampling.pictures import grid
 from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.train import train
@@ -110,8 +110,8 @@ def main() -> None:
     table = Table("", *COLUMNS.values(), title=f"{len(own)} samples on each side of every FD (Frechet distance)")
     for row in rows:
         table.add_row(row["name"], *(f"{row['metrics'][key]:.4g}" for key in COLUMNS))
-    Console(width=max(110, Console().width)).print(table)
-    write_results(arguments.output / "results.json", rows, pictures)
+    print_table(table, console())
+    write_results(arguments.output / "results.json", rows, pictures, dict.fromkeys(pictures, prompts))
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     asked = [f"a handwritten {word}" for word in words] * 2
     strips = {name: sampler.sample(asked, range(20)) for name, sampler in samplers.items()}

@@ -66,6 +66,11 @@ class BackboneConfig(ABC):
         """The backbone. Weights load when they are first needed. dtype: of everything, except frozen networks if
         `roles` gives them another dtype."""
 
+    def check_start(self, folder: Path) -> None:
+        """Raises ValueError if a student cannot take its weights from this folder, which has a model_index.json and is
+        no export of fastgen: its networks must be those of this pipeline. Loads no weights."""
+        raise ValueError(f"{folder} is a diffusers pipeline, and backbone {self.name} loads none")
+
     def own_boundaries(self) -> tuple[float, ...] | None:
         """The levels between the experts of this pipeline: () if it has one network, None if that is not known before
         it is loaded."""
@@ -155,6 +160,11 @@ class Backbone(ABC):
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:
         """The network that save_pipeline wrote into this folder, frozen and in evaluation mode."""
+
+    def load_start(self, folder: Path) -> Denoiser:
+        """The network of an export, or of a folder that `check_start` lets pass, to start a student from. Raises
+        WeightsError if its settings are not those of this pipeline's network."""
+        return self.load_exported(folder)
 
     @abstractmethod
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:

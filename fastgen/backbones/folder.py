@@ -36,6 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError, naming the file, if it is missing or holds anything else."""
     try:
         content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"path: {path.parent} has no {path.name}; download it again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"path: cannot read {path}: {error}; download the pipeline again") from None
     if not isinstance(content, dict):
@@ -124,9 +126,9 @@ def weight_files(part: Path, library: str = "diffusers") -> list[Path]:
     return files
 
 
-def check_weights(path: Path) -> None:
-    """Reads the header of a safetensors file. Raises ValueError if the file is cut short or is none, as a Git LFS
-    pointer is, or if weights in it are not floating-point numbers."""
+def check_weights(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads the header of a safetensors file: tensor -> its dtype, shape and place. Raises ValueError if the file is
+    cut short or is none, as a Git LFS pointer is, or if weights in it are not floating-point numbers."""
     again = "download it again"
     try:
         size = path.stat().st_size
@@ -137,7 +139,7 @@ def check_weights(path: Path) -> None:
                 raise ValueError(f"path: {path} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
             if length > min(LONGEST_HEADER, size - 8):
                 raise ValueError(f"path: {path} is not a safetensors file, or is cut short; {again}")
-            header = json.loads(file.read(length))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             dtypes = {name: entry["dtype"] for name, entry in header.items()}
@@ -150,6 +152,7 @@ def check_weights(path: Path) -> None:
     for name, dtype in dtypes.items():
         if name.endswith((".weight", ".bias")) and dtype not in FLOATING:
             raise ValueError(f"path: {path} stores {name} as {dtype}; quantised weights are not supported")
+    return header
 
 
 def boundaries_in(part: Path) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from fastgen.backbones.folder import (
     weight_files,
 )
 from fastgen.backbones.prompt_table import PromptTable
+from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import WeightMap, WeightsError
@@ -37,6 +38,7 @@ from fastgen.rollout import RolloutPolicy
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
+CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
 
@@ -56,6 +58,11 @@ class PipelineConfig(BackboneConfig):
         if folder is None:
             self.check_hub_id()
             return
+        index = self.read_family_index(folder)
+        check_components(folder, index, self.build(CPU, torch.float32, 0).needed_classes)
+
+    def read_family_index(self, folder: Path) -> dict[str, Any]:
+        """model_index.json. Raises ValueError if it is that of another family."""
         index = read_index(folder)
         if index["_class_name"] not in self.pipelines:
             expected = " or ".join(self.pipelines)
@@ -63,8 +70,22 @@ class PipelineConfig(BackboneConfig):
                 f"path: {folder} holds a {index['_class_name']}; backbone {self.name} loads a {expected}"
                 f"{other_family(index['_class_name'])}"
             )
-        backbone = self.build(torch.device("cpu"), torch.float32, 0)
-        check_components(folder, index, backbone.needed_classes)
+        return index
+
+    def check_start(self, folder: Path) -> None:
+        index = self.read_family_index(folder)
+        other, source = dataclasses.replace(self, path=str(folder)), self.local_folder()
+        given, own = other.build(CPU, torch.float32, 0), self.build(CPU, torch.float32, 0)
+        networks = {name: index.get(name) for name in given.subfolders}
+        check_components(folder, networks, given.needed_classes)
+        if source is None:
+            return  # the networks of a hub id are compared when they are loaded
+        if given.subfolders != own.subfolders or other.own_boundaries() != self.own_boundaries():
+            raise ValueError(
+                f"{folder} has the networks {', '.join(given.subfolders)} with the boundaries "
+                f"{other.own_boundaries()}, and {source} has {', '.join(own.subfolders)} with {self.own_boundaries()}"
+            )
+        check_same_networks(folder, source, own.subfolders)
 
     def check_hub_id(self) -> None:
         """Raises ValueError if the path, which is no folder, cannot be a hub id either."""
@@ -277,6 +298,17 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
         return load_student(self, folder)
 
+    def load_start(self, folder: Path) -> Denoiser:
+        student = self.load_exported(folder)
+        parameters = inspect.signature(diffusers_class(self.network_class)).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        try:
+            for part in student.members:
+                check_settings(folder, part.network.config, self.network_config, defaults)
+        except ValueError as error:
+            raise WeightsError(f"init_from: {error}") from None
+        return student
+
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """config.json of the VAE, without its weights."""
@@ -356,7 +388,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return [
             f"{self.source} looks like a few-step student. Between its own steps, such a student is no longer a "
             "diffusion model, and training it further blurs it. Instead, name the original pipeline as "
-            "backbone.path, and this one as init_from"
+            "backbone.path, and the folder of this one as init_from"
         ]
 
     @property

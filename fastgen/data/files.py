@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
+
+TEMPORARY = re.compile(r"\..+\.[a-z]+-[0-9a-f]{12}")  # names that `unused_sibling` gives
 
 
 def unused_sibling(path: Path, word: str) -> Path:

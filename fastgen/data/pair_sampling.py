@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen.backbones.base import Backbone
 from fastgen.data.pairs import Pairs, PairSettings
+from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 AT_ONCE = 32  # pairs per batch; a fixed number, so that an interruption does not change their last bits
@@ -37,7 +37,7 @@ def made_pairs(settings: PairSettings, prompts: Sequence[str], backbone: Backbon
     def made() -> Tensor:
         sampler = teacher_sampler(backbone, settings.steps, settings.guidance_scale)
         pair_prompts = [prompts[i] for i in settings.samples(len(prompts)).tolist()]
-        with tqdm(total=settings.count, desc="sampling pairs") as bar:
+        with progress_bar(settings.count, "sampling pairs", "pair") as bar:
             return sample_pairs(sampler, pair_prompts, range(settings.count), settings.key, bar)
 
     return Pairs(settings, len(prompts), backbone, lambda rows: made()[list(rows)])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from rich.table import Table
 from torch import Tensor
 
 import fastgen
@@ -23,23 +21,22 @@ from fastgen.data import exact_data, read_prompts
 from fastgen.data.files import write_json
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
+from fastgen.evaluation.results import Row, print_results, refuse_existing, write_page
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
     Reference,
-    captions,
     check_one_size,
     hash_files,
     open_reference,
     read_images,
     sample_files,
 )
+from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
 from fastgen.sampling.sampler import Sampler, load_sampler
-
-Row = dict[str, Any]
 
 
 def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True) -> Row:
@@ -81,6 +78,8 @@ def evaluate_with_samples(
         return samples
 
     metrics = make_metrics(config, context, backbone.output)
+    if "throughput" in config.metrics and config.num_samples <= config.batch_size:
+        draw(0, config.num_samples)  # throughput leaves out the first batch, and here would be no other
     policy, scale = sampler.policy, sampler.guidance_scale
     subject = {
         "seeds": "seed + index",
@@ -118,7 +117,7 @@ def evaluate_images_with_samples(
         raise ValueError(f"{folder} has {len(files)} images, fewer than num_samples = {config.num_samples}")
     files = files[: config.num_samples]
     check_one_size(files)
-    prompts = repeat(captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
+    prompts = image_prompts(files, config)
     readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
     if readers and not any(prompts):
         raise ValueError(
@@ -158,6 +157,11 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
     raise ValueError(
         "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
     )
+
+
+def image_prompts(files: Sequence[Path], config: EvalConfig) -> list[str]:
+    """One prompt per image: those of the config, otherwise the captions next to the images."""
+    return repeat(file_captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
 
 
 def repeat(prompts: Sequence[str], count: int) -> list[str]:
@@ -243,25 +247,28 @@ def evaluate_path(
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
     config.check()
-    samples: dict[str, Tensor] = {}
+    samples, captions = dict[str, Tensor](), dict[str, list[str]]()
     name, started = path.resolve().name, time.perf_counter()
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
+        captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
     else:
         sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
         if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
+        captions[name] = find_prompts(sampler, config, find_reference(sampler.backbone.output, config))
         if sampler.backbone.law is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result}
-    print_table([result])
-    print(f"measured in {time.perf_counter() - started:.0f} seconds")
+    print_results([result])
+    counted = "; images_per_second leaves out loading and the first batch" if "throughput" in config.metrics else ""
+    print(f"{config.num_samples} samples in {time.perf_counter() - started:.0f} seconds, with loading{counted}")
     if output is not None:
         write_json(Path(output), result)
-        write_page(Path(output).with_suffix(".html"), [result], samples)
+        write_page(Path(output).with_suffix(".html"), [result], samples, captions)
     if partial is not None:
         partial.unlink(missing_ok=True)
     return result
@@ -295,84 +302,3 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ValueError("\n".join(line.removeprefix(": ") for line in lines)) from None
-
-
-def write_results(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor] | None = None) -> None:
-    """Writes several results, each with a name, as {"rows": [...]}, and an HTML page that compares them next to it.
-
-    samples: by the name of their row, in the form that write_report takes. Points named "exact" are drawn behind the
-    others."""
-    write_json(path, {"rows": list(rows)})
-    write_page(path.with_suffix(".html"), rows, samples or {})
-
-
-def refuse_existing(*paths: Path) -> None:
-    """Raises ValueError if one of the files exists, so that no results are lost."""
-    for path in paths:
-        if path.exists():
-            raise ValueError(f"{path} exists; choose another --output, or give --overwrite to replace it")
-
-
-def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = True) -> None:
-    """Writes one page and prints one table for several result files. Rows whose name repeats also show their file.
-
-    overwrite: whether the page may exist. Raises ValueError if it must not, and for a file that contains no result."""
-    if not overwrite:
-        refuse_existing(output_html)
-    rows = [row for file in results_files for row in read_rows(Path(file))]
-    names = [row["name"] for row in rows]
-    sources = [str(file) for file in results_files for _ in read_rows(Path(file))]
-    for row, source in zip(rows, sources, strict=True):
-        if names.count(row["name"]) > 1:
-            row["name"] = f"{row['name']} ({source})"
-    print_table(rows)
-    write_page(output_html, rows, {})
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The results in a file: its rows, or the single result that it is. A result without a name gets the file's."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    rows = content.get("rows", [content]) if isinstance(content, dict) else []
-    if not rows or not all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) for row in rows):
-        raise ValueError(f"{path} is not a result of `fastgen eval`: it has no metrics")
-    return [{"name": path.stem} | row for row in rows]
-
-
-def write_page(path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor]) -> None:
-    from fastgen.evaluation.report import write_report  # matplotlib takes a second to import
-
-    write_report(path, rows, samples)
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    from rich.console import Console
-
-    Console().print(results_table(rows))
-
-
-def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-    """A rich table with one result per row. A single result has one number per row, which fits any terminal.
-
-    columns: names of numbers in `metrics`; all of them if left out."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from fastgen.evaluation.report import format_value, metric_names
-
-    columns = metric_names(rows) if columns is None else columns
-    names = [Text(str(row["name"])) for row in rows]
-    cells = [[format_value(row["metrics"].get(column)) for column in columns] for row in rows]
-    table = Table("")
-    if len(rows) == 1:
-        table.add_column(names[0], justify="right")
-        for column, cell in zip(columns, cells[0], strict=True):
-            table.add_row(column, cell)
-        return table
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")  # so that long names wrap
-    for name, values in zip(names, cells, strict=True):
-        table.add_row(name, *values)
-    return table

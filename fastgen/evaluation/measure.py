@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen.metrics import Metric
+from fastgen.run.terminal import progress_bar
 from fastgen.sampling.video import stills
 
 KEPT = {2: 2000, 4: 64, 5: 8}  # by tensor rank: how many points, images or videos are kept for the report
@@ -96,7 +96,7 @@ def measure(
         metric.restore(state, prompts[:done])
     written = time.monotonic()
     with (
-        tqdm(total=count, initial=done, desc="evaluating", unit="sample", disable=not progress) as bar,
+        progress_bar(count, "sampling", "sample", initial=done, enabled=progress) as bar,
         stopping() if partial else nullcontext(lambda: False) as asked,
     ):
         for start, stop in batches(done, count, batch_size):
@@ -111,8 +111,12 @@ def measure(
                 written = time.monotonic()
             if asked() and stop < count:
                 raise KeyboardInterrupt
-    first = torch.cat(kept)
-    values = {key: value for metric in metrics for key, value in metric.compute().items()}
+    first, values = torch.cat(kept), dict[str, float]()
+    with progress_bar(len(metrics), "measuring", "metric", enabled=progress) as bar:
+        for metric in metrics:
+            bar.set_postfix_str(metric.name)
+            values |= metric.compute()
+            bar.update()
     return values, first[: KEPT[first.dim()]]
 
 

@@ -4,7 +4,9 @@ import base64
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastgen.data.files import replace_file
 from fastgen.metrics import DIRECTIONS
-from fastgen.sampling.pictures import BLUE, grid, plain, png, scatter_figure
+from fastgen.sampling.pictures import BLUE, EXACT, grid, plain, png, scatter_figure
 
 ORANGE = "#e07b39"
 ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
@@ -30,15 +32,23 @@ img { max-width: 100% } .note { background: #fff4e0; padding: .6rem 1rem; border
 """
 
 
-def write_report(path: Path, results: Sequence[dict[str, Any]], samples: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class Picture:
+    """Samples of a result. title: the result's name, or several. png: the file. style: a class of the page's CSS."""
+
+    title: str
+    png: bytes
+    style: str
+
+
+def write_report(path: Path, results: Sequence[dict[str, Any]], pictures: Sequence[Picture]) -> None:
     """Writes the page atomically: a table, bars, samples, and what is needed to repeat the measurement.
 
-    results: as `fastgen.evaluation.evaluate` gives them, each with a "name". samples: pixels [B, 3, H, W] or frames
-    [B, F, 3, H, W] in [0, 1], or points [B, D], by name; points named "exact" are drawn behind the others. The
-    page is a single file, and all text is escaped."""
+    results: as `fastgen.evaluation.evaluate` gives them, each with a "name". The page is a single file, and all text
+    is escaped."""
     bars = "<h2>Numbers side by side</h2>" + image(png(plot_bars(results)), "bars of each metric")
     head = "<h1>Evaluation</h1>" + differences(results)
-    parts = [head, table(results), bars, sample_section(samples), facts(results)]
+    parts = [head, table(results), bars, sample_section(pictures), facts(results)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>fastgen evaluation</title>'
@@ -117,15 +127,41 @@ def fact(value: Any) -> str:
     return escape("–" if value is None else value)
 
 
-def sample_section(samples: Mapping[str, Tensor]) -> str:
-    """A grid for each set of images or videos; one panel for each set of points."""
-    images = {name: value for name, value in samples.items() if value.dim() > 2}
+def draw_pictures(samples: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]]) -> list[Picture]:
+    """A grid for each set of images or videos; one picture of all sets of points.
+
+    samples: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D], by the name of their result;
+    points named "exact" are drawn behind the others. captions: by the same names, the prompt of each sample."""
+    styles, found = {4: "pixels", 5: "frames"}, list[Picture]()
+    for name in (name for name, value in samples.items() if value.dim() > 2):
+        value, texts = samples[name], captions.get(name, ())[: len(samples[name])]
+        style = "captioned" if any(texts) else styles[value.dim()]
+        found.append(Picture(name, png(grid(value, captions=texts)), style))
     points = {name: value for name, value in samples.items() if value.dim() == 2}
-    styles = {4: "pixels", 5: "frames"}
-    pictures = {name: image(png(grid(value)), name, styles[value.dim()]) for name, value in images.items()}
-    grids = "".join(f"<div><h3>{escape(name)}</h3>{picture}</div>" for name, picture in pictures.items())
-    scatter = image(png(scatter_figure(points)), "samples and exact samples") if points else ""
-    return f'<h2>Samples</h2><div class="samples">{grids}{scatter}</div>' if samples else ""
+    if points:
+        found.append(Picture(joined(name for name in points if name != EXACT), png(scatter_figure(points)), "plot"))
+    return found
+
+
+def joined(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def sample_section(pictures: Sequence[Picture]) -> str:
+    shown = (f"<div><h3>{escape(p.title)}</h3>{image(p.png, p.title, p.style)}</div>" for p in pictures)
+    return f'<h2>Samples</h2><div class="samples">{"".join(shown)}</div>' if pictures else ""
+
+
+SHOWN = re.compile(
+    r'<div><h3>([^<]*)</h3><img class="(\w+)" alt="[^"]*" src="data:image/png;base64,([\w+/=]+)"></div>'
+)
+
+
+def pictures_in(page: Path, names: Sequence[str]) -> list[Picture]:
+    """The samples of these results that a page of `write_report` shows; [] if there is no such page."""
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    found = [(html.unescape(title), base64.b64decode(data), style) for title, style, data in SHOWN.findall(text)]
+    return [Picture(*shown) for shown in found if shown[0] in (*names, joined(names))]
 
 
 def escape(value: object) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen.data import read_prompts
 from fastgen.data.files import write_json
 from fastgen.evaluation.report import format_value
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
 from fastgen.rewards import REWARDS, Reward, make_reward
+from fastgen.run.terminal import progress_bar
 
 SHOWN = 20  # images in the printed table
 
@@ -45,7 +45,7 @@ def score_folder(
             f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give --prompts FILE"
         )
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(files), desc="scoring", unit="image", disable=not progress) as bar:
+    with progress_bar(len(files), "scoring", "image", enabled=progress) as bar:
         for pixels, start in batches(files, batch_size):
             stop = start + len(pixels)
             columns = score(rewards, pixels.to(device), texts[start:stop])

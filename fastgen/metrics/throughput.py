@@ -10,8 +10,9 @@ from fastgen.metrics.base import Directions, Metric, MetricContext
 
 
 class Throughput(Metric):
-    """images_per_second: the number of samples divided by the wall time of sampling and decoding. The first batch,
-    which includes start-up, is left out if there are more. network_evaluations: network calls per sample."""
+    """images_per_second: the number of samples divided by the wall time of encoding their prompts, sampling and
+    decoding. The first batch, in which networks load and kernels are chosen, is left out if there are more; an
+    evaluation of a single batch makes it twice. network_evaluations: network calls per sample."""
 
     name = "throughput"
     output = "any"

@@ -246,7 +246,7 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
             else:
                 cls = getattr(transformers, entry[1])
                 module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
-        module = module.to(dtype)
+        module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
         use = "encoding prompts" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
         held = size(tensors(module))
         if name == "vae":

@@ -10,6 +10,7 @@ from rich.table import Table
 from fastgen.config import apply_override, build_recipe, to_dict
 from fastgen.planning.plan import Plan, plan
 from fastgen.recipe import Recipe
+from fastgen.run.terminal import print_table
 
 LORA = "{rank: 64}"
 
@@ -126,7 +127,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
     for c in found.components:
         table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held) if c.held else "")
-    console.print(table)
+    print_table(table, console)
 
     per_update: dict[str, float] = {}
     table = Table("turn", "inner updates", "activations, GB", "network evaluations per sample", title="Turns")
@@ -136,7 +137,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         calls = ", ".join(f"{role} {n:.3g}" for role, n in part.evaluations.items())
         activations = max(live for live, _ in part.live.history)
         table.add_row(part.turn.name, str(part.turn.updates), gigabytes(activations), calls)
-    console.print(table)
+    print_table(table, console)
     train = found.recipe.train
     samples = train.batch_size * train.accumulate
     calls = ", ".join(f"{role} {n:.3g}" for role, n in per_update.items())
@@ -151,7 +152,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
     for name, n in found.moments.items():
         table.add_row(name, gigabytes(n))
     table.add_row("[bold]peak[/bold]", f"[bold]{gigabytes(found.peak)}[/bold]")
-    console.print(table)
+    print_table(table, console)
     if memory is not None:
         report_advice(found, memory, console)
 
@@ -169,7 +170,7 @@ def report_advice(found: Plan, memory: float, console: Console) -> None:
     table = Table("change", "GB per GPU", title="One change at a time")
     for lines, peak, exact in advice.tried:
         table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")
-    console.print(table)
+    print_table(table, console)
     if advice.lines is not None:
         console.print(f"Fits with these, at {gigabytes(advice.peak)} GB:", highlight=False)
         for line in advice.lines:

@@ -16,13 +16,16 @@ from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import local, own_slice
 from fastgen.networks import Ema, Networks
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Scorer
 from fastgen.run import checkpoint
+from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import Strategy, shard_roles, strategy_of
 from fastgen.run.health import Watch
+from fastgen.run.leftovers import clean, leftovers
 from fastgen.run.lock import LOCK
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
@@ -182,10 +185,11 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
             raise RecipeError(
                 f"{folder} is a finished run without checkpoints to continue from; choose another output_dir"
             )
-    elif folder.is_dir() and any(f.name != LOCK for f in folder.iterdir()):
+    elif folder.is_dir() and {f.name for f in folder.iterdir()} - {LOCK, *(f.name for f in leftovers(folder))}:
         raise RecipeError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        clean(folder)
         replace_file(path, dump_recipe(recipe))
     accelerator.wait_for_everyone()
     return folder
@@ -231,9 +235,11 @@ def set_aside(recipe: Recipe, resumed: Path) -> None:
 
 
 def start_from(run: TrainingRun) -> list[str]:
-    """Loads the weights of `init_from` into the student: from an export, or from the moving average of a run's last
-    checkpoint. A run also gives the other roles that this recipe trains, as far as its checkpoint has them. Returns
-    the trained roles that started from the pretrained weights instead."""
+    """Loads the weights of `init_from` into the student: from an export or a pipeline folder, or from the moving
+    average of a run's last checkpoint. A run also gives the other roles that this recipe trains, as far as its
+    checkpoint has them. Returns the trained roles that started from the pretrained weights instead.
+
+    Raises CheckpointError if the weights are those of another network."""
     if run.recipe.init_from is None:
         return []
     path, networks, missing = Path(run.recipe.init_from), run.networks, list[str]()
@@ -248,11 +254,24 @@ def start_from(run: TrainingRun) -> list[str]:
             else:
                 missing.append(role)
     else:
-        own, given = networks.student.state_dict(), run.backbone.load_exported(path).state_dict()
-        networks.student.load_state_dict(own | {n: given[g] for n, g in carried_names(own, given).items()})
+        copy_student(run.backbone.load_start(path), networks.student, path)
         missing = [role for role in run.recipe.objective.trained_roles if role != "student"]
     run.ema.move(networks.student, 0.0)
     return missing
+
+
+@torch.no_grad()
+def copy_student(given: nn.Module, student: nn.Module, path: Path) -> None:
+    """Sets the student's weights, sharded or whole, to those of another student, which may have fewer inputs. Raises
+    CheckpointError, naming the path, if it is another network."""
+    own, values = student.state_dict(), given.state_dict()
+    try:
+        for name, stored in carried_names(own, values).items():
+            if own[name].shape != values[stored].shape:
+                raise ValueError(f"{name} has shape {list(values[stored].shape)} instead of {list(own[name].shape)}")
+            local(own[name]).copy_(own_slice(values[stored], own[name]))
+    except ValueError as error:
+        raise CheckpointError(f"init_from: {path} does not fit this recipe's student: {error}") from None
 
 
 def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fastgen.modules.lora import LoraDenoiser, is_adapter_layer
 from fastgen.modules.sharding import shard
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
+from fastgen.run.launcher import check_launcher
 
 Strategy = Literal["single", "ddp", "fsdp"]
 BUCKET_BYTES = 25 << 20  # of gradients, averaged by one all-reduce
@@ -27,17 +28,12 @@ def start(recipe: Recipe) -> Accelerator:
     """Starts accelerate with all processes that this program was launched with, on the device the recipe asks for.
 
     Without a GPU, accelerate must be given cpu=True: otherwise it would treat a torchrun of two processes as two
-    separate runs. Mixed precision is set by the recipe and applied in the training loop, not by the launcher.
+    separate runs. Mixed precision is the recipe's, and applied in the training loop.
     Raises RecipeError for a device, a number of processes or a launcher setting that is not available."""
     config = recipe.train
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("train.device is cuda, but there is no GPU here; set it to auto or cpu")
-    for setting, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if os.environ.get(setting, "false") == "true":
-            raise RecipeError(
-                f"the launcher is configured for {name}, which fastgen does not support; configure accelerate for "
-                "multi-GPU or FSDP"
-            )
+    check_launcher(config)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -17,9 +17,8 @@ from fastgen.denoiser import Denoiser
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
 from fastgen.run.build import build_backbone
+from fastgen.run.leftovers import REPLACED, restore
 from fastgen.sampling.sampler import METADATA
-
-REPLACED = "replaced"  # in the name of an earlier export while the new one takes its place
 
 
 def export(
@@ -60,13 +59,6 @@ def export(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def restore(folder: Path) -> None:
-    """Puts an export back that a kill has left under its temporary name, between two renames."""
-    left = [p for p in folder.parent.glob(f".{folder.name}.{REPLACED}-*") if (p / METADATA).is_file()]
-    if left and not folder.exists():
-        max(left, key=lambda p: p.stat().st_mtime).rename(folder)
 
 
 def write_card(

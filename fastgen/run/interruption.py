@@ -23,10 +23,11 @@ class Interrupted(Exception):
 class Interruption:
     """While entered, the first signal is noted and the second one ends the process at once.
 
-    Only the main thread of a program can receive signals; elsewhere nothing is changed."""
+    Only the main thread of a program can receive signals; elsewhere nothing is changed. says: whether the first signal
+    is answered on standard error."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, says: bool = True) -> None:
+        self.received, self.says = 0, says
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -45,6 +46,9 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+        if self.says:
+            text = "the run saves what it has and ends; a second signal ends it at once"
+            os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())  # print may be what was interrupted
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that any process has received, 0 if none has. All processes call this together, so that they end

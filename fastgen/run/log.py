@@ -2,16 +2,20 @@
 
 import json
 import resource
-import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastgen.data.files import replace_file
+
+MOST_PIXELS = 1600  # of a picture's longer side in TensorBoard, where every picture is kept in one file
 
 
 class RunLog:
@@ -23,7 +27,8 @@ class RunLog:
         self.enabled = enabled
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._path = folder / "log.jsonl"
-        self._start, self._last_step = time.perf_counter(), step
+        self._seconds: list[float] = []  # of the updates since the last row
+        self._warm = False  # whether the first update, which also warms up, has been left out
         if enabled:
             rows = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
             kept = [row for row in rows if 0 <= step_of(row) <= step]
@@ -35,6 +40,11 @@ class RunLog:
         """Adds the terms of one update. They stay on their device until they are written."""
         for name, value in terms.items():
             self._sums[f"{turn}/{name}"].append(value.detach())
+
+    def took(self, seconds: float) -> None:
+        """Adds the wall time of one step: all turns of a student update, without pictures, evaluations and
+        checkpoints."""
+        self._seconds.append(seconds)
 
     def means(self) -> dict[str, float]:
         """The mean terms since the last row."""
@@ -48,15 +58,18 @@ class RunLog:
 
     def write(self, step: int, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, str]:
         """Writes one row: mean terms, learning rates, seconds per step, memory, and the network evaluations per
-        sample, summed over all updates since the last row. Returns what the progress bar shows."""
+        sample, summed over all updates since the last row. Returns what the progress bar shows.
+
+        seconds_per_step is the mean of `took`. It leaves out the first update of a program, which also compiles and
+        fills caches, unless the row has no other."""
         row = self.means()
         row["evaluations"] = sum(float(sum(v)) for name, v in self._sums.items() if name.endswith("/evaluations"))
         self._sums.clear()
         row |= {f"lr/{role}": optimizer.param_groups[0]["lr"] for role, optimizer in optimizers.items()}
-        now = time.perf_counter()
-        row["seconds_per_step"] = (now - self._start) / max(step - self._last_step, 1)
+        timed = self._seconds if self._warm else self._seconds[1:] or self._seconds
+        row["seconds_per_step"] = sum(timed) / len(timed)
         row["memory_mb"] = memory_mb()
-        self._start, self._last_step = now, step
+        self._seconds, self._warm = [], True
         self.record(step, row)
         return {name: f"{row[name]:.3g}" for name in row if name.endswith(("/loss", "/fake_lag"))}
 
@@ -69,9 +82,31 @@ class RunLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Copies a picture, a PNG file, to TensorBoard, where it is at most 1600 pixels wide and high."""
+        if not self.enabled:
+            return
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
     def close(self) -> None:
         if self.enabled:
             self._board.close()
+
+
+@contextmanager
+def run_log(folder: Path, step: int, enabled: bool) -> Iterator[RunLog]:
+    """A log that is closed, with all its rows in TensorBoard, however the block ends."""
+    log = RunLog(folder, step, enabled)
+    try:
+        yield log
+    except BaseException:
+        with suppress(OSError):  # of a full disk, which is what ended the block
+            log.close()
+        raise
+    log.close()
 
 
 def step_of(row: str) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
@@ -44,6 +43,7 @@ from fastgen.data.prepared import (
 from fastgen.data.prompts import read_prompts
 from fastgen.metrics.reference import open_reference
 from fastgen.recipe import EvalConfig, Recipe
+from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import teacher_sampler
 
 ENCODED_AT_ONCE = 32  # prompts in one batch, as in PipelineBackbone
@@ -99,7 +99,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / MANIFEST, dump(manifest))
     count = len(prompts) + samples.num_pictures + (pairs.count if pairs else 0)
-    with tqdm(total=count, desc="preparing", unit="row") as bar:
+    with progress_bar(count, "preparing", "row") as bar:
         files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
         if pairs is not None:
             backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)  # pairs are made after them

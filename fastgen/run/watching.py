@@ -1,4 +1,4 @@
-"""What the loop shows and checks: the role table, pictures, which tensors moved, quick metrics, the health watch."""
+"""What the loop shows and checks: pictures, which tensors moved, quick metrics, the health watch."""
 
 import sys
 from collections.abc import Mapping
@@ -7,16 +7,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgen.data.files import replace_file
 from fastgen.evaluation.evaluate import evaluate
-from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import local
 from fastgen.networks import Networks
 from fastgen.objectives import Turn
-from fastgen.recipe import Recipe
 from fastgen.rewards import Score
 from fastgen.run.build import TrainingError, TrainingRun
 from fastgen.run.hacking import spreads
@@ -25,22 +23,6 @@ from fastgen.run.log import RunLog
 from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import Sampler
 from fastgen.sampling.video import save_video, side_by_side
-
-
-def role_table(recipe: Recipe, networks: Networks) -> Table:
-    """One row per network: class, parameters, trainable, bytes, dtype, learning rate."""
-    table = Table("role", "network", "parameters", "trainable", "MB", "dtype", "learning rate", title="Networks")
-    for role, module in networks.items():
-        parameters = list(module.parameters())
-        if isinstance(module, LoraDenoiser) and module.role is None:
-            parameters = module.shared.base_parameters()
-        count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad) if role in recipe.optimizers else 0
-        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "-"
-        rate = f"{recipe.optimizers[role].lr:g}" if role in recipe.optimizers else "frozen"
-        inner = vars(module).get("_modules", {}).get("network", module)
-        table.add_row(role, type(inner).__name__, f"{count:,}", f"{trained:,}", f"{size / 1e6:.1f}", dtypes, rate)
-    return table
 
 
 def bit_sums(networks: Networks, turn: Turn) -> dict[str, int]:
@@ -76,7 +58,8 @@ def report_moved(
             raise TrainingError(f"turn {turn.name} moved no parameter of {role}: its loss does not reach it")
         unmoved = f"; unmoved: {', '.join(still[:5])}{' ...' if len(still) > 5 else ''}" if still else ""
         moved = len(parameters) - len(still)
-        console.print(f"{role}: {moved} of {len(parameters)} tensors moved{unmoved}", markup=False)
+        with tqdm.external_write_mode():  # on a line of its own, not behind the progress bar
+            console.print(f"{role}: {moved} of {len(parameters)} tensors moved{unmoved}", markup=False)
     for role in run.networks:
         if role not in turn.roles and any(p.grad is not None for p in run.networks[role].parameters()):
             raise TrainingError(
@@ -170,18 +153,21 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
         exact = run.stream.latents(torch.arange(count))
         plot_points({"samples": samples} | ({} if exact is None else {"exact": exact.flatten(1)}), path)
     else:
-        save_grid(samples, path, columns=max(1, round(count**0.5)))
+        save_grid(samples, path, columns=max(1, round(count**0.5)), captions=run.prompts[:count])
     if sampler.backbone.fps:
         save_video(side_by_side(samples), path.with_suffix(".mp4"), sampler.backbone.fps)
 
 
 def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
-    """Samples the teacher through our own wrapper before anything is trained, and saves a picture. If it looks wrong,
-    the run should be stopped here. The statistics that the health watch compares with are measured here too, by all
-    processes alike."""
+    """Samples the teacher through our own wrapper before anything is trained, and saves a picture, and in prompts.txt
+    the prompts of all the run's pictures. If this one looks wrong, the run should be stopped here. The statistics that
+    the health watch compares with are measured here too, by all processes alike."""
     sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
     if run.samples_here:
         show(run, sampler, path)
+        if run.accelerator.is_main_process and run.backbone.output != "points":
+            prompts = run.prompts[: run.recipe.train.num_samples]
+            replace_file(path.with_name("prompts.txt"), "".join(f"{prompt}\n" for prompt in prompts))
     if run.recipe.health.every:
         run.watch.memory.reference = statistics(fixed_latents(run, sampler, run.recipe.health.num_samples))
     steps = sampler.policy.num_steps

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen.data import read_prompts
+from fastgen.run.terminal import progress_bar
 from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
@@ -42,7 +42,8 @@ def sample_folder(
         check_writer()
     everything = [t for t in texts or [""] for _ in range(num_images)]
     kept: list[Tensor] = []
-    for start in tqdm(range(0, len(everything), batch_size), desc="sampling"):
+    bar = progress_bar(len(everything), "sampling", "sample")
+    for start in range(0, len(everything), batch_size):
         chunk = range(start, min(start + batch_size, len(everything)))
         samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk])
         if not bool(samples.isfinite().all()):
@@ -54,12 +55,14 @@ def sample_folder(
         for i, sample in zip(chunk, samples, strict=True):
             write_sample(sample, everything[i], output / f"{i:05d}", sampler.backbone.fps)
         kept.append(stills(samples) if kind == "frames" else samples)
+        bar.update(len(chunk))
+    bar.close()
     first = torch.cat(kept)
     if kind == "points":
         save_file({"points": first}, output / "points.safetensors")
         plot_points({path.name: first}, output / "grid.png")
     else:
-        save_grid(first, output / "grid.png", columns=max(1, round(len(first) ** 0.5)))
+        save_grid(first, output / "grid.png", columns=max(1, round(len(first) ** 0.5)), captions=everything)
     return len(first)
 
 

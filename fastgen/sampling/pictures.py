@@ -1,7 +1,7 @@
 """Samples as pictures: grids of images and video frames, and scatter plots of points."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastgen.data.files import replace_file
+from fastgen.sampling.captions import PADDING, captioned
 from fastgen.sampling.video import stills
 
 EXACT = "exact"  # points with this name are drawn behind the others
@@ -27,23 +28,32 @@ def png(picture: Figure | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
+def grid(pixels: Tensor, columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
     """Images in a grid. pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]. Each video becomes a row of a few
-    frames, at most 256 pixels wide each."""
+    frames, at most 256 pixels wide each. captions: a text below each image or video, such as its prompt."""
     pixels = pixels.detach().float().cpu()
+    samples = list(pixels.split(1))
     if pixels.dim() == 5:
-        pixels = stills(pixels)
-        columns = pixels.shape[1]
-        pixels = pixels.flatten(0, 1)
+        stack = stills(pixels)
+        columns = 1 if any(captions) else stack.shape[1]
+        pixels = stack.flatten(0, 1)
         smaller = min(1.0, 256 / pixels.shape[-1])
         pixels = F.interpolate(pixels, scale_factor=smaller, mode="area") if smaller < 1 else pixels
-    sheet = make_grid(pixels.clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
-    return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+        samples = list(pixels.split(stack.shape[1]))
+    if any(captions):
+        return captioned([sheet(sample, len(sample)) for sample in samples], captions, columns)
+    return sheet(pixels, columns)
 
 
-def save_grid(pixels: Tensor, path: Path, columns: int = 8) -> None:
-    """Writes a PNG of images in a grid, or of a few frames per video. pixels: as in `grid`, on any device."""
-    replace_file(path, png(grid(pixels, columns)))
+def sheet(pixels: Tensor, columns: int) -> Image.Image:
+    grid = make_grid(pixels.clamp(0, 1), nrow=columns, padding=PADDING, pad_value=1.0)
+    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_grid(pixels: Tensor, path: Path, columns: int = 8, captions: Sequence[str] = ()) -> None:
+    """Writes a PNG of images in a grid, or of a few frames per video. pixels, captions: as in `grid`, on any
+    device."""
+    replace_file(path, png(grid(pixels, columns, captions)))
 
 
 def plot_points(points_by_name: Mapping[str, Tensor], path: Path) -> None:
