@@ -225,8 +225,8 @@ def with_window(policy: RolloutPolicy, window: int | None, sink: int | None, for
         return policy
     if not force:
         raise ValueError(
-            f"this student was trained with {words(trained)}, and {words(wanted)} are asked for; leave them out, or "
-            "force it and look at what comes"
+            f"this student was trained with {words(trained)}, and {words(wanted)} are asked for; leave these out, or "
+            "force them (force=True, --force)"
         )
     try:
         return replace(policy, chunks=replace(chunks, **wanted))  # type: ignore[arg-type]
