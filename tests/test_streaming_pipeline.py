@@ -10,16 +10,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
+from test_streaming_training import recipe
 from tiny_wan import CHANNELS, autoencoder, tiny_wan
 from torch import Tensor
 
 from fastgen.backbones.wan import Wan, WanConfig
 from fastgen.pipelines.streaming import StreamingWanPipeline, seeds_of
 from fastgen.rollout import RolloutPolicy
-from fastgen.sampling.sampler import Sampler
+from fastgen.sampling.sampler import Sampler, load_sampler
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 from fastgen.streaming.stream import Stream, VideoDecoder, with_window
+from fastgen.train import train
 
 SIZE = {"height": 32, "width": 32, "max_sequence_length": 16}
 CHUNKS = ChunkSchedule(frames=2, first=1, window=5, sink=1)
@@ -370,3 +372,25 @@ def test_inputs_and_chunks_cannot_be_exported_together(teacher: Path) -> None:
     policy = RolloutPolicy((1.0, 0.6), "ode", two_time=True, chunks=CHUNKS)
     with pytest.raises(ValueError, match="cannot be exported with inputs"):
         backbone(teacher).config.check_export(policy)
+
+
+def test_a_run_with_adapters_exports_a_pipeline_whose_card_works(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter on its own could not say that it works in chunks. The code of the model card is run as it stands."""
+    adapters = {"student": {"rank": 2}, "fake_score": {"rank": 2}}
+    made = recipe(teacher, tmp_path / "run", {"name": "dmd2", "fake_updates": 1}, lora=adapters)
+    folder = train(made) / "export"
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(folder))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (tmp_path / "video.mp4").is_file() and names["stream"].prompt == "another prompt"
+    assert names["video"].shape == (9, 32, 32, 3) and names["pictures"].shape == (1, 3, 32, 32)
+    sampler = load_sampler(folder)
+    expected = sampler.sample(["a prompt"], [0])[0].permute(0, 2, 3, 1)
+    assert largest(torch.from_numpy(names["video"]), expected) <= 1e-5
+    base = backbone(teacher, 3)
+    plain = Sampler(base, base.load("teacher"), sampler.policy).sample(["a prompt"], [0])[0]
+    assert largest(plain.permute(0, 2, 3, 1), expected) > 1e-4  # the adapter is in the weights
