@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=6000, help="training steps of the transformer")
     parser.add_argument("--videos", type=int, default=500, help="measured for each number")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="scales to measure at")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.5, 4.0], help="scales to measure at")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the transformer")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

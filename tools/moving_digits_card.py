@@ -71,6 +71,7 @@ def card(measured: dict, training: dict, machine: dict, parts: str) -> str:
     best = max(measured["teacher"], key=lambda row: row["video_accuracy"])
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     vae, transformer = training["vae"], training["transformer"]
+    psnr, psnr_49 = (measured[name]["psnr"] for name in ("autoencoder", "autoencoder_49_frames"))
     return f"""# Moving digits teacher
 
 A real, tiny Wan pipeline that draws videos of a handwritten digit moving and bouncing, 32x32 pixels. It exists so that
@@ -87,9 +88,9 @@ video = pipe(
 ).frames[0]
 ```
 
-Prompts it knows: "a seven moving right, fast", for each digit from zero to nine (or "digit"), right, left, up, down (or
-none) and fast or slowly (or none): "a digit moving up", "a two moving, slowly"; and the empty prompt, for guidance. Other
-words were never trained on. A fast digit moves one pixel a picture, a slow one half a pixel.
+Prompts it knows: "a seven moving right, fast", for each digit from zero to nine (or "digit"), right, left, up, down
+(or none) and fast or slowly (or none): "a digit moving up", "a two moving, slowly"; and the empty prompt, for guidance.
+Other words were never trained on. A fast digit moves one pixel a picture, a slow one half a pixel.
 
 ## Data and licence
 
@@ -107,16 +108,16 @@ applies; the weights go under the licence of this repository.
 25 pictures make 7 latent frames of 4x4 tokens. The text encoder is random and frozen; the transformer learned to read
 it. Scheduler shift 3.
 
-The autoencoder had {vae["steps"]:,} steps in {vae["minutes"]:.0f} minutes, the transformer {transformer["steps"]:,} steps in
-{transformer["minutes"]:.0f} minutes, both on {machine["device"]} that was shared with other work; seed
+The autoencoder had {vae["steps"]:,} steps in {vae["minutes"]:.0f} minutes, the transformer {transformer["steps"]:,}
+steps in {transformer["minutes"]:.0f} minutes, both on {machine["device"]} that was shared with other work; seed
 {machine["seed"]}; {versions}. The weights are the running averages.
 
 ## Measured
 
-{measured["videos"]} prompts that state everything, 25 steps, by the metrics `video_accuracy`, `motion_error` and `drift`.
-The columns "autoencoder alone" are videos of held-out digits, encoded and decoded: what a perfect
-transformer would reach. Its PSNR is {measured["autoencoder"]["psnr"]:.1f} dB, {measured["autoencoder_49_frames"]["psnr"]:.1f} dB
-with 49 pictures. 109 pictures were measured on a quarter of the videos.
+{measured["videos"]} prompts that state everything, 25 steps, by the metrics `video_accuracy`, `motion_error` and
+`drift`. The columns "autoencoder alone" are videos of held-out digits, encoded and decoded: what a perfect
+transformer would reach. Its PSNR is {psnr:.1f} dB, {psnr_49:.1f} dB with 49 pictures. 109 pictures were measured on a
+quarter of the videos.
 
 {table(measured)}
 

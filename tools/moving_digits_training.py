@@ -88,13 +88,14 @@ def train(
             optimizer.step()
         decay = min(average_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
-        shown = {name: 0.98 * shown.get(name, float(value)) + 0.02 * float(value) for name, value in numbers.items()}
+        values = {name: float(value.detach()) for name, value in numbers.items()}
+        shown = {name: 0.98 * shown.get(name, value) + 0.02 * value for name, value in values.items()}
         now = time.monotonic()
         if now - saved > SAVE_SECONDS or step == steps - 1:
             seconds, clock, saved = seconds + now - clock, now, now
             write(folder, network, averaged, optimizers, step + 1, seconds)
-            values = ", ".join(f"{name} {value:.5f}" for name, value in shown.items())
-            print(f"step {step + 1} of {steps}, {seconds / 60:.1f} minutes: {values}", flush=True)
+            smooth = ", ".join(f"{name} {value:.5f}" for name, value in shown.items())
+            print(f"step {step + 1} of {steps}, {seconds / 60:.1f} minutes: {smooth}", flush=True)
     return averaged
 
 
