@@ -89,8 +89,8 @@ video = pipe(
 ```
 
 Prompts it knows: "a seven moving right, fast", for each digit from zero to nine (or "digit"), right, left, up, down
-(or none) and fast or slowly (or none): "a digit moving up", "a two moving, slowly"; and the empty prompt, for guidance.
-Other words were never trained on. A fast digit moves one pixel a picture, a slow one half a pixel.
+(or none) and fast or slowly (or none): "a digit moving up", "a two moving, slowly"; and the empty prompt, for
+guidance. Other words were never trained on. A fast digit moves one pixel a picture, a slow one half a pixel.
 
 ## Data and licence
 
