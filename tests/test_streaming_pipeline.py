@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import statistics
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
@@ -394,3 +397,37 @@ def test_a_run_with_adapters_exports_a_pipeline_whose_card_works(
     base = backbone(teacher, 3)
     plain = Sampler(base, base.load("teacher"), sampler.policy).sample(["a prompt"], [0])[0]
     assert largest(plain.permute(0, 2, 3, 1), expected) > 1e-4  # the adapter is in the weights
+
+
+@pytest.mark.slow
+def test_a_thousand_chunks_at_flat_memory_and_pace(pipeline: StreamingWanPipeline) -> None:
+    """Resident memory at chunk 1,000 is within 1 % of that at chunk 50. The seconds are those of the processor. As a
+    machine is not equally fast all the time, chunks 50 to 150 of a second stream take turns with chunks 900 to 1,000
+    of the first."""
+    ours, process = with_policy(pipeline, first=1, frames=1, window=3, sink=1), psutil.Process()
+
+    def seconds(stream: Stream) -> float:
+        began = time.process_time()
+        next(stream)
+        return time.process_time() - began
+
+    late, early = (ours.stream("a cat", seed=seed) for seed in (0, 1))
+    first, memory = list[float](), dict[int, int]()
+    for chunk in range(900):
+        first.append(seconds(late))
+        memory[chunk] = process.memory_info().rss
+    list(islice(early, 50))
+    pairs = [(seconds(early), seconds(late)) for _ in range(100)]
+    memory[1000] = process.memory_info().rss
+    early_median, late_median = (statistics.median(values) for values in zip(*pairs, strict=True))
+    in_order = late_median / statistics.median(first[50:150])
+    print(
+        f"resident {memory[50] / 1e6:.1f} MB at chunk 50, {memory[899] / 1e6:.1f} at 900, {memory[1000] / 1e6:.1f} at 1000"
+    )
+    print(
+        f"median of a chunk {1000 * early_median:.1f} ms (50 to 150), {1000 * late_median:.1f} ms (900 to 1000): ratio "
+        f"{late_median / early_median:.3f} in turns, {in_order:.3f} in order"
+    )
+    assert memory[1000] <= 1.01 * memory[50]
+    assert late_median <= 1.25 * early_median
+    assert late.context.frames == 999 and late.context.nbytes == early.context.nbytes
