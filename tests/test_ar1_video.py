@@ -19,6 +19,7 @@ from fastgen.backbones.base import RoleOptions
 from fastgen.batch import Conditioning, Draws
 from fastgen.data import AR1Data
 from fastgen.denoiser import Inputs
+from fastgen.modules.inputs import unextended
 from fastgen.modules.lora import LoraConfig
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.schedule import FlowSchedule
@@ -339,15 +340,26 @@ def test_an_export_is_the_same_student(tmp_path: Path, policy: RolloutPolicy) ->
 
 
 def test_the_fake_score_may_be_told_the_stop() -> None:
-    """The table of stops is added to the weights of the knots: zero at the start, and all coefficients follow it."""
+    """Each stop has tables of its own. They are zero at the start, change what that stop gives and nothing else, and
+    do not count as weights of the network that was extended."""
     made = backbone()
     fake, plain = made.load("fake_score"), made.load("fake_score")
     fake.add_inputs({"stop": 4}, made.time_dim)
     x, t, cond = randn(8, 6, 2, 1, 2), levels(0.5, 8), prompt(0, 8)
     inputs = Inputs(stop=torch.arange(8) % 4)
     assert torch.equal(fake(x, t, cond, inputs), plain(x, t, cond))
-    fake(x, t, cond, inputs).square().sum().backward()
-    assert (fake.network.time.tables["stop"].weight.grad.abs().amax(1) > 0).all()  # type: ignore[union-attr]
+    fake(x[:1], t[:1], cond.select(slice(1)), Inputs(stop=torch.tensor([2]))).square().sum().backward()
+    weight = fake.network.time.tables["stop"]["past0_frames6"].weight  # type: ignore[union-attr, index]
+    used = (weight.grad.unflatten(1, (4, -1)) != 0).flatten(2).any(0).any(1)  # type: ignore[union-attr]
+    assert used.tolist() == [False, False, True, False]
+    with torch.no_grad():
+        weight.add_(weight.grad)  # type: ignore[arg-type]
+    changed = (fake(x, t, cond, inputs) != plain(x, t, cond)).flatten(1).any(1)
+    assert changed.tolist() == [stop == 2 for stop in inputs.stop.tolist()]  # type: ignore[union-attr]
+    same = zip(unextended(fake), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    with pytest.raises(ValueError, match="not both"):
+        plain.add_inputs({"stop": 4}, made.time_dim, ("s",))
 
 
 @pytest.mark.slow  # peft takes seconds to import

@@ -1,12 +1,12 @@
 """The networks of AR(1) videos behind the contract: the trained one, and the law itself as a teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.backbones.ar1_law import AR1Law
-from fastgen.backbones.ar1_network import FrameMap
+from fastgen.backbones.ar1_network import FrameMap, KnotInputs
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.schedule import Schedule
@@ -53,6 +53,15 @@ class FrameDenoiser(Denoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.time = module
+
+    def add_inputs(self, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
+        """Raises ValueError if both kinds of input are asked for: no role has both."""
+        if not counts:
+            return super().add_inputs({}, dim, levels)
+        if levels:
+            raise ValueError(f"a network of ar1_video takes {sorted(counts)} or {list(levels)}, not both")
+        outputs = {name: table.out_features for name, table in self.network.tables.items()}
+        self.set_time_embedding(KnotInputs(self.network.time, outputs, counts))  # type: ignore[arg-type]
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:

@@ -3,11 +3,14 @@
 For a stated prompt, the optimum of every denoiser and of every few-step student is linear in the frames that it sees.
 So is this network, and a test can read its coefficients and compare them with a formula."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from fastgen.backbones import ar1_formulas
 from fastgen.backbones.ar1_law import AR1Law, to_complex, to_latents
+from fastgen.modules.inputs import ExtraInputs
 
 
 class Knots(nn.Module):
@@ -21,6 +24,39 @@ class Knots(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         place = timestep[:, None] / 1000 * (self.count - 1)
         return (1 - (place - torch.arange(self.count, device=place.device)).abs()).clamp_min(0)
+
+
+class KnotInputs(ExtraInputs):
+    """The time embedder of a network that is told an integer, such as the stop index: each of its values has tables
+    of coefficients of its own, which start at zero and are added to the network's. (A shift of the embedding would
+    change the coefficients of all levels alike, and the law of each stop needs its own at every level.)
+
+    outputs: the names of the network's tables, and how many numbers each gives.  counts: name -> number of values."""
+
+    def __init__(self, embedding: Knots, outputs: Mapping[str, int], counts: Mapping[str, int]):
+        super().__init__(embedding, embedding.count, {})
+        for name, count in counts.items():
+            self.tables[name] = nn.ModuleDict({k: zeros(count * embedding.count, n) for k, n in outputs.items()})
+        self.counts = dict(counts)
+
+    def add(self, embedding: Tensor, columns: Tensor) -> Tensor:
+        return embedding
+
+    def added(self, table: str, timestep: Tensor, weights: Tensor) -> Tensor:
+        """What is added to a table's numbers, [B, n]. timestep: [B, 1 + inputs].  weights: of the knots, [B, K]."""
+        total = weights.new_zeros(())
+        for column, (name, count) in enumerate(self.counts.items()):
+            linear = self.tables[name][table]  # type: ignore[index]
+            value = nn.functional.one_hot(timestep[:, 1 + column].round().long(), count).to(linear.weight.dtype)
+            own = (value[:, :, None] * weights[:, None].to(value)).flatten(1)
+            total = total + linear(own).to(weights)
+        return total
+
+
+def zeros(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear
 
 
 class FrameMap(nn.Module):
@@ -49,8 +85,10 @@ class FrameMap(nn.Module):
     def coefficients(self, t: Tensor, timestep: Tensor, label: Tensor, past: int, count: int) -> tuple[Tensor, Tensor]:
         """L [B, C, P] and G [B, C, C], complex64 or complex128, for P = past and C = count. t: [B], the level.
         timestep: what the time embedder is given for it, [B], or [B, 1 + n] with n extra inputs."""
-        weights = self.time(timestep)
-        table = self.tables[table_name(past, count)](weights.to(self.mean.weight.dtype))
+        weights, name = self.time(timestep).to(self.mean.weight.dtype), table_name(past, count)
+        table = self.tables[name](weights)
+        if isinstance(self.time, KnotInputs):
+            table = table + self.time.added(name, timestep, weights)
         rows = table.unflatten(1, (self.labels, 2, count, past + count))[torch.arange(len(t), device=t.device), label]
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         sigma = t.to(rows.dtype)[:, None, None]
