@@ -1,7 +1,7 @@
 """The data that one turn of an objective sees: the conditioning, and whatever else the objective asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,31 @@ class Conditioning(dict[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Standard normal draws of some samples by name: draws(name) is [B, *shape], and each name is independent.
+
+    frames: if given, the first axis of `shape` counts these frames of a video, and each frame is drawn by itself. Its
+    numbers then depend on (key, name, sample, frame) alone, so that a video is the same whole, in chunks of any size,
+    and as the beginning of a longer one."""
+
+    ids: Tensor
+    shape: tuple[int, ...]
+    key: int | str
+    dtype: torch.dtype = torch.float32
+    frames: range | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        if self.frames is None:
+            return noise.normal(self.ids, self.shape, noise.make_key(self.key, name), self.dtype)
+        keys = [noise.make_key(self.key, name, frame) for frame in self.frames]
+        return torch.stack([noise.normal(self.ids, self.shape[1:], key, self.dtype) for key in keys], dim=1)
+
+    def chunk(self, frames: range) -> "Draws":
+        """The draws for these frames of the video."""
+        return replace(self, shape=(len(frames), *self.shape[1:]), frames=frames)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch. Of latents, pixels and pairs, those that the objective does not list in `needs` are None.
 
@@ -41,7 +66,8 @@ class Batch:
     latents  [B, *latent_shape] real data, normalised as the backbone's `encode` returns it.
     pixels   [B, 3, H, W] real images in [0, 1].
     pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.
-    group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch."""
+    group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch.
+    frames   for a part of a video (`chunk`), which frames it has; None for whole samples."""
 
     ids: Tensor
     key: int
@@ -54,6 +80,16 @@ class Batch:
     pairs: tuple[Tensor, Tensor] | None = None
     group: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    frames: range | None = None
+
+    def chunk(self, frames: range) -> "Batch":
+        """These frames of all videos. Noise is drawn by frame (`Draws.frames`), all else is that of the whole."""
+
+        rows = slice(frames.start, frames.stop)
+        latents = None if self.latents is None else self.latents[:, rows]
+        pairs = None if self.pairs is None else (self.pairs[0][:, rows], self.pairs[1][:, rows])
+        shape = (len(frames), *self.latent_shape[1:])
+        return replace(self, latents=latents, pairs=pairs, latent_shape=shape, frames=frames)
 
     def normal(self, name: str, by_group: bool = False, rows: Tensor | None = None) -> Tensor:
         """[B, *latent_shape] standard normal, one draw per sample (or one per group). Each name gives an independent
@@ -61,11 +97,11 @@ class Batch:
         batch."""
         ids = self._rows(by_group)
         ids = ids if rows is None else ids[rows]
-        return noise.normal(ids, self.latent_shape, noise.make_key(self.key, name), self.dtype)
+        return Draws(ids, self.latent_shape, self.key, self.dtype, self.frames)(name)
 
-    def uniform(self, name: str, by_group: bool = False) -> Tensor:
-        """[B] uniform in (0, 1), one draw per sample (or one per group)."""
-        return noise.uniform(self._rows(by_group), (), noise.make_key(self.key, name), self.dtype)
+    def uniform(self, name: str, by_group: bool = False, shape: tuple[int, ...] = ()) -> Tensor:
+        """[B, *shape] uniform in (0, 1), one draw per sample (or one per group)."""
+        return noise.uniform(self._rows(by_group), shape, noise.make_key(self.key, name), self.dtype)
 
     def integer(self, name: str, high: int) -> int:
         """One integer in [0, high) shared by all samples, micro-batches and ranks of this update."""

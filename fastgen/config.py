@@ -238,7 +238,15 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     """Checks that the sections fit each other: roles, data, export, evaluation. Reads only small files, and no
     weights. files: whether the files that training needs must be there. Raises RecipeError with all that is wrong."""
     objective, problems = recipe.objective, Problems()
-    for check in (check_roles, check_lora, check_training, check_rewards, check_inputs, check_evaluation):
+    for check in (
+        check_roles,
+        check_lora,
+        check_training,
+        check_rewards,
+        check_inputs,
+        check_chunks,
+        check_evaluation,
+    ):
         with problems.noting():
             check(recipe)
     with problems.noting("objective"):
@@ -255,6 +263,9 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     problems.refuse()  # what follows needs a backbone whose files are there
     with problems.noting("rollout"):
         recipe.backbone.check_export(recipe.rollout)
+    if recipe.rollout.chunks is not None:
+        with problems.noting("rollout"):
+            recipe.backbone.check_chunks(recipe.rollout)
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
@@ -306,17 +317,35 @@ def check_inputs(recipe: Recipe) -> None:
         )
 
 
+def check_chunks(recipe: Recipe) -> None:
+    """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one."""
+    objective, chunks = recipe.objective, recipe.rollout.chunks
+    if chunks is None:
+        return
+    if not objective.takes_chunks:
+        raise RecipeError(
+            f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk; dmd2, "
+            "f_distill, re_dmd, phased_dmd, rtdmd (stage: 1), gndm (form: path) and teacher_forcing can"
+        )
+    if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
+        raise RecipeError(
+            f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
+            "levels for all chunks; leave it out"
+        )
+
+
 def check_evaluation(recipe: Recipe) -> None:
     """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
     evaluation that cannot be made would be found only after the last update."""
-    config, output = recipe.eval, recipe.backbone.output
+    config, output, backbone = recipe.eval, recipe.backbone.output, recipe.backbone.name
     for name in config.metrics:
         metric = METRICS[name]
-        if metric.output not in (output, "any"):
-            fitting = [n for n, m in METRICS.items() if m.output in (output, "any")]
+        if not metric.fits(output, backbone):
+            other = metric.output not in (output, "any")
+            measured = metric.output if other else f"the law of {' or '.join(metric.backbones)}"
             raise RecipeError(
-                f"eval.metrics: {name} measures {metric.output}, and backbone {recipe.backbone.name} gives {output}; "
-                f"choose from {', '.join(fitting)}"
+                f"eval.metrics: {name} measures {measured}, and backbone {backbone} gives {output}; choose from "
+                f"{', '.join(n for n, m in METRICS.items() if m.fits(output, backbone))}"
             )
         if metric.needs_reference and config.reference is None:
             raise RecipeError(

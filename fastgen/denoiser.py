@@ -15,6 +15,8 @@ from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
 from fastgen.modules.sharding import is_sharded
 from fastgen.schedule import PredictionType, Schedule
+from fastgen.streaming.context import Context
+from fastgen.streaming.schedule import ChunkSchedule
 
 EMBEDDED = ("s", "guidance", "stop")  # the inputs that reach a network through its time embedder
 
@@ -28,6 +30,11 @@ class Inputs:
     s: shaped like t, the level at which the jump of a two-time network ends.
     guidance: [B], the guidance scale, for a network that has it as an input.
     stop: [B] int64, the index of the rollout step that made the sample.
+    context: x_t is the chunk of a video that comes next, and this is the memory of the frames before it.
+    causal: x_t is a whole video, [B, F, ...], and each chunk of this schedule sees itself and its past.
+    clean: with causal, the video [B, F, ...] whose frames are seen as past instead of those of x_t (teacher forcing),
+    at the schedule's context noise.
+    memory: a list to which the network appends what later chunks need of this one, per layer (`Denoiser.commit`).
 
     To add a kind of input, add a field here and read it in the families that support it."""
 
@@ -35,9 +42,13 @@ class Inputs:
     s: Tensor | None = None
     guidance: Tensor | None = None
     stop: Tensor | None = None
+    context: Context | None = None
+    causal: ChunkSchedule | None = None
+    clean: Tensor | None = None
+    memory: list[tuple[Tensor, Tensor]] | None = None
 
     @property
-    def given(self) -> dict[str, Tensor]:
+    def given(self) -> dict[str, Any]:
         """The fields that are not None."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
@@ -47,9 +58,16 @@ class Inputs:
         """The given fields that reach the network through its time embedder."""
         return {name: value for name, value in self.given.items() if name in EMBEDDED}
 
+    @property
+    def streams(self) -> bool:
+        """Whether the network is asked to work as a causal one."""
+        return self.context is not None or self.causal is not None
+
     def select(self, rows: Tensor | slice) -> "Inputs":
         """The inputs of some rows of the batch."""
-        return Inputs(**{name: value[rows] for name, value in self.given.items()})
+        selected = {name: value[rows] for name, value in self.given.items() if isinstance(value, Tensor)}
+        context = None if self.context is None else self.context.select(rows)
+        return dataclasses.replace(self, context=context, **selected)
 
 
 NO_INPUTS = Inputs()
@@ -64,6 +82,7 @@ class Denoiser(nn.Module):
 
     feature_dim: int
     extra_inputs: type[ExtraInputs] = ExtraInputs  # how the family's time embedder is extended
+    takes_chunks = False  # whether the family reads Inputs.context, causal, clean and memory
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType):
         super().__init__()
@@ -90,12 +109,34 @@ class Denoiser(nn.Module):
 
         t: [B], or [B, F] where each frame of a video has its own level.
         predict: the prediction type to return. Conversions run in at least float32 and are differentiable.
-        No subclass overrides this method: it does what is common to all networks."""
+        No subclass overrides this method: it does what is common to all networks. Raises ValueError if inputs of
+        streaming are given to a family that has none."""
+        if inputs.streams and not self.takes_chunks:
+            raise ValueError(f"{type(self).__name__} is no causal network: it cannot work chunk by chunk")
         output = self.call_network(x_t, t, cond, inputs).to(torch.promote_types(x_t.dtype, torch.float32))
         if predict == self.prediction_type:
             return output
         x0 = self.schedule.to_sample(output, x_t, t, self.prediction_type)
         return self.schedule.from_sample(x0, x_t, t, predict)
+
+    def commit(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        context: Context,
+        inputs: Inputs = NO_INPUTS,
+        grad: bool = False,
+    ) -> Context:
+        """The context with the next chunk x [B, frames, ...] added, which is clean or at level t [B].
+
+        It is a forward like any other, so that hooks gather sharded weights and count it, and its prediction is
+        dropped. `context` itself does not change. grad: whether gradient flows from later chunks to the network
+        through what it remembers of this one."""
+        memory: list[tuple[Tensor, Tensor]] = []
+        with torch.set_grad_enabled(grad):
+            self(x, t, cond, dataclasses.replace(inputs, context=context, memory=memory))
+            return context.committed(memory)
 
     def timestep(self, t: Tensor, inputs: Inputs) -> Tensor:
         """The input of the network's time embedder: the timestep in the network's own unit, shaped like t, or packed

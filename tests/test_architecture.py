@@ -15,12 +15,14 @@ LAYERS = (
         *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.captions"),
         *("sampling.pictures", "run.terminal", "run.quiet"),
     ),
+    ("streaming.schedule", "streaming.context"),
     ("batch",),
     ("signals",),
     ("denoiser", "modules"),  # the network contract, and what implements, wraps and extends it
     ("rollout",),
     ("flow", "ops", "pipelines"),
-    ("backbones",),
+    ("streaming",),  # causal networks, and a running stream
+    ("backbones", "pipelines.streaming"),
     ("sampling.sampler",),
     ("data",),
     ("rewards",),

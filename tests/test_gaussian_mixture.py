@@ -222,7 +222,7 @@ def test_the_fitted_network_is_close_to_the_teacher() -> None:
     teacher = backbone.load("teacher")
     ids = torch.arange(4000)
     label = ids % 3
-    x0, t = backbone.mixture.sample(ids, label, 77).float(), torch.linspace(0.01, 1.0, 4000)
+    x0, t = backbone.law.sample(ids, label, 77).float(), torch.linspace(0.01, 1.0, 4000)
     noise = randn(4000, 2).float()
     x_t, cond = backbone.schedule.add_noise(x0, noise, t), Conditioning({"label": label})
     with torch.no_grad():

@@ -173,16 +173,14 @@ def test_energy_distance_of_two_gaussians_in_one_dimension() -> None:
     cross = 2 * math.sqrt(2) * phi + shift * math.erf(shift / 2)
     expected = 2 * cross - 4 / math.sqrt(math.pi)
     mixture = build_mixture(GaussianMixtureConfig(means=((0.0,),), stds=(1.0,)))
-    got = run(
-        "energy_distance", MetricContext(3000, 0, mixture=mixture), exact(mixture, 3000, 99) + shift, [""] * 3000
-    )
+    got = run("energy_distance", MetricContext(3000, 0, law=mixture), exact(mixture, 3000, 99) + shift, [""] * 3000)
     print(f"energy distance {got['energy_distance']:.4f}, closed form {expected:.4f}")
     assert got["energy_distance"] == pytest.approx(expected, abs=0.03)
 
 
 def test_energy_distance_floor_of_the_ring() -> None:
     mixture = ring()
-    got = run("energy_distance", MetricContext(4000, 0, mixture=mixture), exact(mixture, 4000, 99), [""] * 4000)
+    got = run("energy_distance", MetricContext(4000, 0, law=mixture), exact(mixture, 4000, 99), [""] * 4000)
     print(f"exact samples score {got['energy_distance']:.6f}, floor {got['energy_distance_floor']:.6f}")
     # The law of the estimator has a long tail: 95 of 100 pairs of exact sets score below 0.0012, 99 below 0.003.
     assert 0.0003 < got["energy_distance_floor"] < 0.0012 and abs(got["energy_distance"]) < 0.003
@@ -203,7 +201,7 @@ def test_swapped_classes_are_seen() -> None:
     mixture = two_classes()
     labels = torch.arange(600) % 2
     prompts = [str(label) for label in labels.tolist()]
-    context = MetricContext(600, 0, mixture=mixture)
+    context = MetricContext(600, 0, law=mixture)
     right = mixture.sample(torch.arange(600), labels, 1)
     swapped = mixture.sample(torch.arange(600), 1 - labels, 1)
     for name, far in (("energy_distance", 4.0), ("mean_error", 3.5), ("mode_share_error", 0.45)):
@@ -217,7 +215,7 @@ def test_moments_of_a_mixture() -> None:
     mean, cov = exact_moments(mixture, 2)
     assert mean.item() == pytest.approx(0, abs=1e-12) and cov.item() == pytest.approx(4 + 0.25)
     sample = exact(ring(), 4000, 5)
-    context = MetricContext(4000, 0, mixture=ring())
+    context = MetricContext(4000, 0, law=ring())
     assert run("mean_error", context, sample, [""] * 4000)["mean_error"] < 0.1
     assert run("cov_error", context, sample, [""] * 4000)["cov_error"] < 0.2
     mean, cov = exact_moments(ring(), 0)
@@ -234,7 +232,7 @@ def test_mode_shares() -> None:
     mixture = ring()
     counts = [10 * k for k in range(1, 9)]
     right = mixture.means.repeat_interleave(torch.tensor(counts), dim=0)
-    context = MetricContext(360, 0, mixture=mixture)
+    context = MetricContext(360, 0, law=mixture)
     got = run("mode_share_error", context, right, [""] * 360)
     assert got == {"mode_share_error": pytest.approx(0, abs=1e-9), "mode_share_min_ratio": pytest.approx(1)}
     dropped = torch.where(nearest_component(mixture, right)[:, None] == 7, mixture.means[0], right)

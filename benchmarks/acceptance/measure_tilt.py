@@ -136,9 +136,9 @@ def measure(run: Path) -> dict[str, float]:
     inverse = objective.critic_weight == "inverse_tilt"
     ratio = objective.reward_weight / objective.dm_weight * recipe.rollout.num_steps
     strength = 1 / objective.reward_temperature if inverse else ratio
-    laws = {"tilt": tilted(backbone.mixture, reward, strength)}
+    laws = {"tilt": tilted(backbone.law, reward, strength)}
     if not inverse:
-        laws["minimiser"] = minimiser(backbone.mixture, reward, strength)
+        laws["minimiser"] = minimiser(backbone.law, reward, strength)
     found = {"mean": x.mean().item(), "std": x.std().item()}
     for name, law in laws.items():
         mean, std = moments(law)

@@ -81,6 +81,11 @@ class BackboneConfig(ABC):
         network. Loads no weights."""
         raise ValueError(f"backbone {self.name} exports a single network, no experts")
 
+    def check_chunks(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError if a student of this pipeline cannot work chunk by chunk, as `policy.chunks` says. Loads
+        no weights."""
+        raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
     def unloaded(self) -> "BackboneConfig":
         """The section in a form for planning: its sizes can be read without weights and without network access. Raises
         ValueError if they are not known."""
@@ -98,7 +103,7 @@ class Backbone(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]  # default name endings of the layers that get adapters
     teacher_is_base: ClassVar[bool] = True  # whether the teacher is the network that adapters share
-    mixture: Any = None  # the exact law of the data, where it is known
+    law: Any = None  # the exact law of the data, where it is known
     stores_adapters: ClassVar[bool] = True  # whether an export may be an adapter for the original pipeline
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES):

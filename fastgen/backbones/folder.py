@@ -12,6 +12,7 @@ OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # library -> how its weight files begin
 VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
+FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -24,6 +25,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(f"path: {path} is not a diffusers index; download the pipeline again")
     return index
+
+
+def stock_class(name: str) -> str:
+    """The name of the stock pipeline class that one of our own is made of; any other name is returned as it is."""
+    return name.removeprefix(FLOW_MAP).removeprefix(STREAMING)
 
 
 def read_json(path: Path) -> dict[str, Any]:

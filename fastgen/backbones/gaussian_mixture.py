@@ -118,6 +118,11 @@ class Mixture:
     def __init__(self, means: Tensor, stds: Tensor, logits: Tensor):
         self.means, self.variances, self.logits = means, stds**2, logits
 
+    @property
+    def num_labels(self) -> int:
+        """The number of classes; the label after the last one is that of the empty prompt."""
+        return len(self.logits) - 1
+
     def to(self, like: Tensor) -> "Mixture":
         return Mixture(self.means.to(like), self.variances.to(like).sqrt(), self.logits.to(like))
 
@@ -269,7 +274,7 @@ class GaussianMixture(Backbone):
     ):
         super().__init__(config, device, dtype, roles)
         self.seed = seed
-        self.mixture = build_mixture(config)
+        self.law = build_mixture(config)
         self.schedule = FlowSchedule()
         self.latent_shape = (len(config.means[0]),)
         self.time_dim = config.width
@@ -281,9 +286,9 @@ class GaussianMixture(Backbone):
 
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         if role == "teacher":
-            return AnalyticDenoiser(self.mixture, self.schedule)
+            return AnalyticDenoiser(self.law, self.schedule)
         if self._pretrained is None:
-            self._pretrained = fit(new_network(self.config, self.schedule), self.mixture, self.config, self.seed)
+            self._pretrained = fit(new_network(self.config, self.schedule), self.law, self.config, self.seed)
         denoiser = new_network(self.config, self.schedule)
         denoiser.load_state_dict(self._pretrained.state_dict())
         return denoiser.to(self.device, dtype)

@@ -23,6 +23,7 @@ from fastgen.backbones.folder import (
     component_entries,
     read_index,
     read_json,
+    stock_class,
     variant_of,
     weight_files,
 )
@@ -35,7 +36,6 @@ from fastgen.registry import nearest, shipped
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
-FLOW_MAP = "FlowMap"  # begins the names of our pipeline classes for students with added inputs
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
 CPU = torch.device("cpu")
@@ -369,7 +369,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             index = read_index(Path(self.source))
         else:
             index = dict(diffusers_class("DiffusionPipeline").load_config(self.source))
-        return index | {"_class_name": index["_class_name"].removeprefix(FLOW_MAP)}
+        return index | {"_class_name": stock_class(index["_class_name"])}
 
     @property
     def pipeline_class(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.pipelines import flow_map
@@ -46,9 +47,12 @@ class Pipeline(Protocol):
 
 
 def save_student(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """Saves a student with added inputs as a flow-map folder, an adapter as a LoRA folder, and any other student as
-    the stock pipeline, with the student as its network and the policy in its scheduler."""
-    if student.is_extended:
+    """Saves a student that works in chunks as a streaming pipeline, one with added inputs as a flow-map folder, an
+    adapter as a LoRA folder, and any other student as the stock pipeline, with the student as its network and the
+    policy in its scheduler."""
+    if policy.chunks is not None:
+        save_streaming(backbone, student.merged(), policy, folder)
+    elif student.is_extended:
         save_flow_map(backbone, student.merged(), policy, folder)
     elif isinstance(student, LoraDenoiser):
         save_lora(backbone, student, policy, folder)
@@ -82,9 +86,22 @@ def save_flow_map(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, 
         for part, embedding in zip(student.members, embeddings, strict=True):
             part.set_time_embedding(embedding)
     flow_map.save_inputs(embeddings, policy, backbone.schedule, folder)
+    rename_class(folder, FLOW_MAP)
+
+
+def save_streaming(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+    """Saves a pipeline of `pipelines.streaming`: the stock one, whose scheduler stores the chunks."""
+    if student.is_extended:
+        raise ValueError("a student that works in chunks cannot be exported with added inputs (rollout.two_time)")
+    save_whole(backbone, student, policy, folder)
+    rename_class(folder, STREAMING)
+
+
+def rename_class(folder: Path, prefix: str) -> None:
+    """Makes model_index.json name our own pipeline class, which plain diffusers does not know."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    path.write_text(json.dumps(index | {"_class_name": flow_map.PREFIX + index["_class_name"]}, indent=2) + "\n")
+    path.write_text(json.dumps(index | {"_class_name": prefix + index["_class_name"]}, indent=2) + "\n")
 
 
 def save_lora(backbone: Pipeline, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
 from fastgen.pipelines import few_step, flow_map
 from fastgen.rollout import RolloutPolicy
@@ -31,19 +32,42 @@ INPUTS = """
 Its network takes inputs besides the timestep, which plain diffusers cannot give it. Sample it with fastgen's class
 above, from a local folder."""
 
+STREAM = """```python
+from diffusers.utils import export_to_video
+from fastgen.pipelines.streaming import {streaming}
+
+pipeline = {streaming}.from_pretrained("path/to/this/folder")
+video = pipeline("a prompt", seed=0).frames[0]
+export_to_video(video, "video.mp4", fps=pipeline.trained("fps"))
+
+stream = pipeline.stream("a prompt", seed=0)  # the same video, without end
+pictures = next(stream)  # those of the first chunk, [n, 3, H, W] in [0, 1]
+stream.prompt = "another prompt"  # from the next chunk on
+```
+
+The student makes a video chunk by chunk, each in {num_steps} steps given the frames before it. What a chunk is, which
+frames it sees, and the noise levels, {timesteps}, are stored in the folder. It was not trained for other windows, for
+other numbers of steps, or for a guidance scale above 1.
+
+It needs fastgen installed: diffusers has no class for it, and with the stock class every frame would see the frames
+after it."""
+
 ANY_STEP = """ It is a flow map, so that other numbers of steps work as well, on the same grid."""
 
 
 def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
     """For a `PipelineBackbone`'s export in `folder`. adapter: whether it is a LoRA adapter, not a whole pipeline."""
     load, call, own = loading(backbone, policy, adapter), CALL.replace("{call}", backbone.call), own_components(folder)
-    if own and not policy.inputs:
+    if policy.chunks is not None:
+        call = STREAM
+    elif own and not policy.inputs:
         load = f"import {few_step.__name__}\n\n{load}"
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
     filled = {
         "{load}": load,
+        "{streaming}": STREAMING + backbone.components["_class_name"],
         "{num_steps}": str(policy.num_steps),
         "{eta}": f", eta={policy.eta:g}" if policy.transition == "tcd" else "",
         "{timesteps}": str([round(t, 6) for t in policy.timesteps]),
@@ -64,7 +88,7 @@ def loading(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
     """The lines that load the export: a pipeline of our own class, a whole stock pipeline, or an adapter for the
     original one."""
     if policy.inputs:
-        name = flow_map.PREFIX + backbone.components["_class_name"]
+        name = FLOW_MAP + backbone.components["_class_name"]
         return f'from {flow_map.__name__} import {name}\n\npipeline = {name}.from_pretrained("path/to/this/folder")'
     if not adapter:
         return 'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")'

@@ -5,6 +5,7 @@ Wan 2.1 and Wan 2.2 TI2V-5B have one network. Wan 2.2 A14B has two experts: `tra
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,9 @@ from fastgen.pipelines.schedulers import flow_match_scheduler
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
+from fastgen.streaming.causal_wan import check_causal, make_causal, place_of, placed
+
+TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length")  # keys that a streaming export stores
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -58,9 +62,27 @@ class WanConfig(PipelineConfig):
         check_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
 
     def check_export(self, policy: RolloutPolicy) -> None:
+        if policy.chunks is not None:
+            if policy.inputs:
+                raise ValueError(f"a student that works in chunks cannot be exported with inputs {policy.inputs}")
+            return
         scheduler = flow_match_scheduler(policy)
         for boundary in self.own_boundaries() or ():
             check_boundary(policy, scheduler, boundary)
+
+    def check_chunks(self, policy: RolloutPolicy) -> None:
+        """The latent frames are whole chunks, each patch is of one frame, and the text is the only condition."""
+        assert policy.chunks is not None
+        folder = self.local_folder()
+        if folder is None:
+            return
+        vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
+        check_causal(network)
+        try:
+            policy.chunks.split(latent_size(self, vae, network)[0])
+        except ValueError as error:
+            step = vae.get("scale_factor_temporal", 4)
+            raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
 
     def own_boundaries(self) -> tuple[float, ...] | None:
         folder = self.local_folder()
@@ -139,32 +161,57 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
             )
 
 
+def by_frame(value: Tensor, frames: int) -> Tensor:
+    """[B, F]: a value [B] for each frame; values that are by frame stay as they are."""
+    return value if value.dim() == 2 else value[:, None].expand(-1, frames)
+
+
 class WanDenoiser(Denoiser):
     """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
 
-    t may be [B, F], one level per latent frame. Features are the video tokens after the block at half depth, the one
+    t may be [B, F], one level per latent frame. The network can work chunk by chunk, as a causal one.
+
+    Features are the video tokens after the block at half depth, the one
     at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
 
     network: Any  # a WanTransformer3DModel
     extra_inputs = WanExtraInputs
+    takes_chunks = True
 
     def __init__(self, network: Any):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        timestep = self.timestep(t, inputs)
-        if t.dim() == 2:  # one level per frame
-            _, height, width = self.network.config.patch_size
-            timestep = timestep.repeat_interleave(x_t.shape[-2] // height * (x_t.shape[-1] // width), dim=1)
-            timestep = timestep.flatten(1)
+        if inputs.streams or t.dim() == 2:
+            return self.call_by_frame(x_t, t, cond, inputs)
+        return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+
+    def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         dtype = self.network.dtype  # not that of its first weights, which stay float32
+        prompts = cond["prompt_embeds"].to(dtype)
         return self.network(
-            hidden_states=x_t.to(dtype).transpose(1, 2),
-            timestep=timestep,
-            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-            return_dict=False,
-        )[0].transpose(1, 2)
+            hidden_states=x.to(dtype), timestep=timestep, encoder_hidden_states=prompts, return_dict=False
+        )[0]
+
+    def call_by_frame(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        """The network with its frames folded into the batch axis, so that each has a level of its own, and with
+        attention over what `streaming.causal_wan.place_of` says. t: [B], or [B, F] for each frame."""
+        make_causal(self.network)
+        frames = x_t.shape[1]
+        t = by_frame(t, frames)
+        if inputs.clean is not None and inputs.causal is not None:
+            if inputs.embedded:
+                raise ValueError(
+                    f"teacher forcing in one pass takes no inputs besides t, got {sorted(inputs.embedded)}"
+                )
+            x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
+            t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
+        scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
+        flat = Inputs(**{name: by_frame(value, frames).flatten() for name, value in scalars.items()})
+        with placed(self.network, place_of(self.network, x_t, inputs)):
+            out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
+        return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
 
     @property
     def time_embedding(self) -> nn.Module:
@@ -315,6 +362,10 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return {"transformer": high, "transformer_2": low, "boundary_ratio": student.boundaries[0]}
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        if policy.chunks is not None:
+            from fastgen.pipelines.few_step import ChunkScheduler  # with diffusers
+
+            return ChunkScheduler(asdict(policy), **{name: getattr(self.config, name) for name in TRAINED})
         scheduler = flow_match_scheduler(policy)
         if self.boundary is not None:
             check_boundary(policy, scheduler, self.boundary)

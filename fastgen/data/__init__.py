@@ -3,11 +3,12 @@
 from fastgen.data.base import DataError, DataSource, SampleSource, Stream, make_batch
 from fastgen.data.hub import HubData
 from fastgen.data.images import ImageData
+from fastgen.data.moving_digits import MovingDigitsData
 from fastgen.data.order import shuffled
 from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
-from fastgen.data.toys import DigitsData, MixtureData
+from fastgen.data.toys import AR1Data, DigitsData, MixtureData, exact_data
 
 DATA: dict[str, type[DataSource] | str] = {
     "prompts": PromptData,
@@ -16,21 +17,26 @@ DATA: dict[str, type[DataSource] | str] = {
     "hub": HubData,
     "prepared": "fastgen.data.prepared:PreparedData",  # imported only when chosen, because it needs diffusers
     "digits": DigitsData,
+    "moving_digits": MovingDigitsData,
     "mixture": MixtureData,
+    "ar1_video": AR1Data,
 }
 
 __all__ = [
     "DATA",
+    "AR1Data",
     "DataError",
     "DataSource",
     "DigitsData",
     "HubData",
     "ImageData",
     "MixtureData",
+    "MovingDigitsData",
     "PromptData",
     "SampleSource",
     "Stream",
     "WebDatasetData",
+    "exact_data",
     "image_files",
     "make_batch",
     "read_prompts",

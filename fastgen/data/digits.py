@@ -25,12 +25,12 @@ def assets_dir() -> Path:
     return shipped("assets")
 
 
-@lru_cache(maxsize=2)
-def load_digits(split: str) -> tuple[Tensor, Tensor]:
-    """Scikit-learn's 1,797 handwritten digits, smoothly enlarged from 8x8 to 32x32.
+@lru_cache(maxsize=4)
+def load_digits(split: str, size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 1,797 handwritten digits, smoothly enlarged from 8x8 to `size` x `size`.
 
     `split` is "train" (1,198 digits) or "test" (599 digits, stratified by class; nothing is ever trained on these).
-    Returns pixels [N, 3, 32, 32] float32 in [0, 1], white on black, and labels [N] int64. Do not write into them:
+    Returns pixels [N, 3, size, size] float32 in [0, 1], white on black, and labels [N] int64. Do not write into them:
     the two tensors are shared between callers.
     """
     from sklearn.datasets import load_digits as sklearn_digits
@@ -43,7 +43,7 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     train, test = train_test_split(order, test_size=HELD_OUT, stratify=data.target, random_state=SPLIT_SEED)
     chosen = train if split == "train" else test
     small = torch.tensor(data.images[chosen], dtype=torch.float32).unsqueeze(1) / 16
-    pixels = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic").clamp(0, 1)
+    pixels = F.interpolate(small, size=(size, size), mode="bicubic").clamp(0, 1)
     return pixels.repeat(1, 3, 1, 1), torch.tensor(data.target[chosen], dtype=torch.int64)
 
 

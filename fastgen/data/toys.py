@@ -1,4 +1,4 @@
-"""Data of the small built-in teachers: handwritten digits, and exact samples of a Gaussian mixture."""
+"""Data of the small built-in teachers: handwritten digits, and exact samples of Gaussian mixtures and AR(1) videos."""
 
 from functools import cached_property
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import noise
+from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
 from fastgen.data.pairs import PairSettings, pair_noise
@@ -58,7 +59,7 @@ class MixtureData(DataSource):
         return frozenset({"latents", "pairs"})
 
     def check(self, backbone: Any) -> None:
-        if not backbone.has_exact_law:
+        if backbone.name != "gaussian_mixture":
             raise ValueError(f"mixture data needs the gaussian_mixture backbone, not {backbone.name}")
 
     def open(self, backbone: Backbone, seed: int) -> Stream:
@@ -68,7 +69,7 @@ class MixtureData(DataSource):
 class MixtureStream(Stream):
     def __init__(self, backbone: Any, key: int, data: MixtureData):
         self._backbone, self._data = backbone, data
-        self._mixture, self._key, self._classes = backbone.mixture, key, backbone.config.classes
+        self._mixture, self._key, self._classes = backbone.law, key, backbone.config.classes
         self._num_classes, self._weights = backbone.num_classes, backbone.config.weights
 
     def labels(self, positions: Tensor) -> Tensor:
@@ -96,3 +97,48 @@ class MixtureStream(Stream):
         from fastgen.sampling.sampler import teacher_sampler  # imports diffusers
 
         return teacher_sampler(self._backbone, self._data.pair_steps, self._data.pair_guidance_scale)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class AR1Data(DataSource):
+    """Data for the ar1_video backbone: labels in equal shares, exact videos of each, and exact ODE pairs.
+
+    pairs: whose ODE they are of. bidirectional: the teacher's, over the whole video at once. causal: of each frame
+    given the frames before it (Causal Forcing, arXiv 2602.02214), which a causal student can follow exactly."""
+
+    name: Literal["ar1_video"] = "ar1_video"
+    pairs: Literal["bidirectional", "causal"] = "causal"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"latents", "pairs"})
+
+    def check(self, backbone: Any) -> None:
+        if backbone.name != "ar1_video":
+            raise ValueError(f"ar1_video data needs the ar1_video backbone, not {backbone.name}")
+
+    def open(self, backbone: Backbone, seed: int) -> Stream:
+        return AR1Stream(backbone.law, noise.make_key(seed, "data"), self.pairs == "causal")
+
+
+class AR1Stream(Stream):
+    def __init__(self, law: AR1Law, key: int, causal: bool):
+        self._law, self._key, self._causal = law, key, causal
+
+    def labels(self, positions: Tensor) -> Tensor:
+        u = noise.uniform(positions, (), noise.make_key(self._key, "label"), torch.float64)
+        return (u * self._law.num_labels).long()
+
+    def prompts(self, positions: Tensor) -> list[str]:
+        return [str(label) for label in self.labels(positions).tolist()]
+
+    def latents(self, positions: Tensor) -> Tensor:
+        return self._law.sample(positions, self.labels(positions), self._key)
+
+    def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._law.pair(positions, self.labels(positions), self._key, self._causal)
+
+
+def exact_data(backbone: Backbone) -> DataSource:
+    """The data source of a backbone whose law is known."""
+    return AR1Data() if isinstance(backbone.law, AR1Law) else MixtureData()

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
-from fastgen.data import MixtureData, read_prompts
+from fastgen.data import exact_data, read_prompts
 from fastgen.data.files import write_json
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
@@ -64,7 +64,7 @@ def evaluate_with_samples(
         config.seed,
         reference,
         make_features(config, backbone.output, backbone.device),
-        backbone.mixture,
+        backbone.law,
         timing,
         config.rewards(),
         backbone.device,
@@ -151,9 +151,9 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         return repeat(read_prompts(config.prompts), config.num_samples)
     if reference is not None:
         return repeat(reference.prompts, config.num_samples)
-    if sampler.backbone.mixture is not None:
+    if sampler.backbone.law is not None:
         seed = noise.make_key(config.seed, "eval prompts")
-        return MixtureData().open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
+        return exact_data(sampler.backbone).open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
     raise ValueError(
         "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
     )
@@ -213,7 +213,8 @@ def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Te
     """Exact samples with the labels of the first evaluated samples, which are drawn behind those."""
     prompts = find_prompts(sampler, config, None)[: KEPT[2]]
     key = noise.make_key(config.seed, "exact", 0)
-    return backbone.mixture.sample(torch.arange(len(prompts)), labels_of(backbone.mixture, prompts), key).float()
+    labels = labels_of(backbone.law, prompts)
+    return backbone.law.sample(torch.arange(len(prompts)), labels, key).flatten(1).float()
 
 
 def evaluate_path(
@@ -259,7 +260,7 @@ def evaluate_path(
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
         captions[name] = find_prompts(sampler, config, find_reference(sampler.backbone.output, config))
-        if sampler.backbone.mixture is not None:
+        if sampler.backbone.law is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result}
     print_results([result])

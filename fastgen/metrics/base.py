@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.gaussian_mixture import Mixture
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.reference import Reference
@@ -33,7 +34,7 @@ class MetricContext:
 
     num_samples, seed: those of the evaluation; sample i has seed `seed + i`.
     reference: the real images. features: the feature network that all metrics share, so that each batch is embedded
-    once. mixture: the exact target distribution of points. timing: given only if a sampler runs, not for a folder of
+    once. law: the exact target distribution of points. timing: given only if a sampler runs, not for a folder of
     images. rewards: the rewards that have keys in the config, by the names of the metrics that measure them. device:
     the device of the rewards' networks."""
 
@@ -41,7 +42,7 @@ class MetricContext:
     seed: int
     reference: Reference | None = None
     features: FeatureNetwork | None = None
-    mixture: Mixture | None = None
+    law: Mixture | AR1Law | None = None
     timing: Timing | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     device: torch.device | str = "cpu"
@@ -57,11 +58,17 @@ class Metric(ABC):
     name: ClassVar[str]
     output: ClassVar[Literal["pixels", "frames", "points", "any"]]
     directions: ClassVar[Directions]
+    backbones: ClassVar[tuple[str, ...]] = ()  # the backbones whose exact law it needs; (): it needs none
     needs_reference: ClassVar[bool] = False  # whether it compares with real images
     fewest_samples: ClassVar[int] = 1
 
     def __init__(self, context: MetricContext):
         self.context = context
+
+    @classmethod
+    def fits(cls, output: str, backbone: str) -> bool:
+        """Whether it can measure this kind of sample, made by the backbone of this name."""
+        return cls.output in (output, "any") and (not cls.backbones or backbone in cls.backbones)
 
     @abstractmethod
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:

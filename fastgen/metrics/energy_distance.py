@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.metrics.base import Directions
-from fastgen.metrics.points import PointMetric
+from fastgen.metrics.points import LawMetric
 
 EXACT_SETS = 4  # their six pairs give the floor
 
@@ -26,7 +26,7 @@ def mean_distance(x: Tensor, y: Tensor | None = None) -> float:
     return total / (len(x) * (len(x) - 1) if y is None else len(x) * len(y))
 
 
-class EnergyDistance(PointMetric):
+class EnergyDistance(LawMetric):
     """2 E|x - y| - E|x - x'| - E|y - y'|    (Szekely and Rizzo, J. Stat. Plan. Inference 2013, eq. 2.1, without root)
 
     between the samples x and equally many exact samples y. The estimator is the U-statistic, whose means run over
@@ -43,7 +43,7 @@ class EnergyDistance(PointMetric):
         for group in self.groups(least=2):
             ids, label = group.ids, torch.full_like(group.ids, group.label)
             keys = [noise.make_key(self.context.seed, "exact", i) for i in range(EXACT_SETS)]
-            exact = [self.mixture.sample(ids, label, key) for key in keys]
+            exact = [self.law.sample(ids, label, key).flatten(1) for key in keys]
             within = [mean_distance(y) for y in exact]
             distance = 2 * mean_distance(group.points, exact[0]) - mean_distance(group.points) - within[0]
             value += group.share * distance

@@ -34,8 +34,8 @@ class ModeShare(PointMetric):
     def compute(self) -> dict[str, float]:
         error, ratio = 0.0, float("inf")
         for group in self.groups(least=1):
-            weights = self.mixture.logits[group.label].softmax(0).double()
-            counts = torch.bincount(nearest_component(self.mixture, group.points), minlength=len(weights))
+            weights = self.law.logits[group.label].softmax(0).double()
+            counts = torch.bincount(nearest_component(self.law, group.points), minlength=len(weights))
             shares = counts.double() / len(group.points)
             error = max(error, group.share * float((shares - weights).abs().max()))
             ratio = min(ratio, float((shares / weights)[weights > 0].min()))

@@ -27,7 +27,7 @@ class MeanError(PointMetric):
 
     def compute(self) -> dict[str, float]:
         errors = [
-            g.share * float((g.points.mean(0) - exact_moments(self.mixture, g.label)[0]).norm())
+            g.share * float((g.points.mean(0) - exact_moments(self.law, g.label)[0]).norm())
             for g in self.groups(least=1)
         ]
         return {"mean_error": sum(errors)}
@@ -41,9 +41,9 @@ class CovError(PointMetric):
     directions: ClassVar[Directions] = {"cov_error": "lower"}
 
     def compute(self) -> dict[str, float]:
-        dim = self.mixture.means.shape[1]
+        dim = self.law.means.shape[1]
         errors = [
-            g.share * float((g.points.T.cov().reshape(dim, dim) - exact_moments(self.mixture, g.label)[1]).norm())
+            g.share * float((g.points.T.cov().reshape(dim, dim) - exact_moments(self.law, g.label)[1]).norm())
             for g in self.groups(least=2)
         ]
         return {"cov_error": sum(errors)}

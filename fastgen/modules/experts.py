@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,8 @@ class Experts(Denoiser):
     boundaries[i] <= t < boundaries[i - 1], and the last expert for t below all boundaries.
 
     Together they are one module and one role. Each row of a batch goes to the expert for its level."""
+
+    takes_chunks = True  # if the experts do
 
     def __init__(self, experts: Sequence[Denoiser], boundaries: Sequence[float]):
         """Raises ValueError unless the boundaries are one fewer than the experts, and decrease inside (0, 1)."""
@@ -54,6 +57,8 @@ class Experts(Denoiser):
 
         All processes gather a sharded network together. Each process then calls every expert that has rows on any
         process. Where it has none itself, it calls the expert with one row, whose output is multiplied by zero."""
+        if inputs.memory is not None:
+            return self.call_all(x_t, t, cond, inputs)
         index = self.expert_of(t)
         called = self.called_experts(index)
         if len(called) > 1 and self._captures:
@@ -62,10 +67,10 @@ class Experts(Denoiser):
                 f"{self.boundaries}; draw them within one expert (gan_time.low and gan_time.high of DMD2)"
             )
         if len(called) == 1:
-            return self.experts[called[0]](x_t, t, cond, inputs, predict=self.prediction_type)
+            return self.experts[called[0]](x_t, t, cond, self.own(inputs, called[0]), predict=self.prediction_type)
 
         def call(i: int, rows: Tensor) -> Tensor:
-            given = inputs.select(rows)
+            given = self.own(inputs, i).select(rows)
             return self.experts[i](x_t[rows], t[rows], cond.select(rows), given, predict=self.prediction_type)
 
         rows = {i: (index == i).nonzero().squeeze(1) for i in called}
@@ -73,6 +78,20 @@ class Experts(Denoiser):
         nothing = sum(0 * outputs[i].sum() for i in called if not len(rows[i]))
         out = torch.cat([outputs[i] for i in called if len(rows[i])]) + nothing
         return out[torch.cat(list(rows.values())).argsort()]
+
+    def own(self, inputs: Inputs, i: int) -> Inputs:
+        """The inputs of expert i: of the context of a video, its own layers."""
+        if inputs.context is None:
+            return inputs
+        return replace(inputs, context=inputs.context.layers(i, len(self.experts)))
+
+    def call_all(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        """Calls every expert, as each of them has to remember the chunk that is committed, whatever its level."""
+        outputs = [
+            expert(x_t, t, cond, self.own(inputs, i), predict=self.prediction_type)
+            for i, expert in enumerate(self.experts)
+        ]
+        return outputs[-1]
 
     def called_experts(self, index: Tensor) -> list[int]:
         """The experts that have rows on this process or, if the networks are sharded, on any process."""

@@ -163,6 +163,8 @@ class LoraDenoiser(Denoiser):
 
     Its parameters are only those of its adapter; the base is not a submodule."""
 
+    takes_chunks = True  # if the shared network does
+
     def __init__(self, shared: SharedBase, role: str | None):
         nn.Module.__init__(self)
         self.__dict__["shared"] = shared

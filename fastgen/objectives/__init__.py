@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, str] = {
     "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
     "consistency": "fastgen.objectives.consistency:Consistency",
     "scm": "fastgen.objectives.scm:SCM",
+    "teacher_forcing": "fastgen.objectives.teacher_forcing:TeacherForcing",
 }
 
 

@@ -55,6 +55,8 @@ WEIGHT_RANGE = 4.0  # the largest |log w| of inverse_tilt; ours
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ACDMD(Objective):
+    takes_chunks = True
+
     # 7 SD3 and SD3.5, 4 FLUX.2-klein. Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
     fake_updates: int = Field(default=10, ge=1)  # 10 in stage 1, 1 in stage 2

@@ -56,12 +56,18 @@ class Objective:
     # score: uses the rewards' values; gradient: backpropagates through the differentiable rewards
     reward_use: Literal["none", "score", "gradient"] = "none"
     rewards_required: bool = False
+    takes_chunks: bool = False  # whether it can train a student that works chunk by chunk (RolloutPolicy.chunks)
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
 
     @property
     def teacher_guidance(self) -> Guidance:
         """The guidance scale of the teacher that is distilled: the field `guidance_scale`, if the objective has it."""
         return vars(self).get("guidance_scale", 1.0)
+
+    @property
+    def takes_first_timesteps(self) -> bool:
+        """Whether the first chunk of a video may have a list of levels of its own."""
+        return False
 
     @property
     def trained_roles(self) -> tuple[str, ...]:

@@ -44,6 +44,8 @@ class PathTurn(Turn):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DisBack(DMD2):
+    takes_chunks = False  # untried
+
     name: Literal["disback"] = "disback"  # type: ignore[assignment]
     path_length: int = Field(default=5, ge=2)  # N; ours
     path_every: int = Field(default=100, ge=1)  # degradation updates between two points, the released code

@@ -54,6 +54,7 @@ from fastgen.schedule import PredictionType, TimeSampler, expand
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
     takes_inputs = True
+    takes_chunks = True
 
     name: Literal["dmd2"] = "dmd2"
     # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one per expert of the teacher, from high noise to low
@@ -107,6 +108,10 @@ class DMD2(Objective):
                 f"ca_time leaves no noise level below that of the last step: low = {self.ca_time.low} must be below "
                 f"high * {policy.timesteps[-1]} = {self.ca_time.high * policy.timesteps[-1]:g}"
             )
+
+    @property
+    def takes_first_timesteps(self) -> bool:
+        return not (self.condition_on_stop or self.ca_time)  # which speak of one list for all frames
 
     @property
     def trained_roles(self) -> tuple[str, ...]:

@@ -107,6 +107,14 @@ class GNDM(Objective):
             return "none"
         return "gradient" if self.form == "path" else "score"
 
+    @property
+    def takes_chunks(self) -> bool:  # type: ignore[override]
+        return self.form == "path"
+
+    @property
+    def takes_first_timesteps(self) -> bool:
+        return not self.condition_on_stop
+
     def check(self, policy: RolloutPolicy) -> None:
         if self.form == "score" and (policy.num_steps == 1 or not policy.transition_eta):
             raise ValueError("form: score needs stochastic steps: several timesteps, transition renoise or cps")

@@ -103,6 +103,10 @@ class PhasedDMD(Objective):
         return ("student", "fake_score")
 
     @property
+    def takes_chunks(self) -> bool:  # type: ignore[override]
+        return self.random_exit  # otherwise several steps of whole videos follow one another
+
+    @property
     def num_updates(self) -> int:
         """The student updates of all phases together."""
         return sum(phase.updates for phase in self.phases)

@@ -114,6 +114,10 @@ class RTDMD(ACDMD):
         return self
 
     @property
+    def takes_chunks(self) -> bool:  # type: ignore[override]
+        return self.stage == 1  # AC-DMD; stage 2 has log-probabilities of whole trajectories
+
+    @property
     def rewards_required(self) -> bool:  # type: ignore[override]
         return self.stage == 2 or super().rewards_required
 

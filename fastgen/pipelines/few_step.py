@@ -1,5 +1,5 @@
-"""diffusers components for students that stock ones cannot represent: a scheduler with CPS transitions, and a
-transformer made of several experts.
+"""diffusers components for students that stock ones cannot represent: a scheduler with CPS transitions, one that says
+how a video is made chunk by chunk, and a transformer made of several experts.
 
 An export that contains one of them names this module in its model_index.json. diffusers does not import the module
 itself, and loads the component only if it has been imported before:
@@ -82,6 +82,35 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         noise = math.cos(angle) * (x + (1 - sigma) * v) + math.sin(angle) * fresh
         x_next = ((1 - sigma_next) * (x - sigma * v) + sigma_next * noise).to(model_output.dtype)
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+
+
+class ChunkScheduler(SchedulerMixin, ConfigMixin):
+    """Stores how a causal student makes a video chunk by chunk, for `fastgen.pipelines.streaming`. It takes no steps
+    itself, so that a stock pipeline refuses such a student instead of sampling it with attention in both directions.
+
+    policy: a `RolloutPolicy` with chunks, as a dict. height, width, num_frames, fps, max_sequence_length: of training,
+    and the defaults of the pipeline."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        policy: dict[str, Any],
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        fps: int = 16,
+        max_sequence_length: int = 512,
+    ):
+        pass
+
+    def set_timesteps(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError."""
+        raise ValueError(
+            "this student makes a video chunk by chunk, which the stock pipeline cannot do; load it with "
+            "fastgen.pipelines.streaming.StreamingWanPipeline"
+        )
 
 
 class SD3Experts(SD3Transformer2DModel):

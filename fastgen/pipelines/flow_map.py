@@ -27,7 +27,6 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 
 INPUTS = "inputs.safetensors"
-PREFIX = "FlowMap"  # how the class names start
 
 
 def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedule: Schedule, folder: Path) -> None:

@@ -43,6 +43,12 @@ def start(recipe: Recipe) -> Accelerator:
                 f"{source} asks for {count} processes, but accelerate started {accelerator.num_processes}; on a CPU "
                 "use torchrun --nproc_per_node, because accelerate launch --cpu starts only one"
             )
+    chunks = recipe.rollout.chunks
+    if strategy_of(recipe, accelerator) == "fsdp" and chunks is not None and chunks.replay:
+        raise RecipeError(
+            "rollout.chunks.replay: sharded networks cannot replay, as FSDP reduces gradients once per backward pass; "
+            "leave replay out and set train.gradient_checkpointing: true, or set train.strategy: ddp"
+        )
     if strategy_of(recipe, accelerator) == "fsdp" and accelerator.num_processes == 1:
         raise RecipeError(
             "train.strategy: fsdp shards networks over processes, but there is only one process; launch more, or set "

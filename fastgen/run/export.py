@@ -39,7 +39,8 @@ def export(
     if stranger := folder.exists() and not (folder / METADATA).is_file():
         old = old.with_name(old.name.replace(REPLACED, "kept").removeprefix("."))
     try:
-        adapter = student.is_adapter and backbone.stores_adapters and not recipe.rollout.inputs
+        whole = recipe.rollout.inputs or recipe.rollout.chunks is not None  # what an adapter could not say
+        adapter = student.is_adapter and backbone.stores_adapters and not whole
         backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
         metadata = {
             "lora": adapter,

@@ -151,7 +151,7 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     if points:
         exact = run.stream.latents(torch.arange(count))
-        plot_points({"samples": samples} | ({} if exact is None else {"exact": exact}), path)
+        plot_points({"samples": samples} | ({} if exact is None else {"exact": exact.flatten(1)}), path)
     else:
         save_grid(samples, path, columns=max(1, round(count**0.5)), captions=run.prompts[:count])
     if sampler.backbone.fps:

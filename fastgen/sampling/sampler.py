@@ -3,21 +3,23 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgen import noise, signals
+from fastgen import signals
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.folder import read_index
 from fastgen.backbones.pipeline import PipelineConfig, family_configs
-from fastgen.batch import Conditioning
+from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.registry import build_section, current_names
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.streaming.context import Context
 
 METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
 
@@ -33,10 +35,24 @@ class Guided(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs = NO_INPUTS) -> Tensor:
         """The guided x0 prediction. Raises ValueError if inputs are given: only students take them, and are not
         guided."""
-        if inputs.given:
-            raise ValueError(f"a guided denoiser takes no inputs, got {sorted(inputs.given)}")
+        if other := inputs.given.keys() - {"context"}:
+            raise ValueError(f"a guided denoiser takes no inputs, got {sorted(other)}")
         scale = self.denoiser.per_expert(self.scale, t)
-        return signals.guided(self.denoiser, x_t, t, cond, self.uncond, scale)
+        predict = partial(self.denoiser, inputs=inputs)
+        return signals.guided(predict, x_t, t, cond, self.uncond, scale)
+
+    def commit(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        context: Context,
+        inputs: Inputs = NO_INPUTS,
+        grad: bool = False,
+    ) -> Context:
+        """The context of both halves of the guided batch: with the prompt, then without."""
+        both = Conditioning.cat([cond, self.uncond])
+        return self.denoiser.commit(torch.cat([x, x]), torch.cat([t, t]), both, context, inputs, grad)
 
 
 class Sampler:
@@ -56,8 +72,9 @@ class Sampler:
 
     @property
     def network_evaluations(self) -> int:
-        """Network evaluations per sample; a guided step counts twice."""
-        return self.policy.num_steps * (1 if self.guidance_scale == 1 else 2)
+        """Network evaluations per sample; a guided step counts twice. With chunks, they are per chunk, and include the
+        one that commits it."""
+        return (self.policy.num_steps + (self.policy.chunks is not None)) * (1 if self.guidance_scale == 1 else 2)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -75,11 +92,9 @@ class Sampler:
         cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
-        def draw(name: str) -> Tensor:
-            return noise.normal(ids, backbone.latent_shape, noise.make_key(key, name), backbone.dtype)
-
+        draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        return sample(network, self.policy, cond, draw)  # type: ignore[arg-type]
+        return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""

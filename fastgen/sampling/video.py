@@ -1,6 +1,8 @@
 """Writes videos as mp4 files, and picks the few frames that represent a video in a picture."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,38 @@ def check_writer() -> None:
         raise ValueError("writing videos needs imageio and ffmpeg: pip install 'fastgen-distill[video]'")
 
 
-def save_video(frames: Tensor, path: Path, fps: int) -> None:
-    """Writes an mp4 (H.264) atomically. frames: [F, 3, H, W] in [0, 1], H and W even, on any device."""
+@contextmanager
+def video_writer(path: Path, fps: int, playable: bool = False) -> Iterator[Callable[[Tensor], None]]:
+    """Writes an mp4 (H.264) of pictures as they come: a function that appends [n, 3, H, W] in [0, 1], H and W even, on
+    any device. The file is complete when the block ends, also by an exception.
+
+    playable: the file can be played while it grows, a second later at the latest, and also if the process is killed.
+    It is then larger."""
     check_writer()
     import imageio.v2
 
-    images = (frames.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    fragments = ["-movflags", "frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"]
+    options = ["-tune", "zerolatency", "-g", str(fps), *fragments] if playable else []
+    writer: Any = imageio.v2.get_writer(
+        path, fps=fps, codec="libx264", quality=8, macro_block_size=2, output_params=options
+    )
+
+    def append(pictures: Tensor) -> None:
+        images = (pictures.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        for image in images.cpu().numpy():
+            writer.append_data(image)
+
+    with writer:
+        yield append
+
+
+def save_video(frames: Tensor, path: Path, fps: int) -> None:
+    """Writes an mp4 (H.264) atomically. frames: [F, 3, H, W] in [0, 1], H and W even, on any device."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unused_sibling(path, "partial", ".mp4")
     try:
-        writer: Any = imageio.v2.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2)
-        with writer:
-            for image in images:
-                writer.append_data(image)
+        with video_writer(temporary, fps) as append:
+            append(frames)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

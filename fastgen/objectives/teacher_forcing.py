@@ -1,0 +1,136 @@
+"""Teacher forcing and diffusion forcing: a causal student is trained as a diffusion model on real videos.
+
+    paper     here                 what it is
+    theta     networks.student     denoiser of a chunk given earlier frames, initialised from the teacher
+    x         batch.latents        real videos [B, F, ...]
+    x_<i      past                 the frames before chunk i: of the data (teacher forcing), or of x_t at levels of
+                                   their own (diffusion forcing, arXiv 2407.01392)
+
+The algorithm, for every student update:
+    every chunk of every video draws a level t, and x_t = alpha x + sigma noise
+    student <- denoising loss of each chunk at x_t, given its past
+    the average of the student's weights is updated once.
+
+At its optimum, with enough steps, the student samples x one chunk after another. It is the stage before Self Forcing:
+distribution matching needs a student that is causal already (CausVid, arXiv 2412.07772; Causal Forcing says why). With
+few steps its videos drift, because the chunks that it sees then are its own and not the data's;
+`backbones.ar1_formulas` says by how much.
+
+Two forms compute the same loss with the same gradient (tests/test_teacher_forcing.py):
+    packed    one call on the clean and the noisy video, with a mask. Not every schedule can be written as one.
+    chunks    chunk by chunk, as a rollout goes, for any schedule. What is remembered of the data carries gradient.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen import signals
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import Inputs
+from fastgen.networks import Networks
+from fastgen.objectives.base import Loss, Objective, State, Turn
+from fastgen.rollout import RolloutPolicy, commit
+from fastgen.schedule import PredictionType, TimeSampler
+from fastgen.streaming.context import Context
+from fastgen.streaming.schedule import ChunkSchedule
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class TeacherForcing(Objective):
+    """past: clean is teacher forcing, noisy is diffusion forcing, where all chunks are denoised in one masked call.
+    time: the law of the levels.  space: of the loss; None: the student's own prediction type.
+    prompt_dropout: the share of samples that train without their prompt, for guidance later."""
+
+    trained_roles = ("student",)
+    takes_chunks = True
+
+    name: Literal["teacher_forcing"] = "teacher_forcing"
+    past: Literal["clean", "noisy"] = "clean"
+    form: Literal["packed", "chunks"] = "packed"
+    time: TimeSampler = TimeSampler(low=0.001, high=0.999)
+    space: PredictionType | None = None
+    prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _form(self) -> "TeacherForcing":
+        if self.past == "noisy" and self.form == "chunks":
+            raise ValueError("past: noisy denoises all chunks in one call, which is form: packed; leave form out")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents"})
+
+    def check(self, policy: RolloutPolicy) -> None:
+        if policy.chunks is None:
+            raise ValueError(
+                "teacher_forcing trains a student that works chunk by chunk: say how in rollout.chunks, for example "
+                "{frames: 3}"
+            )
+        if policy.inputs:
+            raise ValueError("teacher_forcing trains a plain denoiser: leave out two_time and embedded_guidance")
+        if self.past == "noisy" and policy.chunks.context_noise:
+            raise ValueError("with past: noisy the past has levels of its own: leave out rollout.chunks.context_noise")
+
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        return (Turn("student", ("student",)),)
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        assert batch.latents is not None and networks.policy.chunks is not None
+        chunks, x = networks.policy.chunks, batch.latents
+        t = self.levels(batch, chunks)
+        x_t = networks.student.schedule.add_noise(x, batch.normal("noise"), t).to(x.dtype)
+        cond = self.dropped(batch)
+        if self.form == "chunks":
+            prediction = chunk_by_chunk(networks, batch, x_t, t, cond)
+        else:
+            inputs = Inputs(causal=chunks, clean=seen_frames(networks, batch) if self.past == "clean" else None)
+            prediction = networks.student(x_t, t, cond, inputs)
+        schedule, space = networks.student.schedule, self.space or networks.student.prediction_type
+        total = signals.denoising_loss(prediction, x, x_t, t, schedule, space)
+        return Loss(total, {"loss": total.detach()})
+
+    def levels(self, batch: Batch, chunks: ChunkSchedule) -> Tensor:
+        """[B, F]: a level for each chunk, the same for its frames."""
+        lengths = [len(frames) for frames in chunks.split(batch.latent_shape[0])]
+        t = self.time(batch.uniform("time", shape=(len(lengths),)))
+        return t.repeat_interleave(torch.tensor(lengths, device=t.device), dim=1)
+
+    def dropped(self, batch: Batch) -> Conditioning:
+        """The conditioning, without the prompt in a share of the samples."""
+        if not self.prompt_dropout:
+            return batch.cond
+        rows = batch.uniform("prompt_dropout") < self.prompt_dropout
+
+        def chosen(key: str) -> Tensor:
+            value = batch.cond[key]
+            return torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), batch.uncond[key], value)
+
+        return Conditioning({key: chosen(key) for key in batch.cond})
+
+
+def chunk_by_chunk(networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The student's clean predictions [B, F, ...], each chunk's given the chunks of the data before it."""
+    assert batch.latents is not None and networks.policy.chunks is not None
+    context, predictions = Context(networks.policy.chunks), list[Tensor]()
+    for frames in networks.policy.chunks.split(x_t.shape[1]):
+        part = slice(frames.start, frames.stop)
+        predictions.append(networks.student(x_t[:, part], t[:, part], cond, Inputs(context=context)))
+        if frames.stop < x_t.shape[1]:
+            known, noise = batch.latents[:, part], batch.chunk(frames).normal
+            context = commit(networks.student, networks.policy, known, cond, noise, context, grad=True)
+    return torch.cat(predictions, dim=1)
+
+
+def seen_frames(networks: Networks, batch: Batch) -> Tensor:
+    """The data as later chunks see it: renoised to the schedule's context noise, with the draws of a rollout."""
+    assert batch.latents is not None and networks.policy.chunks is not None
+    x, level = batch.latents, networks.policy.chunks.context_noise
+    if not level:
+        return x
+    noise = batch.chunk(range(x.shape[1])).normal("context")
+    return networks.student.schedule.add_noise(x, noise, x.new_full((len(x),), level)).to(x.dtype)

@@ -1,0 +1,48 @@
+"""How a few-step student turns noise into samples, whole or chunk by chunk.
+
+policy.py      the sampler as data: levels, transition, inputs, chunks
+steps.py       one step: the clean prediction, and the laws of the transitions
+simulation.py  the loops over steps and chunks, for sampling and for training"""
+
+from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
+from fastgen.rollout.simulation import (
+    Rollout,
+    backward_simulation,
+    commit,
+    draw_stops,
+    sample,
+    sample_chunks,
+    trajectory,
+)
+from fastgen.rollout.steps import (
+    Step,
+    jump_law,
+    next_levels,
+    policy_law,
+    predict_x0,
+    step_log_prob,
+    step_to,
+    transition,
+    transition_law,
+)
+
+__all__ = [
+    "Rollout",
+    "RolloutPolicy",
+    "Step",
+    "TeacherPolicy",
+    "backward_simulation",
+    "commit",
+    "draw_stops",
+    "jump_law",
+    "next_levels",
+    "policy_law",
+    "predict_x0",
+    "sample",
+    "sample_chunks",
+    "step_log_prob",
+    "step_to",
+    "trajectory",
+    "transition",
+    "transition_law",
+]

@@ -1,0 +1,156 @@
+"""The student's sampler as data: its noise levels, its transition, its inputs, and its chunks if it streams."""
+
+import itertools
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.denoiser import Inputs
+from fastgen.streaming.schedule import ChunkSchedule
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class RolloutPolicy:
+    """The student's sampler. It is stored with the weights, so that a student is sampled as it was trained.
+
+    timesteps: noise levels at which the network is called, strictly decreasing in (0, 1]; the end point 0 is implied.
+    transition: renoise = x0 plus fresh noise at the next level (DMD2, consistency models);
+                ode = x0 plus the network's own noise prediction (DDIM, which for flow matching is Euler);
+                cps = x0 plus a mixture of both noises with the same total, see `transition_law` (RTDMD, Flow-CPS);
+                tcd = an ode step to below the next level, then fresh noise up to it, see `jump_law` (TCD, CTM).
+    eta: for cps and tcd only, strictly between 0 (the same as ode) and 1 (the same as renoise).
+    conditioning_time: for one-step students only, the level that the network is conditioned on while its input is pure
+               noise (for DMD2's one-step SDXL student, step 399 of 1000).
+    two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
+               next call for ode, and 0 for renoise. As x0 = x_t - t u, the ode step is then the jump x_t - (t - s) u.
+    embedded_guidance: the guidance scale given to a network that has it as an input, when it samples.
+    chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`)."""
+
+    timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
+    transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
+    eta: float | None = Field(default=None, gt=0, lt=1)
+    conditioning_time: float | None = Field(default=None, gt=0, le=1)
+    two_time: bool = False
+    embedded_guidance: float | None = Field(default=None, ge=0)
+    chunks: ChunkSchedule | None = None
+
+    @field_validator("timesteps")
+    @classmethod
+    def _decreasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < t <= 1 for t in value):
+            raise ValueError(f"every timestep must lie in (0, 1], got {list(value)}")
+        if any(a <= b for a, b in itertools.pairwise(value)):
+            raise ValueError(f"timesteps must be strictly decreasing, got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _chunks(self) -> "RolloutPolicy":
+        if self.chunks is None:
+            return self
+        if self.conditioning_time is not None:
+            raise ValueError(
+                "conditioning_time is for images made in one step; leave it out, or leave out rollout.chunks"
+            )
+        if self.chunks.first_timesteps is not None:
+            try:
+                self._decreasing(self.chunks.first_timesteps)
+            except ValueError as error:
+                raise ValueError(f"chunks.first_timesteps: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_step(self) -> "RolloutPolicy":
+        if self.conditioning_time is not None and len(self.timesteps) != 1:
+            raise ValueError(
+                f"conditioning_time is for one-step students, and there are {len(self.timesteps)} timesteps; give one "
+                "timestep or remove conditioning_time"
+            )
+        if (self.eta is not None) != (self.transition in ("cps", "tcd")):
+            raise ValueError(
+                "transition: cps or tcd needs an eta (0.9 in RTDMD, 0.3 in TCD), and the others take none; got "
+                f"transition: {self.transition} and eta: {self.eta}"
+            )
+        if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):
+            raise ValueError(
+                "two_time needs transition: ode (or renoise, whose steps all end at 0) and no conditioning_time; got "
+                f"transition: {self.transition} and conditioning_time: {self.conditioning_time}"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def of_chunk(self, frames: range) -> "RolloutPolicy":
+        """The sampler of one chunk: that of the first chunk has its own levels if `chunks.first_timesteps` says so."""
+        first = self.chunks.first_timesteps if self.chunks is not None and frames.start == 0 else None
+        return self if first is None else replace(self, timesteps=first)
+
+    @property
+    def transition_eta(self) -> float:
+        """The eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which has another law."""
+        if self.transition == "tcd":
+            raise ValueError(
+                "this objective needs every step to have the same share of fresh noise, and with transition: tcd the "
+                "share differs from step to step; use cps, renoise or ode"
+            )
+        return {"ode": 0.0, "renoise": 1.0}.get(self.transition, self.eta or 0.0)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The continuous inputs that the student has besides its time, any of `modules.inputs.LEVELS`."""
+        return ("s",) * self.two_time + ("guidance",) * (self.embedded_guidance is not None)
+
+    def network_inputs(self, t: Tensor, t_next: Tensor | None = None) -> Inputs:
+        """The inputs that this policy gives the student at level t [B]. t_next: as in `predict_x0`."""
+
+        def filled(value: float | None) -> Tensor | None:
+            return None if value is None else torch.full_like(t, value)
+
+        end = torch.zeros_like(t) if t_next is None or self.transition != "ode" else t_next
+        return Inputs(
+            time=filled(self.conditioning_time),
+            s=end if self.two_time else None,
+            guidance=filled(self.embedded_guidance),
+        )
+
+    @property
+    def any_step(self) -> bool:
+        """Whether the student can sample with any number of steps, by the jumps of a flow map."""
+        return self.two_time and self.transition == "ode"
+
+    def with_steps(self, num_steps: int) -> "RolloutPolicy":
+        """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its
+        shift k is the one that the first two of this policy's timesteps have, or 1 (a uniform grid) if there is only
+        one. With its own number of steps, this returns the policy itself. Raises ValueError if the student has a fixed
+        number of steps."""
+        if num_steps == self.num_steps:
+            return self
+        if not self.any_step or self.timesteps[0] != 1:
+            raise ValueError(
+                f"this student was distilled to {self.num_steps} steps, and {num_steps} are asked for; leave out the "
+                "number of steps"
+            )
+        shift = 1.0
+        if self.num_steps > 1:
+            u, t = 1 - 1 / self.num_steps, self.timesteps[1]
+            shift = t * (1 - u) / (u * (1 - t))
+        grid = (1 - i / num_steps for i in range(num_steps))
+        return replace(self, timesteps=tuple(shift * u / (1 + (shift - 1) * u) for u in grid))
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class TeacherPolicy(RolloutPolicy):
+    """The deterministic sampling of a stock scheduler, which need not start from the law of x_t or end at clean data.
+
+    initial_scale: factor on the initial noise. It is sigma(timesteps[0]) where EulerDiscreteScheduler starts from
+        sigma_max.
+    final_level: the level that the last step goes to. It is that of step 0 where DDIMScheduler has
+        set_alpha_to_one: false."""
+
+    initial_scale: float = Field(default=1.0, gt=0)
+    final_level: float = Field(default=0.0, ge=0, le=1)

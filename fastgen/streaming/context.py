@@ -1,0 +1,127 @@
+"""What a causal network remembers of the frames before a chunk: immutable snapshots that share their blocks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.streaming.schedule import ChunkSchedule
+
+
+class Block(NamedTuple):
+    """Keys and values of some consecutive frames, [layers, B, frames x tokens, heads, D]. Keys are normalised but not
+    rotated: their position is decided anew for each chunk."""
+
+    frames: range
+    keys: Tensor
+    values: Tensor
+
+    def part(self, frames: range) -> "Block | None":
+        """The block of those of its frames that are in the given range, sharing its memory; None if there are none."""
+        first, last = max(self.frames.start, frames.start), min(self.frames.stop, frames.stop)
+        if first >= last:
+            return None
+        tokens = self.keys.shape[2] // len(self.frames)
+        begin, count = (first - self.frames.start) * tokens, (last - first) * tokens
+        return Block(range(first, last), self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count))
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The memory of the frames that the next chunk sees. No forward changes it: `committed` returns a new one.
+
+    chunks: the schedule that decides what is kept.  blocks: what is kept, in order.  frames: how many were committed.
+    What is stored has no gradient, unless `Denoiser.commit` was asked for it.
+    memo: layer -> what it computes of this context for every step of a chunk alike (`memoised`); None: it is computed
+    anew. No other context shares it."""
+
+    chunks: ChunkSchedule
+    blocks: tuple[Block, ...] = ()
+    frames: int = 0
+    memo: dict[int, Any] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def chunk(self) -> range:
+        """The frames of the next chunk."""
+        return self.chunks.chunk_at(self.frames)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of what is kept. Snapshots that share blocks share this memory."""
+        return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.keys, block.values))
+
+    def memoised(self) -> "Context":
+        """The same context for the steps of one chunk without gradient. What layers compute of it once is freed with
+        it."""
+        twin = dataclasses.replace(self)
+        object.__setattr__(twin, "memo", {})
+        return twin
+
+    def past(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, tokens, heads, D] of all visible frames, in order; None if there are none."""
+        if not self.blocks:
+            return None
+        keys = torch.cat([block.keys[layer] for block in self.blocks], dim=1)
+        return keys, torch.cat([block.values[layer] for block in self.blocks], dim=1)
+
+    def committed(self, memory: Sequence[tuple[Tensor, Tensor]]) -> "Context":
+        """The context after the next chunk. memory: the chunk's keys and values, [B, tokens, heads, D], per layer.
+
+        What the chunk after it does not see leaves, or is averaged into the sink (`ChunkSchedule.sink_decay`)."""
+        keys, values = (torch.stack([pair[i] for pair in memory]) for i in (0, 1))
+        blocks = [*self.blocks, Block(self.chunk, keys, values)]
+        following = self.chunks.chunk_at(self.chunk.stop)
+        kept = self.chunks.past(following)
+        if self.chunks.sink_decay is not None:
+            for evicted in (b for b in blocks[1:] if all(b.part(frames) is None for frames in kept)):
+                blocks[0] = averaged(blocks[0], evicted, self.chunks.sink_decay)
+        parts = [block.part(frames) for frames in kept for block in blocks]
+        return Context(self.chunks, tuple(part for part in parts if part is not None), self.chunk.stop)
+
+    def select(self, rows: Tensor | slice) -> "Context":
+        """The context of some rows of the batch."""
+        blocks = tuple(Block(b.frames, b.keys[:, rows], b.values[:, rows]) for b in self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
+
+    def layers(self, part: int, parts: int) -> "Context":
+        """The context of one of several networks of equal depth that remember together (`modules.experts.Experts`)."""
+        if not self.blocks:
+            return self
+        count = len(self.blocks[0].keys) // parts
+        own = slice(part * count, (part + 1) * count)
+        return dataclasses.replace(
+            self, blocks=tuple(Block(b.frames, b.keys[own], b.values[own]) for b in self.blocks)
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything but the schedule, as tensors for safetensors."""
+        state = {"frames": torch.tensor(self.frames)}
+        for i, block in enumerate(self.blocks):
+            state[f"{i}.frames"] = torch.tensor([block.frames.start, block.frames.stop])
+            state[f"{i}.keys"], state[f"{i}.values"] = block.keys.contiguous(), block.values.contiguous()
+        return state
+
+    @classmethod
+    def load(cls, chunks: ChunkSchedule, state: Mapping[str, Tensor]) -> "Context":
+        """The inverse of `state_dict`. Raises ValueError if it is not the state of such a context."""
+        try:
+            count = sum(name.endswith(".keys") for name in state)
+            ranges = [range(*state[f"{i}.frames"].tolist()) for i in range(count)]
+            blocks = tuple(Block(r, state[f"{i}.keys"], state[f"{i}.values"]) for i, r in enumerate(ranges))
+            context = cls(chunks, blocks, int(state["frames"]))
+        except KeyError as error:
+            raise ValueError(f"this is no context of a stream: {error} is missing") from None
+        held = [frame for block in blocks for frame in block.frames]
+        if held != [frame for frames in chunks.past(context.chunk) for frame in frames]:
+            raise ValueError("the stored frames are not those that this schedule keeps; it was saved with another one")
+        return context
+
+
+def averaged(sink: Block, chunk: Block, decay: float) -> Block:
+    """decay sink + (1 - decay) chunk, in the sink's place. 1 and 0 are exact."""
+    pairs = ((sink.keys, chunk.keys), (sink.values, chunk.values))
+    keys, values = (decay * a + (1 - decay) * b for a, b in pairs)
+    return Block(sink.frames, keys, values)

@@ -1,0 +1,141 @@
+"""The geometry of a streamed video: which frames form a chunk, and which earlier frames a chunk sees.
+
+Frames are latent frames, counted from 0. Everything here is a Python integer and is decided once per chunk, so that no
+network call has to read a counter from a device. Training and sampling read the same object."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+MOST_FRAMES = 1 << 16  # of a chunk, a window and a sink
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ChunkAttention:
+    """How self-attention over the visible past and the own chunk is computed (`ops.block_sparse_attention`).
+
+    backend: as in `attention`. auto takes the sparse kernels where they are faster than dense attention.
+    layout: dense, or top_k, which keeps for each tile of queries the tiles of keys with the largest product of means.
+    density: for top_k, the share of the visible tiles that is kept. The sink, the last frames before the chunk and the
+    chunk itself are always kept and count towards it; a first chunk is dense.
+    tile: the largest number of tokens in a tile."""
+
+    backend: Literal["auto", "triton", "flex_attention", "sdpa", "naive"] = "auto"
+    layout: Literal["dense", "top_k"] = "dense"
+    density: float | None = Field(default=None, gt=0, le=1)
+    tile: Literal[16, 32, 64, 128] = 64
+
+    @model_validator(mode="after")
+    def _density(self) -> "ChunkAttention":
+        if (self.density is not None) != (self.layout == "top_k"):
+            raise ValueError(
+                "layout: top_k needs a density, such as 0.25, and layout: dense takes none; got "
+                f"layout: {self.layout} and density: {self.density}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ChunkSchedule:
+    """How a causal student makes a video: chunk by chunk, each one from noise, given the clean frames before it.
+
+    A chunk that ends before frame e sees itself, the frames from e - (W - S) on, and the first S frames.
+
+    frames: of a chunk.  first: of the first chunk; None: as many.
+    window: W, the number of frames that a chunk sees: sink, past and itself. None: the whole past.
+    sink: S, the number of first frames that stay visible for ever. Without a window, the past includes them.
+    sink_decay: a. When a chunk leaves the window, sink <- a sink + (1 - a) chunk, keys and values token by token
+        (Reward Forcing's EMA sink, arXiv 2512.04678). 1 is a frozen sink; 0 is a plain window of the same W.
+    positions: relative counts the visible frames from 0 in every chunk, which is exact at any length: without a sink,
+        it equals absolute positions, because rotary attention depends on differences only. absolute keeps the sink at
+        the position that it had, ever farther away.
+    context_noise: the level to which finished frames are renoised before later chunks see them. It is the same in
+        training and in sampling.
+    first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
+    replay: whether training holds the graph of one chunk at a time. The gradient is the same; the student's last step
+        and the commits are computed twice. Not for sharded networks.
+    attention: see `ChunkAttention`."""
+
+    frames: int = Field(default=3, ge=1, le=MOST_FRAMES)
+    first: int | None = Field(default=None, ge=1, le=MOST_FRAMES)
+    window: int | None = Field(default=None, ge=1, le=MOST_FRAMES)
+    sink: int = Field(default=0, ge=0, le=MOST_FRAMES)
+    sink_decay: float | None = Field(default=None, ge=0, le=1)
+    positions: Literal["relative", "absolute"] = "relative"
+    context_noise: float = Field(default=0.0, ge=0, lt=1)
+    first_timesteps: tuple[float, ...] | None = Field(default=None, min_length=1)
+    replay: bool = False
+    attention: ChunkAttention = ChunkAttention()
+
+    @model_validator(mode="after")
+    def _window(self) -> "ChunkSchedule":
+        largest = max(self.frames, self.first or 0)
+        if self.window is not None and self.window < self.sink + largest:
+            raise ValueError(
+                f"window: {self.window} frames cannot hold a sink of {self.sink} and a chunk of {largest}; "
+                f"set window to at least {self.sink + largest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sink(self) -> "ChunkSchedule":
+        if self.sink_decay is None:
+            return self
+        if self.window is None:
+            raise ValueError("sink_decay averages what leaves the window, and there is none: give a window")
+        if not self.sink == self.frames == (self.first or self.frames) or self.window % self.frames:
+            raise ValueError(
+                "sink_decay averages a chunk into the sink, token by token: it needs sink = frames = first, and a "
+                f"window that is a multiple of them; got sink {self.sink}, frames {self.frames}, first "
+                f"{self.first or self.frames}, window {self.window}"
+            )
+        return self
+
+    def chunk_at(self, start: int) -> range:
+        """The frames of the chunk that begins at frame `start`. A stream has no end, so any chunk exists."""
+        return range(start, start + (self.frames if start else self.first or self.frames))
+
+    def chunks(self) -> Iterator[range]:
+        """All chunks, without end."""
+        start = 0
+        while True:
+            yield self.chunk_at(start)
+            start = self.chunk_at(start).stop
+
+    def split(self, num_frames: int) -> tuple[range, ...]:
+        """The chunks of a video. Raises ValueError, with the nearest lengths, if it does not end with a chunk."""
+        chunks = tuple(itertools.takewhile(lambda chunk: chunk.start < num_frames, self.chunks()))
+        if not chunks or chunks[-1].stop != num_frames:
+            below, above = (chunks[-1].start, chunks[-1].stop) if chunks else (0, self.chunk_at(0).stop)
+            near = f"{below} or {above}" if below else str(above)
+            raise ValueError(
+                f"{num_frames} latent frames do not divide into a first chunk of {self.first or self.frames} and "
+                f"chunks of {self.frames}; the nearest lengths are {near}"
+            )
+        return chunks
+
+    def past(self, chunk: range) -> tuple[range, ...]:
+        """The earlier frames that a chunk sees, in order: the sink and the window, or one range if they touch."""
+        if self.window is None:
+            return (range(chunk.start),) if chunk.start else ()
+        sink = min(self.sink, chunk.start)
+        begin = max(chunk.stop - (self.window - self.sink), sink)
+        if begin == sink:
+            return (range(chunk.start),) if chunk.start else ()
+        return tuple(frames for frames in (range(sink), range(begin, chunk.start)) if frames)
+
+    def evicts(self, num_frames: int) -> bool:
+        """Whether a video of this length is longer than the window."""
+        return self.window is not None and num_frames > self.window
+
+    def positions_of(self, chunk: range, past: tuple[range, ...] | None = None) -> tuple[tuple[range, ...], range]:
+        """The temporal positions of the earlier frames that are seen, and of the chunk itself. past: these frames, by
+        default `past(chunk)`."""
+        past = self.past(chunk) if past is None else past
+        if self.positions == "absolute":
+            return past, chunk
+        ends = list(itertools.accumulate((len(frames) for frames in past), initial=0))
+        return tuple(itertools.starmap(range, itertools.pairwise(ends))), range(ends[-1], ends[-1] + len(chunk))

@@ -1,0 +1,238 @@
+"""A running video: pictures as they come, prompts that change on the way, and a state to save and continue from."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fastgen.batch import Conditioning, Draws
+from fastgen.denoiser import Denoiser
+from fastgen.registry import current_names
+from fastgen.rollout import RolloutPolicy, commit
+from fastgen.rollout.simulation import denoise
+from fastgen.streaming.context import Context
+
+Encode = Callable[[str], Conditioning]
+REPEAT = "Rep"  # what AutoencoderKLWan stores for a layer that has seen one latent and kept nothing of it
+
+
+class VideoDecoder:
+    """Decodes a video latent by latent with a stock AutoencoderKLWan, to the pictures that it gives for the whole.
+
+    What its causal convolutions remember of earlier latents belongs to this object, and nothing in the VAE changes: it
+    may serve several videos in turn. Both kinds of VAE work, that of Wan 2.1 and the residual one of Wan 2.2."""
+
+    def __init__(self, vae: Any):
+        self.vae = vae
+        self.memory: list[Tensor | str | None] = [None] * sum(isinstance(m, nn.Conv3d) for m in vae.decoder.modules())
+        self.latents = 0
+        mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=vae.device) for name in ("mean", "std"))
+        self.mean, self.std = (value.view(-1, 1, 1, 1) for value in (mean, std))
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next latents [B, F, C, h, w], normalised as a network makes them, to pictures [B, n, 3, H, W] in [0, 1],
+        float32. The first latent of a video gives one picture, every other as many as the VAE compresses into one,
+        which is four."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify  # takes seconds to import
+
+        parts = []
+        for latent in latents.split(1, dim=1):
+            z = (latent.transpose(1, 2).float() * self.std + self.mean).to(self.vae.dtype)
+            x = self.vae.post_quant_conv(z)
+            named = {"feat_cache": self.memory, "feat_idx": [0], "first_chunk": self.latents == 0}
+            parts.append(self.vae.decoder(x, **named))
+            self.latents += 1
+        video = torch.cat(parts, dim=2)
+        if self.vae.config.patch_size is not None:
+            video = unpatchify(video, patch_size=self.vae.config.patch_size)
+        return (video.clamp(-1, 1).float() / 2 + 0.5).transpose(1, 2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it remembers, as tensors for safetensors. An empty tensor stands for `REPEAT`."""
+        state = {"latents": torch.tensor(self.latents)}
+        for i, kept in enumerate(self.memory):
+            if kept is not None:
+                state[str(i)] = torch.empty(0) if isinstance(kept, str) else kept
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.latents = int(state["latents"])
+        kept = [state.get(str(i)) for i in range(len(self.memory))]
+        self.memory = [REPEAT if value is not None and not value.numel() else value for value in kept]
+
+
+class Stream:
+    """A video without end. Iterating gives the pictures of each chunk, [n, 3, H, W] float32 in [0, 1].
+
+    denoiser, policy: the student and its sampler, which has `chunks`.
+    draws: the noise, of one sample; its first axis counts frames and may have any length.
+    encode: a prompt to the conditioning of one sample.  decoder: that of this video alone.
+
+    A chunk is committed to the context when the next one is asked for, so that its pictures do not wait for it. The
+    memory is flat if the schedule has a window; without one, the context grows with the video."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        policy: RolloutPolicy,
+        draws: Draws,
+        encode: Encode,
+        prompt: str,
+        decoder: VideoDecoder,
+    ):
+        if policy.chunks is None:
+            raise ValueError("this student does not stream: its policy has no chunks")
+        self.denoiser, self.policy, self.draws, self.encode, self.decoder = denoiser, policy, draws, encode, decoder
+        self.context = Context(policy.chunks)
+        self.clean: dict[int, Tensor] = {}  # frame -> its latents [1, C, h, w], of all frames in the context
+        self.finished: tuple[Tensor, Conditioning] | None = None  # a chunk to commit, and what it was made with
+        self.prompt = prompt
+
+    @property
+    def prompt(self) -> str:
+        """What the next chunk shows. Chunks that are finished stay as they are, also in the context (`recache`)."""
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str) -> None:
+        self._prompt = prompt
+        with torch.no_grad():
+            self.cond = self.encode(prompt)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Tensor:
+        self.commit()
+        return self.decode(self.denoise())
+
+    @torch.no_grad()
+    def denoise(self) -> Tensor:
+        """The latents of the next chunk, [1, frames, C, h, w]. The chunk before it must be committed."""
+        if self.finished is not None:
+            raise RuntimeError("commit the last chunk before the next one is made")
+        frames = self.context.chunk
+        noise = self.draws.chunk(frames)
+        x0 = denoise(self.denoiser, self.policy.of_chunk(frames), self.cond, noise, self.context)
+        self.finished = (x0, self.cond)
+        return x0
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Adds the finished chunk, if there is one, to the context, with the prompt that it was made with."""
+        if self.finished is None:
+            return
+        (x0, cond), frames = self.finished, self.context.chunk
+        self.context = commit(self.denoiser, self.policy, x0, cond, self.draws.chunk(frames), self.context)
+        clean = self.clean | dict(zip(frames, x0.unbind(1), strict=True))
+        self.clean = {frame: clean[frame] for block in self.context.blocks for frame in block.frames}
+        self.finished = None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The pictures of a chunk. Call it once for each chunk, in order."""
+        return self.decoder(latents)[0]
+
+    @torch.no_grad()
+    def recache(self) -> None:
+        """Computes the context again with the present prompt, so that nothing in it remembers the prompts before.
+
+        The frames that it holds, those of the sink included, are committed once more in order, each at the place where
+        the next chunk sees it, and each sees those before it. While no frame has left the window, and with the same
+        prompt, this gives the context that is there. Raises ValueError for a sink that averages frames."""
+        self.commit()
+        chunks = self.context.chunks
+        if chunks.sink_decay is not None:
+            raise ValueError(
+                "the sink of this schedule is an average over frames that are gone, so it cannot be computed again "
+                "with another prompt; change the prompt without recache"
+            )
+        again = Context(chunks)
+        for block in self.context.blocks:
+            own = replace(chunks, frames=len(block.frames), first=None, window=None)
+            again = replace(again, chunks=own, frames=block.frames.start)
+            x0 = torch.stack([self.clean[frame] for frame in block.frames], dim=1)
+            again = commit(self.denoiser, self.policy, x0, self.cond, self.draws.chunk(block.frames), again)
+        self.context = replace(self.context, blocks=again.blocks)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that continues the video to the same bits, but the weights, as tensors for safetensors."""
+        self.commit()
+        parts = {"context": self.context.state_dict(), "decoder": self.decoder.state_dict()}
+        state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        state |= {f"clean.{frame}": value for frame, value in self.clean.items()}
+        about = self.about | {"policy": dataclasses.asdict(self.policy)}
+        about |= {"prompt": self.prompt, "seed": int(self.draws.ids)}
+        state["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the place of the stream whose state this is. Raises ValueError if it is that of a stream of another
+        policy, size or precision, or no state of a stream."""
+        about = read_about(state)
+        for name, here in self.about.items():
+            if about[name] != here:
+                raise ValueError(f"the stream was saved with {name} {about[name]}, and cannot go on with {here}")
+        try:
+            self.context = Context.load(self.context.chunks, part_of(state, "context."))
+            self.clean = {int(frame): value for frame, value in part_of(state, "clean.").items()}
+            self.decoder.load_state_dict(part_of(state, "decoder."))
+        except KeyError as error:
+            raise ValueError(f"this is no stream: {error} is missing") from None
+        self.draws = replace(self.draws, ids=torch.full_like(self.draws.ids, about["seed"]))
+        self.finished, self.prompt = None, about["prompt"]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What has to be alike where a stream is saved and where it goes on."""
+        return {
+            "policy": self.policy,
+            "latents": self.draws.shape[1:],
+            "dtype": str(self.draws.dtype).removeprefix("torch."),
+        }
+
+
+def read_about(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a stream says of itself in its state: policy, latents, dtype, prompt and seed. Raises ValueError if it is
+    no such state."""
+    try:
+        about = json.loads(bytes(state["about"].tolist()))
+        policy = RolloutPolicy(**current_names("rollout", about["policy"]))
+        return {**about, "policy": policy, "latents": tuple(about["latents"]), "prompt": str(about["prompt"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"this is no saved stream: {error}") from None
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def with_window(policy: RolloutPolicy, window: int | None, sink: int | None, force: bool) -> RolloutPolicy:
+    """The policy with another window and sink; None leaves them. Raises ValueError for those that the student was not
+    trained with, unless `force` is set, and for a policy that does not stream."""
+    chunks = policy.chunks
+    if chunks is None:
+        raise ValueError("this student does not stream: it makes videos whole")
+    wanted = {"window": chunks.window if window is None else window, "sink": chunks.sink if sink is None else sink}
+    trained = {"window": chunks.window, "sink": chunks.sink}
+    if wanted == trained:
+        return policy
+    if not force:
+        raise ValueError(
+            f"this student was trained with {words(trained)}, and {words(wanted)} are asked for; leave these out, or "
+            "force them (force=True, --force)"
+        )
+    try:
+        return replace(policy, chunks=replace(chunks, **wanted))  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def words(window: Mapping[str, int | None]) -> str:
+    return f"a window of {window['window'] or 'all'} latent frames and a sink of {window['sink']}"
