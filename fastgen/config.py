@@ -72,18 +72,43 @@ MUTABLE_KEYS = (
 
 
 MOST_BYTES = 1 << 20  # of a recipe; the shipped ones have two thousand
+MOST_VALUES = 20_000  # the shipped ones have a hundred; more take seconds to read
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, of which YAML itself would silently keep the last one.
+    """A safe loader that refuses a key given twice, of which YAML itself would silently keep the last one, and a text
+    of more than MOST_VALUES values. Those behind an alias count wherever it stands: a few lines of aliases of aliases
+    would fill the memory.
 
     Only true and false are booleans, as in YAML 1.2: `mixed_precision: no` is the text "no"."""
 
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._count, self._sizes = 0, dict[int, int]()  # of values so far; of values in each node that is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        before, alias = self._count, self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        self._count += 1
+        node = super().compose_node(parent, index)
+        if not alias:
+            self._sizes[id(node)] = self._count - before
+        elif (size := self._sizes.get(id(node))) is None:
+            raise RecipeError("has a value that contains itself")
+        else:
+            self._count += size
+        if self._count > MOST_VALUES:
+            raise RecipeError(f"has more than {MOST_VALUES:,} values; keep long lists, such as prompts, in a file")
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
-        if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        seen = set[Any]()
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} is given twice", node.start_mark
+                )
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -99,6 +124,8 @@ def parse_yaml(text: str, what: str) -> Any:
         return yaml.load(text, RecipeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{what} is not valid YAML: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{what} {error}") from None
     except (ValueError, TypeError) as error:  # such as 2024-13-45, which looks like a date, or a list as a key
         raise RecipeError(f"{what} is not valid YAML: {error}") from None
     except RecursionError:
@@ -182,11 +209,16 @@ class Problems:
             self.lines += str(error).splitlines()
         except ValueError as error:
             self.lines += [f"{section}: {line}" for line in str(error).splitlines()]
+        except OSError as error:  # such as a name that is too long for a file
+            self.lines.append(f"{section}: cannot read {error.filename}: {error.strerror}".removeprefix(": "))
 
     def refuse(self) -> None:
-        """Raises RecipeError if anything was noted."""
-        if self.lines:
-            raise RecipeError("\n".join(dict.fromkeys(self.lines)))
+        """Raises RecipeError if anything was noted. A message that nobody would read to its end is cut."""
+        lines = [line if len(line) <= 2000 else f"{line[:2000]}..." for line in dict.fromkeys(self.lines)]
+        if len(lines) > 50:
+            lines[50:] = [f"and {len(lines) - 50:,} more mistakes"]
+        if lines:
+            raise RecipeError("\n".join(lines))
 
 
 def build_recipe(raw: Mapping[str, Any], files: bool = True) -> Recipe:

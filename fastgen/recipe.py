@@ -20,11 +20,9 @@ from fastgen.metrics import METRICS
 from fastgen.metrics.features import check_inception
 from fastgen.metrics.reference import open_reference
 from fastgen.modules.lora import LoraConfig
-from fastgen.registry import nearest
+from fastgen.registry import MOST_BATCH, MOST_SAMPLES, MOST_SEED, MOST_STEPS, MOST_UPDATES, nearest
 from fastgen.rewards import SCORERS, Composite, Reward, make_reward
 from fastgen.rollout import RolloutPolicy
-
-MOST_SEED = 1 << 62  # sample i has the seed `seed + i`, a signed 64-bit integer
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -39,7 +37,7 @@ class OptimizerConfig:
     weight_decay: float = Field(default=0.01, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=10.0, gt=0)
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_fraction: float = Field(default=1.0, gt=0, le=1)
 
@@ -63,23 +61,23 @@ class TrainConfig:
     (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
     with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process)."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # samples per micro-batch and process
-    accumulate: int = Field(default=1, ge=1)  # micro-batches per inner update
+    steps: int = Field(ge=1, le=MOST_UPDATES)
+    batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
+    accumulate: int = Field(default=1, ge=1, le=MOST_STEPS)  # micro-batches per inner update
     mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
     frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype
     gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    num_processes: int | None = Field(default=None, ge=1)
+    num_processes: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    log_every: int = Field(default=10, ge=1)
-    sample_every: int = Field(default=100, ge=0)
-    num_samples: int = Field(default=16, ge=1)
-    eval_every: int = Field(default=0, ge=0)
-    checkpoint_every: int = Field(default=200, ge=0)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1, le=MOST_UPDATES)
+    sample_every: int = Field(default=100, ge=0, le=MOST_UPDATES)
+    num_samples: int = Field(default=16, ge=1, le=MOST_STEPS)
+    eval_every: int = Field(default=0, ge=0, le=MOST_UPDATES)
+    checkpoint_every: int = Field(default=200, ge=0, le=MOST_UPDATES)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_UPDATES)
     resume_from: str | None = None  # a checkpoint such as step_00000200; None: the newest complete one
 
     def autocast(self, device: str) -> torch.autocast:
@@ -106,16 +104,16 @@ class EvalConfig:
     teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares the student with."""
 
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
-    num_samples: int = Field(default=599, ge=1)
-    quick_num_samples: int = Field(default=200, ge=1)
+    num_samples: int = Field(default=599, ge=1, le=MOST_SAMPLES)
+    quick_num_samples: int = Field(default=200, ge=1, le=MOST_SAMPLES)
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_BATCH)
     reference: str | None = None
     features: Literal["digits", "inception"] = "digits"
     inception_weights: str | None = None
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prompts: str | tuple[str, ...] | None = None
-    teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    teacher_steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = ()
     # or one per expert, from high noise to low; None: the scale that the objective distils
     teacher_guidance_scale: float | tuple[float, ...] | None = None
 
@@ -188,10 +186,11 @@ class HealthConfig:
     before the watch warns of blurred or similar samples, because a one-step student starts from blurred means. stop:
     whether the first warning ends the run."""
 
-    every: int = Field(default=50, ge=0)
-    num_samples: int = Field(default=32, ge=4)
-    grace: int = Field(default=100, ge=0)
-    max_skipped: int = Field(default=10, ge=0)  # non-finite gradients allowed in a row; one more stops the run
+    every: int = Field(default=50, ge=0, le=MOST_UPDATES)
+    num_samples: int = Field(default=32, ge=4, le=MOST_STEPS)
+    grace: int = Field(default=100, ge=0, le=MOST_UPDATES)
+    # non-finite gradients allowed in a row; one more stops the run
+    max_skipped: int = Field(default=10, ge=0, le=MOST_UPDATES)
     mean_shift: float = Field(default=0.75, gt=0)  # shift of the samples' mean, in the teacher's standard deviations
     std_ratio: tuple[float, float] = (0.5, 1.7)  # allowed range of the samples' std divided by the teacher's
     saturation: float = Field(default=0.05, gt=0)  # share of values beyond 3 std of the teacher, minus the teacher's

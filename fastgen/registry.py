@@ -16,6 +16,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
+
+# The largest numbers of a recipe, far above any use. A mistyped 1e9 is refused, where it would fill the memory.
+MOST_UPDATES = 1_000_000_000  # updates, which are made one after the other
+MOST_SAMPLES = 10_000_000  # samples of a data set
+MOST_BATCH = 1_000_000  # samples, or levels, in one tensor
+MOST_WIDTH = 16_384  # of layers, and sides of pictures in pixels
+MOST_STEPS = 10_000  # of what is repeated within an update: steps of a sampler, inner updates, draws
+MOST_SEED = 1 << 62  # sample i has the seed `seed + i`, a signed 64-bit integer
+
 # section -> {name of a key before version 0.2: its name now}
 RENAMED = {
     "rollout": {
@@ -56,7 +65,7 @@ def import_name(section: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the module's own code runs, and may raise anything
         raise RecipeError(
             f"{section}.name: cannot import {name!r}: {error!r}; write module:attribute, with a module that Python "
             "can import and an attribute that it has"

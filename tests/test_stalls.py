@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from fastgen.registry import RecipeError
-from fastgen.run.stalls import SECONDS, Attendance, span, stall_seconds
+from fastgen.run.stalls import SECONDS, Attendance, span, stall_seconds, watch
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +94,20 @@ def test_a_silent_process_is_named_by_the_first_of_the_others(processes: Process
     (_, speaker, text), *_ = processes.look(90, *others)
     assert speaker == others[0]
     assert f"{processes.members[stopped].name} gives no sign of life" in text
+
+
+def test_a_launcher_that_is_gone_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher keeps the store. The process goes on without it."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    attendance = Attendance(client, 0, 1, 0.1, threading.get_ident(), time.monotonic())
+    attendance.look(time.monotonic())
+    del server
+    thread = threading.Thread(target=watch, args=(attendance, threading.Event()))
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().err
+    assert said.count("the launcher of this run no longer answers") == 1 and f"pid {os.getpid()}" in said
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Outp
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
+from fastgen.registry import MOST_BATCH, MOST_UPDATES, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
 
@@ -53,13 +54,13 @@ class GaussianMixtureConfig(BackboneConfig):
     can_checkpoint: ClassVar[bool] = False
     has_exact_law: ClassVar[bool] = True
     weights: tuple[float, ...] | None = None
-    classes: tuple[int, ...] | None = None
+    classes: tuple[Annotated[int, Field(ge=0, le=MOST_BATCH)], ...] | None = None
     uncond_weights: tuple[float, ...] | None = None
-    width: int = Field(default=128, ge=1)
-    depth: int = Field(default=3, ge=1)
+    width: int = Field(default=128, ge=1, le=MOST_WIDTH)
+    depth: int = Field(default=3, ge=1, le=1000)
     time_frequency: float = Field(default=32.0, gt=0.5)  # the higher, the rougher is a derivative in time
-    fit_steps: int = Field(default=2000, ge=0)
-    fit_batch_size: int = Field(default=1024, ge=1)
+    fit_steps: int = Field(default=2000, ge=0, le=MOST_UPDATES)
+    fit_batch_size: int = Field(default=1024, ge=1, le=MOST_BATCH)
     fit_lr: float = Field(default=2e-3, gt=0)
 
     @model_validator(mode="after")
@@ -84,7 +85,7 @@ class GaussianMixtureConfig(BackboneConfig):
         for name, weights in (("weights", self.weights), ("uncond_weights", self.uncond_weights)):
             if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
                 raise ValueError(f"{name} must be non-negative and not all zero")
-        if self.classes is not None and sorted(set(self.classes)) != list(range(max(self.classes) + 1)):
+        if self.classes is not None and set(self.classes) != set(range(len(set(self.classes)))):
             raise ValueError(f"classes must use every label from 0 up, got {sorted(set(self.classes))}")
         return self
 

@@ -24,6 +24,7 @@ from fastgen.pipelines.schedulers import (
     is_plain_euler,
     stock_noise,
 )
+from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy, TeacherPolicy
 from fastgen.schedule import PredictionType, VPSchedule
 
@@ -37,7 +38,7 @@ class SDConfig(PipelineConfig):
     target size, without cropping, as in the stock pipeline."""
 
     name: Literal["sd"] = "sd"
-    resolution: int | None = Field(default=None, ge=8)
+    resolution: int | None = Field(default=None, ge=8, le=MOST_WIDTH)
 
     output: ClassVar[Output] = "pixels"
     flow_matching: ClassVar[bool] = False

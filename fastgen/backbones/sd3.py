@@ -18,6 +18,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.pipelines.schedulers import flow_match_scheduler
+from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 
@@ -30,7 +31,7 @@ class SD3Config(PipelineConfig):
     tokens, by default the stock pipeline's 256."""
 
     name: Literal["sd3"] = "sd3"
-    resolution: int | None = Field(default=None, ge=16)
+    resolution: int | None = Field(default=None, ge=16, le=MOST_WIDTH)
     max_sequence_length: int = Field(default=256, ge=1, le=512)
 
     output: ClassVar[Output] = "pixels"

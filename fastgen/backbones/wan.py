@@ -23,6 +23,7 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.inputs import WanExtraInputs
 from fastgen.pipelines.schedulers import flow_match_scheduler
+from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
@@ -38,11 +39,11 @@ class WanConfig(PipelineConfig):
     at 16, TI2V-5B at 24."""
 
     name: Literal["wan"] = "wan"
-    height: int = Field(default=480, ge=16, multiple_of=16)
-    width: int = Field(default=832, ge=16, multiple_of=16)
-    num_frames: int = Field(default=81, ge=1)
+    height: int = Field(default=480, ge=16, le=MOST_WIDTH, multiple_of=16)
+    width: int = Field(default=832, ge=16, le=MOST_WIDTH, multiple_of=16)
+    num_frames: int = Field(default=81, ge=1, le=MOST_STEPS)
     max_sequence_length: int = Field(default=512, ge=1, le=512)
-    fps: int = Field(default=16, ge=1)
+    fps: int = Field(default=16, ge=1, le=MOST_STEPS)
 
     output: ClassVar[Output] = "frames"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)

@@ -18,6 +18,7 @@ from fastgen.data.images import check_sizes, read_image, resolution
 from fastgen.data.order import permutation
 from fastgen.data.pictures import picture_size
 from fastgen.data.tables import check_text, choose_column, import_extra
+from fastgen.registry import MOST_BATCH
 
 CHECKED_IMAGES = 256  # number of images whose size is checked before weights load
 
@@ -44,7 +45,7 @@ class HubData(SampleSource):
     image_column: str | None = None
     allow_upscaling: bool = False
     streaming: bool = False
-    shuffle_buffer: int = Field(default=1000, ge=1)  # samples per block, when streaming
+    shuffle_buffer: int = Field(default=1000, ge=1, le=MOST_BATCH)  # samples per block, when streaming
     name: Literal["hub"] = "hub"
 
     @property

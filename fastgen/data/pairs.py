@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.order import shuffled
+from fastgen.registry import MOST_SAMPLES, MOST_SEED, MOST_STEPS
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -22,10 +23,10 @@ class PairSettings:
     """What a finite set of pairs depends on besides the teacher. steps, guidance_scale: settings of the teacher's
     sampler. seed: of the noise and of the assignment of prompts."""
 
-    count: int = Field(ge=1)
-    steps: int = Field(default=50, ge=1)
+    count: int = Field(ge=1, le=MOST_SAMPLES)
+    steps: int = Field(default=50, ge=1, le=MOST_STEPS)
     guidance_scale: float = Field(default=1.0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @property
     def key(self) -> int:

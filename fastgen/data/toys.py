@@ -13,6 +13,7 @@ from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
 from fastgen.data.pairs import PairSettings, pair_noise
+from fastgen.registry import MOST_STEPS
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -51,7 +52,7 @@ class MixtureData(DataSource):
     settings of the ODE sampler."""
 
     name: Literal["mixture"] = "mixture"
-    pair_steps: int = Field(default=50, ge=1)
+    pair_steps: int = Field(default=50, ge=1, le=MOST_STEPS)
     pair_guidance_scale: float = Field(default=1.0, ge=0)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.batch import Batch
 from fastgen.flow.flow_maps import SHORTEST
+from fastgen.registry import MOST_BATCH, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 
@@ -90,10 +91,10 @@ class GridPairs:
         1/7 (EDM, arXiv 2206.00364), whose ends are then moved to levels 0 and 1, where this path ends (derived).
     time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely."""
 
-    count: int = Field(ge=1)
-    last: int | None = Field(default=None, ge=1)
+    count: int = Field(ge=1, le=MOST_BATCH)
+    last: int | None = Field(default=None, ge=1, le=MOST_BATCH)
     growth: Literal["square_root", "doubling"] = "square_root"
-    updates: int = Field(default=0, ge=0)
+    updates: int = Field(default=0, ge=0, le=MOST_UPDATES)
     spacing: Literal["uniform", "karras"] = "uniform"
     shift: float = Field(default=1.0, gt=0)
     time: TimeSampler | None = None
@@ -146,7 +147,7 @@ class ShrinkingPairs:
 
     Computed in noise-to-signal ratios t / (1 - t), the authors' time. cap: the largest r / t."""
 
-    period: int = Field(ge=1)  # updates per stage; the authors' stages have 2 to 12 million images
+    period: int = Field(ge=1, le=MOST_UPDATES)  # updates per stage; the authors' stages have 2 to 12 million images
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0)  # "lognormal(-1.1, 2)", CIFAR-10
     q: float = Field(default=2.0, gt=1)  # 2 CIFAR-10, 4 ImageNet; 256 in the one-hour run
     k: float = Field(default=8.0, ge=0)  # "k = 8"

@@ -23,6 +23,7 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.recomputation import remembered
 from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
+from fastgen.registry import MOST_WIDTH
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 
@@ -34,7 +35,7 @@ class LoraConfig:
     alpha: None means the rank, so that the factor is one. targets: the adapter goes on the linear layers whose names
     end like this; None means the attention and feed-forward layers of the family."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MOST_WIDTH)
     alpha: float | None = Field(default=None, gt=0)
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
 

@@ -46,6 +46,7 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import make_fake_score, stop_input
+from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, transition
 from fastgen.schedule import Schedule, TimeSampler
 
@@ -59,7 +60,7 @@ class ACDMD(Objective):
 
     # 7 SD3 and SD3.5, 4 FLUX.2-klein. Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
-    fake_updates: int = Field(default=10, ge=1)  # 10 in stage 1, 1 in stage 2
+    fake_updates: int = Field(default=10, ge=1, le=MOST_STEPS)  # 10 in stage 1, 1 in stage 2
     # shared: one stop index per update, the released code. last: only the last step is matched, RTDMD's stage 2
     stops: Literal["shared", "per_sample", "last"] = "shared"
     condition_on_stop: bool = False  # ours, see above

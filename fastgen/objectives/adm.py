@@ -63,6 +63,7 @@ from fastgen.modules.heads import StopHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn, feature_network
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
+from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, transition
 from fastgen.schedule import PredictionType, TimeSampler
 
@@ -73,14 +74,15 @@ class ADM(Objective):
     # ours: SD3's stock scale; unguided teachers of text models fail. Several: one per expert, from high noise to low
     guidance_scale: Guidance = 7.0
     ode_step: float = Field(default=1 / 64, gt=0, lt=1)  # "T/64"
-    fake_updates: int = Field(default=4, ge=1)  # 1, 4 and 8 are nearly equal after ADP
-    discriminator_updates: int = Field(default=1, ge=1)  # the paper: fake score, generator and D alternate
+    fake_updates: int = Field(default=4, ge=1, le=MOST_STEPS)  # 1, 4 and 8 are nearly equal after ADP
+    # the paper: fake score, generator and D alternate
+    discriminator_updates: int = Field(default=1, ge=1, le=MOST_STEPS)
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # ours, as in DMD2
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # ours, as in DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one stop index per update
     condition_on_stop: bool = False  # ours: conditions the fake score and the heads on the stop, as in dmd2.py
-    head_width: int = Field(default=64, ge=1)  # ours
+    head_width: int = Field(default=64, ge=1, le=MOST_WIDTH)  # ours
     r1_weight: float = Field(default=0.0, ge=0)  # ours, see above; 0: the paper's loss
     r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t
 

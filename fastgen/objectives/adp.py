@@ -43,6 +43,7 @@ from fastgen.modules.heads import PictureHeads, TokenHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, Objective, State, Turn, feature_network
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 
@@ -58,8 +59,8 @@ class ADP(Objective):
     pixel_network: str | None = None  # SAM's image encoder in the paper
     time_power: float = Field(default=3.0, gt=0)  # "t <- (1 - (t / T)^3) T"
     latent_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # t'; ours
-    discriminator_updates: int = Field(default=1, ge=1)  # ours
-    head_width: int = Field(default=64, ge=1)  # ours
+    discriminator_updates: int = Field(default=1, ge=1, le=MOST_STEPS)  # ours
+    head_width: int = Field(default=64, ge=1, le=MOST_WIDTH)  # ours
     r1_weight: float = Field(default=0.0, ge=0)  # ours, on D_tau1, as in adm.py; 0: the paper's loss
     r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t
 

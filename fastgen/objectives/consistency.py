@@ -43,7 +43,7 @@ There is no LPIPS distance.
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -60,6 +60,7 @@ from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy, transition
 from fastgen.schedule import expand
 
@@ -97,10 +98,11 @@ class Consistency(Objective):
     grid: GridPairs | None = None
     shrinking: ShrinkingPairs | None = None
     solver: Literal["euler", "heun"] = "euler"  # LCM, PCM: one DDIM step; CM: Heun
-    solver_steps: int = Field(default=1, ge=1)  # from t to s; CTM: up to 17; several steps reduce the bias
+    # from t to s; CTM: up to 17; several steps reduce the bias
+    solver_steps: int = Field(default=1, ge=1, le=MOST_STEPS)
     # numbers of phases, used one after the other; Hyper-SD: 8, 4, 2, 1
-    phases: tuple[int, ...] = Field(default=(1,), min_length=1)
-    phase_updates: int = Field(default=0, ge=0)  # updates with each entry of phases, except the last
+    phases: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = Field(default=(1,), min_length=1)
+    phase_updates: int = Field(default=0, ge=0, le=MOST_UPDATES)  # updates with each entry of phases, except the last
     end: Literal["edge", "uniform"] = "edge"  # uniform: between the edge and s, TSCD
     guidance_scale: Guidance = 1.0  # PCM's SD3: 4 (its w = 3 is this convention's w + 1)
     guidance_range: ScaleRange | None = None  # LCM's w ~ U[5, 15] in cond + w (cond - uncond) is [6, 16] here
@@ -125,10 +127,10 @@ class Consistency(Objective):
                 "teach: data does not call the teacher: leave out solver, solver_steps, guidance_scale and "
                 "guidance_range"
             )
-        if min(self.phases) < 1 or (len(self.phases) > 1 and not self.phase_updates):
+        if len(self.phases) > 1 and not self.phase_updates:
             raise ValueError(
-                "phases: every entry must be at least 1, and several entries need phase_updates, the number of "
-                f"updates with each except the last; got {list(self.phases)} and phase_updates {self.phase_updates}"
+                "phases: several entries need phase_updates, the number of updates with each except the last; got "
+                f"{list(self.phases)} and phase_updates {self.phase_updates}"
             )
         return self
 

@@ -61,6 +61,7 @@ from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.registry import MOST_BATCH, MOST_STEPS, MOST_UPDATES
 from fastgen.rewards import Score
 from fastgen.rollout import RolloutPolicy, predict_x0, sample
 from fastgen.signals import group_mean, per_sample_mean
@@ -77,7 +78,7 @@ class Decay:
 
     first: float = Field(default=0.0, ge=0, le=1)
     slope: float = Field(default=0.0, ge=0)
-    delay: int = Field(default=0, ge=0)
+    delay: int = Field(default=0, ge=0, le=MOST_UPDATES)
     last: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -102,7 +103,7 @@ class CRD(Objective):
     rewards_required = True
 
     name: Literal["crd"] = "crd"
-    group_size: int = Field(default=24, ge=2)  # K
+    group_size: int = Field(default=24, ge=2, le=MOST_BATCH)  # K
     beta: float = Field(default=1.0, gt=0)
     clip: float = Field(default=5.0, gt=0)  # the largest |A|
     std: Literal["group", "batch"] = "group"  # ours; theirs is batch, which here means one process's micro-batch
@@ -110,7 +111,7 @@ class CRD(Objective):
     self_normalised: bool = True  # w = sg(mean|v - v*|); False: w = 1
     temperature: float | None = Field(default=None, ge=0)  # tau of the centring weights; None: uniform weights
     # number of (t, noise) per update; None: one per timestep of the student, ours
-    draws: int | None = Field(default=None, ge=1)
+    draws: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     jitter: float = Field(default=0.0, ge=0, lt=1)  # ours
     anchor_weight: float = Field(default=0.1, ge=0)  # kl; 0 is off
     anchor_guidance_scale: Guidance = 4.5

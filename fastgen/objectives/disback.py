@@ -31,6 +31,7 @@ from fastgen.networks import Networks, move
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
 
 
@@ -47,9 +48,10 @@ class DisBack(DMD2):
     takes_chunks = False  # untried
 
     name: Literal["disback"] = "disback"  # type: ignore[assignment]
-    path_length: int = Field(default=5, ge=2)  # N; ours
-    path_every: int = Field(default=100, ge=1)  # degradation updates between two points, the released code
-    interval: int = Field(default=1000, ge=1)  # student updates per target, the released code
+    path_length: int = Field(default=5, ge=2, le=1000)  # N; ours
+    # degradation updates between two points, the released code
+    path_every: int = Field(default=100, ge=1, le=MOST_UPDATES)
+    interval: int = Field(default=1000, ge=1, le=MOST_UPDATES)  # student updates per target, the released code
 
     @field_validator("condition_on_stop")
     @classmethod

@@ -47,6 +47,7 @@ from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks, blend, frozen
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
+from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
 from fastgen.schedule import PredictionType, TimeSampler, expand
 
@@ -61,7 +62,7 @@ class DMD2(Objective):
     guidance_scale: Guidance = 1.0
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
-    fake_updates: int = Field(default=5, ge=1)  # "5 fake updates per generator update", Sec. 4.2
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # "5 fake updates per generator update", Sec. 4.2
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type

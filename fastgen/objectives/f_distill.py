@@ -33,6 +33,7 @@ from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
+from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout
 
 
@@ -41,7 +42,7 @@ class FDistill(DMD2):
     name: Literal["f_distill"] = "f_distill"  # type: ignore[assignment]
     f_divergence: signals.Divergence = "js"  # the released code's default; kl on CIFAR-10
     gan_weight: float = Field(default=1e-3, ge=0)  # SD1.5, CIFAR-10 and Wan in the released configs; SDXL 5e-3
-    ratio_bins: int = Field(default=10, ge=1)  # number of noise-level bins, the released code
+    ratio_bins: int = Field(default=10, ge=1, le=MOST_STEPS)  # number of noise-level bins, the released code
     # fraction of the sums that each update keeps; 0.5 on ImageNet, elsewhere 0
     ratio_memory: float = Field(default=0.5, ge=0, lt=1)
 

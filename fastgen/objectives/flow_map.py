@@ -35,7 +35,7 @@ which is the authors' default.
 import itertools
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -53,6 +53,7 @@ from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
 
@@ -68,8 +69,9 @@ class OnPolicy:
     over the micro-batch (FreeFlow's alpha)."""
 
     weight: float = Field(default=1.0, gt=0)  # AnyFlow's 1; FreeFlow's alpha 0.3 to 3
-    steps: tuple[int, ...] = Field(default=(2, 4, 8, 16, 50), min_length=1)  # AnyFlow's code
-    fake_updates: int = Field(default=5, ge=1)  # DMD2's; AnyFlow does not give one
+    # AnyFlow's code
+    steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = Field(default=(2, 4, 8, 16, 50), min_length=1)
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # DMD2's; AnyFlow does not give one
     guidance_scale: Guidance = 1.0  # AnyFlow: 3
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # DMD2's; FreeFlow: logit-normal, biased high
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # DMD2's
@@ -94,7 +96,8 @@ class FlowMap(Objective):
     guidance_scale: Guidance = 1.0  # of the teacher
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
     pairs: TimePairs = TimePairs(diagonal=0.75)  # "75 %", the authors' code
-    gap_growth: int = Field(default=0, ge=0)  # updates until t - s may reach pairs.max_gap; 0: from the start
+    # updates until t - s may reach pairs.max_gap; 0: from the start
+    gap_growth: int = Field(default=0, ge=0, le=MOST_UPDATES)
     middle: Literal["uniform", "half"] = "uniform"  # the middle level of progressive; the authors use both
     power: float = Field(default=0.0, ge=0, le=1)  # adaptive weight 1 / (|r|^2 + floor)^power; 1 in MeanFlow
     floor: float = Field(default=1e-2, gt=0)  # MeanFlow's; |r|^2 is the sum over a sample

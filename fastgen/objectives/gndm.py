@@ -52,6 +52,7 @@ from fastgen.networks import Networks
 from fastgen.objectives import replay
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
+from fastgen.registry import MOST_BATCH, MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, step_log_prob, trajectory
 from fastgen.schedule import PredictionType, TimeSampler, expand
 
@@ -65,9 +66,9 @@ FIELDS_OF_FORM = {
 class GNDM(Objective):
     name: Literal["gndm"] = "gndm"
     form: Literal["path", "score"] = "path"
-    group_size: int = Field(default=8, ge=1)
+    group_size: int = Field(default=8, ge=1, le=MOST_BATCH)
     guidance_scale: Guidance = 1.0  # this and the next three defaults are as in DMD2
-    fake_updates: int = Field(default=5, ge=1)
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
@@ -76,10 +77,10 @@ class GNDM(Objective):
     stops: Literal["shared", "per_group", "per_sample"] = "per_group"  # which samples share a stop of the rollout
     condition_on_stop: bool = False  # conditions the fake score on the stop index, see dmd2.py
     # form: score
-    num_pairs: int = Field(default=4, ge=1)  # number of (t, noise) in an estimate of R_dm
+    num_pairs: int = Field(default=4, ge=1, le=MOST_STEPS)  # number of (t, noise) in an estimate of R_dm
     std_floor: float = Field(default=0.1, gt=0)  # nats; a smaller spread of R_dm is noise, and is not scaled up to 1
     clip: float = Field(default=0.2, gt=0, lt=1)  # PPO's clip, of the likelihood ratio to the power 2 std^2 / d
-    replay_updates: int = Field(default=1, ge=1)  # number of student updates that use each trajectory
+    replay_updates: int = Field(default=1, ge=1, le=MOST_STEPS)  # number of student updates that use each trajectory
     last_step_weight: float = Field(default=1.0, gt=0)  # weight of the path form on the last step
 
     @model_validator(mode="after")

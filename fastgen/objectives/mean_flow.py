@@ -46,6 +46,7 @@ from fastgen.flow.time_pairs import TimePairs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand
 
@@ -55,8 +56,8 @@ class AlphaSchedule:
     """alpha(k) = 1 - sigmoid(gamma (k - (first + last) / 2) / (last - first)). Values within `snap` of 1 or 0 become
     exactly 1 or 0."""
 
-    first: int = Field(ge=0)  # k_s: 600k of 1.2M for XL/2, 0 for B/2
-    last: int = Field(ge=1)  # k_e: 1M for XL/2, 1.2M for B/2
+    first: int = Field(ge=0, le=MOST_UPDATES)  # k_s: 600k of 1.2M for XL/2, 0 for B/2
+    last: int = Field(ge=1, le=MOST_UPDATES)  # k_e: 1M for XL/2, 1.2M for B/2
     gamma: float = Field(default=25.0, gt=0)  # "25"
     snap: float = Field(default=5e-3, ge=0, lt=0.5)  # "eta = 5e-3"
 
@@ -100,7 +101,8 @@ class MeanFlow(Objective):
     derivative: Backend = "jvp"
     # AnyFlow's; longer steps smooth what time embeddings add to D u
     difference_step: float = Field(default=5e-3, gt=0)
-    warmup: int = Field(default=0, ge=0)  # updates; FastGen: 2000; 0 uses the whole derivative from the start
+    # updates; FastGen: 2000; 0 uses the whole derivative from the start
+    warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     alpha: AlphaSchedule | None = None
     clip: float | None = Field(default=None, gt=0)  # largest element of alpha-Flow's discrete targets: 4 for XL/2
     # of the teacher; with teach: data in the improved form, the scale of the student's own guidance

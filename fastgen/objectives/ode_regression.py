@@ -33,6 +33,7 @@ from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.registry import MOST_STEPS
 from fastgen.rollout import draw_stops, predict_x0, transition
 
 
@@ -44,7 +45,7 @@ class ODERegression(Objective):
 
     name: Literal["ode_regression"] = "ode_regression"
     states: Literal["line", "path"] = "line"  # ours; FastGen stores four states of the path
-    path_steps: int = Field(default=16, ge=1)  # ours
+    path_steps: int = Field(default=16, ge=1, le=MOST_STEPS)  # ours
     guidance_scale: Guidance = 1.0
     huber: float | None = Field(default=None, gt=0)  # c, ours: sqrt(|e|^2 + c^2) - c per sample; None: the square
 

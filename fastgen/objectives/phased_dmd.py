@@ -48,6 +48,7 @@ from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import make_fake_score, stop_input
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import Rollout, RolloutPolicy, Step, backward_simulation, draw_stops, predict_x0, step_to
 from fastgen.schedule import PredictionType, Schedule, TimeSampler
 
@@ -56,9 +57,9 @@ from fastgen.schedule import PredictionType, Schedule, TimeSampler
 class Phase:
     """The steps first <= i < last of rollout.timesteps, trained for `updates` student updates."""
 
-    first: int = Field(ge=0)
-    last: int = Field(ge=1)
-    updates: int = Field(ge=1)
+    first: int = Field(ge=0, le=MOST_STEPS)
+    last: int = Field(ge=1, le=MOST_STEPS)
+    updates: int = Field(ge=1, le=MOST_UPDATES)
 
 
 @plain_dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PhasedDMD(Objective):
     guidance_scale: Guidance = 1.0
     random_exit: bool = True  # SGTS; False: gradient through all steps of the phase
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one exit step per update
-    fake_updates: int = Field(default=5, ge=1)  # the paper
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # law of (t - s) / (1 - s); 20..980 LightX2V
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # law of (t - s) / (1 - s); ours, the interval of DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type

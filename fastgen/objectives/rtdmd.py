@@ -56,6 +56,7 @@ from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import Loss, State, Turn
+from fastgen.registry import MOST_BATCH, MOST_STEPS
 from fastgen.rewards import Score
 from fastgen.rollout import Rollout, RolloutPolicy, Step, next_levels, predict_x0, step_to, trajectory, transition_law
 
@@ -76,8 +77,9 @@ STAGE_2 = (
 class RTDMD(ACDMD):
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
-    group_size: int = Field(default_factory=lambda given: 16 if given["stage"] == 2 else 1, ge=1)  # K = 16 in stage 2
-    selected_steps: int = Field(default=2, ge=0)  # m; the paper: 2 of the three stochastic steps
+    # K = 16 in stage 2
+    group_size: int = Field(default_factory=lambda given: 16 if given["stage"] == 2 else 1, ge=1, le=MOST_BATCH)
+    selected_steps: int = Field(default=2, ge=0, le=MOST_STEPS)  # m; the paper: 2 of the three stochastic steps
     policy_weight: float = Field(default=1.0, ge=0)
     log_prob: Literal["mean_square", "nats"] = "mean_square"  # the released code's unit; nats: the true one (ours)
     ratio_clip: float = Field(default=1e-5, gt=0)  # PPO's clip, for ratios in the unit of log_prob

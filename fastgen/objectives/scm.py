@@ -59,6 +59,7 @@ from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
+from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
 
@@ -94,7 +95,7 @@ class SCM(Objective):
     # law of sigma_d tan a = t / (1 - t): lognormal(-1, 1.4) sCM, (0.2, 1.6) SANA-Sprint, (0.7, 1.6) rCM's code
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.0, std=1.4)
     # updates; "10k" sCM, 4000 SANA-Sprint; 0 uses the whole derivative from the start
-    warmup: int = Field(default=10_000, ge=0)
+    warmup: int = Field(default=10_000, ge=0, le=MOST_UPDATES)
     normaliser: float = Field(default=0.1, gt=0)  # "c = 0.1"
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
     derivative: Backend = "jvp"
@@ -103,7 +104,7 @@ class SCM(Objective):
     guidance_scale: Guidance = 1.0
     guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    trajectory_steps: int = Field(default=16, ge=2)  # TBCM's code
+    trajectory_steps: int = Field(default=16, ge=2, le=MOST_STEPS)  # TBCM's code
     trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code
     gan: Ladd | None = None  # SANA-Sprint: weight 0.5
     max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that are made from a = pi / 2

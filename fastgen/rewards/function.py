@@ -43,5 +43,5 @@ def imported(function: Any) -> Any:
         return function
     try:
         return pkgutil.resolve_name(function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the module's own code runs, and may raise anything
         raise ValueError(f"cannot import {function!r}: {error!r}") from None
