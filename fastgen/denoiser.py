@@ -65,7 +65,9 @@ class Inputs:
 
     def select(self, rows: Tensor | slice) -> "Inputs":
         """The inputs of some rows of the batch."""
-        selected = {name: value[rows] for name, value in self.given.items() if isinstance(value, Tensor)}
+        selected: dict[str, Any] = {
+            name: value[rows] for name, value in self.given.items() if isinstance(value, Tensor)
+        }
         context = None if self.context is None else self.context.select(rows)
         return dataclasses.replace(self, context=context, **selected)
 

@@ -656,7 +656,7 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
     assert row["metrics"].keys() == {"images_per_second", "network_evaluations"} and row["num_samples"] == 3
     page = (tmp_path / "results.html").read_text()
     assert page.count('<img class="captioned"') == 1
-    with pytest.raises(ValueError, match="but the samples here are frames; choose from throughput"):
+    with pytest.raises(ValueError, match="but the samples here are frames; choose from video_accuracy, "):
         evaluate_path(run, metrics="fid", progress=False)
     with pytest.raises(ValueError, match="reference is for images, but the samples here are frames"):
         evaluate_path(run, reference="digits", progress=False)

@@ -209,7 +209,8 @@ class WanDenoiser(Denoiser):
             x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
             t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
         scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
-        flat = Inputs(**{name: by_frame(value, frames).flatten() for name, value in scalars.items()})
+        values: dict[str, Any] = {name: by_frame(value, frames).flatten() for name, value in scalars.items()}
+        flat = Inputs(**values)
         with placed(self.network, place_of(self.network, x_t, inputs)):
             out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
         return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]

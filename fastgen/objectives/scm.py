@@ -38,7 +38,7 @@ import itertools
 import math
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -273,7 +273,8 @@ class SCM(Objective):
         velocity = self.teacher_velocity(networks, batch, scale)
         path = flow_maps.euler_path(velocity, batch.normal("initial"), levels[::-1])
         x, t, v = (torch.cat(parts) for parts in zip(*path, strict=True))
-        inputs = Inputs(**{name: torch.cat([value] * len(path)) for name, value in inputs.given.items()})
+        given: dict[str, Any] = {name: torch.cat([value] * len(path)) for name, value in inputs.given.items()}
+        inputs = Inputs(**given)
         return States(x, t, v, Conditioning.cat([batch.cond] * len(path)), inputs)
 
     def generated(self, networks: Networks, batch: Batch) -> Tensor:
