@@ -413,7 +413,24 @@ def export(
 def main() -> None:
     """Runs the command that the arguments of the process name."""
     quiet_libraries()
-    app()
+    try:
+        app()
+    except Exception as error:
+        if not in_words(error):
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def in_words(error: Exception) -> bool:
+    """Whether an error says by itself what is wrong, as that of a file that cannot be read or written. Any other is a
+    mistake of fastgen's, whose traceback is needed."""
+    from safetensors import SafetensorError
+
+    from fastgen.data.base import DataError
+    from fastgen.run.checkpoint import CheckpointError
+
+    return isinstance(error, (OSError, SafetensorError, DataError, CheckpointError))
 
 
 if __name__ == "__main__":

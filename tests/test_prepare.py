@@ -21,7 +21,8 @@ from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.data import make_batch
 from fastgen.data.digits import load_digits, prompt_for
-from fastgen.data.prepared import PreparedData, fold, identity, unfold
+from fastgen.data.prepared import PreparedData, identity
+from fastgen.data.shard_rows import fold, unfold
 from fastgen.recipe import Recipe
 from fastgen.run.prepare import prepare
 from fastgen.train import main

@@ -44,7 +44,7 @@ COMMAND = [
     "backbone.width=16",
     "train.device=cpu",
     "train.batch_size=32",
-    "train.log_every=1",
+    "train.log_every=5",
     "train.sample_every=10",
     "train.checkpoint_every=3",
     "health.every=10",
@@ -168,8 +168,10 @@ def run_kind(kind: str, steps: int, faults: int, seed: int, whole: Path, scale: 
         wrong += check_folder(folder / "run")
         if ended.outcome == "traceback":
             wrong.append(ended.text[ended.text.rindex("Traceback") :])
-        if ended.came:
+        if ended.came or ended.outcome != "finished":
             outcomes[ended.outcome] += 1
+        if not ended.came and ended.outcome != "finished":
+            wrong.append(f"before any fault: {ended.text[-500:]}")
         if ended.outcome == "finished":
             wrong += compare(whole, folder / "run")
             shutil.rmtree(folder / "run")

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Outp
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
+from fastgen.modules.sharding import WeightsError
 from fastgen.registry import MOST_BATCH, MOST_UPDATES, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
@@ -338,7 +340,11 @@ class GaussianMixture(Backbone):
         for i, part in enumerate(parts):
             if inputs.is_file():
                 part.add_inputs({}, self.time_dim, json.loads(inputs.read_text()))
-            part.network.load_state_dict(load_file(folder / weight_name(i)))
+            path = folder / weight_name(i)
+            try:
+                part.network.load_state_dict(load_file(path))
+            except (SafetensorError, RuntimeError) as error:  # RuntimeError: other names or shapes
+                raise WeightsError(f"{path} has not the weights of this student: {error}; export it again") from None
         denoiser: Denoiser = Experts(parts, boundaries) if boundaries else parts[0]
         return denoiser.to(self.device, self.dtype).requires_grad_(False).eval()
 

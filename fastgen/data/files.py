@@ -1,9 +1,10 @@
 """Writing files without losing what was there: a reader or a kill finds the old file or the new one, never a part."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,17 @@ def replace_file(path: Path, data: bytes | str) -> None:
     """Writes a whole file in place of the one that is there."""
     with replacing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the sha256 of all of it under the key "sha256", for JSON files that other files rely on."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a JSON file is what `sealed` gave."""
+    return content.get("sha256") == sealed(content)["sha256"]
 
 
 def write_json(path: Path, content: Any) -> None:

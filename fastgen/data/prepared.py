@@ -6,12 +6,13 @@ samples.safetensors                 prompt [N] and, if there are images, picture
 prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
 latents-00000.safetensors ...       latents [n, *latent_shape], normalised
 pairs-00000.safetensors ...         x0 [n, *latent_shape] of ODE pairs; the manifest fixes their noise and prompts
+
+Each of the last three also holds a checksum of every row; see `shard_rows`.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +30,9 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Samples, SampleStream, Stream
+from fastgen.data.files import is_sealed
 from fastgen.data.pairs import Pairs, PairSettings
+from fastgen.data.shard_rows import ShardRows
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -49,8 +52,8 @@ class PreparedData(DataSource):
     are loaded only for prompts that are not in the folder. Rows are read from the shards as they are needed.
 
     The folder is refused unless it was prepared with this recipe's text encoders. If it has latents, the VAE and the
-    resolution must also match; if it has pairs, the teacher must. Here only the sizes and headers of the shards are
-    checked. Running `fastgen prepare` again checks every byte."""
+    resolution must also match; if it has pairs, the teacher must. The sizes and headers of the shards are checked
+    before weights load, and the rows when they are read. Running `fastgen prepare` again checks every byte."""
 
     folder: str
     name: Literal["prepared"] = "prepared"
@@ -91,19 +94,17 @@ class PreparedData(DataSource):
         samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
         pairs = None
         if manifest.get("pairs"):
-            shards = ShardRows(folder, manifest, "pairs")
+            shards = shard_rows(folder, manifest, "pairs")
             settings = PairSettings(**manifest["pairs"])
             pairs = Pairs(settings, len(samples.prompts), backbone, lambda rows: shards.read(rows)["x0"])
-        latents = ShardRows(folder, manifest, "latents")
+        latents = shard_rows(folder, manifest, "latents")
         return PreparedStream(samples, backbone, noise.make_key(seed, "data"), latents, pairs)
 
 
 class PreparedStream(SampleStream):
     """The samples of the prepared source, in the same order, with stored latents."""
 
-    def __init__(
-        self, samples: Samples, backbone: Backbone, key: int, stored: "ShardRows", pairs: Pairs | None = None
-    ):
+    def __init__(self, samples: Samples, backbone: Backbone, key: int, stored: ShardRows, pairs: Pairs | None = None):
         super().__init__(samples, backbone, key, pairs)
         self._stored = stored
 
@@ -116,7 +117,7 @@ class PreparedPrompts:
 
     def __init__(self, folder: Path, manifest: Manifest, prompts: Sequence[str]):
         self._rows = {prompt: i for i, prompt in enumerate(prompts)}
-        self._stored = ShardRows(folder, manifest, "prompts")
+        self._stored = shard_rows(folder, manifest, "prompts")
 
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._rows
@@ -126,49 +127,19 @@ class PreparedPrompts:
         return self._stored.read([self._rows[p] for p in prompts])
 
 
-class ShardRows:
-    """Memory-mapped access to the rows of one kind of shard. Row i is in shard i // shard_size."""
-
-    def __init__(self, folder: Path, manifest: Manifest, kind: str):
-        self._folder, self._kind, self._size = folder, kind, manifest["shard_size"]
-        self._lengths: Mapping[str, int] = manifest["lengths"]
-        self._shard = lru_cache(maxsize=64)(self._open)
-
-    def _open(self, number: int) -> Any:
-        return safe_open(self._folder / shard_name(self._kind, number), framework="pt")
-
-    def read(self, rows: Sequence[int]) -> Conditioning:
-        parts = []
-        for shard, place in (divmod(row, self._size) for row in rows):
-            file = self._shard(shard)
-            part = {key: file.get_slice(key)[place : place + 1] for key in file.keys()}  # noqa: SIM118
-            parts.append(Conditioning({k: unfold(v, self._lengths.get(k)) for k, v in part.items()}))
-        return Conditioning.cat(parts)
+def shard_rows(folder: Path, manifest: Manifest, kind: str) -> ShardRows:
+    """Access to the rows of one kind of shard."""
+    return ShardRows(folder, kind, manifest["shard_size"], manifest["lengths"], checked=not first_version(manifest))
 
 
-def shard_name(kind: str, number: int) -> str:
-    return f"{kind}-{number:05d}.safetensors"
-
-
-def fold(rows: Tensor) -> Tensor:
-    """Removes padding from tokens [n, L, D]: trailing tokens that equal the last token, in every row, are dropped
-    except for the first of them. Tensors of other shapes are returned unchanged. `unfold` restores the padding."""
-    if rows.dim() != 3:
-        return rows
-    same = (rows == rows[:, -1:]).all(dim=-1).all(dim=0)
-    run = int(same.flip(0).to(torch.int64).cumprod(0).sum())
-    return rows[:, : rows.shape[1] - run + 1]
-
-
-def unfold(rows: Tensor, length: int | None) -> Tensor:
-    """Repeats the last token until there are `length` tokens."""
-    if length is None or length == rows.shape[1]:
-        return rows
-    return torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], dim=1)
+def first_version(manifest: Manifest) -> bool:
+    """Whether the folder was begun by version 0.1, which stored no checksums of rows and of the manifest."""
+    return str(manifest["fastgen"]).startswith("0.1.")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises ValueError if there is none, or if this version cannot read it."""
+    """The manifest of a folder. Raises ValueError if there is none, if it was changed, or if this version cannot read
+    it."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
@@ -177,13 +148,13 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = json.loads(path.read_text())
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"folder: {path} is not readable; prepare the data again") from None
-    if found != FORMAT:
-        raise ValueError(
-            f"folder: {folder} has format {found}, but this version reads format {FORMAT}; prepare it again"
-        )
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it has format {manifest['format']}, but this version reads format {FORMAT}")
+        if not (is_sealed(manifest) or ("sha256" not in manifest and first_version(manifest))):
+            raise ValueError("its contents are not those that were written")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"folder: {path} is not readable: {reason}; prepare the data again") from None
     return manifest
 
 
@@ -193,7 +164,8 @@ def read_prompt_lines(folder: Path) -> list[str]:
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises ValueError if a file does not have the size, or a shard the number of rows, that the manifest says."""
+    """Raises ValueError if a file does not have the size, a table the contents, or a shard the number of rows that the
+    manifest says."""
     remedy = "run the same fastgen prepare command again to rebuild it"
     if not path.is_file():
         raise ValueError(f"folder: {path} is missing; {remedy}")
@@ -202,7 +174,9 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
             f"folder: {path} has {path.stat().st_size} bytes instead of {entry['bytes']}; it was cut "
             f"short or changed; {remedy}"
         )
-    if path.suffix != ".safetensors":
+    if path.name in TABLES:
+        if sha256(path) != entry["sha256"]:
+            raise ValueError(f"folder: the contents of {path} are not those that were written; {remedy}")
         return
     try:
         with safe_open(path, framework="pt") as file:

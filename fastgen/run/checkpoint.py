@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastgen.data.files import is_sealed, sealed
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.sharding import local, slices, whole
 
@@ -82,7 +83,7 @@ def save(
         }
         if writer:
             manifest = {name: entry for name, entry in sorted(written.items()) if entry is not None}
-            write_durably(partial / COUNTERS, [json.dumps(dict(counters) | {"files": manifest}).encode()])
+            write_durably(partial / COUNTERS, [json.dumps(sealed(dict(counters) | {"files": manifest})).encode()])
             discard(target)
             partial.rename(target)
             sync_folder(folder)
@@ -174,14 +175,22 @@ def complete(folder: Path) -> list[Path]:
 
 
 def counters_of(path: Path) -> dict[str, Any]:
-    """The counters of a checkpoint. Raises CheckpointError if any of its files is missing or truncated."""
+    """The counters of a checkpoint. Raises CheckpointError if any of its files is missing or truncated, or if the
+    counters are not those that were written. Those of version 0.1 have no hash."""
     try:
         counters = json.loads((path / COUNTERS).read_text())
-    except (OSError, ValueError):
+        first_version = "sha256" not in counters and all(isinstance(n, int) for n in counters["files"].values())
+        intact = first_version or is_sealed(counters)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
             f"{path} is not a complete checkpoint: it has no readable {COUNTERS}. "
             "Remove it to continue from an earlier one"
         ) from None
+    if not intact:
+        raise CheckpointError(
+            f"{path} is damaged: the contents of {COUNTERS} are not those that were written. Remove this checkpoint "
+            "to continue from an earlier one"
+        )
     for name, entry in counters["files"].items():
         size = entry["bytes"] if isinstance(entry, dict) else entry  # version 0.1 wrote the size alone
         actual = (path / name).stat().st_size if (path / name).is_file() else None
@@ -193,11 +202,11 @@ def counters_of(path: Path) -> dict[str, Any]:
     return counters
 
 
-def verify(path: Path) -> None:
-    """Compares every file of a checkpoint with the hash in its manifest. Raises CheckpointError, naming the file, if
-    one differs. A checkpoint of version 0.1 has no hashes, and passes."""
+def verify(path: Path, only: str | None = None) -> None:
+    """Compares every file of a checkpoint, or the one that is named, with the hash in its manifest. Raises
+    CheckpointError, naming the file, if one differs. A checkpoint of version 0.1 has no hashes, and passes."""
     for name, entry in counters_of(path)["files"].items():
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or only not in (None, name):
             continue
         with (path / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import fastgen
 from fastgen.backbones.base import Backbone
@@ -123,7 +122,7 @@ def export_run(
     into the weights, so that the export is a whole pipeline.
 
     Raises ValueError if `run` is not a run folder or has no complete checkpoint, or if `output` exists and is not an
-    export."""
+    export. Raises CheckpointError if the checkpoint is damaged."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
     checkpoints = checkpoint.complete(run / "checkpoints")
@@ -135,7 +134,8 @@ def export_run(
     recipe = load_stored(run / "recipe.yaml")
     backbone = build_backbone(recipe, torch.device("cpu"), dtype=torch.float32)
     student = recipe.objective.make_student(backbone, recipe.rollout)
-    student.load_state_dict(load_file(checkpoints[-1] / "ema.safetensors"))
+    checkpoint.verify(checkpoints[-1], only="ema.safetensors")
+    checkpoint.read_into(checkpoints[-1] / "ema.safetensors", student.state_dict())
     step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
     if merge and student.is_adapter:
         student = student.merged()

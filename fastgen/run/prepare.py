@@ -20,6 +20,7 @@ import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.config import to_dict
 from fastgen.data.base import Samples, SampleSource, encode_picture
+from fastgen.data.files import sealed
 from fastgen.data.pair_sampling import sample_pairs
 from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import (
@@ -32,15 +33,14 @@ from fastgen.data.prepared import (
     Manifest,
     PreparedPrompts,
     differing,
-    fold,
     identity,
     read_manifest,
     sha256,
-    shard_name,
     source_files,
     stamp,
 )
 from fastgen.data.prompts import read_prompts
+from fastgen.data.shard_rows import fold, packed, shard_name
 from fastgen.metrics.reference import open_reference
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.run.terminal import progress_bar
@@ -78,7 +78,7 @@ def prepare(
     prompts = list(dict.fromkeys(["", *samples.prompts, *evaluation_prompts(recipe.eval)]))
     manifest: Manifest = {
         "format": FORMAT,
-        "fastgen": fastgen.__version__,
+        "fastgen": fastgen.__version__ if known is None else known["fastgen"],
         "source": config.path,
         "identity": identity(config, samples.num_pictures > 0, known, pairs is not None),
         "data": to_dict(source),
@@ -151,7 +151,7 @@ def plan_pairs(
     teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded only if needed
 
     def make(rows: range) -> bytes:
-        return save({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar).to(dtype)})
+        return packed({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar).to(dtype)})
 
     spanned = enumerate(spans(pairs.count, shard_size))
     return {shard_name("pairs", i): (len(rows), partial(make, rows)) for i, rows in spanned}
@@ -221,7 +221,7 @@ def encode_prompts(
                 f"{key} has {value.shape[1]} tokens for these prompts and {lengths[key]} for earlier ones; only "
                 "prompts that are all padded to one length can be prepared"
             )
-    return save({key: narrowed(fold(value), dtype).contiguous() for key, value in rows.items()})
+    return packed({key: narrowed(fold(value), dtype).contiguous() for key, value in rows.items()})
 
 
 def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,7 +239,7 @@ def encode_pictures(
     for picture in pictures:
         latents.append(encode_picture(backbone, samples.read(picture)).to(dtype))
         bar.update()
-    return save({"latents": torch.stack(latents)})
+    return packed({"latents": torch.stack(latents)})
 
 
 def spans(count: int, size: int) -> list[range]:
@@ -251,7 +251,7 @@ def verified(path: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def dump(manifest: Manifest) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    return (json.dumps(sealed(manifest), indent=1) + "\n").encode()
 
 
 def write(path: Path, data: bytes) -> None:
