@@ -2,21 +2,28 @@
 
 import importlib.util
 import json
+import random
 import resource
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mutations import draws, mutated
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastgen import cli
 from fastgen.config import load_recipe
 from fastgen.run import checkpoint
+from fastgen.run.build import build, resume
 from fastgen.run.checkpoint import CheckpointError
+from fastgen.run.distributed import start
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +153,112 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, {"a": nn.Linear(3, 4).double()}, {}, {}, torch.device("cpu"))
     save_file({k: v[:1].clone() for k, v in load_file(path / "a.safetensors").items() if v.dim()}, path / "b")
     assert json.loads((path / "counters.json").read_text())["files"]["a.safetensors"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(("old", "new"), [('"step": 2', '"step": 3'), ('"sha256": "', '"sha256": "0'), ("{", "[")])
+def test_changed_counters_are_found(old: str, new: str, tmp_path: Path) -> None:
+    """Also where they are counters still: nothing but their hash can tell."""
+    module, optimizer = trained()
+    path = checkpoint.save(tmp_path, {"a": module}, {"a": optimizer}, {}, {"step": 2, "watch": {}}, keep=1)
+    text = (path / "counters.json").read_text()
+    (path / "counters.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=r"step_00000002 .*counters\.json"):
+        checkpoint.counters_of(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four updates, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return train(load_recipe(RING, [*TINY, "train.steps=4", f"output_dir={folder}"]))
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = folder / "checkpoints/step_00000004/ema.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr("sys.argv", ["fastgen", "export", str(folder), "--output", str(tmp_path / "student")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("stopped: ") and error.count("\n") == 1
+    assert "the contents of ema.safetensors are not those that were written" in error
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_damaged_export_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut, of another shape, and gone: one line each, from a command that reads it."""
+    folder = Path(shutil.copytree(finished / "export", tmp_path / "export"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    command = ["fastgen", "sample", str(folder), "--output", str(tmp_path / "samples")]
+    for damage in (
+        lambda: path.write_bytes(path.read_bytes()[:100]),
+        lambda: save_file({k: v[:1].clone() for k, v in tensors.items()}, path),
+        path.unlink,
+    ):
+        damage()
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        error = capsys.readouterr().err
+        assert end.value.code in (1, 2) and "model.safetensors" in error and "Traceback" not in error
+
+
+def damaged(draw: random.Random, folder: Path, other: Path) -> str:
+    """Damages one file of a checkpoint, and returns its name. other: an earlier checkpoint of the same run."""
+    name = draw.choice(sorted(path.name for path in folder.iterdir()))
+    path, kind = folder / name, draw.random()
+    if kind < 0.05:
+        path.unlink()
+    elif kind < 0.1:
+        shutil.copy(other / name, path)
+    elif kind < 0.15:
+        shutil.copy(draw.choice(sorted(folder.iterdir())), tmp := folder.parent / "copy")
+        tmp.replace(path)
+    else:
+        path.write_bytes(mutated(draw, path.read_bytes()))
+    return name
+
+
+@pytest.mark.slow
+def test_fuzzed_checkpoints_resume_alike_or_are_refused_by_name(finished: Path, tmp_path: Path) -> None:
+    """Weights, moments and counters of the run are those that were saved, or the damaged file is named."""
+    recipe = load_recipe(RING, [*TINY, "train.steps=4", f"output_dir={tmp_path / 'run'}"])
+    run, counts = build(recipe, start(recipe)), Counter[str]()
+    earlier, whole = checkpoint.complete(finished / "checkpoints")
+
+    def resumed(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        counters = resume(run, path, 8)
+        tensors = {f"{role}.{k}": v.clone() for role, m in run.saved.items() for k, v in m.state_dict().items()}
+        for role, optimizer in run.optimizers.items():
+            tensors |= {
+                f"{role}.moments.{k}": v.clone() for k, v in checkpoint.moments(optimizer, run.saved[role]).items()
+            }
+        return counters, tensors
+
+    counters, tensors = resumed(whole)
+    for draw in draws():
+        folder = Path(shutil.copytree(whole, tmp_path / whole.name))
+        name = damaged(draw, folder, earlier)
+        try:
+            found, values = resumed(folder)
+        except CheckpointError as error:
+            assert name in str(error), error
+            counts["refused"] += 1
+        else:
+            assert found == counters and values.keys() == tensors.keys()
+            assert all(torch.equal(value, tensors[key]) for key, value in values.items())
+            counts["the same"] += 1
+        shutil.rmtree(folder)
+    print(f"{counts['the same']} read the same, {counts['refused']} refused")
+    assert min(counts["the same"], counts["refused"]) > 10
 
 
 @pytest.mark.slow
