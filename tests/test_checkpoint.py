@@ -196,11 +196,11 @@ def test_a_damaged_export_is_named(
     """Cut, of another shape, and gone: one line each, from a command that reads it."""
     folder = Path(shutil.copytree(finished / "export", tmp_path / "export"))
     path = folder / "model.safetensors"
-    tensors = load_file(path)
+    rows = {name: tensor[:1].clone() for name, tensor in load_file(path).items()}
     command = ["fastgen", "sample", str(folder), "--output", str(tmp_path / "samples")]
     for damage in (
         lambda: path.write_bytes(path.read_bytes()[:100]),
-        lambda: save_file({k: v[:1].clone() for k, v in tensors.items()}, path),
+        lambda: save_file(rows, path),
         path.unlink,
     ):
         damage()
@@ -250,7 +250,8 @@ def test_fuzzed_checkpoints_resume_alike_or_are_refused_by_name(finished: Path, 
         try:
             found, values = resumed(folder)
         except CheckpointError as error:
-            assert name in str(error), error
+            # with the counters of another checkpoint, which are whole, the files are the ones that differ
+            assert name in str(error) or (name == checkpoint.COUNTERS and folder.name in str(error)), error
             counts["refused"] += 1
         else:
             assert found == counters and values.keys() == tensors.keys()

@@ -165,7 +165,9 @@ def test_fuzzed_shards_give_every_sample_or_are_refused_by_name(tmp_path: Path) 
             continue
         assert [entry[:3] for entry in read] == [entry[:3] for entry in wanted[kind]]  # name, offset, length
         changed = [b.caption for a, b in zip(read, wanted[kind], strict=True) if a.caption != b.caption]
-        assert not any(caption.encode() in data for caption in changed)  # these bytes are what was damaged
+        # their bytes are what was damaged; one caption may begin another
+        left = {c: (data.count(c.encode()), WHOLE[kind].count(c.encode())) for c in changed}
+        assert all(now < before for now, before in left.values()), (kind, left)
         counts["another text" if changed else "the same"] += 1
     print(
         f"{counts['the same']} read the same, {counts['another text']} with another text in a caption that changed, "

@@ -165,6 +165,8 @@ def read_members(shard: Path) -> list[tarfile.TarInfo]:
             zeros = file.seek(0, 2) - file.seek(archive.offset)
             if any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b"")):
                 raise tarfile.ReadError(f"what follows byte {archive.offset:,} is neither a member nor the end")
+            if (size := archive.offset + zeros) % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"it has {size:,} bytes, which are no whole blocks of {tarfile.BLOCKSIZE}")
             if zeros < 2 * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it was cut short: the blocks of zeros that end a tar file are missing")
     except Exception as error:  # of a damaged file, tarfile raises errors of many kinds
