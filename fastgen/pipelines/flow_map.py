@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, WanPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -50,10 +50,14 @@ def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedu
 
 
 def read_inputs(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """What save_inputs wrote: how the inputs are set, and the weights of each network's branches."""
-    with safe_open(folder / INPUTS, framework="pt") as file:
-        settings = json.loads(file.metadata()["told"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    """What save_inputs wrote: how the inputs are set, and the weights of each network's branches. Raises ValueError,
+    naming the file, if it cannot be read."""
+    try:
+        with safe_open(folder / INPUTS, framework="pt") as file:
+            settings = json.loads(file.metadata()["told"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / INPUTS} cannot be read: {error}; export or download it again") from None
     parts: list[dict[str, Tensor]] = [{} for _ in range(1 + max(int(k.partition(".")[0]) for k in tensors))]
     for key, value in tensors.items():
         number, _, name = key.partition(".")
