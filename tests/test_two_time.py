@@ -29,6 +29,7 @@ from fastgen.flow.time_pairs import TimePairs, phase_edges, shrinking
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraConfig
 from fastgen.objectives import DMD2, Objective
+from fastgen.pipelines.flow_map import INPUTS, read_inputs
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation, sample
 from fastgen.run.export import export
@@ -307,3 +308,11 @@ def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> 
     assert (found - before).abs().max() < 1e-4
     card = (tmp_path / "export/README.md").read_text()
     assert "from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline" in card and "load_lora" not in card
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage that is no safetensors file", None], ids=["empty", "garbage", "gone"])
+def test_a_damaged_file_of_added_inputs_is_named(data: bytes | None, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / INPUTS).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{INPUTS} cannot be read"):
+        read_inputs(tmp_path)
