@@ -211,7 +211,7 @@ def test_no_chunk_reads_a_number_back_from_the_device(attention: ChunkAttention)
     noise = Draws(torch.zeros(1, dtype=torch.int64, device="meta"), (2, CHANNELS, 4, 4), "sample")
     policy = dataclasses.replace(POLICY, chunks=chunks)
     stream = Stream(student, policy, noise, lambda _: cond, "a cat", VideoDecoder(vae))
-    for pictures in islice(stream, 6):
+    for pictures in islice(stream, 4):
         assert pictures.is_meta
     stream.recache()
     assert next(stream).shape == (8, 3, 32, 32)
@@ -372,6 +372,12 @@ def test_plain_diffusers_refuses_an_export(export: Path) -> None:
 def test_a_folder_that_is_no_export_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler"):
         StreamingWanPipeline.from_pretrained(teacher)
+
+
+def test_networks_are_not_moved_while_they_stream(pipeline: StreamingWanPipeline) -> None:
+    for move in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
+        with pytest.raises(ValueError, match="stay on its device"):
+            move()
 
 
 def test_an_export_keeps_its_schedule_when_it_is_saved_again(pipeline: StreamingWanPipeline, tmp_path: Path) -> None:
