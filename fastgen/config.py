@@ -357,7 +357,8 @@ def check_chunks(recipe: Recipe) -> None:
     if not objective.takes_chunks:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk; dmd2, "
-            "f_distill, re_dmd, phased_dmd, rtdmd (stage: 1), gndm (form: path) and teacher_forcing can"
+            "f_distill, re_dmd, phased_dmd, rtdmd (stage: 1), gndm (form: path), teacher_forcing, ode_regression "
+            "(states: line) and consistency (teach: data) can"
         )
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(

@@ -15,6 +15,7 @@ from fastgen.backbones.wan import WanDenoiser
 from fastgen.batch import Batch, Conditioning, Draws
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, backward_simulation, commit, sample, sample_chunks
+from fastgen.streaming.compiled import compile_blocks
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 
@@ -484,3 +485,20 @@ def test_what_steps_compute_alike_is_computed_once(network: WanDenoiser) -> None
     with torch.enable_grad():
         network(x.requires_grad_(True), t, conditioning(), Inputs(context=fresh))
     assert fresh.memo == {}
+
+
+def test_compiled_blocks_give_the_same_video_and_compile_once() -> None:
+    """Once for the first chunk, and once for chunks of another size; what is past does not matter."""
+    student, chunks = wan().requires_grad_(False), ChunkSchedule(frames=2, first=1, window=6, sink=1)
+
+    def video(length: int) -> Tensor:
+        stream = sample_chunks(student, policy(chunks, 1.0), conditioning(1), draws(1, rows=1))
+        return torch.cat([next(stream).x0 for _ in range(length)], dim=1)
+
+    with torch.no_grad():
+        expected = video(5)
+        torch._dynamo.reset()
+        compile_blocks(student.network, backend="eager", dynamic=False)
+        assert torch.equal(video(3), expected[:, :5])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(video(5), expected)

@@ -14,15 +14,16 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from test_streaming_training import recipe
-from tiny_wan import CHANNELS, autoencoder, tiny_wan
+from tiny_wan import CHANNELS, TEXT_WIDTH, autoencoder, tiny_wan, transformer
 from torch import Tensor
 
-from fastgen.backbones.wan import Wan, WanConfig
+from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser
+from fastgen.batch import Conditioning, Draws
 from fastgen.pipelines.streaming import StreamingWanPipeline, seeds_of
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, load_sampler
 from fastgen.streaming.context import Context
-from fastgen.streaming.schedule import ChunkSchedule
+from fastgen.streaming.schedule import ChunkAttention, ChunkSchedule
 from fastgen.streaming.stream import Stream, VideoDecoder, with_window
 from fastgen.train import train
 
@@ -198,6 +199,24 @@ def test_calls_that_are_refused(call: dict[str, Any], words: str, pipeline: Stre
         pipeline("a cat", **call)
 
 
+@pytest.mark.parametrize("attention", [ChunkAttention(), ChunkAttention(layout="top_k", density=0.5, tile=16)])
+def test_no_chunk_reads_a_number_back_from_the_device(attention: ChunkAttention) -> None:
+    """On the meta device, which has no numbers, reading one raises. On a GPU, the host would wait for it."""
+    with torch.device("meta"):
+        student, vae = WanDenoiser(transformer(2, 1e-3)), autoencoder()
+    with pytest.raises(RuntimeError, match="meta"):
+        next(vae.parameters()).sum().item()
+    chunks = dataclasses.replace(CHUNKS, context_noise=0.1, attention=attention)
+    cond = Conditioning({"prompt_embeds": torch.zeros(1, 6, TEXT_WIDTH, device="meta")})
+    noise = Draws(torch.zeros(1, dtype=torch.int64, device="meta"), (2, CHANNELS, 4, 4), "sample")
+    policy = dataclasses.replace(POLICY, chunks=chunks)
+    stream = Stream(student, policy, noise, lambda _: cond, "a cat", VideoDecoder(vae))
+    for pictures in islice(stream, 4):
+        assert pictures.is_meta
+    stream.recache()
+    assert next(stream).shape == (8, 3, 32, 32)
+
+
 # --- prompts
 
 
@@ -353,6 +372,12 @@ def test_plain_diffusers_refuses_an_export(export: Path) -> None:
 def test_a_folder_that_is_no_export_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler"):
         StreamingWanPipeline.from_pretrained(teacher)
+
+
+def test_networks_are_not_moved_while_they_stream(pipeline: StreamingWanPipeline) -> None:
+    for move in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
+        with pytest.raises(ValueError, match="stay on its device"):
+            move()
 
 
 def test_an_export_keeps_its_schedule_when_it_is_saved_again(pipeline: StreamingWanPipeline, tmp_path: Path) -> None:

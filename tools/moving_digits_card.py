@@ -108,9 +108,9 @@ applies; the weights go under the licence of this repository.
 25 pictures make 7 latent frames of 4x4 tokens. The text encoder is random and frozen; the transformer learned to read
 it. Scheduler shift 3.
 
-The autoencoder had {vae["steps"]:,} steps in {vae["minutes"]:.0f} minutes, the transformer {transformer["steps"]:,}
-steps in {transformer["minutes"]:.0f} minutes, both on {machine["device"]} that was shared with other work; seed
-{machine["seed"]}; {versions}. The weights are the running averages.
+The autoencoder had {vae["steps"]:,} steps in {vae["minutes"]:.0f} CPU minutes, the transformer
+{transformer["steps"]:,} steps in {transformer["minutes"]:.0f}, both on {machine["device"]}; seed {machine["seed"]};
+{versions}. The weights are the running averages.
 
 ## Measured
 

@@ -75,7 +75,7 @@ def train(
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     start, seconds = read(folder, network, averaged, optimizers)
     shown: dict[str, float] = {}
-    saved = clock = time.monotonic()
+    saved, clock = time.monotonic(), time.process_time()
     for step in range(start, steps):
         torch.manual_seed(seed * 1_000_003 + step)
         for group, rate in zip([g for o in optimizers for g in o.param_groups], rates, strict=True):
@@ -92,10 +92,10 @@ def train(
         shown = {name: 0.98 * shown.get(name, value) + 0.02 * value for name, value in values.items()}
         now = time.monotonic()
         if now - saved > SAVE_SECONDS or step == steps - 1:
-            seconds, clock, saved = seconds + now - clock, now, now
+            seconds, clock, saved = seconds + time.process_time() - clock, time.process_time(), now
             write(folder, network, averaged, optimizers, step + 1, seconds)
             smooth = ", ".join(f"{name} {value:.5f}" for name, value in shown.items())
-            print(f"step {step + 1} of {steps}, {seconds / 60:.1f} minutes: {smooth}", flush=True)
+            print(f"step {step + 1} of {steps}, {seconds / 60:.1f} CPU minutes: {smooth}", flush=True)
     return averaged
 
 
@@ -129,7 +129,7 @@ def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] 
 
 
 def read(folder: Path, network: nn.Module, averaged: nn.Module, optimizers: list) -> tuple[int, float]:
-    """Load the checkpoint, if there is one; return its step and the seconds trained so far."""
+    """Load the checkpoint, if there is one; return its step and the CPU seconds trained so far."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0, 0.0
@@ -148,7 +148,7 @@ def read(folder: Path, network: nn.Module, averaged: nn.Module, optimizers: list
 
 
 def progress(folder: Path) -> dict[str, float]:
-    """The steps and minutes of the checkpoint in `folder`."""
+    """The steps and CPU minutes of the checkpoint in `folder`."""
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
         metadata = file.metadata()
     return {"steps": int(metadata["step"]), "minutes": float(metadata["seconds"]) / 60}

@@ -130,9 +130,11 @@ class GridPairs:
         t = ratio / (1 + ratio)
         return (t - t[0]) / (t[-1] - t[0])
 
-    def __call__(self, batch: Batch, update: int, name: str = "pair") -> tuple[Tensor, Tensor]:
-        """t and s < t, [B] each."""
-        levels, u = self.levels(update).to(batch.ids.device), batch.uniform(name)
+    def __call__(
+        self, batch: Batch, update: int, name: str = "pair", shape: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """t and s < t, [B, *shape] each."""
+        levels, u = self.levels(update).to(batch.ids.device), batch.uniform(name, shape=shape)
         if self.time is None:
             index = (u.double() * (len(levels) - 1)).long() + 1
         else:
@@ -154,9 +156,11 @@ class ShrinkingPairs:
     b: float = Field(default=1.0, gt=0)  # "b = 1"
     cap: float = Field(default=0.999, gt=0, lt=1)  # 0.9961 on ImageNet
 
-    def __call__(self, batch: Batch, update: int, name: str = "pair") -> tuple[Tensor, Tensor]:
-        """t and s < t, [B] each."""
-        t = self.time(batch.uniform(name)).double().clamp(SHORTEST, 1 - 1e-6)
+    def __call__(
+        self, batch: Batch, update: int, name: str = "pair", shape: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """t and s < t, [B, *shape] each."""
+        t = self.time(batch.uniform(name, shape=shape)).double().clamp(SHORTEST, 1 - 1e-6)
         ratio = t / (1 - t)
         r = torch.minimum(shrinking(ratio, update // self.period, self.q, self.k, self.b), self.cap * ratio)
         return t.to(batch.dtype), (r / (1 + r)).to(batch.dtype)

@@ -37,6 +37,12 @@ Gaussian of std 0.5 ends at 0.34 with n = 4, 0.456 with 16 and 0.494 with 128. T
 this error. The network is not conditioned on `end`, so TSCD's jumps between edges are approximate; flow_map trains
 students that have the end of the jump as an input.
 
+A student that works chunk by chunk (`rollout.chunks`) learns from data alone. Every chunk of a video has levels t and
+s of its own, and sees the clean frames before it. Both points lie on one ray and see the same past. The optimum is the
+flow map of each chunk given its past: the causal consistency model that Self Forcing may start from (Causal Forcing,
+arXiv 2602.02214). A bidirectional teacher has no ODE of a chunk given its past, so it cannot teach. Every frame counts
+as a sample in the distance.
+
 Departures. Paths end at exactly 0, so c_skip and c_out are not needed (LCM's are 0 and 1 except at the last levels).
 Levels are the teacher's own. Noise-to-signal ratios are t / (1 - t), and the gap t - s is a difference of levels.
 There is no LPIPS distance.
@@ -58,6 +64,7 @@ from fastgen.flow import flow_maps, time_pairs
 from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.causal import Form, by_frame, predict_chunks
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
@@ -80,7 +87,8 @@ class Endpoints:
 
     student: [B, ...], where the student's step takes x_t.
     target: [B, ...], where the target network's step takes x_s, without gradient.
-    end: [B], the level of both points. upper: [B], the upper edge of the phase. gap: [B], t - s."""
+    end: [B], the level of both points. upper: [B], the upper edge of the phase. gap: [B], t - s.
+    For the chunks of videos, levels are [B, F]."""
 
     student: Tensor
     target: Tensor
@@ -92,6 +100,7 @@ class Endpoints:
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Consistency(Objective):
     takes_inputs = True
+    takes_chunks = True
 
     name: Literal["consistency"] = "consistency"
     teach: Literal["teacher", "data"] = "teacher"
@@ -114,6 +123,7 @@ class Consistency(Objective):
     weight: Literal["one", "gap"] = "one"  # CM, LCM, PCM: 1; iCT, ECT: 1 / (t - s)
     # PCM: weight 0.1. D distinguishes the two points that are compared, both renoised within the phase
     gan: Ladd | None = None
+    form: Form = "packed"  # with rollout.chunks, see `objectives.causal`
 
     @model_validator(mode="after")
     def _possible(self) -> "Consistency":
@@ -147,6 +157,10 @@ class Consistency(Objective):
         return frozenset({"latents"})
 
     @property
+    def takes_first_timesteps(self) -> bool:
+        return True
+
+    @property
     def grid_shift(self) -> float:
         """The shift of the grid, which also moves the edges of the phases."""
         return self.grid.shift if self.grid else 1.0
@@ -158,6 +172,13 @@ class Consistency(Objective):
                 "or use objective flow_map"
             )
         time_pairs.check_told(policy, self.guidance_range)
+        if policy.chunks is not None and (self.teach, self.phases, self.end, self.gan) != ("data", (1,), "edge", None):
+            raise ValueError(
+                "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
+                "and leave out phases, end and gan"
+            )
+        if policy.chunks is None and self.form != "packed":
+            raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
         if policy.num_steps == 1 or self.end == "uniform":
             return
         count = self.phases[-1]
@@ -217,13 +238,15 @@ class Consistency(Objective):
                 networks, batch, points.student, points.target, points.end, points.upper
             )
         points = self.endpoints(turn, networks, batch, state)
-        error = points.student - points.target
-        weight = torch.ones_like(points.gap) if self.weight == "one" else 1 / points.gap
+        error, gap = points.student - points.target, points.gap
+        if gap.dim() == 2:
+            error, gap = error.flatten(0, 1), gap.flatten()
+        weight = torch.ones_like(gap) if self.weight == "one" else 1 / gap
         if self.distance == "huber":
             total = flow_maps.pseudo_huber(error, self.huber, weight)
         else:
             total = (weight * signals.per_sample_mean(error.square())).mean()
-        terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": points.gap.mean()}
+        terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": gap.mean()}
         if self.gan is not None:
             gan = self.gan.student_loss(networks, batch, points.student, points.end, points.upper)
             total = total + self.gan.weight * gan
@@ -232,9 +255,8 @@ class Consistency(Objective):
 
     def endpoints(self, turn: ConsistencyTurn, networks: Networks, batch: Batch, state: State) -> Endpoints:
         """The two points that an update compares. Gradient flows to the student through `Endpoints.student` alone."""
-        pairs = self.grid or self.shrinking
-        assert batch.latents is not None and pairs is not None
-        t, s = pairs(batch, turn.update)
+        assert batch.latents is not None
+        t, s = self.levels(batch, networks.policy, turn.update)
         edge, upper = time_pairs.phase_edges(t, turn.phases, self.grid_shift)
         s = torch.maximum(s, edge)
         end = edge if self.end == "edge" else time_pairs.between(edge, s, batch.uniform("end"))
@@ -250,10 +272,22 @@ class Consistency(Objective):
             else:
                 x_s = self.solver_step(networks, batch, x_t, t, s)
             target = self.target(networks, state)
-            from_s = self.step_to_end(target, batch, x_s, s.clamp_min(flow_maps.SHORTEST), end, inputs)
+            from_s = self.step_to_end(
+                target, networks.policy, batch, x_s, s.clamp_min(flow_maps.SHORTEST), end, inputs
+            )
             from_s = torch.where(expand(s > end, x_s), from_s, x_s)  # at s = end no step is left
-        from_t = self.step_to_end(networks.student, batch, x_t, t, end, inputs)
+        from_t = self.step_to_end(networks.student, networks.policy, batch, x_t, t, end, inputs)
         return Endpoints(from_t, from_s, end, upper, t - s)
+
+    def levels(self, batch: Batch, policy: RolloutPolicy, update: int) -> tuple[Tensor, Tensor]:
+        """t and s of this update, [B], or for the chunks of videos [B, F]."""
+        pairs = self.grid or self.shrinking
+        assert pairs is not None
+        if policy.chunks is None:
+            return pairs(batch, update)
+        chunks, num_frames = policy.chunks, batch.latent_shape[0]
+        t, s = pairs(batch, update, shape=(len(chunks.split(num_frames)),))
+        return by_frame(t, chunks, num_frames), by_frame(s, chunks, num_frames)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
         """target <- mu target + (1 - mu) student,   mu = target_decay^(s_0 / N(k))
@@ -278,10 +312,21 @@ class Consistency(Objective):
         return networks["target"]  # type: ignore[return-value]
 
     def step_to_end(
-        self, network: Denoiser, batch: Batch, x: Tensor, t: Tensor, end: Tensor, inputs: Inputs
+        self,
+        network: Denoiser,
+        policy: RolloutPolicy,
+        batch: Batch,
+        x: Tensor,
+        t: Tensor,
+        end: Tensor,
+        inputs: Inputs,
     ) -> Tensor:
         """The ODE step from (x, t) to `end` with the network's clean prediction, [B, ...]."""
-        x0 = network(x, t, batch.cond, inputs)
+        if policy.chunks is None:
+            x0 = network(x, t, batch.cond, inputs)
+        else:
+            assert batch.latents is not None
+            x0 = predict_chunks(network, policy, batch, batch.latents, x, t, batch.cond, self.form)
         return transition(network.schedule, x0, x, t, end, None)
 
     def solver_step(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

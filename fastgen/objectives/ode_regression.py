@@ -17,6 +17,11 @@ The algorithm, for every student update:
             teacher's ODE passes through these states.
 At t = 1, the only level of a one-step student, the two are the same.
 
+A student that works chunk by chunk (`rollout.chunks`) sees the frames of x_0 before a chunk, and every chunk draws a
+level of its own (the ODE initialisation of CausVid, arXiv 2412.07772). The pairs should be those of a causal teacher.
+Those of a bidirectional one are no function of what the student sees: x_0 depends on later noise, too (Causal Forcing,
+arXiv 2602.02214). `backbones.ar1_formulas.ode_initialisation_loss` says how much is lost.
+
 The teacher's ODE sends each noise to one sample. A student with enough capacity and enough pairs learns that map. With
 too little capacity the squared error blurs, and with few pairs the student memorises them. Use a few thousand updates,
 and then another objective with `init_from`.
@@ -33,25 +38,42 @@ from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.causal import Form, by_frame, predict_chunks
 from fastgen.registry import MOST_STEPS
-from fastgen.rollout import draw_stops, predict_x0, transition
+from fastgen.rollout import RolloutPolicy, draw_stops, predict_x0, transition
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ODERegression(Objective):
-    """guidance_scale: the teacher's guidance with states: path. Use the same scale for the pairs."""
+    """guidance_scale: the teacher's guidance with states: path. Use the same scale for the pairs.
+    form: with rollout.chunks, see `objectives.causal`."""
 
     trained_roles = ("student",)
+    takes_chunks = True
 
     name: Literal["ode_regression"] = "ode_regression"
     states: Literal["line", "path"] = "line"  # ours; FastGen stores four states of the path
     path_steps: int = Field(default=16, ge=1, le=MOST_STEPS)  # ours
     guidance_scale: Guidance = 1.0
     huber: float | None = Field(default=None, gt=0)  # c, ours: sqrt(|e|^2 + c^2) - c per sample; None: the square
+    form: Form = "packed"
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"pairs"})
+
+    @property
+    def takes_first_timesteps(self) -> bool:
+        return True
+
+    def check(self, policy: RolloutPolicy) -> None:
+        if policy.chunks is not None and self.states == "path":
+            raise ValueError(
+                "the states on the path are those of the teacher's ODE over whole videos; with rollout.chunks use "
+                "states: line"
+            )
+        if policy.chunks is None and self.form != "packed":
+            raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         return (Turn("student", ("student",)),)
@@ -60,13 +82,16 @@ class ODERegression(Objective):
         assert batch.pairs is not None
         policy = networks.policy
         noise, x0 = batch.pairs
-        t = noise.new_tensor(policy.timesteps)[draw_stops(batch, policy.num_steps, shared=False)]
+        t = student_levels(policy, batch, noise)
         if self.states == "path":
             x_t = self.path(networks, batch, noise, t)
         else:
             x_t = networks.student.schedule.add_noise(x0, noise, t).to(noise.dtype)
-        error = predict_x0(networks.student, x_t, t, batch.cond, policy) - x0
-        square = signals.per_sample_mean(error.square())
+        if policy.chunks is None:
+            prediction = predict_x0(networks.student, x_t, t, batch.cond, policy)
+        else:
+            prediction = predict_chunks(networks.student, policy, batch, x0, x_t, t, batch.cond, self.form)
+        square = signals.per_sample_mean((prediction - x0).square())
         total = 0.5 * square.mean()
         if self.huber is not None:
             total = ((square + self.huber**2).sqrt() - self.huber).mean()
@@ -83,3 +108,15 @@ class ODERegression(Objective):
             x0 = signals.guided(teacher, x, start, batch.cond, batch.uncond, scale)
             x = transition(teacher.schedule, x0, x, start, end, None).to(x.dtype)
         return x
+
+
+def student_levels(policy: RolloutPolicy, batch: Batch, like: Tensor) -> Tensor:
+    """One of the student's timesteps for each sample, [B], or for each chunk of a video, [B, F]."""
+    if policy.chunks is None:
+        return like.new_tensor(policy.timesteps)[draw_stops(batch, policy.num_steps, shared=False)]
+    split = policy.chunks.split(batch.latent_shape[0])
+    drawn = list[Tensor]()
+    for frames, u in zip(split, batch.uniform("stop", shape=(len(split),)).unbind(1), strict=True):
+        levels = like.new_tensor(policy.of_chunk(frames).timesteps)
+        drawn.append(levels[(u * len(levels)).long().clamp(max=len(levels) - 1)])
+    return by_frame(torch.stack(drawn, dim=1), policy.chunks, batch.latent_shape[0])

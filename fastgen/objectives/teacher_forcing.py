@@ -16,9 +16,7 @@ distribution matching needs a student that is causal already (CausVid, arXiv 241
 few steps its videos drift, because the chunks that it sees then are its own and not the data's;
 `backbones.ar1_formulas` says by how much.
 
-Two forms compute the same loss with the same gradient (tests/test_teacher_forcing.py):
-    packed    one call on the clean and the noisy video, with a mask. Not every schedule can be written as one.
-    chunks    chunk by chunk, as a rollout goes, for any schedule. What is remembered of the data carries gradient.
+With a clean past, the loss is computed in one masked call or chunk by chunk (`objectives.causal`).
 """
 
 from typing import Literal
@@ -33,9 +31,9 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.rollout import RolloutPolicy, commit
+from fastgen.objectives.causal import Form, by_frame, predict_chunks
+from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import PredictionType, TimeSampler
-from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 
 
@@ -50,7 +48,7 @@ class TeacherForcing(Objective):
 
     name: Literal["teacher_forcing"] = "teacher_forcing"
     past: Literal["clean", "noisy"] = "clean"
-    form: Literal["packed", "chunks"] = "packed"
+    form: Form = "packed"
     time: TimeSampler = TimeSampler(low=0.001, high=0.999)
     space: PredictionType | None = None
     prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -85,20 +83,18 @@ class TeacherForcing(Objective):
         t = self.levels(batch, chunks)
         x_t = networks.student.schedule.add_noise(x, batch.normal("noise"), t).to(x.dtype)
         cond = self.dropped(batch)
-        if self.form == "chunks":
-            prediction = chunk_by_chunk(networks, batch, x_t, t, cond)
+        if self.past == "clean":
+            prediction = predict_chunks(networks.student, networks.policy, batch, x, x_t, t, cond, self.form)
         else:
-            inputs = Inputs(causal=chunks, clean=seen_frames(networks, batch) if self.past == "clean" else None)
-            prediction = networks.student(x_t, t, cond, inputs)
+            prediction = networks.student(x_t, t, cond, Inputs(causal=chunks))
         schedule, space = networks.student.schedule, self.space or networks.student.prediction_type
         total = signals.denoising_loss(prediction, x, x_t, t, schedule, space)
         return Loss(total, {"loss": total.detach()})
 
     def levels(self, batch: Batch, chunks: ChunkSchedule) -> Tensor:
         """[B, F]: a level for each chunk, the same for its frames."""
-        lengths = [len(frames) for frames in chunks.split(batch.latent_shape[0])]
-        t = self.time(batch.uniform("time", shape=(len(lengths),)))
-        return t.repeat_interleave(torch.tensor(lengths, device=t.device), dim=1)
+        num_frames = batch.latent_shape[0]
+        return by_frame(self.time(batch.uniform("time", shape=(len(chunks.split(num_frames)),))), chunks, num_frames)
 
     def dropped(self, batch: Batch) -> Conditioning:
         """The conditioning, without the prompt in a share of the samples."""
@@ -111,26 +107,3 @@ class TeacherForcing(Objective):
             return torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), batch.uncond[key], value)
 
         return Conditioning({key: chosen(key) for key in batch.cond})
-
-
-def chunk_by_chunk(networks: Networks, batch: Batch, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """The student's clean predictions [B, F, ...], each chunk's given the chunks of the data before it."""
-    assert batch.latents is not None and networks.policy.chunks is not None
-    context, predictions = Context(networks.policy.chunks), list[Tensor]()
-    for frames in networks.policy.chunks.split(x_t.shape[1]):
-        part = slice(frames.start, frames.stop)
-        predictions.append(networks.student(x_t[:, part], t[:, part], cond, Inputs(context=context)))
-        if frames.stop < x_t.shape[1]:
-            known, noise = batch.latents[:, part], batch.chunk(frames).normal
-            context = commit(networks.student, networks.policy, known, cond, noise, context, grad=True)
-    return torch.cat(predictions, dim=1)
-
-
-def seen_frames(networks: Networks, batch: Batch) -> Tensor:
-    """The data as later chunks see it: renoised to the schedule's context noise, with the draws of a rollout."""
-    assert batch.latents is not None and networks.policy.chunks is not None
-    x, level = batch.latents, networks.policy.chunks.context_noise
-    if not level:
-        return x
-    noise = batch.chunk(range(x.shape[1])).normal("context")
-    return networks.student.schedule.add_noise(x, noise, x.new_full((len(x),), level)).to(x.dtype)

@@ -146,6 +146,12 @@ class StreamingWanPipeline(WanPipeline):
         stream.load_state_dict(state)
         return stream
 
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError."""
+        raise ValueError("a stream calls every network for each chunk, so that they all stay on its device: use .to()")
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
     def trained(self, name: str) -> int:
         """A number that the student was trained with: height, width, num_frames, fps or max_sequence_length."""
         return int(self.scheduler.config[name])

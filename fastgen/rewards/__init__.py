@@ -12,6 +12,7 @@ from fastgen.rewards.composite import Composite, Scorer
 REWARDS: dict[str, str] = {
     "linear": "fastgen.rewards.linear:Linear",
     "quadratic": "fastgen.rewards.quadratic:Quadratic",
+    "ar1_motion": "fastgen.rewards.ar1_motion:AR1Motion",
     "digit_class": "fastgen.rewards.digit_class:DigitClass",
     "digit_stroke": "fastgen.rewards.digit_stroke:DigitStroke",
     "jpeg_size": "fastgen.rewards.jpeg_size:JpegSize",

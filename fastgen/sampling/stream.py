@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgen.backbones.folder import STREAMING, read_index
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import METADATA, read_metadata
 from fastgen.sampling.speed import Speed, Timer, peak_memory
 from fastgen.sampling.video import check_writer, video_writer
@@ -123,7 +123,7 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
     request.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         video_writer(request.output, fps, playable=True) as append,
-        tqdm(total=wanted, desc="streaming", unit=" pictures") as bar,
+        progress_bar(wanted, "streaming", "picture") as bar,
     ):
         try:
             begin = time.perf_counter()

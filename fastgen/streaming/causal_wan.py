@@ -8,7 +8,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from fastgen.streaming.schedule import ChunkAttention, ChunkSchedule
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, tokens, 1, D / 2]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Place:
     """What the attention layers are told, where a stock network hands them rotary embeddings.
 
     frames: the number of frames of a sample, which are folded into the batch axis: the layers get [B x frames, T, D],
@@ -74,20 +76,23 @@ class CausalAttention:
             query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        if rotary_emb.memory is not None:
-            rotary_emb.memory.append((key, value))
         out = self.attend(rotary_emb, query, key, value).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out.type_as(query)))
         return out.unflatten(1, (rotary_emb.frames, -1)).flatten(0, 1)
 
     def attend(self, place: Place, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, L, H, D]: attention over the visible past and the own tokens."""
+        """[B, L, H, D]: attention over the visible past and the own tokens, which the memory gets, if there is one.
+
+        All that differs from chunk to chunk is used here, so that what is around it compiles once."""
+        if place.memory is not None:
+            place.memory.append((key, value))
         query, key = rotated(query, place.own), rotated(key, place.own)
         cache = self.past(place, key)
         layout, rows = place.layout, 0 if cache is None else cache.key.shape[1]
         if not isinstance(layout, BlockLayout):
             layout = layout(query, key if cache is None else torch.cat([cache.key, key], dim=1))
-        learns = None if cache is not None and cache.key.requires_grad else (rows, rows + key.shape[1])
+        all_learn = not torch.is_grad_enabled() or (cache is not None and cache.key.requires_grad)
+        learns = None if all_learn else (rows, rows + key.shape[1])
         named = {"cache": cache, "grad_keys": learns, "backend": place.attention.backend}
         return attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
 
