@@ -24,6 +24,7 @@ from fastgen.backbones.ar1_network import FrameMap
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Output, RoleOptions
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 from fastgen.streaming.schedule import ChunkAttention
@@ -59,9 +60,9 @@ class AR1VideoConfig(BackboneConfig):
     can_checkpoint: ClassVar[bool] = False
     has_exact_law: ClassVar[bool] = True
     num_frames: int = Field(default=7, ge=1, le=64)
-    copies: int = Field(default=1, ge=1)
-    memory: int = Field(default=1, ge=1)
-    knots: int = Field(default=65, ge=2)
+    copies: int = Field(default=1, ge=1, le=MOST_WIDTH)
+    memory: int = Field(default=1, ge=1, le=64)
+    knots: int = Field(default=65, ge=2, le=MOST_WIDTH)
     pretrained: Literal["bidirectional", "causal"] = "bidirectional"
 
     @model_validator(mode="after")

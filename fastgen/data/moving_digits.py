@@ -17,6 +17,7 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import Samples, SampleSource
 from fastgen.data.digits import DIGIT_WORDS, load_digits
+from fastgen.registry import MOST_SAMPLES, MOST_SEED
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # rows down, columns right
 SPEEDS = {"fast": 1.0, "slowly": 0.5}  # in pixels a picture
@@ -130,9 +131,9 @@ class MovingDigitsData(SampleSource):
     digit, direction and speed is left out of a prompt."""
 
     name: Literal["moving_digits"] = "moving_digits"
-    videos: int = Field(default=4096, ge=1)
+    videos: int = Field(default=4096, ge=1, le=MOST_SAMPLES)
     unstated: float = Field(default=0.0, ge=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @property
     def provides(self) -> frozenset[str]:
