@@ -100,6 +100,59 @@ def test_the_plan_is_within_ten_percent_of_the_measured_one(backbones, name, var
         assert 0.9 <= ratio <= 1.1
 
 
+CHUNKS: dict[str, dict[str, Any]] = {
+    "self forcing": {},
+    "replay": {"replay": True},
+    "window and sink": {"window": 4, "sink": 1},
+    "top_k": {"window": 4, "attention": {"layout": "top_k", "density": 0.5, "tile": 16, "backend": "sdpa"}},
+}
+
+
+def streaming(backbones: Any, chunks: dict[str, Any], **extra: Any) -> Recipe:
+    """Self Forcing of a tiny Wan: six chunks of one latent frame."""
+    backbone = backbones["wan"][0] | {"num_frames": 21}
+    rollout = {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, **chunks}}
+    return recipe_of(backbone, 2, rollout=rollout, **extra)
+
+
+@pytest.mark.parametrize("name", [n if n == "replay" else pytest.param(n, marks=pytest.mark.slow) for n in CHUNKS])
+def test_self_forcing_is_planned_within_ten_percent(backbones, name: str) -> None:
+    """The graph of all chunks' executed steps, or of one with replay, beside the context."""
+    recipe = streaming(backbones, CHUNKS[name])
+    measured, _ = measure_peak.measure(recipe, draws=4)
+    for turn, expected in measure_peak.planned(plan(recipe, gpu=False)).items():
+        ratio = expected / measured[turn]
+        print(f"{name}, {turn}: planned / measured {ratio:.3f} ({measured[turn] / 1e6:.1f} MB)")
+        assert 0.9 <= ratio <= 1.1
+
+
+@pytest.mark.slow
+def test_chunks_and_commits_are_counted(backbones) -> None:
+    """Six chunks of one or two steps and five commits; replay holds less, and a window a smaller context."""
+    whole, replay = (plan(streaming(backbones, CHUNKS[name]), gpu=False) for name in ("self forcing", "replay"))
+    student = next(part for part in whole.turns if part.turn.name == "student")
+    assert 6 + 5 < student.evaluations["student"] < 12 + 5 and student.evaluations["teacher"] == 2
+    assert whole.moments["turn student"] > 1.1 * replay.moments["turn student"]
+    many = {"train": {"num_samples": 64}}
+    window, none = (plan(streaming(backbones, {"window": w}, **many), gpu=False).student_bytes for w in (2, None))
+    print(f"samples of the student: {none / 1e6:.1f} MB, with a window {window / 1e6:.1f} MB")
+    assert window < none
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "calls"),
+    [
+        ("ar1_teacher_forcing", [], (1, 1)),
+        ("ar1_teacher_forcing", ["objective.form=chunks"], (7 + 6, 7 + 6)),
+        ("ar1_self_forcing_4step", [], (7 + 6 + 1, 28 + 6 - 1)),  # one to four steps and a commit for each chunk
+    ],
+)
+def test_causal_recipes_are_planned(name: str, changes: list[str], calls: tuple[int, int]) -> None:
+    found = plan(load_recipe(PROJECT / f"recipes/{name}.yaml", changes))
+    student = next(part for part in found.turns if part.turn.name == "student")
+    assert calls[0] <= student.evaluations["student"] <= calls[1] and found.student_bytes > 0
+
+
 @pytest.fixture(scope="module")
 def middle_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits pipeline with a random transformer of 63 million parameters."""

@@ -12,7 +12,8 @@ written.
               as in every micro-batch after the first
     step      all gradients of a turn's roles, and AdamW's temporary memory: on a GPU as much as the second moments of
               one role (`foreach`), on a CPU as much as the largest parameter
-    samples   the guided teacher on the pictures that are sampled at once, or decoding them
+    samples   the guided teacher on the pictures that are sampled at once, or decoding them; for a student that works
+              chunk by chunk (`rollout.chunks`), also its own sampling, as its context grows with the video
 
 `fsdp` shards roles, average, moments and gradients over the GPUs, but not activations, encoders and VAE. In addition
 to its shards, a GPU then holds the layers outside the blocks, two gathered blocks and the gradients of one block
@@ -44,6 +45,7 @@ from fastgen.planning.weightless import LiveBytes, empty, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
+from fastgen.rollout import backward_simulation
 from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
@@ -99,6 +101,7 @@ class Plan:
     turns: tuple[TurnPlan, ...]
     teacher_bytes: int  # activations of the guided teacher on a grid of samples
     decode_bytes: int
+    student_bytes: int = 0  # of the student's sampling on a grid of samples, with what it remembers of its chunks
 
     @property
     def divided(self) -> bool:
@@ -127,6 +130,8 @@ class Plan:
             step = sum(r.gradients for r in trained) + temporary
             result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
+        if self.student_bytes:
+            result["samples, student"] = self.held + self.gathered + self.student_bytes
         result["samples, decoding"] = self.held + self.decode_bytes
         return result
 
@@ -167,11 +172,12 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
         return Plan(recipe, gpus, gpu, tuple(roles), components, quick, 0, 0)
     prompt = prompt_rows(recipe, backbone, components)
     teacher, decode = plan_samples(recipe, backbone, networks, prompt)
+    student = plan_stream(recipe, backbone, networks, prompt) if recipe.rollout.chunks is not None else 0
     if gpu and recipe.train.mixed_precision == "bf16":
         for module in built.wholes:
             norms_in_float32(module)
     turns = tuple(plan_turn(turn, recipe, backbone, networks, prompt) for turn in first_turns(recipe))
-    return Plan(recipe, gpus, gpu, tuple(roles), components, turns, teacher, decode)
+    return Plan(recipe, gpus, gpu, tuple(roles), components, turns, teacher, decode, student)
 
 
 def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
@@ -313,8 +319,10 @@ def make_batch(
     prompt: Callable[[int], Conditioning],
     key: int,
     kind: type[WeightlessBatch] = WeightlessBatch,
+    count: int | None = None,
 ) -> Batch:
-    count, needs = recipe.train.batch_size, recipe.objective.needs
+    """count: its samples; None: as many as the recipe's."""
+    count, needs = count or recipe.train.batch_size, recipe.objective.needs
     ids = torch.arange(count)
 
     def data(*shape: int) -> Tensor:
@@ -386,11 +394,15 @@ class Counted(Denoiser):
         self.denoiser: Denoiser
         self.schedule, self.prediction_type = denoiser.schedule, denoiser.prediction_type
         self.feature_dim = getattr(denoiser, "feature_dim", 0)
+        self.takes_chunks = denoiser.takes_chunks
         self.rows = 0
         self._features: list[list[Tensor]] = []
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         self.rows += len(x_t)
+        if inputs.memory is not None:
+            token = x_t.new_zeros(*x_t.shape[:2], 1, 1)  # one per frame
+            inputs.memory.append((token, token))
         for features in self._features:
             features += [x_t.new_zeros(len(x_t), 1, self.feature_dim) for _ in self.denoiser.feature_modules]
         return x_t
@@ -444,6 +456,16 @@ def plan_samples(
     with LiveBytes() as decoding:
         backbone.decode(x).float()
     return sampling.peak(), decoding.peak()
+
+
+@torch.no_grad()
+def plan_stream(recipe: Recipe, backbone: Backbone, networks: Networks, prompt: Callable[[int], Conditioning]) -> int:
+    """Bytes of a grid of samples that the student makes chunk by chunk, with all its steps."""
+    batch = make_batch(recipe, backbone, prompt, 0, count=recipe.train.num_samples)
+    with LiveBytes() as sampling:
+        stop = torch.full_like(batch.ids, networks.policy.num_steps - 1)
+        backward_simulation(networks.student, networks.policy, batch, stop, grad=False)
+    return sampling.peak()
 
 
 def max_guidance(recipe: Recipe, teacher: Denoiser, t: Tensor) -> float | Tensor:
