@@ -134,6 +134,13 @@ def test_zeros_in_a_caption_file_are_refused_everywhere(flat: Path) -> None:
                 reader(flat)
 
 
+@pytest.mark.parametrize("data", [b"\xef", b"\xef\xbb"])
+def test_a_part_of_a_byte_order_mark_is_no_text(data: bytes, flat: Path) -> None:
+    (flat / "1.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"line 1 of .*1\.txt is not UTF-8"):
+        read(flat)
+
+
 def caption_of(data: bytes) -> str:
     """What a caption file says."""
     text = data.removeprefix(b"\xef\xbb\xbf").decode()
