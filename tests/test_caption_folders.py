@@ -151,7 +151,7 @@ def caption_of(data: bytes) -> str:
 def test_fuzzed_text_files_are_read_as_they_are_or_refused_by_name(flat: Path) -> None:
     """A missing caption is named by its picture."""
     counts, wanted = Counter[str](), dict(read(flat))
-    for draw in draws(5):
+    for draw in draws(30):
         name = draw.choice(sorted(wanted))
         path = (flat / name).with_suffix(".txt")
         data = mutated(draw, CAPTIONS[name].encode())
@@ -181,7 +181,7 @@ def test_fuzzed_tables_give_every_picture_a_caption_or_are_refused_by_name(folde
     """Text has no checksum: a changed letter is another caption. But every picture has one, and lines that are whole
     are read as they are."""
     counts = Counter[str]()
-    for draw in draws(5):
+    for draw in draws(30):
         table = draw.choice(list(TABLES))
         data = mutated(draw, TABLES[table])
         (folder / table).write_bytes(data)

@@ -206,7 +206,7 @@ def test_fuzzed_folders_load_alike_or_are_refused_by_name(folder: Path) -> None:
     wanted = load_file(folder / NETWORK)
     load_all(folder)  # imports, which are not counted
     alike, refused = 0, 0
-    for draw in draws(5):
+    for draw in draws():
         path = draw.choice(list(whole))
         path.write_bytes(mutated(draw, whole[path], within=4096))
         try:

@@ -312,7 +312,7 @@ def test_a_folder_of_the_first_version_has_no_checksums(copy: Path, images: Path
 def test_fuzzed_folders_give_the_same_batches_or_are_refused_by_name(prepared: Path, copy: Path) -> None:
     whole, counts = contents(prepared), Counter[str]()
     wanted = everything(copy)  # which also imports what is imported only once
-    for draw in draws(5):
+    for draw in draws(30):
         name = draw.choice(sorted(whole))
         (copy / name).write_bytes(mutated(draw, whole[name]))
         try:
