@@ -175,7 +175,8 @@ class Consistency(Objective):
         if policy.chunks is not None and (self.teach, self.phases, self.end, self.gan) != ("data", (1,), "edge", None):
             raise ValueError(
                 "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
-                "and leave out phases, end and gan"
+                "and leave out phases, end and gan (chunks that are predicted from real frames do not continue each "
+                "other, and a discriminator of whole videos would see that)"
             )
         if policy.chunks is None and self.form != "packed":
             raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
