@@ -67,7 +67,9 @@ class Batch:
     pixels   [B, 3, H, W] real images in [0, 1].
     pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.
     group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch.
-    frames   for a part of a video (`chunk`), which frames it has; None for whole samples."""
+    frames   for a part of a video (`chunk`), which frames it has; None for whole samples.
+    shared   what the inner updates of a turn share, if `Turn.one_rollout` says so: the rollout that the first of them
+             made. None: every rollout is a new one."""
 
     ids: Tensor
     key: int
@@ -81,6 +83,7 @@ class Batch:
     group: Tensor | None = None
     dtype: torch.dtype = torch.float32
     frames: range | None = None
+    shared: dict[str, object] | None = None
 
     def chunk(self, frames: range) -> "Batch":
         """These frames of all videos. Noise is drawn by frame (`Draws.frames`), all else is that of the whole."""

@@ -369,6 +369,7 @@ def score(
     ] = None,
     scorer: ScorerOption = None,
     output: Annotated[Path, typer.Option(help="The file for the scores of each image (JSON).")] = Path("scores.json"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     batch_size: BatchOption = 16,
 ) -> None:
     """Score the images of a folder one by one: print a table, write all scores."""
@@ -381,7 +382,8 @@ def score(
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        result = score_folder(images, names, scorer_keys(scorer or []), prompts, output, batch_size, device)
+        keys = scorer_keys(scorer or [])
+        result = score_folder(images, names, keys, prompts, output, batch_size, device, overwrite=overwrite)
     except ValueError as error:
         raise refuse(error) from None
     print_table(score_table(result), console())

@@ -188,13 +188,15 @@ def train_networks(
             for turn in recipe.objective.turns(step, run.state):
                 reset_roles(run, turn, step)
                 set_rates(run, turn, step)
+                shared = [dict[str, object]() for _ in range(config.accumulate)] if turn.one_rollout else []
                 for inner in range(turn.updates):
                     before = bit_sums(run.networks, turn) if step == 0 and inner == 0 else None
                     key = make_key(recipe.seed, step, turn.name, inner)
-                    terms, stepped = update(run, turn, progress.position, key)
+                    terms, stepped = update(run, turn, progress.position, key, shared)
                     moved()
                     recipe.objective.finish(turn, run.networks, run.state)
-                    progress.position += samples_per_update(run)
+                    if not turn.one_rollout or inner + 1 == turn.updates:
+                        progress.position += samples_per_update(run)
                     student_moved |= stepped and "student" in turn.roles
                     log.add(turn.name, terms)
                     if before is not None and stepped:
@@ -286,13 +288,16 @@ def measure_student(run: TrainingRun, exported: Path, step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def update(run: TrainingRun, turn: Turn, position: int, key: int) -> tuple[dict[str, Tensor], bool]:
+def update(
+    run: TrainingRun, turn: Turn, position: int, key: int, shared: Sequence[dict[str, object]] = ()
+) -> tuple[dict[str, Tensor], bool]:
     """One optimizer step for the roles of a turn: accumulate, average over processes, clip, step.
 
     Returns the mean terms, and whether the step was made. It is skipped if a gradient is not finite.
 
     Sample number position + i belongs to micro-batch i // (batch_size * processes), which is split over the processes
     in order. So the samples of an update, and the noise of each of them, do not depend on how the update is divided.
+    shared: what each micro-batch shares with those of the turn's other inner updates (`Batch.shared`), if anything.
     Raises TrainingError if too many updates in a row were skipped."""
     config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
@@ -300,6 +305,7 @@ def update(run: TrainingRun, turn: Turn, position: int, key: int) -> tuple[dict[
         first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
         positions = torch.arange(first, first + config.batch_size)
         batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
+        batch = dataclasses.replace(batch, shared=shared[micro] if shared else None)
         with config.autocast(accelerator.device.type), counted(run.networks) as rows:
             losses = objective.loss(turn, run.networks, batch, run.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:

@@ -1,5 +1,6 @@
 """Damage for the fuzz tests: what a bad disk, a broken copy or a slip of the hand makes of a file."""
 
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -7,9 +8,10 @@ from collections.abc import Iterator
 SECTOR = 512  # bytes, the least that a disk loses
 
 
-def draws(seconds: float = 45, seed: int = 0) -> Iterator[random.Random]:
-    """A source of random choices, again and again, until this much CPU time has passed."""
-    draw, end = random.Random(seed), time.process_time() + seconds
+def draws(seconds: float = 60, seed: int = 0) -> Iterator[random.Random]:
+    """A source of random choices, again and again, until this much CPU time has passed. The environment variable
+    FUZZ_SECONDS, if it is set, says how much."""
+    draw, end = random.Random(seed), time.process_time() + float(os.environ.get("FUZZ_SECONDS", seconds))
     while time.process_time() < end:
         yield draw
 

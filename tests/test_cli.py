@@ -151,6 +151,35 @@ def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Pa
     assert "unknown key foo" in done.stderr and "train.steps" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_wrong_argument_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("the only copy")
+    teacher = str(ROOT / "assets/teachers/digits")
+    wrong = [
+        ["eval", "nowhere"],
+        ["eval", teacher, "--metrics", "foo"],
+        ["eval", teacher, "--output", "notes.html"],
+        ["eval", teacher, "--output", "full/thesis.txt/results.json"],
+        ["sample", "nowhere", "--prompt", "a"],
+        ["sample", teacher, "--prompt", "a", "--output", "full"],
+        ["sample", teacher, "--prompt", "a", "--output", "full/thesis.txt/samples"],
+        ["export", "nowhere"],
+        ["score", "nowhere", "--metrics", "clip_score"],
+        ["score", "full", "--metrics", "clip_score", "--output", "full/thesis.txt"],
+    ]
+    program = (
+        f"import sys\nfrom fastgen.cli import main\nfor arguments in {wrong}:\n"
+        "    sys.argv = ['fastgen', *arguments]\n"
+        "    try:\n        main()\n    except SystemExit as error:\n        assert error.code == 2, arguments\n"
+        f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stderr.count("refused: ") == len(wrong) and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full/thesis.txt").read_text() == "the only copy"
+
+
 def test_the_training_programs_help_goes_to_standard_output() -> None:
     program = [sys.executable, ROOT / "fastgen/train.py"]
     asked = subprocess.run([*program, "--help"], capture_output=True, text=True)

@@ -46,7 +46,7 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, predict_x0, transition
 from fastgen.run import checkpoint
-from fastgen.run.build import TrainingRun, build
+from fastgen.run.build import TrainingRun, build, start_from
 from fastgen.run.distributed import start
 from fastgen.run.export import export_run
 from fastgen.sampling.sampler import Sampler, load_sampler
@@ -392,6 +392,18 @@ def flat(module: nn.Module) -> Tensor:
 
 def moments(run: TrainingRun, role: str) -> int:
     return len(run.optimizers[role].state)
+
+
+@pytest.mark.parametrize("start_of", ["run", "export"])
+def test_every_expert_starts_from_the_network_of_a_run_with_one(start_of: str, tmp_path: Path) -> None:
+    first = train(short(tmp_path / "one", "objective.experts=false"))
+    path = first if start_of == "run" else first / "export"
+    recipe = short(tmp_path / "two", f"init_from={path}")
+    run = build(recipe, start(recipe))
+    start_from(run)
+    given = flat(load_sampler(first).denoiser)
+    experts = [flat(expert) for expert in run.networks.student.experts]  # type: ignore[union-attr]
+    assert len(experts) == 2 and all(torch.equal(expert, given) for expert in experts)
 
 
 def test_a_run_resets_the_fake_score_and_its_optimizer_at_each_phase_and_only_there(tmp_path: Path) -> None:

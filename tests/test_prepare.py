@@ -1,17 +1,20 @@
 """`fastgen prepare`: the same batches without text encoders, interruptions without a trace, and what is refused."""
 
+import hashlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from mutations import draws, mutated
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torchvision.utils import save_image
 from typer.testing import CliRunner
@@ -19,7 +22,7 @@ from typer.testing import CliRunner
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.cli import app
 from fastgen.config import load_recipe
-from fastgen.data import make_batch
+from fastgen.data import DataError, make_batch
 from fastgen.data.digits import load_digits, prompt_for
 from fastgen.data.prepared import PreparedData, identity
 from fastgen.data.shard_rows import fold, unfold
@@ -32,6 +35,7 @@ TEACHER = ROOT / "assets/teachers/digits"
 RECIPE = ROOT / "recipes/digits_quickstart.yaml"
 COUNT = 10
 LATENTS = frozenset({"latents"})
+CONFIG = SD3Config(path=str(TEACHER))
 NO_EVAL = ["eval.reference=null", "eval.metrics=[throughput]", "eval.prompts=[a six]"]
 
 
@@ -68,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def build() -> SD3:
-    return SD3Config(path=str(TEACHER)).build(torch.device("cpu"), torch.float32, 0)
+    return CONFIG.build(torch.device("cpu"), torch.float32, 0)
 
 
 def no_encoders(_: SD3) -> None:
@@ -185,7 +189,7 @@ def test_a_killed_process_is_continued_to_the_same_bytes(prepared: Path, images:
         "3",
     ]
     process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (folder / "latents-00001.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -245,6 +249,84 @@ def test_a_shard_cut_short_is_refused(copy: Path, tmp_path: Path, capsys: pytest
     assert "latents-00002.safetensors is damaged" in refusal(copy, tmp_path, capsys)
     shard.unlink()
     assert "latents-00002.safetensors is missing; run the same fastgen prepare" in refusal(copy, tmp_path, capsys)
+
+
+def test_a_changed_prompt_or_manifest_is_refused(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, old, new in (("prompts.jsonl", b"a six", b"a two"), ("manifest.json", b'_size": 3', b'_size": 4')):
+        before = (copy / name).read_bytes()
+        assert before.count(old) == 1
+        (copy / name).write_bytes(before.replace(old, new))
+        error = refusal(copy, tmp_path, capsys)
+        assert name in error and "are not those that were written" in error
+        (copy / name).write_bytes(before)
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    """All that training reads of a prepared folder."""
+    source, backbone = PreparedData(folder=str(folder)), build()
+    source.check(CONFIG)
+    batch = make_batch(source.open(backbone, 0), backbone, torch.arange(COUNT), 1, LATENTS)
+    assert batch.latents is not None
+    text = torch.tensor(list("\n".join(batch.prompts).encode()))
+    uncond = {f"uncond.{key}": value for key, value in batch.uncond.items()}
+    return {"text": text, "latents": batch.latents, **batch.cond, **uncond}
+
+
+@pytest.mark.parametrize("kind", ["latents", "prompts"])
+def test_a_flipped_bit_in_a_row_is_found_when_it_is_read(copy: Path, kind: str) -> None:
+    path = copy / f"{kind}-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{kind}-00001\.safetensors is damaged: row 2 is not what was written"):
+        everything(copy)
+
+
+def test_a_folder_of_the_first_version_has_no_checksums(copy: Path, images: Path, prepared: Path) -> None:
+    """It is read as it is, and continued without making its shards again."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["fastgen"] = "0.1.0"
+    for path in copy.glob("*-*.safetensors"):
+        tensors = {key: value for key, value in load_file(path).items() if key != "crc32"}
+        data = save(tensors)
+        path.write_bytes(data)
+        manifest["files"][path.name] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    wanted = everything(prepared)
+    assert all(torch.equal(value, wanted[key]) for key, value in everything(copy).items())
+    before = contents(copy)
+    (copy / "latents-00001.safetensors").unlink()
+    prepare(recipe_of(images), copy, shard_size=3)
+    after = contents(copy)
+    assert sorted(name for name in before if before[name] != after[name]) == [
+        "latents-00001.safetensors",
+        "manifest.json",
+    ]
+    assert all(torch.equal(value, wanted[key]) for key, value in everything(copy).items())
+
+
+@pytest.mark.slow
+def test_fuzzed_folders_give_the_same_batches_or_are_refused_by_name(prepared: Path, copy: Path) -> None:
+    whole, counts = contents(prepared), Counter[str]()
+    wanted = everything(copy)  # which also imports what is imported only once
+    for draw in draws(30):
+        name = draw.choice(sorted(whole))
+        (copy / name).write_bytes(mutated(draw, whole[name]))
+        try:
+            found = everything(copy)
+        except (ValueError, DataError) as error:
+            assert name in str(error), error
+            counts["refused"] += 1
+        else:
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(value, wanted[key]) for key, value in found.items()), name
+            counts["the same"] += 1
+        (copy / name).write_bytes(whole[name])
+    print(f"{counts['the same']} read the same, {counts['refused']} refused")
+    assert counts["refused"] > 10  # nearly all, since every byte of the folder is under a checksum
 
 
 def change(path: Path) -> None:

@@ -149,7 +149,7 @@ def fuzz(change: Callable[[random.Random, dict[str, Any]], None]) -> None:
     """Changes and reads recipes, and says how many of them were read and refused."""
     import_everything()
     raws, counts, slowest = [yaml.safe_load(path.read_text()) for path in RECIPES], Counter[str](), 0.0
-    for draw in draws(25):
+    for draw in draws(30):
         raw = copy.deepcopy(draw.choice(raws))
         change(draw, raw)
         start = time.process_time()
@@ -179,7 +179,7 @@ def test_recipes_with_fitting_values_are_read_or_refused_in_words() -> None:
 def test_damaged_texts_are_read_or_refused_in_words(tmp_path: Path) -> None:
     import_everything()
     texts, counts, path = [path.read_bytes() for path in RECIPES], Counter[str](), tmp_path / "fuzz.yaml"
-    for draw in draws(25):
+    for draw in draws(30):
         path.write_bytes(mutated(draw, draw.choice(texts)))
         try:
             with timed():

@@ -260,6 +260,33 @@ def test_a_lock_file_that_was_just_removed_is_no_lock(tmp_path: Path, monkeypatc
         os.close(descriptor)
 
 
+def test_a_lock_file_that_vanishes_while_it_is_compared_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run begins and ends in between, so that the file seems to be there and is not."""
+    path, flock = tmp_path / LOCK, fcntl.flock
+
+    def late(handle: int, flags: int) -> None:
+        path.unlink()
+        monkeypatch.undo()
+        monkeypatch.setattr(Path, "is_file", lambda self: True)
+        flock(handle, flags)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    handle, owner = lock(path)
+    assert not owner and os.path.samestat(os.fstat(handle), path.stat())
+    os.close(handle)
+
+
+def test_the_lock_of_a_run_that_came_later_stays(tmp_path: Path) -> None:
+    with locked(tmp_path / "run", Accelerator(cpu=True)):
+        (tmp_path / "run" / LOCK).unlink()
+        (tmp_path / "run" / LOCK).write_text("another run")
+    assert (tmp_path / "run" / LOCK).read_text() == "another run"
+    with locked(tmp_path / "run", Accelerator(cpu=True)):
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_the_first_signal_is_noted() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:

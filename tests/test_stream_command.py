@@ -27,6 +27,7 @@ from fastgen.sampling.speed import STAGES, Speed
 from fastgen.sampling.stream import check_changes, parse_change
 from fastgen.sampling.video import video_writer
 from fastgen.streaming.schedule import ChunkSchedule
+from fastgen.streaming.stream import Stream
 
 ROOT = Path(__file__).parents[1]
 POLICY = RolloutPolicy((1.0, 0.6), chunks=ChunkSchedule(frames=2, first=1, window=5, sink=1))
@@ -157,6 +158,21 @@ def test_what_does_not_stream_is_refused(run_folder: Path, tmp_path: Path) -> No
     (tmp_path / "out.mp4").write_text("mine")
     assert "give --overwrite" in refusal(run_folder) and (tmp_path / "out.mp4").read_text() == "mine"
     assert "is a folder" in refusal(run_folder, "--overwrite", "--report", tmp_path)
+    assert "are both" in refusal(run_folder, "--overwrite", "--report", tmp_path / "out.mp4")
+
+
+def test_a_video_is_replaced_only_when_there_are_pictures(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that hold NaN make none."""
+    output = tmp_path / "out.mp4"
+    output.write_bytes(b"an earlier video")
+    arguments = ["--prompt", "a cat", "--seconds", 1, "--output", output, "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "decode", lambda self, latents: torch.full((1, 3, 32, 32), float("nan")))
+        status, _, error = stream(run_folder, *arguments)
+    assert status == 2 and "not finite" in error
+    assert output.read_bytes() == b"an earlier video" and list(tmp_path.iterdir()) == [output]
 
 
 def test_a_refusal_imports_nothing_heavy(run_folder: Path) -> None:
@@ -204,7 +220,7 @@ def test_the_file_grows_picture_by_picture(tmp_path: Path) -> None:
     with video_writer(path, 10, playable=True) as append:
         for part in frames.split(30):
             append(part)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not (path.is_file() and path.stat().st_size > sizes[-1] + 1000) and time.monotonic() < deadline:
                 time.sleep(0.05)  # ffmpeg works on its own
             sizes.append(path.stat().st_size)

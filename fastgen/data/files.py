@@ -34,6 +34,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Raises ValueError if no file or folder can be made at this path, so that this is known before the work."""
+    holder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not holder.is_dir():
+        raise ValueError(f"{path} cannot be written, because {holder} is no folder; choose another place")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: there is no permission to write in {holder}")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises ValueError if a file cannot be written at this path, or is there already and must not be replaced."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another --output, or give --overwrite to replace it")
+    check_place(path)
+
+
 def replace_file(path: Path, data: bytes | str) -> None:
     """Writes a whole file in place of the one that is there."""
     with replacing(path) as file:

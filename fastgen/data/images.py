@@ -1,6 +1,7 @@
 """Folders of images, and how an image file is read into pixels."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.pictures import PictureError, image_files, picture_size, read_picture
+from fastgen.data.pictures import IMAGE_SUFFIXES, PictureError, image_files, picture_size, read_picture
 from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, read_text
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -74,7 +75,8 @@ class ImageData(SampleSource):
 
 
 def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:
-    """The images that a table lists, and their captions. Raises ValueError if an image or a caption is missing."""
+    """The images that a table lists, and their captions. Raises ValueError if an image or a caption is missing, and if
+    an image in the folder is not in the table, which may have been cut."""
     columns = columns_of(table)
     if "file_name" not in columns:
         raise ValueError(f"{table} has no column file_name, only {', '.join(columns)}")
@@ -82,10 +84,23 @@ def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str
     names, values = read_columns(table, ["file_name", column])
     captions = [check_text(value, f"{column} in row {i} of {table}") for i, value in enumerate(values, 1)]
     files = [table.parent / check_text(n, f"file_name in row {i} of {table}") for i, n in enumerate(names, 1)]
-    missing = next((i for i, f in enumerate(files) if not f.is_file()), None)
+    missing = next((i for i, f in enumerate(files) if not os.path.isfile(f)), None)  # False for any impossible name
     if missing is not None:
         raise ValueError(f"row {missing + 1} of {table} names {names[missing]}, which does not exist")
+    if alone := unlisted(files, table.parent):
+        number = "1 image that lies" if len(alone) == 1 else f"{len(alone)} images that lie"
+        raise ValueError(
+            f"{table} does not list {number} there, the first is {alone[0]}; add what is missing to the table, or "
+            "move the images out of the folder"
+        )
     return files, captions
+
+
+def unlisted(listed: Sequence[Path], root: Path) -> list[Path]:
+    """The images in a folder, and in the folders below it, that are not listed; sorted by name."""
+    known = {os.path.normpath(file) for file in listed}
+    found = (f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and os.path.normpath(f) not in known)
+    return sorted(f for f in found if not f.is_dir())
 
 
 def resolution(config: BackboneConfig) -> int:

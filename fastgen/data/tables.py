@@ -14,9 +14,9 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file, stripped."""
+    """The non-empty lines of a UTF-8 file, stripped. Raises ValueError for a line that is no text."""
     with utf8(path), path.open(encoding="utf-8-sig") as file:
-        return [line.strip() for line in file if line.strip()]
+        return [check_text(line.strip(), f"line {i} of {path}") for i, line in enumerate(file, 1) if line.strip()]
 
 
 def read_captions(path: Path, column: str | None) -> list[str]:
@@ -38,10 +38,15 @@ def choose_column(columns: Sequence[str], column: str | None, where: str) -> str
 
 
 def check_text(value: Any, where: str) -> str:
-    """Returns the value. Raises ValueError if it is not text."""
+    """Returns the value. Raises ValueError if it is not text; also for a NUL, which a crash leaves in place of what
+    was written last, and for one half of a surrogate pair, which no UTF-8 file can hold."""
     if not isinstance(value, str):
         shown = "null" if value is None else f"{str(value)[:40]!r} ({type(value).__name__})"
         raise ValueError(f"{where} is {shown}, not text; correct or remove it, or choose another column")
+    if "\0" in value:
+        raise ValueError(f"{where} has a NUL character: it is damaged, or UTF-16; write it again as UTF-8")
+    if half := next((c for c in value if "\ud800" <= c <= "\udfff"), None):
+        raise ValueError(f"{where} has half a character, \\u{ord(half):x}; correct or remove it")
     return value
 
 
@@ -91,7 +96,7 @@ def json_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -99,18 +104,33 @@ def json_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises ValueError if a key repeats, where json would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"it has two values of {repeated([key for key, _ in pairs])!r}")
+    return row
+
+
+def repeated(names: Sequence[str]) -> str:
+    """The first of the names that is there twice; "" if none is."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), "")
+
+
 def csv_rows(path: Path, lines: Iterator[str]) -> Iterator[dict[str, str]]:
     reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
-        header = next(reader, None)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path} has two columns named {repeated(header)}; rename or remove one of them")
         for cells in reader if header else ():
-            if cells and len(cells) != len(header or ()):
+            if cells and len(cells) != len(header):
                 raise ValueError(
                     f"line {reader.line_num} of {path} has {len(cells)} cells, but the header has "
-                    f"{len(header or ())}; text that contains a comma needs quotes"
+                    f"{len(header)}; text that contains a comma needs quotes"
                 )
             if cells:
-                yield dict(zip(header or (), cells, strict=True))
+                yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} of {path} is not valid csv: {error}") from None
 
@@ -129,9 +149,12 @@ def utf8(path: Path) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """A caption file's text, without the spaces around it. Raises ValueError, naming the line, if it is not UTF-8."""
+    """A caption file's text, without the spaces around it. Raises ValueError if it is not UTF-8, or no text."""
     with utf8(path):
-        return path.read_text(encoding="utf-8-sig").strip()
+        text = path.read_bytes().decode(
+            "utf-8-sig"
+        )  # of an open file, Python skips even a part of the byte order mark
+    return check_text(text.replace("\r\n", "\n").replace("\r", "\n").strip(), str(path))
 
 
 def decodes(line: bytes) -> bool:

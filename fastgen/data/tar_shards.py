@@ -20,7 +20,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataError, Samples, SampleSource
 from fastgen.data.images import check_sizes, read_image, resolution
 from fastgen.data.pictures import IMAGE_SUFFIXES, picture_size
-from fastgen.data.tables import check_text, choose_column
+from fastgen.data.tables import check_text, choose_column, unique
 
 
 class Entry(NamedTuple):
@@ -199,12 +199,12 @@ def read_caption(texts: Mapping[str, bytes], column: str | None, where: str) -> 
         raise ValueError(f"{where} has no caption; add a {kinds} member with the same name")
     try:
         text = texts[suffix].decode("utf-8-sig")
-        if suffix == ".txt":
-            return text.strip()
-        row = json.loads(text)
+        row = {} if suffix == ".txt" else json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise ValueError(f"the {suffix} of {where} is not {kind}: {error}") from None
+    if suffix == ".txt":
+        return check_text(text.strip(), f"the .txt of {where}")
     if not isinstance(row, dict):
         raise ValueError(f'the .json of {where} is not an object like {{"caption": "a lighthouse"}}')
     column = choose_column(list(row), column, f"the .json of {where}")

@@ -18,10 +18,10 @@ import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import exact_data, read_prompts
-from fastgen.data.files import write_json
+from fastgen.data.files import check_output, write_json
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
-from fastgen.evaluation.results import Row, print_results, refuse_existing, write_page
+from fastgen.evaluation.results import Row, print_results, write_page
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, inception_file
 from fastgen.metrics.points import labels_of
@@ -240,8 +240,13 @@ def evaluate_path(
     evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
     Raises ValueError for anything that does not fit."""
     path = Path(path)
-    if output is not None and not overwrite:
-        refuse_existing(Path(output), Path(output).with_suffix(".html"))
+    if output is not None:
+        if Path(output).suffix == ".html":
+            raise ValueError(
+                f"--output is the results file, such as {Path(output).with_suffix('.json')}; the page is made"
+            )
+        for file in (Path(output), Path(output).with_suffix(".html")):
+            check_output(file, overwrite)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}

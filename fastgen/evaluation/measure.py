@@ -1,7 +1,6 @@
 """Streams samples through metrics in batches, shows progress, and continues an interrupted evaluation."""
 
 import json
-import os
 import signal
 import threading
 import time
@@ -14,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from fastgen.data.files import replace_file
 from fastgen.metrics import Metric
 from fastgen.run.terminal import progress_bar
 from fastgen.sampling.video import stills
@@ -62,11 +62,8 @@ class Partial:
     def write(self, metrics: Sequence[Metric], count: int) -> None:
         """Writes the file atomically."""
         tensors = {f"{m.name}/{name}": t.contiguous() for m in metrics for name, t in m.state().items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         about = {"count": json.dumps(count), "identity": json.dumps(self.identity)}
-        save_file(tensors, temporary, about)
-        os.replace(temporary, self.path)
+        replace_file(self.path, save(tensors, about))
 
 
 def measure(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fastgen.data.files import write_json
+from fastgen.data.files import check_output, write_json
 from fastgen.run import terminal
 
 Row = dict[str, Any]
@@ -37,13 +37,6 @@ def write_page(
     write_report(path, rows, draw_pictures(samples, captions))
 
 
-def refuse_existing(*paths: Path) -> None:
-    """Raises ValueError if one of the files exists, so that no results are lost."""
-    for path in paths:
-        if path.exists():
-            raise ValueError(f"{path} exists; choose another --output, or give --overwrite to replace it")
-
-
 def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = True) -> None:
     """Writes one page and prints one table for several result files. Rows whose name repeats also show their file. The
     samples are those of the pages beside the result files.
@@ -51,8 +44,7 @@ def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = 
     overwrite: whether the page may exist. Raises ValueError if it must not, and for a file that contains no result."""
     from fastgen.evaluation.report import pictures_in, write_report
 
-    if not overwrite:
-        refuse_existing(output_html)
+    check_output(output_html, overwrite)
     found = {Path(file): read_rows(Path(file)) for file in results_files}
     names = [row["name"] for rows in found.values() for row in rows]
 

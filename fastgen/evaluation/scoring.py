@@ -10,8 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastgen.data import read_prompts
-from fastgen.data.files import write_json
-from fastgen.evaluation.report import format_value
+from fastgen.data.files import check_output, write_json
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
 from fastgen.rewards import REWARDS, Reward, make_reward
 from fastgen.run.terminal import progress_bar
@@ -28,6 +27,7 @@ def score_folder(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Scores all images of a folder. Their sizes may differ. names: rewards that read pixels. keys: the rewards' keys,
     by name. prompts: a file with one prompt for each image, in the order of the images' names, or one prompt for all.
@@ -35,7 +35,10 @@ def score_folder(
 
     Returns the result, and writes it as JSON if `output` is given. It has one row per image with its file, prompt and
     scores (null if there is none), the means over the images that have a score, and what is needed to repeat the
-    measurement. Raises ValueError for anything that does not fit, before weights load."""
+    measurement. overwrite: whether the file may exist. Raises ValueError for anything that does not fit, before
+    weights load."""
+    if output is not None:
+        check_output(output, overwrite)
     files = sample_files(folder)
     texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
     rewards = choose(names, keys)
@@ -127,8 +130,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def score_table(result: dict[str, Any]) -> Table:
     """A rich table of the first images and of the means."""
-    from rich.table import Table
     from rich.text import Text
+
+    from fastgen.evaluation.report import format_value  # matplotlib takes a second to import
 
     columns = list(result["means"])
     table = Table("image", "prompt", title=f"{len(result['images'])} images")

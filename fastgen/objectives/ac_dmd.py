@@ -61,6 +61,8 @@ class ACDMD(Objective):
     # 7 SD3 and SD3.5, 4 FLUX.2-klein. Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
     fake_updates: int = Field(default=10, ge=1, le=MOST_STEPS)  # 10 in stage 1, 1 in stage 2
+    # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
+    share_rollout: bool = False
     # shared: one stop index per update, the released code. last: only the last step is matched, RTDMD's stage 2
     stops: Literal["shared", "per_sample", "last"] = "shared"
     condition_on_stop: bool = False  # ours, see above
@@ -103,7 +105,8 @@ class ACDMD(Objective):
         return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("fake_score", ("fake_score",), self.fake_updates), Turn("student", ("student",)))
+        fake_turn = Turn("fake_score", ("fake_score",), self.fake_updates, one_rollout=self.share_rollout)
+        return (fake_turn, Turn("student", ("student",)))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)

@@ -77,6 +77,8 @@ class ADM(Objective):
     guidance_scale: Guidance = 7.0
     ode_step: float = Field(default=1 / 64, gt=0, lt=1)  # "T/64"
     fake_updates: int = Field(default=4, ge=1, le=MOST_STEPS)  # 1, 4 and 8 are nearly equal after ADP
+    # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
+    share_rollout: bool = False
     # the paper: fake score, generator and D alternate
     discriminator_updates: int = Field(default=1, ge=1, le=MOST_STEPS)
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # ours, as in DMD2
@@ -118,7 +120,7 @@ class ADM(Objective):
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         return (
-            Turn("fake_score", ("fake_score",), self.fake_updates),
+            Turn("fake_score", ("fake_score",), self.fake_updates, one_rollout=self.share_rollout),
             Turn("student", ("student",)),
             Turn("discriminator", ("discriminator",), self.discriminator_updates),
         )

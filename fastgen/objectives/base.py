@@ -26,13 +26,16 @@ class Turn:
 
     reset: roles that are re-initialised from the teacher, with fresh optimizers, before the turn begins.
     progress: (k, n) uses the learning rates of update k of an n-update run. None uses the learning rates of the
-    current update of the whole run."""
+    current update of the whole run.
+    one_rollout: all inner updates see the same samples and the rollout that the first of them made; other draws are
+    their own."""
 
     name: str
     roles: tuple[str, ...]
     updates: int = 1
     reset: tuple[str, ...] = ()
     progress: tuple[int, int] | None = None
+    one_rollout: bool = False
 
 
 @dataclass(frozen=True)

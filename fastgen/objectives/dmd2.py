@@ -63,6 +63,8 @@ class DMD2(Objective):
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
     fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # "5 fake updates per generator update", Sec. 4.2
+    # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
+    share_rollout: bool = False
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
@@ -134,7 +136,9 @@ class DMD2(Objective):
         return modules
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("fake_score", self.trained_roles[1:], self.fake_updates), Turn("student", ("student",)))
+        roles = self.trained_roles[1:]
+        fake_turn = Turn("fake_score", roles, self.fake_updates, one_rollout=self.share_rollout)
+        return (fake_turn, Turn("student", ("student",)))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)

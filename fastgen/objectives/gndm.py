@@ -69,6 +69,8 @@ class GNDM(Objective):
     group_size: int = Field(default=8, ge=1, le=MOST_BATCH)
     guidance_scale: Guidance = 1.0  # this and the next three defaults are as in DMD2
     fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)
+    # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
+    share_rollout: bool = False
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
@@ -137,7 +139,8 @@ class GNDM(Objective):
         return replay.empty()
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("fake_score", ("fake_score",), self.fake_updates), Turn("student", ("student",)))
+        fake_turn = Turn("fake_score", ("fake_score",), self.fake_updates, one_rollout=self.share_rollout)
+        return (fake_turn, Turn("student", ("student",)))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if turn.name == "fake_score":

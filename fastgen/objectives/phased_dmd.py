@@ -79,6 +79,8 @@ class PhasedDMD(Objective):
     random_exit: bool = True  # SGTS; False: gradient through all steps of the phase
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one exit step per update
     fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper
+    # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
+    share_rollout: bool = False
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # law of (t - s) / (1 - s); 20..980 LightX2V
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # law of (t - s) / (1 - s); ours, the interval of DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
@@ -181,7 +183,9 @@ class PhasedDMD(Objective):
         k = sum(step >= start for start in starts) - 1
         progress = (step - starts[k], self.phases[k].updates)
         reset = ("fake_score",) if step == starts[k] else ()
-        fake_turn = PhaseTurn("fake_score", ("fake_score",), self.fake_updates, reset, progress, phase=k)
+        fake_turn = PhaseTurn(
+            "fake_score", ("fake_score",), self.fake_updates, reset, progress, one_rollout=self.share_rollout, phase=k
+        )
         student_turn = PhaseTurn("student", ("student",), progress=progress, phase=k)
         return (fake_turn, student_turn)
 

@@ -432,14 +432,18 @@ def evaluations(
     prompt: Callable[[int], Conditioning],
     state: State,
     key: int,
-) -> dict[str, int]:
-    """The number of rows that each network is called with in one micro-batch of a turn."""
+) -> dict[str, float]:
+    """The number of rows that each network is called with in one micro-batch of a turn, the mean over inner updates if
+    they share a rollout."""
     stand_ins = {role: Counted(m) if isinstance(m, Denoiser) else m for role, m in networks.items()}
     batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key), CountingBatch)
+    repeats = turn.updates if turn.one_rollout else 1
+    batch = dataclasses.replace(batch, shared={} if turn.one_rollout else None)
     with torch.no_grad():
-        for _ in losses(recipe, turn, Networks(stand_ins, networks.policy, networks.scorer), batch, state):
-            pass
-    return {role: m.rows if isinstance(m, Counted) else 0 for role, m in stand_ins.items()}
+        for _ in range(repeats):
+            for _ in losses(recipe, turn, Networks(stand_ins, networks.policy, networks.scorer), batch, state):
+                pass
+    return {role: m.rows / repeats if isinstance(m, Counted) else 0 for role, m in stand_ins.items()}
 
 
 @torch.no_grad()

@@ -112,10 +112,21 @@ def backward_simulation(
     step is independent of the initial noise, as in DMD2.
     to: [B], the level that the executed step goes to, by the policy's transition with noise of its own ("exit"); x is
     then x_s at s = to. None: x is the clean prediction, and s = 0.
-    A policy with chunks makes the video chunk by chunk, as `simulate_chunks` says."""
-    if policy.chunks is None:
-        return simulate(student, policy, batch, stop, grad, to)[0]
-    return simulate_chunks(student, policy, batch, stop, grad, to)
+    A policy with chunks makes the video chunk by chunk, as `simulate_chunks` says.
+    With `batch.shared`, rollouts without gradient are made once; the stops are then those of the first call."""
+
+    def run() -> Rollout:
+        if policy.chunks is None:
+            return simulate(student, policy, batch, stop, grad, to)[0]
+        return simulate_chunks(student, policy, batch, stop, grad, to)
+
+    if grad or batch.shared is None:
+        return run()
+    if "rollout" not in batch.shared:
+        batch.shared["rollout"] = run()
+    rollout = batch.shared["rollout"]
+    assert isinstance(rollout, Rollout)
+    return rollout
 
 
 def simulate(

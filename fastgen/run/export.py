@@ -11,11 +11,10 @@ import torch
 import fastgen
 from fastgen.backbones.base import Backbone
 from fastgen.config import dump_recipe, load_stored, to_dict
-from fastgen.data.files import replace_file, unused_sibling
+from fastgen.data.files import check_place, replace_file, unused_sibling
 from fastgen.denoiser import Denoiser
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
-from fastgen.run.build import build_backbone
 from fastgen.run.leftovers import REPLACED, restore
 from fastgen.sampling.sampler import METADATA
 
@@ -131,6 +130,9 @@ def export_run(
     folder = output or run / "export"
     if folder.exists() and not (folder / METADATA).is_file():
         raise ValueError(f"{folder} exists and is not an export; choose another folder")
+    check_place(folder)
+    from fastgen.run.build import build_backbone  # accelerate takes seconds to import
+
     recipe = load_stored(run / "recipe.yaml")
     backbone = build_backbone(recipe, torch.device("cpu"), dtype=torch.float32)
     student = recipe.objective.make_student(backbone, recipe.rollout)

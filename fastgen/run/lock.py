@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ def lock(path: Path) -> tuple[int, str]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.is_file() or not os.path.samestat(os.fstat(handle), path.stat()):
+            if not is_at(handle, path):
                 os.close(handle)  # the run that had it has just ended, and removed the file
                 continue
             os.ftruncate(handle, 0)
@@ -31,6 +31,14 @@ def lock(path: Path) -> tuple[int, str]:
         except OSError:
             pass  # some network file systems have no locks
         return handle, ""
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one at this path. It may have been removed, and another be there, at any moment."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -56,8 +64,9 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            if not owner:
+            if not owner and is_at(handle, folder / LOCK):  # the folder may have been moved or removed
                 os.unlink(folder / LOCK)
             os.close(handle)
-            if not existed and not any(folder.iterdir()):
-                folder.rmdir()
+            if not existed:
+                with suppress(OSError):  # it has become a run
+                    folder.rmdir()

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgen.data import read_prompts
+from fastgen.data.files import check_place
 from fastgen.run.terminal import progress_bar
-from fastgen.sampling.pictures import plot_points, save_grid
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
 
@@ -33,6 +33,7 @@ def sample_folder(
     texts = [*prompts, *(read_prompts(str(prompt_file)) if prompt_file else [])]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another")
+    check_place(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=device)
     kind = sampler.backbone.output
@@ -57,6 +58,8 @@ def sample_folder(
         kept.append(stills(samples) if kind == "frames" else samples)
         bar.update(len(chunk))
     bar.close()
+    from fastgen.sampling.pictures import plot_points, save_grid
+
     first = torch.cat(kept)
     if kind == "points":
         save_file({"points": first}, output / "points.safetensors")
@@ -68,6 +71,8 @@ def sample_folder(
 
 def write_sample(sample: Tensor, text: str, stem: Path, fps: int | None) -> None:
     """Writes an image [3, H, W] or a video [F, 3, H, W], and its prompt in a .txt file; nothing for a point [D]."""
+    from fastgen.sampling.pictures import save_grid  # matplotlib takes a second to import
+
     if sample.dim() == 1:
         return
     if sample.dim() == 3:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backbones.folder import STREAMING, read_index
+from fastgen.data.files import check_output
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.terminal import progress_bar
@@ -53,10 +54,10 @@ class StreamRequest:
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")
         for file in (self.output, self.report):
-            if file is not None and file.is_dir():
-                raise ValueError(f"{file} is a folder; name a file")
-            if file is not None and file.exists() and not self.overwrite:
-                raise ValueError(f"{file} exists; choose another name, or give --overwrite")
+            if file is not None:
+                check_output(file, self.overwrite)
+        if self.report is not None and self.report.absolute() == self.output.absolute():
+            raise ValueError(f"--report and --output are both {self.output}; give each its own file")
         check_device(self.device)
         check_writer()
         return folder
