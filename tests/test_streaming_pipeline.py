@@ -235,7 +235,12 @@ def test_a_prompt_changes_what_follows(pipeline: StreamingWanPipeline) -> None:
 
 @pytest.mark.parametrize(
     "chunks",
-    [{"window": None, "sink": 0}, {"window": 9}, {"positions": "absolute", "window": 9}, {"order": "step"}],
+    [
+        {"window": None, "sink": 0},
+        {"window": 9},
+        {"positions": "absolute", "window": 9},
+        {"order": "step", "window": 9},
+    ],
 )
 def test_recache_with_the_same_prompt_gives_the_same_context(
     chunks: dict[str, Any], pipeline: StreamingWanPipeline
