@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in their usual order")
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=6000, help="training steps of the transformer")
+    parser.add_argument("--steps", type=int, default=9000, help="training steps of the transformer")
     parser.add_argument("--videos", type=int, default=500, help="measured for each number")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.5, 4.0], help="scales to measure at")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the transformer")

@@ -74,10 +74,12 @@ def new_transformer(channels: int) -> WanTransformer3DModel:
 
 def pipeline(folder: Path, transformer: WanTransformer3DModel) -> WanPipeline:
     """The pipeline of the written text parts and autoencoder and this transformer."""
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+    vae.register_to_config(_name_or_path="")  # where it was read
     return WanPipeline(
         tokenizer=T5Tokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval(),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae").eval(),
+        vae=vae,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     )
