@@ -18,6 +18,8 @@ from fastgen.schedule import PredictionType, Schedule
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 
+Memory = list[tuple[Tensor, Tensor]]  # keys and values of a chunk, [B, tokens, heads, D], per layer
+
 EMBEDDED = ("s", "guidance", "stop")  # the inputs that reach a network through its time embedder
 
 
@@ -34,7 +36,7 @@ class Inputs:
     causal: x_t is a whole video, [B, F, ...], and each chunk of this schedule sees itself and its past.
     clean: with causal, the video [B, F, ...] whose frames are seen as past instead of those of x_t (teacher forcing),
     at the schedule's context noise.
-    memory: a list to which the network appends what later chunks need of this one, per layer (`Denoiser.commit`).
+    memory: a list to which the network appends what later chunks need of this one, per layer (`Denoiser.remember`).
 
     To add a kind of input, add a field here and read it in the families that support it."""
 
@@ -45,7 +47,7 @@ class Inputs:
     context: Context | None = None
     causal: ChunkSchedule | None = None
     clean: Tensor | None = None
-    memory: list[tuple[Tensor, Tensor]] | None = None
+    memory: Memory | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -121,6 +123,25 @@ class Denoiser(nn.Module):
         x0 = self.schedule.to_sample(output, x_t, t, self.prediction_type)
         return self.schedule.from_sample(x0, x_t, t, predict)
 
+    def remember(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        context: Context,
+        inputs: Inputs = NO_INPUTS,
+        grad: bool = False,
+    ) -> Memory:
+        """What later chunks need of the next chunk x [B, frames, ...], which is clean or at level t [B], per layer.
+
+        It is a forward like any other, so that hooks gather sharded weights and count it, and its prediction is
+        dropped. grad: whether gradient flows from later chunks to the network through what it remembers of this
+        one."""
+        memory: Memory = []
+        with torch.set_grad_enabled(grad):
+            self(x, t, cond, dataclasses.replace(inputs, context=context, memory=memory))
+        return memory
+
     def commit(
         self,
         x: Tensor,
@@ -130,15 +151,8 @@ class Denoiser(nn.Module):
         inputs: Inputs = NO_INPUTS,
         grad: bool = False,
     ) -> Context:
-        """The context with the next chunk x [B, frames, ...] added, which is clean or at level t [B].
-
-        It is a forward like any other, so that hooks gather sharded weights and count it, and its prediction is
-        dropped. `context` itself does not change. grad: whether gradient flows from later chunks to the network
-        through what it remembers of this one."""
-        memory: list[tuple[Tensor, Tensor]] = []
-        with torch.set_grad_enabled(grad):
-            self(x, t, cond, dataclasses.replace(inputs, context=context, memory=memory))
-            return context.committed(memory)
+        """The context with the next chunk added, as `remember` takes it. `context` itself does not change."""
+        return context.committed(self.remember(x, t, cond, context, inputs, grad))
 
     def timestep(self, t: Tensor, inputs: Inputs) -> Tensor:
         """The input of the network's time embedder: the timestep in the network's own unit, shaped like t, or packed

@@ -15,6 +15,7 @@ from fastgen.backbones.wan import WanDenoiser
 from fastgen.batch import Batch, Conditioning, Draws
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.rollout import RolloutPolicy, backward_simulation, commit, sample, sample_chunks
+from fastgen.streaming.causal_wan import rotation
 from fastgen.streaming.compiled import compile_blocks
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
@@ -192,6 +193,44 @@ def test_frame_100_000_is_as_frame_30(network: WanDenoiser) -> None:
     far = dataclasses.replace(context, blocks=(context.blocks[0], *window), frames=10**5 + 30)
     near = network(x, t, conditioning(), Inputs(context=context))
     assert torch.equal(near, network(x, t, conditioning(), Inputs(context=far)))
+
+
+def test_absolute_positions_at_frame_100_000(network: WanDenoiser) -> None:
+    """Angles are exact there, and without a sink the prediction is that of frame 30, up to float32 rotations."""
+    angles = torch.arange(10**5, 10**5 + 2, dtype=torch.float64)[:, None] / 10000 ** torch.tensor([0.0, 0.5])
+    cos, sin = rotation((range(10**5, 10**5 + 2),), (1, 1), (4, 2, 2), torch.device("cpu"))
+    assert torch.equal(cos[0, :, 0, :2], angles.cos().float()) and torch.equal(sin[0, :, 0, :2], angles.sin().float())
+    chunks = ChunkSchedule(frames=2, window=6, positions="absolute")
+    x, t = draws(2)("x"), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    context = Context(chunks)
+    for i in range(15):
+        context = network.commit(draws(2)(f"{i}"), torch.zeros_like(t), conditioning(), context)
+    blocks = tuple(b._replace(frames=range(b.frames.start + 10**5, b.frames.stop + 10**5)) for b in context.blocks)
+    far = dataclasses.replace(context, blocks=blocks, frames=10**5 + 30)
+    near = network(x, t, conditioning(), Inputs(context=context))
+    error = (near - network(x, t, conditioning(), Inputs(context=far))).abs().max().item()
+    print(f"{error:.1e}")
+    assert error < 1e-5
+
+
+def test_a_long_stream_with_absolute_positions_keeps_no_old_rotations(network: WanDenoiser) -> None:
+    """Every chunk has positions of its own there. What stays in memory is what four chunks need."""
+
+    def held(positions: Any) -> int:
+        """Bytes of all tensors after 20 chunks."""
+        rotation.cache_clear()
+        chunks = ChunkSchedule(frames=2, window=8, sink=2, positions=positions)
+        clips = sample_chunks(network, policy(chunks, 1.0), conditioning(), draws(1))
+        kept = [next(clips) for _ in range(20)][-1:]
+        gc.collect()
+        assert kept
+        return sum(t.numel() * t.element_size() for t in gc.get_objects() if issubclass(type(t), Tensor))
+
+    relative, absolute = held("relative"), held("absolute")
+    cos, _ = rotation((range(8),), (2, 2), (4, 4, 4), torch.device("cpu"))  # of a whole window
+    one = 2 * cos.numel() * cos.element_size()
+    print(f"absolute positions hold {absolute - relative} bytes more than relative ones; a window takes {one}")
+    assert absolute - relative <= 4 * one
 
 
 # --- contexts
@@ -438,7 +477,7 @@ def test_a_changed_prompt_leaves_earlier_chunks_alone(network: WanDenoiser) -> N
         if i == 3:
             last = chunk
             break
-    context = commit(network, sampler, last.x0, conditioning(), draws(1).chunk(last.frames), last.context)
+    context = commit(network, sampler, [last.x0], conditioning(), draws(1).chunk(last.frames), last.context)
     same = next(sample_chunks(network, sampler, conditioning(), draws(1), context)).x0
     other = next(sample_chunks(network, sampler, conditioning(seed=9), draws(1), context)).x0
     assert not torch.equal(same, other)

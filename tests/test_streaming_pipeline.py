@@ -234,7 +234,13 @@ def test_a_prompt_changes_what_follows(pipeline: StreamingWanPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks", [{"window": None, "sink": 0}, {"window": 9}, {"positions": "absolute", "window": 9}]
+    "chunks",
+    [
+        {"window": None, "sink": 0},
+        {"window": 9},
+        {"positions": "absolute", "window": 9},
+        {"order": "step", "window": 9},
+    ],
 )
 def test_recache_with_the_same_prompt_gives_the_same_context(
     chunks: dict[str, Any], pipeline: StreamingWanPipeline
@@ -265,12 +271,12 @@ def test_recache_is_a_video_of_the_frames_that_are_kept(
     held = [block.frames for block in stream.context.blocks]
     assert sum(map(len, held)) == stream.context.chunks.window - 2
     assert (held[0].start == 0) == bool(stream.context.chunks.sink)
-    assert sorted(stream.clean) == [frame for frames in held for frame in frames]
+    assert sorted(stream.kept) == [frame for frames in held for frame in frames]
     start, again = 0, Context(ChunkSchedule())
     for frames in held:
         own = ChunkSchedule(frames=len(frames))
         again = dataclasses.replace(again, chunks=own, frames=start)
-        x0 = torch.stack([stream.clean[f] for f in frames], dim=1)
+        x0 = torch.stack([stream.kept[f][-1] for f in frames], dim=1)
         again = stream.denoiser.commit(x0, torch.zeros(1), stream.cond, again)
         start += len(frames)
     expected = [tensor for block in again.blocks for tensor in (block.keys, block.values)]
@@ -290,7 +296,10 @@ def test_an_averaged_sink_cannot_be_computed_again(pipeline: StreamingWanPipelin
 
 
 @pytest.mark.parametrize("made", [0, 1, 2, 5])
-@pytest.mark.parametrize("chunks", [{}, {"first": 2, "sink": 2, "window": 6, "sink_decay": 0.5, "context_noise": 0.1}])
+@pytest.mark.parametrize(
+    "chunks",
+    [{}, {"first": 2, "sink": 2, "window": 6, "sink_decay": 0.5, "context_noise": 0.1}, {"order": "step"}],
+)
 def test_a_saved_stream_continues_to_the_same_bits(
     made: int, chunks: dict[str, Any], pipeline: StreamingWanPipeline, tmp_path: Path
 ) -> None:

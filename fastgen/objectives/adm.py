@@ -70,6 +70,8 @@ from fastgen.schedule import PredictionType, TimeSampler
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ADM(Objective):
+    takes_chunks = True
+
     name: Literal["adm"] = "adm"
     # ours: SD3's stock scale; unguided teachers of text models fail. Several: one per expert, from high noise to low
     guidance_scale: Guidance = 7.0
@@ -96,6 +98,10 @@ class ADM(Objective):
                 "every step ends above level 0; lower ode_step, or raise renoise_time.low"
             )
         return self
+
+    @property
+    def takes_first_timesteps(self) -> bool:
+        return not self.condition_on_stop
 
     @property
     def trained_roles(self) -> tuple[str, ...]:

@@ -53,6 +53,11 @@ class ADP(Objective):
     """pixel_network: `digits`, which is the shipped classifier, or a local folder with a vision model that
     transformers loads (SAM, DINOv2, CLIP, ViT, ...) and its preprocessor_config.json."""
 
+    needs_whole_videos = (
+        "given real frames, as in its pairs, a right student makes chunks that do not continue each other, and a "
+        "discriminator of whole videos would tell it from the teacher; use adm, on rollouts"
+    )
+
     name: Literal["adp"] = "adp"
     latent_weight: float = Field(default=0.85, gt=0)  # lambda_1, "0.85"
     pixel_weight: float = Field(default=0.15, ge=0)  # lambda_2, "0.15"

@@ -60,6 +60,8 @@ class Objective:
     reward_use: Literal["none", "score", "gradient"] = "none"
     rewards_required: bool = False
     takes_chunks: bool = False  # whether it can train a student that works chunk by chunk (RolloutPolicy.chunks)
+    # why it cannot, for the refusal
+    needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
 
     @property

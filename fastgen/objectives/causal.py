@@ -19,6 +19,15 @@ from fastgen.streaming.schedule import ChunkSchedule
 Form = Literal["packed", "chunks"]
 
 
+def check_order(policy: RolloutPolicy) -> None:
+    """Raises ValueError for a policy whose chunks see noisy earlier frames."""
+    if policy.chunks is not None and policy.chunks.order == "step":
+        raise ValueError(
+            "with rollout.chunks.order: step a chunk sees noisy earlier frames, and this objective gives it clean "
+            "ones: leave order out in this stage"
+        )
+
+
 def by_frame(values: Tensor, chunks: ChunkSchedule, num_frames: int) -> Tensor:
     """[B, F]: one value for each chunk, [B, chunks], given to all of its frames."""
     lengths = torch.tensor([len(frames) for frames in chunks.split(num_frames)], device=values.device)
@@ -46,7 +55,7 @@ def predict_chunks(
         part = slice(frames.start, frames.stop)
         predictions.append(network(x_t[:, part], t[:, frames.start], cond, Inputs(context=context)))
         if frames.stop < x_t.shape[1]:
-            context = commit(network, policy, x0[:, part], cond, batch.chunk(frames).normal, context, grad=True)
+            context = commit(network, policy, [x0[:, part]], cond, batch.chunk(frames).normal, context, grad=True)
     return torch.cat(predictions, dim=1)
 
 

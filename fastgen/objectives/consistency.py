@@ -64,7 +64,7 @@ from fastgen.flow import flow_maps, time_pairs
 from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
-from fastgen.objectives.causal import Form, by_frame, predict_chunks
+from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
@@ -172,10 +172,12 @@ class Consistency(Objective):
                 "or use objective flow_map"
             )
         time_pairs.check_told(policy, self.guidance_range)
+        check_order(policy)
         if policy.chunks is not None and (self.teach, self.phases, self.end, self.gan) != ("data", (1,), "edge", None):
             raise ValueError(
                 "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
-                "and leave out phases, end and gan"
+                "and leave out phases, end and gan (chunks that are predicted from real frames do not continue each "
+                "other, and a discriminator of whole videos would see that)"
             )
         if policy.chunks is None and self.form != "packed":
             raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")

@@ -98,6 +98,10 @@ class Decay:
 class CRD(Objective):
     """Defaults without a comment on their source are those of the paper's runs in Flow-Factory."""
 
+    needs_whole_videos = (
+        "its implicit reward and its anchor compare predictions at a whole noised video, and a causal student "
+        "predicts a chunk from noise and clean earlier frames"
+    )
     trained_roles = ("student",)
     reward_use = "score"
     rewards_required = True

@@ -45,8 +45,6 @@ class PathTurn(Turn):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DisBack(DMD2):
-    takes_chunks = False  # untried
-
     name: Literal["disback"] = "disback"  # type: ignore[assignment]
     path_length: int = Field(default=5, ge=2, le=1000)  # N; ours
     # degradation updates between two points, the released code

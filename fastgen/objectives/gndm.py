@@ -115,6 +115,10 @@ class GNDM(Objective):
         return self.form == "path"
 
     @property
+    def needs_whole_videos(self) -> str:  # type: ignore[override]
+        return "form: score replays the steps of whole videos, without the frames that a chunk was given"
+
+    @property
     def takes_first_timesteps(self) -> bool:
         return not self.condition_on_stop
 

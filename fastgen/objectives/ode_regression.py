@@ -38,7 +38,7 @@ from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
-from fastgen.objectives.causal import Form, by_frame, predict_chunks
+from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import RolloutPolicy, draw_stops, predict_x0, transition
 
@@ -67,6 +67,7 @@ class ODERegression(Objective):
         return True
 
     def check(self, policy: RolloutPolicy) -> None:
+        check_order(policy)
         if policy.chunks is not None and self.states == "path":
             raise ValueError(
                 "the states on the path are those of the teacher's ODE over whole videos; with rollout.chunks use "

@@ -107,7 +107,11 @@ class PhasedDMD(Objective):
 
     @property
     def takes_chunks(self) -> bool:  # type: ignore[override]
-        return self.random_exit  # otherwise several steps of whole videos follow one another
+        return self.random_exit
+
+    @property
+    def needs_whole_videos(self) -> str:  # type: ignore[override]
+        return "without random_exit, gradient flows through several steps of a whole video; set random_exit: true"
 
     @property
     def num_updates(self) -> int:

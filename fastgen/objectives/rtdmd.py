@@ -35,6 +35,12 @@ minimum is a Gaussian with the mean
     m + a / (beta E_t[rho_t]),   rho_t = sigma_t^2 / (alpha_t^2 S + sigma_t^2)
 whereas the tilt has the mean m + S a / beta. `critic_weight: inverse_tilt` (stage 1) reaches p exp(r / beta) itself.
 
+A student that makes videos chunk by chunk trains in stage 2 with selected_steps: 0. The reward of the whole video then
+acts through the last step of each chunk, and not through the context on later chunks, as everywhere in Self Forcing.
+For a student that sees its whole past and can be any function of what it is given, this leaves the minimum where it is
+(derived): a later chunk changes with an earlier one by a function of what its own step is given, and given that, the
+mean of its own gradient is 0 at a stationary point.
+
 With stops: last, the published stage 2, the matching term constrains only the last step. The policy gradient moves the
 earlier steps for as long as that raises the reward; only a small learning rate and the shared weights limit this.
 
@@ -43,7 +49,8 @@ the two forward passes of a step differ. `log_ratio` logs by how much they diffe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,7 +65,17 @@ from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.registry import MOST_BATCH, MOST_STEPS
 from fastgen.rewards import Score
-from fastgen.rollout import Rollout, RolloutPolicy, Step, next_levels, predict_x0, step_to, trajectory, transition_law
+from fastgen.rollout import (
+    Rollout,
+    RolloutPolicy,
+    Step,
+    backward_simulation,
+    next_levels,
+    predict_x0,
+    step_to,
+    trajectory,
+    transition_law,
+)
 
 STAGE_2 = (
     "selected_steps",
@@ -117,7 +134,14 @@ class RTDMD(ACDMD):
 
     @property
     def takes_chunks(self) -> bool:  # type: ignore[override]
-        return self.stage == 1  # AC-DMD; stage 2 has log-probabilities of whole trajectories
+        return self.stage == 1 or not self.selected_steps
+
+    @property
+    def needs_whole_videos(self) -> str:  # type: ignore[override]
+        return (
+            "the policy gradient of stage 2 compares the steps of whole videos, and a step of a chunk also acts on "
+            "the chunks after it, through contexts without gradient; set selected_steps: 0"
+        )
 
     @property
     def rewards_required(self) -> bool:  # type: ignore[override]
@@ -144,6 +168,9 @@ class RTDMD(ACDMD):
 
     def stage_2_losses(self, networks: Networks, batch: Batch) -> Iterator[Loss]:
         """One loss per selected step, then the loss of the matching term and of the rewards' gradient."""
+        if networks.policy.chunks is not None:
+            yield self.matching_and_reward_loss(networks, batch, partial(self.simulate_step, networks, batch))
+            return
         selected = self.select_steps(batch, networks.policy)
         shared = set(range(networks.policy.num_steps - 1)).difference(selected)
         with torch.no_grad():
@@ -152,10 +179,11 @@ class RTDMD(ACDMD):
         advantage = self.advantage(networks, batch, score)
         for i in selected:
             yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
-        loss = self.matching_and_reward_loss(networks, batch, rollout, score)
+        step = partial(self.repeat_step, networks, batch, rollout)
+        loss = self.matching_and_reward_loss(networks, batch, step)
         assert batch.group is not None
         group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
-        yield Loss(loss.total, loss.terms | group_terms)
+        yield Loss(loss.total, loss.terms | score.terms() | group_terms)
 
     def select_steps(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
         """Draws m of the stochastic steps, the same ones in all micro-batches and processes of an update."""
@@ -206,15 +234,12 @@ class RTDMD(ACDMD):
             return signals.transition_log_prob(step.x_next, mean, std, "sum", scaled=True)
         return signals.transition_log_prob(step.x_next, mean, std, "mean", scaled=False)
 
-    def matching_and_reward_loss(self, networks: Networks, batch: Batch, rollout: Rollout, score: Score) -> Loss:
+    def matching_and_reward_loss(self, networks: Networks, batch: Batch, step: Callable[[Tensor], Rollout]) -> Loss:
         """The matching term at the drawn step, plus the rewards' gradient through the last step.
 
-        score: the rewards of the trajectories, which are only logged here."""
-        last = torch.full_like(batch.ids, networks.policy.num_steps - 1)
-        last_step = self.repeat_step(networks, batch, rollout, last)
-        matched_step = last_step
-        if self.stops != "last":
-            matched_step = self.repeat_step(networks, batch, rollout, self.draw_stop(networks.policy, batch))
+        step: makes x at the level that step stop[i] of sample i goes to, with gradient through this step alone."""
+        last_step = step(torch.full_like(batch.ids, networks.policy.num_steps - 1))
+        matched_step = last_step if self.stops == "last" else step(self.draw_stop(networks.policy, batch))
         grad, terms = self.score_gradient(networks, batch, matched_step)
         total = self.dm_weight * signals.surrogate(matched_step.x, grad)
         if self.reward_weight:
@@ -222,7 +247,14 @@ class RTDMD(ACDMD):
             shortfall = -reward.value if self.reward_hinge is None else torch.relu(self.reward_hinge - reward.value)
             mean_shortfall = torch.where(reward.valid, shortfall, 0).sum() / reward.valid.sum().clamp_min(1)
             total = total + self.reward_weight * mean_shortfall
-        return Loss(total, terms | score.terms() | {"loss": total.detach()})
+            terms = reward.terms() | terms
+        return Loss(total, terms | {"loss": total.detach()})
+
+    def simulate_step(self, networks: Networks, batch: Batch, stop: Tensor) -> Rollout:
+        """The same for a video that is made chunk by chunk: every chunk executes step stop[i], given the chunks that
+        the student made before it."""
+        s = next_levels(networks.policy, stop, batch.ids.to(batch.dtype))
+        return backward_simulation(networks.student, networks.policy, batch, stop, to=s)
 
     def repeat_step(self, networks: Networks, batch: Batch, rollout: Rollout, stop: Tensor) -> Rollout:
         """Repeats step stop[i] of sample i from its recorded input, with gradient. Returns x at the level it goes to.

@@ -36,7 +36,8 @@ from fastgen.rollout import Rollout, RolloutPolicy, predict_x0, transition
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCDMD(DMD2):
-    takes_chunks = False  # its jumps from the executed step do not know the chunk's context
+    takes_chunks = False
+    needs_whole_videos = "its jumps from the executed step are made without the frames that a chunk was given"
 
     name: Literal["sc_dmd"] = "sc_dmd"  # type: ignore[assignment]
     semigroup_weight: float = Field(default=0.2, gt=0)  # lambda; the released code

@@ -31,7 +31,7 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, Objective, State, Turn
-from fastgen.objectives.causal import Form, by_frame, predict_chunks
+from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import PredictionType, TimeSampler
 from fastgen.streaming.schedule import ChunkSchedule
@@ -69,6 +69,8 @@ class TeacherForcing(Objective):
                 "teacher_forcing trains a student that works chunk by chunk: say how in rollout.chunks, for example "
                 "{frames: 3}"
             )
+        if self.past == "clean":
+            check_order(policy)
         if policy.inputs:
             raise ValueError("teacher_forcing trains a plain denoiser: leave out two_time and embedded_guidance")
         if self.past == "noisy" and policy.chunks.context_noise:

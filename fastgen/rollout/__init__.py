@@ -2,13 +2,14 @@
 
 policy.py      the sampler as data: levels, transition, inputs, chunks
 steps.py       one step: the clean prediction, and the laws of the transitions
+passes.py      what chunks see of those before them, and leave for those after them
 simulation.py  the loops over steps and chunks, for sampling and for training"""
 
+from fastgen.rollout.passes import commit
 from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.simulation import (
     Rollout,
     backward_simulation,
-    commit,
     draw_stops,
     sample,
     sample_chunks,

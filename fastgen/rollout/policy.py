@@ -91,6 +91,14 @@ class RolloutPolicy:
         return self if first is None else replace(self, timesteps=first)
 
     @property
+    def context_levels(self) -> tuple[float, ...]:
+        """The levels at which a chunk is committed, once for every pass over the video; () without chunks."""
+        if self.chunks is None:
+            return ()
+        passes = self.timesteps[1:] if self.chunks.order == "step" else ()
+        return (*passes, self.chunks.context_noise)
+
+    @property
     def transition_eta(self) -> float:
         """The eta of `transition_law`: 0 for ode, 1 for renoise. Raises ValueError for tcd, which has another law."""
         if self.transition == "tcd":

@@ -1,6 +1,7 @@
 """The loops over the student's steps and, for a video that streams, over its chunks."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -14,12 +15,11 @@ from torch import Tensor
 from fastgen.batch import Batch, Conditioning, Draws
 from fastgen.denoiser import Denoiser
 from fastgen.modules.recomputation import Replay
+from fastgen.rollout.passes import Noise, commit, context_of_stop, contexts_of, left_by_passes
 from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.steps import Step, policy_law, predict_x0, step_to, transition
 from fastgen.signals import transition_log_prob
 from fastgen.streaming.context import Context
-
-Noise = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -48,7 +48,7 @@ def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: 
     noise(name) draws [B, ...] standard normal. The fresh noise of the step to timesteps[i] is named "step<i>". A
     student that works in chunks needs `Draws`, which are by frame."""
     if policy.chunks is None:
-        return denoise(student, policy, cond, noise)
+        return denoise(student, policy, cond, noise)[-1]
     if not isinstance(noise, Draws):
         raise TypeError(f"a student that works in chunks draws its noise by frame, with Draws, not {type(noise)}")
     last = policy.chunks.split(noise.shape[0])[-1]
@@ -63,52 +63,41 @@ def sample(student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: 
 def sample_chunks(
     student: Denoiser, policy: RolloutPolicy, cond: Conditioning, draws: Draws, context: Context | None = None
 ) -> Iterator[Chunk]:
-    """A video without end, chunk by chunk. context: what came before; None: nothing."""
+    """A video without end, chunk by chunk. context: what came before; None: nothing.
+
+    With `order: step` this is the diagonal of the passes over the video: chunk b has made step s when chunk b + 1
+    needs it, and as every pass has a context of its own, the result is that of one pass after the other."""
     assert policy.chunks is not None
     context = context or Context(policy.chunks)
     while True:
         frames = context.chunk
         noise = draws.chunk(frames)
-        x0 = denoise(student, policy.of_chunk(frames), cond, noise, context)
-        yield Chunk(frames, x0, context)
-        context = commit(student, policy, x0, cond, noise, context)
-
-
-def commit(
-    student: Denoiser,
-    policy: RolloutPolicy,
-    x0: Tensor,
-    cond: Conditioning,
-    noise: Noise,
-    context: Context,
-    grad: bool = False,
-) -> Context:
-    """The context with a finished chunk x0 [B, frames, ...] added, renoised to the schedule's context noise with the
-    draw "context". x0 gets no gradient; grad: whether the student's memory of it does."""
-    t = x0.new_full((len(x0),), context.chunks.context_noise)
-    x = x0.detach()
-    if context.chunks.context_noise:
-        x = student.schedule.add_noise(x, noise("context"), t)
-    return student.commit(x, t, cond, context, policy.network_inputs(t), grad)
+        left = denoise(student, policy.of_chunk(frames), cond, noise, context)
+        yield Chunk(frames, left[-1], context)
+        context = commit(student, policy, left, cond, noise, context)
 
 
 def denoise(
     student: Denoiser, policy: RolloutPolicy, cond: Conditioning, noise: Noise, context: Context | None = None
-) -> Tensor:
-    """All steps of the sampler, for whole samples or, with a context, for the next chunk of a video."""
-    context = None if context is None else context.memoised()
+) -> deque[Tensor]:
+    """All steps of the sampler, for whole samples or, with a context, for the next chunk of a video. Returns what
+    `commit` takes; the last entry is the sample."""
+    left = deque[Tensor](maxlen=max(1, len(policy.context_levels)))
+    contexts = contexts_of(policy, context, policy.num_steps)
     x = noise("initial")
     if isinstance(policy, TeacherPolicy):
         x = policy.initial_scale * x
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
         t_next = torch.full_like(t, (*policy.timesteps, 0.0)[i + 1])
-        x0 = predict_x0(student, x, t, cond, policy, t_next, context)
+        x0 = predict_x0(student, x, t, cond, policy, t_next, contexts[i])
         if i + 1 < policy.num_steps:
             x = step_to(student.schedule, policy, x0, x, t, t_next, partial(noise, f"step{i + 1}"))
+            left.append(x)
     if isinstance(policy, TeacherPolicy) and policy.final_level:
-        return transition(student.schedule, x0, x, t, torch.full_like(t, policy.final_level), None)
-    return x0
+        x0 = transition(student.schedule, x0, x, t, torch.full_like(t, policy.final_level), None)
+    left.append(x0)
+    return left
 
 
 def backward_simulation(
@@ -125,11 +114,16 @@ def backward_simulation(
     then x_s at s = to. None: x is the clean prediction, and s = 0.
     A policy with chunks makes the video chunk by chunk, as `simulate_chunks` says.
     With `batch.shared`, rollouts without gradient are made once; the stops are then those of the first call."""
-    run = simulate if policy.chunks is None else simulate_chunks
+
+    def run() -> Rollout:
+        if policy.chunks is None:
+            return simulate(student, policy, batch, stop, grad, to)[0]
+        return simulate_chunks(student, policy, batch, stop, grad, to)
+
     if grad or batch.shared is None:
-        return run(student, policy, batch, stop, grad, to)
+        return run()
     if "rollout" not in batch.shared:
-        batch.shared["rollout"] = run(student, policy, batch, stop, grad, to)
+        batch.shared["rollout"] = run()
     rollout = batch.shared["rollout"]
     assert isinstance(rollout, Rollout)
     return rollout
@@ -143,32 +137,39 @@ def simulate(
     grad: bool,
     to: Tensor | None,
     context: Context | None = None,
-) -> Rollout:
-    """The backward simulation of whole samples or, with a context, of the next chunk of a video."""
+) -> tuple[Rollout, list[Tensor]]:
+    """The backward simulation of whole samples or, with a context, of the next chunk of a video. Also returns what
+    `commit` takes."""
     x_in = batch.normal("initial")
-    memoised = None if context is None else context.memoised()
+    last = farthest(student, stop)
+    contexts, states = contexts_of(policy, context, last + 1), list[Tensor]()
     with torch.no_grad():
-        for i in range(farthest(student, stop)):
+        for i in range(last):
             reached = stop > i
             # a process without samples left still calls a sharded network, on row 0, and drops the result
             active = reached.nonzero().squeeze(1) if bool(reached.any()) else stop.new_zeros(1)
             x_t, t = x_in[active], x_in.new_full((len(active),), policy.timesteps[i])
             t_next = torch.full_like(t, policy.timesteps[i + 1])
-            past = memoised if memoised is None or len(active) == len(stop) else memoised.select(active)
+            past = contexts[i]
+            past = past if past is None or len(active) == len(stop) else past.select(active)
             x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next, past).to(x_in.dtype)
             draw = partial(batch.normal, f"step{i + 1}", rows=active)
             x_next = step_to(student.schedule, policy, x0, x_t, t, t_next, draw)
             if bool(reached.any()):
                 x_in = x_in.index_copy(0, active, x_next.to(x_in.dtype))
+            states.append(x_in)
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
-        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy, to, context)
-        x = left(student, policy, batch, x0, x_in, t_stop, to)
+        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy, to, context_of_stop(policy, context, stop, last))
+        x = stepped(student, policy, batch, x0, x_in, t_stop, to)
     executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x)
-    return Rollout(x=x, s=torch.zeros_like(t_stop) if to is None else to, stop=stop, steps=(executed,))
+    rollout = Rollout(x=x, s=torch.zeros_like(t_stop) if to is None else to, stop=stop, steps=(executed,))
+    if len(policy.context_levels) <= 1:
+        return rollout, [x0]
+    return rollout, left_by_passes(student, policy, batch, stop, executed, states)
 
 
-def left(
+def stepped(
     student: Denoiser, policy: RolloutPolicy, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor, to: Tensor | None
 ) -> Tensor:
     """What a rollout returns of its executed step: x at the level `to`, or the clean prediction itself."""
@@ -181,10 +182,11 @@ def simulate_chunks(
     """Self Forcing's rollout: each chunk is simulated given the chunks that the student made before it.
 
     All chunks stop at the same step (arXiv 2506.08009 Algorithm 1), except that a first chunk with its own levels
-    stops at a step of its own. What later chunks see of a chunk is its clean prediction, without gradient.
+    stops at a step of its own. What later chunks see of a chunk is its clean prediction, without gradient; with
+    `order: step` they see in each pass what the sampler would show them there (HiAR).
     The executed steps of all chunks are one Step of the whole video; its t is that of the last chunk."""
     assert policy.chunks is not None
-    context, parts = Context(policy.chunks), list[Rollout]()
+    context, parts, left = Context(policy.chunks), list[Rollout](), list[list[Tensor]]()
     chunks = policy.chunks.split(batch.latent_shape[0])
     replay = grad and policy.chunks.replay
     if replay and student.is_sharded:
@@ -192,40 +194,49 @@ def simulate_chunks(
     for frames in chunks:
         own, part = policy.of_chunk(frames), batch.chunk(frames)
         own_stop = stop if own is policy else torch.full_like(stop, batch.integer("first_stop", own.num_steps))
-        parts.append(simulate(student, own, part, own_stop, grad and not replay, to, context))
+        rollout, states = simulate(student, own, part, own_stop, grad and not replay, to, context)
+        parts.append(rollout)
+        left.append([state.detach() for state in states])
         if frames != chunks[-1]:
-            context = commit(student, policy, parts[-1].steps[-1].x0, batch.cond, part.normal, context)
+            context = commit(student, policy, left[-1], batch.cond, part.normal, context)
     steps = [part.steps[-1] for part in parts]
     if replay:
-        exits = replayed(student, policy, batch, steps, to)
+        exits = replayed(student, policy, batch, stop, steps, left, to)
         steps = [replace(step, x0=x0, x_next=x) for step, (x0, x) in zip(steps, exits, strict=True)]
     x_t, x0, x = (torch.cat([getattr(step, name) for step in steps], dim=1) for name in ("x_t", "x0", "x_next"))
     return Rollout(x, parts[-1].s, stop, (Step(x_t, steps[-1].t, x0, x),))
 
 
 def replayed(
-    student: Denoiser, policy: RolloutPolicy, batch: Batch, steps: Sequence[Step], to: Tensor | None
+    student: Denoiser,
+    policy: RolloutPolicy,
+    batch: Batch,
+    stop: Tensor,
+    steps: Sequence[Step],
+    left: Sequence[Sequence[Tensor]],
+    to: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(x0, x) of each chunk with the gradient of its executed step, at the memory of one chunk's graph.
 
-    steps: the executed steps, computed without gradient. The backward pass makes the chunks again in order. It
-    executes each step with gradient, passes back what has arrived for its x0, and commits the chunk. As contexts carry
-    no gradient, this is the gradient of the whole graph  (replayed back-propagation, RELIC, arXiv 2512.04040; derived)
-    """
+    steps: the executed steps, computed without gradient.  left: what the chunks left for `commit`. The backward pass
+    makes the chunks again in order. It executes each step with gradient, passes back what has arrived for its x0, and
+    commits the chunk. As contexts carry no gradient, this is the gradient of the whole graph  (replayed
+    back-propagation, RELIC, arXiv 2512.04040; derived)"""
     assert policy.chunks is not None
     chunks = policy.chunks.split(batch.latent_shape[0])
 
     def replay(grads: Sequence[Tensor]) -> None:
         context = Context(policy.chunks)  # type: ignore[arg-type]
-        for frames, step, grad in zip(chunks, steps, grads, strict=True):
+        for frames, step, states, grad in zip(chunks, steps, left, grads, strict=True):
+            seen = context_of_stop(policy, context, stop, len(states) - 1)
             with torch.enable_grad():
-                x0 = predict_x0(student, step.x_t, step.t, batch.cond, policy.of_chunk(frames), to, context)
+                x0 = predict_x0(student, step.x_t, step.t, batch.cond, policy.of_chunk(frames), to, seen)
             x0.backward(grad)
-            context = commit(student, policy, step.x0, batch.cond, batch.chunk(frames).normal, context)
+            context = commit(student, policy, states, batch.cond, batch.chunk(frames).normal, context)
 
     outputs = Replay.apply(replay, torch.zeros((), requires_grad=True), *(step.x0 for step in steps))
     return [
-        (x0, left(student, policy.of_chunk(frames), batch.chunk(frames), x0, step.x_t, step.t, to))
+        (x0, stepped(student, policy.of_chunk(frames), batch.chunk(frames), x0, step.x_t, step.t, to))
         for frames, step, x0 in zip(chunks, steps, outputs, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.folder import read_index
 from fastgen.backbones.pipeline import PipelineConfig, family_configs
 from fastgen.batch import Conditioning, Draws
-from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
+from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
 from fastgen.registry import build_section, current_names
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.streaming.context import Context
@@ -41,7 +41,7 @@ class Guided(nn.Module):
         predict = partial(self.denoiser, inputs=inputs)
         return signals.guided(predict, x_t, t, cond, self.uncond, scale)
 
-    def commit(
+    def remember(
         self,
         x: Tensor,
         t: Tensor,
@@ -49,10 +49,10 @@ class Guided(nn.Module):
         context: Context,
         inputs: Inputs = NO_INPUTS,
         grad: bool = False,
-    ) -> Context:
-        """The context of both halves of the guided batch: with the prompt, then without."""
+    ) -> Memory:
+        """That of both halves of the guided batch: with the prompt, then without."""
         both = Conditioning.cat([cond, self.uncond])
-        return self.denoiser.commit(torch.cat([x, x]), torch.cat([t, t]), both, context, inputs, grad)
+        return self.denoiser.remember(torch.cat([x, x]), torch.cat([t, t]), both, context, inputs, grad)
 
 
 class Sampler:
@@ -72,9 +72,10 @@ class Sampler:
 
     @property
     def network_evaluations(self) -> int:
-        """Network evaluations per sample; a guided step counts twice. With chunks, they are per chunk, and include the
-        one that commits it."""
-        return (self.policy.num_steps + (self.policy.chunks is not None)) * (1 if self.guidance_scale == 1 else 2)
+        """Network evaluations per sample; a guided step counts twice. With chunks, they are per chunk, and include
+        those that commit it."""
+        evaluations = self.policy.num_steps + len(self.policy.context_levels)
+        return evaluations * (1 if self.guidance_scale == 1 else 2)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

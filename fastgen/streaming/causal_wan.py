@@ -197,7 +197,7 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # the steps of a chunk share them; with absolute positions the next chunk has others
 @torch.inference_mode(False)
 def rotation(
     positions: tuple[range, ...],

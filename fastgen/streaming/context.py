@@ -86,15 +86,18 @@ class Context:
         blocks = tuple(Block(b.frames, b.keys[:, rows], b.values[:, rows]) for b in self.blocks)
         return dataclasses.replace(self, blocks=blocks)
 
-    def layers(self, part: int, parts: int) -> "Context":
-        """The context of one of several networks of equal depth that remember together (`modules.experts.Experts`)."""
-        if not self.blocks:
-            return self
-        count = len(self.blocks[0].keys) // parts
-        own = slice(part * count, (part + 1) * count)
-        return dataclasses.replace(
-            self, blocks=tuple(Block(b.frames, b.keys[own], b.values[own]) for b in self.blocks)
-        )
+    def layers(self, part: int | Tensor, parts: int) -> "Context":
+        """One of several contexts of equal depth that are kept together: those of experts (`modules.experts.Experts`)
+        or, with `order: step`, of the passes over a video. part: an index, or one for each row of the batch, [B]."""
+
+        def own(kept: Tensor) -> Tensor:
+            split = kept.unflatten(0, (parts, -1))
+            if not isinstance(part, Tensor):
+                return split[part]
+            return split[part, :, torch.arange(len(part), device=part.device)].movedim(0, 1)
+
+        blocks = tuple(Block(b.frames, own(b.keys), own(b.values)) for b in self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the schedule, as tensors for safetensors."""

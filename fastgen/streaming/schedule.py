@@ -54,6 +54,9 @@ class ChunkSchedule:
         the position that it had, ever farther away.
     context_noise: the level to which finished frames are renoised before later chunks see them. It is the same in
         training and in sampling.
+    order: chunk finishes a chunk before the next one begins, which sees it clean. With step, a chunk sees the earlier
+        ones at the level that its own step goes to: every step is a pass over the video with a context of its own, and
+        the last pass sees clean frames (HiAR, https://github.com/Jacky-hate/HiAR). One step is the same in both.
     first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
     replay: whether training holds the graph of one chunk at a time. The gradient is the same; the student's last step
         and the commits are computed twice. Not for sharded networks.
@@ -66,6 +69,7 @@ class ChunkSchedule:
     sink_decay: float | None = Field(default=None, ge=0, le=1)
     positions: Literal["relative", "absolute"] = "relative"
     context_noise: float = Field(default=0.0, ge=0, lt=1)
+    order: Literal["chunk", "step"] = "chunk"
     first_timesteps: tuple[float, ...] | None = Field(default=None, min_length=1)
     replay: bool = False
     attention: ChunkAttention = ChunkAttention()
@@ -77,6 +81,15 @@ class ChunkSchedule:
             raise ValueError(
                 f"window: {self.window} frames cannot hold a sink of {self.sink} and a chunk of {largest}; "
                 f"set window to at least {self.sink + largest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _order(self) -> "ChunkSchedule":
+        if self.order == "step" and self.first_timesteps is not None:
+            raise ValueError(
+                "with order: step each step is a pass over all chunks, so that all have the same levels: leave out "
+                "first_timesteps, or set order: chunk"
             )
         return self
 

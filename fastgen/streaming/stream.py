@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,8 +91,10 @@ class Stream:
             raise ValueError("this student does not stream: its policy has no chunks")
         self.denoiser, self.policy, self.draws, self.encode, self.decoder = denoiser, policy, draws, encode, decoder
         self.context = Context(policy.chunks)
-        self.clean: dict[int, Tensor] = {}  # frame -> its latents [1, C, h, w], of all frames in the context
-        self.finished: tuple[Tensor, Conditioning] | None = None  # a chunk to commit, and what it was made with
+        # frame -> what was committed of it [passes, 1, C, h, w], its clean latents last, of all frames in the context
+        self.kept: dict[int, Tensor] = {}
+        # a chunk to commit, and what it was made with
+        self.finished: tuple[Sequence[Tensor], Conditioning] | None = None
         self.prompt = prompt
 
     @property
@@ -120,19 +122,19 @@ class Stream:
             raise RuntimeError("commit the last chunk before the next one is made")
         frames = self.context.chunk
         noise = self.draws.chunk(frames)
-        x0 = denoise(self.denoiser, self.policy.of_chunk(frames), self.cond, noise, self.context)
-        self.finished = (x0, self.cond)
-        return x0
+        left = denoise(self.denoiser, self.policy.of_chunk(frames), self.cond, noise, self.context)
+        self.finished = (left, self.cond)
+        return left[-1]
 
     @torch.no_grad()
     def commit(self) -> None:
         """Adds the finished chunk, if there is one, to the context, with the prompt that it was made with."""
         if self.finished is None:
             return
-        (x0, cond), frames = self.finished, self.context.chunk
-        self.context = commit(self.denoiser, self.policy, x0, cond, self.draws.chunk(frames), self.context)
-        clean = self.clean | dict(zip(frames, x0.unbind(1), strict=True))
-        self.clean = {frame: clean[frame] for block in self.context.blocks for frame in block.frames}
+        (left, cond), frames = self.finished, self.context.chunk
+        self.context = commit(self.denoiser, self.policy, left, cond, self.draws.chunk(frames), self.context)
+        kept = self.kept | dict(zip(frames, torch.stack([*left]).unbind(2), strict=True))
+        self.kept = {frame: kept[frame] for block in self.context.blocks for frame in block.frames}
         self.finished = None
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -157,8 +159,8 @@ class Stream:
         for block in self.context.blocks:
             own = replace(chunks, frames=len(block.frames), first=None, window=None)
             again = replace(again, chunks=own, frames=block.frames.start)
-            x0 = torch.stack([self.clean[frame] for frame in block.frames], dim=1)
-            again = commit(self.denoiser, self.policy, x0, self.cond, self.draws.chunk(block.frames), again)
+            left = torch.stack([self.kept[frame] for frame in block.frames], dim=2).unbind()
+            again = commit(self.denoiser, self.policy, left, self.cond, self.draws.chunk(block.frames), again)
         self.context = replace(self.context, blocks=again.blocks)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -166,7 +168,7 @@ class Stream:
         self.commit()
         parts = {"context": self.context.state_dict(), "decoder": self.decoder.state_dict()}
         state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        state |= {f"clean.{frame}": value for frame, value in self.clean.items()}
+        state |= {f"kept.{frame}": value for frame, value in self.kept.items()}
         about = self.about | {"policy": dataclasses.asdict(self.policy)}
         about |= {"prompt": self.prompt, "seed": int(self.draws.ids)}
         state["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
@@ -181,7 +183,7 @@ class Stream:
                 raise ValueError(f"the stream was saved with {name} {about[name]}, and cannot go on with {here}")
         try:
             self.context = Context.load(self.context.chunks, part_of(state, "context."))
-            self.clean = {int(frame): value for frame, value in part_of(state, "clean.").items()}
+            self.kept = {int(frame): value for frame, value in part_of(state, "kept.").items()}
             self.decoder.load_state_dict(part_of(state, "decoder."))
         except KeyError as error:
             raise ValueError(f"this is no stream: {error} is missing") from None
