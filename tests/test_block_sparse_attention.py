@@ -163,6 +163,7 @@ def test_a_frozen_cache_gets_no_gradient_and_costs_no_programs(monkeypatch: pyte
     assert max(error(one, other) for one, other in zip(*gradients, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradient_of_a_part_of_the_keys() -> None:
     """With a cache, too; rows outside get exactly 0."""
     layout = ragged_layout()

@@ -92,6 +92,7 @@ def test_tokenizers_know_the_words_and_padding_is_zero(pipe):
     assert torch.pdist(pooled).min() > 0.3
 
 
+@pytest.mark.slow
 def test_plain_call_draws_the_digits_asked_for(pipe):
     labels = torch.arange(10).repeat(2)
     prompts = [prompt_for(label, row % len(PROMPTS)) for row, label in enumerate(labels.tolist())]

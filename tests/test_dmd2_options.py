@@ -475,6 +475,7 @@ def test_a_constant_reward_makes_re_dmd_dmd2() -> None:
     assert objective.loss(STUDENT, networks, batch, state).total.item() != loss.item()
 
 
+@pytest.mark.slow
 def test_re_dmd_and_dmd2_share_their_stationary_point() -> None:
     """With the exact fake, for N(0.7, 1.3^2) and the reward x, beta = 0.5: at the teacher's law both fields are 0 for
     every sample; away from it the weighted one is another; and trained from N(0, 1) both end at the teacher, not

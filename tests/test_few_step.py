@@ -117,6 +117,7 @@ def test_an_export_of_stock_parts_says_nothing_of_fastgens(backbone: SD3, tmp_pa
     assert "import fastgen" not in card and "fastgen installed" not in card
 
 
+@pytest.mark.slow
 def test_plain_diffusers_samples_stock_exports_and_says_what_else_to_import(backbone: SD3, tmp_path: Path) -> None:
     """In another process. An export of stock parts samples where fastgen cannot be imported. One of fastgen's own
     parts is refused in words that name the import, and samples after it."""

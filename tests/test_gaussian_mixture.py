@@ -214,6 +214,7 @@ def test_guidance_problems_can_be_posed() -> None:
 SMALL = dataclasses.replace(CLASSED, width=48, depth=2, fit_steps=500, fit_batch_size=256, fit_lr=5e-3)
 
 
+@pytest.mark.slow
 def test_the_fitted_network_is_close_to_the_teacher() -> None:
     """Mean squared error of the x0 prediction, over all times and labels, below 1 % of the data's variance, and half
     of what is left when training four times shorter."""

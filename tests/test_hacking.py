@@ -158,6 +158,7 @@ def looks(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if "health/anchor_distance" in row]
 
 
+@pytest.mark.slow
 def test_the_watch_is_quiet_with_the_anchor_and_stops_without(tmp_path: Path) -> None:
     """RTDMD's second stage on a Gaussian, from the teacher's own weights. What the watch remembers is in the
     checkpoint, so that a run that is continued goes on with it."""

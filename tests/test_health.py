@@ -125,6 +125,7 @@ def test_a_student_frozen_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "look alike" in said and "washed out" in said
 
 
+@pytest.mark.slow
 def test_a_fake_score_that_does_not_update(tmp_path: Path) -> None:
     fixed = ["optimizers.fake_score.lr=1e-20", "optimizers.fake_score.weight_decay=0", "train.steps=100"]
     said = planted(tmp_path / "run", *fixed)

@@ -176,6 +176,7 @@ def test_the_export_is_a_lora_that_plain_diffusers_loads(tmp_path: Path, monkeyp
     assert "load_lora_weights" in card and "FlowMatchEulerDiscreteScheduler" in card
 
 
+@pytest.mark.slow
 def test_the_shared_base_may_be_stored_in_half_the_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base is bfloat16 and the role table says so; adapters, moments and average stay float32 and finite."""
     half = ["train.frozen_dtype=bfloat16", "train.mixed_precision=bf16"]

@@ -239,6 +239,7 @@ def test_an_unknown_hub_id_is_refused(project: Path) -> None:
         plan(recipe)
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted_and_fewer_lines_are_advised(backbones, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, _ = backbones["digits"]
     train = {"gradient_checkpointing": True, "mixed_precision": "bf16", "frozen_dtype": "bfloat16"}

@@ -175,6 +175,7 @@ app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_bytes(prepared: Path, images: Path, tmp_path: Path) -> None:
     """SIGKILL while the last latents are made, which take 0.3 s each."""
     folder = tmp_path / "folder"

@@ -352,6 +352,7 @@ def test_a_one_step_student_ends_at_the_minimiser_of_its_own_objective() -> None
     assert abs(off) < 0.01 and abs(variance.sqrt() / STD - 1) < 0.01 and abs(tilt) > 0.1
 
 
+@pytest.mark.slow
 def test_a_two_step_student_ends_at_the_minimiser_of_its_own_objective() -> None:
     """Both levels shift. x_0 by a / (beta E[rho_t]) with 1 / beta = 2 reward_weight / dm_weight, as each of two steps
     is matched half the time; x_s, which only the policy gradient pushes, by

@@ -450,6 +450,7 @@ class Saved:
         return Held()
 
 
+@pytest.mark.slow
 def test_replay_holds_the_graph_of_one_chunk() -> None:
     def most(frames: int, replay: bool) -> int:
         student, saved = wan(), Saved()
@@ -526,6 +527,7 @@ def test_what_steps_compute_alike_is_computed_once(network: WanDenoiser) -> None
     assert fresh.memo == {}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_video_and_compile_once() -> None:
     """Once for the first chunk, and once for chunks of another size; what is past does not matter."""
     student, chunks = wan().requires_grad_(False), ChunkSchedule(frames=2, first=1, window=6, sink=1)

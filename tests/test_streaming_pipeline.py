@@ -411,6 +411,7 @@ def test_inputs_and_chunks_cannot_be_exported_together(teacher: Path) -> None:
         backbone(teacher).config.check_export(policy)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_exports_a_pipeline_whose_card_works(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

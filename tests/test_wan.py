@@ -488,6 +488,7 @@ def test_a_turn_of_each_role_moves_exactly_its_weights(folders: dict[int, Path])
     assert moved(networks, objective, "student", make_batch(backbone, 0)) == {"student"}
 
 
+@pytest.mark.slow
 def test_a_turn_of_two_experts_moves_the_one_that_was_called(folders: dict[int, Path]) -> None:
     backbone = open_wan(folders[2])
     low = {"low": 0.02, "high": 0.85}
