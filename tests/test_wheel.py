@@ -48,7 +48,7 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(whe
         for name in files_under(project / "assets" / kind)
     }
     recipes = {f"fastgen/recipes/{path.name}" for path in (project / "recipes").glob("*.yaml")}
-    assert held == package | weights | recipes
+    assert held == package | weights | recipes | {"fastgen/assets/moving_digits_prompts.txt"}
     assert {
         "fastgen/backbones/configs/stabilityai/stable-diffusion-xl-base-1.0/unet/config.json",
         "fastgen/data/neutral.txt",
@@ -66,6 +66,7 @@ def test_a_recipe_that_ships_is_found_from_any_folder_unless_the_user_has_one_th
     monkeypatch.chdir(tmp_path)
     assert shipped(SHIPPED) == project / SHIPPED
     assert load_recipe(SHIPPED).train.steps == 200
+    load_recipe("recipes/moving_digits_teacher_forcing.yaml")  # whose teacher and file of prompts ship with it
     with pytest.raises(RecipeError, match=r"^no recipe at recipes/nowhere\.yaml$"):
         load_recipe("recipes/nowhere.yaml")
 

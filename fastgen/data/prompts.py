@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import Samples, SampleSource
 from fastgen.data.tables import TABLES, read_captions, read_lines
+from fastgen.registry import shipped
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")  # 64 prompts, ours
 
@@ -17,7 +18,8 @@ NEUTRAL = Path(__file__).with_name("neutral.txt")  # 64 prompts, ours
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PromptData(SampleSource):
     """prompts: a list of prompts; a text file with one prompt per line; a csv, tsv, jsonl or parquet file with a
-    column of prompts; or "neutral", the 64 prompts that ship with fastgen.
+    column of prompts; or "neutral", the 64 prompts that ship with fastgen. A path that is not there is looked for
+    among the files that ship with fastgen, such as assets/moving_digits_prompts.txt.
     column: the name of that column; by default the first of `prompt`, `caption` and `text` that exists."""
 
     prompts: str | tuple[str, ...]
@@ -41,6 +43,8 @@ def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> lis
             raise ValueError("there are no prompts: the list is empty")
         return list(prompts)
     path = NEUTRAL if prompts == "neutral" and not Path(prompts).exists() else Path(prompts)
+    if not path.exists() and shipped(path).is_file():
+        path = shipped(path)
     if not path.is_file():
         raise ValueError(
             f"there is no prompt file at {prompts}; give a txt, csv, tsv, jsonl or parquet file, or a list"
