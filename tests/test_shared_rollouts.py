@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fastgen.config import load_recipe
 from fastgen.planning.plan import plan
+from fastgen.registry import RecipeError
 from fastgen.run.checkpoint import complete
 from fastgen.train import train
 
@@ -77,3 +78,10 @@ def test_a_continued_run_ends_with_the_same_bits(mixture_recipe: Path, tmp_path:
     ended(mixture_recipe, tmp_path / "parts", "train.steps=1", *constant)
     parts, _ = ended(mixture_recipe, tmp_path / "parts", *constant)
     assert farthest_apart(whole, parts) == 0
+
+
+def test_phased_dmd_without_random_exits_is_refused(project: Path) -> None:
+    """There only the first step of a phase is part of the kept rollout."""
+    overrides = [*SMALL, PHASES, "objective.random_exit=false"]
+    with pytest.raises(RecipeError, match="set random_exit: true"):
+        load_recipe(project / "recipes" / "mixture_phased_dmd_4step.yaml", overrides)

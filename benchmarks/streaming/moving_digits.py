@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.rows import append_row
 from fastgen.batch import Conditioning, Draws
 from fastgen.data.digits import DIGIT_WORDS
-from fastgen.data.moving_digits import SPEEDS, prompt_for, told
+from fastgen.data.moving_digits import DIRECTIONS, SPEEDS, prompt_for, told
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.metrics.tracks import centres
 from fastgen.metrics.video_accuracy import VideoAccuracy
@@ -46,15 +46,15 @@ PROMPTS = (ROOT / "assets" / "moving_digits_prompts.txt").read_text().splitlines
 BATCH = 80
 CHANGE = 4  # the chunk that is the first with the new prompt
 AXES = {"right": "up", "left": "down", "up": "left", "down": "right"}
-DIRECTIONS = {(0, 1): "right", (0, -1): "left", (-1, 0): "up", (1, 0): "down"}
 
 
 def turned_prompt(prompt: str) -> str:
     """The same digit and speed along the other axis."""
     said = told(prompt)
     assert said.digit is not None and said.direction is not None
+    direction = next(word for word, value in DIRECTIONS.items() if value == said.direction)
     speed = next(word for word, value in SPEEDS.items() if value == said.speed)
-    return prompt_for(DIGIT_WORDS[said.digit], AXES[DIRECTIONS[said.direction]], speed)
+    return prompt_for(DIGIT_WORDS[said.digit], AXES[direction], speed)
 
 
 def make_videos(

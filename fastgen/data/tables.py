@@ -151,9 +151,7 @@ def utf8(path: Path) -> Iterator[None]:
 def read_text(path: Path) -> str:
     """A caption file's text, without the spaces around it. Raises ValueError if it is not UTF-8, or no text."""
     with utf8(path):
-        text = path.read_bytes().decode(
-            "utf-8-sig"
-        )  # of an open file, Python skips even a part of the byte order mark
+        text = path.read_bytes().decode("utf-8-sig")  # an open file skips even a part of the byte order mark
     return check_text(text.replace("\r\n", "\n").replace("\r", "\n").strip(), str(path))
 
 

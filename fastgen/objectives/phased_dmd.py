@@ -35,7 +35,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -112,6 +112,15 @@ class PhasedDMD(Objective):
     @property
     def needs_whole_videos(self) -> str:  # type: ignore[override]
         return "without random_exit, gradient flows through several steps of a whole video; set random_exit: true"
+
+    @model_validator(mode="after")
+    def _one_rollout(self) -> "PhasedDMD":
+        if self.share_rollout and not self.random_exit:
+            raise ValueError(
+                "share_rollout keeps the rollout of a random exit, and without random_exit the later steps of a phase "
+                "would be made anew: leave share_rollout out, or set random_exit: true"
+            )
+        return self
 
     @property
     def num_updates(self) -> int:
