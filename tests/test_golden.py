@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
-from golden_rows import BOUND, COMPARISONS, FOLDER
+from golden_rows import BOUND, COMPARISONS, FOLDER, load_golden
 
 for module in sorted(Path(__file__).parent.glob("golden_*.py")):
     importlib.import_module(module.stem)
