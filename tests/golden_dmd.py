@@ -1,0 +1,150 @@
+"""The family of distribution matching against its authors' code: DMD2, Self-Forcing, CausVid and what follows them.
+
+Students, teachers and fake scores are GoldenNetworks with the seeds 0, 1 and 2 unless a row says otherwise."""
+
+import dataclasses
+
+import torch
+from golden_rows import Golden, GoldenDenoiser, GoldenNetwork, comparison, given_batch
+from torch import Tensor, nn
+
+from fastgen.networks import Networks
+from fastgen.objectives import DMD2
+from fastgen.objectives.fake_score import denoising_loss
+from fastgen.rollout import Rollout, RolloutPolicy, Step
+from fastgen.schedule import PredictionType, Schedule, TimeSampler, VPSchedule
+
+WHOLE = TimeSampler(low=0.0, high=1.0)  # the level of a uniform draw is the draw itself
+DMD2_STEPS = RolloutPolicy(timesteps=(1.0, 0.75, 0.5, 0.25))
+
+
+class Tapped(GoldenNetwork):
+    """A GoldenNetwork whose features pass through a module, where hooks find them."""
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self.tap = nn.Identity()
+
+    def hidden(self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        return self.tap(super().hidden(x, t, cond, s))
+
+
+class Tappable(GoldenDenoiser):
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return [self.network.tap]  # type: ignore[list-item]
+
+
+class MeanHead(nn.Module):
+    """Logits [B, 1]: a linear map of the mean feature."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return (features[0].mean(1) @ self.weight)[:, None]
+
+
+def make_networks(
+    policy: RolloutPolicy,
+    schedule: Schedule | None = None,
+    kind: PredictionType = "flow_prediction",
+    head: Tensor | None = None,
+    seeds: tuple[int, int, int] = (0, 1, 2),
+) -> Networks:
+    roles = ("student", "teacher", "fake_score")
+    modules: dict[str, nn.Module] = {
+        role: Tappable(Tapped(seed), kind, schedule) for role, seed in zip(roles, seeds, strict=True)
+    }
+    if head is not None:
+        modules["discriminator"] = MeanHead(head)
+    return Networks(modules, policy)
+
+
+def gradient(module: nn.Module, loss: Tensor) -> Tensor:
+    loss.backward()
+    assert isinstance(module, GoldenDenoiser)
+    return module.network.flat()  # type: ignore[operator]
+
+
+def beside(loss: Tensor, gradient: Tensor, golden: Golden) -> tuple[Tensor, Tensor]:
+    """Ours and theirs: the loss and the gradient, each divided by the size of theirs so that both count."""
+    ours, theirs = ((loss, gradient), (golden["loss"], golden["gradient"]))
+    scales = [value.norm() for value in theirs]
+    pair = [torch.cat([v.reshape(-1) / s for v, s in zip(side, scales, strict=True)]) for side in (ours, theirs)]
+    return pair[0], pair[1]
+
+
+# --- DMD2
+
+
+def dmd2_networks(golden: Golden) -> Networks:
+    head = golden.tensors.get("head")
+    return make_networks(DMD2_STEPS, VPSchedule(golden["alphas_cumprod"]), "epsilon", head)
+
+
+def level(step: Tensor) -> Tensor:
+    """Discrete step i is the level (i + 1) / 1000."""
+    return (step.double() + 1) / 1000
+
+
+def finished(x: Tensor, stop: int = 0, t: float = 1.0) -> Rollout:
+    """A rollout that ended with these clean samples."""
+    level, stops = torch.full((len(x),), t, dtype=x.dtype), torch.full((len(x),), stop)
+    return Rollout(x, torch.zeros_like(level), stops, (Step(x, level, x, x),))
+
+
+@comparison("dmd2_distribution_matching", "dmd2", "gradient of the matching loss, of the samples")
+def dmd2_distribution_matching(golden: Golden) -> tuple[Tensor, Tensor]:
+    x = golden["x"].clone().requires_grad_()
+    batch = given_batch(
+        {"renoise_time": level(golden["step"]), "renoise": golden["noise"]}, golden["cond"], golden["uncond"]
+    )
+    objective = DMD2(guidance_scale=1.75, renoise_time=WHOLE)
+    objective.matching_loss(dmd2_networks(golden), batch, finished(x)).total.backward()
+    assert x.grad is not None
+    return x.grad, golden["gradient"]
+
+
+@comparison("dmd2_fake_score", "dmd2", "loss of the fake score and its gradient")
+def dmd2_fake_score(golden: Golden) -> tuple[Tensor, Tensor]:
+    networks = dmd2_networks(golden)
+    batch = given_batch({"fake_time": level(golden["step"]), "fake_noise": golden["noise"]}, golden["cond"])
+    loss = denoising_loss(networks, batch, golden["x"], WHOLE)
+    return beside(loss, gradient(networks.fake_score, loss), golden)
+
+
+@comparison("dmd2_discriminator", "dmd2", "GAN loss of the discriminator, and its gradient in features and head")
+def dmd2_discriminator(golden: Golden) -> tuple[Tensor, Tensor]:
+    networks = dmd2_networks(golden)
+    given = {f"gan_{kind}_time": level(golden[f"{kind}_step"]) for kind in ("real", "fake")}
+    given |= {f"gan_{kind}_noise": golden[f"{kind}_noise"] for kind in ("real", "fake")}
+    given |= {"fake_time": level(golden["fake_step"]), "fake_noise": golden["fake_noise"]}  # of the other part
+    batch = given_batch(given, golden["cond"], latents=golden["real"], shared={"rollout": finished(golden["x"])})
+    batch = dataclasses.replace(batch, given=given | {"stop": torch.tensor(0)})
+    objective = DMD2(gan_weight=5e-3, gan_time=WHOLE, fake_time=WHOLE, discriminator_weight=1.0)
+    both = objective.fake_loss(networks, batch)
+    denoising = denoising_loss(networks, batch, golden["x"], WHOLE)
+    loss = both.total - denoising
+    parts = [gradient(networks.fake_score, loss), networks["discriminator"].weight.grad]
+    return beside(loss, torch.cat(parts), golden)  # type: ignore[arg-type]
+
+
+def dmd2_generator(golden: Golden) -> tuple[Tensor, Tensor]:
+    """The backward simulation with its random stop, the matching loss and the generator's GAN loss."""
+    names = ("initial", "step1", "step2", "step3")
+    given = dict(zip(names, golden["rollout"], strict=False))
+    given |= {"stop": golden["stop"], "renoise_time": level(golden["step"]), "renoise": golden["noise"]}
+    given |= {"gan_time": level(golden["gan_step"]), "gan_noise": golden["gan_noise"]}
+    networks = dmd2_networks(golden)
+    batch = given_batch(given, golden["cond"])
+    objective = DMD2(guidance_scale=1.75, renoise_time=WHOLE, gan_time=WHOLE, gan_weight=5e-3)
+    loss = objective.student_loss(networks, batch).total
+    return beside(loss, gradient(networks.student, loss), golden)
+
+
+for stop in (0, 2):
+    comparison(f"dmd2_generator_stop{stop}", "dmd2", "backward simulation, matching and GAN loss of the student")(
+        dmd2_generator
+    )
