@@ -14,8 +14,9 @@ Mutations are found by pattern in the syntax trees of the objectives, signals, f
 Index arithmetic, messages and types are left alone, and so are the defaults of fields, which tests/golden_*.py pin.
 Each mutation runs the unmarked tests of its file (TESTS below) until one fails. A process that has torch and diffusers
 in memory forks for every mutation; the child imports fastgen with the one changed module. The table,
-mutation_test.jsonl, has a row for each mutation, so that an interrupted run goes on where it was. A mutation that hangs
-counts as caught. --share tries a part of them, chosen by a hash of their names, which another run chooses again."""
+mutation_test.jsonl, has a row for each mutation, so that an interrupted run goes on where it was. A mutation that
+hangs counts as caught. --share tries a part of them, chosen by a hash of their names, so that it is the same part in
+every run."""
 
 import argparse
 import ast
