@@ -183,8 +183,7 @@ class TimeSampler:
     uniform:       t = u
     logit_normal:  t = sigmoid(mean + std Phi^-1(u)); the noise-to-signal ratio t / (1 - t) is then lognormal (EDM)
     shift:         t' = shift t / (1 + (shift - 1) t), the resolution shift of flow models.
-
-    The level is low + (high - low) t'."""
+    ends:          stretch: the level is low + (high - low) t';   clamp: it is t', clamped to [low, high]."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"
     low: float = Field(default=0.02, ge=0, lt=1)
@@ -192,6 +191,7 @@ class TimeSampler:
     shift: float = Field(default=1.0, gt=0)
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
+    ends: Literal["stretch", "clamp"] = "stretch"  # clamp: Self-Forcing's and CausVid's code, with their shift
 
     @model_validator(mode="after")
     def _ordered(self) -> "TimeSampler":
@@ -199,8 +199,18 @@ class TimeSampler:
             raise ValueError(f"low must be below high, got low = {self.low} and high = {self.high}")
         return self
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high]."""
+    def __call__(self, u: Tensor, within: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high].
+
+        within: two levels, shaped like u, between which t lies: the law is then that of t, given that it does."""
+        if within is not None:
+            u = torch.lerp(self.rank(within[0]), self.rank(within[1]), u)
         t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
         t = self.shift * t / (1 + (self.shift - 1) * t)
-        return self.low + (self.high - self.low) * t
+        return self.low + (self.high - self.low) * t if self.ends == "stretch" else t.clamp(self.low, self.high)
+
+    def rank(self, t: Tensor) -> Tensor:
+        """The share of draws below level t: the inverse of __call__ inside [low, high]; any shape."""
+        t = ((t - self.low) / (self.high - self.low) if self.ends == "stretch" else t).clamp(0, 1)
+        t = t / (self.shift - (self.shift - 1) * t)
+        return torch.special.ndtr((torch.logit(t) - self.mean) / self.std) if self.law == "logit_normal" else t

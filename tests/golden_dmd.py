@@ -148,3 +148,64 @@ for stop in (0, 2):
     comparison(f"dmd2_generator_stop{stop}", "dmd2", "backward simulation, matching and GAN loss of the student")(
         dmd2_generator
     )
+
+
+# --- videos: Self-Forcing and CausVid. Frames take the place of the GoldenNetwork's channels
+
+
+SHIFTED = TimeSampler(low=0.02, high=0.98, shift=5.0, ends="clamp")
+SELF_FORCING_STEPS = RolloutPolicy(timesteps=(1.0, 0.9375, 5 / 6, 0.625))
+ADDED_GUIDANCE = "their guidance is cond + w (cond - uncond); our scale is w + 1"
+
+
+def self_forcing_generator(golden: Golden) -> tuple[Tensor, Tensor]:
+    names = ("initial", "step1", "step2", "step3")
+    low, high = golden["range"].double()
+    given = dict(zip(names, golden["rollout"], strict=False)) | {"stop": golden["stop"], "renoise": golden["noise"]}
+    given["renoise_time"] = (golden["drawn"] - low) / (high - low)
+    networks = make_networks(SELF_FORCING_STEPS)
+    objective = DMD2(guidance_scale=4.0, renoise_time=SHIFTED, renoise_range="all" if high == 1000 else "step")
+    loss = objective.student_loss(networks, given_batch(given, golden["cond"], golden["uncond"])).total
+    return beside(loss, gradient(networks.student, loss), golden)
+
+
+comparison(
+    "self_forcing_generator", "dmd2", "rollout and matching loss of the student", f"{ADDED_GUIDANCE}; ends: clamp"
+)(self_forcing_generator)
+comparison(
+    "self_forcing_generator_ts_schedule",
+    "dmd2",
+    "the same with renoise_range: step",
+    f"{ADDED_GUIDANCE}; ends: clamp; ts_schedule with ts_schedule_max",
+)(self_forcing_generator)
+
+
+@comparison("self_forcing_critic", "dmd2", "loss of the fake score and its gradient", "ends: clamp")
+def self_forcing_critic(golden: Golden) -> tuple[Tensor, Tensor]:
+    networks = make_networks(SELF_FORCING_STEPS)
+    given = {"fake_time": golden["drawn"].double() / 1000, "fake_noise": golden["noise"]}
+    loss = denoising_loss(networks, given_batch(given, golden["cond"]), golden["x"], SHIFTED)
+    return beside(loss, gradient(networks.fake_score, loss), golden)
+
+
+@comparison(
+    "self_forcing_levels", "dmd2", "levels of renoising, by shift 5 and the clamp", "ends: clamp; level x 1000"
+)
+def self_forcing_levels(golden: Golden) -> tuple[Tensor, Tensor]:
+    return 1000 * SHIFTED(golden["drawn"].double() / 1000), golden["timestep"]
+
+
+@comparison(
+    "causvid_generator_from_data", "dmd2", "student_input: data, and the matching loss of the student", ADDED_GUIDANCE
+)
+def causvid_generator(golden: Golden) -> tuple[Tensor, Tensor]:
+    networks = make_networks(
+        RolloutPolicy(timesteps=tuple((golden["timesteps"].double() / 1000).tolist())), None, "sample"
+    )
+    given = {"initial": golden["initial"], "stop": (golden["stop"] + 0.5) / 3, "renoise": golden["noise"]}
+    given["renoise_time"] = golden["drawn"].double() / 1000
+    batch = given_batch(given, golden["cond"], golden["uncond"], golden["real"])
+    law = TimeSampler(low=0.02, high=0.98, shift=8.0, ends="clamp")
+    objective = DMD2(guidance_scale=4.5, renoise_time=law, student_input="data", stops="per_sample")
+    loss = objective.student_loss(networks, batch).total
+    return beside(loss, gradient(networks.student, loss), golden)

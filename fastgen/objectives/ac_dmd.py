@@ -158,7 +158,7 @@ class ACDMD(Objective):
 
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and the fake score's lag."""
+        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and those of the fake score's lag."""
         schedule = networks.teacher.schedule
         s = rollout.s
         t = renoise_level(batch.uniform("renoise_time"), s)
@@ -173,7 +173,7 @@ class ACDMD(Objective):
         real_s = transition(schedule, real, x_t, t, s, fresh, eta)
         grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
         target = signals.renoised_target(schedule, rollout.x, noise, s, t)
-        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(target, fake, real)}
+        return grad, {"dm_grad": grad.abs().mean()} | signals.lag_terms(target, fake, real)
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """The student's x_s; with inverse_tilt its clean prediction, at s = 0."""

@@ -167,8 +167,8 @@ class ADM(Objective):
             "logit_gap": (real_logits - fake_logits).mean().detach(),
             "logit_size": real_logits.abs().mean().detach(),
             "step_gap": (x_fake - x_real).abs().mean() / self.ode_step,
-            "fake_lag": signals.score_lag(rollout.x, fake, real),
         }
+        terms |= signals.lag_terms(rollout.x, fake, real)
         if self.r1_weight:
             perturbed = x_real + self.r1_noise * batch.normal("r1")
             penalty = (self.logits(networks, batch, perturbed, t, rollout.stop) - real_logits).square().mean()

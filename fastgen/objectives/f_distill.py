@@ -80,7 +80,7 @@ class FDistill(DMD2):
         """h(r) / mean h [B] at the (x_t, t) of the score difference, and the terms to log.
 
         Also adds r and h to the state, for the means of the following updates."""
-        x_t, t = self.renoised(networks, batch, rollout.x)
+        x_t, t = self.renoised(networks, batch, rollout)
         ratio = signals.density_ratio(self.discriminator_logits(networks, batch, x_t, t, rollout.stop))
         position = (t - self.renoise_time.low) / (self.renoise_time.high - self.renoise_time.low)
         index = (position * self.ratio_bins).long().clamp(max=self.ratio_bins - 1)

@@ -13,6 +13,7 @@ from fastgen.rollout.simulation import (
     draw_stops,
     sample,
     sample_chunks,
+    step_from_data,
     trajectory,
 )
 from fastgen.rollout.steps import (
@@ -41,6 +42,7 @@ __all__ = [
     "predict_x0",
     "sample",
     "sample_chunks",
+    "step_from_data",
     "step_log_prob",
     "step_to",
     "trajectory",

@@ -1,7 +1,7 @@
 """The loops over the student's steps and, for a video that streams, over its chunks."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -120,6 +120,31 @@ def backward_simulation(
             return simulate(student, policy, batch, stop, grad, to)[0]
         return simulate_chunks(student, policy, batch, stop, grad, to)
 
+    return kept(batch, grad, run)
+
+
+def step_from_data(student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True) -> Rollout:
+    """One step of the student from real samples, noised to timesteps[stop[i]], in the place of a simulated input.
+
+        x_t = alpha_t latents + sigma_t noise      (the inputs of FastGen's DMD2, and of CausVid, arXiv 2412.07772)
+
+    The input has the teacher's law, not that of the student's own steps, from which it will sample. At level 1 it is
+    noise. stop, grad, and what is returned: as in `backward_simulation`, with s = 0. Needs `batch.latents`."""
+    latents = batch.latents
+    assert latents is not None
+
+    def run() -> Rollout:
+        t = latents.new_tensor(policy.timesteps)[stop]
+        x_t = student.schedule.add_noise(latents, batch.normal("initial"), t)
+        with torch.set_grad_enabled(grad):
+            x0 = predict_x0(student, x_t, t, batch.cond, policy)
+        return Rollout(x0, torch.zeros_like(t), stop, (Step(x_t, t, x0, x0),))
+
+    return kept(batch, grad, run)
+
+
+def kept(batch: Batch, grad: bool, run: Callable[[], Rollout]) -> Rollout:
+    """The rollout, or with `batch.shared` that of the first call without gradient."""
     if grad or batch.shared is None:
         return run()
     if "rollout" not in batch.shared:

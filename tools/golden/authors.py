@@ -16,7 +16,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-DRAWS = {"randn": "normals", "randn_like": "normals", "randint": "integers", "rand": "uniforms", "rand_like": "uniforms"}
+DRAWS = {
+    "randn": "normals",
+    "randn_like": "normals",
+    "randint": "integers",
+    "rand": "uniforms",
+    "rand_like": "uniforms",
+}
 
 
 def checkout_of(repository: str, commit: str) -> Path:

@@ -2,9 +2,9 @@
 
 python tools/golden/dmd2.py CHECKOUT
 
-SDGuidance and SDUniModel are made without their constructors, which load SDXL: their networks are GoldenNetworks that
-predict the noise, behind the calling convention of diffusers' UNet, and the discriminator's branch is one linear map of
-the features. The methods that are called are the authors' own."""
+SDGuidance and SDUniModel are made without their constructors, which load SDXL. Their networks are GoldenNetworks that
+predict the noise, behind the calling convention of diffusers' UNet, and the discriminator's branch is one linear map
+of the features. The methods that are called are the authors' own."""
 
 import types
 from typing import Any
@@ -47,7 +47,7 @@ class Branch(nn.Module):
 
 
 def guidance_model(networks: dict[str, GoldenNetwork], head: Tensor, scale: float) -> Any:
-    from main.sd_guidance import SDGuidance, NoOpContext
+    from main.sd_guidance import NoOpContext, SDGuidance
 
     model = SDGuidance.__new__(SDGuidance)
     nn.Module.__init__(model)
@@ -86,7 +86,12 @@ def main() -> None:
     checkout_of(REPOSITORY, COMMIT)
     stub("matplotlib", "matplotlib.pyplot", "matplotlib.backends", "matplotlib.backends.backend_agg", "imageio")
     stub("imageio.v2")
-    x, cond, uncond, real = normal(0, BATCH, *SHAPE), normal(1, BATCH, 4), normal(2, BATCH, 4), normal(3, BATCH, *SHAPE)
+    x, cond, uncond, real = (
+        normal(0, BATCH, *SHAPE),
+        normal(1, BATCH, 4),
+        normal(2, BATCH, 4),
+        normal(3, BATCH, *SHAPE),
+    )
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
     head, scale = normal(4, 16), 1.75
     model = guidance_model(networks, head, scale)
@@ -134,7 +139,13 @@ def main() -> None:
         gradient = gradients_of(networks["student"], loss)
         # their rollout starts from the first normal, and the last step's fresh noise is `final`; step 0 starts from it
         used = [final] if stop == 0 else [*normals[:stop], final]
-        given = {"stop": torch.tensor(stop), "step": step, "noise": noise, "gan_step": gan_step, "gan_noise": gan_noise}
+        given = {
+            "stop": torch.tensor(stop),
+            "step": step,
+            "noise": noise,
+            "gan_step": gan_step,
+            "gan_noise": gan_noise,
+        }
         given |= {"head": head, "rollout": torch.stack(used), "loss": loss, "gradient": gradient}
         save(f"dmd2_generator_stop{stop}", given, "main/sd_unified_model.py, SDUniModel.forward (generator turn)")
 
