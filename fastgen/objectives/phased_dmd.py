@@ -24,10 +24,10 @@ which are simpler.
 Departures. The default, `gradient: normalised`, is LightX2V's: DMD2's normalised difference of clean predictions,
 applied to the clean prediction of the executed step. (Applied to x_s, it would weigh a deterministic step from t to s
 by (t - s) / t.) `gradient: paper` is w (v_r - v_f), the gradient of the KL divergence at level t with respect to x_s.
-`condition_on_stop` (ours) conditions the fake score on the step that made its input, as in DMD2. Learning rates warm up and decay again in
-every phase (ours). The boundary between two experts lies halfway between the last level at which one is called and the
-first level at which the next is called (ours). Rounding in a stored step list cannot move a level across that
-boundary, as it could if the boundary were s or the level of a call.
+`condition_on_stop` (ours) conditions the fake score on the step that made its input, as in DMD2. Learning rates warm
+up and decay again in every phase (ours). The boundary between two experts lies halfway between the last level at which
+one is called and the first level at which the next is called (ours). Rounding in a stored step list cannot move a
+level across that boundary, as it could if the boundary were s or the level of a call.
 """
 
 import itertools

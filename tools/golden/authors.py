@@ -3,6 +3,7 @@
 Their code casts to float32 in places and draws from torch's global generator. Under `called_with`, `float()` means
 `double()`, and every draw is the next of the tensors that the script gives."""
 
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,15 @@ def package(name: str, folder: Path) -> None:
     module = types.ModuleType(name)
     module.__path__ = [str(folder)]
     sys.modules[name] = module
+
+
+def module_at(path: Path) -> Any:
+    """The module of one file, imported by itself."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -9,7 +9,7 @@ student is the bidirectional one, and all frames of a video have one level."""
 import types
 
 import torch
-from authors import called_with, checkout_of, gradients_of, normal, package, stub
+from authors import called_with, checkout_of, gradients_of, module_at, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor, nn
 
@@ -29,16 +29,18 @@ class Wrapper(nn.Module):
 
 
 def main() -> None:
-    package("causvid", checkout_of(REPOSITORY, COMMIT) / "causvid")
+    checkout = checkout_of(REPOSITORY, COMMIT)
+    package("causvid", checkout / "causvid")
     stub("causvid.models", "causvid.models.model_interface")
     from causvid.dmd import DMD
-    from causvid.scheduler import FlowMatchScheduler
+
+    scheduler = module_at(checkout / "causvid/models/wan/flow_match.py").FlowMatchScheduler
 
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
     model = DMD.__new__(DMD)
     nn.Module.__init__(model)
     model.generator, model.real_score, model.fake_score = (Wrapper(network) for network in networks.values())
-    model.scheduler = FlowMatchScheduler(shift=SHIFT, sigma_min=0.0, extra_one_step=True)
+    model.scheduler = scheduler(shift=SHIFT, sigma_min=0.0, extra_one_step=True)
     model.scheduler.set_timesteps(1000, training=True)
     model.generator_task_type = model.real_task_type = model.fake_task_type = "bidirectional_video"
     timesteps = torch.cat([model.scheduler.timesteps, torch.zeros(1)])
