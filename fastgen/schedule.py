@@ -205,9 +205,18 @@ class TimeSampler:
         within: two levels, shaped like u, between which t lies: the law is then that of t, given that it does."""
         if within is not None:
             u = torch.lerp(self.rank(within[0]), self.rank(within[1]), u)
+        return self.ended(self.shifted(u))
+
+    def shifted(self, u: Tensor) -> Tensor:
+        """t' in (0, 1) of a uniform draw, any shape: the law and the shift, before the ends."""
         t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
-        t = self.shift * t / (1 + (self.shift - 1) * t)
-        return self.low + (self.high - self.low) * t if self.ends == "stretch" else t.clamp(self.low, self.high)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def ended(self, t: Tensor, top: Tensor | float = 1.0) -> Tensor:
+        """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), one or shaped like t."""
+        if self.ends == "clamp":
+            return (top * t).clamp(self.low, self.high)
+        return self.low + (self.high * top - self.low) * t
 
     def rank(self, t: Tensor) -> Tensor:
         """The share of draws below level t: the inverse of __call__ inside [low, high]; any shape."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastgen.batch import Batch
 from fastgen.networks import Networks
-from fastgen.objectives import ADM, DMD2, FDistill, PhasedDMD, Turn
+from fastgen.objectives import ADM, DMD2, FDistill, PhasedDMD, ReDMD, Turn
 from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import State
 from fastgen.objectives.fake_score import denoising_loss
 from fastgen.objectives.phased_dmd import Phase
+from fastgen.rewards import Score
 from fastgen.rollout import Rollout, RolloutPolicy, Step, transition
 from fastgen.schedule import PredictionType, Schedule, TimeSampler, VPSchedule
 
@@ -369,3 +370,50 @@ def fastgen_r1(golden: Golden) -> tuple[Tensor, Tensor]:
     penalty = losses[0] - losses[1]
     penalty.backward()
     return beside(penalty, networks["discriminator"].weight.grad, golden)  # type: ignore[arg-type]
+
+
+# --- Re-DMD, and the two terms of Decoupled DMD
+
+
+@comparison(
+    "re_dmd_generator",
+    "re_dmd",
+    "gradient of the rewarded matching loss of the student",
+    f"ours subtracts a running mean of the reward, here 0; {ADDED_GUIDANCE}; ends: clamp",
+)
+def re_dmd_generator(golden: Golden) -> tuple[Tensor, Tensor]:
+    given = {"initial": golden["initial"], "renoise": golden["noise"], "stop": torch.tensor(0)}
+    given["renoise_time"] = golden["drawn"].double() / 1000
+    networks = make_networks(RolloutPolicy(timesteps=(1.0,)))
+    reward = golden["reward"][None]
+    networks.scorer = lambda *_: Score(reward, torch.ones(1, dtype=torch.bool))  # type: ignore[assignment]
+    state = {"reward": torch.tensor([0.0, 1.0]), "seen": torch.zeros(2)}
+    batch = given_batch(given, golden["cond"], golden["uncond"])
+    objective = ReDMD(guidance_scale=4.0, renoise_time=SHIFTED)
+    loss = objective.loss(Turn("student", ("student",)), networks, batch, state).total
+    return gradient(networks.student, loss), golden["gradient"]
+
+
+class OneStep(DMD2):
+    """One step of the student to its clean prediction, from a given x_t at level 0.75."""
+
+    def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
+        x_t = batch.normal("x_t")
+        t = torch.full((len(x_t),), 0.75, dtype=x_t.dtype)
+        x0 = networks.student(x_t, t, batch.cond)
+        return Rollout(x0, torch.zeros_like(t), torch.zeros_like(batch.ids), (Step(x_t, t, x0, x0),))
+
+
+@comparison(
+    "decoupled_dmd_generator",
+    "dmd2",
+    "ca_time: gradient of both terms, with their own levels and normalisers",
+    "their losses have no half: their gradient is twice ours; their guidance is w - 1",
+)
+def decoupled_dmd_generator(golden: Golden) -> tuple[Tensor, Tensor]:
+    names = {"renoise_time": "dm_time", "renoise": "dm_noise", "ca_noise": "ca_noise", "x_t": "x_t"}
+    given = {ours: golden[theirs] for ours, theirs in names.items()} | {"ca_time": golden["ca_time"] / 0.75}
+    networks = make_networks(RolloutPolicy(timesteps=(0.75,)))
+    objective = OneStep(guidance_scale=4.5, renoise_time=WHOLE, ca_time=WHOLE)
+    loss = objective.student_loss(networks, given_batch(given, golden["cond"], golden["uncond"])).total
+    return 2 * gradient(networks.student, loss), golden["gradient"]

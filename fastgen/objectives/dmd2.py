@@ -80,7 +80,7 @@ class DMD2(Objective):
     discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
     gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
     # Decoupled DMD: the levels of the guidance term of a step from t_k, between low and high * t_k. {} is the paper's
-    # hybrid
+    # hybrid. CDM's code has {ends: clamp}, and its guidance 7 is guidance_scale 8 here (row decoupled_dmd_generator)
     ca_time: TimeSampler | None = None
     dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
     ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code
@@ -113,10 +113,11 @@ class DMD2(Objective):
     def check(self, policy: RolloutPolicy) -> None:
         self.check_input(policy)
         self.check_range(policy)
-        if self.ca_time is not None and self.ca_time.high * policy.timesteps[-1] <= self.ca_time.low:
+        time, last = self.ca_time, policy.timesteps[-1]
+        if time is not None and time.high * last <= time.low:
             raise ValueError(
-                f"ca_time leaves no noise level below that of the last step: low = {self.ca_time.low} must be below "
-                f"high * {policy.timesteps[-1]} = {self.ca_time.high * policy.timesteps[-1]:g}"
+                f"ca_time leaves no noise level below that of the last step: low = {time.low} must be below "
+                f"high * {last} = {time.high * last:g}"
             )
 
     def check_input(self, policy: RolloutPolicy) -> None:
@@ -254,12 +255,10 @@ class DMD2(Objective):
     def guidance_gradient(self, networks: Networks, batch: Batch, rollout: Rollout, time: TimeSampler) -> Tensor:
         """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at x renoised with separate draws.
 
-        time: the law of t', stretched to the interval from time.low to time.high * t_k.
+        time: the law of t', between time.low and time.high * t_k (stretch), or times t_k and then clamped (clamp).
         The normaliser uses the unguided teacher (byliutao/cdm's code)."""
         teacher = networks.teacher
-        t_k = rollout.steps[-1].t
-        fraction = (time(batch.uniform("ca_time")) - time.low) / (time.high - time.low)
-        t = time.low + fraction * (time.high * t_k - time.low)
+        t = time.ended(time.shifted(batch.uniform("ca_time")), rollout.steps[-1].t)
         x_t = teacher.schedule.add_noise(rollout.x, batch.normal("ca_noise"), t)
         both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([batch.cond, batch.uncond]))
         real, uncond = both.chunk(2)

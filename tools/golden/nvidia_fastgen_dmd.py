@@ -154,7 +154,14 @@ def main() -> None:
         real_logits = made.discriminator(made.teacher(x_real, t - DT, cond, return_features_early=True))
         penalty = made._compute_r1_regularization(real_logits, x_real, t - DT, cond)
     penalty.backward()
-    given = {"x": x, "noise": noise, "r1": r1, "head": head, "loss": penalty, "gradient": made.discriminator.weight.grad}
+    given = {
+        "x": x,
+        "noise": noise,
+        "r1": r1,
+        "head": head,
+        "loss": penalty,
+        "gradient": made.discriminator.weight.grad,
+    }
     save("fastgen_r1", given, "dmd2.py, DMD2Model._compute_r1_regularization")
 
 

@@ -6,7 +6,9 @@ The DMD model is made without its constructor, which loads Wan. Its networks are
 behind the calling convention of their wrapper. A video is one block of four frames, so that no memory of earlier
 frames is read. Methods, training pipeline and scheduler are the authors' own."""
 
+import sys
 import types
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -35,8 +37,8 @@ class Wrapper(nn.Module):
         return flow, x0
 
 
-def dmd_model(networks: dict[str, GoldenNetwork], **options: object) -> Any:
-    from model.dmd import DMD
+def dmd_model(kind: Any, networks: dict[str, GoldenNetwork], **options: object) -> Any:
+    """A model of this class of theirs, with the settings of their configs."""
     from utils.loss import FlowPredLoss
     from utils.scheduler import FlowMatchScheduler
     from utils.wan_wrapper import WanDiffusionWrapper
@@ -49,7 +51,7 @@ def dmd_model(networks: dict[str, GoldenNetwork], **options: object) -> Any:
         return WanDiffusionWrapper._convert_flow_pred_to_x0(holder, flow, x, timestep)
 
     holder = types.SimpleNamespace(scheduler=scheduler)
-    model = DMD.__new__(DMD)
+    model = kind.__new__(kind)
     nn.Module.__init__(model)
     model.generator = Wrapper(networks["student"], convert)
     model.real_score, model.fake_score = (Wrapper(networks[role], convert) for role in ("teacher", "fake_score"))
@@ -82,7 +84,9 @@ def main() -> None:
     stub("wan.modules.causal_model", "einops")
     package("model", checkout / "model")
     package("pipeline", checkout / "pipeline")
-    sys_modules_pipeline(checkout)
+    import_pipeline()
+    from model.dmd import DMD
+
     noise, cond, uncond = normal(0, BATCH, FRAMES, *SHAPE), normal(1, BATCH, 4), normal(2, BATCH, 4)
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
     both = {"embedding": cond}, {"embedding": uncond}
@@ -91,7 +95,7 @@ def main() -> None:
         save_golden(name, {"cond": cond, "uncond": uncond} | tensors, REPOSITORY, COMMIT, function)
 
     for schedule, stop in ((False, 1), (True, 2)):
-        model = dmd_model(networks, ts_schedule=schedule, ts_schedule_max=schedule)
+        model = dmd_model(DMD, networks, ts_schedule=schedule, ts_schedule_max=schedule)
         between = [normal(10 + i, BATCH, FRAMES, *SHAPE) for i in range(stop)]
         with called_with([*between, normal(19, BATCH * FRAMES, *SHAPE)], [torch.tensor([stop])]), on_one_process():
             x, top, bottom = training_pipeline(model).inference_with_trajectory(noise, **both[0])
@@ -109,7 +113,7 @@ def main() -> None:
             "model/dmd.py, DMD.compute_distribution_matching_loss",
         )
 
-    model = dmd_model(networks)
+    model = dmd_model(DMD, networks)
     x, drawn, fresh = normal(30, BATCH, FRAMES, *SHAPE), torch.tensor([140]), normal(31, BATCH, FRAMES, *SHAPE)
     model._run_generator = lambda **_: (x, None, None, None)
     with called_with([fresh], [drawn]):
@@ -134,10 +138,8 @@ def main() -> None:
     )
 
 
-def sys_modules_pipeline(checkout: Any) -> None:
+def import_pipeline() -> None:
     """What model/dmd.py imports from the package pipeline, whose __init__ imports more."""
-    import sys
-
     from pipeline.self_forcing_training import SelfForcingTrainingPipeline
 
     sys.modules["pipeline"].SelfForcingTrainingPipeline = SelfForcingTrainingPipeline  # type: ignore[attr-defined]
@@ -145,8 +147,6 @@ def sys_modules_pipeline(checkout: Any) -> None:
 
 def on_one_process() -> Any:
     """Nothing to broadcast, and tensors stay where they are."""
-    from contextlib import ExitStack
-
     stack = ExitStack()
     stack.enter_context(patch("torch.distributed.broadcast", lambda *_, **__: None))
     stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self: self))
