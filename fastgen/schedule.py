@@ -213,7 +213,7 @@ class TimeSampler:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def ended(self, t: Tensor, top: Tensor | float = 1.0) -> Tensor:
-        """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), one or shaped like t."""
+        """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), shaped like t."""
         if self.ends == "clamp":
             return (top * t).clamp(self.low, self.high)
         return self.low + (self.high * top - self.low) * t
