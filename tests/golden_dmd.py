@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.batch import Batch
 from fastgen.networks import Networks
-from fastgen.objectives import ADM, DMD2, FDistill, PhasedDMD, ReDMD, Turn
+from fastgen.objectives import ADM, DMD2, SCDMD, FDistill, PhasedDMD, ReDMD, Turn
 from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import State
 from fastgen.objectives.fake_score import denoising_loss
@@ -417,3 +417,31 @@ def decoupled_dmd_generator(golden: Golden) -> tuple[Tensor, Tensor]:
     objective = OneStep(guidance_scale=4.5, renoise_time=WHOLE, ca_time=WHOLE)
     loss = objective.student_loss(networks, given_batch(given, golden["cond"], golden["uncond"])).total
     return 2 * gradient(networks.student, loss), golden["gradient"]
+
+
+# --- SC-DMD
+
+
+@comparison("sc_dmd_semigroup", "sc_dmd", "the semigroup term, without lambda, and its gradient")
+def sc_dmd_semigroup(golden: Golden) -> tuple[Tensor, Tensor]:
+    policy = RolloutPolicy(timesteps=(1.0, 0.75, 0.5, 0.25))
+    networks, x = make_networks(policy), golden["x"]
+    start, middle, end = golden["levels"].double() / 1000
+    levels = torch.tensor([*policy.timesteps, 0.0], dtype=torch.float64)
+    assert (levels[1], levels[2], levels[3]) == (start, middle, end)
+    t = start.expand(len(x))
+    x0 = networks.student(x, t, given_batch({"x": x}, golden["cond"]).cond)
+    rollout = Rollout(x0, 0 * t, torch.ones(len(x), dtype=torch.int64), (Step(x, t, x0, x0),))
+    draws = {"semigroup_end": torch.full_like(t, 0.9), "semigroup_middle": torch.full_like(t, 0.1)}
+    loss = SCDMD().semigroup_loss(networks, given_batch({"x": x} | draws, golden["cond"]), rollout)
+    return beside(loss, gradient(networks.student, loss), golden)
+
+
+# --- implicit distribution alignment
+
+
+@comparison("senseflow_ida", "dmd2", "ida_decay: the fake score's weights after a student update")
+def senseflow_ida(golden: Golden) -> tuple[Tensor, Tensor]:
+    networks = make_networks(DMD2_STEPS)
+    DMD2(ida_decay=float(golden["decay"])).finish(Turn("student", ("student",)), networks, {})
+    return torch.cat([p.detach().flatten() for p in networks.fake_score.parameters()]), golden["weights"]
