@@ -58,15 +58,19 @@ class DMD2(Objective):
     takes_chunks = True
 
     name: Literal["dmd2"] = "dmd2"
-    # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one per expert of the teacher, from high noise to low
+    # w of uncond + w (cond - uncond): 1.75 SD1.5, 8 SDXL (released configs; rows dmd2_*), 4 Self-Forcing, 4.5 CausVid
+    # (3 and 3.5 there, of cond + w (cond - uncond)); 1 is off. Several: one per expert, from high noise to low
     guidance_scale: Guidance = 1.0
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # "5 fake updates per generator update", Sec. 4.2
+    # "5 fake updates per generator update", Sec. 4.2; FastGen's student_update_freq of 5 is 4. A count: no row
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
-    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
+    # U{20..980} and U{0..999} of 1000, where step i is level (i + 1) / 1000: the released code (rows
+    # dmd2_distribution_matching, dmd2_fake_score). Videos: {shift: 5, ends: clamp} (row self_forcing_levels)
+    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
+    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
     # where renoise_time and fake_time lie after a step from t_k to t_{k+1}. all: the whole law; above: not below
     # t_{k+1} (Self-Forcing's ts_schedule); step: between t_{k+1} and t_k (its ts_schedule_max, too)
@@ -75,15 +79,20 @@ class DMD2(Objective):
     # simulated: what the student's own steps lead to; data: noised real samples (DMD2 of FastGen, CausVid)
     student_input: Literal["simulated", "data"] = "simulated"
     condition_on_stop: bool = False  # ours, see above
-    normaliser_floor: float = Field(default=1e-6, gt=0)  # FastGen's epsilon
-    gan_weight: float = Field(default=0.0, ge=0)  # lambda_G: 5e-3 SDXL, 3e-3 ImageNet (released configs); 0: data-free
-    discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
-    gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
+    # of mean|x - real|, in normalised latents; FastGen adds it to the mean (row f_distill_generator), DMD2 has none
+    normaliser_floor: float = Field(default=1e-6, gt=0)
+    # lambda_G, of a mean softplus against half a mean square over all elements: 5e-3 SDXL, 3e-3 ImageNet (released
+    # configs; rows dmd2_generator_*); 0: data-free
+    gan_weight: float = Field(default=0.0, ge=0)
+    # lambda_D, of the sum of two mean softplus against a mean squared error without a half, of the fake score's own
+    # prediction type (epsilon there): the released configs. Rows dmd2_discriminator and dmd2_fake_score pin the parts
+    discriminator_weight: float = Field(default=0.01, gt=0)
+    gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999} (row dmd2_discriminator)
     # Decoupled DMD: the levels of the guidance term of a step from t_k, between low and high * t_k. {} is the paper's
     # hybrid. CDM's code has {ends: clamp}, and its guidance 7 is guidance_scale 8 here (row decoupled_dmd_generator)
     ca_time: TimeSampler | None = None
     dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
-    ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code
+    ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code (row senseflow_ida)
 
     @field_validator("guidance_interval")
     @classmethod

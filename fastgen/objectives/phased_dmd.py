@@ -75,20 +75,24 @@ class PhasedDMD(Objective):
     name: Literal["phased_dmd"] = "phased_dmd"
     phases: tuple[Phase, ...] = Field(min_length=1)  # the paper: 4 steps in 2 phases
     experts: bool = True  # one network per phase; False: one network for all, which later phases keep changing (ours)
-    # 4 LightX2V's Wan 2.2; 1 is off. Several: one per expert of the teacher, from high noise to low
+    # w of uncond + w (cond - uncond): 4 LightX2V's Wan 2.2 (row phased_dmd_generator); 1 is off. Several: one per
+    # expert of the teacher, from high noise to low
     guidance_scale: Guidance = 1.0
     random_exit: bool = True  # SGTS; False: gradient through all steps of the phase
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one exit step per update
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper; a count: no row
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # law of (t - s) / (1 - s); 20..980 LightX2V
+    # law of (t - s) / (1 - s), ours. LightX2V draws t from s + 0.02 to 0.98, before its shift; nothing pins this one
+    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # law of (t - s) / (1 - s); ours, the interval of DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
-    fake_clamp: float = Field(default=10.0, gt=0)  # min(1 / sigma_ts^2, clamp), RTDMD's code; not at s = 0 (ours)
+    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2, a mean without a half: RTDMD's code (row ac_dmd_fake_score).
+    # LightX2V has no clamp (row phased_dmd_fake_score); none at s = 0 (ours)
+    fake_clamp: float = Field(default=10.0, gt=0)
     condition_on_stop: bool = False  # ours, see above
     gradient: Literal["normalised", "paper"] = "normalised"  # see above
-    normaliser_floor: float = Field(default=1e-4, gt=0)  # LightX2V
+    normaliser_floor: float = Field(default=1e-4, gt=0)  # of mean|x0 - real|, LightX2V (row phased_dmd_generator)
 
     @field_validator("phases")
     @classmethod

@@ -37,7 +37,8 @@ class ReDMD(DMD2):
     reward_use = "score"
     rewards_required = True
     name: Literal["re_dmd"] = "re_dmd"  # type: ignore[assignment]
-    beta: float = Field(default=2.0, gt=0)  # for a normalised reward, the released code
+    # for a reward of unit spread (VideoAlign's normalised motion quality): the released config (row re_dmd_generator)
+    beta: float = Field(default=2.0, gt=0)
     clip: float = Field(default=4.0, gt=0)  # the largest |beta (r - mean r)|; ours
     reward_memory: float = Field(default=0.9, ge=0, lt=1)  # fraction of the sums that each update keeps; ours
 

@@ -2,7 +2,7 @@
 
 python tools/golden/senseflow.py CHECKOUT
 
-It is part of the training loop: the statement `if self.ida_w != 1.0` is taken from the trainer at run time, and executed
+It is part of the training loop: the statement `if self.ida_w != 1.0` is taken from the trainer at run time, and run
 with two GoldenNetworks as the student and the fake score."""
 
 import ast
