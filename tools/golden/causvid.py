@@ -1,4 +1,4 @@
-"""Numbers of CausVid's code (tianweiy/CausVid), for tests/golden_dmd.py.
+"""Numbers of CausVid's code (tianweiy/CausVid), for tests/golden_video_dmd.py.
 
 python tools/golden/causvid.py CHECKOUT
 

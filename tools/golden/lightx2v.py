@@ -1,4 +1,4 @@
-"""Numbers of LightX2V's Phased DMD (ModelTC/LightX2V), for tests/golden_dmd.py.
+"""Numbers of LightX2V's Phased DMD (ModelTC/LightX2V), for tests/golden_phased_dmd.py.
 
 python tools/golden/lightx2v.py CHECKOUT
 

@@ -1,4 +1,4 @@
-"""Numbers of the distribution matching methods of FastGen (NVlabs/FastGen), for tests/golden_dmd.py.
+"""Numbers of the distribution matching methods of FastGen (NVlabs/FastGen), for tests/golden_f_distill.py.
 
 python tools/golden/nvidia_fastgen_dmd.py CHECKOUT
 

@@ -1,4 +1,4 @@
-"""Numbers of Reward Forcing's Re-DMD (JaydenLyh/Reward-Forcing), for tests/golden_dmd.py.
+"""Numbers of Reward Forcing's Re-DMD (JaydenLyh/Reward-Forcing), for tests/golden_video_dmd.py.
 
 python tools/golden/reward_forcing.py CHECKOUT
 

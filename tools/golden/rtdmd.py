@@ -1,4 +1,4 @@
-"""Numbers of RTDMD's first stage, AC-DMD (Harahan/RTDMD), for tests/golden_dmd.py.
+"""Numbers of RTDMD's first stage, AC-DMD (Harahan/RTDMD), for tests/golden_phased_dmd.py.
 
 python tools/golden/rtdmd.py CHECKOUT
 

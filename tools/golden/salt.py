@@ -1,4 +1,4 @@
-"""Numbers of the semigroup term of Salt's SC-DMD (XingtongGe/Salt), for tests/golden_dmd.py.
+"""Numbers of the semigroup term of Salt's SC-DMD (XingtongGe/Salt), for tests/golden_video_dmd.py.
 
 python tools/golden/salt.py CHECKOUT
 

@@ -1,4 +1,4 @@
-"""Numbers of Self-Forcing's code (guandeh17/Self-Forcing), for tests/golden_dmd.py.
+"""Numbers of Self-Forcing's code (guandeh17/Self-Forcing), for tests/golden_video_dmd.py.
 
 python tools/golden/self_forcing.py CHECKOUT
 
