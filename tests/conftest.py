@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fresh import RunFresh, fresh_processes
 from torch import Tensor
 
 from fastgen.backbones import gaussian_mixture
@@ -33,6 +34,13 @@ MIXTURE_RECIPE = PROJECT / "recipes" / "mixture_dmd2_4step.yaml"
 @pytest.fixture(scope="session")
 def project() -> Path:
     return PROJECT
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFresh]:
+    """Runs a program in a process of its own that has imported torch and nothing else of weight."""
+    with fresh_processes(tmp_path_factory.mktemp("fresh")) as run:
+        yield run
 
 
 @pytest.fixture(scope="session")
