@@ -1,5 +1,6 @@
 """What all tests share: two threads at most, no network, and the smallest batches and recipes."""
 
+import gc
 import os
 
 import torch
@@ -26,6 +27,16 @@ from fastgen.schedule import VPSchedule
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_block_sparse_*.py"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_configure() -> None:
+    gc.disable()  # imports make a million objects that stay, and looking for garbage among them takes seconds
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIXTURE_RECIPE = PROJECT / "recipes" / "mixture_dmd2_4step.yaml"

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SERVER = """
-import json, os, sys, torch
+import gc, json, os, sys, torch
+gc.freeze()  # or else every fork would copy what it looks through
 for line in sys.stdin:
     program, folder, *outputs = json.loads(line)
     if os.fork() == 0:

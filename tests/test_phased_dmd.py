@@ -96,9 +96,9 @@ def test_a_phase_ends_at_the_teachers_law_of_its_level(gradient: str) -> None:
     renoised as if it were clean, or if it is sent to 0."""
     student, objective = AffineStudent(-1.0, 0.4, TWO), phased(*SINGLES, gradient=gradient, normaliser_floor=0.1)
     networks = affine_networks(student, gaussian(), ExactFake(student, stop=0))
-    optimizer = torch.optim.Adam(student.parameters(), 0.02)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=500)
-    for step in range(500):
+    optimizer = torch.optim.Adam(student.parameters(), 0.04)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=250)
+    for step in range(250):
         batch = point_batch(torch.arange(256) + 256 * step, key=step, dim=1)
         optimizer.zero_grad()
         objective.student_loss(networks, batch, objective.phases[0]).total.backward()

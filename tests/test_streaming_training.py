@@ -58,7 +58,7 @@ def recipe(folder: Path, output: Path, objective: dict[str, Any], **changes: Any
     [
         {"name": "dmd2", "fake_updates": 1},
         {"name": "adm", "fake_updates": 1},
-        {"name": "rtdmd", "fake_updates": 1},
+        pytest.param({"name": "rtdmd", "fake_updates": 1}, marks=pytest.mark.slow),
         {"name": "gndm", "fake_updates": 1, "group_size": 1},
         {
             "name": "phased_dmd",
