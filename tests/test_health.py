@@ -91,13 +91,10 @@ def test_gradients_that_grow_are_said_after_some_looks() -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory, fit_once: None) -> Path:
-    looks = [
-        "train.steps=80",
-        "train.checkpoint_every=40",
-        "health.every=20",
-        "health.grace=40",
-    ]  # two after the grace
-    return train(load_recipe(RING, [*SHORT, *looks, f"output_dir={tmp_path_factory.mktemp('healthy') / 'run'}"]))
+    """80 updates with four looks, two of them after the grace."""
+    looks = ["train.steps=80", "train.checkpoint_every=40", "health.every=20", "health.grace=40"]
+    folder = tmp_path_factory.mktemp("healthy") / "run"
+    return train(load_recipe(RING, [*SHORT, *looks, "backbone.fit_batch_size=128", f"output_dir={folder}"]))
 
 
 def test_a_healthy_run_is_quiet(healthy: Path) -> None:

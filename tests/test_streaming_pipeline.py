@@ -102,7 +102,7 @@ def test_decoding_in_parts_is_decoding_the_whole(kind: str, split: tuple[int, ..
     """For two streams at a time on one VAE, which decodes whole videos in between."""
     torch.manual_seed(0)
     vae = (autoencoder if kind == "Wan 2.1" else residual_autoencoder)().requires_grad_(False)
-    latents = [torch.randn(1, 9, CHANNELS, 4, 2), 3 * torch.randn(1, 9, CHANNELS, 4, 2)]
+    latents = [torch.randn(1, 9, CHANNELS, 4, 4), 3 * torch.randn(1, 9, CHANNELS, 4, 4)]
     mean, std = (torch.tensor(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
     whole = [
         (vae.decode((z * std + mean).transpose(1, 2)).sample / 2 + 0.5).transpose(1, 2).clamp(0, 1) for z in latents
@@ -126,7 +126,7 @@ def test_a_stored_decoder_goes_on(kind: str, first: int) -> None:
     """After one latent, some layers have a mark instead of a memory."""
     torch.manual_seed(0)
     vae = (autoencoder if kind == "Wan 2.1" else residual_autoencoder)().requires_grad_(False)
-    latents = torch.randn(1, 5, CHANNELS, 4, 2)
+    latents = torch.randn(1, 5, CHANNELS, 4, 4)
     whole, half, rest = VideoDecoder(vae)(latents), VideoDecoder(vae), VideoDecoder(vae)
     start = half(latents[:, :first])
     rest.load_state_dict({name: value.clone() for name, value in half.state_dict().items()})
