@@ -20,15 +20,17 @@ POLICY = RolloutPolicy((1.0,), "ode", two_time=True)
 PLACE = "the samples with s = t are the first of the batch there, and chosen by sample number here"
 
 
-def diagonal_first(batch: Batch, share: float) -> Batch:
-    """The batch with sample numbers for which exactly this share is on the diagonal, those rows first."""
+def diagonal_first(batch: Any, diagonal: float, to_zero: float = 0.0) -> Batch:
+    """The batch with sample numbers for which exactly these shares are on the diagonal and jump to 0: first the rows on
+    the diagonal, then those that jump to 0, then the others."""
     count = len(batch.ids)
-    for shift in torch.linspace(0, 1, 200):
-        kind = int(shift * (1 << 20))
+    first, last = round(diagonal * count), round(to_zero * count)
+    for kind in range(0, 1 << 20, 1 << 12):
         place = (torch.arange(count).double() * STEP + kind / (1 << 20)) % 1
-        if int((place < share).sum()) == int(share * count):
-            given = batch.given | {"pair_kind": torch.tensor(kind)}  # type: ignore[attr-defined]
-            return dataclasses.replace(batch, ids=place.argsort(), given=given)
+        if int((place < diagonal).sum()) == first and int((place >= 1 - to_zero).sum()) == last:
+            order = place.argsort()
+            order = torch.cat([order[:first], order[count - last :], order[first : count - last]])
+            return dataclasses.replace(batch, ids=order, given=batch.given | {"pair_kind": torch.tensor(kind)})
     raise AssertionError("no such sample numbers")
 
 

@@ -60,21 +60,30 @@ from fastgen.schedule import TimeSampler, expand
 Form = Literal["lagrangian", "semigradient", "eulerian", "progressive"]
 
 
+ANY_FLOW_TIME = TimeSampler(low=0.0, high=1.0, shift=5.0)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OnPolicy:
-    """Distribution matching on the student's own samples.
+    """Distribution matching on the student's own samples. The defaults are AnyFlow's for Wan 2.1.
 
+    weight: of 1/2 |x0 - sg(x0 - g)|^2 beside the map's |r|^2. Both are sums over a sample's elements, and means over
+    samples. In AnyFlow both are means over elements, and the first has no half: its weight of 1 is 2 here.
     steps: the numbers of steps from which that of the random grid is drawn.
+    guidance_scale: w in uncond + w (cond - uncond). AnyFlow's 3 is w in cond + w (cond - uncond), which is 4 here. Its
+    other guidance of 3, that of the first stage, is 3 here.
     balance: multiplies the score difference by |residual| / |score difference|, the ratio of their root mean squares
-    over the micro-batch (FreeFlow's alpha)."""
+    over the micro-batch (FreeFlow's alpha, which is the weight; its training code is not public)."""
 
-    weight: float = Field(default=1.0, gt=0)  # AnyFlow's 1; FreeFlow's alpha 0.3 to 3
-    # AnyFlow's code
+    # weight, steps and guidance: golden row any_flow_step. FreeFlow's 0.3 to 3, with balance: nothing public pins it
+    weight: float = Field(default=2.0, gt=0)
     steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = Field(default=(2, 4, 8, 16, 50), min_length=1)
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # DMD2's; AnyFlow does not give one
-    guidance_scale: Guidance = 1.0  # AnyFlow: 3
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # DMD2's; FreeFlow: logit-normal, biased high
-    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # DMD2's
+    # updates per student update: AnyFlow's discriminator_update_ratio of 1, a counter of its loop that no row pins
+    fake_updates: int = Field(default=1, ge=1, le=MOST_STEPS)
+    guidance_scale: Guidance = 4.0
+    renoise_time: TimeSampler = ANY_FLOW_TIME  # any_flow_step; FreeFlow: logit-normal, biased high, not public
+    # logit-normal before the shift (any_flow_fake)
+    fake_time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, shift=5.0)
     balance: bool = False
 
 
@@ -95,7 +104,8 @@ class FlowMap(Objective):
     source: Literal["data", "prior"] = "data"
     guidance_scale: Guidance = 1.0  # of the teacher
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    pairs: TimePairs = TimePairs(diagonal=0.75)  # "75 %", the authors' code
+    # LSD's code: 75 % at one uniform level, the rest at two (golden row flow_map_lsd)
+    pairs: TimePairs = TimePairs(diagonal=0.75, diagonal_level="single")
     # updates until t - s may reach pairs.max_gap; 0: from the start
     gap_growth: int = Field(default=0, ge=0, le=MOST_UPDATES)
     middle: Literal["uniform", "half"] = "uniform"  # the middle level of progressive; the authors use both
@@ -254,6 +264,7 @@ class FlowMap(Objective):
     ) -> tuple[Tensor, Tensor]:
         """The surrogate of (fake - teacher) at the student's renoised samples, and the mean |gradient|.
 
+        The surrogate is 1/2 |x0 - sg(x0 - g)|^2, summed over a sample's elements as the map's loss is.
         residual_size: scalar, the root mean square of the flow map's residual, which `balance` uses."""
         x0 = self.rollout(networks, batch, config)
         teacher = networks.teacher
@@ -268,4 +279,4 @@ class FlowMap(Objective):
                 grad = grad * residual_size / grad.square().mean().sqrt().clamp_min(1e-8)
             else:
                 grad = signals.score_difference(x0, fake, real)
-        return signals.surrogate(x0, grad), grad.abs().mean()
+        return x0[0].numel() * signals.surrogate(x0, grad), grad.abs().mean()
