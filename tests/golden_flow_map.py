@@ -18,7 +18,7 @@ from fastgen.rollout import RolloutPolicy, sample
 from fastgen.schedule import TimeSampler
 
 POLICY = RolloutPolicy((1.0,), "ode", two_time=True)
-CLOCK = "time runs from noise to data there, and the average velocity is -u; their learned weight is at its start, 1"
+CLOCK = "time runs from noise to data there, and the average velocity is -u; their learned weight is 1"
 
 
 def gradient(objective: FlowMap, batch: Any, policy: RolloutPolicy = POLICY, **modules: Any) -> tuple[Tensor, Tensor]:
@@ -39,22 +39,24 @@ def self_distilled(golden: Golden, **settings: Any) -> tuple[Tensor, Tensor]:
     return both(*found), both(golden["loss"], golden["gradient"])
 
 
-@comparison("flow_map_lsd", "flow_map", "loss and gradient of form: lagrangian from data, with the law of levels", CLOCK)
+@comparison("flow_map_lsd", "flow_map", "loss and gradient of form: lagrangian from data, and its levels", CLOCK)
 def lsd(golden: Golden) -> tuple[Tensor, Tensor]:
     return self_distilled(golden, form="lagrangian")
 
 
-@comparison("flow_map_esd", "flow_map", "the same of form: eulerian, their convex stop-gradient", CLOCK)
+@comparison(
+    "flow_map_esd", "flow_map", "loss and gradient of form: eulerian from data, their convex stop-gradient", CLOCK
+)
 def esd(golden: Golden) -> tuple[Tensor, Tensor]:
     return self_distilled(golden, form="eulerian")
 
 
-@comparison("flow_map_psd", "flow_map", "the same of form: progressive, with a uniform middle", CLOCK)
+@comparison("flow_map_psd", "flow_map", "loss and gradient of form: progressive from data", CLOCK)
 def psd(golden: Golden) -> tuple[Tensor, Tensor]:
     return self_distilled(golden, form="progressive")
 
 
-@comparison("flow_map_psd_half", "flow_map", "the same of form: progressive, with middle: half", CLOCK)
+@comparison("flow_map_psd_half", "flow_map", "loss and gradient of form: progressive, middle: half", CLOCK)
 def psd_half(golden: Golden) -> tuple[Tensor, Tensor]:
     return self_distilled(golden, form="progressive", middle="half")
 
@@ -100,11 +102,14 @@ def any_flow_fake(golden: Golden) -> tuple[Tensor, Tensor]:
     return both(total, fake.network.flat()), both(golden["loss"], golden["gradient"])
 
 
-HALF = "the samples are in another order"
-WEIGHT = "their weight of a jump is the diagonal's mean loss / (its own + 1e-5): power 1 times that mean; sums, not means"
+ORDER = "the samples are in another order"
+WEIGHT = (
+    "a jump's weight there is the diagonal's mean loss / (its own + 1e-5), which is power 1 times that mean; "
+    "their losses are means over elements and ours sums"
+)
 
 
-@comparison("any_flow_pairs", "flow_map", "levels: half on the diagonal, a quarter to 0, shift 5", HALF)
+@comparison("any_flow_pairs", "flow_map", "levels: half on the diagonal, a quarter to 0, shift 5", ORDER)
 def any_flow_pairs(golden: Golden) -> tuple[Tensor, Tensor]:
     cond = torch.zeros(len(golden["first"]), 4, dtype=torch.float64)
     batch = given_batch({"pair_t": golden["first"], "pair_s": golden["second"]}, cond, latents=cond)
@@ -121,9 +126,7 @@ def any_flow_map(golden: Golden) -> tuple[Tensor, Tensor]:
     pairs = TimePairs(UNIFORM, diagonal=0.5, to_zero=0.25)
     found, on_diagonal = torch.zeros_like(golden["gradient"]), 0.0
     for part, power in ((slice(0, count // 2), 0.0), (slice(count // 2, count), 1.0)):
-        objective = MeanFlow(
-            teach="data", pairs=pairs, derivative="difference", power=power, floor=1e-5 * elements
-        )
+        objective = MeanFlow(teach="data", pairs=pairs, derivative="difference", power=power, floor=1e-5 * elements)
         loss, grad = mean_flow_gradient(objective, rows(batch, part))
         if power == 0:
             on_diagonal, grad = float(loss.detach()) / elements, grad / elements

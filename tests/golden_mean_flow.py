@@ -21,8 +21,9 @@ PLACE = "the samples with s = t are the first of the batch there, and chosen by 
 
 
 def diagonal_first(batch: Any, diagonal: float, to_zero: float = 0.0) -> Batch:
-    """The batch with sample numbers for which exactly these shares are on the diagonal and jump to 0: first the rows on
-    the diagonal, then those that jump to 0, then the others."""
+    """The batch with sample numbers for which exactly these shares are on the diagonal and jump to 0.
+
+    The rows on the diagonal come first, then those that jump to 0, then the others."""
     count = len(batch.ids)
     first, last = round(diagonal * count), round(to_zero * count)
     for kind in range(0, 1 << 20, 1 << 12):
@@ -103,7 +104,9 @@ def scales(golden: Golden) -> tuple[Tensor, Tensor]:
 MEANS = "their eps is added to the mean over a sample's d elements and ours to the sum: floor is d eps"
 
 
-@comparison("mean_flow_alpha", "mean_flow", "loss and gradient at alpha 0.4, with guidance and a clipped target", MEANS)
+@comparison(
+    "mean_flow_alpha", "mean_flow", "loss and gradient at alpha 0.4, with guidance and a clipped target", MEANS
+)
 def alpha_flow(golden: Golden) -> tuple[Tensor, Tensor]:
     pairs = TimePairs(TimeSampler("logit_normal", 0.0, 1.0, mean=-0.4, std=1.0), diagonal=0.5)
     guidance: Any = {"omega": 0.2, "kappa": 0.92, "guidance_interval": (0.0, 0.75)}
@@ -129,11 +132,11 @@ def from_teacher(golden: Golden, derivative: Any) -> tuple[Tensor, Tensor]:
     return both(*found), both(golden["loss"], golden["gradient"])
 
 
-@comparison("mean_flow_teacher", "mean_flow", "loss and gradient from a teacher, guidance 3, update 501 of a warm-up", PLACE)
+@comparison("mean_flow_teacher", "mean_flow", "loss and gradient from a teacher, guidance 3, warming up", PLACE)
 def teacher(golden: Golden) -> tuple[Tensor, Tensor]:
     return from_teacher(golden, "jvp")
 
 
-@comparison("mean_flow_difference", "mean_flow", "the same with a central difference over 5e-3", PLACE)
+@comparison("mean_flow_difference", "mean_flow", "loss and gradient from a teacher, by differences over 5e-3", PLACE)
 def difference(golden: Golden) -> tuple[Tensor, Tensor]:
     return from_teacher(golden, "difference")

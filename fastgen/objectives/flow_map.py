@@ -20,8 +20,8 @@ The algorithm, for every student update:
 With `on_policy`, a fake score is first trained on the student's own samples. The student's update then also has
     x = jumps 1 -> t_k -> t_{k+1} -> 0 of a random grid, with gradient through all three
     student <- weight * surrogate of the score difference (fake - teacher) at x renoised
-This is AnyFlow's second stage (arXiv 2605.13724). With steps: [1], source: prior and balance: true it is FreeFlow's
-correction.
+This is AnyFlow's second stage (arXiv 2605.13724), whose numbers are the defaults of `on_policy`. With steps: [1],
+source: prior and balance: true it is FreeFlow's correction.
 
 The progressive form alone has no information about v (u = 0 solves it), so its diagonal share must be above 0. The
 Lagrangian and Eulerian forms differentiate a derivative, which needs MATH attention and excludes activation
@@ -29,7 +29,10 @@ checkpointing; the other two do not. A map that is trained from the prior alone 
 teaches it to jump from levels below t = 1.
 
 Departures. The authors' learned weight w(t, s) is replaced by a power of the loss. Targets use the current weights,
-which is the authors' default.
+which is the authors' default. AnyFlow weights levels by t sqrt(1 - t), and gives every jump the mean loss of the
+diagonal; here all have the same weight.
+
+Names such as flow_map_lsd beside a number are rows of docs/faithfulness.md, which compare it with the authors' code.
 """
 
 import itertools
@@ -75,7 +78,7 @@ class OnPolicy:
     balance: multiplies the score difference by |residual| / |score difference|, the ratio of their root mean squares
     over the micro-batch (FreeFlow's alpha, which is the weight; its training code is not public)."""
 
-    # weight, steps and guidance: golden row any_flow_step. FreeFlow's 0.3 to 3, with balance: nothing public pins it
+    # weight, steps and guidance: any_flow_step. FreeFlow's weight of 0.3 to 3, with balance: nothing public pins it
     weight: float = Field(default=2.0, gt=0)
     steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = Field(default=(2, 4, 8, 16, 50), min_length=1)
     # updates per student update: AnyFlow's discriminator_update_ratio of 1, a counter of its loop that no row pins
@@ -102,15 +105,17 @@ class FlowMap(Objective):
     form: Form = "semigradient"  # ours: cheaper, and allows checkpointing; the paper recommends lagrangian
     teach: Literal["teacher", "self"] = "teacher"
     source: Literal["data", "prior"] = "data"
-    guidance_scale: Guidance = 1.0  # of the teacher
+    guidance_scale: Guidance = 1.0  # of the teacher, w in uncond + w (cond - uncond)
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    # LSD's code: 75 % at one uniform level, the rest at two (golden row flow_map_lsd)
+    # LSD's code: 75 % at one uniform level, the rest at two (flow_map_lsd)
     pairs: TimePairs = TimePairs(diagonal=0.75, diagonal_level="single")
     # updates until t - s may reach pairs.max_gap; 0: from the start
     gap_growth: int = Field(default=0, ge=0, le=MOST_UPDATES)
-    middle: Literal["uniform", "half"] = "uniform"  # the middle level of progressive; the authors use both
-    power: float = Field(default=0.0, ge=0, le=1)  # adaptive weight 1 / (|r|^2 + floor)^power; 1 in MeanFlow
-    floor: float = Field(default=1e-2, gt=0)  # MeanFlow's; |r|^2 is the sum over a sample
+    # the middle level of progressive; the authors use both (flow_map_psd, flow_map_psd_half)
+    middle: Literal["uniform", "half"] = "uniform"
+    # adaptive weight 1 / (|r|^2 + floor)^power; 0 in LSD, with the sum over a sample (flow_map_lsd); 1 in MeanFlow
+    power: float = Field(default=0.0, ge=0, le=1)
+    floor: float = Field(default=1e-2, gt=0)  # MeanFlow's; |r|^2 is the sum over a sample (mean_flow_xl)
     derivative: Backend = "jvp"  # how semigradient computes its derivative
     on_policy: OnPolicy | None = None
 

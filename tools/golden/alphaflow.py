@@ -6,6 +6,7 @@ levels, the noise and GoldenNetwork are given. Their weight adds eps to the mean
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -58,7 +59,7 @@ def main() -> None:
         apply_noise=lambda x, scaled, t, net: (1 - t) * x + scaled,
     )
     for name in METHODS[1:4]:
-        setattr(loss, name, lambda *args, method=getattr(known, name), **named: method(loss, *args, **named))
+        setattr(loss, name, partial(getattr(known, name), loss))
     with given_draws(torch, randn_like=[noise[:, None]]):
         total = known.forward(loss, net, x[:, None], cond)["total"].mean()
     total.backward()

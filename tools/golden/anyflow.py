@@ -3,11 +3,12 @@
 CHECKOUT: NVlabs/AnyFlow at 549236a9d9b154105e52bc1914fafc2a96e8771d. Their scheduler is imported. The methods of their
 trainers and of their pipeline are compiled from the checkout's files; networks, levels, noise and what Python's random
 draws are given. Videos have their frames before their channels there, and times from 0 to 1000. The numbers of their
-recipe are kept (shift 5, guidance 3, weight 1), except that the loss of a level has no weight (weight_type: uniform)."""
+recipe are kept (shift 5, guidance 3, weight 1), except that levels have no weights (weight_type: uniform)."""
 
 import copy
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -96,7 +97,7 @@ def trainer(checkout: Path, uncond: Tensor, diffusion_ratio: float) -> SimpleNam
         (PRETRAIN_FILE, "Wan_AnyFlow_Pretrain_Trainer", PRETRAIN),
     ):
         for name, method in vars(functions(checkout / "far" / file, names, known, owner)).items():
-            setattr(found, name, lambda *args, method=method, **named: method(found, *args, **named))
+            setattr(found, name, partial(method, found))
     found.build_pipeline = build_pipeline
     return found
 
@@ -149,7 +150,8 @@ def main() -> None:
     sampler = own.build_pipeline("")(own.transformer, own.scheduler)
     with torch.no_grad():
         video = sampler.training_rollout(latents=frames["initial"], prompt_embeds=cond, num_inference_steps=8)
-    save("sampler", "initial cond", "pipelines/pipeline_wan_anyflow.py", "training_rollout", video=video.transpose(1, 2))
+    file = "pipelines/pipeline_wan_anyflow.py"
+    save("sampler", "initial cond", file, "training_rollout", video=video.transpose(1, 2))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """MeanFlow from a teacher, and knowledge distillation, by FastGen: python tools/golden/fastgen_mean_flow.py CHECKOUT
 
-CHECKOUT: NVlabs/FastGen at 34f30e8ff1a563555fc0c7d59f1c1409dacd8af2. Their package has the name of ours, so the methods
-of MeanFlowModel and KDModel are compiled from the checkout's files; networks, levels and noise are given."""
+CHECKOUT: NVlabs/FastGen at 34f30e8ff1a563555fc0c7d59f1c1409dacd8af2. Their package has the name of ours, so the
+methods of MeanFlowModel and KDModel are compiled from the checkout's files; networks, levels and noise are given."""
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,15 +64,13 @@ def main() -> None:
             use_cd=True, loss_type="l2", norm_method="poly_1.0", norm_const=0.01, tangent_warmup_steps=2000,
             use_jvp_finite_diff=difference, jvp_finite_diff_eps=5e-3,
         )  # fmt: skip
-        config = SimpleNamespace(
-            guidance_scale=3.0, guidance_t_start=0.1, guidance_t_end=0.6, loss_config=loss_config
-        )
+        config = SimpleNamespace(guidance_scale=3.0, guidance_t_start=0.1, guidance_t_end=0.6, loss_config=loss_config)
         model = SimpleNamespace(
             net=Net(student), teacher=Net(GoldenNetwork(1)), config=config, loss_config=loss_config,
             precision_amp_jvp=None, device=torch.device("cpu"),
         )  # fmt: skip
         for method in METHODS[:-1]:
-            setattr(model, method, lambda *args, name=method, **named: getattr(code, name)(model, *args, **named))
+            setattr(model, method, partial(getattr(code, method), model))
         with given_draws(torch, randn_like=[noise]):
             found = code._compute_mf_loss(model, x, high, low, 501, cond, uncond.expand(count, -1))
         loss = found[0].mean()

@@ -22,7 +22,7 @@ SCALE = 4.0
 
 
 def stub_models(embeddings: Any) -> ModuleType:
-    """Their module of networks, with GoldenNetwork in it. embeddings: [labels + 1, 4]; the last is the empty prompt."""
+    """Their module of networks, with GoldenNetwork in it. embeddings: [labels + 1, 4]; the last: no prompt."""
 
     class Golden(nn.Module):
         num_classes: int

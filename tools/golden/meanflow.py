@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
+from authors import normals
 from golden_rows import save_golden
 from jax_network import NAMES, flat, given_draws, network, parameters
 
@@ -22,7 +23,7 @@ SETTINGS = {  # run_xl of the paper, with an interval that some of the levels ar
 
 
 def stub_models(embeddings: Any) -> ModuleType:
-    """Their module of networks, with GoldenNetwork in it. embeddings: [labels + 1, 4]; the last is the empty prompt."""
+    """Their module of networks, with GoldenNetwork in it. embeddings: [labels + 1, 4]; the last: no prompt."""
 
     class Golden(nn.Module):
         class_dropout_prob: float = 0.0
@@ -40,15 +41,10 @@ def stub_models(embeddings: Any) -> ModuleType:
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
-    generator = torch.Generator().manual_seed(5)
-    count, labels = 8, 3
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    normal, count, labels = normals(5), 8, 3
     x, noise = normal(count, 4, 3, 3), normal(count, 4, 3, 3)
     t, r = normal(count), normal(count)
-    embeddings, label = normal(labels + 1, 4), torch.randint(labels, (count,), generator=generator)
+    embeddings, label = normal(labels + 1, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     drop = torch.linspace(0, 1, count, dtype=torch.float64)  # below 0.3: two samples
 
     models = ModuleType("models")

@@ -1,7 +1,7 @@
 """MeanFlow's loss in its setting for CIFAR-10, by the authors' code: python tools/golden/py_meanflow.py CHECKOUT
 
-CHECKOUT: Gsunshine/py-meanflow at 1f6d72d94247c8fdeb89489acca1a8007a6baf6c. Their network is replaced by GoldenNetwork,
-and what torch draws is given. The settings are those of their script cifar10_v0.sh."""
+CHECKOUT: Gsunshine/py-meanflow at 1f6d72d94247c8fdeb89489acca1a8007a6baf6c. Their network is replaced by
+GoldenNetwork, and what torch draws is given. The settings are those of their script cifar10_v0.sh."""
 
 import sys
 from types import SimpleNamespace
@@ -34,7 +34,8 @@ def main() -> None:
 
     normal = normals(6)
     count = 8
-    x, noise, t, r, cond = normal(count, 4, 3, 3), normal(count, 4, 3, 3), normal(count), normal(count), normal(count, 4)
+    x, noise = normal(count, 4, 3, 3), normal(count, 4, 3, 3)
+    t, r, cond = normal(count), normal(count), normal(count, 4)
     chosen = torch.linspace(0, 1, count, dtype=torch.float64)  # two of eight are below 1 - ratio
     args = SimpleNamespace(**LAW, **WEIGHT, ema_decay=0.99, ema_decays=[])
     model = MeanFlow(Unconditional, args, {"cond": cond})
