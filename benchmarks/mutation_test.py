@@ -43,7 +43,7 @@ from benchmarks.rows import append_row, read_rows, sort_rows
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".jsonl")
 STREAMING = ["streaming_terms", "teacher_forcing", "causal_objectives", "streaming", "streaming_order"]
-DMD = ["dmd2", "dmd2_options", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
+DMD = ["dmd2", "dmd2_options", "dmd2_levels", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
 ROLLOUT = ["rollout", "shared_rollouts", "streaming", "streaming_training", "streaming_order", "ar1_streaming", "dmd2"]
 TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/ac_dmd.py": ["rtdmd", "golden", "phased_dmd", "streaming_terms"],
@@ -72,6 +72,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "flow/flow_maps.py": ["flow_maps", "golden", "flow_map", "mean_flow", "scm", "consistency"],
     "flow/tangents.py": ["tangents", "flow_maps", "golden", "scm", "mean_flow"],
     "flow/time_pairs.py": ["flow_maps", "mean_flow", "flow_map", "consistency", "golden"],
+    "rollout/data.py": ["dmd2_levels", "golden"],
     "rollout/passes.py": ROLLOUT,
     "rollout/policy.py": [*ROLLOUT, "few_step", "config"],
     "rollout/simulation.py": ROLLOUT,

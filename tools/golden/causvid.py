@@ -9,7 +9,7 @@ student is the bidirectional one, and all frames of a video have one level."""
 import types
 
 import torch
-from authors import called_with, checkout_of, gradients_of, module_at, normal, package, stub
+from called import called_with, checkout_of, gradients_of, module_at, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ Their loss functions take predictions. Here GoldenNetworks make these: the stude
 and the fake score's at its clean prediction, renoised to a level of each term."""
 
 import torch
-from authors import called_with, checkout_of, gradients_of, module_at, normal
+from called import called_with, checkout_of, gradients_of, module_at, normal
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 

@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 import torch
-from authors import called_with, checkout_of, gradients_of, normal, package, stub
+from called import called_with, checkout_of, gradients_of, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 

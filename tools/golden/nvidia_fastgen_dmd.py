@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 import torch
-from authors import called_with, checkout_of, gradients_of, module_at, normal, package, stub
+from called import called_with, checkout_of, gradients_of, module_at, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 

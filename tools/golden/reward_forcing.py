@@ -8,7 +8,7 @@ import sys
 import types
 
 import torch
-from authors import called_with, checkout_of, gradients_of, normal, package, stub
+from called import called_with, checkout_of, gradients_of, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from self_forcing import BATCH, FRAMES, SHAPE, dmd_model
 

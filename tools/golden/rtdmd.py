@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from authors import called_with, checkout_of, normal, package, stub
+from called import called_with, checkout_of, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 

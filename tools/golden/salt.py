@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from authors import called_with, checkout_of, gradients_of, normal
+from called import called_with, checkout_of, gradients_of, normal
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 

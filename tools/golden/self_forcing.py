@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from authors import called_with, checkout_of, gradients_of, normal, package, stub
+from called import called_with, checkout_of, gradients_of, normal, package, stub
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor, nn
 

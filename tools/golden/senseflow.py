@@ -9,7 +9,7 @@ import ast
 import types
 
 import torch
-from authors import checkout_of
+from called import checkout_of
 from golden_rows import GoldenNetwork, save_golden
 from torch import Tensor
 
