@@ -77,7 +77,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "rollout/policy.py": [*ROLLOUT, "few_step", "config"],
     "rollout/simulation.py": ROLLOUT,
     "rollout/steps.py": ["rollout", "few_step", "golden", "rtdmd", "streaming_order"],
-    "schedule.py": ["schedule", "signals", "shared_numerics", "golden"],
+    "schedule.py": ["schedule", "signals", "dmd2_levels", "shared_numerics", "golden"],
 }
 EXCHANGED = {"mean": "sum", "sum": "mean", "square": "abs", "abs": "square"}
 LEVELS = {"t": "s", "s": "t"}
