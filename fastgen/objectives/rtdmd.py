@@ -49,9 +49,10 @@ the two forward passes of a step differ. `log_ratio` logs by how much they diffe
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -61,6 +62,7 @@ from torch import Tensor
 from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
+from fastgen.objectives import collected
 from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.registry import MOST_BATCH, MOST_STEPS
@@ -84,27 +86,41 @@ STAGE_2 = (
     "ratio_clip",
     "advantage_clip",
     "normalise_advantages",
+    "std",
     "dm_weight",
     "reward_weight",
     "reward_hinge",
 )
 
 
+STAGE_2_DEFAULTS = {"fake_updates": 1, "stops": "last", "group_size": 16}  # the released code's
+TRAJECTORIES = "trajectories"  # in Batch.shared
+NOTHING: Mapping[str, Tensor] = {}
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RTDMD(ACDMD):
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
-    # K = 16 in stage 2
-    group_size: int = Field(default_factory=lambda given: 16 if given["stage"] == 2 else 1, ge=1, le=MOST_BATCH)
+    group_size: int = Field(default=1, ge=1, le=MOST_BATCH)  # K; 16 in stage 2
     selected_steps: int = Field(default=2, ge=0, le=MOST_STEPS)  # m; the paper: 2 of the three stochastic steps
     policy_weight: float = Field(default=1.0, ge=0)
     log_prob: Literal["mean_square", "nats"] = "mean_square"  # the released code's unit; nats: the true one (ours)
     ratio_clip: float = Field(default=1e-5, gt=0)  # PPO's clip, for ratios in the unit of log_prob
     advantage_clip: float = Field(default=5.0, gt=0)
     normalise_advantages: bool = True  # false: the reward minus the mean of the group's other samples (ours)
+    # what each reward is divided by, see `signals.gdpo_advantages`: batch is the released code's, within_groups ours
+    std: Literal["batch", "within_groups"] = "batch"
     dm_weight: float = Field(default=1e-3, gt=0)
     reward_weight: float = Field(default=1e-4, ge=0)  # weight of the reward's gradient through the last step
     reward_hinge: float | None = 3.0  # rewards above this have no gradient; null: no hinge (ours)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        """Stage 2 has some defaults of its own."""
+        values = given if isinstance(given, dict) else given.kwargs or {}
+        return STAGE_2_DEFAULTS | values if values.get("stage") == 2 else given
 
     @model_validator(mode="after")
     def _stages(self) -> "RTDMD":
@@ -161,29 +177,48 @@ class RTDMD(ACDMD):
                 f"{policy.num_steps - 1} steps are stochastic, all but the last; lower selected_steps"
             )
 
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        fake_turn, student_turn = super().turns(step, state)
+        collects = self.stage == 2 and self.selected_steps > 0 and self.normalise_advantages
+        return fake_turn, replace(student_turn, collects=collects)
+
+    def collect(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> None:
+        """The trajectories, and the rewards that the advantages of the whole update are made from."""
+        assert batch.shared is not None
+        rollout, score = self.trajectories(networks, batch)
+        batch.shared[TRAJECTORIES] = (rollout, score)
+        collected.add(state, self.compared(networks, batch, score))
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        collected.drop(state)
+
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if self.stage == 2 and turn.name == "student":
-            return self.stage_2_losses(networks, batch)
+            return self.stage_2_losses(networks, batch, state)
         return super().loss(turn, networks, batch, state)
 
-    def stage_2_losses(self, networks: Networks, batch: Batch) -> Iterator[Loss]:
+    def stage_2_losses(self, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
         """One loss per selected step, then the loss of the matching term and of the rewards' gradient."""
         if networks.policy.chunks is not None:
             yield self.matching_and_reward_loss(networks, batch, partial(self.simulate_step, networks, batch))
             return
-        selected = self.select_steps(batch, networks.policy)
-        shared = set(range(networks.policy.num_steps - 1)).difference(selected)
-        with torch.no_grad():
-            rollout = trajectory(networks.student, networks.policy, batch, shared, log_prob=False)
-            score = networks.rewards(rollout.x, batch)
-        advantage = self.advantage(networks, batch, score)
-        for i in selected:
-            yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
+        made = (batch.shared or {}).get(TRAJECTORIES) or self.trajectories(networks, batch)
+        rollout, score = cast(tuple[Rollout, Score], made)
+        advantage, used = self.advantage(networks, batch, score, state)
+        for i in self.select_steps(batch, networks.policy):
+            yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage, used)
         step = partial(self.repeat_step, networks, batch, rollout)
         loss = self.matching_and_reward_loss(networks, batch, step)
         assert batch.group is not None
         group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
         yield Loss(loss.total, loss.terms | score.terms() | group_terms)
+
+    @torch.no_grad()
+    def trajectories(self, networks: Networks, batch: Batch) -> tuple[Rollout, Score]:
+        """All steps of the student's sampler, and the rewards of its samples."""
+        shared = set(range(networks.policy.num_steps - 1)).difference(self.select_steps(batch, networks.policy))
+        rollout = trajectory(networks.student, networks.policy, batch, shared, log_prob=False)
+        return rollout, networks.rewards(rollout.x, batch)
 
     def select_steps(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
         """Draws m of the stochastic steps, the same ones in all micro-batches and processes of an update."""
@@ -194,35 +229,58 @@ class RTDMD(ACDMD):
             selected.append(remaining.pop(index))
         return sorted(selected)
 
-    def advantage(self, networks: Networks, batch: Batch, score: Score) -> Tensor:
-        """The advantages, [B].
+    def advantage(
+        self, networks: Networks, batch: Batch, score: Score, state: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        """The advantages, [B], and the share of the update's samples that have one.
 
-        By default they are GDPO's, from the scores of the single rewards, each standardised over the micro-batch. A
-        composite that is not a sum counts as one reward. With normalise_advantages: false they are the reward minus
-        the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased (derived)."""
-        assert networks.scorer is not None and batch.group is not None
+        By default they are GDPO's, from the scores of the single rewards, each standardised over all samples of the
+        update. A composite that is not a sum counts as one reward. With normalise_advantages: false they are the
+        reward minus the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased
+        (derived)."""
+        assert batch.group is not None
         if not self.normalise_advantages:
             centred = signals.advantages(score.value, batch.group, score.valid, "none", clip=math.inf)
             count = self.group_size * signals.group_mean(score.valid.float(), batch.group)
-            return (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
+            raw = (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
+            return raw, (raw != 0).double().mean()
+        rows = collected.of_update(state, self.compared(networks, batch, score))
+        weights = self.weights(networks)
+        parts = {name: rows[f"reward.{name}"] for name in weights}
+        every = signals.gdpo_advantages(
+            parts, weights, rows["group"], rows["valid"] > 0, self.std, self.advantage_clip
+        )
+        return collected.of_samples(every, batch.ids), (every != 0).double().mean()
+
+    def weights(self, networks: Networks) -> dict[str, float]:
+        """The weight of each reward that is standardised by itself."""
+        assert networks.scorer is not None
         composite = networks.scorer.composite
         if composite.aggregate == "sum":
-            weights = {name: part.weight for name, part in composite.used(grad=False).items()}
-            parts = {name: score.parts[name] for name in weights}
-        else:
-            weights = {"value": 1.0}
-            parts = {"value": score.value}
-        return signals.gdpo_advantages(parts, weights, batch.group, score.valid, self.advantage_clip)
+            return {name: part.weight for name, part in composite.used(grad=False).items()}
+        return {"value": 1.0}
+
+    def compared(self, networks: Networks, batch: Batch, score: Score) -> dict[str, Tensor]:
+        """What the advantages are made from, by name: one row for each sample."""
+        assert batch.group is not None
+        rewards = {f"reward.{name}": score.parts.get(name, score.value) for name in self.weights(networks)}
+        return {"group": batch.group, "valid": score.valid.to(torch.uint8), **rewards}
 
     def policy_step_loss(
-        self, networks: Networks, batch: Batch, step: Step, t_next: Tensor, advantage: Tensor
+        self,
+        networks: Networks,
+        batch: Batch,
+        step: Step,
+        t_next: Tensor,
+        advantage: Tensor,
+        used: Tensor | None = None,
     ) -> Loss:
         """PPO's loss of one stochastic step of the trajectory, whose input x_t and outcome x_next are held fixed."""
         x0 = predict_x0(networks.student, step.x_t, step.t, batch.cond, networks.policy)
         log_prob = self.log_density(networks, step, x0, t_next)
         old_log_prob = self.log_density(networks, step, step.x0, t_next)
         log_ratio = log_prob - old_log_prob
-        total = self.policy_weight * signals.policy_loss(log_ratio, advantage, self.ratio_clip)
+        total = self.policy_weight * signals.policy_loss(log_ratio, advantage, self.ratio_clip, used)
         return Loss(total, {"loss": total.detach(), "log_ratio": log_ratio.detach().abs().mean()})
 
     def log_density(self, networks: Networks, step: Step, x0: Tensor, t_next: Tensor) -> Tensor:
