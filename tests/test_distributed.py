@@ -116,8 +116,8 @@ POINTS = [  # as SMALL, on points, with GDPO's advantages
 
 @pytest.mark.slow
 def test_advantages_are_of_all_processes_and_micro_batches(tmp_path: Path) -> None:
-    """16 samples at once, and two micro-batches of 4 on each of two processes. Fails if their rewards are not gathered:
-    four samples by themselves have another standard deviation."""
+    """16 samples at once, and two micro-batches of 4 on each of two processes. Fails if their rewards are not
+    gathered: four samples by themselves have another standard deviation."""
     recipe = "recipes/mixture1d_rtdmd_tilt.yaml"
     one = run(tmp_path / "one", 1, "train.batch_size=16", recipe=recipe, small=POINTS)
     two = run(tmp_path / "two", 2, "train.batch_size=4", "train.accumulate=2", recipe=recipe, small=POINTS)
