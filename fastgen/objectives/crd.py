@@ -98,7 +98,9 @@ class Decay:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class CRD(Objective):
-    """Defaults without a comment on their source are those of the paper's runs in Flow-Factory."""
+    """Defaults without a comment on their source are those of the paper's runs in Flow-Factory. They are for losses
+    that are means over samples and elements, without a half, and for A that is clipped at 5 and R in [0, 1]. Golden
+    rows: crd_update (beta, clip, w, the anchor's weight, guidance and floor), crd_decays."""
 
     needs_whole_videos = (
         "its implicit reward and its anchor compare predictions at a whole noised video, and a causal student "

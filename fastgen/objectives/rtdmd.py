@@ -7,19 +7,22 @@ Stage 2 starts from stage 1 by `init_from`, which also takes over the fake score
     pi(x' | x)       transition_law    a stochastic step, a Gaussian; the last step is deterministic and has no density
     K                group_size        samples per prompt
     m                selected_steps    stochastic steps that the policy gradient trains in an update (SubGRPO)
-    A                advantage         rewards compared within their group, each reward standardised by itself (GDPO)
+    A                advantage         rewards compared within their group, each reward standardised by itself (GDPO),
+                                       over all samples of the update, from all micro-batches and processes
     r_k, w_k         rewards.parts     rewards and their weights
 
 The algorithm, for every student update:
-    fake_updates times (1 in the paper):
+    fake_updates times (1 in this stage):
         fake_score <- as in stage 1, on rollouts of the current student
     once:
-        make trajectories of K samples per prompt, without gradient. On steps that are not selected the samples of a
-        group share their noise, so that the spread of a group's rewards comes from the selected steps (and from the
-        initial noise, which is not shared)
+        make trajectories of K samples per prompt, without gradient, for all micro-batches, and their rewards. On steps
+        that are not selected the samples of a group share their noise, so that the spread of a group's rewards comes
+        from the selected steps (and from the initial noise, which is not shared)
         for every selected step: student <- PPO's loss of the step's log-probability with A
         student    <- dm_weight (stage 1's surrogate) + reward_weight mean ReLU(reward_hinge - sum_k w_k r_k(x_0)),
                       x_0 the deterministic last step from a detached x_t; only differentiable rewards r_k are used
+    These losses are added. The released code takes their mean over the m + 1 steps that are trained, and leaves
+    samples without an advantage out of the last line, too.
 
 The two reward terms together are one gradient (hybrid identity, derived): for x_1 = mu(x_2) + rho eps, x_0 = f(x_1),
     grad E r(x_0) = E[r grad log pi(x_1 | x_2)] + E[grad r . grad_theta f(sg x_1)]
@@ -41,8 +44,15 @@ For a student that sees its whole past and can be any function of what it is giv
 (derived): a later chunk changes with an earlier one by a function of what its own step is given, and given that, the
 mean of its own gradient is 0 at a stationary point.
 
-With stops: last, the published stage 2, the matching term constrains only the last step. The policy gradient moves the
-earlier steps for as long as that raises the reward; only a small learning rate and the shared weights limit this.
+With stops: last, as published, the matching term constrains only the last step. The policy gradient moves the earlier
+steps for as long as that raises the reward; only a small learning rate and the shared weights limit this. Our recipes
+set stops: per_sample, and more updates of the fake score, which then has to know all steps.
+
+std: batch, the released code's, divides each reward by its standard deviation over the whole update, with the
+differences between prompts, so that a reward whose mean varies from prompt to prompt has less influence than its
+weight says. It is the default because the other published numbers are for it. within_groups (ours) divides by the
+standard deviation of what is compared, r - mean_g r: equal weights are equal influence, and a function of the prompt
+that is added to a reward changes nothing.
 
 An update makes one optimizer step from its own samples. PPO's ratio is therefore 1 and its clip has no effect, unless
 the two forward passes of a step differ. `log_ratio` logs by how much they differ.
@@ -93,7 +103,7 @@ STAGE_2 = (
 )
 
 
-STAGE_2_DEFAULTS = {"fake_updates": 1, "stops": "last", "group_size": 16}  # the released code's
+STAGE_2_DEFAULTS = {"fake_updates": 1, "stops": "last", "group_size": 16}  # the released code's configs/rtdmd
 TRAJECTORIES = "trajectories"  # in Batch.shared
 NOTHING: Mapping[str, Tensor] = {}
 
@@ -103,17 +113,21 @@ class RTDMD(ACDMD):
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
     group_size: int = Field(default=1, ge=1, le=MOST_BATCH)  # K; 16 in stage 2
+    # The next weights are the released code's, for losses that are means over samples and elements (the matching term
+    # with its factor 1/2), and for log-probabilities that are -mean|x - mu|^2. Golden row: rtdmd_stage_2_student
     selected_steps: int = Field(default=2, ge=0, le=MOST_STEPS)  # m; the paper: 2 of the three stochastic steps
     policy_weight: float = Field(default=1.0, ge=0)
     log_prob: Literal["mean_square", "nats"] = "mean_square"  # the released code's unit; nats: the true one (ours)
     ratio_clip: float = Field(default=1e-5, gt=0)  # PPO's clip, for ratios in the unit of log_prob
-    advantage_clip: float = Field(default=5.0, gt=0)
+    advantage_clip: float = Field(default=5.0, gt=0)  # in standard deviations; golden row: rtdmd_advantages
     normalise_advantages: bool = True  # false: the reward minus the mean of the group's other samples (ours)
     # what each reward is divided by, see `signals.gdpo_advantages`: batch is the released code's, within_groups ours
     std: Literal["batch", "within_groups"] = "batch"
     dm_weight: float = Field(default=1e-3, gt=0)
     reward_weight: float = Field(default=1e-4, ge=0)  # weight of the reward's gradient through the last step
-    reward_hinge: float | None = 3.0  # rewards above this have no gradient; null: no hinge (ours)
+    # sum_k w_k r_k above this has no gradient. The released code's, for rewards in its units (CLIP and HPSv2 cosines,
+    # PickScore / 26), weights 1. null: no hinge (ours)
+    reward_hinge: float | None = 3.0
 
     @model_validator(mode="before")
     @classmethod
