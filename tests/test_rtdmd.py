@@ -606,15 +606,15 @@ def test_advantages_follow_the_composite() -> None:
 def test_an_update_of_two_micro_batches_is_that_of_one(std: Any) -> None:
     """The gradient of the whole update, 24 samples at once and in halves: advantages are of the update, and so is the
     number of samples that have one. The rewards of the prompts differ in mean and spread, so that the advantages of a
-    half by itself are others."""
+    half by itself are others, and the halves do not have equally many."""
 
     def uneven(x: Tensor, _: Sequence[str]) -> Tensor:
         prompt = torch.where(x[:, :1] < -0.5, 3.0, 0.0)[:, 0]
-        return torch.where(x[:, 0] > 0.6, 1.0, x[:, 0] + prompt)
+        return torch.where(x[:, 0] > 0.6, torch.nan, x[:, 0] + prompt)  # no reward, and no advantage
 
     student = AffineStudent(*FOUR_AFFINE, FOUR_STEP)
     networks = matching_networks(student, gaussian(), FOUR_STEP, points_reward(uneven), Linear((-0.3,), weight=2.0))
-    objective = RTDMD(stage=2, group_size=4, guidance_scale=1.0, std=std, dm_weight=1.0, reward_weight=1.0)
+    objective = RTDMD(stage=2, group_size=4, guidance_scale=1.0, std=std, dm_weight=1.0, reward_weight=0.0)
     _, turn = objective.turns(0, {})
     assert turn.collects and not any(t.collects for t in RTDMD().turns(0, {}))
 
