@@ -1,4 +1,4 @@
-"""Distribution matching of videos against the authors' code: Self-Forcing, CausVid, Re-DMD and SC-DMD.
+"""Distribution matching of videos against the authors' code: Self-Forcing, CausVid and SC-DMD.
 
 Frames take the place of the GoldenNetwork's channels."""
 
@@ -7,9 +7,8 @@ from dmd_rows import ADDED_GUIDANCE, SHIFTED, beside, gradient, make_networks
 from golden_rows import Golden, comparison, given_batch
 from torch import Tensor
 
-from fastgen.objectives import DMD2, SCDMD, ReDMD, Turn
+from fastgen.objectives import DMD2, SCDMD
 from fastgen.objectives.fake_score import denoising_loss
-from fastgen.rewards import Score
 from fastgen.rollout import Rollout, RolloutPolicy, Step
 from fastgen.schedule import TimeSampler
 
@@ -67,28 +66,6 @@ def causvid_generator(golden: Golden) -> tuple[Tensor, Tensor]:
     objective = DMD2(guidance_scale=4.5, renoise_time=law, student_input="data", stops="per_sample")
     loss = objective.student_loss(networks, batch).total
     return beside(loss, gradient(networks.student, loss), golden)
-
-
-# --- Re-DMD
-
-
-@comparison(
-    "re_dmd_generator",
-    "re_dmd",
-    "gradient of the rewarded matching loss of the student",
-    f"ours subtracts a running mean of the reward, here 0; {ADDED_GUIDANCE}; ends: clamp",
-)
-def re_dmd_generator(golden: Golden) -> tuple[Tensor, Tensor]:
-    given = {"initial": golden["initial"], "renoise": golden["noise"], "stop": torch.tensor(0)}
-    given["renoise_time"] = golden["drawn"].double() / 1000
-    networks = make_networks(RolloutPolicy(timesteps=(1.0,)))
-    reward = golden["reward"][None]
-    networks.scorer = lambda *_: Score(reward, torch.ones(1, dtype=torch.bool))  # type: ignore[assignment]
-    state = {"reward": torch.tensor([0.0, 1.0]), "seen": torch.zeros(2)}
-    batch = given_batch(given, golden["cond"], golden["uncond"])
-    objective = ReDMD(guidance_scale=4.0, renoise_time=SHIFTED)
-    loss = objective.loss(Turn("student", ("student",)), networks, batch, state).total
-    return gradient(networks.student, loss), golden["gradient"]
 
 
 # --- SC-DMD

@@ -87,7 +87,7 @@ class PhasedDMD(Objective):
     renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # law of (t - s) / (1 - s); ours, the interval of DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
-    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2, a mean without a half: RTDMD's code (row ac_dmd_fake_score).
+    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2, a mean without a half: RTDMD (row rtdmd_stage_1_fake).
     # LightX2V has no clamp (row phased_dmd_fake_score); none at s = 0 (ours)
     fake_clamp: float = Field(default=10.0, gt=0)
     condition_on_stop: bool = False  # ours, see above
