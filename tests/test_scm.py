@@ -470,7 +470,7 @@ def test_the_discriminators_hinge_and_its_further_fakes() -> None:
     label = torch.arange(64) % 2
     mixed = dataclasses.replace(batch, cond=Conditioning({"label": label}))
     more = dataclasses.replace(gan, mismatched=True)
-    others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=1)
+    others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=-1)
     fakes, reals = (
         gan.logits(networks, mixed, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
     )

@@ -77,7 +77,7 @@ class Ladd:
         real_logits = self.logits(networks, batch, real.detach(), "gan_real", low, high)
         gap = (real_logits.mean() - fake_logits.mean()).detach()
         if self.mismatched:
-            mismatched_logits = self.logits(networks, batch, real.detach(), "gan_other", low, high, roll=1)
+            mismatched_logits = self.logits(networks, batch, real.detach(), "gan_other", low, high, roll=-1)
             fake_logits = torch.cat([fake_logits, mismatched_logits])
         total = signals.hinge_discriminator_loss(real_logits, fake_logits)
         return Loss(total, {"loss": total.detach(), "logit_gap": gap})
@@ -94,7 +94,7 @@ class Ladd:
     ) -> Tensor:
         """D [B, depths] at x, renoised with the draws of this name.
 
-        roll: each sample gets the prompt of the sample this many rows before it."""
+        roll: each sample gets the prompt of the sample this many rows before it; -1, the next one's (SANA-Sprint)."""
         t = self.time(batch.uniform(f"{name}_time"))
         low = torch.zeros_like(t) if low is None else low
         high = torch.ones_like(t) if high is None else high
