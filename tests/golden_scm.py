@@ -13,6 +13,7 @@ from fastgen.denoiser import Inputs
 from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks
 from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.rcm import Matching
 from fastgen.objectives.scm import SCM, TrustTurn
 from fastgen.rollout import RolloutPolicy
 
@@ -152,6 +153,96 @@ def sana_levels(golden: Golden) -> Pair:
     assert SPRINT.gan is not None
     levels = torch.stack([law(golden["u"]) for law in (SPRINT.time, SPRINT.gan.time)])
     return torch.atan2(levels, 1 - levels), torch.stack([golden["student"], golden["discriminator"]])
+
+
+# --- FastGen
+
+
+@comparison(
+    "fastgen_scm",
+    "scm",
+    "FastGen's sCM loss and its parameter gradient, guided, with a learned weight and r = 1/2",
+    "tangent_norm: rms; latents of std 1 instead of 0.5, so that c is 0.2; the learned log-weight is ln 2 - ln D higher, "
+    "where theirs divides by 0.5 and by D, and the loss as much lower",
+)
+def fastgen_scm(golden: Golden) -> Pair:
+    shift = math.log(2) - math.log(golden["latents"][0].numel())
+    modules: dict[str, nn.Module] = {"student": GoldenDenoiser(GoldenNetwork(1))}
+    modules |= {"teacher": GoldenDenoiser(GoldenNetwork(2)), "weighting": LinearWeight(0.3, -0.8, shift)}
+    networks = Networks(modules, FOUR)
+    batch = given_batch(golden.tensors, golden["cond"], golden["uncond"], golden["latents"])
+    objective = SCM(tangent_norm="rms", guidance_scale=3.0)
+    loss, _ = objective.consistency_loss(networks, objective.noised(networks, batch), HALF.trust)
+    return join(gradient(networks, loss), loss + shift), join(golden["gradient"], golden["loss"])
+
+
+# --- rCM
+
+RCM = SCM(
+    time={"law": "logit_normal", "low": 0.0, "high": 1.0, "mean": 0.7, "std": 1.6},  # type: ignore[arg-type]
+    guidance_scale=5.0,
+    warmup_form="rcm",
+    tangent_norm="l2",
+    normaliser=0.1,
+    reduction="sum",
+    learned_weight=False,
+    matching=Matching(guidance_scale=5.0),
+    matching_weight=0.01,
+)
+WARM = TrustTurn("student", ("student",), trust=1.0)
+
+
+def rcm(golden: Golden, end: str = "") -> tuple[Networks, Any]:
+    """Networks and batch of tools/golden/rcm.py, whose simulation has three steps. end: of the tensors' names."""
+    given = {name.removesuffix(end): value for name, value in golden.tensors.items() if name.endswith(end)}
+    roles = ("student", "teacher", "fake_score")
+    modules: dict[str, nn.Module] = {role: GoldenDenoiser(GoldenNetwork(i + 1)) for i, role in enumerate(roles)}
+    given["stop"] = torch.tensor(2)
+    batch = given_batch(given, given["cond"], given["uncond"], given.get("latents"))
+    return Networks(modules, FOUR), batch
+
+
+@comparison(
+    "rcm_tangent",
+    "scm",
+    "rCM's consistency loss and its parameter gradient, guided, in the middle of its warm-up",
+    "times 100, as rCM weighs this term by 100 and the other by 1",
+)
+def rcm_tangent(golden: Golden) -> Pair:
+    networks, batch = rcm(golden)
+    loss, _ = RCM.consistency_loss(networks, RCM.noised(networks, batch), HALF.trust)
+    return join(gradient(networks, loss), loss) * 100, join(golden["gradient"], golden["loss"])
+
+
+@comparison(
+    "rcm_matching",
+    "scm",
+    "rCM's distribution matching loss and its parameter gradient, after a simulation at random levels",
+    "ours is half a mean over the elements, theirs a sum; scm takes the half out",
+)
+def rcm_matching(golden: Golden) -> Pair:
+    networks, batch = rcm(golden)
+    assert RCM.matching is not None
+    loss = RCM.matching.student_loss(networks, batch).total * 2 * golden["initial"][0].numel()
+    return join(gradient(networks, loss), loss), join(golden["gradient"], golden["loss"])
+
+
+@comparison(
+    "rcm_ratio",
+    "scm",
+    "|gradient of the matching term| / |gradient of the consistency loss| for samples of D = 16 and of D = 64 elements",
+    "with matching_weight 0.01, tangent_norm: l2 and either reduction",
+)
+def rcm_ratio(golden: Golden) -> Pair:
+    ours = []
+    for end, reduction in (("0", "sum"), ("1", "mean")):
+        objective = replace(RCM, reduction=reduction)
+        networks, batch = rcm(golden, end)
+        consistency, _ = objective.consistency_loss(networks, objective.noised(networks, batch), 1.0)
+        total = gradient(networks, objective.loss(WARM, networks, batch, {}).total)
+        consistency = gradient(networks, consistency)
+        ours.append((total - consistency).norm() / consistency.norm())
+    return torch.stack(ours), golden["ratio"]
 
 
 def join(*values: Tensor) -> Tensor:

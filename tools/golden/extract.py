@@ -34,7 +34,7 @@ def defined(path: Path, name: str, namespace: dict[str, Any]) -> Callable[..., A
     for part in outer:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part)
     node = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == last)
-    node.decorator_list, node.returns = [], None
+    node.returns = None
     for argument in node.args.args + node.args.kwonlyargs:
         argument.annotation = None
     exec(compiled([node], path), namespace)
