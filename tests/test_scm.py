@@ -32,7 +32,7 @@ from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import NO_INPUTS
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow import flow_maps
-from fastgen.flow.flow_maps import euler_path, heun_step, trig_tangent
+from fastgen.flow.flow_maps import edm_heun_step, euler_path, heun_step, trig_tangent
 from fastgen.modules.heads import LevelWeight
 from fastgen.networks import Networks
 from fastgen.objectives import SCM
@@ -314,12 +314,23 @@ def test_a_trajectory_is_the_teachers_with_a_level_in_each_interval() -> None:
 
 
 def test_solver_steps() -> None:
-    """Euler and Heun on dx/dt = x: first and second order."""
+    """Euler and Heun on dx/dt = x: first and second order; Heun in sigma on a Gaussian: of second order, and from t = 1
+    Euler's own step."""
     x, t = torch.ones(1, 1, dtype=F64), torch.ones(1, dtype=F64)
     exact = math.exp(-0.1)
     (path,) = euler_path(lambda x, t: x, x, [t - 0.1])
     heun = heun_step(lambda x, t: x, x, t, t - 0.1)
     assert float(path[0]) == pytest.approx(0.9) and float(heun) == pytest.approx(exact, abs=2e-4)
+    velocity: Any = lambda x, t: GaussianMap()(x, t, Conditioning({}), predict="flow_prediction")  # noqa: E731
+    x, start, errors = torch.full((1, 2), 1.4, dtype=F64), torch.tensor([0.9], dtype=F64), []
+    for end in (0.8, 0.85):
+        stop = torch.tensor([end], dtype=F64)
+        exact_end = (1 - end) * M + (x - 0.1 * M) * spread(stop) / spread(start)
+        errors.append(float((edm_heun_step(velocity, x, start, stop) - exact_end).abs().max()))
+    print(errors)
+    assert errors[0] < 2e-3 and errors[1] < errors[0] / 4
+    one, low = torch.ones(1, dtype=F64), torch.full((1,), 0.6, dtype=F64)
+    assert torch.equal(edm_heun_step(velocity, x, one, low), euler_path(velocity, x, [low])[0][0])
 
 
 @pytest.mark.parametrize("source", ["data", "trajectory"])

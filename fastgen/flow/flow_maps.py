@@ -161,9 +161,25 @@ def lagrangian_target(
 
 @torch.no_grad()
 def heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """x_s from x_t, by the mean of the velocities at both ends of an Euler step     (CM's solver, arXiv 2303.01469)"""
+    """x_s from x_t, by the mean of the velocities at both ends of an Euler step."""
     first, gap = velocity(x, t), expand(t - s, x)
     return x - gap * (first + velocity(x - gap * first, s)) / 2
+
+
+@torch.no_grad()
+def edm_heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Heun's step in sigma = t / (1 - t), by the mean of the predicted noises at both ends  (EDM, arXiv 2206.00364; CM)
+
+        x_s / (1 - s) = x_t / (1 - t) + (sigma_s - sigma_t) (noise(x_t, t) + noise(x_s', s)) / 2
+
+    x_s': the Euler step, which is the same in t and in sigma. From t = 1, where sigma is infinite, the step is Euler's
+    (ours; CM's paths begin at sigma = 80)."""
+    first = velocity(x, t)
+    euler = x - expand(t - s, x) * first
+    noise = x + expand(1 - t, x) * first
+    later = euler + expand(1 - s, x) * velocity(euler, s)
+    gap = torch.where(t < 1, (t - s) / (1 - t), 0.0)
+    return euler + expand(gap, x) * (noise - later) / 2
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ gan.weight goes with its paper's distance:
                        quotient is the same number.
 
 The settings that correspond to each paper:
-    CM     arXiv 2303.01469  CD: grid {count: 39, spacing: karras}, solver heun, target_decay 0.95, square (40 levels)
+    CM     arXiv 2303.01469  CD: grid {count: 39, spacing: karras}, solver edm_heun, target_decay 0.95, square
                              CT: teach data, grid {count: 1, last: 150, spacing: karras}, target_decay 0.9, square
     iCT    arXiv 2310.14189  teach data, grid {count: 10, last: 1280, growth: doubling, spacing: karras, time: ...},
                              weight gap
@@ -117,7 +117,8 @@ class Consistency(Objective):
     teach: Literal["teacher", "data"] = "teacher"
     grid: GridPairs | None = None
     shrinking: ShrinkingPairs | None = None
-    solver: Literal["euler", "heun"] = "euler"  # LCM, PCM: one DDIM step; CM: Heun
+    # LCM, PCM: one DDIM step, which is Euler's; CM: edm_heun, in sigma (row cm_distillation); heun: in t, ours
+    solver: Literal["euler", "heun", "edm_heun"] = "euler"
     # from t to s; CTM: up to 17; several steps reduce the bias
     solver_steps: int = Field(default=1, ge=1, le=MOST_STEPS)
     # numbers of phases, used one after the other; Hyper-SD: 8, 4, 2, 1
@@ -221,7 +222,7 @@ class Consistency(Objective):
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
-        if not recipe.backbone.flow_matching and (not uniform or self.solver == "heun"):
+        if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler"):
             raise ValueError(
                 f"on backbone {recipe.backbone.name} the grid is uniform, as in LCM: leave out spacing, time, "
                 "shrinking and solver"
@@ -321,17 +322,19 @@ class Consistency(Objective):
         return by_frame(t, chunks, num_frames), by_frame(s, chunks, num_frames)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
-        """target <- mu target + (1 - mu) student,   mu = target_decay^(s_0 / N(k))
-
-        This is CT's exp(s_0 ln mu_0 / N(k)), where N(k) is the number of levels at update k. On a grid that does not
-        grow, mu is target_decay."""
+        """target <- mu target + (1 - mu) student"""
         if self.target_decay is None or turn.name != "student":
             return
-        exponent = 1.0
-        if self.grid is not None:
-            exponent = (self.grid.count + 1) / (self.grid.intervals(int(state["updates"])) + 1)
-        move(networks["target"], networks.student, self.target_decay**exponent)
+        move(networks["target"], networks.student, self.decay(int(state["updates"])))
         state["updates"] += 1
+
+    def decay(self, update: int) -> float:
+        """mu = target_decay^(s_0 / N(k)) at update k, which is CT's exp(s_0 ln mu_0 / N(k)). N(k) is the number of
+        levels, and s_0 that at the start. On a grid that does not grow, mu is target_decay."""
+        assert self.target_decay is not None
+        if self.grid is None:
+            return self.target_decay
+        return self.target_decay ** ((self.grid.count + 1) / (self.grid.intervals(update) + 1))
 
     def target(self, networks: Networks, state: State) -> Denoiser:
         """The network that is applied to x_s. A moving average starts from the student's first weights, also those
@@ -367,10 +370,11 @@ class Consistency(Objective):
         for i in range(self.solver_steps):
             start = t + (s - t) * i / self.solver_steps
             end = t + (s - t) * (i + 1) / self.solver_steps
-            if self.solver == "heun":
+            if self.solver != "euler":
                 scale = self.guidance_scale if drawn is None else drawn
                 velocity = flow_maps.guided_velocity(teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
-                x = flow_maps.heun_step(velocity, x, start, end).to(x.dtype)
+                step = flow_maps.heun_step if self.solver == "heun" else flow_maps.edm_heun_step
+                x = step(velocity, x, start, end).to(x.dtype)
             else:
                 expert_scale = teacher.per_expert(self.guidance_scale, start) if drawn is None else drawn
                 x0 = signals.guided(teacher, x, start, batch.cond, batch.uncond, expert_scale, self.guidance_interval)

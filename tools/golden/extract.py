@@ -28,15 +28,16 @@ def commit(checkout: Path) -> str:
 
 
 def defined(path: Path, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
-    """The function `f`, or the method `Class.f` as a function of self, with these globals."""
+    """The function `f`, the class `C`, or the method `C.f` as a function of self, with these globals."""
     body: Any = ast.parse(path.read_text()).body
     *outer, last = name.split(".")
     for part in outer:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part)
-    node = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == last)
-    node.returns = None
-    for argument in node.args.args + node.args.kwonlyargs:
-        argument.annotation = None
+    node = next(n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == last)
+    if isinstance(node, ast.FunctionDef):
+        node.returns = None
+        for argument in node.args.args + node.args.kwonlyargs:
+            argument.annotation = None
     exec(compiled([node], path), namespace)
     return namespace[last]  # type: ignore[no-any-return]
 
