@@ -5,14 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from golden_rows import Golden, GoldenDenoiser, GoldenNetwork, comparison, given_batch
-from golden_scm import Pair, gradient, join
+from golden_rows import WIDTH, Golden, GoldenDenoiser, GoldenNetwork, comparison, given_batch
+from golden_scm import Pair, TappedDenoiser, gradient, join
 from torch import Tensor, nn
 
 from fastgen.flow.time_pairs import GridPairs, ShrinkingPairs
+from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks
 from fastgen.objectives.consistency import Consistency, ConsistencyTurn
+from fastgen.objectives.ladd import Ladd
 from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import TimeSampler, VPSchedule
 
 FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25))
 F64 = torch.float64
@@ -58,7 +61,7 @@ def cm_distillation(golden: Golden) -> Pair:
 
 
 @comparison(
-    "cm_levels", "consistency", "CM's 40 levels as sigmas, without the ends", "our ends are 0 and infinity, by levels 0 and 1"
+    "cm_levels", "consistency", "CM's 40 levels as sigmas", "our ends are levels 0 and 1, which stand for theirs in weights"
 )
 def cm_levels(golden: Golden) -> Pair:
     levels = KARRAS.levels(0)
@@ -101,3 +104,114 @@ def ect_levels(golden: Golden) -> Pair:
     drawn = [pairs(batch, int(stage)) for stage in golden["stages"]]
     t, s = (pairs.sigma_data * level / (1 - level) for level in (drawn[0][0], torch.stack([s for _, s in drawn])))
     return join(t, s), join(golden["t"], golden["r"])
+
+
+# --- iCT
+
+ICT = GridPairs(count=10, last=1280, growth="doubling", updates=8000, spacing="karras")
+
+
+@comparison(
+    "ict_loss",
+    "consistency",
+    "iCT's loss and its parameter gradient, on 40 intervals",
+    "elementwise_huber with c = 0.00054 sqrt(D), as in this code (the paper's distance is huber); latents of std 1 instead of "
+    "0.5, so that c is doubled; without the two outer intervals",
+)
+def ict_loss(golden: Golden) -> Pair:
+    c = 2 * 0.00054 * golden["latents"][0].numel() ** 0.5
+    objective = Consistency(teach="data", grid=ICT, weight="gap", distance="elementwise_huber", huber=c)
+    pair = (golden["index"].double() + 0.5) / 40
+    return compared(golden, objective, networks_of("student"), update=2500, pair=pair)
+
+
+@comparison(
+    "ict_schedule", "consistency", "numbers of levels of iCT and of CT, and CT's decay of the target network, at six updates"
+)
+def ict_schedule(golden: Golden) -> Pair:
+    updates = [int(k) for k in golden["update"]]
+    first = GridPairs(count=1, last=150, updates=8000, spacing="karras")
+    objective = Consistency(teach="data", grid=first, target_decay=0.9)
+    values = [[grid.intervals(k) + 1.0 for k in updates] for grid in (ICT, first)]
+    ours = torch.tensor([*values, [objective.decay(k) for k in updates]], dtype=F64)
+    return ours, torch.stack([golden[name] for name in ("improved", "first", "decay")])
+
+
+# --- LCM
+
+
+@comparison(
+    "lcm_loss",
+    "consistency",
+    "LCM's two losses and their parameter gradients, guided by a drawn scale, with a target network",
+    "the scale is w + 1; LCM's c_skip and c_out are not exactly 0 and 1",
+)
+def lcm_loss(golden: Golden) -> Pair:
+    schedule, pairs = VPSchedule(golden["alphas_cumprod"]), list[Pair]()
+    roles = ("student", "target", "teacher")
+    for kind, distance in (("huber", "elementwise_huber"), ("l2", "square")):
+        modules: dict[str, nn.Module] = {
+            role: GoldenDenoiser(GoldenNetwork(i + 1), "epsilon", schedule) for i, role in enumerate(roles)
+        }
+        objective = Consistency(grid=GridPairs(count=50), guidance_range=(6, 16), target_decay=0.95, distance=distance, huber=1e-3)
+        theirs = Golden(golden.tensors | {name: golden[f"{kind}_{name}"] for name in ("gradient", "loss")}, "")
+        pair = (golden["index"].double() + 0.5) / 50
+        pairs.append(compared(theirs, objective, Networks(modules, FOUR), pair=pair))
+    return join(*(ours for ours, _ in pairs)), join(*(theirs for _, theirs in pairs))
+
+
+# --- PCM
+
+PCM = Consistency(
+    grid=GridPairs(count=8),
+    guidance_scale=4.0,
+    distance="elementwise_huber",
+    huber=1e-3,
+    gan=Ladd(weight=0.1, time=TimeSampler(low=0.0, high=1.0), generator="hinge"),
+)
+
+
+def pcm(golden: Golden, end: str = "") -> tuple[Networks, Any]:
+    """Networks and batch of tools/golden/phased_consistency_model.py, in one phase. end: of the tensors' names."""
+    given = {name.removesuffix(end): value for name, value in golden.tensors.items() if name.endswith(end)}
+    torch.manual_seed(5)
+    heads = TokenHeads(WIDTH, 1, hidden=8).double()
+    modules: dict[str, nn.Module] = {"student": GoldenDenoiser(GoldenNetwork(1)), "discriminator": heads}
+    modules["teacher"] = TappedDenoiser(GoldenNetwork(2)).requires_grad_(False)
+    level = given["adversarial_index"].double() / 8
+    times = {f"gan{kind}_time": level for kind in ("", "_fake", "_real")}
+    given |= times | {"pair": (given["index"].double() + 0.5) / 8, "gan_fake_noise": given["gan_noise"]}
+    return Networks(modules, FOUR), given_batch(given, given["cond"], given["uncond"], given["latents"])
+
+
+@comparison("pcm_loss", "consistency", "PCM's Huber loss and its parameter gradient, guided, in two phases", "the scale is w + 1")
+def pcm_loss(golden: Golden) -> Pair:
+    pair = (golden["index"].double() + 0.5) / 8
+    return compared(golden, replace(PCM, phases=(2,), gan=None), networks_of("student", "teacher"), pair=pair)
+
+
+@comparison(
+    "pcm_ratio",
+    "consistency",
+    "|gradient of PCM's adversarial term, times 0.1| / |gradient of its Huber loss| for samples of D = 16 and of D = 128 "
+    "elements",
+    "with distance: elementwise_huber",
+)
+def pcm_ratio(golden: Golden) -> Pair:
+    ours = []
+    for end in "01":
+        networks, batch = pcm(golden, end)
+        turn = ConsistencyTurn("student", ("student",))
+        losses: list[Any] = [objective.loss(turn, networks, batch, {}) for objective in (replace(PCM, gan=None), PCM)]
+        alone, both = (gradient(networks, loss.total) for loss in losses)
+        ours.append((both - alone).norm() / alone.norm())
+    return torch.stack(ours), golden["ratio"]
+
+
+@comparison("pcm_discriminator", "consistency", "gradient of PCM's hinge loss with respect to the heads")
+def pcm_discriminator(golden: Golden) -> Pair:
+    networks, batch = pcm(golden)
+    total = PCM.loss(ConsistencyTurn("discriminator", ("discriminator",)), networks, batch, {}).total
+    total.backward()
+    heads = torch.cat([p.grad.flatten() for p in networks["discriminator"].parameters()])  # type: ignore[union-attr]
+    return join(heads, total), join(golden["gradient"], golden["loss"])
