@@ -1,6 +1,5 @@
 """Comparisons of consistency: CM, iCT, ECT, LCM and PCM."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +60,10 @@ def cm_distillation(golden: Golden) -> Pair:
 
 
 @comparison(
-    "cm_levels", "consistency", "CM's 40 levels as sigmas", "our ends are levels 0 and 1, which stand for theirs in weights"
+    "cm_levels",
+    "consistency",
+    "CM's 40 levels as sigmas",
+    "our ends are levels 0 and 1, which stand for theirs in weights",
 )
 def cm_levels(golden: Golden) -> Pair:
     levels = KARRAS.levels(0)
@@ -91,7 +93,9 @@ def cm_schedule(golden: Golden) -> Pair:
 ECT = Consistency(teach="data", shrinking=ShrinkingPairs(period=10), weight="gap", huber=0.0)
 
 
-@comparison("ect_loss", "consistency", "ECT's loss and its parameter gradient, in stage 3", "latents of std 1 instead of 0.5")
+@comparison(
+    "ect_loss", "consistency", "ECT's loss and its parameter gradient, in stage 3", "latents of std 1 instead of 0.5"
+)
 def ect_loss(golden: Golden) -> Pair:
     return compared(golden, ECT, networks_of("student"), update=35)
 
@@ -115,8 +119,8 @@ ICT = GridPairs(count=10, last=1280, growth="doubling", updates=8000, spacing="k
     "ict_loss",
     "consistency",
     "iCT's loss and its parameter gradient, on 40 intervals",
-    "elementwise_huber with c = 0.00054 sqrt(D), as in this code (the paper's distance is huber); latents of std 1 instead of "
-    "0.5, so that c is doubled; without the two outer intervals",
+    "elementwise_huber with c = 0.00054 sqrt(D), as in this code (the paper's distance is huber); latents of std 1 "
+    "instead of 0.5, so that c is doubled; without the two outer intervals",
 )
 def ict_loss(golden: Golden) -> Pair:
     c = 2 * 0.00054 * golden["latents"][0].numel() ** 0.5
@@ -126,7 +130,9 @@ def ict_loss(golden: Golden) -> Pair:
 
 
 @comparison(
-    "ict_schedule", "consistency", "numbers of levels of iCT and of CT, and CT's decay of the target network, at six updates"
+    "ict_schedule",
+    "consistency",
+    "numbers of levels of iCT and of CT, and CT's decay of the target network, at six updates",
 )
 def ict_schedule(golden: Golden) -> Pair:
     updates = [int(k) for k in golden["update"]]
@@ -138,6 +144,8 @@ def ict_schedule(golden: Golden) -> Pair:
 
 
 # --- LCM
+
+LCM = Consistency(grid=GridPairs(count=50), guidance_range=(6, 16), target_decay=0.95, huber=1e-3)
 
 
 @comparison(
@@ -153,7 +161,7 @@ def lcm_loss(golden: Golden) -> Pair:
         modules: dict[str, nn.Module] = {
             role: GoldenDenoiser(GoldenNetwork(i + 1), "epsilon", schedule) for i, role in enumerate(roles)
         }
-        objective = Consistency(grid=GridPairs(count=50), guidance_range=(6, 16), target_decay=0.95, distance=distance, huber=1e-3)
+        objective = replace(LCM, distance=distance)
         theirs = Golden(golden.tensors | {name: golden[f"{kind}_{name}"] for name in ("gradient", "loss")}, "")
         pair = (golden["index"].double() + 0.5) / 50
         pairs.append(compared(theirs, objective, Networks(modules, FOUR), pair=pair))
@@ -184,7 +192,12 @@ def pcm(golden: Golden, end: str = "") -> tuple[Networks, Any]:
     return Networks(modules, FOUR), given_batch(given, given["cond"], given["uncond"], given["latents"])
 
 
-@comparison("pcm_loss", "consistency", "PCM's Huber loss and its parameter gradient, guided, in two phases", "the scale is w + 1")
+@comparison(
+    "pcm_loss",
+    "consistency",
+    "PCM's Huber loss and its parameter gradient, guided, in two phases",
+    "the scale is w + 1",
+)
 def pcm_loss(golden: Golden) -> Pair:
     pair = (golden["index"].double() + 0.5) / 8
     return compared(golden, replace(PCM, phases=(2,), gan=None), networks_of("student", "teacher"), pair=pair)
@@ -193,8 +206,8 @@ def pcm_loss(golden: Golden) -> Pair:
 @comparison(
     "pcm_ratio",
     "consistency",
-    "|gradient of PCM's adversarial term, times 0.1| / |gradient of its Huber loss| for samples of D = 16 and of D = 128 "
-    "elements",
+    "gradient of PCM's adversarial term, times 0.1, over that of its Huber loss, as norms, for samples of 16 and of "
+    "128 elements",
     "with distance: elementwise_huber",
 )
 def pcm_ratio(golden: Golden) -> Pair:

@@ -118,7 +118,7 @@ def sana_adversarial(golden: Golden) -> Pair:
 @comparison(
     "sana_ratio",
     "scm",
-    "|gradient of the LADD term| / |gradient of sCM's loss| for samples of D = 16 and of D = 128 elements",
+    "gradient of the LADD term over that of sCM's loss, as norms, for samples of 16 and of 128 elements",
     "with tangent_norm: l2, the default",
 )
 def sana_ratio(golden: Golden) -> Pair:
@@ -162,8 +162,8 @@ def sana_levels(golden: Golden) -> Pair:
     "fastgen_scm",
     "scm",
     "FastGen's sCM loss and its parameter gradient, guided, with a learned weight and r = 1/2",
-    "tangent_norm: rms; latents of std 1 instead of 0.5, so that c is 0.2; the learned log-weight is ln 2 - ln D higher, "
-    "where theirs divides by 0.5 and by D, and the loss as much lower",
+    "tangent_norm: rms; latents of std 1 instead of 0.5, so that c is 0.2; the learned log-weight is ln 2 - ln D "
+    "higher, where theirs divides by 0.5 and by D, and the loss as much lower",
 )
 def fastgen_scm(golden: Golden) -> Pair:
     shift = math.log(2) - math.log(golden["latents"][0].numel())
@@ -230,7 +230,7 @@ def rcm_matching(golden: Golden) -> Pair:
 @comparison(
     "rcm_ratio",
     "scm",
-    "|gradient of the matching term| / |gradient of the consistency loss| for samples of D = 16 and of D = 64 elements",
+    "gradient of the matching term over that of the consistency loss, as norms, for samples of 16 and of 64 elements",
     "with matching_weight 0.01, tangent_norm: l2 and either reduction",
 )
 def rcm_ratio(golden: Golden) -> Pair:

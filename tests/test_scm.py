@@ -314,8 +314,8 @@ def test_a_trajectory_is_the_teachers_with_a_level_in_each_interval() -> None:
 
 
 def test_solver_steps() -> None:
-    """Euler and Heun on dx/dt = x: first and second order; Heun in sigma on a Gaussian: of second order, and from t = 1
-    Euler's own step."""
+    """Euler and Heun on dx/dt = x: first and second order. Heun in sigma on a Gaussian: second order, and Euler's step
+    from t = 1."""
     x, t = torch.ones(1, 1, dtype=F64), torch.ones(1, dtype=F64)
     exact = math.exp(-0.1)
     (path,) = euler_path(lambda x, t: x, x, [t - 0.1])

@@ -168,7 +168,7 @@ def heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 @torch.no_grad()
 def edm_heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Heun's step in sigma = t / (1 - t), by the mean of the predicted noises at both ends  (EDM, arXiv 2206.00364; CM)
+    """Heun's step in sigma = t / (1 - t), by the mean of the predicted noises at both ends   (EDM, arXiv 2206.00364)
 
         x_s / (1 - s) = x_t / (1 - t) + (sigma_s - sigma_t) (noise(x_t, t) + noise(x_s', s)) / 2
 

@@ -8,10 +8,10 @@
 Fake and real samples are renoised with independent draws. Both sides use hinge losses. LADD is not an objective by
 itself: scm uses it as SANA-Sprint does, and consistency as PCM does.
 
-Units. The student's term is a mean over logits, so its gradient does not shrink as samples grow. A published weight is
-for the loss it stands beside: SANA-Sprint's 0.5 for sCM's tangents of norm 1 (`scm.tangent_norm: l2`), PCM's 0.1 for an
-element-wise Huber distance (`consistency.distance`). Rows sana_ratio and pcm_ratio compare the gradients of the two
-terms at two sizes of sample.
+Units. The student's term is a mean over logits, whatever the size of a sample. A published weight is for the loss it
+stands beside: SANA-Sprint's 0.5 for sCM's tangents of norm 1 (`scm.tangent_norm: l2`) with learned weights, PCM's 0.1
+for an element-wise Huber distance (`consistency.distance`). Rows sana_ratio and pcm_ratio compare the gradients of the
+two terms at two sizes of sample.
 
 Departure: PCM's code renoises from level s with (t - s) / (1 - s) noise, less than the noise path has for s > 0."""
 

@@ -30,7 +30,7 @@ The exact F has g = 0 only at r = 1.
 
 Units. A weight between two terms is a number for losses of one unit, and the square above has three: |g| may be the
 vector norm or a root mean square, squares may be means or sums, and the scale of the latents enters c and the laws.
-    tangent_norm l2, reduction mean   sCM, SANA-Sprint, diffusers: the defaults, so that their numbers, and those below,
+    tangent_norm l2, reduction mean   sCM, SANA-Sprint, diffusers: the defaults, so that the weights of their papers
         can be written as they are. g has norm 1 whatever the number of elements D. With learned weights, the optimum
         of w makes the gradient of a sample's F 2 g, of norm 2: SANA-Sprint's gan.weight 0.5 stands beside it.
     tangent_norm rms   FastGen. g has norm sqrt(D), so c does not depend on D; the gradient's norm is 2 / sqrt(D).
@@ -113,7 +113,7 @@ class SCM(Objective):
     # what r multiplies: all of the derivative, or in rCM's code not dF/da (`flow_maps.trig_tangent`). Row rcm_tangent
     warmup_form: Literal["scm", "rcm"] = "scm"
     tangent_norm: Literal["l2", "rms"] = "l2"
-    # "c = 0.1", sCM and SANA-Sprint, for latents of std 0.5 (rows sana_tangent, fastgen_scm); rCM: 0.1 for std 1
+    # "c = 0.1", sCM and SANA-Sprint, for latents of std 0.5 (rows sana_scm, fastgen_scm); rCM: 0.1 for std 1
     normaliser: float = Field(default=0.2, gt=0)
     reduction: Literal["mean", "sum"] = "mean"  # of both squares over a sample's elements; sum: rCM's code
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false

@@ -22,9 +22,11 @@ STAGES, STAGE = (0, 1, 3, 7), 3
 
 
 def authors() -> Any:
-    sys.modules["torch_utils"] = SimpleNamespace(  # type: ignore[assignment]
-        persistence=SimpleNamespace(persistent_class=lambda cls: cls), distributed=SimpleNamespace(print0=lambda _: None)
+    stand_in: Any = SimpleNamespace(
+        persistence=SimpleNamespace(persistent_class=lambda cls: cls),
+        distributed=SimpleNamespace(print0=lambda _: None),
     )
+    sys.modules["torch_utils"] = stand_in
     sys.path.insert(0, str(CHECKOUT / "training"))
     return importlib.import_module("loss")
 

@@ -1,8 +1,8 @@
 """Numbers of iCT: python tools/golden/kinyugo.py CHECKOUT
 
-CHECKOUT: of Kinyugo/consistency_models, as iCT's authors have published no code. Its module is imported, and the random
-draws in it are ours. The networks are of ours, behind its scalings, which are inverted. The outer intervals are left
-out, as in consistency_models.py."""
+CHECKOUT: of Kinyugo/consistency_models, as iCT's authors have published no code. Its module is imported, and the
+random draws in it are ours. The network is of ours, behind its scalings, which are inverted. The outer intervals are
+left out, as in consistency_models.py."""
 
 import importlib
 import sys

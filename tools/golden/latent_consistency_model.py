@@ -1,8 +1,9 @@
 """LCM's numbers: python tools/golden/latent_consistency_model.py CHECKOUT
 
-CHECKOUT: of luosiallen/latent-consistency-model. Its target and loss are statements of a training loop, which are taken
-from it at run time (`extract`) and executed with networks of ours that predict noise, on diffusers' DDPMScheduler. Casts
-to float32 are read as casts to float64. Levels below 1/10 are left out, where LCM's c_skip is more than 1e-6."""
+CHECKOUT: of luosiallen/latent-consistency-model. Its target and loss are statements of a training loop, which are
+taken from it at run time (`extract`) and executed with networks of ours that predict noise, on diffusers'
+DDPMScheduler. Casts to float32 are read as casts to float64. Levels below 1/10 are left out, where LCM's c_skip is
+more than 1e-6."""
 
 import contextlib
 import sys
@@ -23,7 +24,13 @@ from golden_rows import GoldenNetwork, save_golden
 
 CHECKOUT = Path(sys.argv[1])
 FILE = "LCM_Training_Script/consistency_distillation/train_lcm_distill_sd_wds.py"
-FUNCTIONS = ("append_dims", "scalings_for_boundary_conditions", "extract_into_tensor", "predicted_origin", "DDIMSolver")
+FUNCTIONS = (
+    "append_dims",
+    "scalings_for_boundary_conditions",
+    "extract_into_tensor",
+    "predicted_origin",
+    "DDIMSolver",
+)
 INDICES = (5, 17, 30, 49)
 
 

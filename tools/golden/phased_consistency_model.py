@@ -1,8 +1,8 @@
 """PCM's numbers: python tools/golden/phased_consistency_model.py CHECKOUT
 
 CHECKOUT: of G-U-N/Phased-Consistency-Model. Its losses for SD3 are statements of a training loop, which are taken from
-it at run time (`extract`) and executed with networks of ours, as are the two losses of its discriminator, with heads of
-ours. Its solver is given a uniform grid that begins at 0. Casts to float32 are read as casts to float64."""
+it at run time (`extract`) and executed with networks of ours; so are the two losses of its discriminator, with heads
+of ours. Its solver is given a uniform grid that begins at 0. Casts to float32 are read as casts to float64."""
 
 import contextlib
 import sys
@@ -45,7 +45,10 @@ def discriminator(network: GoldenNetwork) -> Any:
     heads = TokenHeads(WIDTH, 1, hidden=8).double()
     self = SimpleNamespace(head_num=1, num_h_per_head=1, heads=heads)
     self._forward = lambda x, t, cond, _: [heads([network.hidden(x, t, cond).flatten(2).mT])]
-    kinds = {name: partial(defined(CHECKOUT / HEADS, f"Discriminator.{name}", {"torch": torch}), self) for name in ("d_loss", "g_loss")}
+    kinds = {
+        name: partial(defined(CHECKOUT / HEADS, f"Discriminator.{name}", {"torch": torch}), self)
+        for name in ("d_loss", "g_loss")
+    }
     found = lambda kind, *inputs: kinds[kind](*inputs)  # noqa: E731
     found.heads = heads  # type: ignore[attr-defined]
     return found
@@ -114,7 +117,9 @@ def main() -> None:
         ratios.append(gradient(found, "g_loss").norm() / gradient(found, "loss").norm())
         tensors |= {f"{name}{i}": value for name, value in given.items() if name != "gan_real_noise"}
     save = partial(save_golden, repository="G-U-N/Phased-Consistency-Model", commit=commit(CHECKOUT))
-    save("pcm_ratio", tensors | {"ratio": torch.stack(ratios)}, function=f"{FILE}, main; {HEADS}, Discriminator.g_loss")
+    save(
+        "pcm_ratio", tensors | {"ratio": torch.stack(ratios)}, function=f"{FILE}, main; {HEADS}, Discriminator.g_loss"
+    )
     given = draws(SIZES[0])
     found = turn(given, phases=1)
     found["d_loss"].backward()
