@@ -132,9 +132,9 @@ class Consistency(Objective):
     # iCT, ECT, PCM. Rows cm_schedule, ict_schedule
     target_decay: float | None = Field(default=None, ge=0, lt=1)
     distance: Literal["huber", "elementwise_huber", "square"] = "huber"
-    # iCT's "c = 0.00054 sqrt(d)", of a sample's norm, for data of std 0.5: twice that for latents of std 1. Row ict_loss
-    # has the number, and nothing public this norm. With elementwise_huber, LCM's and PCM's c is 1e-3, for latents of std
-    # 1 (rows lcm_loss, pcm_loss)
+    # iCT's "c = 0.00054 sqrt(d)", of a sample's norm, for data of std 0.5, is twice that for latents of std 1. Row
+    # ict_loss has the number, and nothing public this norm. With elementwise_huber, LCM's and PCM's c is 1e-3, for
+    # latents of std 1 (rows lcm_loss, pcm_loss)
     huber: float = Field(default=1.08e-3, ge=0)
     weight: Literal["one", "gap", "level_gap"] = "one"  # CM, LCM, PCM: 1; gap: iCT, ECT; level_gap: 1 / (t - s), ours
     # PCM: weight 0.1 of a mean, with elementwise_huber (row pcm_ratio), generator hinge, and time from 0 to 1. D

@@ -21,8 +21,8 @@ SANA-Sprint (arXiv 2503.09641): flow-matching networks in TrigFlow. They are cal
     state. `gan`, its adversarial term, is LADD: heads on the frozen teacher's features learn to tell the student's
     clean predictions from data.
 TBCM (hustvl/TBCM): source: trajectory, which needs no images. The teacher's guided ODE runs from noise. One level is
-    drawn in each of `trajectory_steps` intervals, and the states at all of them form one batch. The rows of one path
-    are correlated, so use a small train.batch_size.
+    drawn in each of `trajectory_steps` intervals (in its code, uniformly in the angle), and the states at all of them
+    form one batch. The rows of one path are correlated, so use a small train.batch_size.
 rCM (arXiv 2510.08431): `matching` adds DMD2 on the student's own samples (`rcm`), from the end of the tangent warm-up
     on.
 
@@ -123,8 +123,9 @@ class SCM(Objective):
     guidance_scale: Guidance = 1.0
     guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    trajectory_steps: int = Field(default=16, ge=2, le=MOST_STEPS)  # TBCM's code
-    trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code
+    # intervals; TBCM's code has 16 levels. No row pins it, nor the shift
+    trajectory_steps: int = Field(default=15, ge=2, le=MOST_STEPS)
+    trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code, of flow levels
     gan: Ladd | None = None  # SANA-Sprint: weight 0.5, with tangent_norm l2 and learned weights
     max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that are made from a = pi / 2
     matching: Matching | None = None  # rCM; guidance_scale and most other keys in it are those of dmd2
