@@ -328,7 +328,7 @@ def test_solver_steps() -> None:
         exact_end = (1 - end) * M + (x - 0.1 * M) * spread(stop) / spread(start)
         errors.append(float((edm_heun_step(velocity, x, start, stop) - exact_end).abs().max()))
     print(errors)
-    assert errors[0] < 2e-3 and errors[1] < errors[0] / 4
+    assert errors[0] < 5e-3 and errors[1] < errors[0] / 6
     one, low = torch.ones(1, dtype=F64), torch.full((1,), 0.6, dtype=F64)
     assert torch.equal(edm_heun_step(velocity, x, one, low), euler_path(velocity, x, [low])[0][0])
 

@@ -88,11 +88,13 @@ class GridPairs:
         square_root  n = ceil(sqrt(k / K ((last + 1)^2 - (count + 1)^2) + (count + 1)^2) - 1)  (CM, arXiv 2303.01469)
         doubling     n = min(count 2^floor(k / K'), last),  K' = floor(K / (log2 floor(last / count) + 1))
                                                                                                (iCT, arXiv 2310.14189)
-    CM's N is a number of levels, and n one of intervals: N = n + 1. iCT's s_0 and s_1 are numbers of intervals.
+    CM's N is a number of levels, and n one of intervals: N = n + 1. iCT's s_0 and s_1 are numbers of intervals. Rows
+    cm_schedule and ict_schedule have both rules.
     spacing: uniform, which shift moves towards noise; or karras, sigmas from 0.002 to 80 by the power 1/7 (EDM, arXiv
         2206.00364). The first and the last level are then 0 and 1, where this path ends; all others are EDM's.
     sigma_data: the standard deviation of the data for which 0.002 and 80 are stated, where that of the latents is 1.
-    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely."""
+    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely.
+        Draws beyond the ends count for the outer intervals (half a percent with iCT's law, which leaves them out)."""
 
     count: int = Field(ge=1, le=MOST_BATCH)
     last: int | None = Field(default=None, ge=1, le=MOST_BATCH)

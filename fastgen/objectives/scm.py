@@ -118,16 +118,18 @@ class SCM(Objective):
     reduction: Literal["mean", "sum"] = "mean"  # of both squares over a sample's elements; sum: rCM's code
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
     derivative: Backend = "jvp"
-    # AnyFlow's; longer steps smooth what time embeddings add to dF/da
+    # of the angle; AnyFlow's number, which is one of t. Longer steps smooth what time embeddings add to dF/da
     difference_step: float = Field(default=5e-3, gt=0)
     guidance_scale: Guidance = 1.0
-    guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
+    # in diffusers' convention: [1, 2] sCM; SANA-Sprint draws 4, 4.5 or 5 (row sana_scm has 4.5), here [4, 5]
+    guidance_range: ScaleRange | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
     # intervals; TBCM's code has 16 levels. No row pins it, nor the shift
     trajectory_steps: int = Field(default=15, ge=2, le=MOST_STEPS)
     trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code, of flow levels
     gan: Ladd | None = None  # SANA-Sprint: weight 0.5, with tangent_norm l2 and learned weights
-    max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that are made from a = pi / 2
+    # "p = 0.5": share of D's samples that are made from a = pi / 2. Rows sana_adversarial, sana_discriminator
+    max_time: float = Field(default=0.5, ge=0, le=1)
     matching: Matching | None = None  # rCM; guidance_scale and most other keys in it are those of dmd2
     # "lambda = 0.01", with tangent_norm l2: 1 / 100 in the code, of sums without 1/2. Row rcm_ratio
     matching_weight: float = Field(default=0.01, gt=0)
