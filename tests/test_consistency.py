@@ -512,6 +512,7 @@ def test_exports_hold_what_a_stock_scheduler_does() -> None:
         {"grid": GridPairs(count=18, spacing="karras")},
         {"shrinking": ShrinkingPairs(period=5)},
         {"grid": FOUR, "solver": "heun"},
+        {"grid": FOUR, "weight": "gap"},
     ):
         with pytest.raises(ValueError, match="on backbone sd the grid is uniform"):
             Consistency(**options).check_recipe(sd)

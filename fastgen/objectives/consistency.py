@@ -223,10 +223,10 @@ class Consistency(Objective):
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
-        if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler"):
+        if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler" or self.weight == "gap"):
             raise ValueError(
                 f"on backbone {recipe.backbone.name} the grid is uniform, as in LCM: leave out spacing, time, "
-                "shrinking and solver"
+                "shrinking, solver and weight: gap"
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
