@@ -477,7 +477,12 @@ def test_the_discriminators_hinge_and_its_further_fakes() -> None:
         gan.logits(networks, batch, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
     )
     wanted = torch.relu(1 + fakes).mean() + torch.relu(1 - reals).mean()
-    assert torch.allclose(gan.discriminator_loss(networks, batch, fake, real).total, wanted)
+    fake, real = (x.clone().requires_grad_() for x in (fake, real))
+    loss = gan.discriminator_loss(networks, batch, fake, real)
+    loss.total.backward()
+    assert torch.allclose(loss.total, wanted) and fake.grad is None and real.grad is None
+    assert torch.allclose(loss.terms["logit_gap"], reals.mean() - fakes.mean())
+    assert not any(term.requires_grad for term in loss.terms.values())
     label = torch.arange(64) % 2
     mixed = dataclasses.replace(batch, cond=Conditioning({"label": label}))
     more = dataclasses.replace(gan, mismatched=True)
