@@ -491,7 +491,9 @@ def test_the_discriminators_hinge_and_its_further_fakes() -> None:
         gan.logits(networks, mixed, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
     )
     wanted = torch.relu(1 + torch.cat([fakes, others])).mean() + torch.relu(1 - reals).mean()
-    assert torch.allclose(more.discriminator_loss(networks, mixed, fake, real).total, wanted)
+    total = more.discriminator_loss(networks, mixed, fake, real).total
+    total.backward()
+    assert torch.allclose(total, wanted) and fake.grad is None and real.grad is None
     straight = gan.logits(networks, mixed, real, "gan_other", None, None)
     assert not torch.allclose(straight, others)
 
