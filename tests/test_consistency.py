@@ -363,6 +363,7 @@ def test_each_turn_moves_its_own_networks(options: dict[str, Any], told: float |
     for turn in objective.turns(0, state):
         loss = objective.loss(turn, networks, gaussian_batch(), state)
         loss.total.backward()  # type: ignore[union-attr]
+        assert not any(term.requires_grad for term in loss.terms.values())  # type: ignore[union-attr]
         for role, module in networks.items():
             got = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
             missing = {n for n, _ in module.named_parameters()} - got

@@ -378,7 +378,9 @@ def test_each_turn_moves_its_own_networks(objective: SCM) -> None:
     networks = moved_networks(objective)
     assert set(objective.trained_roles) <= set(networks) | {"weighting"}
     for turn in objective.turns(5, {}):
-        one_loss(objective, networks, gaussian_batch(), turn).backward()
+        loss = objective.loss(turn, networks, gaussian_batch(), {})
+        loss.total.backward()
+        assert not any(term.requires_grad for term in loss.terms.values())
         for role, module in networks.items():
             missing = {name for name, found in reached(module).items() if not found}
             if role in turn.roles:
