@@ -50,6 +50,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/adm.py": ["adm", "golden", "streaming_terms", "two_time"],
     "objectives/adp.py": ["adm", "golden", "streaming_terms", "two_time"],
     "objectives/causal.py": STREAMING,
+    "objectives/collected.py": ["rtdmd", "crd"],
     "objectives/consistency.py": ["consistency", "golden", "scm", "causal_objectives", "streaming_terms"],
     "objectives/crd.py": ["crd", "golden", "streaming_terms"],
     "objectives/disback.py": ["dmd2_options", "golden", "streaming_terms"],
