@@ -63,6 +63,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/mean_flow.py": ["mean_flow", "golden"],
     "objectives/ode_regression.py": ["ode_regression", "golden", "causal_objectives"],
     "objectives/phased_dmd.py": ["phased_dmd", "golden", "streaming_terms"],
+    "objectives/rcm.py": ["scm", "golden"],
     "objectives/re_dmd.py": ["dmd2_options", "golden", "streaming_terms"],
     "objectives/replay.py": ["gndm", "streaming_terms", "ar1_streaming", "rtdmd", "adm"],
     "objectives/rtdmd.py": ["rtdmd", "golden", "streaming_terms"],

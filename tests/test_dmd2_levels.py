@@ -19,7 +19,7 @@ CHUNKS = RolloutPolicy(timesteps=(1.0, 0.5), chunks=ChunkSchedule(frames=1))
 LAWS = (
     TimeSampler(),
     TimeSampler(shift=5.0),
-    TimeSampler("logit_normal", 0.001, 0.999, mean=-0.5, std=1.3),
+    TimeSampler("logit_normal", 0.001, 0.999, mean=-0.5, std=1.3, sigma_data=0.5),
     TimeSampler(shift=5.0, ends="clamp"),
 )
 
