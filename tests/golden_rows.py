@@ -132,6 +132,12 @@ class GoldenNetwork(nn.Module):
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters()]
         return torch.cat([part.flatten() for part in parts])
 
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of a loss with respect to all parameters, as one vector. The loss can be used again."""
+        self.zero_grad()
+        loss.backward(retain_graph=True)
+        return self.flat()
+
 
 class GoldenDenoiser(Denoiser):
     """GoldenNetwork under fastgen's contract. t is given to the network as it is. cond["embedding"] is [B, 4]."""

@@ -5,20 +5,19 @@ The methods of AlphaFlowLoss are compiled from that file, because its other impo
 levels, the noise and GoldenNetwork are given. Their weight adds eps to the mean over a sample's elements."""
 
 import math
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
-from authors import functions, given_draws, normals
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of
+from draws import GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-COMMIT = "b0fef77d8bf16ac4257080c55542b3f6205a8d82"
+CHECKOUT = checkout_of("snap-research/alphaflow", "b0fef77d8bf16ac4257080c55542b3f6205a8d82")
+FILE = "src/training/loss.py"
 ALPHA, CLIP, EPS = 0.4, 1.0, 1e-3
-METHODS = ("get_ratio", "_compute_velocity_cfg", "_compute_mean_velocity_c", "_compute_mean_velocity_d", "forward")
+METHODS = ("_compute_velocity_cfg", "_compute_mean_velocity_c", "_compute_mean_velocity_d", "forward")
 KNOWN = {
     "torch": torch, "math": math, "Optional": Optional, "EasyDict": dict, "beartype": lambda function: function,
     "jvp": torch.autograd.functional.jvp, "LossPhase": SimpleNamespace(Gen=None),
@@ -31,8 +30,7 @@ class Configuration(dict[str, Any]):
 
 
 def main() -> None:
-    known = functions(Path(sys.argv[1]) / "src/training/loss.py", METHODS, KNOWN, owner="AlphaFlowLoss")
-    normal, count, on_diagonal = normals(8), 8, 4
+    normal, count, on_diagonal = Random(8).normal, 8, 4
     x, noise, cond, uncond = normal(count, 4, 3, 3), normal(count, 4, 3, 3), normal(count, 4), normal(1, 4)
     t, r = normal(count), normal(count)
     network = GoldenNetwork()
@@ -58,21 +56,20 @@ def main() -> None:
         _maybe_encode=lambda net, x, cond: x,
         apply_noise=lambda x, scaled, t, net: (1 - t) * x + scaled,
     )
-    for name in METHODS[1:4]:
-        setattr(loss, name, partial(getattr(known, name), loss))
-    with given_draws(torch, randn_like=[noise[:, None]]):
-        total = known.forward(loss, net, x[:, None], cond)["total"].mean()
-    total.backward()
+    CHECKOUT.bind(loss, FILE, "AlphaFlowLoss", METHODS, KNOWN)
+    with GivenDraws([noise]):
+        total = loss.forward(net, x[:, None], cond)["total"].mean()
     tensors = {"x": x, "noise": noise, "t": t, "r": r, "cond": cond, "uncond": uncond, "loss": total}
-    source = ("snap-research/alphaflow", COMMIT, "src/training/loss.py, AlphaFlowLoss.forward")
-    save_golden("mean_flow_alpha", tensors | {"gradient": network.flat()}, *source)
+    gradient = network.gradient(total)
+    CHECKOUT.save("mean_flow_alpha", tensors | {"gradient": gradient}, f"{FILE}, AlphaFlowLoss.forward")
 
     schedule = {"scheduler": "sigmoid", "initial_value": 1.0, "end_value": 0, "gamma": 25.0, "clamp_value": 0.005}
     ends = {"change_init_steps": 600_000, "change_end_steps": 1_000_000, "up_clamp_value": None}
     updates = torch.arange(500_000, 1_100_000, 7_000)
-    alphas = [known.get_ratio(None, Configuration(**schedule, **ends), int(k)) for k in updates]
-    source = ("snap-research/alphaflow", COMMIT, "src/training/loss.py, AlphaFlowLoss.get_ratio")
-    save_golden("mean_flow_alphas", {"updates": updates, "alphas": torch.tensor(alphas, dtype=torch.float64)}, *source)
+    ratio = CHECKOUT.define(FILE, "AlphaFlowLoss.get_ratio", dict(KNOWN))
+    alphas = [ratio(None, Configuration(**schedule, **ends), int(k)) for k in updates]
+    tensors = {"updates": updates, "alphas": torch.tensor(alphas, dtype=torch.float64)}
+    CHECKOUT.save("mean_flow_alphas", tensors, f"{FILE}, AlphaFlowLoss.get_ratio")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ student is the bidirectional one, and all frames of a video have one level."""
 import types
 
 import torch
-from called import called_with, checkout_of, gradients_of, module_at, normal, package, stub
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of, package, stub
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor, nn
 
-REPOSITORY, COMMIT = "tianweiy/CausVid", "ca2115039172dfa3a02deee1534408a09680f29f"
+CHECKOUT = checkout_of("tianweiy/CausVid", "ca2115039172dfa3a02deee1534408a09680f29f")
 BATCH, FRAMES, SHAPE, SHIFT = 2, 4, (3, 2, 2), 8.0
 
 
@@ -29,12 +30,11 @@ class Wrapper(nn.Module):
 
 
 def main() -> None:
-    checkout = checkout_of(REPOSITORY, COMMIT)
-    package("causvid", checkout / "causvid")
+    package("causvid", CHECKOUT.root / "causvid")
     stub("causvid.models", "causvid.models.model_interface")
     from causvid.dmd import DMD
 
-    scheduler = module_at(checkout / "causvid/models/wan/flow_match.py").FlowMatchScheduler
+    scheduler = CHECKOUT.module("causvid/models/wan/flow_match.py").FlowMatchScheduler
 
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
     model = DMD.__new__(DMD)
@@ -50,18 +50,22 @@ def main() -> None:
     model.device, model.dtype = torch.device("cpu"), torch.float64
     model.args = types.SimpleNamespace(backward_simulation=False)
 
-    real, cond, uncond = normal(0, BATCH, FRAMES, *SHAPE), normal(1, BATCH, 4), normal(2, BATCH, 4)
-    inputs = [normal(10 + i, BATCH, FRAMES, *SHAPE) for i in range(3)]  # of each level; one of them is used
+    real, cond, uncond = (
+        Random(0).normal(BATCH, FRAMES, *SHAPE),
+        Random(1).normal(BATCH, 4),
+        Random(2).normal(BATCH, 4),
+    )
+    inputs = [Random(10 + i).normal(BATCH, FRAMES, *SHAPE) for i in range(3)]  # of each level; one of them is used
     stop, drawn = torch.tensor([1, 2]), torch.tensor([40, 310])
-    noise = normal(20, BATCH, FRAMES, *SHAPE)
+    noise = Random(20).normal(BATCH, FRAMES, *SHAPE)
     by_frame = [value[:, None].repeat(1, FRAMES) for value in (stop, drawn)]
-    with called_with([*inputs, noise], by_frame):
+    with Float64(), GivenDraws([*inputs, noise], integer=by_frame):
         loss, _ = model.generator_loss([BATCH, FRAMES, *SHAPE], {"embedding": cond}, {"embedding": uncond}, real)
     used = torch.stack([inputs[i][row] for row, i in enumerate(stop)])
     given = {"real": real, "cond": cond, "uncond": uncond, "stop": stop, "initial": used, "drawn": drawn}
     given |= {"noise": noise, "timesteps": model.denoising_step_list, "loss": loss}
-    given |= {"gradient": gradients_of(networks["student"], loss)}
-    save_golden("causvid_generator_from_data", given, REPOSITORY, COMMIT, "causvid/dmd.py, DMD.generator_loss")
+    given |= {"gradient": networks["student"].gradient(loss)}
+    CHECKOUT.save("causvid_generator_from_data", given, "causvid/dmd.py, DMD.generator_loss")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,22 @@
 CHECKOUT: tianweiy/CausVid at ca2115039172dfa3a02deee1534408a09680f29f. The loss is compiled from the checkout's file,
 because the module imports Wan. Network, states and levels are given."""
 
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from authors import functions, given_draws, normals
+from checkout import checkout_of
+from draws import GivenDraws, Random
 from golden_causal import causal
-from golden_rows import GoldenNetwork, save_golden
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-COMMIT = "ca2115039172dfa3a02deee1534408a09680f29f"
+CHECKOUT = checkout_of("tianweiy/CausVid", "ca2115039172dfa3a02deee1534408a09680f29f")
 COUNT, FRAMES, CHUNK = 3, 6, 3
 
 
 def main() -> None:
-    normal, levels = normals(14), torch.tensor([1.0, 0.757, 0.522], dtype=torch.float64)
+    normal, levels = Random(14).normal, torch.tensor([1.0, 0.757, 0.522], dtype=torch.float64)
     x, noise, cond = normal(COUNT, FRAMES, 4, 3, 2), normal(COUNT, FRAMES, 4, 3, 2), normal(COUNT, 4)
     index = torch.tensor([[0, 1, 2, 2, 1, 0], [1, 1, 0, 1, 2, 2], [2, 0, 0, 0, 1, 2]])  # the first of a chunk counts
     network = GoldenNetwork()
@@ -36,17 +34,14 @@ def main() -> None:
     )  # fmt: skip
     names = ("_process_timestep", "_prepare_generator_input", "generator_loss")
     known = {"torch": torch, "F": F, "Tuple": tuple}
-    methods = functions(Path(sys.argv[1]) / "causvid/ode_regression.py", names, known, "ODERegression")
-    for name in names:
-        setattr(own, name, partial(getattr(methods, name), own))
+    CHECKOUT.bind(own, "causvid/ode_regression.py", "ODERegression", names, known)
     line = [(1 - t) * x + t * noise for t in levels]
-    with given_draws(torch, randint=[index.clone()]):
+    with GivenDraws(integer=[index]):
         loss = own.generator_loss(torch.stack([*line, x], dim=1), cond)[0]
-    loss.backward()
     tensors = {"x": x, "noise": noise, "cond": cond, "index": index[:, ::CHUNK], "levels": levels}
-    tensors |= {"loss": loss, "gradient": network.flat()}
+    tensors |= {"loss": loss, "gradient": network.gradient(loss)}
     function = "causvid/ode_regression.py, ODERegression.generator_loss"
-    save_golden("ode_regression_causvid", tensors, "tianweiy/CausVid", COMMIT, function)
+    CHECKOUT.save("ode_regression_causvid", tensors, function)
 
 
 if __name__ == "__main__":

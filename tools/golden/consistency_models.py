@@ -6,30 +6,26 @@ are of ours, behind the authors' scalings, which are inverted. The first and the
 authors' path ends at 0.002 and 80, and ours at 0 and infinity."""
 
 import importlib
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import numpy
 import torch
-from extract import Given, commit, defined
+from checkout import checkout_of, stub
+from draws import GivenDraws, Random
+from golden_rows import GoldenNetwork
 from sigma_networks import SIGMA_DATA, denoised
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import GoldenNetwork, save_golden
-
-CHECKOUT = Path(sys.argv[1])
+CHECKOUT = checkout_of("openai/consistency_models", "e32b69ee436d518377db86fb2127a3972d0d8716")
 FILE, LEVELS = "cm/karras_diffusion.py", 40
 INDICES = (1, 12, 23, 30, 37)
 
 
 def authors() -> ModuleType:
-    for name in ("piq", "mpi4py", "blobfile", "torchvision", "torchvision.transforms"):
-        sys.modules[name] = mock.MagicMock()
-    sys.path.insert(0, str(CHECKOUT))
+    stub("piq", "mpi4py", "blobfile", "torchvision", "torchvision.transforms")
+    CHECKOUT.make_importable()
     return importlib.import_module("cm.karras_diffusion")
 
 
@@ -47,10 +43,9 @@ class Scaled:
 
 
 def main() -> None:
-    module, generator = authors(), torch.Generator().manual_seed(0)
-    shape = (len(INDICES), 4, 2, 2)
-    given = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in ("latents", "noise")}
-    given["cond"] = torch.randn(shape[:2], generator=generator, dtype=torch.float64)
+    module: Any = authors()
+    normal, shape = Random(0).normal, (len(INDICES), 4, 2, 2)
+    given = {"latents": normal(*shape), "noise": normal(*shape), "cond": normal(*shape[:2])}
     index = torch.tensor(INDICES)
     student, teacher = (
         module.KarrasDenoiser(loss_norm="l2", weight_schedule="uniform", distillation=of_student)
@@ -59,23 +54,23 @@ def main() -> None:
     boundary = student.get_scalings_for_boundary_condition
 
     def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-        save_golden(name, tensors, "openai/consistency_models", commit(CHECKOUT), function)
+        CHECKOUT.save(name, tensors, function)
 
     for name, teachers in (("cm_training", False), ("cm_distillation", True)):
-        module.th = Given(torch, randint=[index])
         model, target = Scaled(1, boundary, given["cond"]), Scaled(2, boundary, given["cond"])
         options: dict[str, Any] = {"target_model": target, "noise": given["noise"]}
         if teachers:
             options["teacher_model"] = Scaled(3, teacher.get_scalings, given["cond"])
             options["teacher_diffusion"] = teacher
-        loss = student.consistency_losses(model, SIGMA_DATA * given["latents"], LEVELS, **options)["loss"].mean()
-        loss.backward()
-        results = {"gradient": model.network.flat(), "loss": loss, "index": index}
+        with GivenDraws(integer=[index]):
+            losses = student.consistency_losses(model, SIGMA_DATA * given["latents"], LEVELS, **options)
+        loss = losses["loss"].mean()
+        results = {"gradient": model.network.gradient(loss), "loss": loss, "index": index}
         save(name, given | results, f"{FILE}, KarrasDenoiser.consistency_losses")
     with mock.patch.object(torch, "linspace", lambda *a: torch.arange(LEVELS, dtype=torch.float64) / (LEVELS - 1)):
         sigmas = module.get_sigmas_karras(LEVELS, student.sigma_min, student.sigma_max)[:-1]
     save("cm_levels", {"sigmas": sigmas}, f"{FILE}, get_sigmas_karras")
-    schedules = defined(CHECKOUT / "cm/script_util.py", "create_ema_and_scales_fn", {"np": numpy})
+    schedules = CHECKOUT.define("cm/script_util.py", "create_ema_and_scales_fn", {"np": numpy})
     law = schedules("adaptive", 0.95, "progressive", 2, 200, 800_000, 0)  # "L_CT^N on ImageNet-64"
     updates = torch.tensor([0, 1, 1000, 50_000, 200_000, 400_000, 799_999])
     ema, scales = zip(*(law(int(update)) for update in updates), strict=True)

@@ -10,12 +10,13 @@ import types
 from typing import Any
 
 import torch
-from called import called_with, checkout_of, gradients_of, normal, stub
+from checkout import checkout_of, stub
 from diffusers import DDIMScheduler
-from golden_rows import GoldenNetwork, save_golden
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor, nn
 
-REPOSITORY, COMMIT = "tianweiy/DMD2", "8d8fa55633d47cfb81bbc7a892e7248f9518763f"
+CHECKOUT = checkout_of("tianweiy/DMD2", "8d8fa55633d47cfb81bbc7a892e7248f9518763f")
 BATCH, SHAPE, STEPS = 3, (4, 2, 2), 1000
 
 
@@ -83,26 +84,26 @@ def generator(guidance: Any, student: GoldenNetwork, cond: Tensor) -> Any:
 
 
 def main() -> None:
-    checkout_of(REPOSITORY, COMMIT)
+    CHECKOUT.make_importable()
     stub("matplotlib", "matplotlib.pyplot", "matplotlib.backends", "matplotlib.backends.backend_agg", "imageio")
     stub("imageio.v2")
     x, cond, uncond, real = (
-        normal(0, BATCH, *SHAPE),
-        normal(1, BATCH, 4),
-        normal(2, BATCH, 4),
-        normal(3, BATCH, *SHAPE),
+        Random(0).normal(BATCH, *SHAPE),
+        Random(1).normal(BATCH, 4),
+        Random(2).normal(BATCH, 4),
+        Random(3).normal(BATCH, *SHAPE),
     )
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
-    head, scale = normal(4, 16), 1.75
+    head, scale = Random(4).normal(16), 1.75
     model = guidance_model(networks, head, scale)
     shared = {"cond": cond, "uncond": uncond, "alphas_cumprod": model.alphas_cumprod}
 
     def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-        save_golden(name, shared | tensors, REPOSITORY, COMMIT, function)
+        CHECKOUT.save(name, shared | tensors, function)
 
-    step, noise = torch.tensor([137, 520, 871]), normal(5, BATCH, *SHAPE)
+    step, noise = torch.tensor([137, 520, 871]), Random(5).normal(BATCH, *SHAPE)
     leaf = x.clone().requires_grad_()
-    with called_with([noise], [step]):
+    with Float64(), GivenDraws([noise], integer=[step]):
         loss = model.compute_distribution_matching_loss(leaf, cond, uncond, None, None)[0]["loss_dm"]
     loss.backward()
     given = {"x": x, "step": step, "noise": noise}
@@ -113,30 +114,40 @@ def main() -> None:
     )
 
     step = torch.tensor([3, 404, 960])
-    with called_with([noise], [step]):
+    with Float64(), GivenDraws([noise], integer=[step]):
         loss = model.compute_loss_fake(x, cond, uncond)[0]["loss_fake_mean"]
-    gradient = gradients_of(networks["fake_score"], loss)
+    gradient = networks["fake_score"].gradient(loss)
     given = {"x": x, "step": step, "noise": noise, "loss": loss}
     save("dmd2_fake_score", given | {"gradient": gradient}, "main/sd_guidance.py, SDGuidance.compute_loss_fake")
 
-    steps, noises = (torch.tensor([41, 333, 702]), torch.tensor([250, 611, 80])), (noise, normal(6, BATCH, *SHAPE))
-    with called_with(noises, steps):
+    steps, noises = (
+        (torch.tensor([41, 333, 702]), torch.tensor([250, 611, 80])),
+        (noise, Random(6).normal(BATCH, *SHAPE)),
+    )
+    with Float64(), GivenDraws(noises, integer=steps):
         loss = model.compute_guidance_clean_cls_loss(real, x, cond, cond)[0]["guidance_cls_loss"]
-    gradient = torch.cat([gradients_of(networks["fake_score"], loss), model.cls_pred_branch.weight.grad])
+    gradient = torch.cat([networks["fake_score"].gradient(loss), model.cls_pred_branch.weight.grad])
     given = {"real": real, "x": x, "head": head, "loss": loss, "gradient": gradient}
     given |= {"real_step": steps[0], "fake_step": steps[1], "real_noise": noises[0], "fake_noise": noises[1]}
     save("dmd2_discriminator", given, "main/sd_guidance.py, SDGuidance.compute_guidance_clean_cls_loss")
 
     for stop in (0, 2):
-        normals = [normal(10 + i, BATCH, *SHAPE) for i in range(stop + 1)]
-        final, gan_noise, gan_step = normal(20, BATCH, *SHAPE), normal(21, BATCH, *SHAPE), torch.tensor([90, 444, 910])
+        normals = [Random(10 + i).normal(BATCH, *SHAPE) for i in range(stop + 1)]
+        final, gan_noise, gan_step = (
+            Random(20).normal(BATCH, *SHAPE),
+            Random(21).normal(BATCH, *SHAPE),
+            torch.tensor([90, 444, 910]),
+        )
         step = torch.tensor([137, 520, 871])
         indices = torch.zeros(BATCH, dtype=torch.long)
         whole = generator(model, networks["student"], cond)
-        with called_with([*normals, noise, gan_noise], [indices, torch.tensor([stop]), step, gan_step]):
+        with (
+            Float64(),
+            GivenDraws([*normals, noise, gan_noise], integer=[indices, torch.tensor([stop]), step, gan_step]),
+        ):
             losses, _ = whole(final, None, None, generator_turn=True, denoising_dict={})
         loss = losses["loss_dm"] + 5e-3 * losses["gen_cls_loss"]
-        gradient = gradients_of(networks["student"], loss)
+        gradient = networks["student"].gradient(loss)
         # their rollout starts from the first normal, and the last step's fresh noise is `final`; step 0 starts from it
         used = [final] if stop == 0 else [*normals[:stop], final]
         given = {

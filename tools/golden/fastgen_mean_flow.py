@@ -4,19 +4,19 @@ CHECKOUT: NVlabs/FastGen at 34f30e8ff1a563555fc0c7d59f1c1409dacd8af2. Their pack
 methods of MeanFlowModel and KDModel are compiled from the checkout's files; networks, levels and noise are given."""
 
 import contextlib
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from authors import functions, given_draws, normals
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of
+from draws import GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-COMMIT = "34f30e8ff1a563555fc0c7d59f1c1409dacd8af2"
+CHECKOUT = checkout_of("NVlabs/FastGen", "34f30e8ff1a563555fc0c7d59f1c1409dacd8af2")
+MEAN_FLOW = "fastgen/methods/consistency_model/mean_flow.py"
+KD = "fastgen/methods/knowledge_distillation/KD.py"
 METHODS = (
     "_get_velocity", "_jvp", "_estimate_jvp_finite_difference", "_compute_weight", "_mf_pred_to_loss",
     "_compute_mf_loss",
@@ -45,12 +45,10 @@ class Net:
 
 
 def main() -> None:
-    methods = Path(sys.argv[1]) / "fastgen/methods"
     known = {
         "torch": torch, "F": F, "expand_like": expand_like, "temp_disable_efficient_attn": contextlib.nullcontext,
     }  # fmt: skip
-    code = functions(methods / "consistency_model/mean_flow.py", METHODS, known, owner="MeanFlowModel")
-    normal, count = normals(9), 8
+    normal, count = Random(9).normal, 8
     x, noise, cond, uncond = normal(count, 4, 3, 3), normal(count, 4, 3, 3), normal(count, 4), normal(1, 4)
     t, r = normal(count), normal(count)
     pair = torch.sigmoid(torch.stack([t, r]) - 0.4)
@@ -69,22 +67,18 @@ def main() -> None:
             net=Net(student), teacher=Net(GoldenNetwork(1)), config=config, loss_config=loss_config,
             precision_amp_jvp=None, device=torch.device("cpu"),
         )  # fmt: skip
-        for method in METHODS[:-1]:
-            setattr(model, method, partial(getattr(code, method), model))
-        with given_draws(torch, randn_like=[noise]):
-            found = code._compute_mf_loss(model, x, high, low, 501, cond, uncond.expand(count, -1))
+        CHECKOUT.bind(model, MEAN_FLOW, "MeanFlowModel", METHODS, known)
+        with GivenDraws([noise]):
+            found = model._compute_mf_loss(x, high, low, 501, cond, uncond.expand(count, -1))
         loss = found[0].mean()
-        loss.backward()
-        function = "fastgen/methods/consistency_model/mean_flow.py, MeanFlowModel._compute_mf_loss"
-        result = {"loss": loss, "gradient": student.flat()}
-        save_golden(f"mean_flow_{name}", tensors | result, "NVlabs/FastGen", COMMIT, function)
-    distillation(methods, known)
+        result = {"loss": loss, "gradient": student.gradient(loss)}
+        CHECKOUT.save(f"mean_flow_{name}", tensors | result, f"{MEAN_FLOW}, MeanFlowModel._compute_mf_loss")
+    distillation(known)
 
 
-def distillation(methods: Path, known: dict[str, Any]) -> None:
+def distillation(known: dict[str, Any]) -> None:
     """Knowledge distillation of images in four steps, from stored states of a path: here those on a line."""
-    code = functions(methods / "knowledge_distillation/KD.py", ("single_train_step",), known, owner="KDModel")
-    normal, count, levels = normals(10), 8, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
+    normal, count, levels = Random(10).normal, 8, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
     x, noise, cond, index = normal(count, 4, 3, 3), normal(count, 4, 3, 3), normal(count, 4), torch.arange(count) % 4
     path = torch.stack([(1 - t) * x + t * noise for t in levels[:-1]], dim=1)
     student = GoldenNetwork()
@@ -96,11 +90,10 @@ def distillation(methods: Path, known: dict[str, Any]) -> None:
         gen_data_from_net=lambda x_t, t, condition: x_t - expand_like(t, x_t) * student(x_t, t, condition),
         _get_outputs=lambda *args, **named: {},
     )
-    loss = code.single_train_step(model, {"real": x, "path": path, "condition": cond}, 1)[0]["total_loss"]
-    loss.backward()
-    tensors = {"x": x, "noise": noise, "cond": cond, "index": index, "loss": loss, "gradient": student.flat()}
-    function = "fastgen/methods/knowledge_distillation/KD.py, KDModel.single_train_step"
-    save_golden("ode_regression_kd", tensors, "NVlabs/FastGen", COMMIT, function)
+    CHECKOUT.bind(model, KD, "KDModel", ["single_train_step"], known)
+    loss = model.single_train_step({"real": x, "path": path, "condition": cond}, 1)[0]["total_loss"]
+    tensors = {"x": x, "noise": noise, "cond": cond, "index": index, "loss": loss, "gradient": student.gradient(loss)}
+    CHECKOUT.save("ode_regression_kd", tensors, f"{KD}, KDModel.single_train_step")
 
 
 if __name__ == "__main__":

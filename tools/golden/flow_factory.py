@@ -14,29 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pieces import checkout_of, in_float64, method, normals, statements
+from checkout import checkout_of
+from draws import Float64, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "X-GenGroup/Flow-Factory", "a0b2bc5a2b4fbf9125429b3fb70c0c5d7631047c"
-ROOT = checkout_of(REPOSITORY, COMMIT) / "src/flow_factory"
-TRAINER = "trainers/crd.py"
+CHECKOUT = checkout_of("X-GenGroup/Flow-Factory", "a0b2bc5a2b4fbf9125429b3fb70c0c5d7631047c")
+FOLDER, TRAINER = "src/flow_factory", "trainers/crd.py"
 
-from golden_rows import GoldenNetwork, save_golden  # noqa: E402
 
 ROWS, LEVEL = 8, 0.6
 
 
 def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-    save_golden(name, tensors, REPOSITORY, COMMIT, f"src/flow_factory/{function}")
+    CHECKOUT.save(name, tensors, f"{FOLDER}/{function}")
 
 
 def function(path: str, name: str, **known: Any) -> Any:
-    return method(ROOT / path, name, {"torch": torch, "F": F, "np": np, **known})
+    return CHECKOUT.define(f"{FOLDER}/{path}", name, {"torch": torch, "F": F, "np": np, **known})
 
 
 def update(name: str, **settings: Any) -> None:
     """The gradient of the student for one prompt's samples at one level."""
-    normal = normals(0)
+    normal = Random(0).normal
     x0, noise, cond, advantage = normal(ROWS, 4, 2, 3), normal(ROWS, 4, 2, 3), normal(1, 4), 3 * normal(ROWS)
     cond = cond.expand(ROWS, 4)
     student, old, teacher = (GoldenNetwork(seed) for seed in range(3))
@@ -74,10 +74,13 @@ def update(name: str, **settings: Any) -> None:
         "to_broadcast_tensor": function("utils/base.py", "to_broadcast_tensor"),
         "flow_match_sigma": function("utils/noise_schedule.py", "flow_match_sigma", TIMESTEP_MAX=1000.0),
     }
-    exec(statements(ROOT / TRAINER, "t_flat = all_timesteps", "loss_info['policy_loss']"), scope)
-    scope["loss"].backward()
+    CHECKOUT.execute(f"{FOLDER}/{TRAINER}", "t_flat = all_timesteps", "loss_info['policy_loss']", scope)
     tensors = {"x0": x0, "noise": noise, "cond": cond[:1], "advantage": advantage, "loss": scope["loss"]}
-    save(name, {**tensors, "grad": student.flat()}, f"{TRAINER}, CRDTrainer.optimize: the loss of its loop")
+    save(
+        name,
+        {**tensors, "grad": student.gradient(scope["loss"])},
+        f"{TRAINER}, CRDTrainer.optimize: the loss of its loop",
+    )
 
 
 def decays() -> None:
@@ -92,7 +95,7 @@ def decays() -> None:
 
 def advantages() -> None:
     path, owner = "advantage/advantage_processor.py", "AdvantageProcessor"
-    normal, group = normals(1), torch.arange(24) // 6
+    normal, group = Random(1).normal, torch.arange(24) // 6
     reward = normal(24) + 5 * normal(4)[group]
     for name, aggregate, whole in (("batch", "compute_weighted_sum", True), ("group", "compute_gdpo", False)):
         self = SimpleNamespace(
@@ -113,7 +116,7 @@ def advantages() -> None:
 
 
 if __name__ == "__main__":
-    with in_float64():
+    with Float64():
         update("crd_update")
         update("crd_update_temperature", weight_temp=0.5)
         update("crd_update_bce", crd_loss_type="bce", adaptive_logp=False, reward_adaptive_kl=False, crd_beta=0.5)

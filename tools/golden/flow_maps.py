@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from authors import normals
-from golden_rows import save_golden
+from checkout import checkout_of
+from draws import Random
 from jax_network import NAMES, flat, network, parameters
 from ml_collections import ConfigDict
 
-COMMIT = "afdaefa0835b5d3b6482724d58911c1320e9712d"
+CHECKOUT = checkout_of("roni-dot/regularized-loss-flow-maps", "afdaefa0835b5d3b6482724d58911c1320e9712d")
 ROWS = {  # name: their loss_type, psd_type, stopgrad_type
     "lsd": ("lsd", None, "convex"),
     "esd": ("esd", None, "convex"),
@@ -28,7 +28,7 @@ ROWS = {  # name: their loss_type, psd_type, stopgrad_type
 
 
 def main() -> None:
-    sys.path.insert(0, f"{sys.argv[1]}/py")
+    CHECKOUT.make_importable("py")
     sys.modules["tensorflow"] = tensorflow = ModuleType("tensorflow")
     tensorflow.data = SimpleNamespace(Dataset=object)  # type: ignore[attr-defined]
     from common import flow_map, interpolant, losses, network_utils
@@ -46,9 +46,9 @@ def main() -> None:
             return -network(self.golden, x[None], levels[0], jnp.zeros((1, 4)), levels[1])[0]
 
     network_utils.setup_network = lambda config: Golden(config)
-    normal, count = normals(11), 8
+    normal, count = Random(11).normal, 8
     data, noise = normal(count, 4, 3, 3), normal(count, 4, 3, 3)
-    first, second, middle = torch.rand(3, count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    first, second, middle = Random(11).uniform(3, count)
     on_diagonal = torch.arange(count) < 6
     t = torch.where(on_diagonal, first, torch.maximum(first, second))  # ours: the level of the point
     s = torch.where(on_diagonal, first, torch.minimum(first, second))
@@ -71,8 +71,7 @@ def main() -> None:
 
         value, gradient = jax.value_and_grad(total)(parameters())
         result = {"loss": torch.tensor(float(value), dtype=torch.float64), "gradient": flat(gradient)}
-        source = ("roni-dot/regularized-loss-flow-maps", COMMIT, f"py/common/losses.py, setup_loss ({loss_type}_term)")
-        save_golden(f"flow_map_{name}", tensors | result, *source)
+        CHECKOUT.save(f"flow_map_{name}", tensors | result, f"py/common/losses.py, setup_loss ({loss_type}_term)")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
-from authors import normals
-from golden_rows import save_golden
+from checkout import checkout_of
+from draws import Random
 from jax_network import NAMES, flat, given_draws, network, parameters
 
-COMMIT = "bf60cd7cb653f6628e59d48034b333c5eba445e2"
+CHECKOUT = checkout_of("Lyy-iiis/imeanflow", "bf60cd7cb653f6628e59d48034b333c5eba445e2")
 SCALE = 4.0
 
 
@@ -41,8 +41,8 @@ def stub_models(embeddings: Any) -> ModuleType:
 
 
 def main() -> None:
-    sys.path.insert(0, sys.argv[1])
-    normal, count, labels = normals(7), 8, 3
+    CHECKOUT.make_importable()
+    normal, count, labels = Random(7).normal, 8, 3
     x, noise, t, r = normal(count, 4, 3, 3), normal(count, 4, 3, 3), normal(count), normal(count)
     embeddings = normal(labels + 1, 4)
     label = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -75,7 +75,7 @@ def main() -> None:
 
     tensors = {"x": x, "noise": noise, "t": t, "r": r, "cond": embeddings[label], "uncond": embeddings[-1:]}
     tensors["gradient"] = flat(jax.grad(loss)(parameters()))
-    save_golden("mean_flow_improved", tensors, "Lyy-iiis/imeanflow", COMMIT, "imf.py, iMeanFlow.forward")
+    CHECKOUT.save("mean_flow_improved", tensors, "imf.py, iMeanFlow.forward")
 
     u = torch.linspace(0.01, 0.99, 9, dtype=torch.float32)
     scales = {"u": u}
@@ -84,7 +84,7 @@ def main() -> None:
         with given_draws(uniform=[jnp.asarray(u.numpy()).reshape(-1, 1, 1, 1)]):
             found = model.apply({}, len(u), rngs={"gen": jax.random.key(0)}, method=model.sample_cfg_scale)
         scales[f"beta{beta:g}"] = torch.tensor(found.reshape(-1).tolist())
-    save_golden("mean_flow_scales", scales, "Lyy-iiis/imeanflow", COMMIT, "imf.py, iMeanFlow.sample_cfg_scale")
+    CHECKOUT.save("mean_flow_scales", scales, "imf.py, iMeanFlow.sample_cfg_scale")
 
 
 if __name__ == "__main__":

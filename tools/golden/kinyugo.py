@@ -5,30 +5,28 @@ random draws in it are ours. The network is of ours, behind its scalings, which 
 left out, as in consistency_models.py."""
 
 import importlib
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
-from extract import Given, commit
+from checkout import checkout_of
+from draws import GivenDraws, Random
+from golden_rows import GoldenNetwork
 from sigma_networks import SIGMA_DATA, denoised
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import GoldenNetwork, save_golden
-
-CHECKOUT = Path(sys.argv[1])
+CHECKOUT = checkout_of("Kinyugo/consistency_models", "2e6618d4b908f7ef7f5424d83afe0eb5c6c85957")
 FILE, UPDATE, TOTAL = "consistency_models/consistency_models.py", 2500, 8000
 UPDATES = (0, 999, 1000, 2500, 4000, 7999)
 INDICES = (3, 10, 20, 30, 35)  # of 40 intervals, from clean to noise
 
 
 def main() -> None:
-    sys.path.insert(0, str(CHECKOUT))
+    CHECKOUT.make_importable()
     module: Any = importlib.import_module("consistency_models.consistency_models")
-    generator, shape = torch.Generator().manual_seed(0), (len(INDICES), 4, 2, 2)
-    given = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in ("latents", "noise")}
-    given["cond"] = torch.randn(shape[:2], generator=generator, dtype=torch.float64)
+    normal, shape = Random(0).normal, (len(INDICES), 4, 2, 2)
+    given = {"latents": normal(*shape), "noise": normal(*shape), "cond": normal(*shape[:2])}
     given["index"] = torch.tensor(INDICES)
     network = GoldenNetwork(1)
 
@@ -36,17 +34,16 @@ def main() -> None:
         skip, out = (f(sigma).view(-1, 1, 1, 1) for f in (module.skip_scaling, module.output_scaling))
         return (denoised(network, x, sigma, given["cond"]) - skip * x) / out
 
-    steps = lambda n, device=None: torch.arange(n, dtype=torch.float64)  # noqa: E731
-    module.torch = Given(torch, arange=steps, multinomial=[given["index"]], randn_like=[given["noise"].clone()])
-    found = module.ImprovedConsistencyTraining()(scaled, SIGMA_DATA * given["latents"], UPDATE, TOTAL)
+    steps = partial(torch.arange, dtype=torch.float64)  # so that their levels are float64
+    with mock.patch.object(torch, "arange", steps), GivenDraws([given["noise"]], integer=[given["index"]]):
+        found = module.ImprovedConsistencyTraining()(scaled, SIGMA_DATA * given["latents"], UPDATE, TOTAL)
     distance = module.pseudo_huber_loss(found.predicted, found.target)
     loss = (distance * found.loss_weights).mean()  # as its README says
-    loss.backward()
 
     def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-        save_golden(name, tensors, "Kinyugo/consistency_models", commit(CHECKOUT), f"{FILE}, {function}")
+        CHECKOUT.save(name, tensors, f"{FILE}, {function}")
 
-    results = {"gradient": network.flat(), "loss": loss}
+    results = {"gradient": network.gradient(loss), "loss": loss}
     save("ict_loss", given | results, "ImprovedConsistencyTraining, pseudo_huber_loss")
     improved = [module.improved_timesteps_schedule(k, TOTAL) for k in UPDATES]
     first = [module.timesteps_schedule(k, TOTAL) for k in UPDATES]

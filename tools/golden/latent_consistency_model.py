@@ -5,24 +5,19 @@ taken from it at run time (`extract`) and executed with networks of ours that pr
 DDPMScheduler. Casts to float32 are read as casts to float64. Levels below 1/10 are left out, where LCM's c_skip is
 more than 1e-6."""
 
-import contextlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
 import torch.nn.functional as F
+from checkout import checkout_of
 from diffusers import DDPMScheduler
-from extract import Given, commit, defined, statements
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import GoldenNetwork, save_golden
-
-CHECKOUT = Path(sys.argv[1])
+CHECKOUT = checkout_of("luosiallen/latent-consistency-model", "a9ad79587cc8bd1e404ccd1a3056a3da969b2f62")
 FILE = "LCM_Training_Script/consistency_distillation/train_lcm_distill_sd_wds.py"
 FUNCTIONS = (
     "append_dims",
@@ -46,18 +41,16 @@ class Unet:
 
 
 def main() -> None:
-    generator, shape = torch.Generator().manual_seed(0), (len(INDICES), 4, 2, 2)
-    given = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in ("latents", "noise")}
-    given |= {name: torch.randn(shape[:2], generator=generator, dtype=torch.float64) for name in ("cond", "uncond")}
-    given["guidance"] = torch.rand(len(INDICES), generator=generator, dtype=torch.float64)
+    random, shape = Random(0), (len(INDICES), 4, 2, 2)
+    given = {name: random.normal(*shape) for name in ("latents", "noise")}
+    given |= {name: random.normal(*shape[:2]) for name in ("cond", "uncond")}
+    given["guidance"] = random.uniform(len(INDICES))
     given["index"] = torch.tensor(INDICES)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    draws = {"rand": [given["guidance"]] * 2, "randint": [given["index"]] * 2}
-    fake = Given(torch, autocast=lambda *_, **__: contextlib.nullcontext(), **draws)
-    shared: dict[str, Any] = {"torch": fake, "np": numpy, "F": F}
+    shared: dict[str, Any] = {"torch": torch, "np": numpy, "F": F}
     for name in FUNCTIONS:
-        defined(CHECKOUT / FILE, name, shared)
+        CHECKOUT.define(FILE, name, shared)
     options = {"num_ddim_timesteps": 50, "w_min": 5.0, "w_max": 15.0, "unet_time_cond_proj_dim": 1, "huber_c": 1e-3}
     shared |= {
         "guidance_scale_embedding": lambda w, embedding_dim: w,
@@ -78,11 +71,11 @@ def main() -> None:
         unet = Unet(1)
         variables = dict(shared, unet=unet, encoded_text={"prompt_embeds": given["cond"]})
         variables["args"] = SimpleNamespace(loss_type=kind, **options)
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-            exec(statements(CHECKOUT / FILE, "topk = ", "accelerator.backward"), variables)
-        variables["loss"].backward()
-        results |= {f"{kind}_gradient": unet.network.flat(), f"{kind}_loss": variables["loss"]}
-    save_golden("lcm_loss", given | results, "luosiallen/latent-consistency-model", commit(CHECKOUT), f"{FILE}, main")
+        with Float64(), GivenDraws(uniform=[given["guidance"]], integer=[given["index"]]):
+            CHECKOUT.execute(FILE, "topk = ", "accelerator.backward", variables)
+        loss = variables["loss"]
+        results |= {f"{kind}_gradient": unet.network.gradient(loss), f"{kind}_loss": loss}
+    CHECKOUT.save("lcm_loss", given | results, f"{FILE}, main")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import types
 from typing import Any
 
 import torch
-from called import called_with, checkout_of, gradients_of, normal, package, stub
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of, package, stub
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "ModelTC/LightX2V", "f8aee98b5462cca8d7288888146ebd95592bf266"
+CHECKOUT = checkout_of("ModelTC/LightX2V", "f8aee98b5462cca8d7288888146ebd95592bf266")
 BATCH, SHAPE, LEVELS, FIRST_OF_LOW = 3, (4, 2, 2), (1.0, 0.8, 0.5, 0.25, 0.0), 2
 FOLDER = "lightx2v_train/lightx2v_train"
 
@@ -80,7 +81,7 @@ def rollout_engine(networks: dict[str, GoldenNetwork], exit_step: int) -> Any:
 
 
 def main() -> None:
-    root = checkout_of(REPOSITORY, COMMIT) / FOLDER
+    root = CHECKOUT.root / FOLDER
     for name in ("", ".trainers", ".trainers.dmd", ".trainers.phased_dmd", ".schedulers", ".runtime"):
         package(f"lightx2v_train{name}", root / name.replace(".", "/").strip("/"))
     stub(
@@ -90,25 +91,25 @@ def main() -> None:
 
     parallel.broadcast_sequence_parallel_value = lambda value: value
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
-    noise, cond, uncond = normal(0, BATCH, *SHAPE), normal(1, BATCH, 4), normal(2, BATCH, 4)
+    noise, cond, uncond = Random(0).normal(BATCH, *SHAPE), Random(1).normal(BATCH, 4), Random(2).normal(BATCH, 4)
     shared, first = {"cond": cond, "uncond": uncond}, 1000 * LEVELS[FIRST_OF_LOW] + 20
 
-    engine, index, fresh = rollout_engine(networks, 1), torch.tensor([3, 130, 420]), normal(3, BATCH, *SHAPE)
+    engine, index, fresh = rollout_engine(networks, 1), torch.tensor([3, 130, 420]), Random(3).normal(BATCH, *SHAPE)
     x_s, x0, s, _ = engine._run_region_rollout(cond, [BATCH, *SHAPE], "high", True, noise)
-    with called_with([fresh], [index]):
+    with Float64(), GivenDraws([fresh], integer=[index]):
         loss = engine._dmd_loss_for_region(x_s, x0, s, (cond, uncond), "high", "high")
     given = {"initial": noise, "stop": torch.tensor(1), "t": (first + index).double() / 1000, "noise": fresh}
-    given |= {"loss": loss, "gradient": gradients_of(networks["student"], loss)}
+    given |= {"loss": loss, "gradient": networks["student"].gradient(loss)}
     function = "trainers/phased_dmd/rollout.py, PhasedRolloutEngine._run_region_rollout and _dmd_loss_for_region"
-    save_golden("phased_dmd_generator", shared | given, REPOSITORY, COMMIT, f"{FOLDER}/{function}")
+    CHECKOUT.save("phased_dmd_generator", shared | given, f"{FOLDER}/{function}")
 
-    index, fresh = torch.tensor([0, 200, 440]), normal(4, BATCH, *SHAPE)
-    with called_with([fresh], [index]):
+    index, fresh = torch.tensor([0, 200, 440]), Random(4).normal(BATCH, *SHAPE)
+    with Float64(), GivenDraws([fresh], integer=[index]):
         loss = engine._fake_loss_for_score_range(engine.fake_model, x_s.detach(), s, cond, int(first), 1000)
     given = {"x_s": x_s, "t": (first + index).double() / 1000, "noise": fresh, "loss": loss}
-    given |= {"gradient": gradients_of(networks["fake_score"], loss)}
+    given |= {"gradient": networks["fake_score"].gradient(loss)}
     function = "trainers/phased_dmd/rollout.py, PhasedRolloutEngine._fake_loss_for_score_range"
-    save_golden("phased_dmd_fake_score", shared | given, REPOSITORY, COMMIT, f"{FOLDER}/{function}")
+    CHECKOUT.save("phased_dmd_fake_score", shared | given, f"{FOLDER}/{function}")
 
 
 if __name__ == "__main__":

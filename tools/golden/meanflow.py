@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
-from authors import normals
-from golden_rows import save_golden
+from checkout import checkout_of
+from draws import Random
 from jax_network import NAMES, flat, given_draws, network, parameters
 
-COMMIT = "d70cb55d298ee03c53bf6da67bec281082e4e2d9"
+CHECKOUT = checkout_of("Gsunshine/meanflow", "d70cb55d298ee03c53bf6da67bec281082e4e2d9")
 SETTINGS = {  # run_xl of the paper, with an interval that some of the levels are outside of
     "xl": {"omega": 0.2, "kappa": 0.92, "t_start": 0.0, "t_end": 0.75},
     "plain": {"omega": 3.0, "kappa": 0.0, "t_start": 0.0, "t_end": 1.0},
@@ -40,8 +40,8 @@ def stub_models(embeddings: Any) -> ModuleType:
 
 
 def main() -> None:
-    sys.path.insert(0, sys.argv[1])
-    normal, count, labels = normals(5), 8, 3
+    CHECKOUT.make_importable()
+    normal, count, labels = Random(5).normal, 8, 3
     x, noise = normal(count, 4, 3, 3), normal(count, 4, 3, 3)
     t, r = normal(count), normal(count)
     embeddings, label = normal(labels + 1, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -70,7 +70,7 @@ def main() -> None:
         value, gradient = jax.value_and_grad(loss)(parameters())
         tensors = {"x": x, "noise": noise, "t": t, "r": r, "cond": embeddings[label], "uncond": embeddings[-1:]}
         tensors |= {"loss": torch.tensor(float(value), dtype=torch.float64), "gradient": flat(gradient)}
-        save_golden(f"mean_flow_{name}", tensors, "Gsunshine/meanflow", COMMIT, "meanflow.py, MeanFlow.forward")
+        CHECKOUT.save(f"mean_flow_{name}", tensors, "meanflow.py, MeanFlow.forward")
 
 
 if __name__ == "__main__":

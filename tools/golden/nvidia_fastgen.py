@@ -4,22 +4,18 @@ CHECKOUT: of NVlabs/FastGen. Its package has the name of this one, so that it ca
 that compute the loss are taken from their class at run time (`extract`) and called on a stand-in for `self`, with
 networks and noise schedules (TrigFlow, and EDM for sigma) of ours."""
 
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
-from extract import Given, commit, defined
+from checkout import checkout_of
+from draws import GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 from trig_networks import expanded, trig_velocity
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import GoldenNetwork, save_golden
-
-CHECKOUT = Path(sys.argv[1])
+CHECKOUT = checkout_of("NVlabs/FastGen", "34f30e8ff1a563555fc0c7d59f1c1409dacd8af2")
 FILE = "fastgen/methods/consistency_model/sCM.py"
 SIGMA_DATA, GUIDANCE = 0.5, 3.0
 
@@ -41,10 +37,10 @@ class Trig:
 
 
 def main() -> None:
-    generator = torch.Generator().manual_seed(0)
-    given = {name: torch.randn(4, 4, 2, 2, generator=generator, dtype=torch.float64) for name in ("latents", "noise")}
-    given |= {name: torch.randn(4, 4, generator=generator, dtype=torch.float64) for name in ("cond", "uncond")}
-    given["time"] = torch.rand(4, generator=generator, dtype=torch.float64)
+    random = Random(0)
+    given = {name: random.normal(4, 4, 2, 2) for name in ("latents", "noise")}
+    given |= {name: random.normal(4, 4) for name in ("cond", "uncond")}
+    given["time"] = random.uniform(4)
     edm = SimpleNamespace(sigma=lambda t: t, alpha=torch.ones_like)
     settings = SimpleNamespace(
         use_cd=True,
@@ -66,16 +62,14 @@ def main() -> None:
         precision_amp_jvp=None,
         device=torch.device("cpu"),
     )
-    shared = {"torch": Given(torch, randn_like=[given["noise"].clone()]), "np": numpy, "expand_like": expanded}
-    for name in ("_compute_vt", "_jvp", "_scm_pred_to_loss", "_compute_scm_loss"):
-        setattr(self, name, partial(defined(CHECKOUT / FILE, f"SCMModel.{name}", dict(shared)), self))
+    names = ("_compute_vt", "_jvp", "_scm_pred_to_loss", "_compute_scm_loss")
+    CHECKOUT.bind(self, FILE, "SCMModel", names, {"torch": torch, "np": numpy, "expand_like": expanded})
     sigma = torch.exp(torch.special.ndtri(given["time"]) * 1.4 - 1.0)  # sCM's law
     conds = {"condition": given["cond"], "neg_condition": given["uncond"]}
-    loss = self._compute_scm_loss(SIGMA_DATA * given["latents"], sigma, **conds, iteration=2000)[0].mean()
-    loss.backward()
-    results = {"gradient": self.net_trigflow.network.flat(), "loss": loss}
-    function = f"{FILE}, SCMModel._compute_scm_loss"
-    save_golden("fastgen_scm", given | results, "NVlabs/FastGen", commit(CHECKOUT), function)
+    with GivenDraws([given["noise"]]):
+        loss = self._compute_scm_loss(SIGMA_DATA * given["latents"], sigma, **conds, iteration=2000)[0].mean()
+    results = {"gradient": self.net_trigflow.network.gradient(loss), "loss": loss}
+    CHECKOUT.save("fastgen_scm", given | results, f"{FILE}, SCMModel._compute_scm_loss")
 
 
 if __name__ == "__main__":

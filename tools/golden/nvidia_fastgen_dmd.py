@@ -11,11 +11,12 @@ import types
 from typing import Any
 
 import torch
-from called import called_with, checkout_of, gradients_of, module_at, normal, package, stub
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of, package, stub
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "NVlabs/FastGen", "34f30e8ff1a563555fc0c7d59f1c1409dacd8af2"
+CHECKOUT = checkout_of("NVlabs/FastGen", "34f30e8ff1a563555fc0c7d59f1c1409dacd8af2")
 BATCH, SHAPE, GUIDANCE, DT = 6, (4, 2, 2), 3.0, 1 / 64
 FOLDER = "fastgen/methods/distribution_matching"
 DIVERGENCES = ("kl", "js", "sf", "neyman", "sh", "jf")
@@ -93,7 +94,7 @@ def their_classes() -> tuple[type, Any, Any]:
     """FdistillModel, the table of its weights, and DMD2Model."""
     for name in [name for name in sys.modules if name.split(".")[0] == "fastgen"]:
         del sys.modules[name]
-    root = checkout_of(REPOSITORY, COMMIT) / "fastgen"
+    root = CHECKOUT.root / "fastgen"
     for name in ("", ".methods", ".methods.distribution_matching", ".utils"):
         package(f"fastgen{name}", root / name.replace(".", "/").strip("/"))
     stub("fastgen.configs", "fastgen.configs.opt", "fastgen.networks", "fastgen.networks.noise_schedule")
@@ -101,7 +102,7 @@ def their_classes() -> tuple[type, Any, Any]:
     stub("fastgen.utils.global_vars", "fastgen.utils.basic_utils")
     sys.modules["fastgen.utils.distributed"].world_size = lambda: 1  # type: ignore[attr-defined]
     utils: Any = sys.modules["fastgen.utils"]
-    utils.expand_like, utils.instantiate = module_at(root / "utils/__init__.py").expand_like, None
+    utils.expand_like, utils.instantiate = CHECKOUT.module("fastgen/utils/__init__.py").expand_like, None
     methods: Any = sys.modules["fastgen.methods"]
     methods.FastGenModel = object
     from fastgen.methods.distribution_matching.dmd2 import DMD2Model
@@ -115,18 +116,18 @@ def their_classes() -> tuple[type, Any, Any]:
 def main() -> None:
     f_distill, weights, dmd2 = their_classes()
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
-    cond, uncond, head = normal(1, BATCH, 4), normal(2, BATCH, 4), normal(4, 16)
+    cond, uncond, head = Random(1).normal(BATCH, 4), Random(2).normal(BATCH, 4), Random(4).normal(16)
     t = torch.tensor([0.11, 0.17, 0.42, 0.45, 0.83, 0.88], dtype=torch.float64)
     shared = {"cond": cond, "uncond": uncond, "t": t}
 
     def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-        save_golden(name, shared | tensors, REPOSITORY, COMMIT, f"{FOLDER}/{function}")
+        CHECKOUT.save(name, shared | tensors, f"{FOLDER}/{function}")
 
-    logits, found = 1.5 * normal(3, BATCH, 2), []
+    logits, found = 1.5 * Random(3).normal(BATCH, 2), []
     for divergence in DIVERGENCES:
         made = model(f_distill, networks, head, divergence)
         made.f_div_weighting_function = weights[divergence]
-        with called_with():
+        with Float64():
             found.append(made._get_f_div_weighting_h(logits, t))
     save(
         "f_distill_weights",
@@ -134,23 +135,23 @@ def main() -> None:
         "f_distill.py, FdistillModel._get_f_div_weighting_h",
     )
 
-    initial, noise = normal(5, BATCH, *SHAPE), normal(6, BATCH, *SHAPE)
+    initial, noise = Random(5).normal(BATCH, *SHAPE), Random(6).normal(BATCH, *SHAPE)
     made = model(f_distill, networks, head, "js")
     made.f_div_weighting_function = weights["js"]
-    with called_with():
+    with Float64():
         one = torch.ones_like(t)
         losses, _ = made._student_update_step(initial, one, t, noise, {"real": initial}, cond, uncond)
     loss = losses["total_loss"]
     given = {"initial": initial, "noise": noise, "head": head, "loss": loss}
-    given |= {"gradient": gradients_of(networks["student"], loss)}
+    given |= {"gradient": networks["student"].gradient(loss)}
     save("f_distill_generator", given, "f_distill.py, FdistillModel._student_update_step")
 
-    x, r1 = normal(7, BATCH, *SHAPE), normal(8, BATCH, *SHAPE)
+    x, r1 = Random(7).normal(BATCH, *SHAPE), Random(8).normal(BATCH, *SHAPE)
     x_t = Flow().forward_process(x, noise, t)
     x_real = x_t - DT * networks["teacher"](x_t, t, cond)  # the teacher's step, on which adm puts the penalty
     made = model(dmd2, networks, head, "js")
     made.teacher = Network(networks["teacher"], networks["teacher"])
-    with called_with([r1]):
+    with Float64(), GivenDraws([r1]):
         real_logits = made.discriminator(made.teacher(x_real, t - DT, cond, return_features_early=True))
         penalty = made._compute_r1_regularization(real_logits, x_real, t - DT, cond)
     penalty.backward()

@@ -4,26 +4,20 @@ CHECKOUT: of G-U-N/Phased-Consistency-Model. Its losses for SD3 are statements o
 it at run time (`extract`) and executed with networks of ours; so are the two losses of its discriminator, with heads
 of ours. Its solver is given a uniform grid that begins at 0. Casts to float32 are read as casts to float64."""
 
-import contextlib
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
 import torch.nn.functional as F
-from extract import Given, commit, defined, statements
+from checkout import checkout_of
+from draws import Float64, GivenDraws, Random
+from golden_rows import WIDTH, GoldenNetwork
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import WIDTH, GoldenNetwork, save_golden
 
 from fastgen.modules.heads import TokenHeads
 
-CHECKOUT = Path(sys.argv[1])
+CHECKOUT = checkout_of("G-U-N/Phased-Consistency-Model", "b127277f641f28ad2459647a05f78133e5b3fd34")
 FILE, HEADS = (f"code/text_to_image_sd3/{name}.py" for name in ("train_pcm_lora_sd3_adv", "discriminator_sd3"))
 SIZES = ((2, 2), (4, 8))  # 16 and 128 elements
 
@@ -45,21 +39,14 @@ def discriminator(network: GoldenNetwork) -> Any:
     heads = TokenHeads(WIDTH, 1, hidden=8).double()
     self = SimpleNamespace(head_num=1, num_h_per_head=1, heads=heads)
     self._forward = lambda x, t, cond, _: [heads([network.hidden(x, t, cond).flatten(2).mT])]
-    kinds = {
-        name: partial(defined(CHECKOUT / HEADS, f"Discriminator.{name}", {"torch": torch}), self)
-        for name in ("d_loss", "g_loss")
-    }
-    found = lambda kind, *inputs: kinds[kind](*inputs)  # noqa: E731
+    CHECKOUT.bind(self, HEADS, "Discriminator", ["d_loss", "g_loss"], {"torch": torch})
+    found = lambda kind, *inputs: getattr(self, kind)(*inputs)  # noqa: E731
     found.heads = heads  # type: ignore[attr-defined]
     return found
 
 
 def draws(size: tuple[int, int]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(sum(size))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    normal = Random(sum(size)).normal
     names = ("latents", "noise", "gan_noise", "gan_real_noise")
     given = {name: normal(4, 4, *size) for name in names} | {"cond": normal(4, 4), "uncond": normal(4, 4)}
     return given | {"index": torch.tensor([0, 3, 5, 7]), "adversarial_index": torch.tensor([1, 4, 6, 2])}
@@ -68,9 +55,9 @@ def draws(size: tuple[int, int]) -> dict[str, Tensor]:
 def turn(given: dict[str, Tensor], phases: int) -> dict[str, Any]:
     """Executes an update of their loop with 8 levels in this many phases. Returns all of its variables."""
     indices = list(given["adversarial_index"][:, None]) if phases == 1 else list(given["index"][:, None])
-    drawn = {"randint": indices, "randn_like": [given["gan_real_noise"], given["gan_noise"]]}
+    noises = [given["gan_real_noise"], given["gan_noise"]]
     variables: dict[str, Any] = {
-        "torch": Given(torch, autocast=lambda *_, **__: contextlib.nullcontext(), **drawn),
+        "torch": torch,
         "np": numpy,
         "F": F,
         "noise_scheduler": SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1)),
@@ -88,25 +75,22 @@ def turn(given: dict[str, Tensor], phases: int) -> dict[str, Any]:
     options = {"multiphase": phases, "num_euler_timesteps": 8, "not_apply_cfg_solver": False}
     variables["args"] = SimpleNamespace(**options, loss_type="huber", huber_c=1e-3, adv_weight=0.1)
     for name in ("extract_into_tensor", "EulerSolver"):
-        defined(CHECKOUT / FILE, name, variables)
+        CHECKOUT.define(FILE, name, variables)
     # every second of 16 levels is on the grid, and the first is where it begins
     levels = numpy.arange(1, 17) / 16
     levels[0] = 0.0
     variables["solver"] = variables["EulerSolver"](levels, timesteps=16, euler_timesteps=8)
     variables["discriminator"] = discriminator(variables["teacher_transformer"].network)
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        exec(statements(CHECKOUT / FILE, "sigmas = extract_into_tensor", "if global_step % 2"), variables)
-        exec(statements(CHECKOUT / FILE, "loss = discriminator('d_loss'", "accelerator.backward"), variables)
+    with Float64(), GivenDraws(noises, integer=indices):
+        CHECKOUT.execute(FILE, "sigmas = extract_into_tensor", "if global_step % 2", variables)
+        CHECKOUT.execute(FILE, "loss = discriminator('d_loss'", "accelerator.backward", variables)
         variables["d_loss"] = variables["loss"]
-        exec(statements(CHECKOUT / FILE, "if args.loss_type", "loss += g_loss"), variables)
+        CHECKOUT.execute(FILE, "if args.loss_type", "loss += g_loss", variables)
     return variables
 
 
 def gradient(variables: dict[str, Any], name: str) -> Tensor:
-    network = variables["transformer"].network
-    network.zero_grad()
-    variables[name].backward(retain_graph=True)
-    return network.flat()  # type: ignore[no-any-return]
+    return variables["transformer"].network.gradient(variables[name])  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -116,20 +100,19 @@ def main() -> None:
         found = turn(given, phases=1)
         ratios.append(gradient(found, "g_loss").norm() / gradient(found, "loss").norm())
         tensors |= {f"{name}{i}": value for name, value in given.items() if name != "gan_real_noise"}
-    save = partial(save_golden, repository="G-U-N/Phased-Consistency-Model", commit=commit(CHECKOUT))
-    save(
-        "pcm_ratio", tensors | {"ratio": torch.stack(ratios)}, function=f"{FILE}, main; {HEADS}, Discriminator.g_loss"
+    CHECKOUT.save(
+        "pcm_ratio", tensors | {"ratio": torch.stack(ratios)}, f"{FILE}, main; {HEADS}, Discriminator.g_loss"
     )
     given = draws(SIZES[0])
     found = turn(given, phases=1)
     found["d_loss"].backward()
     heads = torch.cat([p.grad.flatten() for p in found["discriminator"].heads.parameters()])
     results = {"gradient": heads, "loss": found["d_loss"]}
-    save("pcm_discriminator", given | results, function=f"{FILE}, main; {HEADS}, Discriminator.d_loss")
+    CHECKOUT.save("pcm_discriminator", given | results, f"{FILE}, main; {HEADS}, Discriminator.d_loss")
     found = turn(given, phases=2)
     used = {name: given[name] for name in ("latents", "noise", "cond", "uncond", "index")}
     results = {"gradient": gradient(found, "loss"), "loss": found["loss"]}
-    save("pcm_loss", used | results, function=f"{FILE}, main, EulerSolver")
+    CHECKOUT.save("pcm_loss", used | results, f"{FILE}, main, EulerSolver")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ video's frames, and with the settings of configs/reward_forcing.yaml. The studen
 motion quality is a function of ours."""
 
 import math
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pieces import Torch, checkout_of, in_float64, method, module_at, normals
+from checkout import checkout_of
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "JaydenLyh/Reward-Forcing", "4317f5a0d29d1cee6a0f2e80ed5f5724bee97c66"
-CHECKOUT = checkout_of(REPOSITORY, COMMIT)
-
-from golden_rows import GoldenNetwork, save_golden  # noqa: E402
+CHECKOUT = checkout_of("JaydenLyh/Reward-Forcing", "4317f5a0d29d1cee6a0f2e80ed5f5724bee97c66")
 
 
 def denoiser(seed: int) -> Any:
@@ -35,11 +34,12 @@ def denoiser(seed: int) -> Any:
 
 
 def main() -> None:
-    normal, methods = normals(0), ("_compute_kl_grad", "compute_rewarded_distribution_matching_loss", "generator_loss")
-    initial, renoise, cond = normal(1, 4, 4, 2, 2), normal(1, 4, 4, 2, 2), normal(1, 4)
-    scheduler = module_at(CHECKOUT / "utils/scheduler.py").FlowMatchScheduler(
-        shift=5.0, sigma_min=0.0, extra_one_step=True
+    normal, methods = (
+        Random(0).normal,
+        ("_compute_kl_grad", "compute_rewarded_distribution_matching_loss", "generator_loss"),
     )
+    initial, renoise, cond = normal(1, 4, 4, 2, 2), normal(1, 4, 4, 2, 2), normal(1, 4)
+    scheduler = CHECKOUT.module("utils/scheduler.py").FlowMatchScheduler(shift=5.0, sigma_min=0.0, extra_one_step=True)
     scheduler.set_timesteps(1000, training=True)
     scheduler.sigmas, scheduler.timesteps = (v.double() for v in (scheduler.sigmas, scheduler.timesteps))
     student, step = denoiser(0), 400
@@ -55,24 +55,19 @@ def main() -> None:
         },
         **{"num_frame_per_block": 1, "device": "cpu"},
     )
-    given = Torch([renoise], randint=[torch.full((1, 1), step)])
-    for name in methods:
-        function = method(CHECKOUT / "model/re_dmd.py", f"ReDMD.{name}", {"torch": given, "F": F})
-        setattr(self, name, MethodType(function, self))
-    sampling = method(CHECKOUT / "model/base.py", "BaseRLModel._get_timestep", {"torch": given})
-    self._get_timestep = MethodType(sampling, self)
+    CHECKOUT.bind(self, "model/re_dmd.py", "ReDMD", methods, {"torch": torch, "F": F})
+    CHECKOUT.bind(self, "model/base.py", "BaseRLModel", ["_get_timestep"], {"torch": torch})
     conditions = {"embedding": cond}, {"embedding": torch.zeros_like(cond)}
     x0 = student(initial, conditions[0], torch.full((1, 4), 1000.0))[1]
     quality = x0.detach().flatten()[0]
     self._run_generator = lambda **_: (x0, None, None, None, x0.detach())
     self.inferencer = SimpleNamespace(reward_from_frames=lambda *_, **__: {"MQ": quality})
-    with in_float64():
+    with Float64(), GivenDraws([renoise], integer=[torch.full((1, 1), step)]):
         loss, _ = self.generator_loss(list(initial.shape), *conditions, ["a prompt"], initial, beta=2.0)
-    loss.backward()
     level = torch.tensor([5 * step / 1000 / (1 + 4 * step / 1000)]).double()
     tensors = {"initial": initial, "renoise": renoise, "cond": cond, "level": level}
     function = "model/re_dmd.py, ReDMD.generator_loss"
-    save_golden("re_dmd_student", {**tensors, "grad": student.network.flat()}, REPOSITORY, COMMIT, function)
+    CHECKOUT.save("re_dmd_student", {**tensors, "grad": student.network.gradient(loss)}, function)
 
 
 def judge_sizes() -> None:
@@ -83,11 +78,11 @@ def judge_sizes() -> None:
     )
     names = ("round_by_factor", "ceil_by_factor", "floor_by_factor")
     known: dict[str, Any] = {"math": math, "IMAGE_FACTOR": 28, "MIN_PIXELS": 0, "MAX_PIXELS": 0, "MAX_RATIO": 200}
-    known |= {name: method(CHECKOUT / path, name, known) for name in names}
-    smart_resize = method(CHECKOUT / path, "smart_resize", known)
-    found = [smart_resize(h, w, factor=28, min_pixels=16 * 28**2, max_pixels=256 * 28**2) for h, w in sizes]
+    for name in (*names, "smart_resize"):
+        CHECKOUT.define(path, name, known)
+    found = [known["smart_resize"](h, w, factor=28, min_pixels=16 * 28**2, max_pixels=256 * 28**2) for h, w in sizes]
     tensors = {"sizes": torch.tensor(sizes), "resized": torch.tensor(found)}
-    save_golden("judge_sizes", tensors, REPOSITORY, COMMIT, f"{path}, smart_resize")
+    CHECKOUT.save("judge_sizes", tensors, f"{path}, smart_resize")
 
 
 if __name__ == "__main__":

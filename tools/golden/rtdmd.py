@@ -9,25 +9,25 @@ its own (`predict_noise_sd35`); decoding is the identity, and the reward of the 
 import contextlib
 import logging
 from collections import defaultdict
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pieces import Torch, checkout_of, in_float64, method, module_at, normals
+from checkout import checkout_of
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "Harahan/RTDMD", "6c3cb0309732b34313d296ca78d02b5f88a50ca0"
-ROOT = checkout_of(REPOSITORY, COMMIT) / "rtdmd"
+CHECKOUT = checkout_of("Harahan/RTDMD", "6c3cb0309732b34313d296ca78d02b5f88a50ca0")
 
-from golden_rows import GoldenNetwork, save_golden  # noqa: E402
 
 ROWS, SHAPE, LEVELS = 4, (4, 2, 3), [1.0, 0.9, 0.75, 0.5]
 SIZES = ((17, 8), (5, 16))  # of a tall and a wide picture
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels, OpenAI's CLIP
-STEP = module_at(ROOT / "diffusers_patch/sde_with_logprob.py").sde_step_with_logprob
-UTILS = module_at(ROOT / "trainers/ac_dmd_utils.py")
+STEP = CHECKOUT.module("rtdmd/diffusers_patch/sde_with_logprob.py").sde_step_with_logprob
+UTILS = CHECKOUT.module("rtdmd/trainers/ac_dmd_utils.py")
 GRPO = SimpleNamespace(
     **{
         "adv_clip_max": 5.0,
@@ -84,28 +84,29 @@ class Transformer(torch.nn.Module):
         return SimpleNamespace(sample=self.network(x, timestep / 1000, encoder_hidden_states))
 
 
-def scheduler(*noises: Tensor) -> Any:
-    module = module_at(ROOT / "schedulers/cps_scheduler.py")
-    module.torch = Torch(list(noises))  # type: ignore[attr-defined]
-    made = module.CPSScheduler()
+def scheduler() -> Any:
+    made = CHECKOUT.module("rtdmd/schedulers/cps_scheduler.py").CPSScheduler()
     made.set_eta(0.9)
     made.set_timesteps(sigmas=LEVELS)
     made.sigmas, made.timesteps = made.sigmas.double(), made.timesteps.double()
     return made
 
 
-def trainer(methods: dict[str, list[str]], given: Torch, schedule: Any) -> SimpleNamespace:
-    """A self with these methods, "file: Class" -> names, whose torch is `given`."""
-    dmd = {"F": F, "torch": given}
+def trainer(methods: dict[str, list[str]], schedule: Any) -> SimpleNamespace:
+    """A self with these methods, "file: Class" -> names."""
+    dmd = {"F": F, "torch": torch}
     known = {
         **{name: value for name, value in vars(UTILS).items() if not name.startswith("__")},
-        **{"torch": given, "F": F, "dist": torch.distributed, "np": np, "contextlib": contextlib},
+        **{"torch": torch, "F": F, "dist": torch.distributed, "np": np, "contextlib": contextlib},
         **{"nullcontext": contextlib.nullcontext, "defaultdict": defaultdict, "logger": logging.getLogger()},
-        **{"sde_step_with_logprob": STEP, "dmd_loss": method(ROOT / "trainers/dmd_trainer.py", "dmd_loss", dmd)},
+        **{
+            "sde_step_with_logprob": STEP,
+            "dmd_loss": CHECKOUT.define("rtdmd/trainers/dmd_trainer.py", "dmd_loss", dmd),
+        },
         **{"FSDP": Nothing, "DDP": Nothing, "is_main_process": lambda: False, "free_fsdp_unsharded_params": id},
-        **{"PerPromptStatTracker": module_at(ROOT / "trainers/grpo_utils.py").PerPromptStatTracker},
+        **{"PerPromptStatTracker": CHECKOUT.module("rtdmd/trainers/grpo_utils.py").PerPromptStatTracker},
     }
-    predict = method(ROOT / "models/sd35.py", "predict_noise_sd35", {"torch": torch})
+    predict = CHECKOUT.define("rtdmd/models/sd35.py", "predict_noise_sd35", {"torch": torch})
     solver = SimpleNamespace(max_grad_norm=0)
     config = {"dmd": LAST_STEP, "ac_dmd": LAST_STEP, "grpo": SimpleNamespace(last_step_loss=LAST_STEP)}
     networks = {"generator": Transformer(0), "fake_score_net": Transformer(1), "teacher": Transformer(2)}
@@ -124,7 +125,7 @@ def trainer(methods: dict[str, list[str]], given: Torch, schedule: Any) -> Simpl
         _ema=None,
         _grpo_epoch=0,
         _grpo_global_step=0,
-        _stat_tracker=module_at(ROOT / "trainers/grpo_utils.py").PerPromptStatTracker(),
+        _stat_tracker=CHECKOUT.module("rtdmd/trainers/grpo_utils.py").PerPromptStatTracker(),
         _log_grpo_group_images=lambda *_: None,
         _consistency_deterministic_warned=False,
         _ac_consistency_deterministic_warned=False,
@@ -140,22 +141,20 @@ def trainer(methods: dict[str, list[str]], given: Torch, schedule: Any) -> Simpl
     methods = {"dmd_trainer: DMDTrainer": ["_sigma_to_model_timestep", "_model_timestep_to_sigma"], **methods}
     for place, names in methods.items():
         file, owner = place.split(": ")
-        for name in names:
-            function = method(ROOT / f"trainers/{file}.py", f"{owner}.{name}", known)
-            setattr(result, name, MethodType(function, result))
+        CHECKOUT.bind(result, f"rtdmd/trainers/{file}.py", owner, names, known)
     return result
 
 
 def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-    save_golden(name, tensors, REPOSITORY, COMMIT, f"rtdmd/{function}")
+    CHECKOUT.save(name, tensors, f"rtdmd/{function}")
 
 
 def step() -> None:
-    normal, rows = normals(0), [0, 1, 2]
+    normal, rows = Random(0).normal, [0, 1, 2]
     x_t, velocity, noise = normal(3, *SHAPE), normal(3, *SHAPE).requires_grad_(), normal(3, *SHAPE)
     schedule = scheduler()
     t = schedule.timesteps[rows]
-    with in_float64():
+    with Float64():
         x_next, *_ = STEP(schedule, velocity, t, x_t, 0.9, sde_type="cps", variance_noise=noise)
         seen = normal(3, *SHAPE)
         _, log_prob, *_ = STEP(schedule, velocity, t, x_t, 0.9, prev_sample=seen, sde_type="cps")
@@ -168,11 +167,11 @@ def step() -> None:
 
 def advantages() -> None:
     """Two rewards with unequal weights; one differs five times more between prompts than the other."""
-    normal, group = normals(1), torch.arange(64) // 16
+    normal, group = Random(1).normal, torch.arange(64) // 16
     shift = torch.tensor([0.0, 3.0, -2.0, 1.0]).double()[group]
     rewards = {"a": normal(64) + 5 * shift, "b": normal(64) + shift}
     rewards["b"][3] += 60  # beyond the clip
-    self = trainer({"grpo_trainer: GRPOTrainer": ["_grpo_compute_advantages"]}, Torch(), scheduler())
+    self = trainer({"grpo_trainer: GRPOTrainer": ["_grpo_compute_advantages"]}, scheduler())
     keys = ("prompt_embeds", "pooled_prompt_embeds", "timesteps", "latents", "next_latents", "log_probs")
     samples: dict[str, Any] = {key: torch.zeros(64, 3) for key in keys}
     samples["rewards"] = {**rewards, "mean": rewards["a"] + 2.5 * rewards["b"]}
@@ -194,20 +193,19 @@ STAGE_1 = {
 
 def stage_1() -> None:
     """One update of either network with stop index 3 of 1 to 4, so that x_s is at 0.5."""
-    normal = normals(2)
+    normal = Random(2).normal
     names = ("initial", "step1", "step2", "exit", "renoise", "back", "consistency1", "consistency2")
     draws = {name: normal(ROWS, *SHAPE) for name in names}
     cond, u = normal(ROWS, 4), torch.tensor([0.1, 0.35, 0.6, 0.95]).double()
     steps, stop = torch.tensor([5, 60, 150, 200]), torch.tensor([3])
     shared = {**draws, "cond": cond, "u": u, "steps": steps, "stop": stop - 1}
-    for name, network, extra in (
-        ("_update_generator", "generator", ["back"]),
-        ("_update_fake_score", "fake_score_net", ["consistency1", "consistency2"]),
+    for name, network, extra, jumps in (
+        ("_update_generator", "generator", ["back"], []),
+        ("_update_fake_score", "fake_score_net", ["consistency1", "consistency2"], [steps]),
     ):
-        order = [draws[key].clone() for key in ("initial", "renoise", *extra)]
-        given = Torch(order, rand=[u.clone()], randint=[stop.clone(), steps.clone()])
-        self = trainer(STAGE_1, given, scheduler(*(draws[key] for key in ("step1", "step2", "exit"))))
-        with in_float64():
+        order = [draws[key] for key in ("initial", "step1", "step2", "exit", "renoise", *extra)]
+        self = trainer(STAGE_1, scheduler())
+        with Float64(), GivenDraws(order, [u], [stop, *jumps]):
             getattr(self, name)(cond, torch.zeros(ROWS, 1), *self._get_uncond_embeds(ROWS))
         tensors = {**shared, "grad": getattr(self, network).network.flat()}
         row = "student" if network == "generator" else "fake"
@@ -234,21 +232,21 @@ def stage_2() -> None:
     """The gradient of an update from a trajectory of a slightly older student: PPO at steps 0 and 2, and the matching
     and the reward terms at the last, and then that of the last step alone. The released code divides the sum of the
     three by three."""
-    normal, rows = normals(3), 6
+    normal, rows = Random(3).normal, 6
     cond, u = normal(rows, 4), torch.rand(rows, generator=torch.Generator().manual_seed(0)).double()
     x, x_next, advantage = normal(rows, 4, *SHAPE), normal(rows, 4, *SHAPE), 3 * normal(rows)
     unused, renoise, back = (normal(rows, *SHAPE) for _ in range(3))
-    draws, order = [unused, renoise, back] * 2, torch.arange(rows)
-    given, schedule = Torch(draws, rand_like=[u, u], randperm=[order, order]), scheduler()
-    self = trainer(STAGE_2, given, schedule)
+    draws, order = [unused, renoise, back], torch.arange(rows)
+    schedule = scheduler()
+    self = trainer(STAGE_2, schedule)
     self._bp_enabled = self._use_training_rewards_for_bp = lambda: True
     self._decode_latents_to_tensor_with_grad = lambda latents: latents
     self._compute_bp_training_weighted_reward = lambda images, batch: (reward(images), {})
     t = schedule.timesteps.expand(rows, 4)
     older = Transformer(0)
     for i, p in enumerate(older.parameters()):
-        p.data += 3e-4 * normals(10 + i)(*p.shape)
-    with torch.no_grad(), in_float64():
+        p.data += 3e-4 * Random(10 + i).normal(*p.shape)
+    with torch.no_grad(), Float64():
         v = [self._predict_noise(older, x[:, j], cond, t[:, j], cond) for j in range(4)]
         old = [STEP(schedule, v[j], t[:, j], x[:, j], 0.9, x_next[:, j], sde_type="cps")[1] for j in range(4)]
     samples = {"prompt_embeds": cond, "pooled_prompt_embeds": cond[:, :1], "timesteps": t, "latents": x}
@@ -261,7 +259,7 @@ def stage_2() -> None:
     for name, policy in (("grad", [0, 2]), ("grad_last", [])):
         steps = {"ppo_steps": set(policy), "aux_steps": {3}, "all_steps": [*policy, 3]}
         self.generator.network.zero_grad()
-        with in_float64():
+        with Float64(), GivenDraws(draws, [u], [order]):
             self._grpo_dmd_training_stage(
                 GRPO, contextlib.nullcontext, dict(samples), cond, cond, len(policy) + 1, 1e-5, 1e-5, **steps
             )
@@ -281,18 +279,18 @@ def stage_2() -> None:
 
 def stage_2_fake() -> None:
     """The gradient of the fake score from cached samples, which are the outcome of the last step."""
-    normal, steps = normals(4), torch.tensor([5, 60, 150, 200])
+    normal, steps = Random(4).normal, torch.tensor([5, 60, 150, 200])
     x0, cond, u = normal(ROWS, *SHAPE), normal(ROWS, 4), torch.tensor([0.3, 0.45, 0.6, 0.95]).double()
     noises = {name: normal(ROWS, *SHAPE) for name in ("fake_noise", "consistency1", "consistency2")}
     schedule, path = scheduler(), x0[:, None].expand(-1, 4, *SHAPE)
-    self = trainer(STAGE_2, Torch(list(noises.values()), rand_like=[u], randint=[steps]), schedule)
+    self = trainer(STAGE_2, schedule)
     samples = {
         "prompt_embeds": cond,
         "pooled_prompt_embeds": cond[:, :1],
         "timesteps": schedule.timesteps.expand(ROWS, 4),
     }
     samples |= {"latents": path, "next_latents": path, "noise_preds": path}
-    with in_float64():
+    with Float64(), GivenDraws(list(noises.values()), [u], [steps]):
         self._train_fake_score_ac_from_rollout(samples, LAST_STEP, contextlib.nullcontext, {3})
     tensors = {"x0": x0, "cond": cond, "u": u, "steps": steps, **noises, "grad": self.fake_score_net.network.flat()}
     save("rtdmd_stage_2_fake", tensors, "trainers/ac_dmd_mixin.py, ACDMDMixin._train_fake_score_ac_from_rollout")
@@ -303,7 +301,7 @@ def hpsv2_input() -> None:
     from torchvision.transforms import Compose, InterpolationMode, Normalize
     from torchvision.transforms import functional as transforms
 
-    path = ROOT / "rewards/hpsv2_scorer.py"
+    path = "rtdmd/rewards/hpsv2_scorer.py"
     known = {
         "nn": torch.nn,
         "torch": torch,
@@ -313,7 +311,7 @@ def hpsv2_input() -> None:
     }
     known |= {"Normalize": Normalize}
     for name in ("ResizeMaxSize", "MaskAwareNormalize", "image_transform_tensor"):
-        known[name] = method(path, name, known)
+        CHECKOUT.define(path, name, known)
     transform = known["image_transform_tensor"](14, MEAN, STD)
     tall, wide = (
         0.3 + 0.4 * torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(h)).double() for h, w in SIZES

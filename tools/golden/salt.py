@@ -7,41 +7,25 @@ fills `scfm_weights` are taken from pipeline/sc_training.py, and the body of the
 model/sc_dmd.py, and executed with tensors of ours as their variables. The network is a GoldenNetwork that predicts the
 velocity, whose channels are the frames of one chunk."""
 
-import ast
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from called import called_with, checkout_of, gradients_of, normal
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of
+from draws import Float64, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-REPOSITORY, COMMIT = "XingtongGe/Salt", "5fbb513543ac7cd335522d72fd70232a2ed4ab54"
+CHECKOUT = checkout_of("XingtongGe/Salt", "5fbb513543ac7cd335522d72fd70232a2ed4ab54")
+PIPELINE, MODEL = "pipeline/sc_training.py", "model/sc_dmd.py"
 BATCH, FRAMES, SHAPE = 2, 4, (3, 2, 2)
 START, MIDDLE, END = 750, 500, 250
 
 
-def statements(path: Path, first: str, last: str) -> Any:
-    """The statements of one block from the one that assigns `first` to the one that contains `last`, compiled."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list):
-            continue
-        begin = [
-            i for i, part in enumerate(body) if isinstance(part, ast.Assign) and ast.unparse(part).startswith(first)
-        ]
-        end = [i for i, part in enumerate(body) if last in ast.unparse(part)]
-        if begin and end and begin[0] <= end[-1]:
-            return compile(ast.Module(body[begin[0] : end[-1] + 1], []), str(path), "exec")
-    raise SystemExit(f"{path} has no statements from {first} to {last}")
-
-
 def main() -> None:
-    checkout = checkout_of(REPOSITORY, COMMIT)
     student = GoldenNetwork(0)
-    x, cond = normal(0, BATCH, FRAMES, *SHAPE), normal(1, BATCH, 4)
+    x, cond = Random(0).normal(BATCH, FRAMES, *SHAPE), Random(1).normal(BATCH, 4)
 
     def generator(noisy_image_or_video: Tensor, timestep: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         t = timestep[:, 0].double() / 1000
@@ -59,16 +43,18 @@ def main() -> None:
         "scfm_weights": torch.zeros(BATCH, dtype=torch.float64),
     }
     names |= {f"scfm_{kind}_container": torch.zeros_like(x) for kind in ("target", "pred", "target_x0")}
-    with called_with():
-        exec(statements(checkout / "pipeline/sc_training.py", "dt1 =", "scfm_weights[:]"), names)
+    with Float64():
+        CHECKOUT.execute(PIPELINE, "dt1 =", "if scfm_weights is not None", names)
+        CHECKOUT.execute(PIPELINE, "if scfm_weights is not None:\n    scfm_weights[:] = 1 - t_start", None, names)
         names |= {"scfm_pred": names["scfm_pred_container"], "scfm_target": names["scfm_target_container"]}
         names["gradient_mask"] = None
-        exec(statements(checkout / "model/sc_dmd.py", "mse =", "sc_loss ="), names)
+        CHECKOUT.execute(MODEL, "mse =", "sc_loss = mse", names)
+        CHECKOUT.execute(MODEL, "sc_loss = mse", None, names)
     loss = names["sc_loss"]
     given = {"x": x, "cond": cond, "levels": torch.tensor([START, MIDDLE, END]), "loss": loss}
-    given |= {"gradient": gradients_of(student, loss)}
+    given |= {"gradient": student.gradient(loss)}
     function = "pipeline/sc_training.py, inference_with_trajectory, and model/sc_dmd.py, generator_loss (statements)"
-    save_golden("sc_dmd_semigroup", given, REPOSITORY, COMMIT, function)
+    CHECKOUT.save("sc_dmd_semigroup", given, function)
 
 
 if __name__ == "__main__":

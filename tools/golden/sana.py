@@ -5,40 +5,33 @@ same. Its sCM and adversarial losses are statements of a training loop, which ar
 and executed with networks and tensors of ours: the student's and the discriminator's turn. For samples of two sizes.
 """
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from extract import Given, commit, defined, statements
+from checkout import checkout_of
+from draws import GivenDraws, Random
+from golden_rows import WIDTH, GoldenNetwork
 from torch import Tensor
 from trig_networks import flow_state, trig_velocity
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from golden_rows import WIDTH, GoldenNetwork, save_golden
-
 from fastgen.modules.heads import TokenHeads
 
-CHECKOUT = Path(sys.argv[1])
-TRAIN = "train_scripts/train_scm_ladd.py"
-REPOSITORY, COMMIT = "xin-ran-w/Sana", commit(CHECKOUT)
+CHECKOUT = checkout_of("xin-ran-w/Sana", "11fcc7544c4fecf3f95311910f10a8bb731c45d6")
+TRAIN, LEVELS = "train_scripts/train_scm_ladd.py", "diffusion/model/respace.py"
 SIZES = ((2, 2), (4, 8))  # 16 and 128 elements
 SIGMA_DATA, GUIDANCE = 0.5, 4.5
 
 
 def draws(size: tuple[int, int]) -> dict[str, Tensor]:
     """Four samples and everything that is drawn for them. Angles are given as the uniform draws of their laws."""
-    generator = torch.Generator().manual_seed(sum(size))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    random = Random(sum(size))
+    normal = random.normal
     noises = {name: normal(4, 4, *size) for name in ("latents", "noise", "gan_noise", "gan_fake_noise")}
     noises |= {name: normal(4, 4, *size) for name in ("gan_real_noise", "gan_other_noise")}
     kinds = ("time", "max_time", "gan_time", "gan_fake_time", "gan_real_time", "gan_other_time")
-    levels = {name: torch.rand(4, generator=generator, dtype=torch.float64) for name in kinds}
+    levels = {name: random.uniform(4) for name in kinds}
     return noises | levels | {"cond": normal(4, 4), "uncond": normal(4, 4)}
 
 
@@ -75,10 +68,9 @@ class Discriminator:
 
 def angles(u: Tensor, mean: float, std: float) -> Tensor:
     """Their law of levels, for the normal draws that belong to our uniform ones."""
-    given = {"randn": [torch.special.ndtri(u)]}
-    path = CHECKOUT / "diffusion/model/respace.py"
-    law = defined(path, "compute_density_for_timestep_sampling", {"th": Given(torch, **given)})
-    return law("logit_normal_trigflow", len(u), mean, std)  # type: ignore[no-any-return]
+    law = CHECKOUT.define(LEVELS, "compute_density_for_timestep_sampling", {"th": torch})
+    with GivenDraws([torch.special.ndtri(u)]):
+        return law("logit_normal_trigflow", len(u), mean, std)  # type: ignore[no-any-return]
 
 
 def settings() -> SimpleNamespace:
@@ -114,11 +106,7 @@ def turn(given: dict[str, Tensor], phase: str) -> dict[str, Any]:
     noises += ["gan_other_noise"] if phase == "D" else []
     laws = [(angles(given[name], *((0.2, 1.6) if name == "time" else (-0.6, 1.0))), None) for name in later]
     variables: dict[str, Any] = {
-        "torch": Given(
-            torch,
-            randn_like=[given[name].clone() for name in noises],
-            rand_like=[given["max_time"].view(-1, 1, 1, 1)],
-        ),
+        "torch": torch,
         "get_timesteps": lambda **_: laws.pop(0),
         "accelerator": SimpleNamespace(unwrap_model=lambda module: module),
         "np": SimpleNamespace(random=SimpleNamespace(choice=lambda *_, **__: [GUIDANCE] * 4)),
@@ -130,20 +118,13 @@ def turn(given: dict[str, Tensor], phase: str) -> dict[str, Any]:
     variables |= {"F": F, "config": settings(), "model": student, "pretrained_model": teacher, "disc": discriminator}
     variables |= {"t": t, "t_G": t, "x0": x0, "y": given["cond"], "y_mask": given["cond"], "data_info": {}, "bs": 4}
     variables |= {"sigma_data": SIGMA_DATA, "global_step": 2000}
-    path = CHECKOUT / TRAIN
-    if phase == "G":
-        exec(statements(path, "def model_wrapper", "if g_step"), variables)
-        exec(statements(path, "if config.train.scm_loss", "total_loss = total_loss /"), variables)
-    else:
-        exec(statements(path, "with torch.no_grad():\n    scm_cfg_scale", "loss_D = loss_D /"), variables)
+    with GivenDraws([given[name] for name in noises], [given["max_time"]]):
+        if phase == "G":
+            CHECKOUT.execute(TRAIN, "def model_wrapper", "if g_step", variables)
+            CHECKOUT.execute(TRAIN, "if config.train.scm_loss", "total_loss = total_loss /", variables)
+        else:
+            CHECKOUT.execute(TRAIN, "with torch.no_grad():\n    scm_cfg_scale", "loss_D = loss_D /", variables)
     return variables
-
-
-def student_gradient(variables: dict[str, Any], loss: Tensor) -> Tensor:
-    network = variables["model"].network
-    network.zero_grad()
-    loss.backward(retain_graph=True)
-    return network.flat()  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -151,7 +132,7 @@ def main() -> None:
     for index, size in enumerate(SIZES):
         given = draws(size)
         found = turn(given, "G")
-        gradients.append([student_gradient(found, found[name]) for name in ("loss", "adv_loss", "total_loss")])
+        gradients.append([found["model"].network.gradient(found[name]) for name in ("loss", "adv_loss", "total_loss")])
         used = ("latents", "noise", "gan_noise", "time", "max_time", "gan_time", "cond", "uncond")
         tensors |= {f"{name}{index}": given[name] for name in used}
         if not index:
@@ -159,7 +140,7 @@ def main() -> None:
     scm, adversarial, total = gradients[0]
 
     def save(name: str, values: dict[str, Tensor], path: str = TRAIN, function: str = "train, phase G") -> None:
-        save_golden(name, values, REPOSITORY, COMMIT, f"{path}, {function}")
+        CHECKOUT.save(name, values, f"{path}, {function}")
 
     save("sana_scm", first | {"gradient": scm, "loss": losses["loss"]})
     save("sana_adversarial", first | {"gradient": adversarial, "loss": losses["adversarial_loss"], "total": total})
@@ -171,8 +152,7 @@ def main() -> None:
     save("sana_discriminator", first | {"gradient": heads, "loss": found["loss_D"]}, function="train, phase D")
     u = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
     laws = {name: angles(u, *law) for name, law in (("student", (0.2, 1.6)), ("discriminator", (-0.6, 1.0)))}
-    path, function = "diffusion/model/respace.py", "compute_density_for_timestep_sampling"
-    save("sana_levels", {"u": u} | laws, path, function)
+    save("sana_levels", {"u": u} | laws, LEVELS, "compute_density_for_timestep_sampling")
 
 
 if __name__ == "__main__":

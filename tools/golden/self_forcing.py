@@ -13,11 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from called import called_with, checkout_of, gradients_of, normal, package, stub
-from golden_rows import GoldenNetwork, save_golden
+from checkout import checkout_of, package, stub
+from draws import Float64, GivenDraws, Random
+from golden_rows import GoldenNetwork
 from torch import Tensor, nn
 
-REPOSITORY, COMMIT = "guandeh17/Self-Forcing", "33593df3e81fa3ec10239271dd2c100facac6de1"
+CHECKOUT = checkout_of("guandeh17/Self-Forcing", "33593df3e81fa3ec10239271dd2c100facac6de1")
 BATCH, FRAMES, SHAPE, SHIFT = 1, 4, (3, 2, 2), 5.0  # their pipeline takes one video at a time
 
 
@@ -79,33 +80,41 @@ def training_pipeline(model: Any) -> Any:
 
 
 def main() -> None:
-    checkout = checkout_of(REPOSITORY, COMMIT)
+    CHECKOUT.make_importable()
     stub("wan", "wan.modules", "wan.modules.model", "wan.modules.t5", "wan.modules.vae", "wan.modules.tokenizers")
     stub("wan.modules.causal_model", "einops")
-    package("model", checkout / "model")
-    package("pipeline", checkout / "pipeline")
+    package("model", CHECKOUT.root / "model")
+    package("pipeline", CHECKOUT.root / "pipeline")
     import_pipeline()
     from model.dmd import DMD
 
-    noise, cond, uncond = normal(0, BATCH, FRAMES, *SHAPE), normal(1, BATCH, 4), normal(2, BATCH, 4)
+    noise, cond, uncond = (
+        Random(0).normal(BATCH, FRAMES, *SHAPE),
+        Random(1).normal(BATCH, 4),
+        Random(2).normal(BATCH, 4),
+    )
     networks = {"student": GoldenNetwork(0), "teacher": GoldenNetwork(1), "fake_score": GoldenNetwork(2)}
     both = {"embedding": cond}, {"embedding": uncond}
 
     def save(name: str, tensors: dict[str, Tensor], function: str) -> None:
-        save_golden(name, {"cond": cond, "uncond": uncond} | tensors, REPOSITORY, COMMIT, function)
+        CHECKOUT.save(name, {"cond": cond, "uncond": uncond} | tensors, function)
 
     for schedule, stop in ((False, 1), (True, 2)):
         model = dmd_model(DMD, networks, ts_schedule=schedule, ts_schedule_max=schedule)
-        between = [normal(10 + i, BATCH, FRAMES, *SHAPE) for i in range(stop)]
-        with called_with([*between, normal(19, BATCH * FRAMES, *SHAPE)], [torch.tensor([stop])]), on_one_process():
+        between = [Random(10 + i).normal(BATCH, FRAMES, *SHAPE) for i in range(stop)]
+        with (
+            Float64(),
+            GivenDraws([*between, Random(19).normal(BATCH * FRAMES, *SHAPE)], integer=[torch.tensor([stop])]),
+            on_one_process(),
+        ):
             x, top, bottom = training_pipeline(model).inference_with_trajectory(noise, **both[0])
         low, high = (bottom, top) if schedule else (0, 1000)
-        drawn, fresh = torch.tensor([low + (high - low) // 3]), normal(20, BATCH, FRAMES, *SHAPE)
-        with called_with([fresh], [drawn]):
+        drawn, fresh = torch.tensor([low + (high - low) // 3]), Random(20).normal(BATCH, FRAMES, *SHAPE)
+        with Float64(), GivenDraws([fresh], integer=[drawn]):
             loss, _ = model.compute_distribution_matching_loss(x, *both, None, top, bottom)
         given = {"rollout": torch.stack([noise, *between]), "stop": torch.tensor(stop), "drawn": drawn, "noise": fresh}
         given |= {"range": torch.tensor([low, high])}
-        given |= {"loss": loss, "gradient": gradients_of(networks["student"], loss)}
+        given |= {"loss": loss, "gradient": networks["student"].gradient(loss)}
         save(
             f"self_forcing_generator{'_ts_schedule' if schedule else ''}",
             given,
@@ -114,26 +123,28 @@ def main() -> None:
         )
 
     model = dmd_model(DMD, networks)
-    x, drawn, fresh = normal(30, BATCH, FRAMES, *SHAPE), torch.tensor([140]), normal(31, BATCH, FRAMES, *SHAPE)
+    x, drawn, fresh = (
+        Random(30).normal(BATCH, FRAMES, *SHAPE),
+        torch.tensor([140]),
+        Random(31).normal(BATCH, FRAMES, *SHAPE),
+    )
     model._run_generator = lambda **_: (x, None, None, None)
-    with called_with([fresh], [drawn]):
+    with Float64(), GivenDraws([fresh], integer=[drawn]):
         loss, _ = model.critic_loss([BATCH, FRAMES, *SHAPE], *both, None)
     given = {"x": x, "drawn": drawn, "noise": fresh, "loss": loss}
-    given |= {"gradient": gradients_of(networks["fake_score"], loss)}
+    given |= {"gradient": networks["fake_score"].gradient(loss)}
     save("self_forcing_critic", given, "model/dmd.py, DMD.critic_loss (on given samples)")
 
     raw = torch.arange(3, 1000, 83)
     seen: list[Tensor] = []
     for value in raw:
-        x = normal(40, 1, FRAMES, *SHAPE)
-        with called_with([x], [value[None]]):
+        x = Random(40).normal(1, FRAMES, *SHAPE)
+        with Float64(), GivenDraws([x], integer=[value[None]]):
             _, log = model.compute_distribution_matching_loss(x, {"embedding": cond[:1]}, {"embedding": uncond[:1]})
         seen.append(log["timestep"][0, 0])
-    save_golden(
+    CHECKOUT.save(
         "self_forcing_levels",
         {"drawn": raw, "timestep": torch.stack(seen)},
-        REPOSITORY,
-        COMMIT,
         "model/dmd.py, DMD.compute_distribution_matching_loss (its levels)",
     )
 
@@ -149,7 +160,6 @@ def on_one_process() -> Any:
     """Nothing to broadcast, and tensors stay where they are."""
     stack = ExitStack()
     stack.enter_context(patch("torch.distributed.broadcast", lambda *_, **__: None))
-    stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self: self))
     return stack
 
 

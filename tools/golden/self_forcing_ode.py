@@ -4,40 +4,31 @@ CHECKOUT: guandeh17/Self-Forcing at 33593df3e81fa3ec10239271dd2c100facac6de1. Th
 are compiled from the checkout's files, because the modules import Wan. Network, data, noise and levels are given.
 Teacher forcing is run without its weight of levels (training_weight is 1)."""
 
-import sys
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from authors import functions, given_draws, normals
+from checkout import checkout_of
+from draws import GivenDraws, Random
 from golden_causal import causal
-from golden_rows import GoldenNetwork, save_golden
+from golden_rows import GoldenNetwork
 from torch import Tensor
 
-COMMIT = "33593df3e81fa3ec10239271dd2c100facac6de1"
-REPOSITORY = "guandeh17/Self-Forcing"
+CHECKOUT = checkout_of("guandeh17/Self-Forcing", "33593df3e81fa3ec10239271dd2c100facac6de1")
 COUNT, FRAMES, CHUNK = 3, 4, 2
 
 
-def bind(found: SimpleNamespace, methods: SimpleNamespace) -> SimpleNamespace:
-    for name, method in vars(methods).items():
-        setattr(found, name, partial(method, found))
-    return found
-
-
 def main() -> None:
-    checkout, normal = Path(sys.argv[1]), normals(13)
-    sys.path.insert(0, str(checkout))
+    normal = Random(13).normal
+    CHECKOUT.make_importable()
     from utils.scheduler import FlowMatchScheduler
 
     scheduler = FlowMatchScheduler(shift=5.0, sigma_min=0.0, extra_one_step=True)  # as their Wan wrapper makes it
     scheduler.set_timesteps(1000, training=True)
     timesteps = torch.cat([scheduler.timesteps, torch.zeros(1)])  # their warp_denoising_step
     steps = timesteps[1000 - torch.tensor([1000, 750, 500, 250])]
-    save_golden("shifted_levels", {"levels": steps / 1000}, REPOSITORY, COMMIT, "utils/scheduler.py, set_timesteps")
+    CHECKOUT.save("shifted_levels", {"levels": steps / 1000}, "utils/scheduler.py, set_timesteps")
 
     x, noise = normal(COUNT, FRAMES, 4, 3, 3), normal(COUNT, FRAMES, 4, 3, 3)
     cond, index = normal(COUNT, 4), torch.tensor([[0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 0, 0]])
@@ -57,16 +48,14 @@ def main() -> None:
     )  # fmt: skip
     known = {"torch": torch, "F": F, "Tuple": tuple}
     names = ("_prepare_generator_input", "generator_loss")
-    bind(own, functions(checkout / "model/ode_regression.py", names, known, "ODERegression"))
+    CHECKOUT.bind(own, "model/ode_regression.py", "ODERegression", names, known)
     line = [(1 - t) * x + t * noise for t in levels()]
     loss = own.generator_loss(torch.stack([*line, x], dim=1), cond)[0]
-    loss.backward()
     tensors = {"x": x, "noise": noise, "cond": cond, "index": index[:, ::CHUNK]}
-    result = {"loss": loss, "gradient": network.flat()}
+    result = {"loss": loss, "gradient": network.gradient(loss)}
     function = "model/ode_regression.py, ODERegression.generator_loss"
-    save_golden("ode_regression_self_forcing", tensors | result, REPOSITORY, COMMIT, function)
+    CHECKOUT.save("ode_regression_self_forcing", tensors | result, function)
 
-    network.zero_grad()
     own.scheduler = SimpleNamespace(
         num_train_timesteps=1000,
         timesteps=1000 * levels(),
@@ -74,13 +63,12 @@ def main() -> None:
         training_target=scheduler.training_target,
         training_weight=lambda t: torch.ones_like(t.flatten()),
     )
-    bind(own, functions(checkout / "model/diffusion.py", ("generator_loss",), known, "CausalDiffusion"))
-    with given_draws(torch, randn_like=[noise]):
+    CHECKOUT.bind(own, "model/diffusion.py", "CausalDiffusion", ["generator_loss"], known)
+    with GivenDraws([noise]):
         loss = own.generator_loss(list(x.shape), cond, None, x)[0]
-    loss.backward()
-    result = {"loss": loss, "gradient": network.flat()}
+    result = {"loss": loss, "gradient": network.gradient(loss)}
     function = "model/diffusion.py, CausalDiffusion.generator_loss"
-    save_golden("teacher_forcing", tensors | result, REPOSITORY, COMMIT, function)
+    CHECKOUT.save("teacher_forcing", tensors | result, function)
 
 
 def levels() -> Tensor:
