@@ -1,7 +1,7 @@
 """The numbers of consistency models: python tools/golden/consistency_models.py CHECKOUT
 
 CHECKOUT: of openai/consistency_models. cm/karras_diffusion.py is imported, with stand-ins for the modules of LPIPS,
-MPI and cloud storage that it imports. The function of the schedules is taken from its file (`extract`). The networks
+MPI and cloud storage that it imports. The function of the schedules is taken from its file. The networks
 are of ours, behind the authors' scalings, which are inverted. The first and the last interval are left out: there the
 authors' path ends at 0.002 and 80, and ours at 0 and infinity."""
 

@@ -27,8 +27,8 @@ class Random:
 
 
 class GivenDraws(TorchFunctionMode):
-    """Inside, torch's random functions return these tensors in order, in the shape that is asked for; where a size of it
-    is 0, in their own. Raises where one is missing, has another number of elements, or is left over."""
+    """Inside, torch's random functions return these tensors in order, in the shape that is asked for; where a size of
+    it is 0, in their own. Raises where one is missing, has another number of elements, or is left over."""
 
     def __init__(self, normal: Sequence[Tensor] = (), uniform: Sequence[Tensor] = (), integer: Sequence[Tensor] = ()):
         super().__init__()

@@ -4,7 +4,10 @@ python tools/golden/flow_maps.py CHECKOUT
 CHECKOUT: roni-dot/regularized-loss-flow-maps at afdaefa0835b5d3b6482724d58911c1320e9712d, the first commit of a fork
 of nmboffi/flow-maps, before the fork changes it. Their network is replaced by GoldenNetwork, and its learned
 log-weight by 0, where the loss is the plain square. Time runs from noise to data there: s and t are 1 - t and 1 - s
-here, and their average velocity is -u."""
+here, and their average velocity is -u.
+
+It needs jax 0.4.35, flax 0.10.2 and ml_collections beside fastgen (`pip install jax==0.4.35 flax==0.10.2
+ml_collections`)."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -3,7 +3,10 @@ python tools/golden/imeanflow.py CHECKOUT
 
 CHECKOUT: Lyy-iiis/imeanflow at bf60cd7cb653f6628e59d48034b333c5eba445e2. Their network is replaced by GoldenNetwork,
 and what jax.random draws is given. Their network has an auxiliary head for the velocity; here this output is
-u(x, t, t) without gradient, so that the loss of that head has none. The guidance interval is the whole of [0, 1]."""
+u(x, t, t) without gradient, so that the loss of that head has none. The guidance interval is the whole of [0, 1].
+
+It needs jax 0.4.35, flax 0.10.2 and ml_collections beside fastgen (`pip install jax==0.4.35 flax==0.10.2
+ml_collections`)."""
 
 import sys
 from types import ModuleType

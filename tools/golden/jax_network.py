@@ -1,4 +1,5 @@
-"""GoldenNetwork in JAX, for authors' code that is written in JAX (`pip install jax flax ml_collections`)."""
+"""GoldenNetwork in JAX, for authors' code that is written in JAX (`pip install jax==0.4.35 flax==0.10.2
+ml_collections`)."""
 
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """LCM's numbers: python tools/golden/latent_consistency_model.py CHECKOUT
 
 CHECKOUT: of luosiallen/latent-consistency-model. Its target and loss are statements of a training loop, which are
-taken from it at run time (`extract`) and executed with networks of ours that predict noise, on diffusers'
+taken from it at run time and executed with networks of ours that predict noise, on diffusers'
 DDPMScheduler. Casts to float32 are read as casts to float64. Levels below 1/10 are left out, where LCM's c_skip is
 more than 1e-6."""
 

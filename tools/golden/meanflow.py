@@ -1,7 +1,10 @@
 """MeanFlow's loss with guidance, by the authors' code: python tools/golden/meanflow.py CHECKOUT
 
 CHECKOUT: Gsunshine/meanflow at d70cb55d298ee03c53bf6da67bec281082e4e2d9. Their networks are replaced by GoldenNetwork,
-and what jax.random draws is given. Images have their channels last there."""
+and what jax.random draws is given. Images have their channels last there.
+
+It needs jax 0.4.35, flax 0.10.2 and ml_collections beside fastgen (`pip install jax==0.4.35 flax==0.10.2
+ml_collections`)."""
 
 import sys
 from types import ModuleType

@@ -1,7 +1,7 @@
 """The numbers of FastGen's sCM: python tools/golden/nvidia_fastgen.py CHECKOUT
 
 CHECKOUT: of NVlabs/FastGen. Its package has the name of this one, so that it cannot be imported beside it: the methods
-that compute the loss are taken from their class at run time (`extract`) and called on a stand-in for `self`, with
+that compute the loss are taken from their class at run time and called on a stand-in for `self`, with
 networks and noise schedules (TrigFlow, and EDM for sigma) of ours."""
 
 from types import SimpleNamespace

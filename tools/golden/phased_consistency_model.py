@@ -1,7 +1,7 @@
 """PCM's numbers: python tools/golden/phased_consistency_model.py CHECKOUT
 
 CHECKOUT: of G-U-N/Phased-Consistency-Model. Its losses for SD3 are statements of a training loop, which are taken from
-it at run time (`extract`) and executed with networks of ours; so are the two losses of its discriminator, with heads
+it at run time and executed with networks of ours; so are the two losses of its discriminator, with heads
 of ours. Its solver is given a uniform grid that begins at 0. Casts to float32 are read as casts to float64."""
 
 from types import SimpleNamespace

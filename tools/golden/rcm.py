@@ -1,7 +1,7 @@
 """rCM's numbers: python tools/golden/rcm.py CHECKOUT
 
 CHECKOUT: of NVlabs/rcm. Its model is a class that imports its training framework; the methods that compute the losses
-are taken from it at run time (`extract`) and called on a stand-in for `self` with networks of ours. Their casts to
+are taken from it at run time and called on a stand-in for `self` with networks of ours. Their casts to
 float32 are read as casts to float64. Needs einops."""
 
 import math

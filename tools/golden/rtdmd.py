@@ -85,9 +85,10 @@ class Transformer(torch.nn.Module):
 
 
 def scheduler() -> Any:
-    made = CHECKOUT.module("rtdmd/schedulers/cps_scheduler.py").CPSScheduler()
-    made.set_eta(0.9)
-    made.set_timesteps(sigmas=LEVELS)
+    with Float64():
+        made = CHECKOUT.module("rtdmd/schedulers/cps_scheduler.py").CPSScheduler()
+        made.set_eta(0.9)
+        made.set_timesteps(sigmas=LEVELS)
     made.sigmas, made.timesteps = made.sigmas.double(), made.timesteps.double()
     return made
 
@@ -175,7 +176,8 @@ def advantages() -> None:
     keys = ("prompt_embeds", "pooled_prompt_embeds", "timesteps", "latents", "next_latents", "log_probs")
     samples: dict[str, Any] = {key: torch.zeros(64, 3) for key in keys}
     samples["rewards"] = {**rewards, "mean": rewards["a"] + 2.5 * rewards["b"]}
-    self._grpo_compute_advantages(GRPO, samples, [str(g) for g in group.tolist()], [], 3)
+    with Float64():
+        self._grpo_compute_advantages(GRPO, samples, [str(g) for g in group.tolist()], [], 3)
     found = samples["advantages"][:, 0]
     assert len(found) == 64 and found.max() > 5
     tensors = {"reward_a": rewards["a"], "reward_b": rewards["b"], "group": group, "advantage": found}

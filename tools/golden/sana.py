@@ -1,7 +1,7 @@
 """SANA-Sprint's numbers: python tools/golden/sana.py CHECKOUT
 
 CHECKOUT: a fork of NVlabs/Sana at the commit that the files name, as the original is large; the statements are the
-same. Its sCM and adversarial losses are statements of a training loop, which are taken from it at run time (`extract`)
+same. Its sCM and adversarial losses are statements of a training loop, which are taken from it at run time
 and executed with networks and tensors of ours: the student's and the discriminator's turn. For samples of two sizes.
 """
 
