@@ -62,7 +62,7 @@ def refuse(message: object) -> typer.Exit:
 
 
 def read(recipe: Path, overrides: list[str] | None) -> Any:
-    """The checked recipe. Until then, nothing is imported that takes seconds, except torch."""
+    """The checked recipe. Until then, nothing is imported that takes seconds, except torch if it must."""
     from fastgen.config import load_recipe
     from fastgen.registry import RecipeError
 

@@ -10,7 +10,8 @@ import torch
 
 import fastgen
 from fastgen.backbones.base import Backbone
-from fastgen.config import dump_recipe, load_stored, to_dict
+from fastgen.config import load_stored
+from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import check_place, replace_file, unused_sibling
 from fastgen.denoiser import Denoiser
 from fastgen.recipe import Recipe

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
-from fastgen.config import to_dict
+from fastgen.config.stored import to_dict
 from fastgen.data.base import Samples, SampleSource, encode_picture
 from fastgen.data.files import sealed
 from fastgen.data.pair_sampling import sample_pairs
