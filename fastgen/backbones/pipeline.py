@@ -45,9 +45,13 @@ CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PipelineConfig(BackboneConfig):
     """path: a diffusers folder, in the working directory or else among the files that ship with fastgen; or a hub id
-    "org/name". Only a hub id needs network access."""
+    "org/name". Only a hub id needs network access.
+
+    negative_prompt: what guidance leads away from, wherever the teacher is guided: in training, in its ODE pairs and
+    in evaluation. The empty one means what the stock pipeline does without a negative prompt."""
 
     path: str
+    negative_prompt: str = ""
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
     prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
@@ -389,6 +393,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def finish_table(self, table: Conditioning) -> Conditioning:
         """Turns the rows of all prompts seen so far into what networks are given."""
         return table
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.config.negative_prompt
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         return self.prompts.rows(prompts)

@@ -48,7 +48,7 @@ def with_named(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def build_rewards(given: Any) -> Composite:
     """The section `rewards`."""
     if not isinstance(given, dict):
-        raise RecipeError(f"rewards must be a section with parts, got {str(given)[:80]!r}")
+        raise RecipeError(f"rewards: a section with parts is needed, got {str(given)[:80]!r}")
     check_keys(given, Composite, "rewards.")
     values = given | {"parts": build_parts(given.get("parts"))}
     if given.get("held_out"):

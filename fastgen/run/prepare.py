@@ -75,7 +75,7 @@ def prepare(
     backbone = config.build(device, getattr(torch, recipe.train.dtype), recipe.seed)
     assert isinstance(backbone, PipelineBackbone)
     samples = source.samples(backbone)
-    prompts = list(dict.fromkeys(["", *samples.prompts, *evaluation_prompts(recipe.eval)]))
+    prompts = list(dict.fromkeys(["", backbone.negative_prompt, *samples.prompts, *evaluation_prompts(recipe.eval)]))
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],
