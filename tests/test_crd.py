@@ -225,6 +225,7 @@ def test_the_loss_on_a_gaussian_is_zero_at_the_derived_shift_and_not_at_the_tilt
     assert max(v for v, _ in other) > 0.05
 
 
+@pytest.mark.slow
 def test_training_on_a_gaussian_reaches_the_derived_shift() -> None:
     """With a fixed reference, from its own moving sampler. The std of A is that of centred rewards: of 24, sqrt(23/24)
     of the sampler's. Affine students, 150 updates."""

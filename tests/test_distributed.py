@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,10 +140,11 @@ def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_size_is_refused(
-    one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixture_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(one_process, tmp_path / "run")
-    arguments = [str(ROOT / DIGITS), *SMALL, *GAN, f"output_dir={folder}", "train.steps=4"]
+    arguments = [str(mixture_recipe), *SMALL, "backbone.fit_steps=2", f"output_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "train.batch_size=4"]) == 0
+    arguments.append("train.steps=4")
     assert main([*arguments, "train.batch_size=2"]) == 2
     assert "was started with 4 samples per update" in capsys.readouterr().err
     assert main([*arguments, "train.batch_size=2", "train.accumulate=2"]) == 0

@@ -91,13 +91,16 @@ def test_gradients_that_grow_are_said_after_some_looks() -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory, fit_once: None) -> Path:
-    return train(load_recipe(RING, [*SHORT, f"output_dir={tmp_path_factory.mktemp('healthy') / 'run'}"]))
+    """80 updates with four looks, two of them after the grace."""
+    looks = ["train.steps=80", "train.checkpoint_every=40", "health.every=20", "health.grace=40"]
+    folder = tmp_path_factory.mktemp("healthy") / "run"
+    return train(load_recipe(RING, [*SHORT, *looks, "backbone.fit_batch_size=128", f"output_dir={folder}"]))
 
 
 def test_a_healthy_run_is_quiet(healthy: Path) -> None:
     assert warnings_of(healthy) == ""
     looks = [row for row in map(json.loads, (healthy / "log.jsonl").open()) if "health/std" in row]
-    assert [row["step"] for row in looks] == [50, 100, 150, 200]
+    assert [row["step"] for row in looks] == [20, 40, 60, 80]
 
 
 def planted(folder: Path, *overrides: str) -> str:

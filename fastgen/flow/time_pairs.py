@@ -22,10 +22,13 @@ class TimePairs:
     """Two draws of `time`, sorted; t is at least SHORTEST.
 
     diagonal: share of samples with s = t. to_zero: share with s = 0. max_gap: s is at least t - max_gap.
+    diagonal_level: t on the diagonal is the larger of the two draws (MeanFlow, iMF, AnyFlow), or a single draw, whose
+        law is `time` (LSD, alpha-Flow). With a uniform law the larger one has the density 2 t.
     The shares are assigned by sample number, so that every batch on every process has them, up to a sample or two."""
 
     time: TimeSampler = TimeSampler(low=0.0, high=1.0)
     diagonal: float = Field(default=0.75, ge=0, le=1)
+    diagonal_level: Literal["larger", "single"] = "larger"
     to_zero: float = Field(default=0.0, ge=0, le=1)
     max_gap: float = Field(default=1.0, gt=0, le=1)
 
@@ -40,10 +43,13 @@ class TimePairs:
 
     def __call__(self, batch: Batch, name: str = "pair", max_gap: float | None = None) -> tuple[Tensor, Tensor]:
         """t and s, [B] each. max_gap: replaces the field of that name, for curricula."""
-        t, s = sorted_pair(*(self.time(batch.uniform(f"{name}_{end}")) for end in "ts"))
+        draws = [self.time(batch.uniform(f"{name}_{end}")) for end in "ts"]
+        t, s = sorted_pair(*draws)
+        place = (batch.ids.double() * GOLDEN + batch.integer(f"{name}_kind", 1 << 20) / (1 << 20)) % 1
+        if self.diagonal_level == "single":
+            t = torch.where(place < self.diagonal, draws[0], t)
         t = t.clamp_min(SHORTEST)
         s = torch.maximum(s, t - (self.max_gap if max_gap is None else max_gap))
-        place = (batch.ids.double() * GOLDEN + batch.integer(f"{name}_kind", 1 << 20) / (1 << 20)) % 1
         s = torch.where(place < self.diagonal, t, torch.minimum(s, t))
         return t, torch.where(place >= 1 - self.to_zero, torch.zeros_like(s), s)
 
