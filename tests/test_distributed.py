@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,12 @@ def launch(processes: int, *arguments: str, program: str = "fastgen/train.py") -
     return subprocess.run([*command, program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def run(folder: Path, processes: int, *overrides: str) -> Path:
+def run(folder: Path, processes: int, *overrides: str, recipe: str = DIGITS, small: Sequence[str] = SMALL) -> Path:
     """A digits run of `processes` processes and 4 samples an update in all."""
-    arguments = [*SMALL, f"train.batch_size={4 // processes}", f"output_dir={folder}", *overrides]
+    arguments = [*small, f"train.batch_size={4 // processes}", f"output_dir={folder}", *overrides]
     if processes == 1:
-        return train(load_recipe(ROOT / DIGITS, arguments))
-    result = launch(processes, DIGITS, *arguments)
+        return train(load_recipe(ROOT / recipe, arguments))
+    result = launch(processes, recipe, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -102,6 +103,26 @@ def test_twenty_updates_of_two_processes_are_those_of_one(tmp_path: Path, strate
     error = difference(run(tmp_path / "one", 1, *long), run(tmp_path / "two", 2, f"train.strategy={strategy}", *long))
     print(f"{strategy}: largest difference after 20 updates {error:.2g}")
     assert error < 1e-5
+
+
+POINTS = [  # as SMALL, on points, with GDPO's advantages
+    *("train.dtype=float64", "train.steps=4", "train.sample_every=0", "train.eval_every=0", "health.num_samples=4"),
+    *("backbone.fit_steps=20", "train.checkpoint_every=4", "eval.quick_num_samples=20", "eval.teacher_steps=[2]"),
+    *("objective.normalise_advantages=true", "objective.log_prob=mean_square", "objective.fake_updates=1"),
+    *("objective.group_size=4", "eval.metrics=[throughput]"),
+]
+
+
+@pytest.mark.slow
+def test_advantages_are_of_all_processes_and_micro_batches(tmp_path: Path) -> None:
+    """16 samples at once, and two micro-batches of 4 on each of two processes. Fails if their rewards are not
+    gathered: four samples by themselves have another standard deviation."""
+    recipe = "recipes/mixture1d_rtdmd_tilt.yaml"
+    one = run(tmp_path / "one", 1, "train.batch_size=16", recipe=recipe, small=POINTS)
+    two = run(tmp_path / "two", 2, "train.batch_size=4", "train.accumulate=2", recipe=recipe, small=POINTS)
+    error = difference(one, two)
+    print(f"largest difference {error:.2g}")
+    assert error < 1e-9
 
 
 @pytest.mark.slow
