@@ -43,7 +43,7 @@ from benchmarks.rows import append_row, read_rows, sort_rows
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".jsonl")
 STREAMING = ["streaming_terms", "teacher_forcing", "causal_objectives", "streaming", "streaming_order"]
-DMD = ["dmd2", "dmd2_options", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
+DMD = ["dmd2", "dmd2_options", "dmd2_levels", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
 ROLLOUT = ["rollout", "shared_rollouts", "streaming", "streaming_training", "streaming_order", "ar1_streaming", "dmd2"]
 TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/ac_dmd.py": ["rtdmd", "golden", "phased_dmd", "streaming_terms"],
@@ -75,10 +75,11 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "flow/tangents.py": ["tangents", "flow_maps", "golden", "scm", "mean_flow"],
     "flow/time_pairs.py": ["flow_maps", "mean_flow", "flow_map", "consistency", "golden"],
     "policy.py": [*ROLLOUT, "few_step", "config"],
+    "rollout/data.py": ["dmd2_levels", "golden"],
     "rollout/passes.py": ROLLOUT,
     "rollout/simulation.py": ROLLOUT,
     "rollout/steps.py": ["rollout", "few_step", "golden", "rtdmd", "streaming_order"],
-    "schedule.py": ["schedule", "signals", "shared_numerics", "golden"],
+    "schedule.py": ["schedule", "signals", "dmd2_levels", "shared_numerics", "golden"],
 }
 EXCHANGED = {"mean": "sum", "sum": "mean", "square": "abs", "abs": "square"}
 LEVELS = {"t": "s", "s": "t"}

@@ -188,8 +188,7 @@ class TimeSampler:
     sigma_data:    the standard deviation of the data for which mean and std are stated, where that of the latents is
                    1. With 0.5 (EDM, sCM, SANA-Sprint), published numbers are written as they are: at equal ratios of
                    signal to noise, the levels of unit latents are log 2 higher (derived).
-
-    The level is low + (high - low) t'."""
+    ends:          stretch: the level is low + (high - low) t';   clamp: it is t', clamped to [low, high]."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"
     low: float = Field(default=0.02, ge=0, lt=1)
@@ -198,6 +197,7 @@ class TimeSampler:
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
     sigma_data: float = Field(default=1.0, gt=0)
+    ends: Literal["stretch", "clamp"] = "stretch"  # clamp: Self-Forcing's and CausVid's code, with their shift
 
     @model_validator(mode="after")
     def _ordered(self) -> "TimeSampler":
@@ -210,9 +210,29 @@ class TimeSampler:
             )
         return self
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high]."""
+    def __call__(self, u: Tensor, within: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high].
+
+        within: two levels, shaped like u, between which t lies: the law is then that of t, given that it does."""
+        if within is not None:
+            u = torch.lerp(self.rank(within[0]), self.rank(within[1]), u)
+        return self.ended(self.shifted(u))
+
+    def shifted(self, u: Tensor) -> Tensor:
+        """t' in (0, 1) of a uniform draw, any shape: the law and the shift, before the ends."""
         mean = self.mean - math.log(self.sigma_data)
         t = torch.sigmoid(mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
-        t = self.shift * t / (1 + (self.shift - 1) * t)
-        return self.low + (self.high - self.low) * t
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def ended(self, t: Tensor, top: Tensor | float = 1.0) -> Tensor:
+        """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), shaped like t."""
+        if self.ends == "clamp":
+            return (top * t).clamp(self.low, self.high)
+        return self.low + (self.high * top - self.low) * t
+
+    def rank(self, t: Tensor) -> Tensor:
+        """The share of draws below level t: the inverse of __call__ inside [low, high]; any shape."""
+        t = ((t - self.low) / (self.high - self.low) if self.ends == "stretch" else t).clamp(0, 1)
+        t = t / (self.shift - (self.shift - 1) * t)
+        mean = self.mean - math.log(self.sigma_data)
+        return torch.special.ndtr((torch.logit(t) - mean) / self.std) if self.law == "logit_normal" else t

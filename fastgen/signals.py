@@ -187,20 +187,24 @@ def effective_share(weight: Tensor) -> Tensor:
     return weight.sum().square() / (len(weight) * weight.square().sum()).clamp_min(1e-12)
 
 
-def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+def lag_terms(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> dict[str, Tensor]:
     """How far the fake score is from the student it should describe, as a fraction of the score difference.
 
-        lag = <x0 - fake_x0, d> / <d, d>,   d = fake_x0 - real_x0       (derived, from the identity of SiD, 2404.04057)
+        lag = mean <x0 - fake_x0, d> / mean <d, d>,   d = fake_x0 - real_x0  (derived, from SiD's identity, 2404.04057)
+
+    The two means are terms to log, `fake_error` and `score_gap`: scalars, detached. `RunLog` divides their means over
+    all updates and processes since its last row, and writes the quotient as `fake_lag`. A quotient of one batch would
+    have an expectation that depends on the batch's size, and on how it is divided over processes.
 
     A converged fake score is the conditional mean of x0. Its residual is then orthogonal to every function of x_t, and
     the lag averages 0. Otherwise fake_x0 = mean + e, and the lag averages -<e, d> / <d, d>.
     A negative lag means that part of the gradient is the fake score's own error e (at -0.4, four tenths of the
     gradient's energy, if e is unrelated to the true difference), or that the student has come closer to the teacher
     than the fake score predicts. A positive lag means that the fake score does not show yet how far the student is
-    from the teacher. The lag of one batch is noisy; read the running mean. Returns a detached scalar."""
+    from the teacher."""
     with torch.no_grad():
         d = fake_x0 - real_x0
-        return ((x0 - fake_x0) * d).sum() / d.square().sum().clamp_min(1e-12)
+        return {"fake_error": ((x0 - fake_x0) * d).mean(), "score_gap": d.square().mean()}
 
 
 def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:

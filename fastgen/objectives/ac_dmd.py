@@ -59,8 +59,8 @@ WEIGHT_RANGE = 4.0  # the largest |log w| of inverse_tilt; ours
 class ACDMD(Objective):
     takes_chunks = True
 
-    # 7 SD3 and SD3.5, 4 FLUX.2-klein, in diffusers' convention; golden row: rtdmd_stage_1_student. Several: one per
-    # expert of the teacher, from high noise to low
+    # 7 SD3, 4.5 SD3.5, 3.5 FLUX.1, 4 FLUX.2-klein, in diffusers' convention; golden row: rtdmd_stage_1_student.
+    # Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
     fake_updates: int = Field(default=10, ge=1, le=MOST_STEPS)  # the released code: 10 in stage 1, 1 in stage 2
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
@@ -162,7 +162,7 @@ class ACDMD(Objective):
 
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and the fake score's lag."""
+        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and those of the fake score's lag."""
         schedule = networks.teacher.schedule
         s = rollout.s
         t = renoise_level(batch.uniform("renoise_time"), s)
@@ -177,7 +177,7 @@ class ACDMD(Objective):
         real_s = transition(schedule, real, x_t, t, s, fresh, eta)
         grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
         target = signals.renoised_target(schedule, rollout.x, noise, s, t)
-        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(target, fake, real)}
+        return grad, {"dm_grad": grad.abs().mean()} | signals.lag_terms(target, fake, real)
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """The student's x_s; with inverse_tilt its clean prediction, at s = 0."""

@@ -263,7 +263,7 @@ class GNDM(Objective):
         inputs = stop_input(stop, self.condition_on_stop)
         fake, real = self.predictions(networks, batch, x, t, "renoise", inputs)
         grad = signals.score_difference(x, fake, real, group=batch.group)
-        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(x, fake, real)}
+        return grad, {"dm_grad": grad.abs().mean()} | signals.lag_terms(x, fake, real)
 
     def predictions(
         self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, noise: str, inputs: Inputs
