@@ -42,8 +42,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: the scalar to backpropagate. terms: the detached values to log, by name. Raises ValueError for a term that
-    carries gradient: it would keep the graph of the update in memory until it is logged."""
+    """total: the scalar to backpropagate. terms: the detached values to log, by name. Raises ValueError for a term
+    that carries gradient: it would keep the graph of the update in memory until it is logged."""
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
