@@ -31,7 +31,6 @@ METHODS = (
     "_student_scm_step",
     "_student_dmd_step",
 )
-NOISES = ("noise", "initial", "step1", "step2", "renoise")  # in the order of their draws
 WARMUP, HALF_WARM, WARM = 1000, 500, 1010  # at iteration 1010 a simulation has 3 steps
 SIZES = ((1, 2, 2), (2, 2, 4))  # 16 and 64 elements
 
@@ -91,18 +90,20 @@ def draws(size: tuple[int, ...]) -> dict[str, Tensor]:
     return given | {"cond": normal(3, 4), "uncond": normal(3, 4)}
 
 
-def losses(given: dict[str, Tensor], iteration: int) -> dict[str, Tensor]:
-    """The means of their two losses over the samples, and the parameter gradients."""
+def losses(given: dict[str, Tensor], iteration: int, *names: str) -> dict[str, Tensor]:
+    """The means of their losses "scm" and "dmd" over the samples, and the parameter gradients."""
     self = model()
-    noises = [torch.special.ndtri(given["time"]), *(given[name] for name in NOISES)]
-    uniform = [given[name] for name in ("simulation_time1", "simulation_time2", "renoise_time")]
-    ones = partial(torch.ones, dtype=torch.float64)
     conds = [SimpleNamespace(to_dict=lambda name=name: {"cond": given[name]}) for name in ("cond", "uncond")]
-    found = dict[str, Tensor]()
-    with Float64(), GivenDraws(noises, uniform), mock.patch.object(torch, "ones", ones):
-        for name, step in (("scm", self._student_scm_step), ("dmd", self._student_dmd_step)):
-            loss = step((given["latents"], *conds), iteration)[1].mean()
-            found |= {f"{name}_loss": loss, f"{name}_gradient": self.net.network.gradient(loss)}
+    levels = [given[name] for name in ("simulation_time1", "simulation_time2", "renoise_time")]
+    draws = {
+        "scm": GivenDraws([torch.special.ndtri(given["time"]), given["noise"]]),
+        "dmd": GivenDraws([given[name] for name in ("initial", "step1", "step2", "renoise")], levels),
+    }
+    ones, found = partial(torch.ones, dtype=torch.float64), dict[str, Tensor]()
+    for name in names:
+        with Float64(), draws[name], mock.patch.object(torch, "ones", ones):
+            loss = getattr(self, f"_student_{name}_step")((given["latents"], *conds), iteration)[1].mean()
+        found |= {f"{name}_loss": loss, f"{name}_gradient": self.net.network.gradient(loss)}
     return found
 
 
@@ -110,11 +111,11 @@ def main() -> None:
     tensors, ratios = dict[str, Tensor](), list[Tensor]()
     for index, size in enumerate(SIZES):
         given = draws(size)
-        found = losses(given, WARM)
+        found = losses(given, WARM, "scm", "dmd")
         ratios.append(found["dmd_gradient"].norm() / found["scm_gradient"].norm())
         tensors |= {f"{name}{index}": value for name, value in given.items()}
         if not index:
-            first, warm, half = given, found, losses(given, HALF_WARM)
+            first, warm, half = given, found, losses(given, HALF_WARM, "scm")
     used = {name: first[name] for name in ("latents", "noise", "time", "cond", "uncond")}
     tangent = {"gradient": half["scm_gradient"], "loss": half["scm_loss"]}
     CHECKOUT.save("rcm_tangent", used | tangent, f"{MODEL}, _student_scm_step")
