@@ -87,6 +87,8 @@ class Denoiser(nn.Module):
     feature_dim: int
     extra_inputs: type[ExtraInputs] = ExtraInputs  # how the family's time embedder is extended
     takes_chunks = False  # whether the family reads Inputs.context, causal, clean and memory
+    # for a network that was distilled from guidance: the scale it is told where Inputs.guidance gives none
+    guidance: float | None = None
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType):
         super().__init__()
@@ -164,6 +166,20 @@ class Denoiser(nn.Module):
         if inputs.embedded:
             raise ValueError(f"this network takes no extra inputs, got {sorted(inputs.embedded)}")
         return timestep
+
+    def tell(self, guidance: float | None) -> None:
+        """Sets the guidance scale that a network distilled from guidance is told; None for any other network."""
+        self.guidance = guidance
+
+    def told_guidance(self, t: Tensor, inputs: Inputs) -> tuple[Tensor | None, Inputs]:
+        """For a network that was distilled from guidance: the scale [B] it is told, and the inputs that are left. A
+        scale that was added to the network as an extra input stays there. (None, inputs) for other networks."""
+        if self.guidance is None:
+            return None, inputs
+        default = torch.full_like(t, self.guidance)
+        if inputs.guidance is None or (self.is_extended and "guidance" in self.time_embedding.tables):  # type: ignore[operator]
+            return default, inputs
+        return inputs.guidance, dataclasses.replace(inputs, guidance=None)
 
     @property
     def weight_dtype(self) -> torch.dtype:

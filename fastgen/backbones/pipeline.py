@@ -296,7 +296,9 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def load_exported(self, folder: Path) -> Denoiser:
         from fastgen.backbones.saving import load_student  # with diffusers
 
-        return load_student(self, folder)
+        student = load_student(self, folder)
+        student.tell(self.guidance_told("student"))
+        return student
 
     def load_start(self, folder: Path) -> Denoiser:
         student = self.load_exported(folder)

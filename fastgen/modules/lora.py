@@ -49,6 +49,7 @@ class SharedBase:
         self.default_targets = tuple(default_targets)
         self.configs: dict[str, LoraConfig] = {}
         self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> how add_inputs extended it
+        self.guidance: dict[str | None, float] = {}  # role -> the scale its network is told, see Denoiser.tell
         self._layers: list[Any] = []  # peft's, which hold the adapters
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
@@ -115,6 +116,7 @@ class SharedBase:
             layer._active_adapter = [] if role is None else [role]
         if len(self._embeddings) > 1:
             self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
+        self.denoiser.tell(self.guidance.get(role))
         self._role = role
 
     def add_inputs(self, role: str, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
@@ -178,6 +180,10 @@ class LoraDenoiser(Denoiser):
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         with self.shared.using(self.role):
             return self.shared.denoiser(x_t, t, cond, inputs, predict=self.prediction_type)
+
+    def tell(self, guidance: float | None) -> None:
+        if guidance is not None:
+            self.shared.guidance[self.role] = guidance
 
     def merged(self) -> Denoiser:
         assert self.role is not None
@@ -246,6 +252,7 @@ class LoraDenoiser(Denoiser):
         average = self.shared.add(AVERAGE, self.shared.configs[self.role])
         if self.role in self.shared.inputs:
             average.add_inputs(*self.shared.inputs[self.role])
+        average.tell(self.shared.guidance.get(self.role))
         return average
 
     @torch.no_grad()
