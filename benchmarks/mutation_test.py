@@ -43,13 +43,14 @@ from benchmarks.rows import append_row, read_rows, sort_rows
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".jsonl")
 STREAMING = ["streaming_terms", "teacher_forcing", "causal_objectives", "streaming", "streaming_order"]
-DMD = ["dmd2", "dmd2_options", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
+DMD = ["dmd2", "dmd2_options", "dmd2_levels", "golden", "phased_dmd", "streaming_terms", "ar1_streaming"]
 ROLLOUT = ["rollout", "shared_rollouts", "streaming", "streaming_training", "streaming_order", "ar1_streaming", "dmd2"]
 TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/ac_dmd.py": ["rtdmd", "golden", "phased_dmd", "streaming_terms"],
     "objectives/adm.py": ["adm", "golden", "streaming_terms", "two_time"],
     "objectives/adp.py": ["adm", "golden", "streaming_terms", "two_time"],
     "objectives/causal.py": STREAMING,
+    "objectives/collected.py": ["rtdmd", "crd"],
     "objectives/consistency.py": ["consistency", "golden", "scm", "causal_objectives", "streaming_terms"],
     "objectives/crd.py": ["crd", "golden", "streaming_terms"],
     "objectives/disback.py": ["dmd2_options", "golden", "streaming_terms"],
@@ -62,6 +63,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/mean_flow.py": ["mean_flow", "golden"],
     "objectives/ode_regression.py": ["ode_regression", "golden", "causal_objectives"],
     "objectives/phased_dmd.py": ["phased_dmd", "golden", "streaming_terms"],
+    "objectives/rcm.py": ["scm", "golden"],
     "objectives/re_dmd.py": ["dmd2_options", "golden", "streaming_terms"],
     "objectives/replay.py": ["gndm", "streaming_terms", "ar1_streaming", "rtdmd", "adm"],
     "objectives/rtdmd.py": ["rtdmd", "golden", "streaming_terms"],
@@ -72,11 +74,12 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "flow/flow_maps.py": ["flow_maps", "golden", "flow_map", "mean_flow", "scm", "consistency"],
     "flow/tangents.py": ["tangents", "flow_maps", "golden", "scm", "mean_flow"],
     "flow/time_pairs.py": ["flow_maps", "mean_flow", "flow_map", "consistency", "golden"],
+    "rollout/data.py": ["dmd2_levels", "golden"],
     "rollout/passes.py": ROLLOUT,
     "rollout/policy.py": [*ROLLOUT, "few_step", "config"],
     "rollout/simulation.py": ROLLOUT,
     "rollout/steps.py": ["rollout", "few_step", "golden", "rtdmd", "streaming_order"],
-    "schedule.py": ["schedule", "signals", "shared_numerics", "golden"],
+    "schedule.py": ["schedule", "signals", "dmd2_levels", "shared_numerics", "golden"],
 }
 EXCHANGED = {"mean": "sum", "sum": "mean", "square": "abs", "abs": "square"}
 LEVELS = {"t": "s", "s": "t"}

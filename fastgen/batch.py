@@ -69,7 +69,7 @@ class Batch:
     group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch.
     frames   for a part of a video (`chunk`), which frames it has; None for whole samples.
     shared   what the inner updates of a turn share, if `Turn.one_rollout` says so: the rollout that the first of them
-             made. None: every rollout is a new one."""
+             made. None: every rollout is a new one. In a turn that collects, what `Objective.collect` left here."""
 
     ids: Tensor
     key: int

@@ -195,7 +195,7 @@ class HealthConfig:
     std_ratio: tuple[float, float] = (0.5, 1.7)  # allowed range of the samples' std divided by the teacher's
     saturation: float = Field(default=0.05, gt=0)  # share of values beyond 3 std of the teacher, minus the teacher's
     diversity_ratio: float = Field(default=0.6, gt=0)  # mean distance between two samples, divided by the teacher's
-    fake_lag: float = Field(default=1.0, gt=0)  # |lag| of the fake score, see signals.score_lag
+    fake_lag: float = Field(default=1.0, gt=0)  # |lag| of the fake score, see signals.lag_terms
     grad_growth: float = Field(default=30.0, gt=1)  # a role's gradient norm, divided by its median so far
     movement: tuple[float, float] = (1e-7, 1.0)  # allowed relative change of weights between two looks
     lead: float = Field(default=1.25, gt=0)  # the student's relative movement, divided by the fake score's

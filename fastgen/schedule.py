@@ -4,6 +4,7 @@ All conversions between what networks predict and what objectives need are in th
 DMD2 does its epsilon -> x0 conversion in double (tianweiy/DMD2 main/sd_guidance.py).
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -181,10 +182,13 @@ class TimeSampler:
     """A distribution of noise levels, given as the map from a uniform draw u in (0, 1) to a level in [low, high].
 
     uniform:       t = u
-    logit_normal:  t = sigmoid(mean + std Phi^-1(u)); the noise-to-signal ratio t / (1 - t) is then lognormal (EDM)
+    logit_normal:  t = sigmoid(mean + std Phi^-1(u) - log sigma_data), so that sigma = sigma_data t / (1 - t) is
+                   lognormal: log sigma ~ N(mean, std^2)    (EDM, arXiv 2206.00364)
     shift:         t' = shift t / (1 + (shift - 1) t), the resolution shift of flow models.
-
-    The level is low + (high - low) t'."""
+    sigma_data:    the standard deviation of the data for which mean and std are stated, where that of the latents is
+                   1. With 0.5 (EDM, sCM, SANA-Sprint), published numbers are written as they are: at equal ratios of
+                   signal to noise, the levels of unit latents are log 2 higher (derived).
+    ends:          stretch: the level is low + (high - low) t';   clamp: it is t', clamped to [low, high]."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"
     low: float = Field(default=0.02, ge=0, lt=1)
@@ -192,15 +196,43 @@ class TimeSampler:
     shift: float = Field(default=1.0, gt=0)
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
+    sigma_data: float = Field(default=1.0, gt=0)
+    ends: Literal["stretch", "clamp"] = "stretch"  # clamp: Self-Forcing's and CausVid's code, with their shift
 
     @model_validator(mode="after")
     def _ordered(self) -> "TimeSampler":
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got low = {self.low} and high = {self.high}")
+        if self.law == "uniform" and self.sigma_data != 1:
+            raise ValueError(
+                f"sigma_data is the unit of mean and std, which are for law: logit_normal, got {self.sigma_data:g}; "
+                "leave it out with law: uniform"
+            )
         return self
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high]."""
-        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
-        t = self.shift * t / (1 + (self.shift - 1) * t)
-        return self.low + (self.high - self.low) * t
+    def __call__(self, u: Tensor, within: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """u: any shape, in (0, 1). Returns t of the same shape and dtype, in [low, high].
+
+        within: two levels, shaped like u, between which t lies: the law is then that of t, given that it does."""
+        if within is not None:
+            u = torch.lerp(self.rank(within[0]), self.rank(within[1]), u)
+        return self.ended(self.shifted(u))
+
+    def shifted(self, u: Tensor) -> Tensor:
+        """t' in (0, 1) of a uniform draw, any shape: the law and the shift, before the ends."""
+        mean = self.mean - math.log(self.sigma_data)
+        t = torch.sigmoid(mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def ended(self, t: Tensor, top: Tensor | float = 1.0) -> Tensor:
+        """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), shaped like t."""
+        if self.ends == "clamp":
+            return (top * t).clamp(self.low, self.high)
+        return self.low + (self.high * top - self.low) * t
+
+    def rank(self, t: Tensor) -> Tensor:
+        """The share of draws below level t: the inverse of __call__ inside [low, high]; any shape."""
+        t = ((t - self.low) / (self.high - self.low) if self.ends == "stretch" else t).clamp(0, 1)
+        t = t / (self.shift - (self.shift - 1) * t)
+        mean = self.mean - math.log(self.sigma_data)
+        return torch.special.ndtr((torch.logit(t) - mean) / self.std) if self.law == "logit_normal" else t

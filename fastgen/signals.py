@@ -1,6 +1,7 @@
 """The building blocks of objectives, as pure functions: guidance, score differences, surrogates, denoising and GAN
 losses, group statistics, transition log-probabilities."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -186,20 +187,24 @@ def effective_share(weight: Tensor) -> Tensor:
     return weight.sum().square() / (len(weight) * weight.square().sum()).clamp_min(1e-12)
 
 
-def score_lag(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+def lag_terms(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> dict[str, Tensor]:
     """How far the fake score is from the student it should describe, as a fraction of the score difference.
 
-        lag = <x0 - fake_x0, d> / <d, d>,   d = fake_x0 - real_x0       (derived, from the identity of SiD, 2404.04057)
+        lag = mean <x0 - fake_x0, d> / mean <d, d>,   d = fake_x0 - real_x0  (derived, from SiD's identity, 2404.04057)
+
+    The two means are terms to log, `fake_error` and `score_gap`: scalars, detached. `RunLog` divides their means over
+    all updates and processes since its last row, and writes the quotient as `fake_lag`. A quotient of one batch would
+    have an expectation that depends on the batch's size, and on how it is divided over processes.
 
     A converged fake score is the conditional mean of x0. Its residual is then orthogonal to every function of x_t, and
     the lag averages 0. Otherwise fake_x0 = mean + e, and the lag averages -<e, d> / <d, d>.
     A negative lag means that part of the gradient is the fake score's own error e (at -0.4, four tenths of the
     gradient's energy, if e is unrelated to the true difference), or that the student has come closer to the teacher
     than the fake score predicts. A positive lag means that the fake score does not show yet how far the student is
-    from the teacher. The lag of one batch is noisy; read the running mean. Returns a detached scalar."""
+    from the teacher."""
     with torch.no_grad():
         d = fake_x0 - real_x0
-        return ((x0 - fake_x0) * d).sum() / d.square().sum().clamp_min(1e-12)
+        return {"fake_error": ((x0 - fake_x0) * d).mean(), "score_gap": d.square().mean()}
 
 
 def group_mean(value: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -223,42 +228,66 @@ def group_moments(value: Tensor, group: Tensor, mask: Tensor | None = None) -> t
     return mean, torch.where(std > 1e-6 * size, std, 0.0)
 
 
+# What centred rewards are divided by: their group's standard deviation, that of all rewards of the update, that of all
+# centred rewards of the update, or 1.
+Spread = Literal["group", "batch", "within_groups", "none"]
+
+
 def advantages(
     reward: Tensor,
     group: Tensor,
     valid: Tensor | None = None,
-    std: Literal["group", "batch", "none"] = "group",
+    std: Spread = "group",
     clip: float = 5.0,
     floor: float = 1e-4,
 ) -> Tensor:
     """Rewards compared within their prompt group: [B] float32, detached, in [-clip, clip].
 
-        A = (r - mean_g r) / (std + floor)                                        (GRPO; Flow-GRPO, arXiv 2505.05470)
+        A = (r - mean_g r) / (s + floor)                                          (GRPO; Flow-GRPO, arXiv 2505.05470)
 
-    std: of the group, or of the whole batch after centring (Flow-GRPO's default, RTDMD, DiffusionNFT), or none.
+    std says what s is, over the valid samples that are given; where it is of a batch, give the samples of the whole
+    update (`objectives.collected`):
+        group           the standard deviation of the sample's group
+        batch           that of all rewards, with the differences between prompts: Flow-GRPO's global std, RTDMD's code
+        within_groups   that of all r - mean_g r (ours). A function of the prompt that is added to r changes nothing
+        none            1 - floor; A is r - mean_g r
     Invalid samples get 0. So do all samples of a group whose valid rewards are all equal or fewer than two."""
     with torch.no_grad():
         valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
         mean, group_std = group_moments(reward, group, valid)
         centred = torch.where(valid & (group_std > 0), reward.double() - mean, 0.0)
-        if std != "none":
-            spread = group_std if std == "group" else centred[valid].square().mean().sqrt()
-            centred = centred / (spread + floor)
-        return centred.clamp(-clip, clip).float()
+        if std == "batch":
+            spread = group_moments(reward, torch.zeros_like(group), valid)[1]
+        else:
+            spread = group_std if std == "group" else rms(centred, valid)
+        return (centred if std == "none" else centred / (spread + floor)).clamp(-clip, clip).float()
+
+
+def rms(value: Tensor, mask: Tensor) -> Tensor:
+    """The root mean square of value [B] over the samples in mask [B] bool; 0 if there are none."""
+    return (torch.where(mask, value, 0.0).square().sum() / mask.sum().clamp_min(1)).sqrt()
 
 
 def gdpo_advantages(
-    parts: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, valid: Tensor, clip: float = 5.0
+    parts: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group: Tensor,
+    valid: Tensor,
+    std: Spread = "batch",
+    clip: float = 5.0,
 ) -> Tensor:
-    """Decoupled advantages of several rewards: each is standardised alone, and their weighted sum again.
+    """Decoupled advantages of several rewards, [B] float32: each is standardised alone, and their weighted sum again.
 
-    A = standardise(sum_k w_k A_k)                                          (GDPO as in RTDMD's code, arXiv 2605.26108)
+        A = T / (rms T + 1e-4),   T = sum_k w_k A_k,   A_k = `advantages` of reward k with this std
+                                                                           (GDPO as in RTDMD's code, arXiv 2605.26108)
 
-    Rewards with equal weights have equal influence."""
-    total = sum(weights[k] * advantages(r, group, valid, std="batch", clip=clip) for k, r in parts.items())
+    With std: batch, the released code's, a reward that differs more between prompts than within them has little
+    influence: it is divided by its whole spread. With within_groups (ours; here the A_k are clipped, too) rewards with
+    equal weights have equal influence. The mean of T is 0, as that of every group is."""
+    inner = clip if std == "within_groups" else math.inf
+    total = sum(weights[k] * advantages(r, group, valid, std, inner) for k, r in parts.items())
     assert isinstance(total, Tensor)
-    spread = total[valid].square().mean().sqrt() if bool(valid.any()) else total.new_ones(())
-    return (total / (spread + 1e-4)).clamp(-clip, clip)
+    return (total / (rms(total, valid) + 1e-4)).clamp(-clip, clip)
 
 
 def group_terms(
@@ -296,11 +325,14 @@ def transition_log_prob(
     return -(error.flatten(1).mean(1) if reduction == "mean" else error.flatten(1).sum(1))
 
 
-def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: float, used: Tensor | None = None) -> Tensor:
     """Scalar PPO loss. log_ratio: [B], log pi / pi_old; advantage: [B]. Samples with advantage 0 do not count.
 
-    mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)              (PPO, arXiv 1707.06347)
-    """
-    ratio, used = log_ratio.exp(), advantage != 0
+        mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)          (PPO, arXiv 1707.06347)
+
+    used: a scalar, the share of samples with an advantage in the whole update, of which these are a part. None: the
+    share of these samples."""
+    ratio, counts = log_ratio.exp(), advantage != 0
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    return torch.where(used, loss, 0.0).sum() / used.sum().clamp_min(1)
+    number = counts.sum().to(ratio) if used is None else used * len(counts)
+    return torch.where(counts, loss, 0.0).sum() / number.clamp_min(1e-12)

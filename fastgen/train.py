@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from fastgen.batch import Batch
 from fastgen.data import DataError, make_batch
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightsError, refill
@@ -298,21 +299,27 @@ def update(
     Sample number position + i belongs to micro-batch i // (batch_size * processes), which is split over the processes
     in order. So the samples of an update, and the noise of each of them, do not depend on how the update is divided.
     shared: what each micro-batch shares with those of the turn's other inner updates (`Batch.shared`), if anything.
+    In a turn that collects, the objective sees all micro-batches before its first loss.
     Raises TrainingError if too many updates in a row were skipped."""
     config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    for micro in range(config.accumulate):
-        first = position + (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
-        positions = torch.arange(first, first + config.batch_size)
-        batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
-        batch = dataclasses.replace(batch, shared=shared[micro] if shared else None)
+    if turn.collects:
+        shared = shared or [{} for _ in range(config.accumulate)]
+    batches: Iterable[Batch] = (micro_batch(run, position, key, i, shared) for i in range(config.accumulate))
+    if turn.collects:
+        batches = list(batches)
+        for batch in batches:
+            with config.autocast(accelerator.device.type), counted(run.networks) as rows:
+                objective.collect(turn, run.networks, batch, run.state)
+            terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
+    for batch in batches:
         with config.autocast(accelerator.device.type), counted(run.networks) as rows:
             losses = objective.loss(turn, run.networks, batch, run.state)
             for loss in [losses] if isinstance(losses, Loss) else losses:
                 (loss.total / config.accumulate).backward()
                 for name, value in loss.terms.items():
                     terms[name] = terms[name] + value.detach().float() / config.accumulate
-        terms["evaluations"] = terms["evaluations"] + sum(rows) / len(positions) / config.accumulate
+        terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
     trained = {role: [p for g in run.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
     if accelerator.num_processes > 1:
         for parameters in trained.values():
@@ -338,6 +345,15 @@ def update(
         return {"skipped": torch.ones((), device=accelerator.device), "evaluations": terms["evaluations"]}, False
     run.watch.skipped_in_a_row = 0
     return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
+
+
+def micro_batch(run: TrainingRun, position: int, key: int, index: int, shared: Sequence[dict[str, object]]) -> Batch:
+    """This process's part of micro-batch number `index` of the update whose samples begin at `position`."""
+    size, objective, accelerator = run.recipe.train.batch_size, run.recipe.objective, run.accelerator
+    first = position + (index * accelerator.num_processes + accelerator.process_index) * size
+    positions = torch.arange(first, first + size)
+    batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
+    return dataclasses.replace(batch, shared=shared[index] if shared else None)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -1,5 +1,6 @@
 """What all tests share: two threads at most, no network, and the smallest batches and recipes."""
 
+import gc
 import os
 
 import torch
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fresh import RunFresh, fresh_processes
 from torch import Tensor
 
 from fastgen.backbones import gaussian_mixture
@@ -26,6 +28,16 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_block
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+
+def pytest_configure() -> None:
+    gc.disable()  # imports make a million objects that stay, and looking for garbage among them takes seconds
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 PROJECT = Path(__file__).resolve().parents[1]
 MIXTURE_RECIPE = PROJECT / "recipes" / "mixture_dmd2_4step.yaml"
 
@@ -33,6 +45,13 @@ MIXTURE_RECIPE = PROJECT / "recipes" / "mixture_dmd2_4step.yaml"
 @pytest.fixture(scope="session")
 def project() -> Path:
     return PROJECT
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFresh]:
+    """Runs a program in a process of its own that has imported torch and nothing else of weight."""
+    with fresh_processes(tmp_path_factory.mktemp("fresh")) as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

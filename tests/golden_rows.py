@@ -81,7 +81,9 @@ def save_golden(name: str, tensors: dict[str, Tensor], repository: str, commit: 
     FOLDER.mkdir(exist_ok=True)
     tensors = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
     source = f"{repository}@{commit[:12]}: {function}"
-    save_file(tensors, FOLDER / f"{name}.safetensors", metadata={"source": source})
+    file = FOLDER / f"{name}.safetensors"
+    save_file(tensors, file, metadata={"source": source})
+    file.chmod(0o644)
 
 
 # --- the network that both sides call

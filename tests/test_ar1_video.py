@@ -3,13 +3,12 @@
 import cmath
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import RunFresh
 from torch import Tensor
 
 from fastgen.backbones import ar1_formulas as f
@@ -441,9 +440,8 @@ def test_impossible_chunks_are_refused(chunks: dict[str, Any], words: str) -> No
         CONFIG.check_chunks(RolloutPolicy((1.0,), chunks=ChunkSchedule(**chunks)))
 
 
-def test_the_analytic_backbone_imports_no_diffusers() -> None:
+def test_the_analytic_backbone_imports_no_diffusers(tmp_path: Path, run_fresh: RunFresh) -> None:
     code = "import sys, fastgen.backbones.ar1_video; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    done = run_fresh(code, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
     assert cmath.isclose(CONFIG.law.rhos[0], cmath.rect(0.9, 0.5))

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastgen import signals
 from fastgen.batch import Batch
+from fastgen.denoiser import Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import Consistency, Objective, ODERegression
 from fastgen.objectives.ode_regression import student_levels
 from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import FlowSchedule
 from fastgen.streaming.schedule import ChunkSchedule
 
 OBJECTIVES = {
@@ -84,6 +86,18 @@ def test_a_later_chunk_moves_no_earlier_loss(objective: str, form: str, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
+def test_a_noisy_past_is_that_of_the_noisy_video() -> None:
+    """The prediction of `past: noisy` is that of one causal call on x_t, and not that of a clean past."""
+    sampler, data = policy(ChunkSchedule(frames=2)), videos(8)
+    found = {past: loss_of(ODERegression(past=past), sampler, data)[0] for past in ("clean", "noisy")}  # type: ignore
+    noise, x0 = data.pairs  # type: ignore[misc]
+    t = student_levels(sampler, data, noise)
+    with torch.no_grad():
+        prediction = wan()(FlowSchedule().add_noise(x0, noise, t), t, data.cond, Inputs(causal=sampler.chunks))
+    assert float(found["noisy"]) == pytest.approx(0.5 * float((prediction - x0).square().mean()), rel=1e-6)
+    assert abs(float(found["clean"] - found["noisy"])) > 1e-4 * float(found["noisy"])
+
+
 def test_every_chunk_draws_a_level_of_its_own_list() -> None:
     """Equal for the frames of a chunk, different between chunks, and the first chunk has its own list."""
     sampler = policy(ChunkSchedule(frames=2, first=1, first_timesteps=(1.0, 0.8, 0.3)))
@@ -103,7 +117,9 @@ def test_every_chunk_draws_a_level_of_its_own_list() -> None:
     ("objective", "chunks", "words"),
     [
         (ODERegression(states="path"), True, "states: line"),
-        (ODERegression(form="chunks"), False, "leave it out"),
+        (ODERegression(form="chunks"), False, "leave them out"),
+        (ODERegression(past="noisy"), False, "leave them out"),
+        (ODERegression(past="noisy", form="chunks"), True, "leave form out"),
         (Consistency(grid={"count": 8}), True, "teach: data"),  # type: ignore[arg-type]
         (Consistency(teach="data", grid={"count": 8}, phases=(2,)), True, "phases"),  # type: ignore[arg-type]
         (Consistency(teach="data", grid={"count": 8}, form="chunks"), False, "leave it out"),  # type: ignore[arg-type]

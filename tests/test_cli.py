@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import RunFresh
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -137,7 +138,7 @@ COMMANDS = {  # what answers: the arguments before the recipe, and the program t
     ("command", "recipe"),
     [("fastgen train", "mixture_dmd2_4step"), *((command, "sdxl_dmd2_4step") for command in COMMANDS)],
 )
-def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Path) -> None:
+def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Path, run_fresh: RunFresh) -> None:
     """A mistake in a recipe is answered before the libraries that take seconds to import, by every command."""
     before, program = COMMANDS[command]
     arguments = [*before, str(ROOT / "recipes" / f"{recipe}.yaml"), "train.steps=-1", "foo=1"]
@@ -146,12 +147,12 @@ def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Pa
         f"try:\n    {program}\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
         f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    done = run_fresh(program, tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert "unknown key foo" in done.stderr and "train.steps" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_wrong_argument_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_argument_is_refused_before_anything_heavy_is_imported(tmp_path: Path, run_fresh: RunFresh) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("the only copy")
     teacher = str(ROOT / "assets/teachers/digits")
@@ -173,16 +174,20 @@ def test_a_wrong_argument_is_refused_before_anything_heavy_is_imported(tmp_path:
         "    try:\n        main()\n    except SystemExit as error:\n        assert error.code == 2, arguments\n"
         f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    done = run_fresh(program, tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert done.stderr.count("refused: ") == len(wrong) and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full/thesis.txt").read_text() == "the only copy"
 
 
-def test_the_training_programs_help_goes_to_standard_output() -> None:
-    program = [sys.executable, ROOT / "fastgen/train.py"]
-    asked = subprocess.run([*program, "--help"], capture_output=True, text=True)
+def test_the_training_programs_help_goes_to_standard_output(tmp_path: Path, run_fresh: RunFresh) -> None:
+    path = str(ROOT / "fastgen/train.py")
+
+    def program(*arguments: str) -> str:
+        return f"import runpy, sys\nsys.argv = {[path, *arguments]}\nrunpy.run_path({path!r}, run_name='__main__')"
+
+    asked = run_fresh(program("--help"), tmp_path)
     assert (asked.returncode, asked.stderr) == (0, "") and asked.stdout.startswith("usage: train.py RECIPE.yaml")
-    missing = subprocess.run(program, capture_output=True, text=True)
+    missing = run_fresh(program(), tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "") and missing.stderr == asked.stdout

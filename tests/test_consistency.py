@@ -32,7 +32,7 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.evaluation.evaluate import evaluate
-from fastgen.flow.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges
+from fastgen.flow.time_pairs import GridPairs, ShrinkingPairs, drawn_scale, phase_edges, ratio_gap
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import Consistency
@@ -229,18 +229,48 @@ def test_grids_go_from_zero_to_one_and_pairs_are_neighbours() -> None:
         assert torch.equal(levels[place], t) and torch.equal(levels[place - 1], s)
         share = torch.bincount(place, minlength=len(levels))[1:] / 4000
         assert float((share - 1 / (len(levels) - 1)).abs().max()) < 0.03
-    assert float(GridPairs(count=18, spacing="karras").levels(0)[9]) == pytest.approx(0.715, abs=0.01)
+    assert float(GridPairs(count=18, spacing="karras", sigma_data=1.0).levels(0)[9]) == pytest.approx(0.715, abs=0.01)
     assert float(GridPairs(count=10, shift=3.0).levels(0)[5]) == pytest.approx(0.75)
+
+
+def test_only_the_ends_of_the_karras_grid_are_moved() -> None:
+    """CM's 40 levels: sigma_1 = 0.0037, sigma_38 = 69, for data of std 0.5; and what the two ends stand for."""
+    grid = GridPairs(count=39, spacing="karras")
+    levels = grid.levels(0)
+    sigma = 0.5 * levels / (1 - levels)
+    assert float(sigma[1]) == pytest.approx(0.0037, abs=1e-4) and float(sigma[38]) == pytest.approx(69.0, abs=0.5)
+    assert grid.end_ratios(0) == (0.004, 160.0)
+    assert GridPairs(count=4).end_ratios(0) == (0.0, pytest.approx(7.0))  # 0.875 / 0.125
+
+
+def test_the_published_weight_is_a_gap_of_sigma() -> None:
+    """iCT, ECT: 1 / (sigma_t - sigma_s); the share of the weight at sigma > 10 is small."""
+    batch, t = gaussian_batch(20000), torch.tensor([0.5, 1.0, 0.5], dtype=F64)
+    s = torch.tensor([0.0, 0.75, 0.25], dtype=F64)
+    assert ratio_gap(t, s, (0.1, 9.0)).tolist() == pytest.approx([0.9, 6.0, 2 / 3])
+    for pairs in (
+        {"shrinking": ShrinkingPairs(period=10)},
+        {"grid": GridPairs(count=40, spacing="karras", time=ShrinkingPairs(period=1).time)},
+    ):
+        shares = []
+        for weight in ("gap", "level_gap"):
+            objective = Consistency(teach="data", weight=weight, **pairs)  # type: ignore[arg-type]
+            t, s = objective.levels(batch, RENOISE, 0)
+            w = objective.pair_weight(t, s, 0)
+            assert bool((w > 0).all()) and bool(w.isfinite().all())
+            shares.append(float(w[0.5 * t / (1 - t) > 10].sum() / w.sum()))
+        print(shares)
+        assert shares[0] < 2e-3 and shares[1] > 0.05
 
 
 def test_icts_intervals_are_those_a_lognormal_draw_falls_in() -> None:
     from fastgen.schedule import TimeSampler
 
-    law = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0)
+    law = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0, sigma_data=0.5)
     grid = GridPairs(count=10, spacing="karras", time=law)
     t, _ = grid(gaussian_batch(20000), 0)
     levels = grid.levels(0)
-    ratio = (levels / (1 - levels)).log()
+    ratio = (0.5 * levels / (1 - levels)).log()
     cdf = torch.special.ndtr((ratio + 1.1) / 2.0)
     share = torch.bincount(torch.searchsorted(levels, t), minlength=11)[1:] / 20000
     print((share - cdf.diff()).abs().max())
@@ -275,9 +305,17 @@ def test_weights_and_distances() -> None:
     assert float(pseudo_huber(error, 0.1, torch.tensor([1.0, 2.0], dtype=F64))) == pytest.approx(wanted)
     student, batch = consistency_map(), gaussian_batch(64)
     plain = Consistency(grid=FOUR, distance="square")
-    weighed = dataclasses.replace(plain, weight="gap")
+    weighed = dataclasses.replace(plain, weight="level_gap")
     losses = [one_loss(o, exact_networks(student, RENOISE), batch) for o in (plain, weighed)]
     assert float(losses[1] / losses[0]) == pytest.approx(4.0)
+    size = error.abs()
+    found = pseudo_huber(error, 0.1, torch.tensor([1.0, 2.0], dtype=F64), elementwise=True)
+    wanted = ((size[0] ** 2 + 0.01).sqrt() - 0.1).mean() / 2 + ((size[1] ** 2 + 0.01).sqrt() - 0.1).mean()
+    assert float(found) == pytest.approx(float(wanted))
+    mean = Consistency(grid=FOUR, distance="elementwise_huber", huber=0.0)
+    points = mean.endpoints(mean.turns(0, {})[-1], exact_networks(student, RENOISE), batch, {})  # type: ignore[arg-type]
+    wanted = (points.student - points.target).abs().mean()
+    assert torch.allclose(one_loss(mean, exact_networks(student, RENOISE), batch), wanted)
 
 
 # --- networks
@@ -325,6 +363,7 @@ def test_each_turn_moves_its_own_networks(options: dict[str, Any], told: float |
     for turn in objective.turns(0, state):
         loss = objective.loss(turn, networks, gaussian_batch(), state)
         loss.total.backward()  # type: ignore[union-attr]
+        assert not any(term.requires_grad for term in loss.terms.values())  # type: ignore[union-attr]
         for role, module in networks.items():
             got = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
             missing = {n for n, _ in module.named_parameters()} - got
@@ -474,6 +513,7 @@ def test_exports_hold_what_a_stock_scheduler_does() -> None:
         {"grid": GridPairs(count=18, spacing="karras")},
         {"shrinking": ShrinkingPairs(period=5)},
         {"grid": FOUR, "solver": "heun"},
+        {"grid": FOUR, "weight": "gap"},
     ):
         with pytest.raises(ValueError, match="on backbone sd the grid is uniform"):
             Consistency(**options).check_recipe(sd)

@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,12 +44,12 @@ def launch(processes: int, *arguments: str, program: str = "fastgen/train.py") -
     return subprocess.run([*command, program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def run(folder: Path, processes: int, *overrides: str) -> Path:
+def run(folder: Path, processes: int, *overrides: str, recipe: str = DIGITS, small: Sequence[str] = SMALL) -> Path:
     """A digits run of `processes` processes and 4 samples an update in all."""
-    arguments = [*SMALL, f"train.batch_size={4 // processes}", f"output_dir={folder}", *overrides]
+    arguments = [*small, f"train.batch_size={4 // processes}", f"output_dir={folder}", *overrides]
     if processes == 1:
-        return train(load_recipe(ROOT / DIGITS, arguments))
-    result = launch(processes, DIGITS, *arguments)
+        return train(load_recipe(ROOT / recipe, arguments))
+    result = launch(processes, recipe, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -105,6 +105,26 @@ def test_twenty_updates_of_two_processes_are_those_of_one(tmp_path: Path, strate
     assert error < 1e-5
 
 
+POINTS = [  # as SMALL, on points, with GDPO's advantages
+    *("train.dtype=float64", "train.steps=4", "train.sample_every=0", "train.eval_every=0", "health.num_samples=4"),
+    *("backbone.fit_steps=20", "train.checkpoint_every=4", "eval.quick_num_samples=20", "eval.teacher_steps=[2]"),
+    *("objective.normalise_advantages=true", "objective.log_prob=mean_square", "objective.fake_updates=1"),
+    *("objective.group_size=4", "eval.metrics=[throughput]"),
+]
+
+
+@pytest.mark.slow
+def test_advantages_are_of_all_processes_and_micro_batches(tmp_path: Path) -> None:
+    """16 samples at once, and two micro-batches of 4 on each of two processes. Fails if their rewards are not
+    gathered: four samples by themselves have another standard deviation."""
+    recipe = "recipes/mixture1d_rtdmd_tilt.yaml"
+    one = run(tmp_path / "one", 1, "train.batch_size=16", recipe=recipe, small=POINTS)
+    two = run(tmp_path / "two", 2, "train.batch_size=4", "train.accumulate=2", recipe=recipe, small=POINTS)
+    error = difference(one, two)
+    print(f"largest difference {error:.2g}")
+    assert error < 1e-9
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(tmp_path: Path) -> None:
     steady = ["optimizers.student.decay=constant", "optimizers.fake_score.decay=constant"]
@@ -141,10 +161,11 @@ def test_every_process_holds_its_part_and_no_more(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_size_is_refused(
-    one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixture_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(one_process, tmp_path / "run")
-    arguments = [str(ROOT / DIGITS), *SMALL, *GAN, f"output_dir={folder}", "train.steps=4"]
+    arguments = [str(mixture_recipe), *SMALL, "backbone.fit_steps=2", f"output_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "train.batch_size=4"]) == 0
+    arguments.append("train.steps=4")
     assert main([*arguments, "train.batch_size=2"]) == 2
     assert "was started with 4 samples per update" in capsys.readouterr().err
     assert main([*arguments, "train.batch_size=2", "train.accumulate=2"]) == 0

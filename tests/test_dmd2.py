@@ -110,9 +110,9 @@ def test_an_affine_student_converges_to_the_guided_gaussian(w: float, target: fl
     rare huge gradients slow Adam down by an order of magnitude."""
     student, objective = AffineStudent(-1.0, 0.4), DMD2(guidance_scale=w, normaliser_floor=0.1)
     networks = affine_networks(student, guided_pair(0.7, -0.1))
-    optimizer = torch.optim.Adam(student.parameters(), 0.02)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=600)
-    for step in range(600):
+    optimizer = torch.optim.Adam(student.parameters(), 0.04)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=300)
+    for step in range(300):
         batch = point_batch(torch.arange(512) + 512 * step, key=step, dim=1, uncond=2)
         optimizer.zero_grad()
         objective.student_loss(networks, batch).total.backward()

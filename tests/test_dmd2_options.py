@@ -260,7 +260,7 @@ def test_the_ratios_means_are_kept_by_level_and_folded_once() -> None:
     assert torch.allclose(first, both, atol=1e-7) and torch.allclose(whole["seen"], halves["seen"])
     assert torch.equal(whole["ratio"], objective.init_state()["ratio"].double()), "the means moved before finish"
 
-    x_t, t = objective.renoised(networks, batch, rollout.x)
+    x_t, t = objective.renoised(networks, batch, rollout)
     ratio = signals.density_ratio(objective.discriminator_logits(networks, batch, x_t, t, rollout.stop)).double()
     level = ((t - 0.02) / 0.96 * 4).long()
     objective.finish(FAKE, networks, whole)

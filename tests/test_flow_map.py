@@ -18,6 +18,7 @@ from oracles import (
     Recorder,
     S,
     exact_networks,
+    gaussian,
     gaussian_batch,
     mixed_teacher,
     one_loss,
@@ -161,6 +162,36 @@ def test_balance_gives_the_correction_the_size_of_the_residual() -> None:
     assert sizes[1] == pytest.approx(3 * sizes[0])
 
 
+@pytest.mark.parametrize("dim", [2, 50])
+def test_the_correction_is_a_sum_over_elements_as_the_map_is(dim: int) -> None:
+    """The gradient of a sample is g / B, whatever the number of its elements."""
+    batch = dataclasses.replace(gaussian_batch(count=16), latent_shape=(dim,))
+    x = batch.normal("x").requires_grad_()
+
+    class Given(FlowMap):
+        def rollout(self, *unused: Any) -> Tensor:
+            return x
+
+    networks = Networks({"teacher": gaussian((0.3,) * dim, (S,) * dim)}, FOUR_JUMPS)
+    networks.modules["fake_score"] = gaussian((M,) * dim, (S,) * dim)
+    value, size = Given().matching_loss(networks, batch, OnPolicy(), torch.ones(()))
+    value.backward()
+    assert x.grad is not None
+    assert float(len(x) * x.grad.abs().mean()) == pytest.approx(float(size))
+
+
+def test_one_level_on_the_diagonal_has_the_law_of_one_draw() -> None:
+    """A single draw is uniform, with mean 1/2; the larger of two has mean 2/3. Off the diagonal nothing changes."""
+    batch = gaussian_batch(count=4000)
+    single, larger = (TimePairs(diagonal=0.5, diagonal_level=level) for level in ("single", "larger"))  # type: ignore
+    (t, s), (other_t, other_s) = single(batch), larger(batch)
+    on_diagonal = other_t == other_s
+    assert torch.equal(s == t, on_diagonal)
+    assert float(t[on_diagonal].mean()) == pytest.approx(1 / 2, abs=0.02)
+    assert float(other_t[on_diagonal].mean()) == pytest.approx(2 / 3, abs=0.02)
+    assert torch.equal(t[~on_diagonal], other_t[~on_diagonal]) and torch.equal(s[~on_diagonal], other_s[~on_diagonal])
+
+
 def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_jumps() -> None:
     lengths = set()
     for key in range(20):
@@ -175,7 +206,7 @@ def test_the_rollout_of_the_exact_map_gives_exact_samples_with_gradient_in_all_j
 
 
 def test_each_turn_moves_its_own_networks() -> None:
-    objective = FlowMap(on_policy=OnPolicy(steps=(2, 4)), pairs=PAIRS)
+    objective = FlowMap(on_policy=OnPolicy(steps=(2, 4), fake_updates=5), pairs=PAIRS)
     assert objective.trained_roles == ("student", "fake_score")
     networks = tiny_networks(objective, FOUR_JUMPS, backbone=tiny_backbone(GAUSSIAN))
     with torch.no_grad():

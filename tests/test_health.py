@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastgen import signals
 from fastgen import train as program
 from fastgen.config import load_recipe
 from fastgen.objectives import DMD2, Loss
@@ -17,6 +18,7 @@ from fastgen.recipe import HealthConfig
 from fastgen.run import checkpoint
 from fastgen.run.build import TrainingError
 from fastgen.run.health import Watch, statistics
+from fastgen.run.log import RunLog
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +84,27 @@ def test_healthy_samples_are_quiet() -> None:
     assert any("forgets" in w for w in watched(normal(), moved=3.0))
 
 
+def test_the_lag_of_a_row_does_not_depend_on_how_its_samples_are_divided(tmp_path: Path) -> None:
+    """The same 64 samples in one update, or two a process in 16 updates of two processes, give one lag. The mean of
+    quotients, one a batch, does not: some samples hardly tell the scores apart."""
+    generator = torch.Generator().manual_seed(0)
+    x0, fake, real = (torch.randn(64, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    real = fake + torch.logspace(-2, 0.5, 64, dtype=torch.float64)[:, None] * (real - fake)
+    whole, divided = RunLog(tmp_path, 0, enabled=False), RunLog(tmp_path, 0, enabled=False)
+    whole.add("student", signals.lag_terms(x0, fake, real))
+    quotients = []
+    for rows in torch.arange(64).split(4):
+        halves = [signals.lag_terms(*(value[part] for value in (x0, fake, real))) for part in rows.split(2)]
+        divided.add("student", {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]})
+        quotients += [half["fake_error"] / half["score_gap"] for half in halves]
+    lags = [log.means()["student/fake_lag"] for log in (whole, divided)]
+    print(f"lag {lags[0]:.4f} and {lags[1]:.4f}, mean of quotients {torch.stack(quotients).mean():.2f}")
+    assert lags[1] == pytest.approx(lags[0], rel=1e-6)
+    assert abs(torch.stack(quotients).mean() - lags[0]) > 1
+    d = fake - real
+    assert lags[0] == pytest.approx((((x0 - fake) * d).sum() / d.square().sum()).item(), rel=1e-6)
+
+
 def test_gradients_that_grow_are_said_after_some_looks() -> None:
     watch = Watch(HealthConfig())
     watch.memory.reference = TEACHER
@@ -91,13 +114,16 @@ def test_gradients_that_grow_are_said_after_some_looks() -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory, fit_once: None) -> Path:
-    return train(load_recipe(RING, [*SHORT, f"output_dir={tmp_path_factory.mktemp('healthy') / 'run'}"]))
+    """80 updates with four looks, two of them after the grace."""
+    looks = ["train.steps=80", "train.checkpoint_every=40", "health.every=20", "health.grace=40"]
+    folder = tmp_path_factory.mktemp("healthy") / "run"
+    return train(load_recipe(RING, [*SHORT, *looks, "backbone.fit_batch_size=128", f"output_dir={folder}"]))
 
 
 def test_a_healthy_run_is_quiet(healthy: Path) -> None:
     assert warnings_of(healthy) == ""
     looks = [row for row in map(json.loads, (healthy / "log.jsonl").open()) if "health/std" in row]
-    assert [row["step"] for row in looks] == [50, 100, 150, 200]
+    assert [row["step"] for row in looks] == [20, 40, 60, 80]
 
 
 def planted(folder: Path, *overrides: str) -> str:

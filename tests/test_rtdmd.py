@@ -34,6 +34,7 @@ from fastgen.networks import Networks
 from fastgen.objectives import RTDMD, Loss, Turn
 from fastgen.objectives import rtdmd as rtdmd_module
 from fastgen.objectives.ac_dmd import inverse_tilt, martingale_product, renoise_level
+from fastgen.registry import validated
 from fastgen.rewards import Composite, Reward, Scorer
 from fastgen.rewards.function import FunctionReward
 from fastgen.rewards.linear import Linear
@@ -497,7 +498,7 @@ def test_a_group_that_shares_everything_has_no_advantage() -> None:
         own = dataclasses.replace(batch, ids=torch.arange(12)) if shared != {0, 1, 2} else batch
         with torch.no_grad():
             rollout = trajectory(student, FOUR_STEP, own, shared)
-        advantage = objective.advantage(networks, batch, networks.rewards(rollout.x, batch))
+        advantage, _ = objective.advantage(networks, batch, networks.rewards(rollout.x, batch))
         loss = objective.policy_step_loss(networks, own, rollout.steps[1], rollout.steps[2].t, advantage)
         gradient = torch.autograd.grad(loss.total, student.a)[0].abs().sum().item()
         found.append((advantage.abs().max().item(), loss.total.abs().item(), gradient))
@@ -588,7 +589,7 @@ def test_advantages_follow_the_composite() -> None:
 
     def advantage(objective: RTDMD, *parts: Reward, **options: Any) -> Tensor:
         networks = matching_networks(student, student, FOUR_STEP, *parts, **options)
-        return objective.advantage(networks, batch, networks.rewards(x, batch))
+        return objective.advantage(networks, batch, networks.rewards(x, batch))[0]
 
     expected = signals.gdpo_advantages(raw, {"line": 1.0, "wide": 2.0}, group, valid)
     assert torch.allclose(advantage(objective, line, wide), expected, atol=1e-5)
@@ -601,6 +602,41 @@ def test_advantages_follow_the_composite() -> None:
     assert advantage(dataclasses.replace(objective, advantage_clip=0.5), line).abs().max() == 0.5
 
 
+@pytest.mark.parametrize("std", ["batch", "within_groups"])
+def test_an_update_of_two_micro_batches_is_that_of_one(std: Any) -> None:
+    """The gradient of the whole update, 24 samples at once and in halves: advantages are of the update, and so is the
+    number of samples that have one. The rewards of the prompts differ in mean and spread, so that the advantages of a
+    half by itself are others, and the halves do not have equally many."""
+
+    def uneven(x: Tensor, _: Sequence[str]) -> Tensor:
+        prompt = torch.where(x[:, :1] < -0.5, 3.0, 0.0)[:, 0]
+        return torch.where(x[:, 0] > 0.6, torch.nan, x[:, 0] + prompt)  # no reward, and no advantage
+
+    student = AffineStudent(*FOUR_AFFINE, FOUR_STEP)
+    networks = matching_networks(student, gaussian(), FOUR_STEP, points_reward(uneven), Linear((-0.3,), weight=2.0))
+    objective = RTDMD(stage=2, group_size=4, guidance_scale=1.0, std=std, dm_weight=1.0, reward_weight=0.0)
+    _, turn = objective.turns(0, {})
+    assert turn.collects and not any(t.collects for t in RTDMD().turns(0, {}))
+
+    def gradient(*batches: Batch) -> Tensor:
+        state = objective.init_state()
+        batches = tuple(dataclasses.replace(batch, shared={}) for batch in batches)
+        for batch in batches:
+            objective.collect(turn, networks, batch, state)
+        losses = [total(objective.loss(turn, networks, batch, state)) for batch in batches]
+        objective.finish(turn, networks, state)
+        assert not state
+        return torch.cat(torch.autograd.grad(torch.stack(losses).mean(), list(student.parameters())))
+
+    whole, halves = grouped_batch(24, 4), [grouped_batch(12, 4, first=first) for first in (0, 12)]
+    once, twice = gradient(whole), gradient(*halves)
+    alone = torch.stack([total(objective.loss(turn, networks, half, {})) for half in halves]).mean()
+    apart = torch.cat(torch.autograd.grad(alone, list(student.parameters())))
+    error, away = ((g - once).norm() / once.norm() for g in (twice, apart))
+    print(f"{std}: halves differ by {error:.1e}, halves by themselves by {away:.2f}")
+    assert error < 1e-6 and away > 1e-3
+
+
 def test_samples_without_a_reward_are_left_out() -> None:
     """NaN for some: they get no advantage and no reward gradient, and the others' mean is over those alone."""
     student, batch = AffineStudent((0.0,), (1.0,), ONE_STEP), grouped_batch(40, size=4)
@@ -608,7 +644,8 @@ def test_samples_without_a_reward_are_left_out() -> None:
     networks = matching_networks(student, gaussian(), ONE_STEP, part)
     x = batch.normal("initial")
     score = networks.rewards(x, batch)
-    advantage = dataclasses.replace(rewarded(), group_size=4).advantage(networks, batch, score)
+    advantage, used = dataclasses.replace(rewarded(), group_size=4).advantage(networks, batch, score)
+    assert used == (advantage != 0).double().mean()
     assert (
         bool((advantage[~score.valid] == 0).all()) and 0 < score.valid.sum() < 40 and bool(advantage.isfinite().all())
     )
@@ -659,7 +696,14 @@ def test_turns_roles_and_uses() -> None:
     uses = {name: RTDMD(**options).reward_use for name, options in SETTINGS.items()}
     assert list(uses.values()) == ["none", "score", "gradient", "gradient", "score"]
     assert [RTDMD(**o).rewards_required for o in SETTINGS.values()] == [False, True, True, True, True]
-    assert RTDMD().group_size == 1 and RTDMD(stage=2).group_size == 16
+    first, second = RTDMD(), RTDMD(stage=2)
+    assert (first.fake_updates, first.stops, first.group_size) == (10, "shared", 1)
+    assert (second.fake_updates, second.stops, second.group_size) == (1, "last", 16)
+    given = RTDMD(stage=2, fake_updates=3, stops="shared")
+    assert (given.fake_updates, given.stops) == (3, "shared") and dataclasses.replace(
+        given, group_size=4
+    ).stops == "shared"
+    assert validated(RTDMD, {"stage": 2, "group_size": 8}, "objective.") == RTDMD(stage=2, group_size=8)
     for objective in (RTDMD(), RTDMD(stage=2, fake_updates=1)):
         assert objective.trained_roles == ("student", "fake_score") and objective.needs == frozenset()
         first, second = objective.turns(3, {})

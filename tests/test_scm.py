@@ -12,6 +12,7 @@ from oracles import (
     RENOISE,
     GaussianMap,
     M,
+    Recorder,
     S,
     consistency_map,
     consistency_networks,
@@ -31,23 +32,24 @@ from fastgen.config import build_recipe, load_recipe
 from fastgen.denoiser import NO_INPUTS
 from fastgen.evaluation.evaluate import evaluate
 from fastgen.flow import flow_maps
-from fastgen.flow.flow_maps import euler_path, heun_step, trig_tangent
+from fastgen.flow.flow_maps import edm_heun_step, euler_path, heun_step, trig_tangent
 from fastgen.modules.heads import LevelWeight
 from fastgen.networks import Networks
-from fastgen.objectives import DMD2, SCM
+from fastgen.objectives import SCM
 from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.rcm import Matching
 from fastgen.objectives.scm import States, TrustTurn
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import load_sampler
-from fastgen.schedule import expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
+from fastgen.schedule import TimeSampler, expand, flow_to_trig, flow_to_trig_velocity, trig_angle, trig_to_flow
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/mixture_scm_4step.yaml")
 F64 = torch.float64
 WARM = TrustTurn("student", ("student",), trust=1.0)
-PLAIN = SCM(warmup=0, learned_weight=False)
+PLAIN = SCM(warmup=0, learned_weight=False, tangent_norm="rms", normaliser=0.1)
 
 
 # --- the exact function
@@ -141,7 +143,7 @@ def test_the_exact_function_has_no_loss(source: Any, sigma_data: float) -> None:
 
 def test_from_data_the_mean_gradient_vanishes_at_the_exact_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the tangent's normalisation, which weighs by the noise (4 standard errors of 60 batches)."""
-    monkeypatch.setattr(flow_maps, "trig_tangent", lambda *args: scaled(trig_tangent(*args)))
+    monkeypatch.setattr(flow_maps, "trig_tangent", lambda *args, **kwargs: scaled(trig_tangent(*args, **kwargs)))
 
     def scaled(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return pair[0], 1e-6 * pair[1]  # far below c: the normalisation is the factor 1 / c
@@ -182,6 +184,48 @@ def test_the_derivative_is_trusted_by_degrees() -> None:
     cold = TrustTurn("student", ("student",), trust=0.0)
     networks, batch = consistency_networks(), gaussian_batch()
     assert float(one_loss(PLAIN, networks, batch, WARM)) < 1e-15 < float(one_loss(PLAIN, networks, batch, cold))
+
+
+def test_rcms_warm_up_keeps_the_whole_derivative() -> None:
+    """At r = 1 it is sCM's; at r = 0 the pull is cos a, not cos^2 a, and dF/da is there; between, x is scaled by r."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double().requires_grad_(False)
+    x, angle = points()
+    v = torch.randn(64, 2, dtype=F64)
+    cos, sin = (expand(f(angle), x) for f in (torch.cos, torch.sin))
+
+    def g(warmup: float, whole: bool) -> Tensor:
+        rate = lambda x, a: net(torch.cat([x, a[:, None]], 1))  # noqa: E731
+        return trig_tangent(rate, x, angle, v, warmup, whole_derivative=whole)[1]
+
+    assert torch.allclose(g(1.0, True), g(1.0, False))
+    pull = net(torch.cat([x, angle[:, None]], 1)) - v
+    derivative = -cos * sin * x - g(1.0, False) - cos**2 * pull
+    wanted = -cos * (1 - (0.3 * sin) ** 2).sqrt() * pull - 0.3 * cos * sin * x - derivative
+    assert torch.allclose(g(0.3, True), wanted)
+    networks, batch = consistency_networks(0.3), gaussian_batch()
+    half = TrustTurn("student", ("student",), trust=0.5)
+    forms = [dataclasses.replace(PLAIN, warmup_form=form) for form in ("scm", "rcm")]
+    losses = [float(one_loss(form, networks, batch, half).detach()) for form in forms]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_the_tangent_has_norm_one_and_squares_are_summed_on_request() -> None:
+    """l2: |g| / (|g| + c), whatever the number of elements; rms: a root mean square. sum: D times the mean."""
+    networks, batch = consistency_networks(0.3), gaussian_batch()
+    states = PLAIN.noised(networks, batch)
+
+    def loss(**options: Any) -> Tensor:
+        return dataclasses.replace(PLAIN, **options).consistency_loss(networks, states, 1.0)[0].detach()
+
+    angle = trig_angle(states.t)
+    x = flow_to_trig(states.x, angle)
+    rate = PLAIN.trig_velocity(networks.student, states.cond, NO_INPUTS)
+    _, g = trig_tangent(rate, x, angle, flow_to_trig_velocity(states.velocity, x, angle))
+    for name, size in (("l2", g.norm(dim=1)), ("rms", g.square().mean(1).sqrt())):
+        wanted = (g / (size + 0.1)[:, None]).square().mean()
+        assert torch.allclose(loss(tangent_norm=name), wanted)
+        assert torch.allclose(loss(tangent_norm=name, reduction="sum"), 2 * wanted)
 
 
 def test_without_trust_the_student_is_a_denoiser_of_the_teachers_velocity() -> None:
@@ -235,9 +279,9 @@ def test_the_differences_backend_is_close_to_the_derivative() -> None:
 
 
 def test_levels_have_the_papers_law() -> None:
-    """sigma_d tan a is lognormal(-1, 1.4)."""
+    """sigma_d tan a is lognormal(-1, 1.4) at the authors' sigma_d = 0.5; the angle is that of latents of std 1."""
     t = SCM().time(gaussian_batch(20000).uniform("time"))
-    ratio = torch.tan(trig_angle(t, 0.5)).mul(0.5).log()
+    ratio = torch.tan(trig_angle(t, 1.0)).mul(0.5).log()
     assert float(ratio.mean()) == pytest.approx(-1, abs=0.03) and float(ratio.std()) == pytest.approx(1.4, abs=0.03)
 
 
@@ -270,12 +314,23 @@ def test_a_trajectory_is_the_teachers_with_a_level_in_each_interval() -> None:
 
 
 def test_solver_steps() -> None:
-    """Euler and Heun on dx/dt = x: first and second order."""
+    """Euler and Heun on dx/dt = x: first and second order. Heun in sigma on a Gaussian: second order, and Euler's step
+    from t = 1."""
     x, t = torch.ones(1, 1, dtype=F64), torch.ones(1, dtype=F64)
     exact = math.exp(-0.1)
     (path,) = euler_path(lambda x, t: x, x, [t - 0.1])
     heun = heun_step(lambda x, t: x, x, t, t - 0.1)
     assert float(path[0]) == pytest.approx(0.9) and float(heun) == pytest.approx(exact, abs=2e-4)
+    velocity: Any = lambda x, t: GaussianMap()(x, t, Conditioning({}), predict="flow_prediction")  # noqa: E731
+    x, start, errors = torch.full((1, 2), 1.4, dtype=F64), torch.tensor([0.9], dtype=F64), []
+    for end in (0.8, 0.85):
+        stop = torch.tensor([end], dtype=F64)
+        exact_end = (1 - end) * M + (x - 0.1 * M) * spread(stop) / spread(start)
+        errors.append(float((edm_heun_step(velocity, x, start, stop) - exact_end).abs().max()))
+    print(errors)
+    assert errors[0] < 5e-3 and errors[1] < errors[0] / 6
+    one, low = torch.ones(1, dtype=F64), torch.full((1,), 0.6, dtype=F64)
+    assert torch.equal(edm_heun_step(velocity, x, one, low), euler_path(velocity, x, [low])[0][0])
 
 
 @pytest.mark.parametrize("source", ["data", "trajectory"])
@@ -301,7 +356,7 @@ def test_guidance_is_drawn_by_sample_and_told(source: Any) -> None:
 
 
 GAN = dataclasses.replace(PLAIN, gan=Ladd(weight=0.5))
-RCM = SCM(warmup=2, learned_weight=False, matching=DMD2(fake_updates=3), matching_weight=0.5)
+RCM = SCM(warmup=2, learned_weight=False, matching=Matching(fake_updates=3), matching_weight=0.5)
 
 
 def moved_networks(objective: SCM) -> Networks:
@@ -323,7 +378,9 @@ def test_each_turn_moves_its_own_networks(objective: SCM) -> None:
     networks = moved_networks(objective)
     assert set(objective.trained_roles) <= set(networks) | {"weighting"}
     for turn in objective.turns(5, {}):
-        one_loss(objective, networks, gaussian_batch(), turn).backward()
+        loss = objective.loss(turn, networks, gaussian_batch(), {})
+        loss.total.backward()
+        assert not any(term.requires_grad for term in loss.terms.values())
         for role, module in networks.items():
             missing = {name for name, found in reached(module).items() if not found}
             if role in turn.roles:
@@ -345,8 +402,50 @@ def test_matching_waits_for_the_tangent() -> None:
     loss = RCM.loss(warm, networks, batch, {})
     assert RCM.matching is not None and "dm_grad" in loss.terms
     alone = dataclasses.replace(RCM, matching=None)
-    wanted = one_loss(alone, networks, batch, warm) + 0.5 * RCM.matching.student_loss(networks, batch).total
+    wanted = one_loss(alone, networks, batch, warm) + 0.5 * 2 * RCM.matching.student_loss(networks, batch).total
     assert torch.allclose(loss.total, wanted)
+
+
+def test_the_matching_term_is_summed_where_the_square_is() -> None:
+    """The ratio of rCM's two terms does not depend on the reduction."""
+    networks, batch, warm = moved_networks(RCM), gaussian_batch(), RCM.turns(1, {})[-1]
+    mean = one_loss(RCM, networks, batch, warm)
+    total = one_loss(dataclasses.replace(RCM, reduction="sum"), networks, batch, warm)
+    assert torch.allclose(total, 2 * mean)
+
+
+def test_matching_simulates_at_random_levels() -> None:
+    """rCM: levels fall from 1 by a running minimum, each sample has its own, and the number of calls is shared. The
+    last call alone has gradient; the two turns of an update draw the same kind of simulation."""
+    matching = Matching(simulation_time=TimeSampler(low=0.1, high=0.9), simulation_steps=3)
+    student = Recorder(consistency_map())
+    networks, counts = exact_networks(student, RENOISE), set()
+    for key in range(12):
+        batch = gaussian_batch(64, key)
+        student.calls.clear()
+        rollout = matching.rollout(networks, batch, grad=True)
+        levels = [call.t for call in student.calls]
+        counts.add(len(levels))
+        assert bool((rollout.stop == len(levels) - 1).all()) and bool((levels[0] == 1).all())
+        draws = [matching.simulation_time(batch.uniform(f"simulation_time{i}")) for i in range(1, len(levels))]  # type: ignore[misc]
+        for i, level in enumerate(levels[1:]):
+            assert torch.equal(level, torch.stack(draws[: i + 1]).amin(0))
+        assert torch.equal(rollout.steps[-1].t, levels[-1]) and rollout.x.requires_grad
+        assert not rollout.steps[-1].x_t.requires_grad
+        assert not matching.rollout(networks, batch, grad=False).x.requires_grad
+    assert counts == {1, 2, 3}
+    fixed = Matching(simulation_time=None)
+    student.calls.clear()
+    fixed.rollout(networks, gaussian_batch(64), grad=False)
+    assert set(torch.cat([call.t for call in student.calls]).tolist()) <= set(RENOISE.timesteps)
+
+
+def test_matching_shares_a_simulation_on_request() -> None:
+    networks = exact_networks(consistency_map(), RENOISE)
+    batch = dataclasses.replace(gaussian_batch(8), shared={})
+    first = Matching().rollout(networks, batch, grad=False)
+    assert Matching().rollout(networks, dataclasses.replace(batch, key=5), grad=False) is first
+    assert Matching().rollout(networks, dataclasses.replace(batch, key=5), grad=True) is not first
 
 
 def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
@@ -362,6 +461,9 @@ def test_the_adversarial_term_moves_samples_where_d_is_higher() -> None:
     gan = Ladd(weight=1.0)
     direct = -gan.logits(networks, batch, generated, "gan", None, None).mean()
     assert torch.equal(gan.student_loss(networks, batch, generated), direct)
+    hinge = dataclasses.replace(gan, generator="hinge").student_loss(networks, batch, generated)
+    logits = gan.logits(networks, batch, generated, "gan", None, None)
+    assert bool((logits > 1).any()) and torch.allclose(hinge, torch.relu(1 - logits).mean())
 
 
 class First(nn.Module):
@@ -377,16 +479,23 @@ def test_the_discriminators_hinge_and_its_further_fakes() -> None:
         gan.logits(networks, batch, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
     )
     wanted = torch.relu(1 + fakes).mean() + torch.relu(1 - reals).mean()
-    assert torch.allclose(gan.discriminator_loss(networks, batch, fake, real).total, wanted)
+    fake, real = (x.clone().requires_grad_() for x in (fake, real))
+    loss = gan.discriminator_loss(networks, batch, fake, real)
+    loss.total.backward()
+    assert torch.allclose(loss.total, wanted) and fake.grad is None and real.grad is None
+    assert torch.allclose(loss.terms["logit_gap"], reals.mean() - fakes.mean())
+    assert not any(term.requires_grad for term in loss.terms.values())
     label = torch.arange(64) % 2
     mixed = dataclasses.replace(batch, cond=Conditioning({"label": label}))
     more = dataclasses.replace(gan, mismatched=True)
-    others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=1)
+    others = gan.logits(networks, mixed, real, "gan_other", None, None, roll=-1)
     fakes, reals = (
         gan.logits(networks, mixed, x, f"gan_{name}", None, None) for x, name in ((fake, "fake"), (real, "real"))
     )
     wanted = torch.relu(1 + torch.cat([fakes, others])).mean() + torch.relu(1 - reals).mean()
-    assert torch.allclose(more.discriminator_loss(networks, mixed, fake, real).total, wanted)
+    total = more.discriminator_loss(networks, mixed, fake, real).total
+    total.backward()
+    assert torch.allclose(total, wanted) and fake.grad is None and real.grad is None
     straight = gan.logits(networks, mixed, real, "gan_other", None, None)
     assert not torch.allclose(straight, others)
 
@@ -402,6 +511,12 @@ def test_what_cannot_be_is_refused() -> None:
         "not conditioned on the level where": ["rollout.two_time=true"],
         "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "matching.gan_weight": ["objective.matching={gan_weight: 0.1}"],
+        "speak of the student's own levels": ["objective.matching={condition_on_stop: true}"],
+        "would hide from it": [
+            "objective.matching={guidance_scale: 1.0}",
+            "rollout={timesteps: [1.0], conditioning_time: 0.4}",
+        ],
+        "sigma_data is the unit of mean": ["objective.time={law: uniform, sigma_data: 0.5}"],
     }.items():
         with pytest.raises(RecipeError, match=text):
             load_recipe(RECIPE, lines)

@@ -186,12 +186,11 @@ def test_advantages_are_centred_scale_free_and_zero_without_a_difference() -> No
     assert torch.equal(a[8:], torch.zeros(4))
     scaled = signals.advantages(100 * reward + 7, group)
     assert torch.allclose(scaled[:8], a[:8], atol=2e-3)
-    batch = signals.advantages(reward, group, std="batch")
-    assert torch.allclose(
-        batch[:8] / batch[0],
-        (reward - signals.group_mean(reward, group))[:8] / (reward[0] - reward[:4].mean()),
-        atol=1e-4,
-    )
+    centred = (reward - signals.group_mean(reward, group))[:8]
+    shifted = reward + torch.tensor([0.0, 5.0, -5.0]).repeat_interleave(4)
+    for std, spread in (("batch", shifted.std(correction=0)), ("within_groups", (centred.square().sum() / 12).sqrt())):
+        a = signals.advantages(shifted, group, std=std)  # type: ignore[arg-type]
+        assert torch.allclose(a[:8], centred / (spread + 1e-4), atol=1e-5), std
     assert signals.advantages(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100).long()).max() == 5.0
 
 
@@ -199,7 +198,7 @@ def test_equal_rewards_have_no_advantage_whatever_their_size() -> None:
     """The float32 mean of ten equal numbers is not always that number; its rounding is no difference of rewards."""
     group = torch.zeros(10, dtype=torch.int64)
     for value in (0.1, 300.1, -7e4 / 3, 1e-9, 0.0):
-        for std in ("group", "batch", "none"):
+        for std in ("group", "batch", "within_groups", "none"):
             assert torch.equal(signals.advantages(torch.full((10,), value), group, std=std), torch.zeros(10))  # type: ignore[arg-type]
 
 
@@ -210,16 +209,44 @@ def test_an_invalid_reward_is_left_out_and_is_not_a_zero() -> None:
     assert a.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_gdpo_gives_equal_weights_equal_influence() -> None:
-    """A reward of a thousand times the range does not drown the other; each part's correlation is the same."""
+def test_gdpo_divides_by_the_spread_of_the_whole_batch_and_weighs_the_parts() -> None:
+    """T = sum_k w_k (r_k - mean_g r_k) / (std r_k + 1e-4), A = T / (std T + 1e-4), in numbers of one's own. Fails
+    without the weights, with a spread within groups, and if the parts are clipped."""
     group, valid = torch.arange(400) // 8, torch.ones(400, dtype=torch.bool)
-    small, wide = randn(400).float(), 1000 * randn(400, seed=1).float()
-    a = signals.gdpo_advantages({"a": small, "b": wide}, {"a": 1.0, "b": 1.0}, group, valid)
-    correlation = [
-        torch.corrcoef(torch.stack([a, signals.advantages(r, group, std="batch")]))[0, 1].item() for r in (small, wide)
-    ]
-    print(correlation)
-    assert abs(correlation[0] - correlation[1]) < 1e-3 and abs(a.square().mean() - 1) < 0.05
+    small = randn(400).float() + 3 * randn(50, seed=2).float().repeat_interleave(8)
+    wide = 1000 * randn(400, seed=1).float()
+    wide[5] = 2e5  # one part of T is 200 times its standard deviation
+    weights = {"a": 1.0, "b": 2.5}
+    total = torch.zeros(400, dtype=torch.float64)
+    for part, weight in ((small, 1.0), (wide, 2.5)):
+        part = part.double()
+        total += weight * (part - part.reshape(50, 8).mean(1).repeat_interleave(8)) / (part.std(correction=0) + 1e-4)
+    expected = (total / (total.std(correction=0) + 1e-4)).clamp(-5, 5)
+    a = signals.gdpo_advantages({"a": small, "b": wide}, weights, group, valid)
+    error = (a - expected).abs().max().item()
+    print(f"{error:.1e}")
+    assert error < 1e-5 and a[5] == 5
+    equal = signals.gdpo_advantages({"a": small, "b": wide}, {"a": 1.0, "b": 1.0}, group, valid)
+    assert (a - equal).abs().max() > 0.1
+
+
+def test_within_groups_gives_equal_weights_equal_influence() -> None:
+    """A reward of a thousand times the range does not drown the other, nor does one that differs less between prompts
+    drown one that differs more: each has the same correlation with A. With std: batch one has more than twice that of
+    the other."""
+    group, valid = torch.arange(400) // 8, torch.ones(400, dtype=torch.bool)
+    between = 5 * randn(50, seed=3).float().repeat_interleave(8)
+    small, wide = randn(400).float() + between, 1000 * randn(400, seed=1).float()
+
+    def influence(std: signals.Spread) -> list[float]:
+        a = signals.gdpo_advantages({"a": small, "b": wide}, {"a": 1.0, "b": 1.0}, group, valid, std)
+        assert abs(a.square().mean() - 1) < 0.05
+        parts = [signals.advantages(r, group, std="within_groups") for r in (small, wide)]
+        return [torch.corrcoef(torch.stack([a, part]))[0, 1].item() for part in parts]
+
+    ours, published = influence("within_groups"), influence("batch")
+    print(ours, published)
+    assert abs(ours[0] - ours[1]) < 1e-3 and published[0] < published[1] / 2
 
 
 def test_the_policy_loss_is_reinforce_on_policy_and_flat_beyond_its_clip() -> None:

@@ -30,6 +30,7 @@ SMALL = [
 ]
 PHASES = "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 1}]"
 RECIPES = {"dmd2": [], "phased_dmd": [PHASES], "rtdmd": [], "gndm": [], "adm": []}
+SLOW = ("rtdmd", "adm")
 
 
 def ended(recipe: Path, folder: Path, *overrides: str) -> tuple[dict[str, dict[str, torch.Tensor]], list[dict]]:
@@ -45,7 +46,7 @@ def farthest_apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str,
     return max((a[f][k].double() - b[f][k].double()).abs().max().item() for f in a for k in a[f])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in RECIPES])
 def test_only_the_first_fake_update_runs_the_student(name: str, project: Path, tmp_path: Path) -> None:
     """In the plan, and in the log of a run: a rollout of one to four steps for three updates."""
     recipe, overrides = project / "recipes" / f"mixture_{name}_4step.yaml", RECIPES[name]

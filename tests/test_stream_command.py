@@ -13,6 +13,7 @@ from typing import Any
 import imageio.v3
 import pytest
 import torch
+from fresh import RunFresh
 from tiny_wan import tiny_wan
 from torch import Tensor
 from typer.testing import CliRunner
@@ -175,7 +176,7 @@ def test_a_video_is_replaced_only_when_there_are_pictures(
     assert output.read_bytes() == b"an earlier video" and list(tmp_path.iterdir()) == [output]
 
 
-def test_a_refusal_imports_nothing_heavy(run_folder: Path) -> None:
+def test_a_refusal_imports_nothing_heavy(run_folder: Path, tmp_path: Path, run_fresh: RunFresh) -> None:
     from test_cli import SLOW_TO_IMPORT
 
     program = (
@@ -184,7 +185,7 @@ def test_a_refusal_imports_nothing_heavy(run_folder: Path) -> None:
         "try:\n    main()\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
         f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_fresh(program, tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

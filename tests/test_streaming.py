@@ -213,6 +213,7 @@ def test_absolute_positions_at_frame_100_000(network: WanDenoiser) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.slow
 def test_a_long_stream_with_absolute_positions_keeps_no_old_rotations(network: WanDenoiser) -> None:
     """Every chunk has positions of its own there. What stays in memory is what four chunks need."""
 

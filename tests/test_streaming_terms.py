@@ -4,7 +4,8 @@ Student, teacher and fake score start as one network, so that the scores agree a
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.streaming.schedule import ChunkSchedule
 from fastgen.train import train
 
+Gradients = tuple[list[Tensor], list[Tensor], list[Tensor]]
 FRAMES, CHUNK = 4, 2  # latent frames; 13 pictures
 TERMS: dict[str, Objective] = {
     "GAN": DMD2(gan_weight=1.0),
@@ -98,9 +100,7 @@ def backward(objective: Objective, turn: Turn, networks: Networks) -> None:
         loss.total.backward()
 
 
-def student_gradients(
-    objective: Objective, backbone: Backbone, policy: RolloutPolicy
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def student_gradients(objective: Objective, backbone: Backbone, policy: RolloutPolicy) -> Gradients:
     """Of the student's turn: the predictions that carry gradient, one per chunk, their gradients, and those of the
     weights."""
     networks, made = networks_of(objective, backbone, policy), list[Tensor]()
@@ -116,6 +116,12 @@ def student_gradients(
     hook.remove()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in networks.student.parameters()]
     return [x.detach() for x in made], [x.grad for x in made if x.grad is not None], grads
+
+
+@pytest.fixture(scope="module")
+def unchanged(backbone: Backbone) -> Callable[[str], Gradients]:
+    """`student_gradients` of a term with the plain sampler, which several tests compare with."""
+    return cache(lambda name: student_gradients(TERMS[name], backbone, sampler()))
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -139,9 +145,9 @@ def test_each_turn_trains_its_networks_and_no_others(name: str, backbone: Backbo
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_the_term_reaches_the_last_step_of_every_chunk(name: str, backbone: Backbone) -> None:
+def test_the_term_reaches_the_last_step_of_every_chunk(name: str, unchanged: Callable[[str], Gradients]) -> None:
     """The two scores agree, so that all gradient is the term's."""
-    made, grads, _ = student_gradients(TERMS[name], backbone, sampler())
+    made, grads, _ = unchanged(name)
     sizes = [f"{grad.abs().max():.1e}" for grad in grads]
     print(f"{name}: largest gradient by executed step {sizes}")
     assert len(grads) == len(made) >= FRAMES // CHUNK
@@ -152,8 +158,10 @@ def test_the_term_reaches_the_last_step_of_every_chunk(name: str, backbone: Back
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_replay_gives_the_gradient_of_the_whole_graph(name: str, backbone: Backbone) -> None:
-    _, _, whole = student_gradients(TERMS[name], backbone, sampler())
+def test_replay_gives_the_gradient_of_the_whole_graph(
+    name: str, backbone: Backbone, unchanged: Callable[[str], Gradients]
+) -> None:
+    _, _, whole = unchanged(name)
     _, _, replayed = student_gradients(TERMS[name], backbone, sampler(replay=True))
     scale = max(grad.abs().max().item() for grad in whole)
     error = max((a - b).abs().max().item() for a, b in zip(whole, replayed, strict=True)) / scale
@@ -162,9 +170,11 @@ def test_replay_gives_the_gradient_of_the_whole_graph(name: str, backbone: Backb
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_a_later_chunk_moves_no_earlier_output(name: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_chunk_moves_no_earlier_output(
+    name: str, backbone: Backbone, unchanged: Callable[[str], Gradients], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the training entry point: other noise in the second chunk leaves the first one as it is, to the bit."""
-    before, _, _ = student_gradients(TERMS[name], backbone, sampler())
+    before, _, _ = unchanged(name)
     plain = Draws.__call__
 
     def noisy(self: Draws, key: str) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh import RunFresh
 from rich.console import Console
 from rich.table import Table
 
@@ -102,15 +103,14 @@ def test_commands_hide_what_libraries_say_to_programmers(asked: bool) -> None:
     assert ("torch_dtype" in done.stderr) == asked and ("torch.jit.script" in done.stderr) == asked
 
 
-def test_importing_fastgen_hides_nothing() -> None:
+def test_importing_fastgen_hides_nothing(run_fresh: RunFresh) -> None:
     program = (
         "import os, warnings\n"
         "import fastgen.cli, fastgen.config, fastgen.run.terminal\n"
         "assert 'TQDM_DELAY' not in os.environ\n"
         "warnings.warn('`torch_dtype` is deprecated', FutureWarning)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TQDM_", "PYTHONWARNINGS"))}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = run_fresh(program, ROOT)
     assert done.returncode == 0 and "torch_dtype" in done.stderr, done.stderr
 
 

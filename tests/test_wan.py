@@ -619,7 +619,7 @@ def read_video(path: Path) -> Tensor:
     return torch.from_numpy(imageio.v3.imread(path)).float() / 255
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("experts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_its_export_its_samples_and_its_evaluation(
     folders: dict[int, Path], tmp_path: Path, experts: int
 ) -> None:

@@ -193,6 +193,7 @@ RTDMD_REWARD = (
     "objective.dm_weight=1.0",
     "objective.policy_weight=0.1",
     "objective.reward_weight=0.05",
+    "objective.std=within_groups",
 )
 CRD = "objective={name: crd, group_size: 16, beta: 2.0, anchor_weight: 0.0, reference_decay: {first: 1.0}}"
 RING_RATES = ("optimizers.student.lr=1e-4", "optimizers.fake_score.lr=5e-4")

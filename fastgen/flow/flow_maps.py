@@ -161,9 +161,25 @@ def lagrangian_target(
 
 @torch.no_grad()
 def heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """x_s from x_t, by the mean of the velocities at both ends of an Euler step     (CM's solver, arXiv 2303.01469)"""
+    """x_s from x_t, by the mean of the velocities at both ends of an Euler step."""
     first, gap = velocity(x, t), expand(t - s, x)
     return x - gap * (first + velocity(x - gap * first, s)) / 2
+
+
+@torch.no_grad()
+def edm_heun_step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Heun's step in sigma = t / (1 - t), by the mean of the predicted noises at both ends   (EDM, arXiv 2206.00364)
+
+        x_s / (1 - s) = x_t / (1 - t) + (sigma_s - sigma_t) (noise(x_t, t) + noise(x_s', s)) / 2
+
+    x_s': the Euler step, which is the same in t and in sigma. From t = 1, where sigma is infinite, the step is Euler's
+    (ours; CM's paths begin at sigma = 80)."""
+    first = velocity(x, t)
+    euler = x - expand(t - s, x) * first
+    noise = x + expand(1 - t, x) * first
+    later = euler + expand(1 - s, x) * velocity(euler, s)
+    gap = torch.where(t < 1, (t - s) / (1 - t), 0.0)
+    return euler + expand(gap, x) * (noise - later) / 2
 
 
 @torch.no_grad()
@@ -179,7 +195,13 @@ def euler_path(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> list[
 
 
 def trig_tangent(
-    rate: Velocity, x: Tensor, angle: Tensor, along: Tensor, warmup: float = 1.0, differentiate: Tangent = tangent
+    rate: Velocity,
+    x: Tensor,
+    angle: Tensor,
+    along: Tensor,
+    warmup: float = 1.0,
+    differentiate: Tangent = tangent,
+    whole_derivative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """sigma_d F(x / sigma_d, a), and the tangent g of sCM's squared loss, both without gradient:
 
@@ -188,10 +210,15 @@ def trig_tangent(
 
     rate: (x [B, ...], a [B]) -> sigma_d F, as `schedule.flow_to_trig_velocity` gives it. along: dx/da. r: the warm-up;
     the exact F has g = 0 only at r = 1. The derivative is taken along (cos a sin a dx/da, cos a sin a) in one piece.
-    Nothing is then divided by a factor that vanishes at the ends (sCM Sec. 4.1)."""
+    Nothing is then divided by a factor that vanishes at the ends (sCM Sec. 4.1).
+    whole_derivative: another warm-up, that of rCM's code (arXiv 2510.08431). It keeps dF/da whole from the start:
+        g = -cos a sqrt(1 - r^2 sin^2 a) (sigma_d F - dx/da) - r cos a sin a x - sigma_d dF/da cos a sin a"""
     cos, sin = torch.cos(angle), torch.sin(angle)
     both = expand(cos * sin, x)
     value, derivative = differentiate(rate, (x, angle), (both * along, cos * sin))
+    if whole_derivative:
+        pull = cos * (1 - (warmup * sin) ** 2).clamp_min(0).sqrt()
+        return value, -expand(pull, x) * (value - along) - warmup * both * x - derivative
     return value, -expand(cos**2, x) * (value - along) - warmup * (both * x + derivative)
 
 
@@ -250,11 +277,17 @@ def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor |
     return (scaled if weight is None else weight * scaled).mean()
 
 
-def pseudo_huber(error: Tensor, c: float, weight: Tensor) -> Tensor:
+def pseudo_huber(error: Tensor, c: float, weight: Tensor, elementwise: bool = False) -> Tensor:
     """mean w (sqrt(|e|^2 + c^2 d) - c sqrt(d)),  |e|^2 the sum over a sample's d elements   (iCT, arXiv 2310.14189)
 
-    c = 0 gives the norm |e|. weight: [B]."""
+    elementwise: mean w (sqrt(e^2 + c^2) - c), over samples and elements (LCM's and PCM's code). For large errors its
+    gradient is a sign over d, which has norm 1 / sqrt(d); that of a sample's norm has norm 1. c = 0 gives the norm
+    |e|, or the mean of the elements' sizes. weight: [B]."""
     flat = error.flatten(1)
-    floor = c * flat.shape[1] ** 0.5
-    square = flat.square().sum(1) + max(floor, 1e-12) ** 2
-    return (weight * (square.sqrt() - floor)).mean()
+    if elementwise:
+        floor = c
+        distance = (flat.square() + max(floor, 1e-12) ** 2).sqrt().mean(1)
+    else:
+        floor = c * flat.shape[1] ** 0.5
+        distance = (flat.square().sum(1) + max(floor, 1e-12) ** 2).sqrt()
+    return (weight * (distance - floor)).mean()

@@ -82,8 +82,8 @@ def difference(
     """fn(*primals) and (fn(p + a v) - fn(p - b v)) / (a + b), for the same random state, combined in float64.
 
     a = b = step, or less where room limits them: [B] each, how far a sample may move forward and back (b = 0 gives the
-    forward difference). Steps near 5e-3 (AnyFlow's 5 of 1000) smooth networks whose time embedding oscillates as fast.
-    With steps below 1e-3 a float32 difference is noise; a bfloat16 difference always is."""
+    forward difference). Steps near 5e-3 in t (AnyFlow's 5 of 1000) smooth networks whose time embedding oscillates as
+    fast. With steps below 1e-3 a float32 difference is noise; a bfloat16 difference always is."""
     ahead = behind = primals[0].new_full((len(primals[0]),), step)
     if room is not None:
         ahead, behind = torch.minimum(ahead, room[0].to(ahead)), torch.minimum(behind, room[1].to(behind))

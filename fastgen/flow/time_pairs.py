@@ -15,6 +15,7 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 
 GOLDEN = 0.6180339887498949
+KARRAS_ENDS = (0.002, 80.0)  # "sigma_min = 0.002, sigma_max = 80", EDM, for data of standard deviation 0.5
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -22,10 +23,13 @@ class TimePairs:
     """Two draws of `time`, sorted; t is at least SHORTEST.
 
     diagonal: share of samples with s = t. to_zero: share with s = 0. max_gap: s is at least t - max_gap.
+    diagonal_level: t on the diagonal is the larger of the two draws (MeanFlow, iMF, AnyFlow), or a single draw, whose
+        law is `time` (LSD, alpha-Flow). With a uniform law the larger one has the density 2 t.
     The shares are assigned by sample number, so that every batch on every process has them, up to a sample or two."""
 
     time: TimeSampler = TimeSampler(low=0.0, high=1.0)
     diagonal: float = Field(default=0.75, ge=0, le=1)
+    diagonal_level: Literal["larger", "single"] = "larger"
     to_zero: float = Field(default=0.0, ge=0, le=1)
     max_gap: float = Field(default=1.0, gt=0, le=1)
 
@@ -40,10 +44,13 @@ class TimePairs:
 
     def __call__(self, batch: Batch, name: str = "pair", max_gap: float | None = None) -> tuple[Tensor, Tensor]:
         """t and s, [B] each. max_gap: replaces the field of that name, for curricula."""
-        t, s = sorted_pair(*(self.time(batch.uniform(f"{name}_{end}")) for end in "ts"))
+        draws = [self.time(batch.uniform(f"{name}_{end}")) for end in "ts"]
+        t, s = sorted_pair(*draws)
+        place = (batch.ids.double() * GOLDEN + batch.integer(f"{name}_kind", 1 << 20) / (1 << 20)) % 1
+        if self.diagonal_level == "single":
+            t = torch.where(place < self.diagonal, draws[0], t)
         t = t.clamp_min(SHORTEST)
         s = torch.maximum(s, t - (self.max_gap if max_gap is None else max_gap))
-        place = (batch.ids.double() * GOLDEN + batch.integer(f"{name}_kind", 1 << 20) / (1 << 20)) % 1
         s = torch.where(place < self.diagonal, t, torch.minimum(s, t))
         return t, torch.where(place >= 1 - self.to_zero, torch.zeros_like(s), s)
 
@@ -75,7 +82,7 @@ def phase_edges(t: Tensor, phases: int, shift: float = 1.0) -> tuple[Tensor, Ten
 def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
     """r = t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t))): the gap narrows at each stage   (ECT, arXiv 2406.14548)
 
-    t: noise-to-signal ratios, which are the times in the authors' EDM convention."""
+    t: the sigmas of EDM, for data of standard deviation 0.5."""
     return t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t))).clamp_min(0)
 
 
@@ -87,9 +94,13 @@ class GridPairs:
         square_root  n = ceil(sqrt(k / K ((last + 1)^2 - (count + 1)^2) + (count + 1)^2) - 1)  (CM, arXiv 2303.01469)
         doubling     n = min(count 2^floor(k / K'), last),  K' = floor(K / (log2 floor(last / count) + 1))
                                                                                                (iCT, arXiv 2310.14189)
-    spacing: uniform, which shift moves towards noise; or karras, noise-to-signal ratios from 0.002 to 80 by the power
-        1/7 (EDM, arXiv 2206.00364), whose ends are then moved to levels 0 and 1, where this path ends (derived).
-    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely."""
+    CM's N is a number of levels, and n one of intervals: N = n + 1. iCT's s_0 and s_1 are numbers of intervals. Rows
+    cm_schedule and ict_schedule have both rules.
+    spacing: uniform, which shift moves towards noise; or karras, sigmas from 0.002 to 80 by the power 1/7 (EDM, arXiv
+        2206.00364). The first and the last level are then 0 and 1, where this path ends; all others are EDM's.
+    sigma_data: the standard deviation of the data for which 0.002 and 80 are stated, where that of the latents is 1.
+    time: the interval is the one that a draw of this law falls in (iCT: lognormal); None: all are equally likely.
+        Draws beyond the ends count for the outer intervals (half a percent with iCT's law, which leaves them out)."""
 
     count: int = Field(ge=1, le=MOST_BATCH)
     last: int | None = Field(default=None, ge=1, le=MOST_BATCH)
@@ -97,6 +108,7 @@ class GridPairs:
     updates: int = Field(default=0, ge=0, le=MOST_UPDATES)
     spacing: Literal["uniform", "karras"] = "uniform"
     shift: float = Field(default=1.0, gt=0)
+    sigma_data: float = Field(default=0.5, gt=0)  # EDM's, CM's and iCT's unit; row cm_levels
     time: TimeSampler | None = None
 
     @model_validator(mode="after")
@@ -125,10 +137,20 @@ class GridPairs:
         u = torch.linspace(0, 1, self.intervals(update) + 1, dtype=torch.float64)
         if self.spacing == "uniform":
             return shifted(u, self.shift)
-        low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
-        ratio = (low + u * (high - low)) ** 7
-        t = ratio / (1 + ratio)
-        return (t - t[0]) / (t[-1] - t[0])
+        low, high = (sigma ** (1 / 7) for sigma in KARRAS_ENDS)
+        ratio = (low + u * (high - low)) ** 7 / self.sigma_data
+        levels = ratio / (1 + ratio)
+        levels[0], levels[-1] = 0.0, 1.0
+        return levels
+
+    def end_ratios(self, update: int) -> tuple[float, float]:
+        """The noise-to-signal ratios that the first and the last level stand for: those of 0.002 and 80 with karras;
+        with uniform 0, and for the last level that of the middle of its interval (ours)."""
+        if self.spacing == "karras":
+            low, high = (sigma / self.sigma_data for sigma in KARRAS_ENDS)
+            return low, high
+        t = (1 + float(self.levels(update)[-2])) / 2
+        return 0.0, t / (1 - t)
 
     def __call__(
         self, batch: Batch, update: int, name: str = "pair", shape: tuple[int, ...] = ()
@@ -147,23 +169,45 @@ class GridPairs:
 class ShrinkingPairs:
     """A level and a lower one, with a gap that narrows every `period` updates: `shrinking`  (ECT, arXiv 2406.14548)
 
-    Computed in noise-to-signal ratios t / (1 - t), the authors' time. cap: the largest r / t."""
+    Computed in sigma = sigma_data t / (1 - t), the authors' time, which is for data of standard deviation sigma_data
+    where that of the latents is 1. cap: the largest r / t. Row ect_levels compares r with the authors' code, and
+    ect_loss the law of t."""
 
     period: int = Field(ge=1, le=MOST_UPDATES)  # updates per stage; the authors' stages have 2 to 12 million images
-    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0)  # "lognormal(-1.1, 2)", CIFAR-10
+    # "lognormal(-1.1, 2)" of sigma, CIFAR-10
+    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.1, std=2.0, sigma_data=0.5)
+    sigma_data: float = Field(default=0.5, gt=0)  # EDM's images in [-1, 1]
     q: float = Field(default=2.0, gt=1)  # 2 CIFAR-10, 4 ImageNet; 256 in the one-hour run
     k: float = Field(default=8.0, ge=0)  # "k = 8"
-    b: float = Field(default=1.0, gt=0)  # "b = 1"
-    cap: float = Field(default=0.999, gt=0, lt=1)  # 0.9961 on ImageNet
+    b: float = Field(default=1.0, gt=0)  # "b = 1", per unit of sigma
+    cap: float = Field(default=0.999, gt=0, lt=1)  # 0.9961 on ImageNet; the released CIFAR-10 code has none
 
     def __call__(
         self, batch: Batch, update: int, name: str = "pair", shape: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         """t and s < t, [B, *shape] each."""
         t = self.time(batch.uniform(name, shape=shape)).double().clamp(SHORTEST, 1 - 1e-6)
-        ratio = t / (1 - t)
-        r = torch.minimum(shrinking(ratio, update // self.period, self.q, self.k, self.b), self.cap * ratio)
-        return t.to(batch.dtype), (r / (1 + r)).to(batch.dtype)
+        sigma = self.sigma_data * t / (1 - t)
+        r = torch.minimum(shrinking(sigma, update // self.period, self.q, self.k, self.b), self.cap * sigma)
+        return t.to(batch.dtype), (r / (self.sigma_data + r)).to(batch.dtype)
+
+    def end_ratios(self, update: int) -> tuple[float, float]:
+        """The noise-to-signal ratios of levels 0 and 1; no pair begins at 1."""
+        return 0.0, math.inf
+
+
+def ratio_gap(t: Tensor, s: Tensor, ends: tuple[float, float]) -> Tensor:
+    """The gap in noise-to-signal ratio t / (1 - t) of the levels s < t, which is that of sigma in units of sigma_data.
+
+    ends: the ratios that levels 0 and 1 stand for (`GridPairs.end_ratios`), because that of 1 is infinite and CM's
+    paths end at 0.002. t, s: any shape. Computed in float64, and returned in the dtype of t."""
+
+    def ratio(level: Tensor) -> Tensor:
+        level = level.double()
+        inside = level / (1 - level)
+        return torch.where(level <= 0, ends[0], torch.where(level >= 1, ends[1], inside))
+
+    return (ratio(t) - ratio(s)).to(t.dtype)
 
 
 def check_scales(value: tuple[float, float]) -> tuple[float, float]:

@@ -50,7 +50,8 @@ from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, transition
 from fastgen.schedule import Schedule, TimeSampler
 
-MARGIN, LOW, HIGH = 0.01, 0.02, 0.98  # t ~ U{1000 s + 10..1000} of 1000, clamped to [20, 980]; the released code
+# t ~ U(1000 s + 10, 1000) of 1000, clamped to [20, 980]; the released code. Golden rows: rtdmd_stage_1_*
+MARGIN, LOW, HIGH = 0.01, 0.02, 0.98
 WEIGHT_RANGE = 4.0  # the largest |log w| of inverse_tilt; ours
 
 
@@ -58,15 +59,18 @@ WEIGHT_RANGE = 4.0  # the largest |log w| of inverse_tilt; ours
 class ACDMD(Objective):
     takes_chunks = True
 
-    # 7 SD3 and SD3.5, 4 FLUX.2-klein. Several: one per expert of the teacher, from high noise to low
+    # 7 SD3, 4.5 SD3.5, 3.5 FLUX.1, 4 FLUX.2-klein, in diffusers' convention; golden row: rtdmd_stage_1_student.
+    # Several: one per expert of the teacher, from high noise to low
     guidance_scale: Guidance = 7.0
-    fake_updates: int = Field(default=10, ge=1, le=MOST_STEPS)  # 10 in stage 1, 1 in stage 2
+    fake_updates: int = Field(default=10, ge=1, le=MOST_STEPS)  # the released code: 10 in stage 1, 1 in stage 2
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
     # shared: one stop index per update, the released code. last: only the last step is matched, RTDMD's stage 2
     stops: Literal["shared", "per_sample", "last"] = "shared"
     condition_on_stop: bool = False  # ours, see above
     normalise: bool = True  # false: g without its normaliser, whose fixed points are known (ours)
+    # the released code's, against min(1, 10 sigma^2) |v - v*|^2, both means over elements without a half; golden row:
+    # rtdmd_stage_1_fake
     consistency_weight: float = Field(default=0.01, ge=0)
     consistency_step: TimeSampler = TimeSampler(low=0.001, high=0.2)  # t - t' ~ U{1..200} of 1000
     critic_weight: Literal["none", "inverse_tilt"] = "none"  # ours, see above
@@ -158,7 +162,7 @@ class ACDMD(Objective):
 
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and the fake score's lag."""
+        """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and those of the fake score's lag."""
         schedule = networks.teacher.schedule
         s = rollout.s
         t = renoise_level(batch.uniform("renoise_time"), s)
@@ -173,7 +177,7 @@ class ACDMD(Objective):
         real_s = transition(schedule, real, x_t, t, s, fresh, eta)
         grad = signals.score_difference(rollout.x, fake_s, real_s) if self.normalise else fake_s - real_s
         target = signals.renoised_target(schedule, rollout.x, noise, s, t)
-        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(target, fake, real)}
+        return grad, {"dm_grad": grad.abs().mean()} | signals.lag_terms(target, fake, real)
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """The student's x_s; with inverse_tilt its clean prediction, at s = 0."""

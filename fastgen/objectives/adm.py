@@ -75,8 +75,9 @@ class ADM(Objective):
     name: Literal["adm"] = "adm"
     # ours: SD3's stock scale; unguided teachers of text models fail. Several: one per expert, from high noise to low
     guidance_scale: Guidance = 7.0
-    ode_step: float = Field(default=1 / 64, gt=0, lt=1)  # "T/64"
-    fake_updates: int = Field(default=4, ge=1, le=MOST_STEPS)  # 1, 4 and 8 are nearly equal after ADP
+    ode_step: float = Field(default=1 / 64, gt=0, lt=1)  # "T/64", the paper; nothing public pins it
+    # 1, 4 and 8 are nearly equal after ADP (the paper; nothing public pins it)
+    fake_updates: int = Field(default=4, ge=1, le=MOST_STEPS)
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
     # the paper: fake score, generator and D alternate
@@ -88,7 +89,8 @@ class ADM(Objective):
     condition_on_stop: bool = False  # ours: conditions the fake score and the heads on the stop, as in dmd2.py
     head_width: int = Field(default=64, ge=1, le=MOST_WIDTH)  # ours
     r1_weight: float = Field(default=0.0, ge=0)  # ours, see above; 0: the paper's loss
-    r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t
+    # standard deviation in units of x_t, in a mean square without a half: FastGen's (row fastgen_r1)
+    r1_noise: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="after")
     def _level(self) -> "ADM":
@@ -167,8 +169,8 @@ class ADM(Objective):
             "logit_gap": (real_logits - fake_logits).mean().detach(),
             "logit_size": real_logits.abs().mean().detach(),
             "step_gap": (x_fake - x_real).abs().mean() / self.ode_step,
-            "fake_lag": signals.score_lag(rollout.x, fake, real),
         }
+        terms |= signals.lag_terms(rollout.x, fake, real)
         if self.r1_weight:
             perturbed = x_real + self.r1_noise * batch.normal("r1")
             penalty = (self.logits(networks, batch, perturbed, t, rollout.stop) - real_logits).square().mean()

@@ -59,15 +59,16 @@ class ADP(Objective):
     )
 
     name: Literal["adp"] = "adp"
-    latent_weight: float = Field(default=0.85, gt=0)  # lambda_1, "0.85"
-    pixel_weight: float = Field(default=0.15, ge=0)  # lambda_2, "0.15"
+    # lambda_1 and lambda_2 of the paper, of two mean hinge losses; nothing public pins them
+    latent_weight: float = Field(default=0.85, gt=0)
+    pixel_weight: float = Field(default=0.15, ge=0)
     pixel_network: str | None = None  # SAM's image encoder in the paper
-    time_power: float = Field(default=3.0, gt=0)  # "t <- (1 - (t / T)^3) T"
+    time_power: float = Field(default=3.0, gt=0)  # "t <- (1 - (t / T)^3) T", the paper; nothing public pins it
     latent_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # t'; ours
     discriminator_updates: int = Field(default=1, ge=1, le=MOST_STEPS)  # ours
     head_width: int = Field(default=64, ge=1, le=MOST_WIDTH)  # ours
     r1_weight: float = Field(default=0.0, ge=0)  # ours, on D_tau1, as in adm.py; 0: the paper's loss
-    r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t
+    r1_noise: float = Field(default=0.1, gt=0)  # FastGen's, in units of x_t, as in adm.py
 
     @model_validator(mode="after")
     def _pixels(self) -> "ADP":

@@ -28,7 +28,8 @@ class Turn:
     progress: (k, n) uses the learning rates of update k of an n-update run. None uses the learning rates of the
     current update of the whole run.
     one_rollout: all inner updates see the same samples and the rollout that the first of them made; other draws are
-    their own."""
+    their own.
+    collects: before the first loss of an update, `Objective.collect` sees all its micro-batches."""
 
     name: str
     roles: tuple[str, ...]
@@ -36,6 +37,7 @@ class Turn:
     reset: tuple[str, ...] = ()
     progress: tuple[int, int] | None = None
     one_rollout: bool = False
+    collects: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Objective:
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         """The turns of student update `step` (0-based), in order. It is called exactly once per update."""
         raise NotImplementedError
+
+    def collect(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> None:
+        """Called for every micro-batch before the first `loss` of an update, in turns that say so (`Turn.collects`).
+        Makes what the samples of the whole update are compared by (collected.py). What it puts into `batch.shared` is
+        there again when `loss` gets the same micro-batch; all micro-batches' entries are kept until then."""
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         """The loss of one micro-batch of a turn. An iterator gives several losses: each is backpropagated as it comes,

@@ -15,21 +15,31 @@
 The algorithm, for every student update:
     t, s from the law of pairs of this update, s not below the edge of t's phase;  x_t from data and noise
     x_s = a step of the teacher from x_t (CD), or data and the same noise at s (CT)
-    student <- w d(step of f(x_t, t) to end,  sg[step of f^-(x_s, s) to end]),   d(a, b) = |a - b| (pseudo-Huber)
+    student <- w d(step of f(x_t, t) to end,  sg[step of f^-(x_s, s) to end]),   d: see Units
                (+ PCM's adversarial term; the discriminator has its own turn before the student's)
     the target network, if there is one, and the average of the student's weights are updated once.
 A step of f to `end` is the ODE step with f's clean prediction. A step to 0 is that prediction.
 
+Units, of a sample's error e with d elements. They decide what the weight of another term means, so a published
+gan.weight goes with its paper's distance:
+    huber              sqrt(|e|^2 + c^2 d) - c sqrt(d), |e| a sum over the elements (iCT; with c = 0, ECT)
+    elementwise_huber  mean sqrt(e^2 + c^2) - c, a mean over the elements (LCM, PCM): sqrt(d) smaller for large errors
+    square             mean e^2 (CM; LCM's other choice)
+    weight gap         1 / (sigma_t - sigma_s) (iCT, ECT), with sigma = t / (1 - t). Their sigma is for data of
+                       standard deviation 0.5, where ours is 1: it and the error are both twice theirs, so that the
+                       quotient is the same number.
+
 The settings that correspond to each paper:
-    CM     arXiv 2303.01469  CD: grid {count: 18, spacing: karras}, solver heun, target_decay 0.95
+    CM     arXiv 2303.01469  CD: grid {count: 39, spacing: karras}, solver edm_heun, target_decay 0.95, square
                              CT: teach data, grid {count: 1, last: 150, spacing: karras}, target_decay 0.9, square
     iCT    arXiv 2310.14189  teach data, grid {count: 10, last: 1280, growth: doubling, spacing: karras, time: ...},
-                             weight gap, huber 0.00054
+                             weight gap
     ECT    arXiv 2406.14548  teach data, shrinking, weight gap, huber 0; it starts from a diffusion model, as every
                              run does here
-    LCM    arXiv 2310.04378  grid {count: 50}, guidance_range [6, 16], rollout.embedded_guidance, target_decay 0.95;
+    LCM    arXiv 2310.04378  grid {count: 50}, guidance_range [6, 16], rollout.embedded_guidance, target_decay 0.95,
+                             elementwise_huber;
                              LCM-LoRA (2311.05556): lora.student, no target network, and no guidance input
-    PCM    arXiv 2405.18407  grid {count: 100}, phases [4], rollout ode from edge to edge
+    PCM    arXiv 2405.18407  grid {count: 100}, phases [4], rollout ode from edge to edge, elementwise_huber, gan
     TSCD   arXiv 2404.13686  phases [8, 4, 2, 1], end uniform, rollout tcd
 
 The optimum depends on the grid. With n intervals of Euler steps, or of data, the samples have too little variance: a
@@ -44,8 +54,8 @@ arXiv 2602.02214). A bidirectional teacher has no ODE of a chunk given its past,
 as a sample in the distance.
 
 Departures. Paths end at exactly 0, so c_skip and c_out are not needed (LCM's are 0 and 1 except at the last levels).
-Levels are the teacher's own. Noise-to-signal ratios are t / (1 - t), and the gap t - s is a difference of levels.
-There is no LPIPS distance.
+Levels are the teacher's own. There is no LPIPS distance. CM's paper and its code disagree on N(k) in the decay of the
+target network: levels in the paper, which is followed here, and intervals in the code.
 """
 
 from dataclasses import dataclass as plain_dataclass
@@ -87,14 +97,15 @@ class Endpoints:
 
     student: [B, ...], where the student's step takes x_t.
     target: [B, ...], where the target network's step takes x_s, without gradient.
-    end: [B], the level of both points. upper: [B], the upper edge of the phase. gap: [B], t - s.
-    For the chunks of videos, levels are [B, F]."""
+    end: [B], the level of both points. upper: [B], the upper edge of the phase. gap: [B], t - s. weight: [B], that of
+    the pair in the loss. For the chunks of videos, levels and weights are [B, F]."""
 
     student: Tensor
     target: Tensor
     end: Tensor
     upper: Tensor
     gap: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -106,7 +117,8 @@ class Consistency(Objective):
     teach: Literal["teacher", "data"] = "teacher"
     grid: GridPairs | None = None
     shrinking: ShrinkingPairs | None = None
-    solver: Literal["euler", "heun"] = "euler"  # LCM, PCM: one DDIM step; CM: Heun
+    # LCM, PCM: one DDIM step, which is Euler's; CM: edm_heun, in sigma (row cm_distillation); heun: in t, ours
+    solver: Literal["euler", "heun", "edm_heun"] = "euler"
     # from t to s; CTM: up to 17; several steps reduce the bias
     solver_steps: int = Field(default=1, ge=1, le=MOST_STEPS)
     # numbers of phases, used one after the other; Hyper-SD: 8, 4, 2, 1
@@ -116,12 +128,17 @@ class Consistency(Objective):
     guidance_scale: Guidance = 1.0  # PCM's SD3: 4 (its w = 3 is this convention's w + 1)
     guidance_range: ScaleRange | None = None  # LCM's w ~ U[5, 15] in cond + w (cond - uncond) is [6, 16] here
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    # CD and LCM: 0.95; CT: mu_0 = 0.9, which rises as the grid grows; None: the current weights, as in iCT, ECT, PCM
+    # CD on 40 levels, and LCM: 0.95; CT: mu_0 = 0.9, which rises as the grid grows; None: the current weights, as in
+    # iCT, ECT, PCM. Rows cm_schedule, ict_schedule
     target_decay: float | None = Field(default=None, ge=0, lt=1)
-    distance: Literal["huber", "square"] = "huber"
-    huber: float = Field(default=5.4e-4, ge=0)  # "c = 0.00054 sqrt(d)", iCT; LCM's and PCM's 1e-3 is per element
-    weight: Literal["one", "gap"] = "one"  # CM, LCM, PCM: 1; iCT, ECT: 1 / (t - s)
-    # PCM: weight 0.1. D distinguishes the two points that are compared, both renoised within the phase
+    distance: Literal["huber", "elementwise_huber", "square"] = "huber"
+    # iCT's "c = 0.00054 sqrt(d)", of a sample's norm, for data of std 0.5, is twice that for latents of std 1. Row
+    # ict_loss has the number, and nothing public this norm. With elementwise_huber, LCM's and PCM's c is 1e-3, for
+    # latents of std 1 (rows lcm_loss, pcm_loss)
+    huber: float = Field(default=1.08e-3, ge=0)
+    weight: Literal["one", "gap", "level_gap"] = "one"  # CM, LCM, PCM: 1; gap: iCT, ECT; level_gap: 1 / (t - s), ours
+    # PCM: weight 0.1 of a mean, with elementwise_huber (row pcm_ratio), generator hinge, and time from 0 to 1. D
+    # distinguishes the two points that are compared, both renoised within the phase
     gan: Ladd | None = None
     form: Form = "packed"  # with rollout.chunks, see `objectives.causal`
 
@@ -206,10 +223,10 @@ class Consistency(Objective):
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
-        if not recipe.backbone.flow_matching and (not uniform or self.solver == "heun"):
+        if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler" or self.weight == "gap"):
             raise ValueError(
                 f"on backbone {recipe.backbone.name} the grid is uniform, as in LCM: leave out spacing, time, "
-                "shrinking and solver"
+                "shrinking, solver and weight: gap"
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
@@ -240,15 +257,15 @@ class Consistency(Objective):
                 networks, batch, points.student, points.target, points.end, points.upper
             )
         points = self.endpoints(turn, networks, batch, state)
-        error, gap = points.student - points.target, points.gap
-        if gap.dim() == 2:
-            error, gap = error.flatten(0, 1), gap.flatten()
-        weight = torch.ones_like(gap) if self.weight == "one" else 1 / gap
-        if self.distance == "huber":
-            total = flow_maps.pseudo_huber(error, self.huber, weight)
-        else:
+        error, weight = points.student - points.target, points.weight
+        if weight.dim() == 2:
+            error, weight = error.flatten(0, 1), weight.flatten()
+        if self.distance == "square":
             total = (weight * signals.per_sample_mean(error.square())).mean()
-        terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": gap.mean()}
+        else:
+            elementwise = self.distance == "elementwise_huber"
+            total = flow_maps.pseudo_huber(error, self.huber, weight, elementwise)
+        terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": points.gap.mean()}
         if self.gan is not None:
             gan = self.gan.student_loss(networks, batch, points.student, points.end, points.upper)
             total = total + self.gan.weight * gan
@@ -279,12 +296,26 @@ class Consistency(Objective):
             )
             from_s = torch.where(expand(s > end, x_s), from_s, x_s)  # at s = end no step is left
         from_t = self.step_to_end(networks.student, networks.policy, batch, x_t, t, end, inputs)
-        return Endpoints(from_t, from_s, end, upper, t - s)
+        return Endpoints(from_t, from_s, end, upper, t - s, self.pair_weight(t, s, turn.update))
+
+    def pair_weight(self, t: Tensor, s: Tensor, update: int) -> Tensor:
+        """w of the pairs, in the shape of t."""
+        if self.weight == "one":
+            return torch.ones_like(t)
+        if self.weight == "level_gap":
+            return 1 / (t - s)
+        return 1 / time_pairs.ratio_gap(t, s, self.pairs.end_ratios(update))
+
+    @property
+    def pairs(self) -> GridPairs | ShrinkingPairs:
+        """The law of t and s."""
+        pairs = self.grid or self.shrinking
+        assert pairs is not None
+        return pairs
 
     def levels(self, batch: Batch, policy: RolloutPolicy, update: int) -> tuple[Tensor, Tensor]:
         """t and s of this update, [B], or for the chunks of videos [B, F]."""
-        pairs = self.grid or self.shrinking
-        assert pairs is not None
+        pairs = self.pairs
         if policy.chunks is None:
             return pairs(batch, update)
         chunks, num_frames = policy.chunks, batch.latent_shape[0]
@@ -292,17 +323,19 @@ class Consistency(Objective):
         return by_frame(t, chunks, num_frames), by_frame(s, chunks, num_frames)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
-        """target <- mu target + (1 - mu) student,   mu = target_decay^(s_0 / N(k))
-
-        This is CT's exp(s_0 ln mu_0 / N(k)), where N(k) is the number of levels at update k. On a grid that does not
-        grow, mu is target_decay."""
+        """target <- mu target + (1 - mu) student"""
         if self.target_decay is None or turn.name != "student":
             return
-        exponent = 1.0
-        if self.grid is not None:
-            exponent = (self.grid.count + 1) / (self.grid.intervals(int(state["updates"])) + 1)
-        move(networks["target"], networks.student, self.target_decay**exponent)
+        move(networks["target"], networks.student, self.decay(int(state["updates"])))
         state["updates"] += 1
+
+    def decay(self, update: int) -> float:
+        """mu = target_decay^(s_0 / N(k)) at update k, which is CT's exp(s_0 ln mu_0 / N(k)). N(k) is the number of
+        levels, and s_0 that at the start. On a grid that does not grow, mu is target_decay."""
+        assert self.target_decay is not None
+        if self.grid is None:
+            return self.target_decay
+        return self.target_decay ** ((self.grid.count + 1) / (self.grid.intervals(update) + 1))
 
     def target(self, networks: Networks, state: State) -> Denoiser:
         """The network that is applied to x_s. A moving average starts from the student's first weights, also those
@@ -338,10 +371,11 @@ class Consistency(Objective):
         for i in range(self.solver_steps):
             start = t + (s - t) * i / self.solver_steps
             end = t + (s - t) * (i + 1) / self.solver_steps
-            if self.solver == "heun":
+            if self.solver != "euler":
                 scale = self.guidance_scale if drawn is None else drawn
                 velocity = flow_maps.guided_velocity(teacher, batch.cond, batch.uncond, scale, self.guidance_interval)
-                x = flow_maps.heun_step(velocity, x, start, end).to(x.dtype)
+                step = flow_maps.heun_step if self.solver == "heun" else flow_maps.edm_heun_step
+                x = step(velocity, x, start, end).to(x.dtype)
             else:
                 expert_scale = teacher.per_expert(self.guidance_scale, start) if drawn is None else drawn
                 x0 = signals.guided(teacher, x, start, batch.cond, batch.uncond, expert_scale, self.guidance_interval)

@@ -47,7 +47,7 @@ mean.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.networks import Networks, move
+from fastgen.objectives import collected
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.registry import MOST_BATCH, MOST_STEPS, MOST_UPDATES
 from fastgen.rewards import Score
@@ -67,6 +68,7 @@ from fastgen.rollout import RolloutPolicy, predict_x0, sample
 from fastgen.signals import group_mean, per_sample_mean
 
 COPIES = ("reference", "sampler")
+SAMPLES = "samples"  # in Batch.shared
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -96,7 +98,9 @@ class Decay:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class CRD(Objective):
-    """Defaults without a comment on their source are those of the paper's runs in Flow-Factory."""
+    """Defaults without a comment on their source are those of the paper's runs in Flow-Factory. They are for losses
+    that are means over samples and elements, without a half, and for A that is clipped at 5 and R in [0, 1]. Golden
+    rows: crd_update (beta, clip, w, the anchor's weight, guidance and floor), crd_decays."""
 
     needs_whole_videos = (
         "its implicit reward and its anchor compare predictions at a whole noised video, and a causal student "
@@ -110,10 +114,14 @@ class CRD(Objective):
     group_size: int = Field(default=24, ge=2, le=MOST_BATCH)  # K
     beta: float = Field(default=1.0, gt=0)
     clip: float = Field(default=5.0, gt=0)  # the largest |A|
-    std: Literal["group", "batch"] = "group"  # ours; theirs is batch, which here means one process's micro-batch
+    # what the centred reward is divided by (`signals.advantages`). Flow-Factory: group by default (its gdpo, for one
+    # reward); batch, over all samples of the update, in its recipe for SD3.5. within_groups is ours
+    std: Literal["group", "batch", "within_groups"] = "group"
     loss_type: Literal["mse", "bce"] = "mse"
     self_normalised: bool = True  # w = sg(mean|v - v*|); False: w = 1
-    temperature: float | None = Field(default=None, ge=0)  # tau of the centring weights; None: uniform weights
+    # tau of the centring weights softmax(+-R / tau), for R in [0, 1]: Flow-Factory's weight_temp. For A it is
+    # 2 clip tau, so that 0.5 is 5. None (Flow-Factory: -1, its default): uniform weights
+    temperature: float | None = Field(default=None, ge=0)
     # number of (t, noise) per update; None: one per timestep of the student, ours
     draws: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     jitter: float = Field(default=0.0, ge=0, lt=1)  # ours
@@ -136,17 +144,40 @@ class CRD(Objective):
         return {"updates": torch.zeros((), dtype=torch.int64)}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("student", ("student",)),)
+        return (Turn("student", ("student",), collects=self.std != "group"),)
 
-    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
+    def collect(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> None:
+        """The samples, and the rewards that the advantages of the whole update are made from."""
+        assert batch.shared is not None
+        x0, score = self.samples(networks, batch, state)
+        batch.shared[SAMPLES] = (x0, score)
+        collected.add(state, self.compared(batch, score))
+
+    @torch.no_grad()
+    def samples(self, networks: Networks, batch: Batch, state: State) -> tuple[Tensor, Score]:
+        """x0 [B, ...] of the sampler, and its rewards."""
         if state["updates"] == 0:
             for role in COPIES:
                 move(networks[role], networks.student, 0.0)  # not earlier, as `init_from` may load the student
-        with torch.no_grad():
-            x0 = sample(networks["sampler"], networks.policy, batch.cond, batch.normal)  # type: ignore[arg-type]
-        score = networks.rewards(x0, batch)
+        x0 = sample(networks["sampler"], networks.policy, batch.cond, batch.normal)  # type: ignore[arg-type]
+        return x0, networks.rewards(x0, batch)
+
+    def compared(self, batch: Batch, score: Score) -> dict[str, Tensor]:
+        """What the advantages are made from, by name: one row for each sample."""
         assert batch.group is not None
-        advantage = signals.advantages(score.value, batch.group, score.valid, std=self.std, clip=self.clip)
+        return {"group": batch.group, "valid": score.valid.to(torch.uint8), "reward": score.value}
+
+    def advantage(self, batch: Batch, score: Score, state: State) -> Tensor:
+        """A, [B]; where `std` is not of the group, over all samples of the update."""
+        rows = collected.of_update(state, self.compared(batch, score))
+        every = signals.advantages(rows["reward"], rows["group"], rows["valid"] > 0, self.std, self.clip)
+        return collected.of_samples(every, batch.ids)
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
+        made = (batch.shared or {}).get(SAMPLES) or self.samples(networks, batch, state)
+        x0, score = cast(tuple[Tensor, Score], made)
+        advantage = self.advantage(batch, score, state)
+        assert batch.group is not None
         group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
         draws = self.draws or networks.policy.num_steps
         first = batch.integer("first_level", networks.policy.num_steps)
@@ -157,6 +188,7 @@ class CRD(Objective):
             yield Loss(loss.total / draws, terms)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        collected.drop(state)
         n = int(state["updates"].add_(1))
         move(networks["reference"], networks.student, self.reference_decay(n))
         move(networks["sampler"], networks.student, self.sampler_decay(n))
@@ -177,7 +209,8 @@ class CRD(Objective):
         # a prompt whose rewards are all equal is not used
         used = score.valid & (group_mean(advantage.square(), batch.group, score.valid) > 0)
         reward = advantage / (2 * self.clip) + 0.5
-        weights = centring_weights(advantage, batch.group, used, self.temperature)
+        temperature = None if self.temperature is None else 2 * self.clip * self.temperature
+        weights = centring_weights(advantage, batch.group, used, temperature)
         matching = matching_loss(implicit, reward, batch.group, used, self.beta, weights, self.loss_type)
         total = matching * self.clip / self.beta
         gain = self.gain(implicit.detach(), reward, batch.group, used)
@@ -228,8 +261,9 @@ def centring_weights(advantage: Tensor, group: Tensor, used: Tensor, temperature
     """The weights of the group means that are subtracted: one or two sets of [B]. With two sets, `matching_loss`
     averages the two losses.
 
-    temperature (tau): None gives uniform weights. tau > 0 gives exp(A / tau) and exp(-A / tau). tau = 0 gives uniform
-    weights over the samples with A > 0, and over those with A < 0 (Flow-Factory takes the sign of R, which is never
+    temperature (tau): None gives uniform weights. tau > 0 gives exp(A / tau) and exp(-A / tau); tau is 2 clip times
+    CRD.temperature, with which A / tau differs from R / CRD.temperature by a constant. tau = 0 gives uniform weights
+    over the samples with A > 0, and over those with A < 0 (Flow-Factory takes the sign of R, which is never
     negative). The weights are not normalised, and are 0 where `used` is False."""
     if temperature is None:
         return (used.to(advantage),)

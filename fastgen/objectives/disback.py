@@ -47,7 +47,7 @@ class PathTurn(Turn):
 class DisBack(DMD2):
     name: Literal["disback"] = "disback"  # type: ignore[assignment]
     path_length: int = Field(default=5, ge=2, le=1000)  # N; ours
-    # degradation updates between two points, the released code
+    # degradation updates between two points, the released code. Counts: no row. Its losses are DMD2's, unchanged
     path_every: int = Field(default=100, ge=1, le=MOST_UPDATES)
     interval: int = Field(default=1000, ge=1, le=MOST_UPDATES)  # student updates per target, the released code
 

@@ -48,7 +48,7 @@ from fastgen.networks import Networks, blend, frozen
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
 from fastgen.registry import MOST_STEPS
-from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, step_from_data
 from fastgen.schedule import PredictionType, TimeSampler, expand
 
 
@@ -58,27 +58,41 @@ class DMD2(Objective):
     takes_chunks = True
 
     name: Literal["dmd2"] = "dmd2"
-    # 1.75 SD1.5, 8 SDXL (released configs); 1 is off. Several: one per expert of the teacher, from high noise to low
+    # w of uncond + w (cond - uncond): 1.75 SD1.5, 8 SDXL (released configs; rows dmd2_*), 4 Self-Forcing, 4.5 CausVid
+    # (3 and 3.5 there, of cond + w (cond - uncond)); 1 is off. Several: one per expert, from high noise to low
     guidance_scale: Guidance = 1.0
     guidance_interval: Annotated[tuple[float, float], Field()] = (0.0, 1.0)  # guidance where low < t <= high; ours
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # ours; 0 is off
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # "5 fake updates per generator update", Sec. 4.2
+    # "5 fake updates per generator update", Sec. 4.2; FastGen's student_update_freq of 5 is 4. A count: no row
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # U{20..980} of 1000, the released code
-    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # U{0..999}, the released code
+    # U{20..980} and U{0..999} of 1000, where step i is level (i + 1) / 1000: the released code (rows
+    # dmd2_distribution_matching, dmd2_fake_score). Videos: {shift: 5, ends: clamp} (row self_forcing_levels)
+    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
+    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
+    # where renoise_time and fake_time lie after a step from t_k to t_{k+1}. all: the whole law; above: not below
+    # t_{k+1} (Self-Forcing's ts_schedule); step: between t_{k+1} and t_k (its ts_schedule_max, too)
+    renoise_range: Literal["all", "above", "step"] = "all"
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one stop index per update, the released code
+    # simulated: what the student's own steps lead to; data: noised real samples (DMD2 of FastGen, CausVid)
+    student_input: Literal["simulated", "data"] = "simulated"
     condition_on_stop: bool = False  # ours, see above
-    normaliser_floor: float = Field(default=1e-6, gt=0)  # FastGen's epsilon
-    gan_weight: float = Field(default=0.0, ge=0)  # lambda_G: 5e-3 SDXL, 3e-3 ImageNet (released configs); 0: data-free
-    discriminator_weight: float = Field(default=0.01, gt=0)  # lambda_D, the released configs
-    gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999}, the released code
+    # of mean|x - real|, in normalised latents; FastGen adds it to the mean (row f_distill_generator), DMD2 has none
+    normaliser_floor: float = Field(default=1e-6, gt=0)
+    # lambda_G, of a mean softplus against half a mean square over all elements: 5e-3 SDXL, 3e-3 ImageNet (released
+    # configs; rows dmd2_generator_*); 0: data-free
+    gan_weight: float = Field(default=0.0, ge=0)
+    # lambda_D, of the sum of two mean softplus against a mean squared error without a half, of the fake score's own
+    # prediction type (epsilon there): the released configs. Rows dmd2_discriminator and dmd2_fake_score pin the parts
+    discriminator_weight: float = Field(default=0.01, gt=0)
+    gan_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # "diffusion GAN", U{0..999} (row dmd2_discriminator)
     # Decoupled DMD: the levels of the guidance term of a step from t_k, between low and high * t_k. {} is the paper's
-    # hybrid
+    # hybrid. CDM's code has {ends: clamp}, and its guidance 7 is guidance_scale 8 here (row decoupled_dmd_generator)
     ca_time: TimeSampler | None = None
     dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
-    ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code
+    ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code (row senseflow_ida)
 
     @field_validator("guidance_interval")
     @classmethod
@@ -106,15 +120,52 @@ class DMD2(Objective):
         return self
 
     def check(self, policy: RolloutPolicy) -> None:
-        if self.ca_time is not None and self.ca_time.high * policy.timesteps[-1] <= self.ca_time.low:
+        self.check_input(policy)
+        self.check_range(policy)
+        time, last = self.ca_time, policy.timesteps[-1]
+        if time is not None and time.high * last <= time.low:
             raise ValueError(
-                f"ca_time leaves no noise level below that of the last step: low = {self.ca_time.low} must be below "
-                f"high * {policy.timesteps[-1]} = {self.ca_time.high * policy.timesteps[-1]:g}"
+                f"ca_time leaves no noise level below that of the last step: low = {time.low} must be below "
+                f"high * {last} = {time.high * last:g}"
             )
+
+    def check_input(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError where noised data cannot be the student's input."""
+        if self.student_input == "simulated":
+            return
+        if policy.chunks is not None:
+            raise ValueError(
+                "student_input: data takes one step of a whole video from its noised data, and a student with "
+                "rollout.chunks is trained on chunks that it made itself; use student_input: simulated"
+            )
+        if policy.timesteps == (1.0,):
+            raise ValueError(
+                "student_input: data has no data in it for a one-step student, whose input at level 1 is noise; leave "
+                "student_input out"
+            )
+
+    def check_range(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError where renoise_range leaves no level for the samples of a step."""
+        if self.renoise_range == "all":
+            return
+        if policy.num_steps == 1:
+            raise ValueError(
+                f"renoise_range: {self.renoise_range} tells the steps of a student apart, and this one has one step; "
+                "leave renoise_range out"
+            )
+        for name, time in (("renoise_time", self.renoise_time), ("fake_time", self.fake_time)):
+            for t, end in zip(policy.timesteps, (*policy.timesteps[1:], 0.0), strict=True):
+                top = t if self.renoise_range == "step" else 1.0
+                if end >= time.high or top <= time.low:
+                    raise ValueError(
+                        f"renoise_range: {self.renoise_range} leaves no level to the step from {t:g} to {end:g}: "
+                        f"{name} goes from {time.low:g} to {time.high:g}; widen {name}, or change rollout.timesteps"
+                    )
 
     @property
     def takes_first_timesteps(self) -> bool:
-        return not (self.condition_on_stop or self.ca_time)  # which speak of one list for all frames
+        # which speak of one list for all frames
+        return not (self.condition_on_stop or self.ca_time or self.renoise_range != "all")
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -126,7 +177,7 @@ class DMD2(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"latents"}) if self.gan_weight else frozenset()
+        return frozenset({"latents"}) if self.gan_weight or self.student_input == "data" else frozenset()
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         fake_score = make_fake_score(backbone, policy, self.condition_on_stop)
@@ -154,10 +205,10 @@ class DMD2(Objective):
         """The surrogate of the score difference, plus the generator's side of the GAN.
 
         weight: [B], the factor of each sample's g; None: 1."""
-        grad, lag = self.score_gradient(networks, batch, rollout)
+        grad, terms = self.score_gradient(networks, batch, rollout)
         grad = grad if weight is None else expand(weight, grad) * grad
         total = signals.surrogate(rollout.x, grad)
-        terms = {"dm_grad": grad.abs().mean(), "fake_lag": lag}
+        terms |= {"dm_grad": grad.abs().mean()}
         if self.gan_weight:
             with frozen(networks.fake_score, networks["discriminator"]):
                 gan = signals.gan_generator_loss(self.logits(networks, batch, rollout.x, rollout.stop, "gan"))
@@ -169,7 +220,8 @@ class DMD2(Objective):
         """The denoising loss on the student's samples, plus the discriminator's side of the GAN."""
         rollout = self.rollout(networks, batch, grad=False)
         inputs = stop_input(rollout.stop, self.condition_on_stop)
-        denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs)
+        within = self.level_range(networks.policy, rollout)
+        denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs, within)
         if not self.gan_weight:
             return Loss(denoising, {"loss": denoising.detach()})
         assert batch.latents is not None
@@ -185,12 +237,13 @@ class DMD2(Objective):
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         stop = draw_stops(batch, networks.policy.num_steps, shared=self.stops == "shared")
-        return backward_simulation(networks.student, networks.policy, batch, stop, grad)
+        simulate = backward_simulation if self.student_input == "simulated" else step_from_data
+        return simulate(networks.student, networks.policy, batch, stop, grad)
 
     @torch.no_grad()
-    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """g [B, ...] at the student's samples, and the fake score's lag (`signals.score_lag`)."""
-        x_t, t = self.renoised(networks, batch, rollout.x)
+    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """g [B, ...] at the student's samples, and the terms of the fake score's lag (`signals.lag_terms`)."""
+        x_t, t = self.renoised(networks, batch, rollout)
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = self.guidance_scale if self.ca_time is None else 1.0
         real = signals.guided(
@@ -206,17 +259,15 @@ class DMD2(Objective):
         grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
         if self.ca_time is not None:
             grad = self.dm_weight * grad + self.guidance_gradient(networks, batch, rollout, self.ca_time)
-        return grad, signals.score_lag(rollout.x, fake, real)
+        return grad, signals.lag_terms(rollout.x, fake, real)
 
     def guidance_gradient(self, networks: Networks, batch: Batch, rollout: Rollout, time: TimeSampler) -> Tensor:
         """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at x renoised with separate draws.
 
-        time: the law of t', stretched to the interval from time.low to time.high * t_k.
+        time: the law of t', between time.low and time.high * t_k (stretch), or times t_k and then clamped (clamp).
         The normaliser uses the unguided teacher (byliutao/cdm's code)."""
         teacher = networks.teacher
-        t_k = rollout.steps[-1].t
-        fraction = (time(batch.uniform("ca_time")) - time.low) / (time.high - time.low)
-        t = time.low + fraction * (time.high * t_k - time.low)
+        t = time.ended(time.shifted(batch.uniform("ca_time")), rollout.steps[-1].t)
         x_t = teacher.schedule.add_noise(rollout.x, batch.normal("ca_noise"), t)
         both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([batch.cond, batch.uncond]))
         real, uncond = both.chunk(2)
@@ -226,10 +277,18 @@ class DMD2(Objective):
         augmentation = (w - 1) * (real - uncond)
         return signals.score_difference(rollout.x, real - augmentation, real, self.normaliser_floor)
 
-    def renoised(self, networks: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
+    def renoised(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """x_t [B, ...] and t [B], at which the two scores are compared."""
-        t = self.renoise_time(batch.uniform("renoise_time"))
-        return networks.teacher.schedule.add_noise(x0, batch.normal("renoise"), t), t
+        u = batch.uniform("renoise_time")
+        t = self.renoise_time(u, self.level_range(networks.policy, rollout))
+        return networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t), t
+
+    def level_range(self, policy: RolloutPolicy, rollout: Rollout) -> tuple[Tensor, Tensor] | None:
+        """The levels ([B], [B]) between which the samples of this rollout are renoised, by `renoise_range`."""
+        if self.renoise_range == "all":
+            return None
+        t = rollout.steps[-1].t
+        return next_levels(policy, rollout.stop, t), t if self.renoise_range == "step" else torch.ones_like(t)
 
     def logits(self, networks: Networks, batch: Batch, x0: Tensor, stop: Tensor, name: str) -> Tensor:
         """D [B, depths] at x0 renoised with the draws of this name."""

@@ -41,9 +41,12 @@ from fastgen.rollout import Rollout
 class FDistill(DMD2):
     name: Literal["f_distill"] = "f_distill"  # type: ignore[assignment]
     f_divergence: signals.Divergence = "js"  # the released code's default; kl on CIFAR-10
-    gan_weight: float = Field(default=1e-3, ge=0)  # SD1.5, CIFAR-10 and Wan in the released configs; SDXL 5e-3
-    ratio_bins: int = Field(default=10, ge=1, le=MOST_STEPS)  # number of noise-level bins, the released code
-    # fraction of the sums that each update keeps; 0.5 on ImageNet, elsewhere 0
+    # of a mean softplus against half a mean square over all elements (row f_distill_generator): SD1.5, CIFAR-10 and
+    # Wan in the released configs; SDXL 5e-3
+    gan_weight: float = Field(default=1e-3, ge=0)
+    # number of noise-level bins, the released code (row f_distill_weights, with the clamps of `signals.density_ratio`)
+    ratio_bins: int = Field(default=10, ge=1, le=MOST_STEPS)
+    # fraction of the sums that each update keeps; theirs, of the means: 0.5 on ImageNet, elsewhere 0 (no row: at 0)
     ratio_memory: float = Field(default=0.5, ge=0, lt=1)
 
     @field_validator("gan_weight")
@@ -80,7 +83,7 @@ class FDistill(DMD2):
         """h(r) / mean h [B] at the (x_t, t) of the score difference, and the terms to log.
 
         Also adds r and h to the state, for the means of the following updates."""
-        x_t, t = self.renoised(networks, batch, rollout.x)
+        x_t, t = self.renoised(networks, batch, rollout)
         ratio = signals.density_ratio(self.discriminator_logits(networks, batch, x_t, t, rollout.stop))
         position = (t - self.renoise_time.low) / (self.renoise_time.high - self.renoise_time.low)
         index = (position * self.ratio_bins).long().clamp(max=self.ratio_bins - 1)

@@ -34,14 +34,16 @@ def denoising_loss(
     time: TimeSampler,
     space: PredictionType | None = None,
     inputs: Inputs = NO_INPUTS,
+    within: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Scalar: `signals.denoising_loss` of the fake score, at the student's clean samples x0 [B, ...] renoised to
     levels drawn from `time`.
 
     space: the prediction type in which the error is measured; None is the fake score's own.
+    within: each sample's lowest and highest level, [B] each; None: the whole law.
     Gradient flows to the fake score."""
     schedule = networks.teacher.schedule
-    t = time(batch.uniform("fake_time"))
+    t = time(batch.uniform("fake_time"), within)
     x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
     prediction = networks.fake_score(x_t, t, batch.cond, inputs)
     return signals.denoising_loss(prediction, x0, x_t, t, schedule, space or networks.fake_score.prediction_type)

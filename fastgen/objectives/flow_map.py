@@ -20,8 +20,8 @@ The algorithm, for every student update:
 With `on_policy`, a fake score is first trained on the student's own samples. The student's update then also has
     x = jumps 1 -> t_k -> t_{k+1} -> 0 of a random grid, with gradient through all three
     student <- weight * surrogate of the score difference (fake - teacher) at x renoised
-This is AnyFlow's second stage (arXiv 2605.13724). With steps: [1], source: prior and balance: true it is FreeFlow's
-correction.
+This is AnyFlow's second stage (arXiv 2605.13724), whose numbers are the defaults of `on_policy`. With steps: [1],
+source: prior and balance: true it is FreeFlow's correction.
 
 The progressive form alone has no information about v (u = 0 solves it), so its diagonal share must be above 0. The
 Lagrangian and Eulerian forms differentiate a derivative, which needs MATH attention and excludes activation
@@ -29,7 +29,10 @@ checkpointing; the other two do not. A map that is trained from the prior alone 
 teaches it to jump from levels below t = 1.
 
 Departures. The authors' learned weight w(t, s) is replaced by a power of the loss. Targets use the current weights,
-which is the authors' default.
+which is the authors' default. AnyFlow weights levels by t sqrt(1 - t), and gives every jump the mean loss of the
+diagonal; here all have the same weight.
+
+Names such as flow_map_lsd beside a number are rows of docs/faithfulness.md, which compare it with the authors' code.
 """
 
 import itertools
@@ -60,21 +63,30 @@ from fastgen.schedule import TimeSampler, expand
 Form = Literal["lagrangian", "semigradient", "eulerian", "progressive"]
 
 
+ANY_FLOW_TIME = TimeSampler(low=0.0, high=1.0, shift=5.0)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OnPolicy:
-    """Distribution matching on the student's own samples.
+    """Distribution matching on the student's own samples. The defaults are AnyFlow's for Wan 2.1.
 
+    weight: of 1/2 |x0 - sg(x0 - g)|^2 beside the map's |r|^2. Both are sums over a sample's elements, and means over
+    samples. In AnyFlow both are means over elements, and the first has no half: its weight of 1 is 2 here.
     steps: the numbers of steps from which that of the random grid is drawn.
+    guidance_scale: w in uncond + w (cond - uncond). AnyFlow's 3 is w in cond + w (cond - uncond), which is 4 here. Its
+    other guidance of 3, that of the first stage, is 3 here.
     balance: multiplies the score difference by |residual| / |score difference|, the ratio of their root mean squares
-    over the micro-batch (FreeFlow's alpha)."""
+    over the micro-batch (FreeFlow's alpha, which is the weight; its training code is not public)."""
 
-    weight: float = Field(default=1.0, gt=0)  # AnyFlow's 1; FreeFlow's alpha 0.3 to 3
-    # AnyFlow's code
+    # weight, steps and guidance: any_flow_step. FreeFlow's weight of 0.3 to 3, with balance: nothing public pins it
+    weight: float = Field(default=2.0, gt=0)
     steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = Field(default=(2, 4, 8, 16, 50), min_length=1)
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # DMD2's; AnyFlow does not give one
-    guidance_scale: Guidance = 1.0  # AnyFlow: 3
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # DMD2's; FreeFlow: logit-normal, biased high
-    fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # DMD2's
+    # updates per student update: AnyFlow's discriminator_update_ratio of 1, a counter of its loop that no row pins
+    fake_updates: int = Field(default=1, ge=1, le=MOST_STEPS)
+    guidance_scale: Guidance = 4.0
+    renoise_time: TimeSampler = ANY_FLOW_TIME  # any_flow_step; FreeFlow: logit-normal, biased high, not public
+    # logit-normal before the shift (any_flow_fake)
+    fake_time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, shift=5.0)
     balance: bool = False
 
 
@@ -93,14 +105,17 @@ class FlowMap(Objective):
     form: Form = "semigradient"  # ours: cheaper, and allows checkpointing; the paper recommends lagrangian
     teach: Literal["teacher", "self"] = "teacher"
     source: Literal["data", "prior"] = "data"
-    guidance_scale: Guidance = 1.0  # of the teacher
+    guidance_scale: Guidance = 1.0  # of the teacher, w in uncond + w (cond - uncond)
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    pairs: TimePairs = TimePairs(diagonal=0.75)  # "75 %", the authors' code
+    # LSD's code: 75 % at one uniform level, the rest at two (flow_map_lsd)
+    pairs: TimePairs = TimePairs(diagonal=0.75, diagonal_level="single")
     # updates until t - s may reach pairs.max_gap; 0: from the start
     gap_growth: int = Field(default=0, ge=0, le=MOST_UPDATES)
-    middle: Literal["uniform", "half"] = "uniform"  # the middle level of progressive; the authors use both
-    power: float = Field(default=0.0, ge=0, le=1)  # adaptive weight 1 / (|r|^2 + floor)^power; 1 in MeanFlow
-    floor: float = Field(default=1e-2, gt=0)  # MeanFlow's; |r|^2 is the sum over a sample
+    # the middle level of progressive; the authors use both (flow_map_psd, flow_map_psd_half)
+    middle: Literal["uniform", "half"] = "uniform"
+    # adaptive weight 1 / (|r|^2 + floor)^power; 0 in LSD, with the sum over a sample (flow_map_lsd); 1 in MeanFlow
+    power: float = Field(default=0.0, ge=0, le=1)
+    floor: float = Field(default=1e-2, gt=0)  # MeanFlow's; |r|^2 is the sum over a sample (mean_flow_xl)
     derivative: Backend = "jvp"  # how semigradient computes its derivative
     on_policy: OnPolicy | None = None
 
@@ -254,6 +269,7 @@ class FlowMap(Objective):
     ) -> tuple[Tensor, Tensor]:
         """The surrogate of (fake - teacher) at the student's renoised samples, and the mean |gradient|.
 
+        The surrogate is 1/2 |x0 - sg(x0 - g)|^2, summed over a sample's elements as the map's loss is.
         residual_size: scalar, the root mean square of the flow map's residual, which `balance` uses."""
         x0 = self.rollout(networks, batch, config)
         teacher = networks.teacher
@@ -268,4 +284,4 @@ class FlowMap(Objective):
                 grad = grad * residual_size / grad.square().mean().sqrt().clamp_min(1e-8)
             else:
                 grad = signals.score_difference(x0, fake, real)
-        return signals.surrogate(x0, grad), grad.abs().mean()
+        return x0[0].numel() * signals.surrogate(x0, grad), grad.abs().mean()

@@ -1,7 +1,8 @@
 """GNDM: distribution matching as a reward, normalised within prompt groups (arXiv 2603.28460).
 
 We know only the abstract of the paper: R_dm as a reward, group normalisation (GNDM), other rewards (GNDMR), and
-samples that are reused by importance sampling. Every formula here is derived, and every default is ours.
+samples that are reused by importance sampling. Every formula here is derived, and every default is ours: nothing
+public pins them. docs/faithfulness.md has rows for the log-probability, the advantages and the clipped loss it calls.
 
     paper     here                 what it is
     pi_theta  networks.student     few-step generator; its stochastic steps are Gaussian policies
@@ -262,7 +263,7 @@ class GNDM(Objective):
         inputs = stop_input(stop, self.condition_on_stop)
         fake, real = self.predictions(networks, batch, x, t, "renoise", inputs)
         grad = signals.score_difference(x, fake, real, group=batch.group)
-        return grad, {"dm_grad": grad.abs().mean(), "fake_lag": signals.score_lag(x, fake, real)}
+        return grad, {"dm_grad": grad.abs().mean()} | signals.lag_terms(x, fake, real)
 
     def predictions(
         self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, noise: str, inputs: Inputs

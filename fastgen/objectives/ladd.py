@@ -6,7 +6,16 @@
     x_hat_0    x                the student's sample at level `low` (0 is clean), renoised to a random level above it
 
 Fake and real samples are renoised with independent draws. Both sides use hinge losses. LADD is not an objective by
-itself: scm uses it as SANA-Sprint does, and consistency as PCM does."""
+itself: scm uses it as SANA-Sprint does, and consistency as PCM does.
+
+Units. The student's term is a mean over logits, whatever the size of a sample. A published weight is for the loss it
+stands beside: SANA-Sprint's 0.5 for sCM's tangents of norm 1 (`scm.tangent_norm: l2`) with learned weights, PCM's 0.1
+for an element-wise Huber distance (`consistency.distance`). Rows sana_ratio and pcm_ratio compare the gradients of the
+two terms at two sizes of sample.
+
+Departure: PCM's code renoises from level s with (t - s) / (1 - s) noise, less than the noise path has for s > 0."""
+
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -27,10 +36,13 @@ from fastgen.schedule import TimeSampler
 class Ladd:
     """weight: the factor of the student's term, -mean D.
     time: the law of the levels at which D sees samples, from the lower end (0) to the upper end (1) of the interval.
+    generator: the student's term: linear, -mean D; or hinge, mean max(0, 1 - D), which has no gradient where D > 1.
     mismatched: real samples under the prompts of other samples count as additional fakes."""
 
-    weight: float = Field(gt=0)  # "0.5", SANA-Sprint; "0.1", PCM
-    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-0.6, std=1.0)  # "N(-0.6, 1)", SANA-Sprint
+    weight: float = Field(gt=0)  # "0.5", SANA-Sprint; "0.1", PCM; see Units
+    # "N(-0.6, 1)" of log sigma, SANA-Sprint, for latents of std 0.5 (row sana_levels). PCM: uniform, low 0, high 1
+    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-0.6, std=1.0, sigma_data=0.5)
+    generator: Literal["linear", "hinge"] = "linear"  # linear: SANA-Sprint; hinge: PCM's code
     mismatched: bool = False  # true in SANA-Sprint's code
 
     def networks(self, backbone: Backbone) -> dict[str, nn.Module]:
@@ -42,11 +54,14 @@ class Ladd:
     def student_loss(
         self, networks: Networks, batch: Batch, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> Tensor:
-        """-mean D(x) at the student's x [B, ...], which is at level low [B] (None: 0).
+        """`generator` at the student's x [B, ...], which is at level low [B] (None: 0).
 
         D sees x renoised to a level between low and high [B] (None: 1). Gradient flows to x alone."""
         with frozen(networks["discriminator"], networks.critic):
-            return signals.hinge_generator_loss(self.logits(networks, batch, x, "gan", low, high))
+            logits = self.logits(networks, batch, x, "gan", low, high)
+        if self.generator == "hinge":
+            return torch.relu(1 - logits).mean()
+        return signals.hinge_generator_loss(logits)
 
     def discriminator_loss(
         self,
@@ -62,7 +77,7 @@ class Ladd:
         real_logits = self.logits(networks, batch, real.detach(), "gan_real", low, high)
         gap = (real_logits.mean() - fake_logits.mean()).detach()
         if self.mismatched:
-            mismatched_logits = self.logits(networks, batch, real.detach(), "gan_other", low, high, roll=1)
+            mismatched_logits = self.logits(networks, batch, real.detach(), "gan_other", low, high, roll=-1)
             fake_logits = torch.cat([fake_logits, mismatched_logits])
         total = signals.hinge_discriminator_loss(real_logits, fake_logits)
         return Loss(total, {"loss": total.detach(), "logit_gap": gap})
@@ -79,7 +94,7 @@ class Ladd:
     ) -> Tensor:
         """D [B, depths] at x, renoised with the draws of this name.
 
-        roll: each sample gets the prompt of the sample this many rows before it."""
+        roll: each sample gets the prompt of the sample this many rows before it; -1, the next one's (SANA-Sprint)."""
         t = self.time(batch.uniform(f"{name}_time"))
         low = torch.zeros_like(t) if low is None else low
         high = torch.ones_like(t) if high is None else high

@@ -20,9 +20,12 @@ form: improved (iMF, arXiv 2512.02012). The identity is a regression of V = u + 
     rollout.embedded_guidance gives the student the scale w as an input, w is drawn for each sample.
 alpha. alpha-Flow anneals from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0). In between, the target is
     alpha v + (1 - alpha) sg u(x_m, m, s),   x_m = x_t - (t - m) v,   m = alpha s + (1 - alpha) t
-    and the square is weighted by alpha (by 1 / alpha without the adaptive weight). A run that ends at a finite alpha
-    gives samples of too little variance.
+    and the square is weighted by alpha (by 1 / alpha without the adaptive weight). Its numbers are pairs with
+    diagonal: 0.5 and diagonal_level: single, and a floor of 1e-3 times the number of a sample's elements. A run that
+    ends at a finite alpha gives samples of too little variance.
 warmup. With a teacher (FastGen's MeanFlow) the factor of the derivative in the target may grow from 0 to 1.
+
+Names such as mean_flow_xl beside a number are rows of docs/faithfulness.md, which compare it with the authors' code.
 
 When v is noisy (from data) the loss of a sample is of order one even at the exact map; only its mean gradient vanishes
 there. Departures: no auxiliary head (the diagonal share is that of iMF), and no interval conditions.
@@ -56,9 +59,10 @@ class AlphaSchedule:
     """alpha(k) = 1 - sigmoid(gamma (k - (first + last) / 2) / (last - first)). Values within `snap` of 1 or 0 become
     exactly 1 or 0."""
 
-    first: int = Field(ge=0, le=MOST_UPDATES)  # k_s: 600k of 1.2M for XL/2, 0 for B/2
-    last: int = Field(ge=1, le=MOST_UPDATES)  # k_e: 1M for XL/2, 1.2M for B/2
-    gamma: float = Field(default=25.0, gt=0)  # "25"
+    # the published values are those of golden row mean_flow_alphas
+    first: int = Field(ge=0, le=MOST_UPDATES)  # k_s, in updates: 600k of 1.2M for XL/2, 0 for B/2
+    last: int = Field(ge=1, le=MOST_UPDATES)  # k_e, in updates: 1M for XL/2, 1.2M for B/2
+    gamma: float = Field(default=25.0, gt=0)  # "25", per last - first updates
     snap: float = Field(default=5e-3, ge=0, lt=0.5)  # "eta = 5e-3"
 
     @model_validator(mode="after")
@@ -94,24 +98,31 @@ class MeanFlow(Objective):
     name: Literal["mean_flow"] = "mean_flow"
     teach: Literal["teacher", "data"] = "teacher"
     form: Literal["original", "improved"] = "original"
-    # "lognorm(-0.4, 1.0)" and 75 % of r = t, Tab. 1 (iMF: 50 %)
+    # "lognorm(-0.4, 1.0)" and 75 % of r = t, Tab. 1 (iMF: 50 %; mean_flow_xl, mean_flow_improved). The law is that of
+    # levels for latents of unit standard deviation, which theirs have. CIFAR-10: N(-2, 2^2), 25 % (mean_flow_cifar10)
     pairs: TimePairs = TimePairs(TimeSampler("logit_normal", 0.0, 1.0, mean=-0.4, std=1.0), diagonal=0.75)
-    power: float = Field(default=1.0, ge=0, le=1)  # p: "1.0"; 0.75 on CIFAR-10
-    floor: float = Field(default=1e-2, gt=0)  # c, added to the sum over a sample; 1e-3 on CIFAR-10
+    power: float = Field(default=1.0, ge=0, le=1)  # p: "1.0" (mean_flow_xl); 0.75 on CIFAR-10 (mean_flow_cifar10)
+    # c, added to the sum over a sample's d elements: 1e-2 (mean_flow_xl), 1e-3 on CIFAR-10 (mean_flow_cifar10).
+    # alpha-Flow adds its own, 1e-3, to their mean: it is 1e-3 d here (mean_flow_alpha)
+    floor: float = Field(default=1e-2, gt=0)
     derivative: Backend = "jvp"
-    # AnyFlow's; longer steps smooth what time embeddings add to D u
+    # in units of t: 5 of 1000 in AnyFlow (any_flow_map), 5e-3 in FastGen (mean_flow_difference); longer steps smooth
+    # what time embeddings add to D u
     difference_step: float = Field(default=5e-3, gt=0)
-    # updates; FastGen: 2000; 0 uses the whole derivative from the start
+    # updates; FastGen: 2000 (mean_flow_teacher); 0 uses the whole derivative from the start
     warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     alpha: AlphaSchedule | None = None
-    clip: float | None = Field(default=None, gt=0)  # largest element of alpha-Flow's discrete targets: 4 for XL/2
-    # of the teacher; with teach: data in the improved form, the scale of the student's own guidance
+    # largest element of alpha-Flow's discrete targets, in standard deviations of latents: 4 for XL/2 (mean_flow_alpha)
+    clip: float | None = Field(default=None, gt=0)
+    # of the teacher, or with teach: data in the improved form of the student's own guidance: w in
+    # uncond + w (cond - uncond), as in FastGen and iMF (mean_flow_teacher, mean_flow_improved)
     guidance_scale: Guidance = 1.0
-    scale_power: float = Field(default=1.0, ge=0)  # beta of iMF's p(w) ~ w^-beta on [1, 8]; ours
-    omega: float = Field(default=1.0, gt=0)  # 0.2 for XL/2; 1 with kappa 0 is off
-    kappa: float = Field(default=0.0, ge=0, lt=1)  # 0.92 for XL/2
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # [0, 0.75] for XL/2
-    drop: float = Field(default=0.0, ge=0, lt=1)  # share of samples that lose their prompt; "0.1" with guidance
+    scale_power: float = Field(default=1.0, ge=0)  # beta of iMF's p(w) ~ w^-beta on [1, 8]; 1 there (mean_flow_scales)
+    omega: float = Field(default=1.0, gt=0)  # weight of noise - x0: 0.2 for XL/2 (mean_flow_xl); 1 with kappa 0 is off
+    kappa: float = Field(default=0.0, ge=0, lt=1)  # weight of u(x_t, t, t), with prompt: 0.92 for XL/2 (mean_flow_xl)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # levels t: [0, 0.75] for XL/2 (mean_flow_xl)
+    # share of samples that lose their prompt and their guidance; "0.1" with guidance (mean_flow_xl has 0.3)
+    drop: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _possible(self) -> "MeanFlow":

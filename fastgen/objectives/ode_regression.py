@@ -7,7 +7,7 @@
 
 The algorithm, for every student update:
     x_t = the state between the two ends of a pair, at level t
-    student <- 1/2 mean |G(x_t, t) - x_0|^2                     (FastGen's KD; DMD's initialisation uses LPIPS instead)
+    student <- 1/2 mean |G(x_t, t) - x_0|^2     (FastGen's KD; CausVid and Self-Forcing have no half; DMD has LPIPS)
     the average of the student's weights is updated once.
 
 `states` chooses the state of a pair at levels below t = 1:
@@ -17,8 +17,10 @@ The algorithm, for every student update:
             teacher's ODE passes through these states.
 At t = 1, the only level of a one-step student, the two are the same.
 
-A student that works chunk by chunk (`rollout.chunks`) sees the frames of x_0 before a chunk, and every chunk draws a
-level of its own (the ODE initialisation of CausVid, arXiv 2412.07772). The pairs should be those of a causal teacher.
+In a video that is made chunk by chunk (`rollout.chunks`), every chunk draws a level of its own, and sees the frames
+before it: those of x_0 with `past: clean`, as when it samples; with `past: noisy` those of x_t, at their own levels,
+which is the ODE initialisation of CausVid (arXiv 2412.07772) and Self-Forcing. The pairs should be those of a causal
+teacher.
 Those of a bidirectional one are no function of what the student sees: x_0 depends on later noise, too (Causal Forcing,
 arXiv 2602.02214). `backbones.ar1_formulas.ode_initialisation_loss` says how much is lost.
 
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from fastgen import signals
 from fastgen.batch import Batch
+from fastgen.denoiser import Inputs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
@@ -46,7 +49,7 @@ from fastgen.rollout import RolloutPolicy, draw_stops, predict_x0, transition
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ODERegression(Objective):
     """guidance_scale: the teacher's guidance with states: path. Use the same scale for the pairs.
-    form: with rollout.chunks, see `objectives.causal`."""
+    past, form: with rollout.chunks, what a chunk sees; see `objectives.causal` for form."""
 
     trained_roles = ("student",)
     takes_chunks = True
@@ -55,7 +58,9 @@ class ODERegression(Objective):
     states: Literal["line", "path"] = "line"  # ours; FastGen stores four states of the path
     path_steps: int = Field(default=16, ge=1, le=MOST_STEPS)  # ours
     guidance_scale: Guidance = 1.0
-    huber: float | None = Field(default=None, gt=0)  # c, ours: sqrt(|e|^2 + c^2) - c per sample; None: the square
+    # c, ours, in the unit of a root mean square: sqrt(mean e^2 + c^2) - c per sample; None: the square
+    huber: float | None = Field(default=None, gt=0)
+    past: Literal["clean", "noisy"] = "clean"  # ours; noisy in CausVid and Self-Forcing (ode_regression_self_forcing)
     form: Form = "packed"
 
     @property
@@ -67,14 +72,19 @@ class ODERegression(Objective):
         return True
 
     def check(self, policy: RolloutPolicy) -> None:
-        check_order(policy)
+        if self.past == "clean":
+            check_order(policy)
         if policy.chunks is not None and self.states == "path":
             raise ValueError(
                 "the states on the path are those of the teacher's ODE over whole videos; with rollout.chunks use "
                 "states: line"
             )
-        if policy.chunks is None and self.form != "packed":
-            raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
+        if policy.chunks is None and (self.form, self.past) != ("packed", "clean"):
+            raise ValueError("form and past are for the chunks of a video, and there are none: leave them out")
+        if self.past == "noisy" and self.form == "chunks":
+            raise ValueError("past: noisy predicts all chunks in one call, which is form: packed; leave form out")
+        if self.past == "noisy" and policy.chunks is not None and policy.chunks.context_noise:
+            raise ValueError("with past: noisy the past has levels of its own: leave out rollout.chunks.context_noise")
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         return (Turn("student", ("student",)),)
@@ -90,6 +100,8 @@ class ODERegression(Objective):
             x_t = networks.student.schedule.add_noise(x0, noise, t).to(noise.dtype)
         if policy.chunks is None:
             prediction = predict_x0(networks.student, x_t, t, batch.cond, policy)
+        elif self.past == "noisy":
+            prediction = networks.student(x_t, t, batch.cond, Inputs(causal=policy.chunks))
         else:
             prediction = predict_chunks(networks.student, policy, batch, x0, x_t, t, batch.cond, self.form)
         square = signals.per_sample_mean((prediction - x0).square())

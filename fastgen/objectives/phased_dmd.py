@@ -21,12 +21,13 @@ phase begins, the fake score is reset to the teacher, and the experts of earlier
 In the last phase s = 0, the target is x0, and the method is DMD2. The earlier phases only have to match noised laws,
 which are simpler.
 
-Departures. The default, `gradient: normalised`, is DMD2's normalised difference of clean predictions, applied at x_s
-as in LightX2V. `gradient: paper` is w (v_r - v_f), the gradient of the KL divergence at level t. `condition_on_stop`
-(ours) conditions the fake score on the step that made its input, as in DMD2. Learning rates warm up and decay again in
-every phase (ours). The boundary between two experts lies halfway between the last level at which one is called and the
-first level at which the next is called (ours). Rounding in a stored step list cannot move a level across that
-boundary, as it could if the boundary were s or the level of a call.
+Departures. The default, `gradient: normalised`, is LightX2V's: DMD2's normalised difference of clean predictions,
+applied to the clean prediction of the executed step. (Applied to x_s, it would weigh a deterministic step from t to s
+by (t - s) / t.) `gradient: paper` is w (v_r - v_f), the gradient of the KL divergence at level t with respect to x_s.
+`condition_on_stop` (ours) conditions the fake score on the step that made its input, as in DMD2. Learning rates warm
+up and decay again in every phase (ours). The boundary between two experts lies halfway between the last level at which
+one is called and the first level at which the next is called (ours). Rounding in a stored step list cannot move a
+level across that boundary, as it could if the boundary were s or the level of a call.
 """
 
 import itertools
@@ -74,20 +75,24 @@ class PhasedDMD(Objective):
     name: Literal["phased_dmd"] = "phased_dmd"
     phases: tuple[Phase, ...] = Field(min_length=1)  # the paper: 4 steps in 2 phases
     experts: bool = True  # one network per phase; False: one network for all, which later phases keep changing (ours)
-    # 4 LightX2V's Wan 2.2; 1 is off. Several: one per expert of the teacher, from high noise to low
+    # w of uncond + w (cond - uncond): 4 LightX2V's Wan 2.2 (row phased_dmd_generator); 1 is off. Several: one per
+    # expert of the teacher, from high noise to low
     guidance_scale: Guidance = 1.0
     random_exit: bool = True  # SGTS; False: gradient through all steps of the phase
     stops: Literal["shared", "per_sample"] = "shared"  # shared: one exit step per update
-    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper
+    fake_updates: int = Field(default=5, ge=1, le=MOST_STEPS)  # the paper; a count: no row
     # the fake updates of a student update share one rollout, where rollouts are what takes the time; ours
     share_rollout: bool = False
-    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)  # law of (t - s) / (1 - s); 20..980 LightX2V
+    # law of (t - s) / (1 - s), ours. LightX2V draws t from s + 0.02 to 0.98, before its shift; nothing pins this one
+    renoise_time: TimeSampler = TimeSampler(low=0.02, high=0.98)
     fake_time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # law of (t - s) / (1 - s); ours, the interval of DMD2
     fake_space: PredictionType | None = None  # the space of the fake score's loss; None: its own prediction type
-    fake_clamp: float = Field(default=10.0, gt=0)  # min(1 / sigma_ts^2, clamp), RTDMD's code; not at s = 0 (ours)
+    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2, a mean without a half: RTDMD (row rtdmd_stage_1_fake).
+    # LightX2V has no clamp (row phased_dmd_fake_score); none at s = 0 (ours)
+    fake_clamp: float = Field(default=10.0, gt=0)
     condition_on_stop: bool = False  # ours, see above
-    gradient: Literal["normalised", "paper"] = "normalised"
-    normaliser_floor: float = Field(default=1e-4, gt=0)  # LightX2V
+    gradient: Literal["normalised", "paper"] = "normalised"  # see above
+    normaliser_floor: float = Field(default=1e-4, gt=0)  # of mean|x0 - real|, LightX2V (row phased_dmd_generator)
 
     @field_validator("phases")
     @classmethod
@@ -237,11 +242,11 @@ class PhasedDMD(Objective):
         return rollout
 
     def student_loss(self, networks: Networks, batch: Batch, phase: Phase) -> Loss:
-        """The surrogate of the score difference at the student's x_s."""
+        """The surrogate of the score difference, of the executed step's clean prediction or, for `paper`, of x_s."""
         rollout = self.rollout(networks, batch, phase, grad=True)
-        grad, lag = self.score_gradient(networks, batch, rollout)
-        total = signals.surrogate(rollout.x, grad)
-        return Loss(total, {"loss": total.detach(), "dm_grad": grad.abs().mean(), "fake_lag": lag})
+        grad, terms = self.score_gradient(networks, batch, rollout)
+        total = signals.surrogate(rollout.x if self.gradient == "paper" else rollout.steps[-1].x0, grad)
+        return Loss(total, terms | {"loss": total.detach(), "dm_grad": grad.abs().mean()})
 
     def fake_loss(self, networks: Networks, batch: Batch, phase: Phase) -> Loss:
         """The denoising loss on the student's x_s, with the sub-interval target."""
@@ -260,8 +265,9 @@ class PhasedDMD(Objective):
         return Loss(loss, {"loss": loss.detach()})
 
     @torch.no_grad()
-    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The gradient [B, ...] at x_s, and the fake score's lag."""
+    def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient [B, ...] with respect to x_s (paper) or to the step's clean prediction (normalised), and the
+        terms of the fake score's lag."""
         teacher = networks.teacher
         schedule = teacher.schedule
         s = rollout.s
@@ -271,10 +277,10 @@ class PhasedDMD(Objective):
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = teacher.per_expert(self.guidance_scale, t)
         real = signals.guided(teacher, x_t, t, batch.cond, batch.uncond, scale)
-        lag = signals.score_lag(signals.renoised_target(schedule, rollout.x, noise, s, t), fake, real)
+        terms = signals.lag_terms(signals.renoised_target(schedule, rollout.x, noise, s, t), fake, real)
         if self.gradient == "paper":
-            return velocity_gradient(schedule, x_t, s, t, fake, real), lag
-        return signals.score_difference(rollout.steps[-1].x0, fake, real, self.normaliser_floor), lag
+            return velocity_gradient(schedule, x_t, s, t, fake, real), terms
+        return signals.score_difference(rollout.steps[-1].x0, fake, real, self.normaliser_floor), terms
 
 
 def velocity_gradient(

@@ -9,7 +9,8 @@
 This is DMD2, where each sample's score difference is multiplied by a weight w (mu_real^guided is the guided teacher):
     w = exp(beta (r - mean r)),   the exponent clamped to +-clip
     g = w (mu_fake - mu_real^guided) / mean|x - mu_real^guided|
-The fake score's loss is not weighted. Without the running mean, a constant added to the reward would scale the loss.
+The fake score's loss is not weighted. Without the running mean, which the released code does not have, a constant
+added to the reward would scale the loss. Guidance 3 of that code, in cond + s (cond - uncond), is guidance_scale: 4.
 
 The weight is positive, and it multiplies a score difference that vanishes where student and teacher agree. The optimum
 is therefore the *teacher's* law, whatever the reward (derived). Samples with a high reward are corrected first and
@@ -37,7 +38,9 @@ class ReDMD(DMD2):
     reward_use = "score"
     rewards_required = True
     name: Literal["re_dmd"] = "re_dmd"  # type: ignore[assignment]
-    beta: float = Field(default=2.0, gt=0)  # for a normalised reward, the released code
+    # the released code's, for VideoAlign's motion quality (video_reward with axes: [MQ], already standardised).
+    # Golden row: re_dmd_student
+    beta: float = Field(default=2.0, gt=0)
     clip: float = Field(default=4.0, gt=0)  # the largest |beta (r - mean r)|; ours
     reward_memory: float = Field(default=0.9, ge=0, lt=1)  # fraction of the sums that each update keeps; ours
 

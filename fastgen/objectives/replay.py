@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgen.modules.processes import gathered
 
+PREFIX = "replay."
 AGE = "replay.age"
 
 
@@ -27,15 +28,12 @@ def needs_samples(state: Mapping[str, Tensor]) -> bool:
 
 def store(state: dict[str, Tensor], samples: Mapping[str, Tensor]) -> None:
     """Appends a micro-batch of tensors [B, ...]. Every process passes its own rows, and all of them are stored."""
-    for key, value in samples.items():
-        name = f"replay.{key}"
-        rows = gathered(value)
-        state[name] = torch.cat([state[name], rows]) if name in state else rows
+    append(state, PREFIX, samples)
 
 
 def recall(state: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The stored rows for the samples with these ids [B], by name."""
-    stored = {name.removeprefix("replay."): value for name, value in state.items() if name.startswith("replay.")}
+    stored = rows_of(state, PREFIX)
     del stored["age"]
     return {name: value[ids % len(value)] for name, value in stored.items()}
 
@@ -44,5 +42,17 @@ def count_use(state: dict[str, Tensor], updates: int) -> None:
     """Counts one use, for `Objective.finish`, once per update. After `updates` uses the samples are dropped."""
     state[AGE].add_(1).remainder_(updates)
     if needs_samples(state):
-        for name in [name for name in state if name.startswith("replay.") and name != AGE]:
+        for name in [name for name in state if name.startswith(PREFIX) and name != AGE]:
             del state[name]
+
+
+def append(state: dict[str, Tensor], prefix: str, samples: Mapping[str, Tensor]) -> None:
+    """Appends every process's rows [B, ...] to the state's entries <prefix><name>."""
+    for key, value in samples.items():
+        rows = gathered(value)
+        state[prefix + key] = torch.cat([state[prefix + key], rows]) if prefix + key in state else rows
+
+
+def rows_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The state's entries with this prefix, by the names after it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

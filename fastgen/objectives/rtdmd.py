@@ -7,19 +7,22 @@ Stage 2 starts from stage 1 by `init_from`, which also takes over the fake score
     pi(x' | x)       transition_law    a stochastic step, a Gaussian; the last step is deterministic and has no density
     K                group_size        samples per prompt
     m                selected_steps    stochastic steps that the policy gradient trains in an update (SubGRPO)
-    A                advantage         rewards compared within their group, each reward standardised by itself (GDPO)
+    A                advantage         rewards compared within their group, each reward standardised by itself (GDPO),
+                                       over all samples of the update, from all micro-batches and processes
     r_k, w_k         rewards.parts     rewards and their weights
 
 The algorithm, for every student update:
-    fake_updates times (1 in the paper):
+    fake_updates times (1 in this stage):
         fake_score <- as in stage 1, on rollouts of the current student
     once:
-        make trajectories of K samples per prompt, without gradient. On steps that are not selected the samples of a
-        group share their noise, so that the spread of a group's rewards comes from the selected steps (and from the
-        initial noise, which is not shared)
+        make trajectories of K samples per prompt, without gradient, for all micro-batches, and their rewards. On steps
+        that are not selected the samples of a group share their noise, so that the spread of a group's rewards comes
+        from the selected steps (and from the initial noise, which is not shared)
         for every selected step: student <- PPO's loss of the step's log-probability with A
         student    <- dm_weight (stage 1's surrogate) + reward_weight mean ReLU(reward_hinge - sum_k w_k r_k(x_0)),
                       x_0 the deterministic last step from a detached x_t; only differentiable rewards r_k are used
+    These losses are added. The released code takes their mean over the m + 1 steps that are trained, and leaves
+    samples without an advantage out of the last line, too.
 
 The two reward terms together are one gradient (hybrid identity, derived): for x_1 = mu(x_2) + rho eps, x_0 = f(x_1),
     grad E r(x_0) = E[r grad log pi(x_1 | x_2)] + E[grad r . grad_theta f(sg x_1)]
@@ -41,17 +44,25 @@ For a student that sees its whole past and can be any function of what it is giv
 (derived): a later chunk changes with an earlier one by a function of what its own step is given, and given that, the
 mean of its own gradient is 0 at a stationary point.
 
-With stops: last, the published stage 2, the matching term constrains only the last step. The policy gradient moves the
-earlier steps for as long as that raises the reward; only a small learning rate and the shared weights limit this.
+With stops: last, as published, the matching term constrains only the last step. The policy gradient moves the earlier
+steps for as long as that raises the reward; only a small learning rate and the shared weights limit this. Our recipes
+set stops: per_sample, and more updates of the fake score, which then has to know all steps.
+
+std: batch, the released code's, divides each reward by its standard deviation over the whole update, with the
+differences between prompts, so that a reward whose mean varies from prompt to prompt has less influence than its
+weight says. It is the default because the other published numbers are for it. within_groups (ours) divides by the
+standard deviation of what is compared, r - mean_g r: equal weights are equal influence, and a function of the prompt
+that is added to a reward changes nothing.
 
 An update makes one optimizer step from its own samples. PPO's ratio is therefore 1 and its clip has no effect, unless
 the two forward passes of a step differ. `log_ratio` logs by how much they differ.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -61,6 +72,7 @@ from torch import Tensor
 from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
+from fastgen.objectives import collected
 from fastgen.objectives.ac_dmd import ACDMD
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.registry import MOST_BATCH, MOST_STEPS
@@ -84,27 +96,45 @@ STAGE_2 = (
     "ratio_clip",
     "advantage_clip",
     "normalise_advantages",
+    "std",
     "dm_weight",
     "reward_weight",
     "reward_hinge",
 )
 
 
+STAGE_2_DEFAULTS = {"fake_updates": 1, "stops": "last", "group_size": 16}  # the released code's configs/rtdmd
+TRAJECTORIES = "trajectories"  # in Batch.shared
+NOTHING: Mapping[str, Tensor] = {}
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RTDMD(ACDMD):
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
-    # K = 16 in stage 2
-    group_size: int = Field(default_factory=lambda given: 16 if given["stage"] == 2 else 1, ge=1, le=MOST_BATCH)
+    group_size: int = Field(default=1, ge=1, le=MOST_BATCH)  # K; 16 in stage 2
+    # The next weights are the released code's, for losses that are means over samples and elements (the matching term
+    # with its factor 1/2), and for log-probabilities that are -mean|x - mu|^2. Golden row: rtdmd_stage_2_student
     selected_steps: int = Field(default=2, ge=0, le=MOST_STEPS)  # m; the paper: 2 of the three stochastic steps
     policy_weight: float = Field(default=1.0, ge=0)
     log_prob: Literal["mean_square", "nats"] = "mean_square"  # the released code's unit; nats: the true one (ours)
     ratio_clip: float = Field(default=1e-5, gt=0)  # PPO's clip, for ratios in the unit of log_prob
-    advantage_clip: float = Field(default=5.0, gt=0)
+    advantage_clip: float = Field(default=5.0, gt=0)  # in standard deviations; golden row: rtdmd_advantages
     normalise_advantages: bool = True  # false: the reward minus the mean of the group's other samples (ours)
+    # what each reward is divided by, see `signals.gdpo_advantages`: batch is the released code's, within_groups ours
+    std: Literal["batch", "within_groups"] = "batch"
     dm_weight: float = Field(default=1e-3, gt=0)
     reward_weight: float = Field(default=1e-4, ge=0)  # weight of the reward's gradient through the last step
-    reward_hinge: float | None = 3.0  # rewards above this have no gradient; null: no hinge (ours)
+    # sum_k w_k r_k above this has no gradient. The released code's, for rewards in its units (CLIP and HPSv2 cosines,
+    # PickScore / 26), weights 1. null: no hinge (ours)
+    reward_hinge: float | None = 3.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        """Stage 2 has some defaults of its own."""
+        values = given if isinstance(given, dict) else given.kwargs or {}
+        return STAGE_2_DEFAULTS | values if values.get("stage") == 2 else given
 
     @model_validator(mode="after")
     def _stages(self) -> "RTDMD":
@@ -161,29 +191,48 @@ class RTDMD(ACDMD):
                 f"{policy.num_steps - 1} steps are stochastic, all but the last; lower selected_steps"
             )
 
+    def turns(self, step: int, state: State) -> tuple[Turn, ...]:
+        fake_turn, student_turn = super().turns(step, state)
+        collects = self.stage == 2 and self.selected_steps > 0 and self.normalise_advantages
+        return fake_turn, replace(student_turn, collects=collects)
+
+    def collect(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> None:
+        """The trajectories, and the rewards that the advantages of the whole update are made from."""
+        assert batch.shared is not None
+        rollout, score = self.trajectories(networks, batch)
+        batch.shared[TRAJECTORIES] = (rollout, score)
+        collected.add(state, self.compared(networks, batch, score))
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        collected.drop(state)
+
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss | Iterator[Loss]:
         if self.stage == 2 and turn.name == "student":
-            return self.stage_2_losses(networks, batch)
+            return self.stage_2_losses(networks, batch, state)
         return super().loss(turn, networks, batch, state)
 
-    def stage_2_losses(self, networks: Networks, batch: Batch) -> Iterator[Loss]:
+    def stage_2_losses(self, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
         """One loss per selected step, then the loss of the matching term and of the rewards' gradient."""
         if networks.policy.chunks is not None:
             yield self.matching_and_reward_loss(networks, batch, partial(self.simulate_step, networks, batch))
             return
-        selected = self.select_steps(batch, networks.policy)
-        shared = set(range(networks.policy.num_steps - 1)).difference(selected)
-        with torch.no_grad():
-            rollout = trajectory(networks.student, networks.policy, batch, shared, log_prob=False)
-            score = networks.rewards(rollout.x, batch)
-        advantage = self.advantage(networks, batch, score)
-        for i in selected:
-            yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage)
+        made = (batch.shared or {}).get(TRAJECTORIES) or self.trajectories(networks, batch)
+        rollout, score = cast(tuple[Rollout, Score], made)
+        advantage, used = self.advantage(networks, batch, score, state)
+        for i in self.select_steps(batch, networks.policy):
+            yield self.policy_step_loss(networks, batch, rollout.steps[i], rollout.steps[i + 1].t, advantage, used)
         step = partial(self.repeat_step, networks, batch, rollout)
         loss = self.matching_and_reward_loss(networks, batch, step)
         assert batch.group is not None
         group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.advantage_clip)
         yield Loss(loss.total, loss.terms | score.terms() | group_terms)
+
+    @torch.no_grad()
+    def trajectories(self, networks: Networks, batch: Batch) -> tuple[Rollout, Score]:
+        """All steps of the student's sampler, and the rewards of its samples."""
+        shared = set(range(networks.policy.num_steps - 1)).difference(self.select_steps(batch, networks.policy))
+        rollout = trajectory(networks.student, networks.policy, batch, shared, log_prob=False)
+        return rollout, networks.rewards(rollout.x, batch)
 
     def select_steps(self, batch: Batch, policy: RolloutPolicy) -> list[int]:
         """Draws m of the stochastic steps, the same ones in all micro-batches and processes of an update."""
@@ -194,35 +243,58 @@ class RTDMD(ACDMD):
             selected.append(remaining.pop(index))
         return sorted(selected)
 
-    def advantage(self, networks: Networks, batch: Batch, score: Score) -> Tensor:
-        """The advantages, [B].
+    def advantage(
+        self, networks: Networks, batch: Batch, score: Score, state: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        """The advantages, [B], and the share of the update's samples that have one.
 
-        By default they are GDPO's, from the scores of the single rewards, each standardised over the micro-batch. A
-        composite that is not a sum counts as one reward. With normalise_advantages: false they are the reward minus
-        the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased (derived)."""
-        assert networks.scorer is not None and batch.group is not None
+        By default they are GDPO's, from the scores of the single rewards, each standardised over all samples of the
+        update. A composite that is not a sum counts as one reward. With normalise_advantages: false they are the
+        reward minus the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased
+        (derived)."""
+        assert batch.group is not None
         if not self.normalise_advantages:
             centred = signals.advantages(score.value, batch.group, score.valid, "none", clip=math.inf)
             count = self.group_size * signals.group_mean(score.valid.float(), batch.group)
-            return (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
+            raw = (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
+            return raw, (raw != 0).double().mean()
+        rows = collected.of_update(state, self.compared(networks, batch, score))
+        weights = self.weights(networks)
+        parts = {name: rows[f"reward.{name}"] for name in weights}
+        every = signals.gdpo_advantages(
+            parts, weights, rows["group"], rows["valid"] > 0, self.std, self.advantage_clip
+        )
+        return collected.of_samples(every, batch.ids), (every != 0).double().mean()
+
+    def weights(self, networks: Networks) -> dict[str, float]:
+        """The weight of each reward that is standardised by itself."""
+        assert networks.scorer is not None
         composite = networks.scorer.composite
         if composite.aggregate == "sum":
-            weights = {name: part.weight for name, part in composite.used(grad=False).items()}
-            parts = {name: score.parts[name] for name in weights}
-        else:
-            weights = {"value": 1.0}
-            parts = {"value": score.value}
-        return signals.gdpo_advantages(parts, weights, batch.group, score.valid, self.advantage_clip)
+            return {name: part.weight for name, part in composite.used(grad=False).items()}
+        return {"value": 1.0}
+
+    def compared(self, networks: Networks, batch: Batch, score: Score) -> dict[str, Tensor]:
+        """What the advantages are made from, by name: one row for each sample."""
+        assert batch.group is not None
+        rewards = {f"reward.{name}": score.parts.get(name, score.value) for name in self.weights(networks)}
+        return {"group": batch.group, "valid": score.valid.to(torch.uint8), **rewards}
 
     def policy_step_loss(
-        self, networks: Networks, batch: Batch, step: Step, t_next: Tensor, advantage: Tensor
+        self,
+        networks: Networks,
+        batch: Batch,
+        step: Step,
+        t_next: Tensor,
+        advantage: Tensor,
+        used: Tensor | None = None,
     ) -> Loss:
         """PPO's loss of one stochastic step of the trajectory, whose input x_t and outcome x_next are held fixed."""
         x0 = predict_x0(networks.student, step.x_t, step.t, batch.cond, networks.policy)
         log_prob = self.log_density(networks, step, x0, t_next)
         old_log_prob = self.log_density(networks, step, step.x0, t_next)
         log_ratio = log_prob - old_log_prob
-        total = self.policy_weight * signals.policy_loss(log_ratio, advantage, self.ratio_clip)
+        total = self.policy_weight * signals.policy_loss(log_ratio, advantage, self.ratio_clip, used)
         return Loss(total, {"loss": total.detach(), "log_ratio": log_ratio.detach().abs().mean()})
 
     def log_density(self, networks: Networks, step: Step, x0: Tensor, t_next: Tensor) -> Tensor:

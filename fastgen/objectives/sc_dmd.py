@@ -40,7 +40,8 @@ class SCDMD(DMD2):
     needs_whole_videos = "its jumps from the executed step are made without the frames that a chunk was given"
 
     name: Literal["sc_dmd"] = "sc_dmd"  # type: ignore[assignment]
-    semigroup_weight: float = Field(default=0.2, gt=0)  # lambda; the released code
+    # lambda, of a mean square without a half against DMD2's half of one: the released configs (row sc_dmd_semigroup)
+    semigroup_weight: float = Field(default=0.2, gt=0)
 
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)

@@ -14,24 +14,38 @@
 The algorithm, for every student update:
     x at a random angle, from data and noise; or x along the teacher's own trajectory from noise (source: trajectory)
     g = -cos^2 a (sigma_d F^- - dx/da) - r cos a sin a (x + sigma_d dF/da),   then g / (|g| + c)
-    student, weighting <- e^w / (sigma_d tan a) mean |F(x, a) - sg(F^- + g)|^2 - w
+    student, weighting <- e^w / (sigma_d tan a) 1/D |F(x, a) - sg(F^- + g)|^2 - w
     the average of the student's weights is updated once.
 
 SANA-Sprint (arXiv 2503.09641): flow-matching networks in TrigFlow. They are called at the flow-matching level and
     state. `gan`, its adversarial term, is LADD: heads on the frozen teacher's features learn to tell the student's
     clean predictions from data.
 TBCM (hustvl/TBCM): source: trajectory, which needs no images. The teacher's guided ODE runs from noise. One level is
-    drawn in each of `trajectory_steps` intervals, and the states at all of them form one batch. The rows of one path
-    are correlated, so use a small train.batch_size.
-rCM (arXiv 2510.08431): `matching` adds DMD2 on the student's own samples, from the end of the tangent warm-up on.
+    drawn in each of `trajectory_steps` intervals (in its code, uniformly in the angle), and the states at all of them
+    form one batch. The rows of one path are correlated, so use a small train.batch_size.
+rCM (arXiv 2510.08431): `matching` adds DMD2 on the student's own samples (`rcm`), from the end of the tangent warm-up
+    on.
 
-The exact F has g = 0 only at r = 1. |g| is the root mean square over a sample's elements (SANA-Sprint's code), so that
-c does not depend on the size of a sample.
+The exact F has g = 0 only at r = 1.
+
+Units. A weight between two terms is a number for losses of one unit, and the square above has three: |g| may be the
+vector norm or a root mean square, squares may be means or sums, and the scale of the latents enters c and the laws.
+    tangent_norm l2, reduction mean   sCM, SANA-Sprint, diffusers: the defaults, so that the weights of their papers
+        can be written as they are. g has norm 1 whatever the number of elements D. With learned weights, the optimum
+        of w makes the gradient of a sample's F 2 g, of norm 2: SANA-Sprint's gan.weight 0.5 stands beside it.
+    tangent_norm rms   FastGen. g has norm sqrt(D), so c does not depend on D; the gradient's norm is 2 / sqrt(D).
+    reduction sum   rCM, with l2. Both squares are then summed: the ratio of the terms stays, and the gradients do not
+        shrink to the size of an optimizer's eps, which they do without learned weights.
+    matching_weight weighs |x - sg(x - grad)|^2 against |F - sg(F^- + g)|^2, both without a factor 1/2, as in rCM.
+        With l2 its gradients are lambda sqrt(D) to 1. DMD2's own loss has the half, which is taken out here.
+    sigma_data 0.5   sCM and SANA-Sprint scale their latents to this standard deviation, and state c and their laws of
+        levels for it. Latents are not scaled here: c is doubled, and the laws carry sigma_data: 0.5.
+        1 / (sigma_d tan a) only shifts the learned w.
+Rows sana_ratio and rcm_ratio compare the gradients of the terms at two values of D with those of the authors' code.
 
 Departures. The network is the teacher's own, without sCM's embedding and normalisation. It receives the level in the
 teacher's unit, whose embedding may oscillate too fast for the derivative. (SANA-Sprint first fine-tunes its teacher to
-take t instead of 1000 t.) Here `warmup` and derivative: difference are the remedies. The warm-up of g is sCM's, also
-for rCM, which has its own form of it.
+take t instead of 1000 t.) Here `warmup` and derivative: difference are the remedies.
 """
 
 import itertools
@@ -56,8 +70,8 @@ from fastgen.flow.time_pairs import ScaleRange, between, check_told, drawn_scale
 from fastgen.modules.heads import LevelWeight
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
-from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.rcm import Matching
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy
@@ -90,26 +104,35 @@ class SCM(Objective):
     name: Literal["scm"] = "scm"
     teach: Literal["teacher", "data"] = "teacher"
     source: Literal["data", "trajectory"] = "data"
-    # standard deviation of the latents; "0.5", sCM and SANA-Sprint, which scale their latents to it
+    # standard deviation of the latents, as the backbone gives them. (sCM and SANA-Sprint scale theirs to 0.5.)
     sigma_data: float = Field(default=1.0, gt=0)
-    # law of sigma_d tan a = t / (1 - t): lognormal(-1, 1.4) sCM, (0.2, 1.6) SANA-Sprint, (0.7, 1.6) rCM's code
-    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.0, std=1.4)
-    # updates; "10k" sCM, 4000 SANA-Sprint; 0 uses the whole derivative from the start
+    # log sigma ~ N(-1, 1.4^2) sCM, (0.2, 1.6) SANA-Sprint, for sigma_data 0.5; (0.7, 1.6) rCM, for 1. Row sana_levels
+    time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-1.0, std=1.4, sigma_data=0.5)
+    # updates; "10k" sCM, 4000 SANA-Sprint, 1000 rCM; 0 uses the whole derivative from the start
     warmup: int = Field(default=10_000, ge=0, le=MOST_UPDATES)
-    normaliser: float = Field(default=0.1, gt=0)  # "c = 0.1"
+    # what r multiplies: all of the derivative, or in rCM's code not dF/da (`flow_maps.trig_tangent`). Row rcm_tangent
+    warmup_form: Literal["scm", "rcm"] = "scm"
+    tangent_norm: Literal["l2", "rms"] = "l2"
+    # "c = 0.1", sCM and SANA-Sprint, for latents of std 0.5 (rows sana_scm, fastgen_scm); rCM: 0.1 for std 1
+    normaliser: float = Field(default=0.2, gt=0)
+    reduction: Literal["mean", "sum"] = "mean"  # of both squares over a sample's elements; sum: rCM's code
     learned_weight: bool = True  # "adaptive weighting", sCM and SANA-Sprint; rCM: false
     derivative: Backend = "jvp"
-    # AnyFlow's; longer steps smooth what time embeddings add to dF/da
+    # of the angle; AnyFlow's number, which is one of t. Longer steps smooth what time embeddings add to dF/da
     difference_step: float = Field(default=5e-3, gt=0)
     guidance_scale: Guidance = 1.0
-    guidance_range: ScaleRange | None = None  # [1, 2] sCM, [4, 5] SANA-Sprint
+    # in diffusers' convention: [1, 2] sCM; SANA-Sprint draws 4, 4.5 or 5 (row sana_scm has 4.5), here [4, 5]
+    guidance_range: ScaleRange | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
-    trajectory_steps: int = Field(default=16, ge=2, le=MOST_STEPS)  # TBCM's code
-    trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code
-    gan: Ladd | None = None  # SANA-Sprint: weight 0.5
-    max_time: float = Field(default=0.5, ge=0, le=1)  # "p = 0.5": share of D's samples that are made from a = pi / 2
-    matching: DMD2 | None = None  # rCM; guidance_scale and all other keys in it are those of dmd2
-    matching_weight: float = Field(default=0.01, gt=0)  # "lambda = 0.01"
+    # intervals; TBCM's code has 16 levels. No row pins it, nor the shift
+    trajectory_steps: int = Field(default=15, ge=2, le=MOST_STEPS)
+    trajectory_shift: float = Field(default=2.5, gt=0)  # TBCM's code, of flow levels
+    gan: Ladd | None = None  # SANA-Sprint: weight 0.5, with tangent_norm l2 and learned weights
+    # "p = 0.5": share of D's samples that are made from a = pi / 2. Rows sana_adversarial, sana_discriminator
+    max_time: float = Field(default=0.5, ge=0, le=1)
+    matching: Matching | None = None  # rCM; guidance_scale and most other keys in it are those of dmd2
+    # "lambda = 0.01", with tangent_norm l2: 1 / 100 in the code, of sums without 1/2. Row rcm_ratio
+    matching_weight: float = Field(default=0.01, gt=0)
 
     @model_validator(mode="after")
     def _possible(self) -> "SCM":
@@ -190,7 +213,8 @@ class SCM(Objective):
             terms["gan"] = gan.detach()
         if self.matching is not None and turn.trust == 1:
             matching = self.matching.student_loss(networks, batch)
-            total = total + self.matching_weight * matching.total
+            factor = 2 * self.elements(states.x)  # DMD2's loss is half a mean of squares
+            total = total + self.matching_weight * factor * matching.total
             terms |= {name: value for name, value in matching.terms.items() if name != "loss"}
         return Loss(total, {"loss": total.detach()} | terms)
 
@@ -209,16 +233,24 @@ class SCM(Objective):
         dx_da = flow_to_trig_velocity(states.velocity, x, angle, self.sigma_data)
         velocity = self.trig_velocity(networks.student, states.cond, states.inputs)
         differentiate = partial(tangent, backend=self.derivative, step=self.difference_step)
-        value, g = flow_maps.trig_tangent(velocity, x, angle, dx_da, trust, differentiate)
+        rcm = self.warmup_form == "rcm"
+        value, g = flow_maps.trig_tangent(velocity, x, angle, dx_da, trust, differentiate, whole_derivative=rcm)
         size = signals.per_sample_mean(g.square()).sqrt()
+        if self.tangent_norm == "l2":
+            size = size * g[0].numel() ** 0.5
         g = torch.nan_to_num(g / expand(size + self.normaliser, g), posinf=0.0, neginf=0.0)  # "skip NaN", per sample
         square = signals.per_sample_mean(((velocity(x, angle) - value) / self.sigma_data - g).square())
+        square = square * self.elements(g)
         terms = {"tangent": size.nanmean(), "trust": size.new_tensor(trust)}
         if not self.learned_weight:
             return square.mean(), terms
         weight = networks["weighting"](angle / (math.pi / 2))
         prior = (torch.cos(angle) / (self.sigma_data * torch.sin(angle))).clamp_max(1 / flow_maps.SHORTEST)
         return (weight.exp() * prior * square - weight).mean(), terms
+
+    def elements(self, x: Tensor) -> int:
+        """The factor that turns a mean over the elements of x [B, ...] into what `reduction` says."""
+        return x[0].numel() if self.reduction == "sum" else 1
 
     def trig_velocity(self, network: Denoiser, cond: Conditioning, inputs: Inputs) -> Velocity:
         """sigma_d F(x / sigma_d, a), which is dx/da of a flow-matching network, as a function of x [B, ...] and the

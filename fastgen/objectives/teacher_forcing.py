@@ -41,7 +41,9 @@ from fastgen.streaming.schedule import ChunkSchedule
 class TeacherForcing(Objective):
     """past: clean is teacher forcing, noisy is diffusion forcing, where all chunks are denoised in one masked call.
     time: the law of the levels.  space: of the loss; None: the student's own prediction type.
-    prompt_dropout: the share of samples that train without their prompt, for guidance later."""
+    prompt_dropout: the share of samples that train without their prompt, for guidance later.
+
+    The loss is that of Self-Forcing's code without its weight of levels (teacher_forcing in docs/faithfulness.md)."""
 
     trained_roles = ("student",)
     takes_chunks = True
@@ -49,9 +51,9 @@ class TeacherForcing(Objective):
     name: Literal["teacher_forcing"] = "teacher_forcing"
     past: Literal["clean", "noisy"] = "clean"
     form: Form = "packed"
-    time: TimeSampler = TimeSampler(low=0.001, high=0.999)
+    time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # ours; Self-Forcing for Wan: uniform with shift 5
     space: PredictionType | None = None
-    prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
+    prompt_dropout: float = Field(default=0.1, ge=0, lt=1)  # ours; AnyFlow's for Wan is 0.1, which no row pins
 
     @model_validator(mode="after")
     def _form(self) -> "TeacherForcing":

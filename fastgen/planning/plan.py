@@ -371,6 +371,10 @@ def plan_turn(
                 live.own_gradient(p)
         batch = make_batch(recipe, backbone, prompt, noise.make_key(recipe.seed, turn.name, key))
         with recipe.train.autocast("cpu"):
+            collections = [dict[str, object]() for _ in range(recipe.train.accumulate if turn.collects else 0)]
+            for shared in collections:
+                batch = dataclasses.replace(batch, shared=shared)
+                recipe.objective.collect(turn, networks, batch, {})
             for loss in losses(recipe, turn, networks, batch, state):
                 (loss.total / recipe.train.accumulate).backward()
     for remove in hooks:

@@ -3,8 +3,10 @@
 policy.py      the sampler as data: levels, transition, inputs, chunks
 steps.py       one step: the clean prediction, and the laws of the transitions
 passes.py      what chunks see of those before them, and leave for those after them
-simulation.py  the loops over steps and chunks, for sampling and for training"""
+simulation.py  the loops over steps and chunks, for sampling and for training
+data.py        one step from noised data, in the place of a simulated input"""
 
+from fastgen.rollout.data import step_from_data
 from fastgen.rollout.passes import commit
 from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.simulation import (
@@ -41,6 +43,7 @@ __all__ = [
     "predict_x0",
     "sample",
     "sample_chunks",
+    "step_from_data",
     "step_log_prob",
     "step_to",
     "trajectory",

@@ -1,7 +1,7 @@
 """The loops over the student's steps and, for a video that streams, over its chunks."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -120,6 +120,11 @@ def backward_simulation(
             return simulate(student, policy, batch, stop, grad, to)[0]
         return simulate_chunks(student, policy, batch, stop, grad, to)
 
+    return kept(batch, grad, run)
+
+
+def kept(batch: Batch, grad: bool, run: Callable[[], Rollout]) -> Rollout:
+    """The rollout, or with `batch.shared` that of the first call without gradient."""
     if grad or batch.shared is None:
         return run()
     if "rollout" not in batch.shared:

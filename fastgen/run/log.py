@@ -47,8 +47,12 @@ class RunLog:
         self._seconds.append(seconds)
 
     def means(self) -> dict[str, float]:
-        """The mean terms since the last row."""
-        return {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
+        """The mean terms since the last row, with the fake score's lag (`signals.lag_terms`) where its parts are."""
+        means = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
+        turns = [name.removesuffix("/score_gap") for name in means if name.endswith("/score_gap")]
+        for turn in turns:
+            means[f"{turn}/fake_lag"] = means[f"{turn}/fake_error"] / max(means[f"{turn}/score_gap"], 1e-12)
+        return means
 
     def warn(self, step: int, message: str) -> None:
         """Appends a warning to warnings.log."""

@@ -30,7 +30,7 @@ def main() -> None:
     page = ROOT / "docs/faithfulness.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(before + BEGIN + table() + END + after)
+    page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")  # a table needs empty lines around it
 
 
 if __name__ == "__main__":
