@@ -1,17 +1,20 @@
 """Every family of flow-matching images: the stock pipeline's own pixels, roles and adapters, and exports."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
-from tiny_families import FAMILIES, PROMPTS, SEEDS, Family, draws
+from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
 
+from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
 from fastgen.batch import Batch
+from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
@@ -150,7 +153,8 @@ def test_images_go_through_the_vae_and_back(backbone: FlowImage) -> None:
     pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
     latents = backbone.encode(pixels)
     assert latents.shape[1:] == backbone.latent_shape
-    z = backbone.vae.encode(pixels * 2 - 1).latent_dist.mode()
+    code = backbone.vae.encode(pixels * 2 - 1)
+    z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
     mean, std = backbone.latent_moments()
     assert torch.allclose(latents * std + mean, z, atol=1e-5)
     assert backbone.decode(latents).shape == pixels.shape
@@ -159,6 +163,18 @@ def test_images_go_through_the_vae_and_back(backbone: FlowImage) -> None:
 def test_shapes_of_prompts_are_known_without_weights(backbone: FlowImage) -> None:
     cond = backbone.encode_prompts(PROMPTS)
     assert {key: tuple(value.shape[1:]) for key, value in cond.items()} == backbone.prompt_shapes()
+
+
+def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: FlowImage) -> None:
+    prompts, t = ["a", "a red cat", "", "two green dogs"], torch.tensor([0.7, 0.3, 0.9, 0.5])
+    student, x = backbone.load("student"), noise.normal(torch.arange(4), backbone.latent_shape, 0)
+    with torch.no_grad():
+        together = student(x, t, backbone.encode_prompts(prompts))
+        for i, prompt in enumerate(prompts):
+            alone = student(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
+            assert torch.allclose(together[i : i + 1], alone, atol=1e-5), prompt
+        again = student(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
+    assert float((again - together[:1]).abs().max()) > 1e-3  # the prompt matters
 
 
 # --- FLUX.1
@@ -192,3 +208,71 @@ def test_each_role_is_told_its_guidance(tmp_path: Path) -> None:
 def test_schnell_is_told_none(tmp_path: Path) -> None:
     backbone = FAMILIES["flux-schnell"].make(FAMILIES["flux-schnell"].folder(tmp_path))
     assert backbone.load("student").guidance is None
+
+
+# --- Sana
+
+
+def test_prompts_and_negative_prompts_of_sana_are_those_of_its_pipelines_call(tmp_path: Path) -> None:
+    """Only the prompts have the instruction that the call has by default, or the one of the recipe."""
+    family = FAMILIES["sana"]
+    folder = family.folder(tmp_path)
+    for given in ("stock", ["Draw ", "this: "], []):
+        backbone: Any = family.make(folder, complex_human_instruction=given, negative_prompt="blurred")
+        cond, uncond = backbone.encode_both(PROMPTS)
+        seen: list[dict[str, Any]] = []
+        pipeline = SanaPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer.register_forward_pre_hook(lambda *a, s=seen: s.append(a[2]), with_kwargs=True)
+        more = {} if given == "stock" else {"complex_human_instruction": given}
+        pipeline(
+            PROMPTS,
+            "blurred",
+            num_inference_steps=1,
+            height=32,
+            width=32,
+            max_sequence_length=LENGTH,
+            use_resolution_binning=False,
+            output_type="latent",
+            **more,
+        )
+        assert torch.equal(seen[0]["encoder_attention_mask"], torch.cat([uncond["mask"], cond["mask"]]))
+        theirs, ours = seen[0]["encoder_hidden_states"], torch.cat([uncond["prompt_embeds"], cond["prompt_embeds"]])
+        assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+def test_the_network_of_sana_sprint_and_a_scheduler_of_another_diffusion_are_refused(tmp_path: Path) -> None:
+    family = FAMILIES["sana"]
+    folder = family.folder(tmp_path)
+    for name, key, value, message in (
+        ("transformer/config.json", "guidance_embeds", True, "Sana-Sprint"),
+        ("transformer/config.json", "timestep_scale", 1000.0, "Sana-Sprint"),
+        ("scheduler/scheduler_config.json", "use_flow_sigmas", False, "flow matching"),
+    ):
+        path = folder / name
+        text = path.read_text()
+        path.write_text(json.dumps(json.loads(text) | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            family.make(folder)
+        path.write_text(text)
+
+
+def test_the_card_of_a_sana_export_calls_it_as_it_was_trained(tmp_path: Path) -> None:
+    family = FAMILIES["sana"]
+    backbone = family.make(family.folder(tmp_path), complex_human_instruction=["Draw: "])
+    assert "height=32, width=32, max_sequence_length=12, complex_human_instruction=['Draw: ']" in backbone.call
+    assert "binning" not in backbone.call  # 32 is the network's own size
+    assert "use_resolution_binning=False" in family.make(tmp_path, resolution=48).call
+
+
+def test_inputs_added_to_a_network_of_sana_change_nothing_at_first(tmp_path: Path) -> None:
+    backbone = FAMILIES["sana"].make(FAMILIES["sana"].folder(tmp_path))
+    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
+    cond = backbone.encode_prompts(PROMPTS)
+    before = student(x, t, cond)
+    student.add_inputs({}, backbone.time_dim, ["s"])
+    assert torch.equal(student(x, t, cond, Inputs(s=t)), before)
+    assert torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)
+    for table in student.time_embedding.tables.parameters():  # type: ignore[operator, union-attr]
+        torch.nn.init.normal_(table)
+    assert not torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)

@@ -8,11 +8,13 @@ from typing import Any
 import diffusers
 import torch
 from tiny_flux import tiny_flux
+from tiny_sana import tiny_sana
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
+from fastgen.backbones.sana import SanaConfig
 
 PROMPTS = ["a red cat", "two green dogs"]
 SEEDS = [3, 1]
@@ -35,7 +37,7 @@ class Family:
     level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
 
     def make(self, folder: Path, **options: Any) -> FlowImage:
-        config = self.config(path=str(folder), resolution=SIDE, **self.lengths | options)
+        config = self.config(**{"path": str(folder), "resolution": SIDE} | self.lengths | options)
         config.check()
         return config.build(torch.device("cpu"), torch.float32, 0)  # type: ignore[return-value]
 
@@ -44,9 +46,14 @@ class Family:
         return {"max_sequence_length": LENGTH}
 
     def plain_pixels(self, folder: Path, latents: Tensor, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
-        """What a user's own call gives for our initial noise, and the levels at which it called the network."""
+        """What a user's own call gives for our initial noise, and the levels at which it called the network. A
+        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead."""
         pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
+        if isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
+            pipeline.scheduler.set_timesteps(steps)
+            call["sigmas"] = pipeline.scheduler.sigmas[:-1].tolist()
+            pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         visited: list[float] = []
 
         def note(_module: object, _arguments: object, given: dict[str, Any]) -> None:
@@ -84,4 +91,11 @@ def flux(guided: bool) -> Family:
     )
 
 
-FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False)}
+SANA = Family(
+    folder=tiny_sana,
+    config=SanaConfig,
+    pipeline="SanaPipeline",
+    call={"use_resolution_binning": False},
+)
+
+FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "sana": SANA}

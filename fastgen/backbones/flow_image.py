@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.denoiser import Denoiser
 from fastgen.pipelines.schedulers import flow_match_scheduler, passed_levels
 from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
@@ -81,14 +82,18 @@ class FlowImage(PipelineBackbone):
 
     def latent_moments(self) -> tuple[Any, Any]:
         """Mean and standard deviation of the VAE's latents: numbers, or tensors that broadcast over [B, C, H, W]."""
-        return self.vae.config.shift_factor or 0.0, 1 / self.vae.config.scaling_factor
+        return self.vae.config.get("shift_factor") or 0.0, 1 / self.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std."""
-        z = self.vae.encode(pixels.to(self.device, self.dtype) * 2 - 1).latent_dist.mode()
+        z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
         mean, std = self.latent_moments()
         return (z - mean) / std
+
+    def vae_encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] to the mode of the VAE's posterior, [B, *latent_shape]."""
+        return self.vae.encode(pixels).latent_dist.mode()
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         mean, std = self.latent_moments()
@@ -115,13 +120,38 @@ class FlowImage(PipelineBackbone):
         scheduler = self.scheduler()
         config = scheduler.config
         scheduler.set_timesteps(**self.scheduler_arguments(num_steps, config))
-        transition: Literal["renoise", "ode"] = "renoise" if config.stochastic_sampling else "ode"
+        transition: Literal["renoise", "ode"] = "renoise" if config.get("stochastic_sampling") else "ode"
         time = config.num_train_timesteps / 1000
         time = time if num_steps == 1 and time != 1 else None
         return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
 
     def student_scheduler(self, policy: RolloutPolicy) -> Any:
         return flow_match_scheduler(policy, self.config.passes_levels)
+
+
+class FlowDenoiser(Denoiser):
+    """An unmodified transformer of diffusers that predicts the velocity, behind the contract, x_t [B, C, H, W]. Its
+    features are the image tokens after the block at half depth, the one at three quarters, and the last."""
+
+    network: Any
+
+    def __init__(self, network: Any, feature_dim: int):
+        super().__init__(network, FlowSchedule(), "flow_prediction")
+        self.feature_dim = feature_dim
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks whose outputs contain the image tokens, from first to last."""
+        return list(self.network.transformer_blocks)
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        count = len(self.blocks)
+        return [self.blocks[i] for i in sorted({count // 2, 3 * count // 4, count - 1})]
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return self.blocks
 
 
 def to_tokens(latents: Tensor) -> Tensor:

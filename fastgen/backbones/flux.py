@@ -14,11 +14,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, from_tokens, grid_ids, to_tokens
+from fastgen.backbones.flow_image import FlowDenoiser, FlowImage, FlowImageConfig, from_tokens, grid_ids, to_tokens
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Inputs
-from fastgen.schedule import FlowSchedule
+from fastgen.denoiser import Inputs
 
 STOCK_GUIDANCE = 3.5  # FluxPipeline's default guidance_scale
 
@@ -38,15 +37,11 @@ class FluxConfig(FlowImageConfig):
         return Flux(self, device, dtype, roles)
 
 
-class FluxDenoiser(Denoiser):
-    """An unmodified FluxTransformer2DModel behind the contract, x_t [B, C, H, W]. Its features are the image tokens
-    after the two-stream block at half depth, the one at three quarters, and the last."""
-
-    network: Any  # a FluxTransformer2DModel
+class FluxDenoiser(FlowDenoiser):
+    """An unmodified FluxTransformer2DModel behind the contract; the blocks of its features are the two-stream ones."""
 
     def __init__(self, network: Any):
-        super().__init__(network, FlowSchedule(), "flow_prediction")
-        self.feature_dim = network.inner_dim
+        super().__init__(network, network.inner_dim)
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         dtype, (height, width) = self.weight_dtype, x_t.shape[-2:]
@@ -70,11 +65,6 @@ class FluxDenoiser(Denoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.time_text_embed = module
-
-    @property
-    def feature_modules(self) -> Sequence[nn.Module]:
-        blocks = self.network.transformer_blocks
-        return [blocks[i] for i in sorted({len(blocks) // 2, 3 * len(blocks) // 4, len(blocks) - 1})]
 
     @property
     def shard_modules(self) -> Sequence[nn.Module]:

@@ -172,7 +172,7 @@ class PipelineBackbone(Backbone):
 
     config: PipelineConfig
     network_class: ClassVar[str]
-    lora_targets = (
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
         "to_v",

@@ -11,6 +11,21 @@ from fastgen.rollout import RolloutPolicy, TeacherPolicy
 TOLERANCE = 1e-6
 
 
+def check_flow_scheduler(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend only on the number of
+    steps."""
+    name = config["_class_name"]
+    if name == "FlowMatchEulerDiscreteScheduler":
+        fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
+    else:
+        fits = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    if not fits:
+        raise ValueError(
+            f"path: its scheduler, {name}, does not give noise levels of flow matching; use a "
+            "FlowMatchEulerDiscreteScheduler with a fixed shift, or one with use_flow_sigmas and flow_prediction"
+        )
+
+
 def passed_levels(num_steps: int) -> list[float]:
     """1, (K-1)/K, ..., 1/K: the levels that the pipelines of FLUX, Qwen-Image and others give their scheduler, which
     shifts them. Those of SD3 and Wan leave the levels to the scheduler."""
