@@ -25,7 +25,7 @@ BACKBONES: dict[str, str] = {
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
 }
-PIPELINES = ("sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",
