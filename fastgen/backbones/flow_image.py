@@ -86,14 +86,22 @@ class FlowImage(PipelineBackbone):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std."""
-        z = self.vae.encode(pixels.to(self.device, self.dtype) * 2 - 1).latent_dist.mode()
+        z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
         mean, std = self.latent_moments()
         return (z - mean) / std
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         mean, std = self.latent_moments()
-        pixels = self.vae.decode(latents.to(self.dtype) * std + mean, return_dict=False)[0] / 2 + 0.5
+        pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
         return pixels.clamp(0, 1) if clamp else pixels
+
+    def vae_encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] to the mode of the VAE's posterior, [B, *latent_shape]."""
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    def vae_decode(self, z: Tensor) -> Tensor:
+        """The pixels of the VAE's own latents, [B, 3, H, W], in [-1, 1] up to overshoot."""
+        return self.vae.decode(z, return_dict=False)[0]
 
     # --- levels
 
@@ -114,6 +122,11 @@ class FlowImage(PipelineBackbone):
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         scheduler = self.scheduler()
         config = scheduler.config
+        if num_steps == 1 and config.get("shift_terminal"):
+            raise ValueError(
+                f"the pipeline's scheduler cannot make one step: its last level is {config.shift_terminal} "
+                "(shift_terminal), and its first is 1; sample the teacher with 2 steps or more"
+            )
         scheduler.set_timesteps(**self.scheduler_arguments(num_steps, config))
         transition: Literal["renoise", "ode"] = "renoise" if config.stochastic_sampling else "ode"
         time = config.num_train_timesteps / 1000
