@@ -33,7 +33,7 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import Loss
 from fastgen.recipe import Recipe
-from fastgen.run.build import build_backbone, build_networks, start_networks
+from fastgen.run.build import adamw, build_backbone, build_networks, start_networks
 from fastgen.train import gradient_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def build(recipe: Recipe, device: torch.device, clock: Clock, compiled: bool) ->
     return Family(
         recipe=recipe,
         networks=networks,
-        optimizers={r: recipe.optimizers[r].build(networks[r].parameters()) for r in recipe.objective.trained_roles},
+        optimizers={r: adamw(recipe.optimizers[r], networks[r].parameters()) for r in recipe.objective.trained_roles},
         ema=Ema(built.average, networks.student, recipe.train.ema_decay),
         batch=random_batch(recipe, backbone),
     )

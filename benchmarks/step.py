@@ -31,7 +31,7 @@ from fastgen.data import make_batch
 from fastgen.noise import make_key
 from fastgen.recipe import Recipe
 from fastgen.rollout import draw_stops
-from fastgen.run.build import build
+from fastgen.run.build import adamw, build
 from fastgen.train import set_rates, update
 
 
@@ -74,7 +74,7 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
     student, teacher = backbone.load("student").network, backbone.load("teacher").network
     fake = recipe.objective.auxiliary(backbone, recipe.rollout)["fake_score"].network
     average = copy.deepcopy(student).requires_grad_(False)
-    optimizers = [recipe.optimizers[r].build(m.parameters()) for r, m in (("student", student), ("fake_score", fake))]
+    optimizers = [adamw(recipe.optimizers[r], m.parameters()) for r, m in (("student", student), ("fake_score", fake))]
 
     def x0(network, x, t, cond, extra=None):  # type: ignore[no-untyped-def]
         timestep = 1000 * t if extra is None else torch.stack([1000 * t, extra.float()], 1)

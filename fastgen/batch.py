@@ -62,7 +62,7 @@ class Batch:
 
     ids      [B] int64, the global sample number. It determines, together with `key`, every draw made for the sample.
     key      one integer per turn and inner update, the same on all ranks and in all micro-batches.
-    cond, uncond   conditioning with and without the prompt, both of batch size B.
+    cond, uncond   conditioning with the prompt, and with the negative one (empty by default), both of batch size B.
     latents  [B, *latent_shape] real data, normalised as the backbone's `encode` returns it.
     pixels   [B, 3, H, W] real images in [0, 1].
     pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.

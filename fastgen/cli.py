@@ -43,6 +43,10 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None, typer.Option(min=0, help="The guidance scale. Only for a pipeline that was not distilled.")
 ]
+NegativeOption = Annotated[
+    str | None,
+    typer.Option(help="What guidance leads away from, a prompt. Only for a pipeline that was not distilled."),
+]
 ScorerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,7 +66,7 @@ def refuse(message: object) -> typer.Exit:
 
 
 def read(recipe: Path, overrides: list[str] | None) -> Any:
-    """The checked recipe. Until then, nothing is imported that takes seconds, except torch."""
+    """The checked recipe. Until then, nothing is imported that takes seconds, except torch if it must."""
     from fastgen.config import load_recipe
     from fastgen.registry import RecipeError
 
@@ -164,6 +168,7 @@ def sample(
     ),
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    negative_prompt: NegativeOption = None,
     batch_size: BatchOption = 16,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
@@ -173,7 +178,16 @@ def sample(
 
     try:
         count = sample_folder(
-            pipeline, prompt or [], prompts, num_images, seed, output, num_steps, guidance_scale, batch_size
+            pipeline,
+            prompt or [],
+            prompts,
+            num_images,
+            seed,
+            output,
+            num_steps,
+            guidance_scale,
+            batch_size,
+            negative_prompt,
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -307,6 +321,7 @@ def evaluate(
     scorer: ScorerOption = None,
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    negative_prompt: NegativeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -343,6 +358,7 @@ def evaluate(
             inception_weights=inception_weights,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
             batch_size=batch_size,
             overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,

@@ -1,28 +1,22 @@
 """The sections of a recipe as frozen pydantic dataclasses: their keys, defaults and ranges.
 
 `backbone`, `objective`, `data` and each entry of `rewards.parts` name a class, and the fields of that class are their
-keys. The other sections are the classes below. config.py reads a recipe from YAML and checks that sections fit each
-other."""
+keys. The other sections are the classes below. `config` reads a recipe from YAML and checks that sections fit
+each other. Importing this module does not import torch, so that a mistake in these sections is answered at once."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from torch import nn
 
-from fastgen.data.prompts import read_prompts
-from fastgen.metrics import METRICS
-from fastgen.metrics.features import check_inception
-from fastgen.metrics.reference import open_reference
-from fastgen.modules.lora import LoraConfig
-from fastgen.registry import MOST_BATCH, MOST_SAMPLES, MOST_SEED, MOST_STEPS, MOST_UPDATES, nearest
-from fastgen.rewards import SCORERS, Composite, Reward, make_reward
-from fastgen.rollout import RolloutPolicy
+from fastgen.modules.lora_config import LoraConfig
+from fastgen.policy import RolloutPolicy
+from fastgen.registry import METRICS, MOST_BATCH, MOST_SAMPLES, MOST_SEED, MOST_STEPS, MOST_UPDATES, SCORERS, nearest
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -40,9 +34,6 @@ class OptimizerConfig:
     warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_fraction: float = Field(default=1.0, gt=0, le=1)
-
-    def build(self, parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay)
 
     def rate(self, update: int, total: int) -> float:
         """The learning rate at 0-based student update `update` of `total`."""
@@ -80,9 +71,11 @@ class TrainConfig:
     keep_checkpoints: int = Field(default=2, ge=1, le=MOST_UPDATES)
     resume_from: str | None = None  # a checkpoint such as step_00000200; None: the newest complete one
 
-    def autocast(self, device: str) -> torch.autocast:
+    def autocast(self, device: str) -> AbstractContextManager[Any]:
         """The context for the forward passes of a turn. torch's cache of bfloat16 weights is off: until the turn ends,
         it would hold a copy of every network that the turn calls."""
+        import torch
+
         return torch.autocast(device, torch.bfloat16, enabled=self.mixed_precision == "bf16", cache_enabled=False)
 
 
@@ -145,19 +138,27 @@ class EvalConfig:
         self.rewards()
         return self
 
-    def rewards(self) -> dict[str, Reward]:
+    def rewards(self) -> dict[str, Any]:
         """The scorers that are among the metrics. Raises ValueError for keys that are missing or wrong."""
         return self._made(name for name in self.metrics if name in SCORERS)
 
-    def _made(self, names: Iterable[str]) -> dict[str, Reward]:
+    def _made(self, names: Iterable[str]) -> dict[str, Any]:
+        if not (chosen := list(names)):
+            return {}
+        from fastgen.rewards import make_reward
+
         try:
-            return {name: make_reward(name, self.scorers.get(name, {})) for name in names}
+            return {name: make_reward(name, self.scorers.get(name, {})) for name in chosen}
         except ValueError as error:
             raise ValueError("\n".join(f"scorers.{line}" for line in str(error).splitlines())) from None
 
     def check(self) -> None:
         """Raises ValueError if files or packages that the metrics need are missing, or if there are no prompts or no
         real images where the section says that they are. Loads no weights."""
+        from fastgen.data.prompts import read_prompts
+        from fastgen.metrics.features import check_inception
+        from fastgen.metrics.reference import open_reference
+
         folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
         for key, value, read in (("prompts", self.prompts, read_prompts), ("reference", folder, open_reference)):
             if value is not None:
@@ -218,7 +219,7 @@ class Recipe:
     optimizers: dict[str, OptimizerConfig]
     train: TrainConfig
     eval: EvalConfig
-    rewards: Composite | None = None  # for objectives that use them
+    rewards: Any = None  # a rewards.Composite, for objectives that use them
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
     init_from: str | None = None  # a run, an export or a pipeline folder whose student this run starts from

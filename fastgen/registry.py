@@ -1,7 +1,7 @@
 """Looks up what the names in a recipe stand for: classes, checked values, and files that ship with fastgen.
 
-A registry is a dict from a name to a class, or to "module:Class", which is imported only when it is chosen. A class
-outside this package is named by its import path, `my_module:MyClass`. Naming one runs the code of that module.
+A table below has the names of a section, each with its "module:Class", which is imported only when it is chosen. A
+class outside this package is named by its import path, `my_module:MyClass`. Naming one runs the code of that module.
 """
 
 import dataclasses
@@ -16,6 +16,101 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
+
+BACKBONES: dict[str, str] = {
+    "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
+    "flux": "fastgen.backbones.flux:FluxConfig",
+    "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
+    "sd": "fastgen.backbones.sd:SDConfig",
+    "sd3": "fastgen.backbones.sd3:SD3Config",
+    "wan": "fastgen.backbones.wan:WanConfig",
+}
+PIPELINES = ("flux", "qwen_image", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+
+DATA: dict[str, str] = {
+    "prompts": "fastgen.data.prompts:PromptData",
+    "images": "fastgen.data.images:ImageData",
+    "webdataset": "fastgen.data.tar_shards:WebDatasetData",
+    "hub": "fastgen.data.hub:HubData",
+    "prepared": "fastgen.data.prepared:PreparedData",
+    "digits": "fastgen.data.toys:DigitsData",
+    "moving_digits": "fastgen.data.moving_digits:MovingDigitsData",
+    "mixture": "fastgen.data.toys:MixtureData",
+    "ar1_video": "fastgen.data.toys:AR1Data",
+}
+
+OBJECTIVES: dict[str, str] = {
+    "adm": "fastgen.objectives.adm:ADM",
+    "adp": "fastgen.objectives.adp:ADP",
+    "dmd2": "fastgen.objectives.dmd2:DMD2",
+    "f_distill": "fastgen.objectives.f_distill:FDistill",
+    "re_dmd": "fastgen.objectives.re_dmd:ReDMD",
+    "sc_dmd": "fastgen.objectives.sc_dmd:SCDMD",
+    "disback": "fastgen.objectives.disback:DisBack",
+    "gndm": "fastgen.objectives.gndm:GNDM",
+    "rtdmd": "fastgen.objectives.rtdmd:RTDMD",
+    "crd": "fastgen.objectives.crd:CRD",
+    "phased_dmd": "fastgen.objectives.phased_dmd:PhasedDMD",
+    "ode_regression": "fastgen.objectives.ode_regression:ODERegression",
+    "flow_map": "fastgen.objectives.flow_map:FlowMap",
+    "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
+    "consistency": "fastgen.objectives.consistency:Consistency",
+    "scm": "fastgen.objectives.scm:SCM",
+    "teacher_forcing": "fastgen.objectives.teacher_forcing:TeacherForcing",
+}
+
+REWARDS: dict[str, str] = {
+    "linear": "fastgen.rewards.linear:Linear",
+    "quadratic": "fastgen.rewards.quadratic:Quadratic",
+    "ar1_motion": "fastgen.rewards.ar1_motion:AR1Motion",
+    "digit_class": "fastgen.rewards.digit_class:DigitClass",
+    "digit_stroke": "fastgen.rewards.digit_stroke:DigitStroke",
+    "jpeg_size": "fastgen.rewards.jpeg_size:JpegSize",
+    "clip_score": "fastgen.rewards.clip_score:ClipScore",
+    "hpsv2": "fastgen.rewards.hpsv2:HPSv2",
+    "pickscore": "fastgen.rewards.pickscore:Pickscore",
+    "image_reward": "fastgen.rewards.image_reward:ImageReward",
+    "aesthetic": "fastgen.rewards.aesthetic:Aesthetic",
+    "hpsv3": "fastgen.rewards.hpsv3:HPSv3",
+    "video_reward": "fastgen.rewards.video_reward:VideoReward",
+    "motion": "fastgen.rewards.motion:Motion",
+    "function": "fastgen.rewards.function:FunctionReward",
+}
+
+# Rewards with networks of their own. The recipe must give the paths of their files.
+SCORERS = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic", "hpsv3", "video_reward", "motion")
+
+METRICS: dict[str, str] = {
+    "fid": "fastgen.metrics.fid:FID",
+    "accuracy": "fastgen.metrics.accuracy:Accuracy",
+    "diversity": "fastgen.metrics.diversity:Diversity",
+    "precision_recall": "fastgen.metrics.precision_recall:PrecisionRecall",
+    "energy_distance": "fastgen.metrics.energy_distance:EnergyDistance",
+    "mean_error": "fastgen.metrics.moments:MeanError",
+    "cov_error": "fastgen.metrics.moments:CovError",
+    "mode_share_error": "fastgen.metrics.mode_share:ModeShare",
+    "video_accuracy": "fastgen.metrics.video_accuracy:VideoAccuracy",
+    "motion_error": "fastgen.metrics.motion_error:MotionError",
+    "drift": "fastgen.metrics.drift:Drift",
+    "variance_error": "fastgen.metrics.frames:VarianceError",
+    "lag_error": "fastgen.metrics.frames:LagError",
+    "throughput": "fastgen.metrics.throughput:Throughput",
+    "digit_class": "fastgen.metrics.reward:DigitClassMetric",
+    "digit_stroke": "fastgen.metrics.reward:DigitStrokeMetric",
+    "jpeg_size": "fastgen.metrics.reward:JpegSizeMetric",
+    "clip_score": "fastgen.metrics.reward:ClipScoreMetric",
+    "hpsv2": "fastgen.metrics.reward:HPSv2Metric",
+    "pickscore": "fastgen.metrics.reward:PickscoreMetric",
+    "image_reward": "fastgen.metrics.reward:ImageRewardMetric",
+    "aesthetic": "fastgen.metrics.reward:AestheticMetric",
+    "hpsv3": "fastgen.metrics.reward:HPSv3Metric",
+    "video_reward": "fastgen.metrics.reward:VideoRewardMetric",
+    "motion": "fastgen.metrics.reward:MotionMetric",
+}
+
+# The sections that name a class, and the names that they may choose.
+NAMED_SECTIONS: dict[str, Mapping[str, str]] = {"backbone": BACKBONES, "data": DATA, "objective": OBJECTIVES}
 
 # The largest numbers of a recipe, far above any use. A mistyped 1e9 is refused, where it would fill the memory.
 MOST_UPDATES = 1_000_000_000  # updates, which are made one after the other
@@ -47,11 +142,18 @@ def shipped(path: str | Path) -> Path:
     return root / path
 
 
-def build_section(section: str, value: Any, registry: Mapping[str, Any], base: type) -> Any:
+def check_name(section: str, value: Any, names: Mapping[str, str]) -> None:
+    """Refuses a section without a name, or with one that is neither in its table nor an import path."""
+    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
+        raise RecipeError(f"{section} must be a section with a name, one of {', '.join(names)}")
+    if ":" not in name and name not in names:
+        raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, names)}")
+
+
+def build_section(section: str, value: Any, names: Mapping[str, str], base: type) -> Any:
     """An instance of the class that `value["name"]` chooses, which must derive from `base`."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise RecipeError(f"{section} must be a section with a name, one of {', '.join(registry)}")
-    cls = resolve(section, value["name"], registry, base)
+    check_name(section, value, names)
+    cls = resolve(section, value["name"], names, base)
     fields = {f.name for f in dataclasses.fields(cls)}
     values = dict(value) if "name" in fields else {k: v for k, v in value.items() if k != "name"}
     if ":" in value["name"] and "name" in fields:
@@ -72,22 +174,20 @@ def import_name(section: str, name: str) -> Any:
         ) from None
 
 
-def resolve(section: str, name: str, registry: Mapping[str, Any], base: type) -> type:
-    """The class that a registered name stands for, or `my_module:MyClass` from the import path."""
-    if ":" in name:
-        cls = import_name(section, name)
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, base)):
-            raise RecipeError(
-                f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base.__name__}"
-            )
-        return cls
-    if name not in registry:
-        raise RecipeError(f"{section}.name: unknown name {name!r}{nearest(name, registry)}")
-    entry = registry[name]
-    if isinstance(entry, str):  # "module:Class", imported only when chosen
-        module, _, attribute = entry.partition(":")
-        return vars(importlib.import_module(module))[attribute]
-    return entry
+def imported(path: str) -> Any:
+    """The attribute that an entry "module:attribute" of a table stands for."""
+    module, _, attribute = path.partition(":")
+    return vars(importlib.import_module(module))[attribute]
+
+
+def resolve(section: str, name: str, names: Mapping[str, str], base: type) -> type:
+    """The class that a name in a table stands for, or `my_module:MyClass` from the import path."""
+    if ":" not in name:
+        return imported(names[name])
+    cls = import_name(section, name)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, base)):
+        raise RecipeError(f"{section}.name: {name!r} must be a pydantic dataclass that derives from {base.__name__}")
+    return cls
 
 
 def current_names(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ from fastgen.run import checkpoint, terminal
 from fastgen.run.build import (
     TrainingError,
     TrainingRun,
+    adamw,
     build,
     checkpoint_to_resume,
     open_run,
@@ -389,7 +390,7 @@ def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
         else:
             refill(module, fresh[role], weights, stored_name)
         if role in run.optimizers:
-            run.optimizers[role] = recipe.optimizers[role].build(module.parameters())
+            run.optimizers[role] = adamw(recipe.optimizers[role], module.parameters())
         if role == "student":
             run.ema.move(module, 0.0)
             run.ema.updates = 0

@@ -11,9 +11,10 @@ from torch import Tensor
 from fastgen.backbones.ar1_law import AR1Law, to_complex, to_latents
 from fastgen.backbones.ar1_video import AR1VideoConfig
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, build_mixture
-from fastgen.config import RecipeError, build_recipe
+from fastgen.config import build_recipe
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.metrics.frames import FrameMetric
+from fastgen.registry import RecipeError
 
 CONFIG = AR1VideoConfig(damping=0.9, angles=(0.5, -0.3), means=(1.0, (-0.5, 2.0)), num_frames=7, copies=4)
 LAW: AR1Law = CONFIG.law

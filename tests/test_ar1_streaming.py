@@ -28,6 +28,7 @@ from fastgen.recipe import OptimizerConfig
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.ar1_motion import AR1Motion
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.build import adamw
 from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule, TimeSampler
 from fastgen.streaming.schedule import ChunkSchedule
@@ -75,7 +76,7 @@ def fit(
     modules |= objective.auxiliary(made, policy) | dict(given or {})
     networks = Networks(modules, policy, Scorer(Composite((reward,)), made.decode) if reward else None)
     configs = {role: OptimizerConfig(lr=lr, betas=(0.0, 0.95), weight_decay=0.0) for role, lr in rates.items()}
-    optimizers = {role: config.build(modules[role].parameters()) for role, config in configs.items()}
+    optimizers = {role: adamw(config, modules[role].parameters()) for role, config in configs.items()}
     state, draw = objective.init_state(), 0
     for update in range(updates):
         for turn in objective.turns(update, state):

@@ -20,7 +20,7 @@ from fastgen.data import AR1Data
 from fastgen.denoiser import Inputs
 from fastgen.modules.inputs import unextended
 from fastgen.modules.lora import LoraConfig
-from fastgen.rollout import RolloutPolicy, sample
+from fastgen.rollout import RolloutPolicy, network_inputs, sample
 from fastgen.schedule import FlowSchedule
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
@@ -332,7 +332,7 @@ def test_an_export_is_the_same_student(tmp_path: Path, policy: RolloutPolicy) ->
     made.save_pipeline(student, policy, tmp_path / "export")
     other = backbone(means=(0.0, 0.0)).load_exported(tmp_path / "export")
     x, t = randn(9, 6, 2, 1, 2), torch.linspace(0.1, 1, 9, dtype=torch.float64)
-    inputs, cond = policy.network_inputs(t), prompt(torch.arange(9) % 3)
+    inputs, cond = network_inputs(policy, t), prompt(torch.arange(9) % 3)
     assert torch.equal(student(x, t, cond, inputs), other(x, t, cond, inputs))
     assert not any(p.requires_grad for p in other.parameters()) and not other.training
     assert AR1VideoConfig(**json.loads((tmp_path / "export/config.json").read_text())) == CONFIG

@@ -16,7 +16,7 @@ LAYERS = (
         *("sampling.pictures", "run.terminal", "run.quiet"),
     ),
     ("streaming.schedule", "streaming.context"),
-    ("batch",),
+    ("batch", "policy"),
     ("signals",),
     ("denoiser", "modules"),  # the network contract, and what implements, wraps and extends it
     ("rollout",),

@@ -138,18 +138,59 @@ COMMANDS = {  # what answers: the arguments before the recipe, and the program t
     ("command", "recipe"),
     [("fastgen train", "mixture_dmd2_4step"), *((command, "sdxl_dmd2_4step") for command in COMMANDS)],
 )
-def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Path, run_fresh: RunFresh) -> None:
-    """A mistake in a recipe is answered before the libraries that take seconds to import, by every command."""
+def test_a_refusal_imports_nothing_heavy(command: str, recipe: str, tmp_path: Path) -> None:
+    """A mistake in a recipe is answered before the libraries that take seconds to import, by every command. These
+    mistakes need no torch either."""
     before, program = COMMANDS[command]
     arguments = [*before, str(ROOT / "recipes" / f"{recipe}.yaml"), "train.steps=-1", "foo=1"]
     program = (
         f"import sys\nsys.argv = ['command', *{arguments}]\n"
         f"try:\n    {program}\nexcept SystemExit as error:\n    assert error.code == 2, error.code\n"
-        f"print(sorted(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
+        f"print(sorted({{'torch', *{SLOW_TO_IMPORT}}} & set(sys.modules)))"
     )
-    done = run_fresh(program, tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert "unknown key foo" in done.stderr and "train.steps" in done.stderr and "Traceback" not in done.stderr
+
+
+WITHOUT_TORCH = {  # the arguments of fastgen train, and what the refusal says
+    "no such file": (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+    "no valid YAML": (["torn.yaml"], "torn.yaml is not valid YAML"),
+    "no override": (["mixture_dmd2_4step", "steps"], "'steps' is not an override"),
+    "unknown section": (["mixture_dmd2_4step", "trian.steps=3"], "unknown key trian; did you mean 'train'?"),
+    "unknown key": (["mixture_dmd2_4step", "train.stps=3"], "unknown key train.stps; did you mean 'steps'?"),
+    "value out of range": (["sdxl_dmd2_4step", "train.steps=-1"], "train.steps: Input should be greater than"),
+    "optimizer": (["sdxl_dmd2_4step", "optimizers.student.lr=0"], "optimizers.student.lr: Input should be greater"),
+    "rollout": (["sdxl_dmd2_4step", "rollout.timesteps=[0.5,1]"], "rollout.timesteps: timesteps must be strictly"),
+    "adapter": (["sdxl_dmd2_4step", "lora.student.rank=0"], "lora.student.rank: Input should be greater"),
+    "metric": (["digits_dmd2_4step", "eval.metrics=[fd]"], "eval.metrics: unknown metric 'fd'; did you mean 'fid'?"),
+    "watch": (["mixture_dmd2_4step", "health.every=-1"], "health.every: Input should be greater"),
+    "name": (
+        ["mixture_dmd2_4step", "objective.name=dmd3"],
+        "objective.name: unknown name 'dmd3'; did you mean",
+    ),
+    "no pipeline": (["digits_dmd2_4step", "backbone.path=/no/where"], "backbone: path: '/no/where' is neither a fol"),
+    "no index": (["digits_dmd2_4step", "backbone.path=."], "backbone: path: . is not a diffusers pipeline"),
+}
+
+
+def test_most_mistakes_are_refused_without_torch(tmp_path: Path) -> None:
+    """In one process, because none of them imports torch, which takes more seconds than all of them together."""
+    (tmp_path / "torn.yaml").write_text("backbone: {name: [")
+    commands = [
+        ["fastgen", "train", recipe if ".yaml" in recipe else str(ROOT / f"recipes/{recipe}.yaml"), *overrides]
+        for (recipe, *overrides), _ in WITHOUT_TORCH.values()
+    ]
+    program = (
+        f"import sys\nfrom fastgen.cli import main\nfor sys.argv in {commands}:\n"
+        "    try:\n        main()\n    except SystemExit as error:\n        assert error.code == 2, sys.argv\n"
+        "print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    refused = [line.removeprefix("refused: ") for line in done.stderr.splitlines() if line.startswith("refused: ")]
+    for line, (_, words) in zip(refused, WITHOUT_TORCH.values(), strict=True):
+        assert line.startswith(words), (line, words)
 
 
 def test_a_wrong_argument_is_refused_before_anything_heavy_is_imported(tmp_path: Path, run_fresh: RunFresh) -> None:

@@ -12,7 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from fastgen.cli import app
-from fastgen.config import MUTABLE_KEYS, build_recipe, changed_keys, dump_recipe, load_recipe
+from fastgen.config import build_recipe, load_recipe
+from fastgen.config.stored import MUTABLE_KEYS, changed_keys, dump_recipe
 from fastgen.objectives import DMD2
 from fastgen.registry import RecipeError
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
-from fastgen.config import dump_recipe, load_recipe
+from fastgen.config import load_recipe
+from fastgen.config.stored import dump_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation import results

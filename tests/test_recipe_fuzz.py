@@ -17,7 +17,10 @@ import yaml
 from mutations import draws, mutated
 from pydantic import TypeAdapter
 
-from fastgen.config import SECTIONS, build_recipe, dump_recipe, load_recipe, parse_yaml, to_dict
+from fastgen.config import build_recipe, load_recipe
+from fastgen.config.sections import SECTIONS
+from fastgen.config.stored import dump_recipe, to_dict
+from fastgen.config.text import parse_yaml
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError, flatten, resolve
 

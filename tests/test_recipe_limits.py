@@ -10,7 +10,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from fastgen.config import SECTIONS, build_recipe, load_recipe, parse_yaml
+from fastgen.config import build_recipe, load_recipe
+from fastgen.config.sections import SECTIONS
+from fastgen.config.text import parse_yaml
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError, resolve
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastgen.config import build_recipe, dump_recipe, load_recipe
+from fastgen.config import build_recipe, load_recipe
+from fastgen.config.stored import dump_recipe
 from fastgen.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -74,7 +74,8 @@ def test_a_pipeline_of_another_family(copy: Path, tmp_path: Path, capsys: pytest
 
 
 def test_the_run_folder_of_another_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastgen.config import dump_recipe, load_recipe
+    from fastgen.config import load_recipe
+    from fastgen.config.stored import dump_recipe
 
     (tmp_path / "run").mkdir()
     other = load_recipe(RECIPE, [f"output_dir={tmp_path / 'run'}", "objective.fake_updates=7"])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch, Conditioning
-from fastgen.config import changed_keys, dump_recipe, load_recipe, registered_name
+from fastgen.config import load_recipe
+from fastgen.config.stored import changed_keys, dump_recipe, registered_name
 from fastgen.data.digits import load_digits, prompt_for
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.networks import Ema, Networks, move

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fastgen.backbones.wan import WanConfig
 from fastgen.cli import app
-from fastgen.config import to_dict
+from fastgen.config.stored import to_dict
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import METADATA

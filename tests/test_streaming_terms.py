@@ -19,12 +19,11 @@ from torch import Tensor
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch, Draws
-from fastgen.config import RecipeError
 from fastgen.networks import Networks
 from fastgen.objectives import ADM, DMD2, GNDM, OBJECTIVES, RTDMD, DisBack, FDistill, Objective, ReDMD
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.disback import PathTurn
-from fastgen.registry import import_name
+from fastgen.registry import RecipeError, import_name
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.function import FunctionReward
 from fastgen.rollout import RolloutPolicy

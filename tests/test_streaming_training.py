@@ -13,11 +13,12 @@ from test_streaming import SHAPE, batch, conditioning, draws, policy, wan
 from tiny_wan import tiny_wan
 from torch import Tensor
 
-from fastgen.config import RecipeError, build_recipe
+from fastgen.config import build_recipe
 from fastgen.denoiser import Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.lora import LoraConfig, SharedBase
 from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.rollout import backward_simulation, sample, sample_chunks
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule

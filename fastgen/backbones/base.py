@@ -159,6 +159,17 @@ class Backbone(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of batch size len(prompts); the empty prompt is the unconditional one."""
 
+    @property
+    def negative_prompt(self) -> str:
+        """The prompt that guidance leads away from."""
+        return ""
+
+    def encode_both(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+        """What guidance leads to and away from: the conditioning of these prompts, and that of the negative prompt in
+        the same batch size."""
+        both = self.encode_prompts([*prompts, *[self.negative_prompt] * len(prompts)])
+        return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Data to normalised latents (the space x_t lives in)."""

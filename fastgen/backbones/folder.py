@@ -4,8 +4,11 @@ What is checked is what is read: the weights of a component are the files that d
 these are opened here first, their headers alone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from fastgen.registry import nearest, shipped
 
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")  # components without weights
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the stock pipelines do without
@@ -14,6 +17,29 @@ VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
 FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of this path, in the working directory or shipped with fastgen; None if there is none."""
+    return next((candidate for candidate in (Path(path), shipped(path)) if candidate.is_dir()), None)
+
+
+def check_source(path: str) -> None:
+    """Raises ValueError if a pipeline's path is neither the folder of one nor a hub id."""
+    if (folder := local_folder(path)) is not None:
+        read_index(folder)
+        return
+    if Path(path).is_file():
+        raise ValueError(
+            f"path: {path} is a single file; convert it to a diffusers folder (from_single_file and "
+            "save_pretrained of the pipeline), and name that"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(f"path: {path!r} is neither a folder nor a hub id like org/name")
+    parent = Path(path).parent
+    if parent.is_dir():
+        names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+        raise ValueError(f"path: the folder {parent} has no {Path(path).name}{nearest(Path(path).name, names)}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

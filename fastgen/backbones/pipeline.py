@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -20,7 +19,9 @@ from fastgen.backbones.folder import (
     OPTIONAL,
     WEIGHTLESS,
     check_components,
+    check_source,
     component_entries,
+    local_folder,
     read_index,
     read_json,
     stock_class,
@@ -32,7 +33,6 @@ from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import WeightMap, WeightsError
-from fastgen.registry import nearest, shipped
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
@@ -45,18 +45,22 @@ CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PipelineConfig(BackboneConfig):
     """path: a diffusers folder, in the working directory or else among the files that ship with fastgen; or a hub id
-    "org/name". Only a hub id needs network access."""
+    "org/name". Only a hub id needs network access.
+
+    negative_prompt: what guidance leads away from, wherever the teacher is guided: in training, in its ODE pairs and
+    in evaluation. The empty one means what the stock pipeline does without a negative prompt."""
 
     path: str
+    negative_prompt: str = ""
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
     prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
 
     def check(self) -> None:
         """Raises ValueError if the path is neither a complete pipeline folder of this family nor a hub id."""
+        check_source(self.path)
         folder = self.local_folder()
         if folder is None:
-            self.check_hub_id()
             return
         index = self.read_family_index(folder)
         check_components(folder, index, self.build(CPU, torch.float32, 0).needed_classes)
@@ -87,22 +91,6 @@ class PipelineConfig(BackboneConfig):
             )
         check_same_networks(folder, source, own.subfolders)
 
-    def check_hub_id(self) -> None:
-        """Raises ValueError if the path, which is no folder, cannot be a hub id either."""
-        if Path(self.path).is_file():
-            raise ValueError(
-                f"path: {self.path} is a single file; convert it to a diffusers folder (from_single_file and "
-                "save_pretrained of the pipeline), and name that"
-            )
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
-            raise ValueError(f"path: {self.path!r} is neither a folder nor a hub id like org/name")
-        parent = Path(self.path).parent
-        if parent.is_dir():
-            names = sorted(p.name for p in parent.iterdir() if p.is_dir())
-            raise ValueError(
-                f"path: the folder {parent} has no {Path(self.path).name}{nearest(Path(self.path).name, names)}"
-            )
-
     @abstractmethod
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
@@ -110,10 +98,7 @@ class PipelineConfig(BackboneConfig):
 
     def local_folder(self) -> Path | None:
         """The folder that `path` names, in the working directory or shipped with fastgen; None if there is none."""
-        for candidate in (Path(self.path), shipped(self.path)):
-            if candidate.is_dir():
-                return candidate
-        return None
+        return local_folder(self.path)
 
     def unloaded(self) -> "PipelineConfig":
         """For a hub id, the section with the configs that ship with fastgen (configs/README.md) as its path."""
@@ -187,7 +172,7 @@ class PipelineBackbone(Backbone):
 
     config: PipelineConfig
     network_class: ClassVar[str]
-    lora_targets = (
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
         "to_v",
@@ -410,6 +395,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def finish_table(self, table: Conditioning) -> Conditioning:
         """Turns the rows of all prompts seen so far into what networks are given."""
         return table
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.config.negative_prompt
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         return self.prompts.rows(prompts)

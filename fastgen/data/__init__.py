@@ -9,18 +9,7 @@ from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
 from fastgen.data.toys import AR1Data, DigitsData, MixtureData, exact_data
-
-DATA: dict[str, type[DataSource] | str] = {
-    "prompts": PromptData,
-    "images": ImageData,
-    "webdataset": WebDatasetData,
-    "hub": HubData,
-    "prepared": "fastgen.data.prepared:PreparedData",  # imported only when chosen, because it needs diffusers
-    "digits": DigitsData,
-    "moving_digits": MovingDigitsData,
-    "mixture": MixtureData,
-    "ar1_video": AR1Data,
-}
+from fastgen.registry import DATA
 
 __all__ = [
     "DATA",

@@ -149,7 +149,7 @@ def make_batch(
             "; make train.batch_size a multiple of objective.group_size"
         )
     prompts = stream.prompts(group)
-    both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
+    cond, uncond = backbone.encode_both(prompts)
     latents = stream.latents(group) if "latents" in needs else None
     pixels = stream.pixels(group) if "pixels" in needs else None
     pairs = stream.pairs(group) if "pairs" in needs else None
@@ -157,8 +157,8 @@ def make_batch(
     return Batch(
         ids=positions.to(device),
         key=key,
-        cond=both.select(slice(0, len(prompts))),
-        uncond=both.select(slice(len(prompts), None)),
+        cond=cond,
+        uncond=uncond,
         latent_shape=backbone.latent_shape,
         prompts=tuple(prompts),
         latents=None if latents is None else latents.to(device, backbone.dtype),

@@ -1,7 +1,7 @@
 """Folders written by `fastgen prepare`: their manifest, the checks against it, and how they are read.
 
 manifest.json                       what the tensors depend on, and the rows, size and sha256 of every file
-prompts.jsonl                       the prompts, one JSON string per line; the first is the empty prompt
+prompts.jsonl                       the prompts, one JSON string per line; first the empty and the negative one
 samples.safetensors                 prompt [N] and, if there are images, picture [N], int64: the rows of every sample
 prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
 latents-00000.safetensors ...       latents [n, *latent_shape], normalised
@@ -190,9 +190,9 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 def identity(
     config: PipelineConfig, images: bool, known: Manifest | None = None, pairs: bool = False
 ) -> dict[str, Any]:
-    """What prepared tensors depend on. This is always the backbone's name, its settings for prompts, and its text
-    encoders and tokenizers. With images, it is also the VAE, its scaling, the resolution and the latent shape; with
-    pairs, the teacher, its scheduler and the latent shape. Networks are identified as in `fingerprint`.
+    """What prepared tensors depend on. This is always the backbone's name, its settings for prompts, the negative one,
+    and its text encoders and tokenizers. With images, it is also the VAE, its scaling, the resolution and the latent
+    shape; with pairs, the teacher, its scheduler and the latent shape. Networks are identified as in `fingerprint`.
 
     Reads configs and hashes files. known: a manifest; files whose size and time stamp match it are not hashed again.
     Raises ValueError if the configs cannot be read."""
@@ -200,6 +200,8 @@ def identity(
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
         settings = {"name": config.name} | {k: v for k, v in vars(config).items() if k in config.prompt_keys}
+        if config.negative_prompt:  # left out otherwise, as in folders of before it was a key
+            settings["negative_prompt"] = config.negative_prompt
         result: dict[str, Any] = {"backbone": settings, "encoders": fingerprint(config, ENCODER_FILES, known)}
         if images:
             vae = {key: backbone.vae_config.get(key) for key in LATENT_KEYS}

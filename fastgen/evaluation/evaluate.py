@@ -90,6 +90,7 @@ def evaluate_with_samples(
             "conditioning_time": policy.conditioning_time,
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
+        **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
@@ -223,6 +224,7 @@ def evaluate_path(
     output: Path | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -257,10 +259,22 @@ def evaluate_path(
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
+        if (num_steps, guidance_scale, negative_prompt) != (None, None, None):
+            raise ValueError(
+                f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
+                "scale and the negative prompt"
+            )
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
         captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
     else:
-        sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=chosen, dtype=dtype)
+        sampler = load_sampler(
+            path,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            device=chosen,
+            dtype=dtype,
+        )
         if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)

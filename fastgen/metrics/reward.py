@@ -52,23 +52,23 @@ class RewardMetric(Metric):
         return {self.name: float(values.mean()), f"{self.name}_std": float(values.std(correction=0))}
 
 
-def reward_metric(name: str, kind: str = "pixels", better: Direction = "higher", reward: Reward | None = None) -> type:
+def reward_metric(
+    name: str, kind: str = "pixels", better: Direction = "higher", reward: Reward | None = None
+) -> type[RewardMetric]:
     """The metric of a registered reward. reward: an instance of it, if it needs no keys."""
     directions: Directions = {name: better, f"{name}_std": "neither"}
     members = {"name": name, "output": kind, "directions": directions, "reward": reward, "__module__": __name__}
     return type(f"{name}_metric", (RewardMetric,), members)
 
 
-REWARD_METRICS: dict[str, type[RewardMetric]] = {
-    "digit_class": reward_metric("digit_class", reward=DigitClass()),
-    "digit_stroke": reward_metric("digit_stroke", better="neither", reward=DigitStroke()),
-    "jpeg_size": reward_metric("jpeg_size", better="neither", reward=JpegSize()),
-    "clip_score": reward_metric("clip_score"),
-    "hpsv2": reward_metric("hpsv2"),
-    "pickscore": reward_metric("pickscore"),
-    "image_reward": reward_metric("image_reward"),
-    "aesthetic": reward_metric("aesthetic"),
-    "hpsv3": reward_metric("hpsv3"),
-    "video_reward": reward_metric("video_reward", "frames"),
-    "motion": reward_metric("motion", "frames", "neither"),
-}
+DigitClassMetric = reward_metric("digit_class", reward=DigitClass())
+DigitStrokeMetric = reward_metric("digit_stroke", better="neither", reward=DigitStroke())
+JpegSizeMetric = reward_metric("jpeg_size", better="neither", reward=JpegSize())
+ClipScoreMetric = reward_metric("clip_score")
+HPSv2Metric = reward_metric("hpsv2")
+PickscoreMetric = reward_metric("pickscore")
+ImageRewardMetric = reward_metric("image_reward")
+AestheticMetric = reward_metric("aesthetic")
+HPSv3Metric = reward_metric("hpsv3")
+VideoRewardMetric = reward_metric("video_reward", "frames")
+MotionMetric = reward_metric("motion", "frames", "neither")

@@ -14,31 +14,17 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.lora_config import LoraConfig
 from fastgen.modules.recomputation import remembered
 from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
-from fastgen.registry import MOST_WIDTH
 from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class LoraConfig:
-    """One role's adapter: W + (alpha / rank) B A, with B zero at the start         (LoRA, arXiv 2106.09685 Sec. 4.1)
-
-    alpha: None means the rank, so that the factor is one. targets: the adapter goes on the linear layers whose names
-    end like this; None means the attention and feed-forward layers of the family."""
-
-    rank: int = Field(default=16, ge=1, le=MOST_WIDTH)
-    alpha: float | None = Field(default=None, gt=0)
-    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
 
 
 class SharedBase:

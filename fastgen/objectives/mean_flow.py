@@ -265,7 +265,7 @@ class MeanFlow(Objective):
         return batch.uniform("drop") < self.drop
 
     def drop_prompts(self, batch: Batch) -> Conditioning:
-        """The batch's conditioning, with the empty prompt for the samples of `is_dropped`."""
+        """The batch's conditioning, with `batch.uncond` for the samples of `is_dropped`."""
         dropped = self.is_dropped(batch)
         return Conditioning({k: torch.where(expand(dropped, v), batch.uncond[k], v) for k, v in batch.cond.items()})
 

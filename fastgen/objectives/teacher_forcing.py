@@ -101,7 +101,7 @@ class TeacherForcing(Objective):
         return by_frame(self.time(batch.uniform("time", shape=(len(chunks.split(num_frames)),))), chunks, num_frames)
 
     def dropped(self, batch: Batch) -> Conditioning:
-        """The conditioning, without the prompt in a share of the samples."""
+        """The conditioning, with `batch.uncond` in a share of the samples."""
         if not self.prompt_dropout:
             return batch.cond
         rows = batch.uniform("prompt_dropout") < self.prompt_dropout

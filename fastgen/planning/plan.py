@@ -276,7 +276,9 @@ def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Compone
     if recipe.backbone.local_folder() is not None and 0 < encoders <= SMALL_ENCODERS:
         stream = recipe.data.open(backbone, recipe.seed)
         prompts = stream.prompts(torch.arange(2 * recipe.train.batch_size))
-        shapes = {k: tuple(v.shape[1:]) for k, v in backbone.encode_prompts([*prompts, ""]).items()}
+        shapes = {
+            k: tuple(v.shape[1:]) for k, v in backbone.encode_prompts([*prompts, backbone.negative_prompt]).items()
+        }
     return lambda count: Conditioning({k: empty(count, *s, dtype=backbone.dtype) for k, s in shapes.items()})
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fastgen.config import apply_override, build_recipe, to_dict
+from fastgen.config import build_recipe
+from fastgen.config.stored import to_dict
+from fastgen.config.text import apply_override
 from fastgen.planning.plan import Plan, plan
 from fastgen.recipe import Recipe
 from fastgen.run.terminal import print_table

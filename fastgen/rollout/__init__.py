@@ -1,14 +1,13 @@
 """How a few-step student turns noise into samples, whole or chunk by chunk.
 
-policy.py      the sampler as data: levels, transition, inputs, chunks
 steps.py       one step: the clean prediction, and the laws of the transitions
 passes.py      what chunks see of those before them, and leave for those after them
 simulation.py  the loops over steps and chunks, for sampling and for training
 data.py        one step from noised data, in the place of a simulated input"""
 
+from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.data import step_from_data
 from fastgen.rollout.passes import commit
-from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.simulation import (
     Rollout,
     backward_simulation,
@@ -20,6 +19,7 @@ from fastgen.rollout.simulation import (
 from fastgen.rollout.steps import (
     Step,
     jump_law,
+    network_inputs,
     next_levels,
     policy_law,
     predict_x0,
@@ -38,6 +38,7 @@ __all__ = [
     "commit",
     "draw_stops",
     "jump_law",
+    "network_inputs",
     "next_levels",
     "policy_law",
     "predict_x0",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
-from fastgen.rollout.policy import RolloutPolicy
+from fastgen.policy import RolloutPolicy
 from fastgen.rollout.simulation import Rollout, kept
 from fastgen.rollout.steps import Step, predict_x0
 

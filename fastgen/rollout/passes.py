@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, Memory
-from fastgen.rollout.policy import RolloutPolicy
-from fastgen.rollout.steps import Step, step_to
+from fastgen.policy import RolloutPolicy
+from fastgen.rollout.steps import Step, network_inputs, step_to
 from fastgen.streaming.context import Context
 
 Noise = Callable[[str], Tensor]
@@ -53,7 +53,7 @@ def commit(
         x, t = x.detach(), x.new_full((len(x),), level)
         if level and i + 1 == len(policy.context_levels):
             x = student.schedule.add_noise(x, noise("context"), t)
-        memory += student.remember(x, t, cond, context.layers(i, len(left)), policy.network_inputs(t), grad)
+        memory += student.remember(x, t, cond, context.layers(i, len(left)), network_inputs(policy, t), grad)
     return context.committed(memory)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastgen.batch import Batch, Conditioning, Draws
 from fastgen.denoiser import Denoiser
 from fastgen.modules.recomputation import Replay
+from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.passes import Noise, commit, context_of_stop, contexts_of, left_by_passes
-from fastgen.rollout.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.steps import Step, policy_law, predict_x0, step_to, transition
 from fastgen.signals import transition_log_prob
 from fastgen.streaming.context import Context

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser
-from fastgen.rollout.policy import RolloutPolicy
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.policy import RolloutPolicy
 from fastgen.schedule import Schedule
 from fastgen.signals import transition_log_prob
 from fastgen.streaming.context import Context
@@ -30,6 +31,20 @@ class Step:
     log_prob: Tensor | None = None
 
 
+def network_inputs(policy: RolloutPolicy, t: Tensor, t_next: Tensor | None = None) -> Inputs:
+    """The inputs that a policy gives the student at level t [B]. t_next: as in `predict_x0`."""
+
+    def filled(value: float | None) -> Tensor | None:
+        return None if value is None else torch.full_like(t, value)
+
+    end = torch.zeros_like(t) if t_next is None or policy.transition != "ode" else t_next
+    return Inputs(
+        time=filled(policy.conditioning_time),
+        s=end if policy.two_time else None,
+        guidance=filled(policy.embedded_guidance),
+    )
+
+
 def predict_x0(
     student: Denoiser,
     x_t: Tensor,
@@ -42,7 +57,7 @@ def predict_x0(
     """The student's clean prediction, with the conditioning time and the inputs of the policy. t_next: [B], the level
     that the policy's step goes to from here; None: 0, or a prediction that is used on its own. context: where x_t is a
     chunk of a video, the memory of the frames before it."""
-    inputs = policy.network_inputs(t, t_next)
+    inputs = network_inputs(policy, t, t_next)
     return student(x_t, t, cond, inputs if context is None else replace(inputs, context=context))
 
 

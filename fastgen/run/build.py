@@ -1,6 +1,7 @@
 """Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
-from fastgen.config import changed_keys, dump_recipe, load_stored
+from fastgen.config import load_stored
+from fastgen.config.stored import changed_keys, dump_recipe
 from fastgen.data.base import Stream
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
@@ -18,7 +20,7 @@ from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import local, own_slice
 from fastgen.networks import Ema, Networks
-from fastgen.recipe import Recipe
+from fastgen.recipe import OptimizerConfig, Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Scorer
 from fastgen.run import checkpoint
@@ -30,6 +32,11 @@ from fastgen.run.lock import LOCK
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of one role."""
+    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay)
 
 
 class TrainingError(RuntimeError):
@@ -158,7 +165,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
         strategy=strategy,
         backbone=backbone,
         networks=networks,
-        optimizers={role: recipe.optimizers[role].build(networks[role].parameters()) for role in roles},
+        optimizers={role: adamw(recipe.optimizers[role], networks[role].parameters()) for role in roles},
         state=send_to_device(recipe.objective.init_state(), accelerator.device),
         ema=Ema(built.average, networks.student, recipe.train.ema_decay),
         stream=stream,

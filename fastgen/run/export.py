@@ -10,7 +10,8 @@ import torch
 
 import fastgen
 from fastgen.backbones.base import Backbone
-from fastgen.config import dump_recipe, load_stored, to_dict
+from fastgen.config import load_stored
+from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import check_place, replace_file, unused_sibling
 from fastgen.denoiser import Denoiser
 from fastgen.recipe import Recipe
@@ -77,6 +78,8 @@ def model_card(
 ) -> str:
     """The model card in Markdown: what the student is, how to call it, its metrics, and its recipe."""
     source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
+    negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
+    away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
     return f"""---
 library_name: {backbone.library}
 tags: [distillation, few-step, {recipe.objective.name}]
@@ -85,7 +88,7 @@ tags: [distillation, few-step, {recipe.objective.name}]
 # A {recipe.rollout.num_steps}-step student of {source}
 
 Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates. The
-weights are the moving average of the student's weights.
+weights are the moving average of the student's weights.{away}
 
 ## How to call it
 

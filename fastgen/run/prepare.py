@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
-from fastgen.config import to_dict
+from fastgen.config.stored import to_dict
 from fastgen.data.base import Samples, SampleSource, encode_picture
 from fastgen.data.files import sealed
 from fastgen.data.pair_sampling import sample_pairs
@@ -75,7 +75,7 @@ def prepare(
     backbone = config.build(device, getattr(torch, recipe.train.dtype), recipe.seed)
     assert isinstance(backbone, PipelineBackbone)
     samples = source.samples(backbone)
-    prompts = list(dict.fromkeys(["", *samples.prompts, *evaluation_prompts(recipe.eval)]))
+    prompts = list(dict.fromkeys(["", backbone.negative_prompt, *samples.prompts, *evaluation_prompts(recipe.eval)]))
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],

@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.table import Table
 
-from fastgen.config import registered_name, to_dict
+from fastgen.config.stored import registered_name, to_dict
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.recipe import Recipe

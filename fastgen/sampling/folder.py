@@ -24,6 +24,7 @@ def sample_folder(
     num_steps: int | None,
     guidance_scale: float | None,
     batch_size: int,
+    negative_prompt: str | None = None,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
@@ -35,7 +36,13 @@ def sample_folder(
         raise ValueError(f"{output} exists and is not an empty folder; choose another")
     check_place(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sampler = load_sampler(path, num_steps=num_steps, guidance_scale=guidance_scale, device=device)
+    sampler = load_sampler(
+        path,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        device=device,
+    )
     kind = sampler.backbone.output
     if not texts and kind != "points":
         raise ValueError("give --prompt or --prompts")

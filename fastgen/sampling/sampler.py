@@ -1,5 +1,6 @@
 """Sampling from a run, an export or any supported pipeline folder, with one seed per sample."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -89,8 +90,7 @@ class Sampler:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
         noise."""
         backbone = self.backbone
-        both = backbone.encode_prompts([*prompts, *[""] * len(prompts)])
-        cond, uncond = both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
+        cond, uncond = backbone.encode_both(prompts)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
         draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
@@ -136,24 +136,25 @@ def load_sampler(
     *,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Sampler:
     """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
 
-    num_steps and guidance_scale are for a plain pipeline; by default they are those of its call in diffusers. An
-    export has its own, and asking for others raises ValueError, except that a flow map takes any number of steps. A
-    folder that is none of these raises ValueError, too."""
+    num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
+    diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
+    of steps. So does a negative prompt without guidance, and a folder that is none of these."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
         metadata = read_metadata(folder)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
         other = num_steps not in (None, policy.num_steps)
-        if (other and not policy.any_step) or guidance_scale not in (None, 1.0):
+        if (other and not policy.any_step) or guidance_scale not in (None, 1.0) or negative_prompt:
             raise ValueError(
-                f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps "
-                "and the guidance scale"
+                f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps, "
+                "the guidance scale and the negative prompt"
             )
         policy = policy.with_steps(num_steps or policy.num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
@@ -164,11 +165,13 @@ def load_sampler(
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    config = pipeline_config(folder)
+    config = dataclasses.replace(pipeline_config(folder), negative_prompt=negative_prompt or "")
     config.check()
     backbone = config.build(device, dtype, 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
+    if negative_prompt and scale == 1:
+        raise ValueError("a negative prompt is what guidance leads away from: give a guidance scale other than 1")
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
 
 

@@ -4,12 +4,9 @@ import itertools
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import torch
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from fastgen.denoiser import Inputs
 from fastgen.streaming.schedule import ChunkSchedule
 
 
@@ -112,19 +109,6 @@ class RolloutPolicy:
     def inputs(self) -> tuple[str, ...]:
         """The continuous inputs that the student has besides its time, any of `modules.inputs.LEVELS`."""
         return ("s",) * self.two_time + ("guidance",) * (self.embedded_guidance is not None)
-
-    def network_inputs(self, t: Tensor, t_next: Tensor | None = None) -> Inputs:
-        """The inputs that this policy gives the student at level t [B]. t_next: as in `predict_x0`."""
-
-        def filled(value: float | None) -> Tensor | None:
-            return None if value is None else torch.full_like(t, value)
-
-        end = torch.zeros_like(t) if t_next is None or self.transition != "ode" else t_next
-        return Inputs(
-            time=filled(self.conditioning_time),
-            s=end if self.two_time else None,
-            guidance=filled(self.embedded_guidance),
-        )
 
     @property
     def any_step(self) -> bool:

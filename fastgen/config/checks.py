@@ -1,0 +1,242 @@
+"""Whether the sections of a recipe fit each other."""
+
+from pathlib import Path
+
+from fastgen.config.problems import Problems
+from fastgen.config.text import read_recipe
+from fastgen.metrics import METRICS
+from fastgen.modules.lora_config import LoraConfig
+from fastgen.objectives.base import Objective
+from fastgen.policy import RolloutPolicy
+from fastgen.recipe import Recipe
+from fastgen.registry import REWARDS, RecipeError, current_names, nearest, validated
+from fastgen.run import checkpoint
+
+
+def check_recipe(recipe: Recipe, files: bool = True) -> None:
+    """Checks that the sections fit each other: roles, data, export, evaluation. Reads only small files, and no
+    weights. files: whether the files that training needs must be there. Raises RecipeError with all that is wrong."""
+    objective, problems = recipe.objective, Problems()
+    for check in (
+        check_roles,
+        check_lora,
+        check_training,
+        check_rewards,
+        check_inputs,
+        check_chunks,
+        check_evaluation,
+    ):
+        with problems.noting():
+            check(recipe)
+    with problems.noting("objective"):
+        objective.check(recipe.rollout)
+    with problems.noting("backbone"):
+        recipe.backbone.check()
+    if files:
+        with problems.noting():
+            check_init(recipe)
+        with problems.noting("data"):
+            recipe.data.check(recipe.backbone)
+        with problems.noting("eval"):
+            recipe.eval.check()
+    problems.refuse()  # what follows needs a backbone whose files are there
+    with problems.noting("rollout"):
+        recipe.backbone.check_export(recipe.rollout)
+    if recipe.rollout.chunks is not None:
+        with problems.noting("rollout"):
+            recipe.backbone.check_chunks(recipe.rollout)
+    with problems.noting("objective"):
+        objective.check_recipe(recipe)
+    problems.refuse()
+
+
+def check_roles(recipe: Recipe) -> None:
+    """Checks that every trained role, and no other, has an optimizer."""
+    objective: Objective = recipe.objective
+    for role in recipe.optimizers:
+        if role not in objective.trained_roles:
+            raise RecipeError(
+                f"optimizers.{role}: this objective trains only {', '.join(objective.trained_roles)}"
+                f"{nearest(role, objective.trained_roles)}"
+            )
+    for role in objective.trained_roles:
+        if role not in recipe.optimizers:
+            raise RecipeError(f"missing key optimizers.{role}: this objective trains {role}; give at least its lr")
+
+
+def check_training(recipe: Recipe) -> None:
+    """Checks what the section `train` asks of backbone and objective."""
+    train, objective = recipe.train, recipe.objective
+    if train.gradient_checkpointing and not recipe.backbone.can_checkpoint:
+        raise RecipeError(
+            f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; set it to false"
+        )
+    if train.frozen_dtype in ("bfloat16", "float16") and train.mixed_precision == "no":
+        raise RecipeError(
+            f"train.frozen_dtype: {train.frozen_dtype} weights together with {train.dtype} ones "
+            "need train.mixed_precision: bf16"
+        )
+    if train.batch_size % objective.group_size:
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} does not hold whole groups of "
+            f"objective.group_size {objective.group_size}; make it a multiple of that"
+        )
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Checks that the objective can train the student's inputs, and that the data provides what it needs."""
+    objective = recipe.objective
+    if recipe.rollout.inputs and not objective.takes_inputs:
+        keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
+        raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
+    if missing := objective.needs - recipe.data.provides:
+        raise RecipeError(
+            f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
+            f"{recipe.data.name} does not provide; choose other data"
+        )
+
+
+def check_chunks(recipe: Recipe) -> None:
+    """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one."""
+    objective, chunks = recipe.objective, recipe.rollout.chunks
+    if chunks is None:
+        return
+    if not objective.takes_chunks:
+        raise RecipeError(
+            f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
+            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, phased_dmd, rtdmd (stage: 1, or "
+            "selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression (states: line) and consistency "
+            "(teach: data) can"
+        )
+    if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
+        raise RecipeError(
+            f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
+            "levels for all chunks; leave it out"
+        )
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
+    evaluation that cannot be made would be found only after the last update."""
+    config, output, backbone = recipe.eval, recipe.backbone.output, recipe.backbone.name
+    for name in config.metrics:
+        metric = METRICS[name]
+        if not metric.fits(output, backbone):
+            other = metric.output not in (output, "any")
+            measured = metric.output if other else f"the law of {' or '.join(metric.backbones)}"
+            raise RecipeError(
+                f"eval.metrics: {name} measures {measured}, and backbone {backbone} gives {output}; choose from "
+                f"{', '.join(n for n, m in METRICS.items() if m.fits(output, backbone))}"
+            )
+        if metric.needs_reference and config.reference is None:
+            raise RecipeError(
+                f"eval.reference: {name} compares with real images; set it to digits or to a folder of images"
+            )
+    if config.reference is not None and output != "pixels":
+        raise RecipeError(
+            f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
+        )
+    if config.prompts is None and config.reference is None and not recipe.backbone.has_exact_law:
+        raise RecipeError(
+            "eval.prompts: there are no prompts to sample; give a file or a list of prompts, or give "
+            "eval.reference, whose prompts are then used"
+        )
+    fewest = max(METRICS[name].fewest_samples for name in config.metrics)
+    if config.quick().num_samples < fewest:
+        raise RecipeError(f"eval.num_samples and eval.quick_num_samples must be at least {fewest} for these metrics")
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Checks that adapters are only on roles that are trained copies of the teacher."""
+    objective = recipe.objective
+    possible = [role for role in objective.trained_roles if role not in objective.full_roles]
+    for role in recipe.lora:
+        if role not in possible:
+            allowed = ", ".join(possible) or "none"
+            raise RecipeError(
+                f"lora.{role}: with this objective, the roles that can be adapters are {allowed}"
+                f"{nearest(role, possible) if possible else ''}"
+            )
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Checks that an objective that needs rewards has some, and that they fit the objective and the backbone."""
+    objective, rewards = recipe.objective, recipe.rewards
+    if rewards is None:
+        if objective.rewards_required:
+            raise RecipeError(
+                f"missing key rewards: objective {objective.name} needs a reward; give rewards.parts, "
+                f"each with a name, one of {', '.join(REWARDS)}"
+            )
+        return
+    if objective.reward_use == "none":
+        raise RecipeError(f"rewards: objective {objective.name} uses none; leave the section out")
+    if objective.reward_use == "gradient" and not rewards.used(grad=True):
+        raise RecipeError(
+            f"rewards.parts: objective {objective.name} backpropagates through rewards, and "
+            f"none of {', '.join(rewards.used(grad=False))} is differentiable; add one that is"
+        )
+    if rewards.calibration == "group" and objective.group_size == 1:
+        raise RecipeError(
+            f"rewards.calibration: group compares the samples of a prompt, and objective "
+            f"{objective.name} makes one sample per prompt; choose none or zscore, or raise "
+            "objective.group_size if the objective has it"
+        )
+    if rewards.held_out and not recipe.health.every:
+        raise RecipeError(
+            "rewards.held_out: only the watch uses it, and health.every: 0 switches the watch off; set health.every "
+            "above 0"
+        )
+    for key, parts in (("parts", rewards.parts), ("held_out", rewards.held_out)):
+        for i, part in enumerate(parts):
+            try:
+                part.check(recipe.backbone)
+            except ValueError as error:
+                raise RecipeError(f"rewards.{key}.{i}: {error}") from None
+
+
+def check_init(recipe: Recipe) -> None:
+    """Checks that init_from is a run with a complete checkpoint, an export or a pipeline folder, and that its student
+    is of this kind."""
+    if recipe.init_from is None or checkpoint.complete(recipe.output_dir / "checkpoints"):
+        return  # a run that continues has the weights in its own checkpoint
+    path = Path(recipe.init_from)
+    stored, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
+    if not stored.is_file() and (path / "model_index.json").is_file():
+        check_pipeline_start(recipe, path)
+        return
+    if not stored.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
+        raise RecipeError(
+            f"init_from: {path} is neither a run with a complete checkpoint, nor an export, nor the folder of a "
+            "diffusers pipeline; give one"
+        )
+    raw = read_recipe(stored, stored)  # its objective is not needed, and may be a module that is not installed here
+    rollout = validated(RolloutPolicy, current_names("rollout", raw.get("rollout") or {}), "rollout.")
+    if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
+        raise RecipeError(
+            f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
+            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance if it is set there"
+        )
+    adapter = (raw.get("lora") or {}).get("student")
+    before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")
+    now = recipe.lora.get("student")
+    if before != now:
+        raise RecipeError(
+            f"init_from: lora.student is {before or 'not set'} in {path} and {now or 'not set'} in this recipe; make "
+            "them the same, or export that run with --merge"
+        )
+    if now and not checkpoints:
+        raise RecipeError(f"init_from: {path} is an exported adapter; name the run that it came from")
+
+
+def check_pipeline_start(recipe: Recipe, folder: Path) -> None:
+    """Checks that init_from, a pipeline folder that others have made, has the networks of this recipe's student."""
+    if "student" in recipe.lora:
+        raise RecipeError(
+            f"init_from: {folder} has a whole network, and lora.student trains an adapter on that of backbone.path; "
+            "leave out lora.student"
+        )
+    try:
+        recipe.backbone.check_start(folder)
+    except ValueError as error:
+        raise RecipeError(f"init_from: {str(error).removeprefix('path: ')}") from None
