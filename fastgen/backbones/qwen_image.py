@@ -136,8 +136,6 @@ class QwenImage(FlowImage):
     def vae_decode(self, z: Tensor) -> Tensor:
         return super().vae_decode(z[:, :, None])[:, :, 0]
 
-    # --- prompts
-
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D], zero where the mask prompt_mask [B, L] is false."""
         length = self.config.max_sequence_length
