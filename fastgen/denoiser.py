@@ -15,6 +15,7 @@ from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
 from fastgen.modules.sharding import is_sharded
 from fastgen.schedule import PredictionType, Schedule
+from fastgen.signals import affine
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 
@@ -124,6 +125,16 @@ class Denoiser(nn.Module):
             return output
         x0 = self.schedule.to_sample(output, x_t, t, self.prediction_type)
         return self.schedule.from_sample(x0, x_t, t, predict)
+
+    def guide(
+        self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"
+    ) -> Tensor:
+        """Classifier-free guidance by the family's rule; here off + scale (on - off)            (arXiv 2207.12598)
+
+        on, off: predictions at x_t with and without the prompt, [B, ...]. scale: broadcasts over them. predict: their
+        type. The rule above is the same in every type, because conversions are affine in the prediction. A rule that
+        is not affine belongs to the network's own type: a family overrides this method and converts."""
+        return affine(on, off, scale)
 
     def remember(
         self,

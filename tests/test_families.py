@@ -56,8 +56,11 @@ def test_tokens_are_those_of_diffusers() -> None:
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float
 ) -> None:
+    steps = max(steps, family.fewest_steps)
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
-    theirs, _ = family.plain_pixels(folder, draws(backbone, "initial"), steps, **family.guided(scale))
+    theirs, visited = family.plain_pixels(folder, draws(backbone, "initial"), steps, **family.guided(scale))
+    levels = backbone.teacher_policy(steps).timesteps
+    assert visited == pytest.approx([level for level in levels for _ in range(len(visited) // steps)], abs=1e-6)
     assert ours.std() > 0.02
     assert float((ours - theirs).abs().max()) < 1e-4
 
@@ -149,12 +152,14 @@ def test_recomputing_activations_changes_no_gradient_and_features_have_their_wid
     assert torch.equal(*found)
 
 
-def test_images_go_through_the_vae_and_back(backbone: FlowImage) -> None:
+def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage) -> None:
     pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
     latents = backbone.encode(pixels)
     assert latents.shape[1:] == backbone.latent_shape
-    code = backbone.vae.encode(pixels * 2 - 1)
+    frames = (pixels * 2 - 1)[:, :, None] if family.video else pixels * 2 - 1
+    code = backbone.vae.encode(frames)
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
+    z = z[:, :, 0] if family.video else z
     mean, std = backbone.latent_moments()
     assert torch.allclose(latents * std + mean, z, atol=1e-5)
     assert backbone.decode(latents).shape == pixels.shape

@@ -8,12 +8,14 @@ from typing import Any
 import diffusers
 import torch
 from tiny_flux import tiny_flux
+from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
+from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig
 
 PROMPTS = ["a red cat", "two green dogs"]
@@ -25,8 +27,8 @@ SIDE, LENGTH = 32, 12
 class Family:
     """folder: writes a tiny pipeline. config: its backbone section. pipeline: the stock class. packed: our latents
     [B, C, H, W] as the stock pipeline takes them. guided: the arguments of its call for guidance of this scale by two
-    network calls. network: where the network is in the pipeline. level: the noise level, from the arguments that the
-    network is called with."""
+    network calls. level: the noise level, from the arguments that the network is called with. video: whether the VAE
+    is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
 
     folder: Callable[[Path], Path]
     config: type[FlowImageConfig]
@@ -35,6 +37,8 @@ class Family:
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: dict[str, Any] = field(default_factory=dict)
     level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
+    video: bool = False
+    fewest_steps: int = 1
 
     def make(self, folder: Path, **options: Any) -> FlowImage:
         config = self.config(**{"path": str(folder), "resolution": SIDE} | self.lengths | options)
@@ -98,4 +102,15 @@ SANA = Family(
     call={"use_resolution_binning": False},
 )
 
-FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "sana": SANA}
+QWEN_IMAGE = Family(
+    folder=tiny_qwen,
+    config=QwenImageConfig,
+    pipeline="QwenImagePipeline",
+    packed=to_tokens,
+    guided=true_guidance,
+    level=lambda given: float(given["timestep"][0]),
+    video=True,
+    fewest_steps=2,
+)
+
+FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "qwen-image": QWEN_IMAGE, "sana": SANA}

@@ -91,14 +91,18 @@ class FlowImage(PipelineBackbone):
         mean, std = self.latent_moments()
         return (z - mean) / std
 
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        mean, std = self.latent_moments()
+        pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
+        return pixels.clamp(0, 1) if clamp else pixels
+
     def vae_encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] to the mode of the VAE's posterior, [B, *latent_shape]."""
         return self.vae.encode(pixels).latent_dist.mode()
 
-    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        mean, std = self.latent_moments()
-        pixels = self.vae.decode(latents.to(self.dtype) * std + mean, return_dict=False)[0] / 2 + 0.5
-        return pixels.clamp(0, 1) if clamp else pixels
+    def vae_decode(self, z: Tensor) -> Tensor:
+        """The pixels of the VAE's own latents, [B, 3, H, W], in [-1, 1] up to overshoot."""
+        return self.vae.decode(z, return_dict=False)[0]
 
     # --- levels
 
@@ -119,6 +123,11 @@ class FlowImage(PipelineBackbone):
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         scheduler = self.scheduler()
         config = scheduler.config
+        if num_steps == 1 and config.get("shift_terminal"):
+            raise ValueError(
+                f"the pipeline's scheduler cannot make one step: its last level is {config.shift_terminal} "
+                "(shift_terminal), and its first is 1; sample the teacher with 2 steps or more"
+            )
         scheduler.set_timesteps(**self.scheduler_arguments(num_steps, config))
         transition: Literal["renoise", "ode"] = "renoise" if config.get("stochastic_sampling") else "ode"
         time = config.num_train_timesteps / 1000
@@ -131,12 +140,14 @@ class FlowImage(PipelineBackbone):
 
 class FlowDenoiser(Denoiser):
     """An unmodified transformer of diffusers that predicts the velocity, behind the contract, x_t [B, C, H, W]. Its
-    features are the image tokens after the block at half depth, the one at three quarters, and the last."""
+    features are the image tokens after the block at half depth, the one at three quarters, and the last.
+
+    time_scale: what the network is given at t = 1."""
 
     network: Any
 
-    def __init__(self, network: Any, feature_dim: int):
-        super().__init__(network, FlowSchedule(), "flow_prediction")
+    def __init__(self, network: Any, feature_dim: int, time_scale: int = 1000):
+        super().__init__(network, FlowSchedule(time_scale), "flow_prediction")
         self.feature_dim = feature_dim
 
     @property

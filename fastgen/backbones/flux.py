@@ -41,7 +41,7 @@ class FluxDenoiser(FlowDenoiser):
     """An unmodified FluxTransformer2DModel behind the contract; the blocks of its features are the two-stream ones."""
 
     def __init__(self, network: Any):
-        super().__init__(network, network.inner_dim)
+        super().__init__(network, network.inner_dim, time_scale=1)  # the network multiplies by 1000 itself
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         dtype, (height, width) = self.weight_dtype, x_t.shape[-2:]
@@ -49,7 +49,7 @@ class FluxDenoiser(FlowDenoiser):
         guidance, inputs = self.told_guidance(t, inputs)
         tokens = self.network(
             hidden_states=to_tokens(x_t).to(dtype),
-            timestep=self.timestep(t, inputs) / 1000,
+            timestep=self.timestep(t, inputs),
             guidance=guidance,
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=prompts,

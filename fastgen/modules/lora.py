@@ -22,6 +22,7 @@ from fastgen.modules.lora_config import LoraConfig
 from fastgen.modules.recomputation import remembered
 from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
+from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 
@@ -166,6 +167,11 @@ class LoraDenoiser(Denoiser):
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         with self.shared.using(self.role):
             return self.shared.denoiser(x_t, t, cond, inputs, predict=self.prediction_type)
+
+    def guide(
+        self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"
+    ) -> Tensor:
+        return self.shared.denoiser.guide(on, off, scale, x_t, t, predict)
 
     def tell(self, guidance: float | None) -> None:
         if guidance is not None:
