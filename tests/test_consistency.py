@@ -96,6 +96,12 @@ def test_distillation_has_no_loss_at_its_closed_form_optimum(distance: Any) -> N
     assert at[0] < 1e-12 and at[1] > 1e-3
 
 
+def test_the_logged_error_is_the_root_mean_square_of_what_the_loss_weighs() -> None:
+    objective, networks = Consistency(grid=FOUR, distance="square"), exact_networks(consistency_map(), RENOISE)
+    loss: Any = objective.loss(objective.turns(0, {})[-1], networks, gaussian_batch(512), {})
+    assert float(loss.terms["error"]) == pytest.approx(float(loss.total) ** 0.5, rel=1e-6)
+
+
 def test_on_a_variance_preserving_path_too(vp_schedule: VPSchedule) -> None:
     """LCM's DDIM step: prod (alpha alpha' s^2 + sigma sigma') / (alpha^2 s^2 + sigma^2), and x itself at t = 0."""
     n = 10

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import M, S, average_velocity, spread
+from oracles import M, S, average_velocity, consistency_networks, gaussian_batch, spread
 from torch import Tensor
 
 from fastgen.backbones.gaussian_mixture import Mixture
@@ -302,3 +302,9 @@ def test_one_euler_step_of_the_exact_velocity_gives_the_mean() -> None:
     x, t = torch.randn(100, 2, dtype=F64), torch.ones(100, dtype=F64)
     assert torch.allclose(x - velocity(x, t), torch.full_like(x, M), atol=1e-12)
     assert torch.allclose(jump(average_velocity, x, t, 0 * t), M + S * x, atol=1e-12)
+
+
+def test_the_teachers_velocity_carries_no_gradient() -> None:
+    teacher, batch = consistency_networks().student, gaussian_batch(4)
+    velocity = flow_maps.guided_velocity(teacher, batch.cond, batch.uncond, 2.0)
+    assert not velocity(batch.normal("x").requires_grad_(), batch.uniform("t")).requires_grad

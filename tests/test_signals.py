@@ -182,6 +182,21 @@ def test_gan_losses_at_equality() -> None:
     assert signals.gan_discriminator_loss(lean[:, 1:], lean[:, :1]) < 1e-12 < signals.gan_generator_loss(lean[:, :1])
 
 
+def test_hinge_losses_are_those_of_their_formulas() -> None:
+    real, fake = torch.tensor([0.3, 2.0]), torch.tensor([-0.5, 0.7])
+    assert float(signals.hinge_discriminator_loss(real, fake)) == pytest.approx((0.7 + 0.0) / 2 + (0.5 + 1.7) / 2)
+    assert float(signals.hinge_generator_loss(fake)) == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_log_probabilities_are_sums_or_means_over_a_samples_elements(scaled: bool) -> None:
+    x, mean, std = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0]])
+    squares = (1 + 4) / (8 if scaled else 1)
+    for reduction, count in (("sum", 1), ("mean", 2)):
+        found = signals.transition_log_prob(x, mean, std, reduction, scaled)  # type: ignore[arg-type]
+        assert found.tolist() == pytest.approx([-squares / count])
+
+
 def test_the_optimal_logit_is_the_log_ratio_of_the_laws() -> None:
     """Laws on four points: the discriminator loss over a table of logits is least at log(p_real / p_fake), where it is
     2 log 2 - 2 JS(p_real, p_fake)."""

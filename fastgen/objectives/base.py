@@ -42,10 +42,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: the scalar to backpropagate. terms: the detached values to log, by name."""
+    """total: the scalar to backpropagate. terms: the detached values to log, by name. Raises ValueError for a term
+    that carries gradient: it would keep the graph of the update in memory until it is logged."""
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if attached := [name for name, value in self.terms.items() if value.requires_grad]:
+            raise ValueError(f"logged terms must be detached; {', '.join(attached)} carries gradient")
 
 
 class Objective:
