@@ -15,6 +15,7 @@ from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
 from fastgen.modules.sharding import is_sharded
 from fastgen.schedule import PredictionType, Schedule
+from fastgen.signals import affine
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 
@@ -87,6 +88,8 @@ class Denoiser(nn.Module):
     feature_dim: int
     extra_inputs: type[ExtraInputs] = ExtraInputs  # how the family's time embedder is extended
     takes_chunks = False  # whether the family reads Inputs.context, causal, clean and memory
+    # for a network that was distilled from guidance: the scale it is told where Inputs.guidance gives none
+    guidance: float | None = None
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType):
         super().__init__()
@@ -122,6 +125,16 @@ class Denoiser(nn.Module):
             return output
         x0 = self.schedule.to_sample(output, x_t, t, self.prediction_type)
         return self.schedule.from_sample(x0, x_t, t, predict)
+
+    def guide(
+        self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"
+    ) -> Tensor:
+        """Classifier-free guidance by the family's rule; here off + scale (on - off)            (arXiv 2207.12598)
+
+        on, off: predictions at x_t with and without the prompt, [B, ...]. scale: broadcasts over them. predict: their
+        type. The rule above is the same in every type, because conversions are affine in the prediction. A rule that
+        is not affine belongs to the network's own type: a family overrides this method and converts."""
+        return affine(on, off, scale)
 
     def remember(
         self,
@@ -164,6 +177,20 @@ class Denoiser(nn.Module):
         if inputs.embedded:
             raise ValueError(f"this network takes no extra inputs, got {sorted(inputs.embedded)}")
         return timestep
+
+    def tell(self, guidance: float | None) -> None:
+        """Sets the guidance scale that a network distilled from guidance is told; None for any other network."""
+        self.guidance = guidance
+
+    def told_guidance(self, t: Tensor, inputs: Inputs) -> tuple[Tensor | None, Inputs]:
+        """For a network that was distilled from guidance: the scale [B] it is told, and the inputs that are left. A
+        scale that was added to the network as an extra input stays there. (None, inputs) for other networks."""
+        if self.guidance is None:
+            return None, inputs
+        default = torch.full_like(t, self.guidance)
+        if inputs.guidance is None or (self.is_extended and "guidance" in self.time_embedding.tables):  # type: ignore[operator]
+            return default, inputs
+        return inputs.guidance, dataclasses.replace(inputs, guidance=None)
 
     @property
     def weight_dtype(self) -> torch.dtype:

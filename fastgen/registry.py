@@ -19,12 +19,15 @@ PACKAGE = Path(__file__).resolve().parent
 
 BACKBONES: dict[str, str] = {
     "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
+    "flux": "fastgen.backbones.flux:FluxConfig",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
+    "sana": "fastgen.backbones.sana:SanaConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
 }
-PIPELINES = ("sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

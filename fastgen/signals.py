@@ -3,6 +3,7 @@ losses, group statistics, transition log-probabilities."""
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +14,25 @@ from fastgen.batch import Conditioning
 from fastgen.schedule import PredictionType, Schedule, expand
 
 Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Guide = Callable[..., Tensor]  # of on, off, scale, x_t and t, and `predict`, as `Denoiser.guide`
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
     """[B]: the mean over all axes but the first."""
     return x.flatten(1).mean(1)
+
+
+def affine(on: Tensor, off: Tensor, scale: Tensor, *_: Tensor, **__: str) -> Tensor:
+    """off + scale (on - off), for predictions with and without a prompt."""
+    return off + scale * (on - off)
+
+
+def rule_of(predict: Predictor) -> Guide:
+    """The rule by which a predictor is guided: that of the denoiser that it is, or is a partial call of
+    (`Denoiser.guide`); for any other function `affine`."""
+    if isinstance(predict, partial):
+        return partial(rule_of(predict.func), predict=predict.keywords.get("predict", "sample"))
+    return getattr(predict, "guide", affine)
 
 
 def guided(
@@ -32,7 +47,8 @@ def guided(
 ) -> Tensor:
     """Classifier-free guidance in diffusers' convention: uncond + scale (cond - uncond)          (arXiv 2207.12598)
 
-    predict: an x0 (or velocity) predictor. The result is a prediction of the same kind, [B, ...].
+    predict: an x0 (or velocity) predictor. The result is a prediction of the same kind, [B, ...]. A denoiser, or a
+             partial call of one, is guided by its family's own rule where that is another (`Denoiser.guide`).
     scale: one number, or one per sample, [B] (`Denoiser.per_expert`).
     interval: guidance acts where interval[0] < t <= interval[1]; elsewhere the scale is 1       (arXiv 2404.07724)
     rescale: phi in [0, 1], the share by which the guided prediction's per-sample std is moved back to that of the
@@ -43,7 +59,7 @@ def guided(
     on, off = both.chunk(2)
     inside = (t > interval[0]) & (t <= interval[1])
     scale = expand(scale, t) if isinstance(scale, Tensor) else scale
-    result = off + expand(torch.where(inside, scale, 1.0).to(on.dtype), on) * (on - off)
+    result = rule_of(predict)(on, off, expand(torch.where(inside, scale, 1.0).to(on.dtype), on), x_t, t)
     if rescale:
         std_on, std_guided = on.flatten(1).std(1), result.flatten(1).std(1)
         result = result * expand(1 - rescale + rescale * std_on / std_guided.clamp_min(1e-8), result)

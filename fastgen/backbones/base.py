@@ -118,9 +118,20 @@ class Backbone(ABC):
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
 
+    def guidance_told(self, role: str) -> float | None:
+        """The guidance scale that this role's network is told, where the pipeline was distilled from guidance; None
+        where its networks are told none."""
+        return None
+
     def load(self, role: str) -> Denoiser:
         """Like `make`, with the teacher frozen and in evaluation mode, and the other roles trainable. A role with an
-        adapter is a view of one shared base instead, and so is the teacher if any role has an adapter."""
+        adapter is a view of one shared base instead, and so is the teacher if any role has an adapter. Each is told
+        its role's guidance scale."""
+        denoiser = self.load_untold(role)
+        denoiser.tell(self.guidance_told(role))
+        return denoiser
+
+    def load_untold(self, role: str) -> Denoiser:
         frozen_dtype, adapters = self.roles.frozen_dtype or self.dtype, self.roles.adapters
         is_base = role == "teacher" and self.teacher_is_base and adapters
         if is_base or role in adapters:

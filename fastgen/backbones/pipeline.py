@@ -172,7 +172,7 @@ class PipelineBackbone(Backbone):
 
     config: PipelineConfig
     network_class: ClassVar[str]
-    lora_targets = (
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
         "to_v",
@@ -281,7 +281,9 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def load_exported(self, folder: Path) -> Denoiser:
         from fastgen.backbones.saving import load_student  # with diffusers
 
-        return load_student(self, folder)
+        student = load_student(self, folder)
+        student.tell(self.guidance_told("student"))
+        return student
 
     def load_start(self, folder: Path) -> Denoiser:
         student = self.load_exported(folder)

@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5: flow matching, an MMDiT, three text encoders. Also loads our digits teacher."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,32 +9,28 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
+from fastgen.backbones.flow_image import FlowImage, FlowImageConfig
 from fastgen.backbones.folder import boundaries_in
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
-from fastgen.pipelines.schedulers import flow_match_scheduler
-from fastgen.registry import MOST_WIDTH
-from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
 
 CLIP_TOKENS = 77  # they come before the T5 tokens
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class SD3Config(PipelineConfig):
-    """resolution: side of an image in pixels, by default that of the transformer. max_sequence_length: number of T5
-    tokens, by default the stock pipeline's 256."""
+class SD3Config(FlowImageConfig):
+    """resolution: by default that of the transformer. max_sequence_length: number of T5 tokens, by default the stock
+    pipeline's 256."""
 
     name: Literal["sd3"] = "sd3"
-    resolution: int | None = Field(default=None, ge=16, le=MOST_WIDTH)
     max_sequence_length: int = Field(default=256, ge=1, le=512)
 
-    output: ClassVar[Output] = "pixels"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    passes_levels: ClassVar[bool] = False
 
     def check(self) -> None:
         """Also raises ValueError for an exported student of several experts, which cannot be a teacher."""
@@ -43,9 +38,6 @@ class SD3Config(PipelineConfig):
         if folder is not None and boundaries_in(folder / "transformer"):
             raise ValueError(f"path: {folder} is a student of several experts; name the pipeline it came from")
         super().check()
-
-    def check_export(self, policy: RolloutPolicy) -> None:
-        flow_match_scheduler(policy)
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
         """Passes always: a `few_step.SD3Experts` can store any experts."""
@@ -87,39 +79,23 @@ class SD3Denoiser(Denoiser):
         return list(self.network.transformer_blocks)
 
 
-class SD3(PipelineBackbone):
+class SD3(FlowImage):
     """The backbone of recipes with `backbone: {name: sd3, path: ...}`."""
 
     config: SD3Config
     network_class = "SD3Transformer2DModel"
 
-    def __init__(
-        self, config: SD3Config, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
-    ):
-        super().__init__(config, device, dtype, roles)
-        self.schedule = FlowSchedule()
+    @property
+    def default_size(self) -> int:  # type: ignore[override]
+        return self.network_config["sample_size"] * self.pixels_per_latent
 
     @property
-    def pixels_per_latent(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @cached_property
-    def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        size = self.network_config["sample_size"]
-        if self.config.resolution is not None:
-            size, rest = divmod(self.config.resolution, self.pixels_per_latent)
-            if rest or size % self.network_config["patch_size"]:
-                unit = self.pixels_per_latent * self.network_config["patch_size"]
-                raise ValueError(f"backbone.resolution must be a multiple of {unit}, got {self.config.resolution}")
-        return (self.network_config["in_channels"], size, size)
+    def latent_channels(self) -> int:
+        return self.network_config["in_channels"]
 
     @property
-    def image_size(self) -> int:  # type: ignore[override]
-        return self.latent_shape[-1] * self.pixels_per_latent
-
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+    def patch_size(self) -> int:
+        return self.network_config["patch_size"]
 
     def wrap(self, network: Any) -> SD3Denoiser:
         network.set_attn_processor(FoldedJointAttnProcessor())
@@ -151,25 +127,6 @@ class SD3(PipelineBackbone):
         folded, log_repeats = fold_repeats(table["prompt_embeds"])
         return Conditioning({"prompt_embeds": folded, "pooled": table["pooled"], "log_repeats": log_repeats})
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - shift) * scale."""
-        z = self.vae.encode(pixels.to(self.device, self.dtype) * 2 - 1).latent_dist.mode()
-        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        z = latents.to(self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        pixels = self.vae.decode(z, return_dict=False)[0] / 2 + 0.5
-        return pixels.clamp(0, 1) if clamp else pixels
-
-    def teacher_policy(self, num_steps: int) -> RolloutPolicy:
-        scheduler = self.scheduler()
-        scheduler.set_timesteps(num_steps)
-        transition: Literal["renoise", "ode"] = "renoise" if scheduler.config.stochastic_sampling else "ode"
-        time = scheduler.config.num_train_timesteps / 1000
-        time = time if num_steps == 1 and time != 1 else None
-        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
-
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         boundaries = boundaries_in(Path(source) / self.subfolder)
         if not boundaries:
@@ -186,6 +143,3 @@ class SD3(PipelineBackbone):
         from fastgen.pipelines.few_step import SD3Experts  # with diffusers
 
         return {self.subfolder: SD3Experts.of(networks, student.boundaries)}
-
-    def student_scheduler(self, policy: RolloutPolicy) -> Any:
-        return flow_match_scheduler(policy)

@@ -22,7 +22,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.inputs import WanExtraInputs
-from fastgen.pipelines.schedulers import flow_match_scheduler
+from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler
 from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
@@ -60,7 +60,7 @@ class WanConfig(PipelineConfig):
             return
         find_experts(read_index(folder))
         latent_size(self, read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json"))
-        check_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
+        check_flow_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
 
     def check_export(self, policy: RolloutPolicy) -> None:
         if policy.chunks is not None:
@@ -133,21 +133,6 @@ def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str,
         if pixels % unit:
             raise ValueError(f"{side} must be a multiple of {unit}, got {pixels}")
     return (config.num_frames - 1) // temporal + 1, config.height // spatial, config.width // spatial
-
-
-def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend only on the number of
-    steps."""
-    name = config["_class_name"]
-    if name == "FlowMatchEulerDiscreteScheduler":
-        fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
-    else:
-        fits = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
-    if not fits:
-        raise ValueError(
-            f"path: its scheduler, {name}, does not give noise levels of flow matching; use a "
-            "FlowMatchEulerDiscreteScheduler with a fixed shift, or one with use_flow_sigmas and flow_prediction"
-        )
 
 
 def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
@@ -340,7 +325,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it gives the network whole numbers."""
         scheduler = self.scheduler()
-        check_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
+        check_flow_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
         scheduler.set_timesteps(num_steps)
         transition: Literal["renoise", "ode"] = "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
         time = scheduler.config.num_train_timesteps / 1000

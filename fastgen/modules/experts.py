@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
+from fastgen.schedule import PredictionType
 
 
 class Experts(Denoiser):
@@ -78,6 +79,12 @@ class Experts(Denoiser):
         nothing = sum(0 * outputs[i].sum() for i in called if not len(rows[i]))
         out = torch.cat([outputs[i] for i in called if len(rows[i])]) + nothing
         return out[torch.cat(list(rows.values())).argsort()]
+
+    def guide(
+        self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"
+    ) -> Tensor:
+        """The rule of the first expert; the others have the same."""
+        return self.members[0].guide(on, off, scale, x_t, t, predict)
 
     def own(self, inputs: Inputs, i: int) -> Inputs:
         """The inputs of expert i: of the context of a video, its own layers."""

@@ -28,8 +28,8 @@ class ExtraInputs(nn.Module):
         self.tables = nn.ModuleDict({name: IntegerInput(count, dim) for name, count in counts.items()})
         self.tables.update({name: LevelInput(dim) for name in levels})
 
-    def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
-        return self.add(self.embedding(timestep[:, 0], *rest), timestep[:, 1:])
+    def forward(self, timestep: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        return self.add(self.embedding(timestep[:, 0], *rest, **options), timestep[:, 1:])
 
     def pack(self, timestep: Tensor, t: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """[*t.shape, 1 + n]: the timestep and the given scalars, in the order of the tables. t: the noise level.
@@ -77,7 +77,7 @@ class LevelInput(nn.Linear):
 class UNetExtraInputs(ExtraInputs):
     """For UNets: their time embedding gets the projected timestep and, as `timestep_cond`, the scalars [B, n]."""
 
-    def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
         return self.add(self.embedding(timestep), rest[0])
 
 

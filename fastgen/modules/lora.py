@@ -22,6 +22,7 @@ from fastgen.modules.lora_config import LoraConfig
 from fastgen.modules.recomputation import remembered
 from fastgen.modules.sharding import local, own_slice
 from fastgen.noise import make_key
+from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 
@@ -35,6 +36,7 @@ class SharedBase:
         self.default_targets = tuple(default_targets)
         self.configs: dict[str, LoraConfig] = {}
         self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> how add_inputs extended it
+        self.guidance: dict[str | None, float] = {}  # role -> the scale its network is told, see Denoiser.tell
         self._layers: list[Any] = []  # peft's, which hold the adapters
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
@@ -101,6 +103,7 @@ class SharedBase:
             layer._active_adapter = [] if role is None else [role]
         if len(self._embeddings) > 1:
             self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
+        self.denoiser.tell(self.guidance.get(role))
         self._role = role
 
     def add_inputs(self, role: str, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
@@ -164,6 +167,15 @@ class LoraDenoiser(Denoiser):
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         with self.shared.using(self.role):
             return self.shared.denoiser(x_t, t, cond, inputs, predict=self.prediction_type)
+
+    def guide(
+        self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"
+    ) -> Tensor:
+        return self.shared.denoiser.guide(on, off, scale, x_t, t, predict)
+
+    def tell(self, guidance: float | None) -> None:
+        if guidance is not None:
+            self.shared.guidance[self.role] = guidance
 
     def merged(self) -> Denoiser:
         assert self.role is not None
@@ -232,6 +244,7 @@ class LoraDenoiser(Denoiser):
         average = self.shared.add(AVERAGE, self.shared.configs[self.role])
         if self.role in self.shared.inputs:
             average.add_inputs(*self.shared.inputs[self.role])
+        average.tell(self.shared.guidance.get(self.role))
         return average
 
     @torch.no_grad()

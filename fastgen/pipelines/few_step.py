@@ -45,8 +45,18 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
     ):
         self.set_timesteps(len(levels))
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Raises ValueError for a number of steps other than that of the list, except for a flow map."""
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """sigmas, mu: what pipelines like FLUX's give every scheduler for their number of steps; only the number
+        counts, because the stored levels are those that the student was trained at. Raises ValueError for a number of
+        steps other than that of the list, except for a flow map."""
+        if num_inference_steps is None:
+            num_inference_steps = len(self.config.levels) if sigmas is None else len(sigmas)
         levels = self.config.levels
         if self.config.any_step:
             policy = RolloutPolicy(tuple(levels), "ode", two_time=True)

@@ -11,18 +11,41 @@ from fastgen.rollout import RolloutPolicy, TeacherPolicy
 TOLERANCE = 1e-6
 
 
-def flow_match_sigmas(num_steps: int, config: dict[str, Any]) -> list[float]:
-    """The sigmas that FlowMatchEulerDiscreteScheduler(**config) uses for num_steps, without the final 0."""
+def check_flow_scheduler(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend only on the number of
+    steps."""
+    name = config["_class_name"]
+    if name == "FlowMatchEulerDiscreteScheduler":
+        fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
+    else:
+        fits = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    if not fits:
+        raise ValueError(
+            f"path: its scheduler, {name}, does not give noise levels of flow matching; use a "
+            "FlowMatchEulerDiscreteScheduler with a fixed shift, or one with use_flow_sigmas and flow_prediction"
+        )
+
+
+def passed_levels(num_steps: int) -> list[float]:
+    """1, (K-1)/K, ..., 1/K: the levels that the pipelines of FLUX, Qwen-Image and others give their scheduler, which
+    shifts them. Those of SD3 and Wan leave the levels to the scheduler."""
+    return [(num_steps - i) / num_steps for i in range(num_steps)]
+
+
+def flow_match_sigmas(num_steps: int, config: dict[str, Any], passed: bool = False) -> list[float]:
+    """The sigmas that FlowMatchEulerDiscreteScheduler(**config) uses for num_steps, without the final 0. passed:
+    whether the pipeline gives it `passed_levels`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps, sigmas=passed_levels(num_steps) if passed else None)
     return scheduler.sigmas[:-1].tolist()
 
 
-def flow_match_scheduler(policy: RolloutPolicy) -> Any:
+def flow_match_scheduler(policy: RolloutPolicy, passed: bool = False) -> Any:
     """The scheduler with which a flow-matching pipeline samples the policy at num_inference_steps = K: the stock one,
-    or fastgen's own for cps and flow maps. Raises ValueError if neither can represent the policy."""
+    or fastgen's own for cps and flow maps. passed: whether the pipeline gives it `passed_levels`, which it then shifts
+    instead of its own. Raises ValueError if neither can represent the policy."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from fastgen.pipelines.few_step import FlowMatchCPSScheduler
@@ -30,7 +53,7 @@ def flow_match_scheduler(policy: RolloutPolicy) -> Any:
     if policy.any_step:
         return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, any_step=True)
     if policy.transition != "cps":
-        return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy))
+        return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy, passed))
     if policy.conditioning_time is not None:
         raise ValueError(
             "conditioning_time with transition: cps cannot be stored in a scheduler; use transition: ode, which for a "
@@ -40,11 +63,12 @@ def flow_match_scheduler(policy: RolloutPolicy) -> Any:
     return FlowMatchCPSScheduler(list(policy.timesteps), policy.eta)
 
 
-def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
+def flow_match_config(policy: RolloutPolicy, passed: bool = False) -> dict[str, Any]:
     """Parameters of FlowMatchEulerDiscreteScheduler for which num_inference_steps = K gives exactly the policy's list.
 
-    The scheduler takes K evenly spaced values u_i from 1 down to sigma_min(shift). It shifts them,
-    sigma = shift u / (1 + (shift - 1) u), and stretches 1 - sigma linearly so that the last sigma is shift_terminal.
+    The scheduler takes K evenly spaced values u_i from 1 down to sigma_min(shift), or down to 1 / K if the pipeline
+    gives them (`passed`). It shifts them, sigma = shift u / (1 + (shift - 1) u), and stretches 1 - sigma linearly so
+    that the last sigma is shift_terminal.
     This fixes the end points. Only `shift` is left, and it is solved for. Every list of the form
     sigma = a u' / (1 + (a - 1) u'), u' = 1, (K-1)/K, ..., 1/K, is represented exactly. A conditioning time becomes
     num_train_timesteps, because the network is given sigma * num_train_timesteps. Raises ValueError if the list cannot
@@ -67,8 +91,8 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
         return config | {"num_train_timesteps": round(total)}
     config["shift_terminal"] = times[-1]
     if len(times) > 2:
-        config["shift"] = solve_shift(times)
-    stored = flow_match_sigmas(len(times), config)
+        config["shift"] = solve_shift(times, passed)
+    stored = flow_match_sigmas(len(times), config, passed)
     worst = max(abs(a - b) for a, b in zip(stored, times, strict=True))
     if worst > TOLERANCE:
         near = [round(s, 6) for s in stored]
@@ -79,11 +103,11 @@ def flow_match_config(policy: RolloutPolicy) -> dict[str, Any]:
     return config
 
 
-def solve_shift(times: tuple[float, ...]) -> float:
+def solve_shift(times: tuple[float, ...], passed: bool = False) -> float:
     """The shift whose stretched list goes through times[1]. The end points are right for any shift."""
 
     def second(shift: float) -> float:
-        smallest = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
+        smallest = 1 / len(times) if passed else shift * 1e-3 / (1 + (shift - 1) * 1e-3)
         rise = [(1 - u) / (1 + (shift - 1) * u) for u in (1 + (smallest - 1) / (len(times) - 1), smallest)]
         return 1 - rise[0] / rise[1] * (1 - times[-1]) - times[1]
 

@@ -1,0 +1,186 @@
+"""What flow-matching text-to-image families share: sizes, the VAE, the levels of the stock pipeline, and the export.
+
+A family states what is its own: its pipeline and network classes, how prompts are encoded, how the network is called
+(packing, position ids, masks), and which levels its pipeline asks the scheduler for."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.denoiser import Denoiser
+from fastgen.pipelines.schedulers import flow_match_scheduler, passed_levels
+from fastgen.registry import MOST_WIDTH
+from fastgen.rollout import RolloutPolicy
+from fastgen.schedule import FlowSchedule
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FlowImageConfig(PipelineConfig):
+    """resolution: side of an image in pixels; the default is that of the family's stock pipeline."""
+
+    resolution: int | None = Field(default=None, ge=16, le=MOST_WIDTH)
+
+    output: ClassVar[Output] = "pixels"
+    passes_levels: ClassVar[bool] = True  # whether the pipeline gives its scheduler (K-i)/K, i = 0 ... K-1
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        flow_match_scheduler(policy, self.passes_levels)
+
+
+class FlowImage(PipelineBackbone):
+    """The part of a backbone that families of flow-matching images have in common."""
+
+    config: Any
+    default_size: ClassVar[int] = 1024  # of the stock pipeline, in pixels
+
+    def __init__(
+        self, config: FlowImageConfig, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
+    ):
+        super().__init__(config, device, dtype, roles)
+        self.schedule = FlowSchedule()
+
+    # --- sizes
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def patch_size(self) -> int:
+        """The side in latents of what the network takes as one token."""
+        return 2
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae_config["latent_channels"]
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Raises ValueError for a resolution that is no whole number of tokens."""
+        size = self.config.resolution or self.default_size
+        unit = self.pixels_per_latent * self.patch_size
+        if size % unit:
+            raise ValueError(f"backbone.resolution must be a multiple of {unit}, got {size}")
+        return (self.latent_channels, size // self.pixels_per_latent, size // self.pixels_per_latent)
+
+    @property
+    def image_size(self) -> int:  # type: ignore[override]
+        return self.latent_shape[-1] * self.pixels_per_latent
+
+    @property
+    def time_dim(self) -> int:  # type: ignore[override]
+        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+
+    # --- images
+
+    def latent_moments(self) -> tuple[Any, Any]:
+        """Mean and standard deviation of the VAE's latents: numbers, or tensors that broadcast over [B, C, H, W]."""
+        return self.vae.config.get("shift_factor") or 0.0, 1 / self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std."""
+        z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
+        mean, std = self.latent_moments()
+        return (z - mean) / std
+
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        mean, std = self.latent_moments()
+        pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
+        return pixels.clamp(0, 1) if clamp else pixels
+
+    def vae_encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] to the mode of the VAE's posterior, [B, *latent_shape]."""
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    def vae_decode(self, z: Tensor) -> Tensor:
+        """The pixels of the VAE's own latents, [B, 3, H, W], in [-1, 1] up to overshoot."""
+        return self.vae.decode(z, return_dict=False)[0]
+
+    # --- levels
+
+    def scheduler_arguments(self, num_steps: int, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the stock pipeline gives its scheduler for this many steps. config: the scheduler's."""
+        if not self.config.passes_levels:
+            return {"num_inference_steps": num_steps}
+        arguments: dict[str, Any] = {"sigmas": passed_levels(num_steps)}
+        return arguments | ({"mu": self.level_shift(config)} if config.get("use_dynamic_shifting") else {})
+
+    def level_shift(self, config: Mapping[str, Any]) -> float:
+        """mu: a scheduler with use_dynamic_shifting shifts the levels by exp(mu). Linear in the number of tokens."""
+        tokens = self.latent_shape[-2] * self.latent_shape[-1] // self.patch_size**2
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return low + (high - low) * (tokens - few) / (many - few)
+
+    def teacher_policy(self, num_steps: int) -> RolloutPolicy:
+        scheduler = self.scheduler()
+        config = scheduler.config
+        if num_steps == 1 and config.get("shift_terminal"):
+            raise ValueError(
+                f"the pipeline's scheduler cannot make one step: its last level is {config.shift_terminal} "
+                "(shift_terminal), and its first is 1; sample the teacher with 2 steps or more"
+            )
+        scheduler.set_timesteps(**self.scheduler_arguments(num_steps, config))
+        transition: Literal["renoise", "ode"] = "renoise" if config.get("stochastic_sampling") else "ode"
+        time = config.num_train_timesteps / 1000
+        time = time if num_steps == 1 and time != 1 else None
+        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
+
+    def student_scheduler(self, policy: RolloutPolicy) -> Any:
+        return flow_match_scheduler(policy, self.config.passes_levels)
+
+
+class FlowDenoiser(Denoiser):
+    """An unmodified transformer of diffusers that predicts the velocity, behind the contract, x_t [B, C, H, W]. Its
+    features are the image tokens after the block at half depth, the one at three quarters, and the last.
+
+    time_scale: what the network is given at t = 1."""
+
+    network: Any
+
+    def __init__(self, network: Any, feature_dim: int, time_scale: int = 1000):
+        super().__init__(network, FlowSchedule(time_scale), "flow_prediction")
+        self.feature_dim = feature_dim
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks whose outputs contain the image tokens, from first to last."""
+        return list(self.network.transformer_blocks)
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        count = len(self.blocks)
+        return [self.blocks[i] for i in sorted({count // 2, 3 * count // 4, count - 1})]
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return self.blocks
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """[B, C, H, W] to tokens of 2 x 2 latents, [B, H W / 4, 4 C], in the order of diffusers' _pack_latents."""
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H/2, 2, W/2, 2]
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def from_tokens(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undoes `to_tokens`. shape: [..., H, W] of the latents."""
+    height, width = shape[-2] // 2, shape[-1] // 2
+    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))  # [B, H/2, W/2, C, 2, 2]
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def grid_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[height width, 3]: (0, row, column) of every token, for rotary embeddings."""
+    ids = torch.zeros(height, width, 3, device=device, dtype=dtype)
+    ids[..., 1] += torch.arange(height, device=device)[:, None]
+    ids[..., 2] += torch.arange(width, device=device)
+    return ids.flatten(0, 1)

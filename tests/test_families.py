@@ -1,0 +1,283 @@
+"""Every family of flow-matching images: the stock pipeline's own pixels, roles and adapters, and exports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, SanaPipeline
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
+
+from fastgen import noise
+from fastgen.backbones.base import RoleOptions
+from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
+from fastgen.batch import Batch
+from fastgen.denoiser import Inputs
+from fastgen.modules.lora import LoraConfig
+from fastgen.networks import Networks
+from fastgen.objectives import DMD2
+from fastgen.pipelines import few_step
+from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.sampler import Sampler, teacher_sampler
+
+LISTS: list[tuple[tuple[float, ...], dict[str, Any]]] = [
+    ((1.0, 0.9, 0.75, 0.5), {}),
+    ((1.0, 0.7, 0.3), {"transition": "ode"}),
+    ((1.0,), {}),
+    ((1.0, 0.8, 0.33, 0.1), {"transition": "cps", "eta": 0.5}),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.folder(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def backbone(family: Family, folder: Path) -> FlowImage:
+    return family.make(folder)
+
+
+def test_tokens_are_those_of_diffusers() -> None:
+    latents = torch.randn(2, 4, 6, 8)
+    packed = FluxPipeline._pack_latents(latents, 2, 4, 6, 8)
+    assert torch.equal(to_tokens(latents), packed)
+    assert torch.equal(from_tokens(packed, latents.shape), latents)
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (3, 3.0)])
+def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
+    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float
+) -> None:
+    steps = max(steps, family.fewest_steps)
+    ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
+    theirs, visited = family.plain_pixels(folder, draws(backbone, "initial"), steps, **family.guided(scale))
+    levels = backbone.teacher_policy(steps).timesteps
+    assert visited == pytest.approx([level for level in levels for _ in range(len(visited) // steps)], abs=1e-6)
+    assert ours.std() > 0.02
+    assert float((ours - theirs).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("timesteps", "options"), LISTS)
+def test_a_plain_call_of_an_export_visits_the_stored_levels(
+    family: Family,
+    backbone: FlowImage,
+    tmp_path: Path,
+    timesteps: tuple[float, ...],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = RolloutPolicy(timesteps, **options)
+    backbone.config.check_export(policy)
+    student = backbone.load("student")
+    with torch.no_grad():
+        for i, p in enumerate(student.parameters()):  # weights that are not the teacher's
+            p.mul_(1 + 0.02 * ((i % 5) - 2))
+    backbone.save_pipeline(student, policy, tmp_path)
+    ours = Sampler(backbone, student, policy).sample(PROMPTS, SEEDS)
+    again = family.make(tmp_path)
+    assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
+
+    fresh = iter([family.packed(draws(backbone, f"step{i}")) for i in range(1, len(timesteps) + 1)])
+    for module in (scheduling_flow_match_euler_discrete, few_step):  # the schedulers draw their own noise
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
+    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
+    theirs, visited = family.plain_pixels(tmp_path, draws(backbone, "initial"), len(timesteps), **family.guided(1.0))
+    assert visited == pytest.approx(list(timesteps), abs=1e-6)
+    assert float((ours - theirs).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_a_turn_of_each_role_moves_its_weights_and_no_others(family: Family, folder: Path, adapters: bool) -> None:
+    roles = RoleOptions({role: LoraConfig(4) for role in ("student", "fake_score")} if adapters else {})
+    config = family.make(folder).config
+    backbone: Any = config.build(torch.device("cpu"), torch.float32, 0, roles)
+    policy, objective = RolloutPolicy((1.0, 0.5)), DMD2(guidance_scale=2.0)
+    student, teacher = objective.make_student(backbone, policy), backbone.load("teacher")
+    networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
+    cond, uncond = backbone.encode_prompts(PROMPTS), backbone.encode_prompts(["", ""])
+    batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
+    for turn in objective.turns(0, {}):
+        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
+        frozen = [p.detach().clone() for p in backbone.shared.base_parameters()] if adapters else []
+        parameters = [p for role in turn.roles for p in networks[role].parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        loss: Any = objective.loss(turn, networks, batch, {})
+        loss.total.backward()
+        optimizer.step()
+        for role, module in networks.items():
+            pairs = zip(before[role], module.parameters(), strict=True)
+            moved = any(not torch.equal(old, new) for old, new in pairs)
+            assert moved == (role in turn.roles), (turn.name, role)
+        if adapters:
+            assert all(torch.equal(*pair) for pair in zip(frozen, backbone.shared.base_parameters(), strict=True))
+        for module in networks.values():
+            module.zero_grad()
+
+
+def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(family: Family, folder: Path) -> None:
+    roles = RoleOptions({"student": LoraConfig(4)})
+    backbone: Any = family.make(folder).config.build(torch.device("cpu"), torch.float32, 0, roles)
+    student, teacher = backbone.load("student"), backbone.load("teacher")
+    cond, t = backbone.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3])
+    x = draws(backbone, "x")
+    assert torch.equal(student(x, t, cond), teacher(x, t, cond))
+    for p in student.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    with torch.no_grad():
+        changed, merged = student(x, t, cond), student.merged()(x, t, cond)
+    assert float((changed - merged).abs().max()) < 1e-4
+    assert float((changed - teacher(x, t, cond)).abs().max()) > 1e-2
+
+
+def test_recomputing_activations_changes_no_gradient_and_features_have_their_width(backbone: FlowImage) -> None:
+    student = backbone.load("student")
+    cond, t, x = backbone.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(backbone, "x")
+    found = []
+    for _ in range(2):
+        student.zero_grad()
+        with student.capture() as features:
+            student(x, t, cond).square().mean().backward()
+        assert len(features) == len(student.feature_modules)
+        assert {value.shape[-1] for value in features} == {student.feature_dim}
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        student.enable_checkpointing()
+    assert torch.equal(*found)
+
+
+def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage) -> None:
+    pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
+    latents = backbone.encode(pixels)
+    assert latents.shape[1:] == backbone.latent_shape
+    frames = (pixels * 2 - 1)[:, :, None] if family.video else pixels * 2 - 1
+    code = backbone.vae.encode(frames)
+    z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
+    z = z[:, :, 0] if family.video else z
+    mean, std = backbone.latent_moments()
+    assert torch.allclose(latents * std + mean, z, atol=1e-5)
+    assert backbone.decode(latents).shape == pixels.shape
+
+
+def test_shapes_of_prompts_are_known_without_weights(backbone: FlowImage) -> None:
+    cond = backbone.encode_prompts(PROMPTS)
+    assert {key: tuple(value.shape[1:]) for key, value in cond.items()} == backbone.prompt_shapes()
+
+
+def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: FlowImage) -> None:
+    prompts, t = ["a", "a red cat", "", "two green dogs"], torch.tensor([0.7, 0.3, 0.9, 0.5])
+    student, x = backbone.load("student"), noise.normal(torch.arange(4), backbone.latent_shape, 0)
+    with torch.no_grad():
+        together = student(x, t, backbone.encode_prompts(prompts))
+        for i, prompt in enumerate(prompts):
+            alone = student(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
+            assert torch.allclose(together[i : i + 1], alone, atol=1e-5), prompt
+        again = student(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
+    assert float((again - together[:1]).abs().max()) > 1e-3  # the prompt matters
+
+
+# --- FLUX.1
+
+
+def test_each_role_is_told_its_guidance(tmp_path: Path) -> None:
+    family = FAMILIES["flux-dev"]
+    options = {"guidance": {"teacher": 2.0, "fake_score": 1.0}}
+    folder = family.folder(tmp_path)
+    for adapters in ({}, {role: LoraConfig(4) for role in ("student", "fake_score")}):
+        config = family.make(folder, **options).config
+        backbone: Any = config.build(torch.device("cpu"), torch.float32, 0, RoleOptions(adapters))
+        cond, t, x = backbone.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(backbone, "x")
+        told: list[float] = []
+
+        def note(_module: object, _arguments: object, given: dict[str, Any], told: list[float] = told) -> None:
+            told.append(float(given["guidance"][0]))
+
+        networks = {role: backbone.load(role) for role in ("student", "teacher", "fake_score")}
+        base = backbone.shared.denoiser if adapters else None
+        for denoiser in networks.values():
+            hook = (base or denoiser).network.register_forward_pre_hook(note, with_kwargs=True)
+            denoiser(x, t, cond)
+            hook.remove()
+        assert told == [3.5, 2.0, 1.0]
+        with torch.no_grad():
+            merged = networks["student"].merged()
+            assert torch.equal(merged(x, t, cond), networks["student"](x, t, cond))
+
+
+def test_schnell_is_told_none(tmp_path: Path) -> None:
+    backbone = FAMILIES["flux-schnell"].make(FAMILIES["flux-schnell"].folder(tmp_path))
+    assert backbone.load("student").guidance is None
+
+
+# --- Sana
+
+
+def test_prompts_and_negative_prompts_of_sana_are_those_of_its_pipelines_call(tmp_path: Path) -> None:
+    """Only the prompts have the instruction that the call has by default, or the one of the recipe."""
+    family = FAMILIES["sana"]
+    folder = family.folder(tmp_path)
+    for given in ("stock", ["Draw ", "this: "], []):
+        backbone: Any = family.make(folder, complex_human_instruction=given, negative_prompt="blurred")
+        cond, uncond = backbone.encode_both(PROMPTS)
+        seen: list[dict[str, Any]] = []
+        pipeline = SanaPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer.register_forward_pre_hook(lambda *a, s=seen: s.append(a[2]), with_kwargs=True)
+        more = {} if given == "stock" else {"complex_human_instruction": given}
+        pipeline(
+            PROMPTS,
+            "blurred",
+            num_inference_steps=1,
+            height=32,
+            width=32,
+            max_sequence_length=LENGTH,
+            use_resolution_binning=False,
+            output_type="latent",
+            **more,
+        )
+        assert torch.equal(seen[0]["encoder_attention_mask"], torch.cat([uncond["mask"], cond["mask"]]))
+        theirs, ours = seen[0]["encoder_hidden_states"], torch.cat([uncond["prompt_embeds"], cond["prompt_embeds"]])
+        assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+def test_the_network_of_sana_sprint_and_a_scheduler_of_another_diffusion_are_refused(tmp_path: Path) -> None:
+    family = FAMILIES["sana"]
+    folder = family.folder(tmp_path)
+    for name, key, value, message in (
+        ("transformer/config.json", "guidance_embeds", True, "Sana-Sprint"),
+        ("transformer/config.json", "timestep_scale", 1000.0, "Sana-Sprint"),
+        ("scheduler/scheduler_config.json", "use_flow_sigmas", False, "flow matching"),
+    ):
+        path = folder / name
+        text = path.read_text()
+        path.write_text(json.dumps(json.loads(text) | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            family.make(folder)
+        path.write_text(text)
+
+
+def test_the_card_of_a_sana_export_calls_it_as_it_was_trained(tmp_path: Path) -> None:
+    family = FAMILIES["sana"]
+    backbone = family.make(family.folder(tmp_path), complex_human_instruction=["Draw: "])
+    assert "height=32, width=32, max_sequence_length=12, complex_human_instruction=['Draw: ']" in backbone.call
+    assert "binning" not in backbone.call  # 32 is the network's own size
+    assert "use_resolution_binning=False" in family.make(tmp_path, resolution=48).call
+
+
+def test_inputs_added_to_a_network_of_sana_change_nothing_at_first(tmp_path: Path) -> None:
+    backbone = FAMILIES["sana"].make(FAMILIES["sana"].folder(tmp_path))
+    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
+    cond = backbone.encode_prompts(PROMPTS)
+    before = student(x, t, cond)
+    student.add_inputs({}, backbone.time_dim, ["s"])
+    assert torch.equal(student(x, t, cond, Inputs(s=t)), before)
+    assert torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)
+    for table in student.time_embedding.tables.parameters():  # type: ignore[operator, union-attr]
+        torch.nn.init.normal_(table)
+    assert not torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)

@@ -1,0 +1,116 @@
+"""The families of flow-matching image pipelines at tiny sizes, with what their tests need to know of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from tiny_flux import tiny_flux
+from tiny_qwen import tiny_qwen
+from tiny_sana import tiny_sana
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
+from fastgen.backbones.flux import FluxConfig
+from fastgen.backbones.qwen_image import QwenImageConfig
+from fastgen.backbones.sana import SanaConfig
+
+PROMPTS = ["a red cat", "two green dogs"]
+SEEDS = [3, 1]
+SIDE, LENGTH = 32, 12
+
+
+@dataclass(frozen=True)
+class Family:
+    """folder: writes a tiny pipeline. config: its backbone section. pipeline: the stock class. packed: our latents
+    [B, C, H, W] as the stock pipeline takes them. guided: the arguments of its call for guidance of this scale by two
+    network calls. level: the noise level, from the arguments that the network is called with. video: whether the VAE
+    is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
+
+    folder: Callable[[Path], Path]
+    config: type[FlowImageConfig]
+    pipeline: str
+    packed: Callable[[Tensor], Tensor] = lambda latents: latents
+    guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+    call: dict[str, Any] = field(default_factory=dict)
+    level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
+    video: bool = False
+    fewest_steps: int = 1
+
+    def make(self, folder: Path, **options: Any) -> FlowImage:
+        config = self.config(**{"path": str(folder), "resolution": SIDE} | self.lengths | options)
+        config.check()
+        return config.build(torch.device("cpu"), torch.float32, 0)  # type: ignore[return-value]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {"max_sequence_length": LENGTH}
+
+    def plain_pixels(self, folder: Path, latents: Tensor, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
+        """What a user's own call gives for our initial noise, and the levels at which it called the network. A
+        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead."""
+        pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        if isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
+            pipeline.scheduler.set_timesteps(steps)
+            call["sigmas"] = pipeline.scheduler.sigmas[:-1].tolist()
+            pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        visited: list[float] = []
+
+        def note(_module: object, _arguments: object, given: dict[str, Any]) -> None:
+            visited.append(self.level(given))
+
+        pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+        size = {"height": SIDE, "width": SIDE, **self.lengths}
+        images = pipeline(
+            PROMPTS,
+            num_inference_steps=steps,
+            latents=self.packed(latents),
+            output_type="np",
+            **size | self.call | call,
+        ).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2), visited
+
+
+def draws(backbone: FlowImage, name: str) -> Tensor:
+    """What our sampler draws for SEEDS under this name."""
+    return noise.normal(torch.tensor(SEEDS), backbone.latent_shape, noise.make_key("sample", name))
+
+
+def true_guidance(scale: float) -> dict[str, Any]:
+    return {"true_cfg_scale": scale, "negative_prompt": [""] * len(PROMPTS)} if scale > 1 else {}
+
+
+def flux(guided: bool) -> Family:
+    return Family(
+        folder=lambda folder: tiny_flux(folder, guided),
+        config=FluxConfig,
+        pipeline="FluxPipeline",
+        packed=to_tokens,
+        guided=true_guidance,
+        level=lambda given: float(given["timestep"][0]),
+    )
+
+
+SANA = Family(
+    folder=tiny_sana,
+    config=SanaConfig,
+    pipeline="SanaPipeline",
+    call={"use_resolution_binning": False},
+)
+
+QWEN_IMAGE = Family(
+    folder=tiny_qwen,
+    config=QwenImageConfig,
+    pipeline="QwenImagePipeline",
+    packed=to_tokens,
+    guided=true_guidance,
+    level=lambda given: float(given["timestep"][0]),
+    video=True,
+    fewest_steps=2,
+)
+
+FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "qwen-image": QWEN_IMAGE, "sana": SANA}
