@@ -178,6 +178,9 @@ def test_the_correction_is_a_sum_over_elements_as_the_map_is(dim: int) -> None:
     value.backward()
     assert x.grad is not None
     assert float(len(x) * x.grad.abs().mean()) == pytest.approx(float(size))
+    x.grad = None
+    Given().matching_loss(networks, batch, OnPolicy(balance=True), torch.tensor(0.7))[0].backward()
+    assert float(len(x) * x.grad.square().mean().sqrt()) == pytest.approx(0.7)  # the root mean square of the residual
 
 
 def test_one_level_on_the_diagonal_has_the_law_of_one_draw() -> None:
