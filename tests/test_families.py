@@ -210,9 +210,21 @@ def test_each_role_is_told_its_guidance(tmp_path: Path) -> None:
             assert torch.equal(merged(x, t, cond), networks["student"](x, t, cond))
 
 
-def test_schnell_is_told_none(tmp_path: Path) -> None:
-    backbone = FAMILIES["flux-schnell"].make(FAMILIES["flux-schnell"].folder(tmp_path))
-    assert backbone.load("student").guidance is None
+def test_other_roles_are_told_what_the_role_they_come_from_is_told(tmp_path: Path) -> None:
+    family = FAMILIES["flux-dev"]
+    backbone = family.make(family.folder(tmp_path), guidance={"student": 1.0, "teacher": 2.0, "fake_score": 3.0})
+    roles = ("student", "reference", "teacher", "features", "fake_score", "path1")
+    assert [backbone.guidance_told(role) for role in roles] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
+def test_schnell_is_told_none_and_a_role_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    family = FAMILIES["flux-schnell"]
+    folder = family.folder(tmp_path)
+    assert family.make(folder).load("student").guidance is None
+    with pytest.raises(ValueError, match="is told no guidance scale"):
+        family.make(folder, guidance={"student": 1.0})
+    with pytest.raises(ValueError, match="guidance"):
+        family.make(folder, guidance={"studnet": 1.0})
 
 
 # --- Sana

@@ -162,6 +162,17 @@ def test_balance_gives_the_correction_the_size_of_the_residual() -> None:
     assert sizes[1] == pytest.approx(3 * sizes[0])
 
 
+def test_the_correction_is_balanced_with_the_root_mean_square_of_the_residual() -> None:
+    config = dataclasses.replace(ON, balance=True)
+    objective, networks, batch = FlowMap(on_policy=config), policy_networks(0.1, 0.1), gaussian_batch()
+    turn = objective.turns(0, {})[-1]
+    assert isinstance(turn, GapTurn)
+    residual, _ = objective.residuals(networks, batch, turn.max_gap)
+    loss: Any = objective.loss(turn, networks, batch, {})
+    _, size = objective.matching_loss(networks, batch, config, residual.detach().square().mean().sqrt())
+    assert loss.terms["dm_grad"] == pytest.approx(float(size))
+
+
 @pytest.mark.parametrize("dim", [2, 50])
 def test_the_correction_is_a_sum_over_elements_as_the_map_is(dim: int) -> None:
     """The gradient of a sample is g / B, whatever the number of its elements."""

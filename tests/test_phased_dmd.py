@@ -45,7 +45,7 @@ from fastgen.objectives import DMD2, PhasedDMD
 from fastgen.objectives.phased_dmd import Phase, PhaseTurn, velocity_gradient
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
-from fastgen.rollout import RolloutPolicy, predict_x0, transition
+from fastgen.rollout import Rollout, RolloutPolicy, predict_x0, transition
 from fastgen.run import checkpoint
 from fastgen.run.build import TrainingRun, build, start_from
 from fastgen.run.distributed import start
@@ -88,6 +88,23 @@ def test_the_weighted_velocities_are_the_scores(kind: str, vp_schedule: VPSchedu
 
 TWO = RolloutPolicy(timesteps=(1.0, 0.4), transition="ode")
 SINGLES = (Phase(0, 1, 1), Phase(1, 2, 1))
+
+
+def test_the_papers_gradient_and_the_lag_are_those_of_their_formulas() -> None:
+    """-alpha_ts (s_r - s_f) = alpha_t alpha_ts (fake - real) / sigma_t^2, and the lag from the unbiased target
+    x_s / alpha_s - alpha_ts sigma_s^2 / (alpha_s sigma_ts) noise, at s = 0.4. Fails where s and t are exchanged."""
+    batch = point_batch(8)
+    fake, real, x, noise_ = (batch.normal(name) for name in ("fake", "real", "x", "renoise"))
+    networks = Networks({"student": Given(x), "teacher": Given(real), "fake_score": Given(fake)}, FOUR)
+    s = torch.full((8,), 0.4, dtype=torch.float64)
+    objective = phased(gradient="paper")
+    grad, terms = objective.score_gradient(networks, batch, Rollout(x, s, torch.ones(8, dtype=torch.int64)))
+    t = 0.4 + 0.6 * objective.renoise_time(batch.uniform("renoise_time"))[:, None]
+    ratio = (1 - t) / 0.6
+    assert torch.allclose(grad, (1 - t) * ratio * (fake - real) / t**2)
+    target = x / 0.6 - ratio * 0.4**2 / (0.6 * (t**2 - (ratio * 0.4) ** 2).sqrt()) * noise_
+    assert torch.allclose(terms["fake_error"], ((target - fake) * (fake - real)).mean())
+    assert torch.allclose(terms["score_gap"], (fake - real).square().mean())
 
 
 @pytest.mark.parametrize("gradient", ["normalised", "paper"])

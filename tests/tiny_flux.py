@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tiny_pipelines import TEXT_WIDTH, tiny_clip, tiny_tokenizer
+from tiny_pipelines import TEXT_WIDTH, tiny_clip, tiny_tokenizer, tiny_vae
 from tiny_wan import t5_tokenizer
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -53,20 +53,7 @@ def flux_transformer(guided: bool, **options: Any) -> FluxTransformer2DModel:
 
 def flux_vae() -> AutoencoderKL:
     """As FLUX's: latents that are shifted and scaled, and no quantisation layers."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-        mid_block_add_attention=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def t5_encoder(vocabulary: int) -> T5EncoderModel:

@@ -1,12 +1,12 @@
 """FLUX.1 dev and schnell: flow matching, an MMDiT on 2 x 2 patches, CLIP and T5 text encoders.
 
 dev is distilled from guidance: its network is told a guidance scale, besides the noise level. `guidance` says which
-scale each role is told. All roles are told that of the stock pipeline's call by default, so that an export called with
-the pipeline's own defaults does what was trained. schnell is told none."""
+scale each role is told. By default all roles are told that of the stock pipeline's call, so that an export does what
+was trained when it is called with the pipeline's own defaults. schnell is told none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -15,26 +15,41 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.flow_image import FlowDenoiser, FlowImage, FlowImageConfig, from_tokens, grid_ids, to_tokens
+from fastgen.backbones.folder import read_json
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
 
 STOCK_GUIDANCE = 3.5  # FluxPipeline's default guidance_scale
+Role = Literal["student", "teacher", "fake_score"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FluxConfig(FlowImageConfig):
-    """max_sequence_length: number of T5 tokens; schnell takes at most 256. guidance: role -> the guidance scale that
-    its network is told; other roles are told the stock pipeline's 3.5."""
+    """max_sequence_length: number of T5 tokens. guidance: role -> the guidance scale that its network is told, by
+    default the stock pipeline's 3.5. Copies of the student are told what it is told, the network of features what the
+    teacher is told, and the recorded path of disback what the fake score is told."""
 
     name: Literal["flux"] = "flux"
     max_sequence_length: int = Field(default=512, ge=1, le=512)
-    guidance: dict[str, float] = field(default_factory=dict)
+    guidance: dict[Role, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
 
+    def check(self) -> None:
+        """Also raises ValueError for guidance of a network that is told none."""
+        super().check()
+        folder = self.local_folder()
+        if self.guidance and folder is not None and not is_told(read_json(folder / "transformer/config.json")):
+            raise ValueError(f"guidance: the network of {folder} is told no guidance scale; leave this key out")
+
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Flux":
         return Flux(self, device, dtype, roles)
+
+
+def is_told(network: Mapping[str, Any]) -> bool:
+    """Whether a network with this config is told a guidance scale."""
+    return bool(network.get("guidance_embeds", False))
 
 
 class FluxDenoiser(FlowDenoiser):
@@ -99,9 +114,11 @@ image = pipeline(
 
     def guidance_told(self, role: str) -> float | None:
         """dev's guidance scale for a role; None for schnell."""
-        if not self.network_config.get("guidance_embeds", False):
+        if not is_told(self.network_config):
             return None
-        return self.config.guidance.get(role, STOCK_GUIDANCE)
+        like = "teacher" if role == "features" else "fake_score" if role.startswith("path") else role
+        told: Role = like if like in ("teacher", "fake_score") else "student"  # type: ignore[assignment]
+        return self.config.guidance.get(told, STOCK_GUIDANCE)
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.text_pipeline.encode_prompt(

@@ -22,6 +22,7 @@ from fastgen.networks import Networks
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, Step, predict_x0
+from fastgen.rollout.simulation import kept
 from fastgen.schedule import TimeSampler
 
 WAN = TimeSampler(low=0.0, high=1.0, shift=5.0)  # "UniformShift(shift=5.0)", rCM's code for Wan
@@ -60,13 +61,7 @@ class Matching(DMD2):
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         if self.simulation_time is None:
             return super().rollout(networks, batch, grad)
-        if grad or batch.shared is None:
-            return self.random_simulation(networks, batch, grad)
-        if "rollout" not in batch.shared:
-            batch.shared["rollout"] = self.random_simulation(networks, batch, grad)
-        rollout = batch.shared["rollout"]
-        assert isinstance(rollout, Rollout)
-        return rollout
+        return kept(batch, grad, lambda: self.random_simulation(networks, batch, grad))
 
     def random_simulation(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         """The student's sampler with renoising at levels 1 > t_1 >= t_2 ..., t_i = min(draw, t_{i-1}) [B]. Only the
