@@ -144,7 +144,7 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(
 ) -> None:
     """Interrupted in the text encoders, which run once a shard, or in the VAE, which runs once an image. What was in
     complete shards is not encoded again: `left` calls remain."""
-    stock, done, allowed = vars(SD3)[part], 0, calls
+    stock, done, allowed = getattr(SD3, part), 0, calls
 
     def counted(self: SD3, rows: Tensor) -> Tensor:
         nonlocal done
