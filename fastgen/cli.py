@@ -415,15 +415,23 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Add the adapter of a LoRA run into the weights, which gives a whole pipeline.")
     ] = False,
+    form: Annotated[
+        Literal["diffusers", "lora", "checkpoint", "diffusion_model", "fp8", "gguf"],
+        typer.Option(help="Another program's file, of the last checkpoint or of an export: docs/exporting.md."),
+    ] = "diffusers",
 ) -> None:
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
     Its weights are the moving average that the run keeps of them."""
+    from fastgen.exporting.forms import export_form
     from fastgen.registry import RecipeError
     from fastgen.run.export import export_run
 
     try:
-        print(f"exported to {export_run(run, output, merge)}")
+        if form == "diffusers":
+            print(f"exported to {export_run(run, output, merge)}")
+        else:
+            print(f"exported to {export_form(run, form, output, merge)}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
 

@@ -1,0 +1,305 @@
+"""Students in the files of other programs: read back by diffusers' loaders, and by what is known of ComfyUI's."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from comfyui_reader import check_graph, lora_deltas, parse_sigmas, read_float8, sample, stock_converter
+from diffusers.loaders import single_file_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_families import FAMILIES
+from tiny_pipelines import tiny_sd, tiny_sdxl, tiny_vae
+from tiny_wan import tiny_wan
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import RoleOptions
+from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.sd import SDConfig
+from fastgen.backbones.sd3 import SD3Config
+from fastgen.backbones.wan import WanConfig
+from fastgen.exporting.forms import write_form
+from fastgen.exporting.reading import Student
+from fastgen.modules.lora import LoraConfig
+from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.sampler import Sampler
+
+ROOT = Path(__file__).parents[1]
+SEEDS = [3, 1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """folder: writes a tiny pipeline, or finds one. config: its backbone section. call: of the stock pipeline."""
+
+    folder: Callable[[Path], Path]
+    config: Callable[[Path], PipelineConfig]
+    prompts: list[str]
+    policy: RolloutPolicy = field(default_factory=lambda: RolloutPolicy((1.0, 0.6), "ode"))
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def of_family(name: str) -> Case:
+    family = FAMILIES[name]
+    size = {"height": 32, "width": 32, **family.lengths, **family.call}
+    return Case(family.folder, lambda folder: family.make(folder).config, ["a red cat", "two green dogs"], call=size)
+
+
+def with_attention(folder: Path) -> Path:
+    """A Stable Diffusion whose VAE has attention, as the published one has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tiny_vae(scaling_factor=0.18215, mid_block_add_attention=True).save_pretrained(tiny_sd(folder) / "vae")
+    return folder
+
+
+def wan_config(folder: Path) -> WanConfig:
+    return WanConfig(str(folder), height=32, width=32, num_frames=5, max_sequence_length=8)
+
+
+WAN = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8, "guidance_scale": 1.0}
+SD = RolloutPolicy((1.0, 0.5), "renoise")
+CASES = {
+    "sd": Case(with_attention, lambda folder: SDConfig(str(folder)), ["a red cat", "b"], SD),
+    "sdxl": Case(
+        lambda folder: tiny_sdxl(folder, second=24), lambda folder: SDConfig(str(folder)), ["a red cat", "b"], SD
+    ),
+    "sd3": Case(lambda _: ROOT / "assets/teachers/digits", lambda folder: SD3Config(str(folder)), ["a three", "b"]),
+    "flux-dev": of_family("flux-dev"),
+    "qwen-image": of_family("qwen-image"),
+    "wan": Case(tiny_wan, wan_config, ["a cat runs", "a dog"], call=WAN),
+    "wan-experts": Case(lambda f: tiny_wan(f, experts=2), wan_config, ["a cat runs", "a dog"], call=WAN),
+}
+TRANSFORMERS = [name for name in CASES if name not in ("sd", "sdxl")]
+
+
+class Written:
+    """An adapter that is no longer at its start, as an export, merged as another, and in other forms."""
+
+    def __init__(self, case: Case, folder: Path):
+        self.spec, self.folder = case, folder
+        self.base = case.folder(folder / "base")
+        config = case.config(self.base)
+        self.backbone: Any = config.build(
+            torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(rank=4, alpha=8)})
+        )
+        self.student = self.backbone.load("student")
+        for i, p in enumerate(self.student.parameters()):
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+        self.backbone.save_pipeline(self.student, case.policy, folder / "adapter")
+        self.backbone.save_pipeline(self.student.merged(), case.policy, folder / "merged")
+        self.pixels = self.stock_pixels(self.pipeline(folder / "merged"))
+
+    def form(self, form: str) -> Path:
+        """The folder of the student in this form."""
+        path = self.folder / form
+        if not path.exists():
+            source = self.folder / ("adapter" if form == "lora" else "merged")
+            write_form(Student(source, self.backbone, self.spec.policy, form == "lora"), form, path, "tiny")
+        return path
+
+    def files(self, form: str) -> list[Path]:
+        return [self.form(form) / name for name in json.loads((self.form(form) / "form.json").read_text())["files"]]
+
+    def pipeline(self, folder: Path, **given: Any) -> Any:
+        """The stock pipeline. The schedulers of students draw noise; all calls here make Euler steps instead."""
+        pipeline = getattr(diffusers, self.backbone.components["_class_name"]).from_pretrained(folder, **given)
+        return self.with_euler(pipeline)
+
+    def with_euler(self, pipeline: Any) -> Any:
+        vp = "UNet" in self.backbone.network_class
+        pipeline.scheduler = diffusers.DDIMScheduler() if vp else diffusers.FlowMatchEulerDiscreteScheduler()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def stock_pixels(self, pipeline: Any) -> Tensor:
+        out = pipeline(
+            self.spec.prompts[0],
+            num_inference_steps=2,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+            **{"guidance_scale": 1.0} | self.spec.call,
+        )
+        return torch.from_numpy(out.frames if hasattr(out, "frames") else out.images)
+
+    def network_config(self, part: str) -> dict[str, Any]:
+        return {"config": str(self.base), "subfolder": part}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    known: dict[str, Written] = {}
+
+    def find(name: str) -> Written:
+        if name not in known:
+            known[name] = Written(CASES[name], tmp_path_factory.mktemp(name))
+        return known[name]
+
+    return find
+
+
+# --- LoRA
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_comfyui_reads_an_adapter_whole(name: str, written: Callable[[str], Written]) -> None:
+    """What it adds to the authors' tensors, converted by diffusers, is what the adapter adds; no key is left over."""
+    case = written(name)
+    component = case.backbone.subfolder
+    merged, base = (case.pipeline(folder).components for folder in (case.folder / "merged", case.base))
+    whole = case.files("checkpoint" if component == "unet" else "diffusion_model")
+    for part, lora_file, file in zip(case.backbone.subfolders, case.files("lora"), whole, strict=True):
+        lora, network = load_file(lora_file), base[part]
+        original = {k: v for k, v in load_file(file).items() if not k.startswith(("first", "cond"))}
+        deltas, unused = lora_deltas(lora, original, network, component)
+        assert not unused, sorted(unused)[:3]
+        read = stock_converter(network)(deltas)
+        ours = merged[part].state_dict()
+        changed = 0
+        for key, before in network.state_dict().items():
+            difference = ours[key] - before
+            assert torch.allclose(read[key].reshape(before.shape), difference, atol=1e-5), key
+            changed += bool(difference.abs().max() > 1e-3)
+        print(f"{part}: {changed} layers, {len(lora)} keys")
+        assert changed == sum(key.endswith(("lora_A.weight", "lora_down.weight")) for key in lora) > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_diffusers_reads_the_same_adapter_to_the_same_pixels(name: str, written: Callable[[str], Written]) -> None:
+    case = written(name)
+    pipeline = case.pipeline(case.base)
+    plain = case.stock_pixels(pipeline)
+    for i, file in enumerate(case.files("lora")):
+        more = {"load_into_transformer_2": True, "adapter_name": "second"} if i else {}
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, **more)
+    error = float((case.stock_pixels(pipeline) - case.pixels).abs().max())
+    print(f"largest difference: {error:.2g}; without the adapter {float((plain - case.pixels).abs().max()):.2g}")
+    assert error < 1e-4 < 1e-3 < float((plain - case.pixels).abs().max())
+
+
+# --- whole networks
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_checkpoint_is_read_by_from_single_file(name: str, written: Callable[[str], Written]) -> None:
+    case = written(name)
+    cls = getattr(diffusers, case.backbone.components["_class_name"])
+    pipeline = cls.from_single_file(str(case.files("checkpoint")[0]), config=str(case.base), local_files_only=True)
+    assert float((case.stock_pixels(case.with_euler(pipeline)) - case.pixels).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_network_in_its_authors_layout_is_read_by_from_single_file(
+    name: str, written: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = written(name)
+    cls = getattr(diffusers, case.backbone.network_class)
+    base = case.pipeline(case.base)
+    given = {}
+    for part, file in zip(case.backbone.subfolders, case.files("diffusion_model"), strict=True):
+        entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]
+        convert = stock_converter(getattr(base, part))  # which knows FLUX.1 at other widths, too
+        monkeypatch.setitem(entry, "checkpoint_mapping_fn", lambda checkpoint, f=convert, **_: f(checkpoint))
+        given[part] = cls.from_single_file(str(file), **case.network_config(part))
+    pixels = case.stock_pixels(case.pipeline(case.base, **given))
+    assert float((pixels - case.pixels).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_float8_is_the_network_up_to_its_rounding(name: str, written: Callable[[str], Written]) -> None:
+    """Four significant bits: a sixteenth of each number at most, or half of the smallest step near zero."""
+    case = written(name)
+    for file, exact in zip(case.files("fp8"), case.files("diffusion_model"), strict=True):
+        with safe_open(file, framework="pt") as opened:
+            stored = json.loads(opened.metadata()["_quantization_metadata"])
+        assert stored["format_version"] == "1.0" and stored["layers"]
+        read, wanted = read_float8(load_file(file), stored["layers"]), load_file(exact)
+        assert read.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if key.removesuffix(".weight") in stored["layers"]:
+                bound = value.abs() / 16 + value.abs().max() / 448 * 2.0**-10
+                assert bool(((read[key] - value).abs() <= bound).all()), key
+            else:
+                assert torch.equal(read[key], value), key
+        matrices = [key for key, value in wanted.items() if value.dim() == 2 and "blocks." in key]
+        assert {key.removesuffix(".weight") for key in matrices} == stored["layers"].keys()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen-image"])
+def test_gguf_is_read_by_diffusers(
+    name: str, written: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    case = written(name)
+    file, exact = case.files("gguf")[0], load_file(case.files("diffusion_model")[0])
+    reader = gguf.GGUFReader(file)
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        wanted = exact[tensor.name]
+        # half a step of 1/127 of the largest number, and the rounding of that step, which is a float16
+        bound = wanted.abs().max() * (0.5 / 127 + 2.0**-11) if tensor.tensor_type.name == "Q8_0" else 0.0
+        assert float((values.reshape(wanted.shape) - wanted).abs().max()) <= bound, tensor.name
+    assert {tensor.name for tensor in reader.tensors} == exact.keys()
+    cls = getattr(diffusers, case.backbone.network_class)
+    convert = stock_converter(case.pipeline(case.base).transformer)
+    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]
+    monkeypatch.setitem(entry, "checkpoint_mapping_fn", lambda checkpoint, **_: convert(checkpoint))
+    config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    network = cls.from_single_file(str(file), quantization_config=config, **case.network_config("transformer"))
+    pixels = case.stock_pixels(case.pipeline(case.base, transformer=network))
+    error = float((pixels - case.pixels).abs().max())
+    print(f"largest difference of pixels: {error:.2g}")
+    assert error < 0.05
+
+
+# --- sampling in ComfyUI
+
+
+@pytest.mark.parametrize("form", ["lora", "whole"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_workflow_samples_what_our_sampler_samples(
+    name: str, form: str, written: Callable[[str], Written]
+) -> None:
+    """The graph is well formed and at cfg 1; its sampler at its sigmas gives our latents, network by network."""
+    case = written(name)
+    whole = "checkpoint" if case.backbone.subfolder == "unet" else "diffusion_model"
+    folder = case.form("lora" if form == "lora" else whole)
+    nodes = json.loads((folder / "workflow.json").read_text())
+    check_graph(nodes)
+    stages = [node["inputs"] for node in nodes.values() if node["class_type"] == "SamplerCustomAdvanced"]
+    assert all(nodes[stage["guider"][0]]["inputs"]["cfg"] == 1 for stage in stages)
+    names = {nodes[stage["sampler"][0]]["inputs"]["sampler_name"] for stage in stages}
+    parts = [parse_sigmas(nodes[stage["sigmas"][0]]["inputs"]["sigmas"]) for stage in stages]
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(parts)) and parts[-1][-1] == 0
+    sigmas = [*(sigma for part in parts for sigma in part[:-1]), 0.0]
+    backbone, denoiser = case.backbone, case.student
+    cond, flow = backbone.encode_prompts(case.spec.prompts), backbone.config.flow_matching
+
+    def predict(x: Tensor, sigma: float) -> Tensor:
+        t = sigma if flow else float((comfyui_levels() - sigma).abs().argmin() + 1) / 1000
+        x_t = x if flow else x / (1 + sigma**2) ** 0.5
+        with torch.no_grad():
+            return denoiser(x_t, torch.full((len(x),), t), cond)
+
+    def draw(i: int) -> Tensor:
+        key = noise.make_key("sample", f"step{i}" if i else "initial")
+        return noise.normal(torch.tensor(SEEDS), backbone.latent_shape, key)
+
+    theirs = sample(predict, names.pop(), sigmas, draw, flow)
+    ours = Sampler(backbone, denoiser, case.spec.policy).latents(case.spec.prompts, SEEDS)
+    assert float((theirs - ours).abs().max()) < 1e-4
+    page = (folder / "README.md").read_text()
+    assert nodes[stages[0]["sigmas"][0]]["inputs"]["sigmas"].split(", ")[0] in page and "| cfg | 1 |" in page
+
+
+def comfyui_levels() -> Tensor:
+    """Its sigmas of Stable Diffusion's 1000 steps, of which it takes the nearest."""
+    left = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
+    return ((1 - left) / left).sqrt()
