@@ -419,6 +419,12 @@ def export(
         Literal["diffusers", "lora", "checkpoint", "diffusion_model", "fp8", "gguf"],
         typer.Option(help="Another program's file, of the last checkpoint or of an export: docs/exporting.md."),
     ] = "diffusers",
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="With --form: another number of steps, if the student can. May be given several times."
+        ),
+    ] = None,
 ) -> None:
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
@@ -428,10 +434,14 @@ def export(
     from fastgen.run.export import export_run
 
     try:
-        if form == "diffusers":
-            print(f"exported to {export_run(run, output, merge)}")
-        else:
-            print(f"exported to {export_form(run, form, output, merge)}")
+        if form == "diffusers" and steps:
+            raise ValueError("--steps is for the files of other programs; give --form")
+        folder = (
+            export_run(run, output, merge)
+            if form == "diffusers"
+            else export_form(run, form, output, merge, steps or ())
+        )
+        print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
 

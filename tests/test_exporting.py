@@ -1,5 +1,7 @@
 """Students in the files of other programs: read back by diffusers' loaders, and by what is known of ComfyUI's."""
 
+import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -25,11 +27,19 @@ from fastgen.backbones.pipeline import PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
-from fastgen.exporting.forms import write_form
+from fastgen.config import load_recipe
+from fastgen.exporting.forms import export_form, write_form
+from fastgen.exporting.names import FAMILIES as FAMILIES_OF_FORMS
+from fastgen.exporting.names import OTHERWISE, check_form
 from fastgen.exporting.reading import Student
+from fastgen.exporting.sampling import comfyui_sampling
+from fastgen.exporting.steps import with_steps
+from fastgen.exporting.usage import write_usage
 from fastgen.modules.lora import LoraConfig
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.export import export
 from fastgen.sampling.sampler import Sampler
+from fastgen.schedule import VPSchedule
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [3, 1]
@@ -303,3 +313,138 @@ def comfyui_levels() -> Tensor:
     """Its sigmas of Stable Diffusion's 1000 steps, of which it takes the nearest."""
     left = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
     return ((1 - left) / left).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (RolloutPolicy((1.0, 0.5), "cps", 0.5), "transition: cps"),
+        (RolloutPolicy((1.0,), conditioning_time=0.5), "is told another one"),
+    ],
+)
+def test_what_comfyui_cannot_sample_is_said_in_place_of_a_workflow(
+    policy: RolloutPolicy, words: str, written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    case = written("sd3")
+    write_usage(Student(case.folder / "merged", case.backbone, policy, False), "diffusion_model", ["x"], tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "There is no workflow for ComfyUI" in page and words in page and "from_single_file" in page
+    assert not (tmp_path / "workflow.json").exists()
+
+
+def test_another_noise_schedule_than_stable_diffusions_has_no_workflow(written: Callable[[str], Written]) -> None:
+    backbone = copy.copy(written("sd").backbone)
+    backbone.schedule = VPSchedule(diffusers.DDIMScheduler(beta_schedule="linear").alphas_cumprod)
+    with pytest.raises(ValueError, match="the noise schedule of Stable Diffusion"):
+        comfyui_sampling(backbone, SD)
+
+
+def test_a_student_that_starts_below_the_last_step_has_no_workflow(written: Callable[[str], Written]) -> None:
+    with pytest.raises(ValueError, match=r"starts at level 0\.4 from noise of full size"):
+        comfyui_sampling(written("sd").backbone, RolloutPolicy((0.4,)))
+
+
+# --- the command
+
+
+def exported(folder: Path, *overrides: str) -> Path:
+    """An export of the digits teacher, which was not trained."""
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", [f"output_dir={folder}/mine", *overrides])
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0, RoleOptions(recipe.lora))
+    export(backbone.load("student"), backbone, recipe, folder / "export", 0)
+    return folder / "export"
+
+
+ADAPTER = "lora={student: {rank: 2}}"
+
+
+def test_an_export_is_written_in_another_form_and_replaced_by_the_next(tmp_path: Path) -> None:
+    source = exported(tmp_path, ADAPTER)
+    folder = export_form(source, "lora")
+    names = {path.name for path in folder.iterdir()}
+    assert folder == source / "export_lora"
+    assert names == {"mine_lora.safetensors", "scheduler", "workflow.json", "README.md", "form.json"}
+    assert export_form(source, "lora") == folder
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="holds no student in another form"):
+        export_form(source, "lora", tmp_path / "other")
+    with pytest.raises(ValueError, match="give the run folder"):
+        export_form(source, "fp8")
+    with pytest.raises(ValueError, match="leave out --merge"):
+        export_form(source, "lora", merge=True)
+    with pytest.raises(ValueError, match="neither a run nor an export"):
+        export_form(tmp_path, "lora")
+    assert not list(source.glob(".*"))
+
+
+def test_one_adapter_serves_several_numbers_of_steps_where_all_levels_were_trained(tmp_path: Path) -> None:
+    overrides = [f"output_dir={tmp_path}/mine", ADAPTER, "objective.grid.count=16"]
+    recipe = load_recipe(ROOT / "recipes/digits_consistency_4step.yaml", overrides)
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0, RoleOptions(recipe.lora))
+    export(backbone.load("student"), backbone, recipe, tmp_path / "export", 0)
+    folder = export_form(tmp_path / "export", "lora", steps=[2, 8])
+    for count in (2, 8):
+        nodes = json.loads((folder / f"{count}_steps/workflow.json").read_text())
+        check_graph(nodes)
+        sigmas = next(node["inputs"]["sigmas"] for node in nodes.values() if node["class_type"] == "ManualSigmas")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / f"{count}_steps/scheduler")
+        scheduler.set_timesteps(count)
+        assert parse_sigmas(sigmas) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+        page = (folder / f"{count}_steps/README.md").read_text()
+        assert 'load_lora_weights("path/to/this/folder/.."' in page and f"num_inference_steps={count}" in page
+    few = load_recipe(ROOT / "recipes/digits_consistency_4step.yaml", [])
+    assert with_steps(few, 2).timesteps == (1.0, 0.5)
+    with pytest.raises(ValueError, match=r"8 steps need the level 0\.875"):
+        with_steps(few, 8)
+    dmd2 = exported(tmp_path / "dmd2", ADAPTER)
+    with pytest.raises(ValueError, match="4 steps and no others: dmd2"):
+        export_form(dmd2, "lora", steps=[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "overrides", "words"),
+    [
+        ("mixture_dmd2_4step", "lora", [], "no diffusers pipeline"),
+        ("digits_dmd2_4step", "lora", [], "this student is no adapter"),
+        ("digits_dmd2_4step", "checkpoint", [], "--form diffusion_model"),
+        ("digits_flow_map_4step", "diffusion_model", [], "takes s besides"),
+    ],
+)
+def test_what_has_no_such_form_is_refused_before_weights_load(
+    name: str, form: str, overrides: list[str], words: str
+) -> None:
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", overrides)
+    with pytest.raises(ValueError, match=words):
+        check_form(form, recipe, "student" in recipe.lora)
+
+
+def test_every_family_has_a_form_or_a_reason() -> None:
+    """Of the documented table, each cell: what is refused says why, in words of its own."""
+    table = (ROOT / "docs/exporting.md").read_text()
+    for form, families in FAMILIES_OF_FORMS.items():
+        for family in ("sd", "sd3", "flux", "qwen_image", "wan", "sana"):
+            row = next(line for line in table.splitlines() if line.startswith(f"| `{family}` "))
+            cell = row.split("|")[2 + list(FAMILIES_OF_FORMS).index(form)].strip()
+            assert cell.startswith("refused") == (family not in families), (family, form, cell)
+            if family not in families:
+                keys = ((form, family), ("", family), (form, ""))
+                assert any(key in OTHERWISE for key in keys), (family, form)
+
+
+PLAIN = {"sd": "50 steps instead of 2 and guidance scale 7.5", "sdxl": "scale 5 instead", "sd3": "scale 7 instead"}
+PLAIN |= {
+    "flux-dev": "use 28 steps instead of 2.",
+    "qwen-image": "use 50 steps instead of 2.",
+    "wan": "scale 5 instead",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), PLAIN.items())
+def test_the_card_begins_with_what_a_plain_call_would_do(
+    name: str, words: str, written: Callable[[str], Written]
+) -> None:
+    case = written(name)
+    assert words in case.backbone.plain_call(case.spec.policy)
+    steps = case.backbone.stock_call[0]
+    same = dataclasses.replace(case.spec.policy, timesteps=tuple((steps - i) / steps for i in range(steps)))
+    assert "steps instead" not in case.backbone.plain_call(same)

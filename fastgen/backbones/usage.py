@@ -1,5 +1,6 @@
 """How an exported student is loaded and called, in Markdown for its model card."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     for mark, text in filled.items():
         call = call.replace(mark, text)
     return call
+
+
+def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
+    """For the first line of a model card. The stock pipelines read no defaults of their call from a folder, so that
+    `pipeline("a prompt")` makes the pipeline's own number of steps at its own guidance, whatever the student needs."""
+    if policy.chunks is not None:  # fastgen's own pipeline, which reads its defaults from the folder
+        return ""
+    (steps, scale), told = backbone.stock_call, backbone.guidance_told("student")
+    wanted, given = 1.0, inspect.signature(backbone.pipeline_class.__call__).parameters["guidance_scale"].default
+    if told is not None:
+        scale, wanted = given, told
+    others = [] if steps == policy.num_steps else [f"{steps} steps instead of {policy.num_steps}"]
+    if given is not None and scale != wanted:
+        others.append(f"guidance scale {scale:g} instead of {wanted:g}")
+    if not others:
+        return ""
+    return f'**`pipeline("a prompt")` alone would use {" and ".join(others)}.** Call it as shown below.'
 
 
 def own_components(folder: Path) -> list[str]:

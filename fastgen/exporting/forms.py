@@ -11,7 +11,9 @@ Beside the file lie the student's scheduler, a workflow for ComfyUI, and a READM
 and how it is sampled. What a student cannot be written as is refused in words, before weights load
 (`names.check_form`)."""
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,6 +28,7 @@ from fastgen.exporting.lora import lora_layers
 from fastgen.exporting.names import check_form
 from fastgen.exporting.quantized import GGUF_NAMES, float8_entries, write_gguf
 from fastgen.exporting.reading import Student, read_student
+from fastgen.exporting.steps import with_steps
 from fastgen.exporting.transformers import original_entries
 from fastgen.exporting.usage import write_usage
 from fastgen.run.export import export_run
@@ -34,10 +37,13 @@ from fastgen.sampling.sampler import METADATA, read_metadata
 MARK = "form.json"  # says that a folder was written here, so that it may be replaced
 
 
-def export_form(source: Path, form: str, output: Path | None = None, merge: bool = False) -> Path:
+def export_form(
+    source: Path, form: str, output: Path | None = None, merge: bool = False, steps: Sequence[int] = ()
+) -> Path:
     """Writes the student of a run's last checkpoint, or of an export, in another form. The adapter of a LoRA run is
     added into the weights, except for the form lora. The folder takes its place when it is complete. merge: as in
-    `export_run`, which no form needs and the form lora contradicts.
+    `export_run`, which no form needs and the form lora contradicts. steps: other numbers of steps, each of which gets
+    a folder with its scheduler and its workflow.
 
     Raises ValueError if `source` is neither a run nor an export, if its student has no such form, or if `output`
     exists and was not written here."""
@@ -48,6 +54,7 @@ def export_form(source: Path, form: str, output: Path | None = None, merge: bool
     check_form(form, recipe, adapter)
     if merge and form == "lora":
         raise ValueError("a merged student has no adapter left for the form lora; leave out --merge")
+    others = [with_steps(recipe, n) for n in steps]
     if exported and adapter and form != "lora":
         raise ValueError(f"{source} is an adapter, and the form {form} needs the whole network; give the run folder")
     folder = output or source / f"export_{form}"
@@ -57,7 +64,9 @@ def export_form(source: Path, form: str, output: Path | None = None, merge: bool
     partial, whole = unused_sibling(folder, "partial"), unused_sibling(folder, "whole")
     try:
         student = read_student(source if exported else export_run(source, whole, merge=form != "lora"))
-        write_form(student, form, partial, recipe.output_dir.name)
+        files = write_form(student, form, partial, recipe.output_dir.name)
+        for policy in others:
+            write_steps(dataclasses.replace(student, policy=policy), form, files, partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -67,8 +76,9 @@ def export_form(source: Path, form: str, output: Path | None = None, merge: bool
     return folder
 
 
-def write_form(student: Student, form: str, folder: Path, name: str) -> None:
-    """Writes an export in another form into a new folder. name: how its files begin."""
+def write_form(student: Student, form: str, folder: Path, name: str) -> list[str]:
+    """Writes an export in another form into a new folder, and returns the names of its files, one for each network.
+    name: how they begin."""
     kind = "gguf" if form == "gguf" else "safetensors"
     noise = ("",) if len(student.parts) == 1 else ("_high_noise", "_low_noise")
     files = [f"{name}_{form}{end}.{kind}" for end in noise]
@@ -90,3 +100,11 @@ def write_form(student: Student, form: str, folder: Path, name: str) -> None:
     shutil.copytree(student.folder / "scheduler", folder / "scheduler")
     write_usage(student, form, files, folder)
     write_json(folder / MARK, {"form": form, "fastgen": fastgen.__version__, "files": files})
+    return files
+
+
+def write_steps(student: Student, form: str, files: Sequence[str], folder: Path) -> None:
+    """Scheduler, workflow and README.md of the same files for the student's number of steps, in a folder inside."""
+    own = folder / f"{student.policy.num_steps}_steps"
+    student.backbone.student_scheduler(student.policy).save_pretrained(own / "scheduler")
+    write_usage(student, form, files, own, weights="path/to/this/folder/..")

@@ -42,8 +42,11 @@ pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolde
 ```"""
 
 
-def write_usage(student: Student, form: str, files: Sequence[str], folder: Path) -> None:
-    """Writes README.md, and the workflow if ComfyUI can sample the student."""
+def write_usage(
+    student: Student, form: str, files: Sequence[str], folder: Path, weights: str = "path/to/this/folder"
+) -> None:
+    """Writes README.md, and the workflow if ComfyUI can sample the student. weights: the folder of the files, as the
+    page calls it."""
     named = " and ".join(f"`{name}`" for name in files)
     try:
         write_json(folder / WORKFLOW, workflow(student, form, files))
@@ -55,7 +58,7 @@ def write_usage(student: Student, form: str, files: Sequence[str], folder: Path)
         source=student.backbone.config.path,
         files=named,
         comfyui=comfyui,
-        diffusers=diffusers_text(student, form, files),
+        diffusers=diffusers_text(student, form, files, weights),
     )
     (folder / "README.md").write_text(page)
 
@@ -81,7 +84,7 @@ def comfyui_text(student: Student, form: str, named: str) -> str:
     )
 
 
-def diffusers_text(student: Student, form: str, files: Sequence[str]) -> str:
+def diffusers_text(student: Student, form: str, files: Sequence[str], weights: str) -> str:
     """The lines that load the form in diffusers and sample it."""
     if form == "fp8":
         return "diffusers does not read the scales of such a file, and would compute with wrong weights."
@@ -93,10 +96,10 @@ def diffusers_text(student: Student, form: str, files: Sequence[str]) -> str:
         load = [f"pipeline = DiffusionPipeline.from_pretrained({base})"]
         for i, name in enumerate(files):
             where = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
-            load.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{name}"{where})')
+            load.append(f'pipeline.load_lora_weights("{weights}", weight_name="{name}"{where})')
     elif form == "checkpoint":
         names = f"{scheduler}, {pipeline}"
-        load = [f'pipeline = {pipeline}.from_single_file("path/to/this/folder/{files[0]}", config={base})']
+        load = [f'pipeline = {pipeline}.from_single_file("{weights}/{files[0]}", config={base})']
     else:
         names = f"{scheduler}, {network}"
         if form == "gguf":
@@ -104,7 +107,7 @@ def diffusers_text(student: Student, form: str, files: Sequence[str]) -> str:
             more = ", quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16)"
         load = []
         for part, name in zip(student.parts, files, strict=True):
-            where = f'"path/to/this/folder/{name}", config={base}, subfolder="{part}"{more}'
+            where = f'"{weights}/{name}", config={base}, subfolder="{part}"{more}'
             load.append(f"{part} = {network}.from_single_file({where})")
         given = ", ".join(f"{part}={part}" for part in student.parts)
         load.append(f"pipeline = DiffusionPipeline.from_pretrained({base}, {given})")
