@@ -446,6 +446,23 @@ def export(
         raise refuse(error) from None
 
 
+@app.command()
+def demo(
+    pipeline: PipelineArgument,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. By default, only this machine sees the page.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 7860,
+) -> None:
+    """Show a student and its teacher side by side in a browser: prompt, seed, steps, times. Ctrl-C ends it."""
+    from fastgen.sampling.demo import serve
+
+    try:
+        serve(pipeline, host, port)
+    except ValueError as error:
+        raise refuse(error) from None
+
+
 def main() -> None:
     """Runs the command that the arguments of the process name."""
     quiet_libraries()
