@@ -20,26 +20,32 @@ from tiny_families import FAMILIES
 from tiny_pipelines import tiny_sd, tiny_sdxl, tiny_vae
 from tiny_wan import tiny_wan
 from torch import Tensor
+from typer.testing import CliRunner
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline import CONFIGS, PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
+from fastgen.cli import app
 from fastgen.config import load_recipe
+from fastgen.exporting.files import of_tensors
 from fastgen.exporting.forms import export_form, write_form
+from fastgen.exporting.ldm import unet_name
 from fastgen.exporting.names import FAMILIES as FAMILIES_OF_FORMS
 from fastgen.exporting.names import OTHERWISE, check_form
 from fastgen.exporting.reading import Student
 from fastgen.exporting.sampling import comfyui_sampling
 from fastgen.exporting.steps import with_steps
+from fastgen.exporting.transformers import in_original_layout
 from fastgen.exporting.usage import write_usage
 from fastgen.modules.lora import LoraConfig
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.export import export
 from fastgen.sampling.sampler import Sampler
 from fastgen.schedule import VPSchedule
+from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [3, 1]
@@ -269,6 +275,34 @@ def test_gguf_is_read_by_diffusers(
     assert error < 0.05
 
 
+PUBLISHED = {  # whose configs ship with fastgen -> their networks
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "unet",
+    "stabilityai/stable-diffusion-xl-base-1.0": "unet",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "transformer",
+    "black-forest-labs/FLUX.1-dev": "transformer",
+    "Qwen/Qwen-Image": "transformer",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "transformer",
+}
+
+
+@pytest.mark.parametrize(("name", "part"), PUBLISHED.items())
+def test_each_tensor_of_a_published_network_has_its_place(name: str, part: str) -> None:
+    """At their real sizes, without memory: diffusers' own converter makes of our layout what it was made from."""
+    config = json.loads((CONFIGS / name / part / "config.json").read_text())
+    cls = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        network = cls.from_config(config)
+    tensors = network.state_dict()
+    if part == "unet":
+        original = {f"model.diffusion_model.{unet_name(key, config)}": value for key, value in tensors.items()}
+    else:
+        original = {entry.name: entry.read() for entry in in_original_layout(of_tensors(tensors), config)}
+    function: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
+    read = function(dict(original), config=network.config)
+    assert {key: value.shape for key, value in read.items()} == {key: value.shape for key, value in tensors.items()}
+    print(f"{len(tensors)} tensors, {len(original)} in the original layout")
+
+
 # --- sampling in ComfyUI
 
 
@@ -448,3 +482,23 @@ def test_the_card_begins_with_what_a_plain_call_would_do(
     steps = case.backbone.stock_call[0]
     same = dataclasses.replace(case.spec.policy, timesteps=tuple((steps - i) / steps for i in range(steps)))
     assert "steps instead" not in case.backbone.plain_call(same)
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_in_another_form_by_the_command(tmp_path: Path) -> None:
+    """From the last checkpoint of a LoRA run: the adapter alone, and with it in the weights."""
+    small = ["train.steps=1", "train.batch_size=2", "train.checkpoint_every=1", "train.sample_every=0"]
+    small += ["train.eval_every=0", "objective.fake_updates=1", "health.num_samples=4", "eval.metrics=[throughput]"]
+    small += ["eval.quick_num_samples=20", "eval.teacher_steps=[2]", "train.num_samples=4"]
+    adapters = "lora={student: {rank: 2}, fake_score: {rank: 2}}"
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", [*small, adapters, f"output_dir={tmp_path}/run"])
+    run = train(recipe)
+    for form, key in (("lora", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"), ("fp8", "pos_embed")):
+        result = CliRunner().invoke(app, ["export", str(run), "--form", form, "--output", str(tmp_path / form)])
+        assert result.exit_code == 0, result.stderr
+        assert key in load_file(tmp_path / form / f"run_{form}.safetensors")
+    result = CliRunner().invoke(app, ["export", str(run), "--form", "checkpoint"])
+    assert result.exit_code == 2 and "--form diffusion_model" in result.stderr
+    result = CliRunner().invoke(app, ["export", str(run), "--steps", "2"])
+    assert result.exit_code == 2 and "give --form" in result.stderr
+    assert not list(tmp_path.glob(".*"))
