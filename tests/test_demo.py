@@ -46,7 +46,8 @@ def test_both_sides_are_what_the_samplers_give(folder: Path, pair: Pair) -> None
     assert torch.equal(right.pixels, teacher_sampler(pair.backbone, 3, 1.5).sample([PROMPT], [5])[0])
     assert (left.steps, left.evaluations, right.steps, right.evaluations) == (4, 4, 3, 6)
     assert left.caption.startswith("4 steps, ") and right.caption.startswith("3 steps, 6 network evaluations, ")
-    assert shown(left, None).shape == (32, 32, 3) and shown(None, None) is None
+    assert shown(left, None).shape == (256, 256, 3) and shown(None, None) is None
+    assert shown(Drawn(torch.rand(3, 300, 200), 0.0, 1, 1), None).shape == (300, 200, 3)
     assert isinstance(pair.guidance, float) and pair.teacher_steps > 4
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         draw_student(pair, PROMPT, 5, 8)
@@ -77,7 +78,7 @@ def test_the_page_calls_both_sides_and_says_what_is_wrong(pair: Pair) -> None:
     page = make_page(pair, "digits")
     (compare,) = [f.fn for f in page.fns.values()]
     first, last = compare(PROMPT, 5, 4, 3, 1.5)
-    assert first[2] is None and last[2].shape == (32, 32, 3)
+    assert first[2] is None and last[2].shape == (256, 256, 3)
     assert (last[0] == shown(draw_student(pair, PROMPT, 5, 4), None)).all()
     with pytest.raises(gradio.Error, match="distilled to 4 steps"):
         list(compare(PROMPT, 5, 8, 3, 1.5))

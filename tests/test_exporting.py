@@ -36,7 +36,7 @@ from fastgen.exporting.ldm import unet_name
 from fastgen.exporting.names import FAMILIES as FAMILIES_OF_FORMS
 from fastgen.exporting.names import OTHERWISE, check_form
 from fastgen.exporting.reading import Student
-from fastgen.exporting.sampling import comfyui_sampling
+from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.exporting.steps import with_steps
 from fastgen.exporting.transformers import in_original_layout
 from fastgen.exporting.usage import write_usage

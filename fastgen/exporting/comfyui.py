@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastgen.exporting.reading import Student
-from fastgen.exporting.sampling import Sampling, comfyui_sampling
+from fastgen.backbones.comfyui import Sampling, comfyui_sampling
 
 Link = list[Any]
 Nodes = dict[str, dict[str, Any]]

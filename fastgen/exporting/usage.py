@@ -7,7 +7,7 @@ from pathlib import Path
 from fastgen.data.files import write_json
 from fastgen.exporting.comfyui import BASES, workflow
 from fastgen.exporting.reading import Student
-from fastgen.exporting.sampling import comfyui_sampling
+from fastgen.backbones.comfyui import comfyui_sampling
 
 FOLDERS = {"lora": "loras", "checkpoint": "checkpoints", "gguf": "unet"}  # of ComfyUI; else diffusion_models
 WORKFLOW = "workflow.json"

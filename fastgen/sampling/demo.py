@@ -20,6 +20,7 @@ from fastgen.registry import build_section
 from fastgen.sampling.sampler import METADATA, Sampler, load_sampler, read_metadata, teacher_sampler
 from fastgen.sampling.video import check_writer, save_video
 
+SMALLEST = 256  # side of a picture on the page
 NO_GRADIO = "fastgen demo needs the package gradio; pip install 'fastgen-distill[demo]'"
 
 
@@ -98,7 +99,8 @@ def timed(sampler: Sampler, prompt: str, seed: int) -> Drawn:
 
 
 def shown(drawn: Drawn | None, fps: int | None) -> Any:
-    """What gradio shows: an array [H, W, 3] of bytes, or the path of a video."""
+    """What gradio shows: an array [H, W, 3] of bytes, in which the pixels of a small picture are squares, or the path
+    of a video."""
     if drawn is None:
         return None
     if drawn.pixels.dim() == 4:
@@ -106,7 +108,9 @@ def shown(drawn: Drawn | None, fps: int | None) -> Any:
         path = Path(mkdtemp()) / "sample.mp4"
         save_video(drawn.pixels, path, fps)
         return str(path)
-    return (drawn.pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    times = max(1, SMALLEST // max(drawn.pixels.shape))
+    large = drawn.pixels.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return (large.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
 def make_page(pair: Pair, title: str) -> Any:
@@ -165,4 +169,5 @@ def serve(path: Path, host: str, port: int) -> None:
     pair = load_pair(path, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
     if pair.backbone.output == "frames":
         check_writer()
+    draw_student(pair, "", 0, pair.student.policy.num_steps)  # loads what the first sample would wait for
     make_page(pair, str(path)).launch(server_name=host, server_port=port)
