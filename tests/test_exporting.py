@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
+from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.backbones.pipeline import CONFIGS, PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
@@ -36,7 +37,6 @@ from fastgen.exporting.ldm import unet_name
 from fastgen.exporting.names import FAMILIES as FAMILIES_OF_FORMS
 from fastgen.exporting.names import OTHERWISE, check_form
 from fastgen.exporting.reading import Student
-from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.exporting.steps import with_steps
 from fastgen.exporting.transformers import in_original_layout
 from fastgen.exporting.usage import write_usage

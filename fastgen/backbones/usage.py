@@ -56,8 +56,8 @@ after it."""
 
 COMFYUI = """
 
-In ComfyUI, sample it with the sampler `{sampler}`, the sigmas `{sigmas}` (node `ManualSigmas`) and cfg 1. `fastgen export
-RUN --form ...` writes the file that ComfyUI reads, and a workflow."""
+In ComfyUI, sample it with the sampler `{sampler}`, the sigmas `{sigmas}` (node `ManualSigmas`) and cfg 1.
+`fastgen export RUN --form ...` writes the file that ComfyUI reads, and a workflow."""
 
 ANY_STEP = """ It is a flow map, so that other numbers of steps work as well, on the same grid."""
 

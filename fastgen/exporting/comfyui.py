@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from fastgen.exporting.reading import Student
 from fastgen.backbones.comfyui import Sampling, comfyui_sampling
+from fastgen.exporting.reading import Student
 
 Link = list[Any]
 Nodes = dict[str, dict[str, Any]]

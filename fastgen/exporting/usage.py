@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.data.files import write_json
 from fastgen.exporting.comfyui import BASES, workflow
 from fastgen.exporting.reading import Student
-from fastgen.backbones.comfyui import comfyui_sampling
 
 FOLDERS = {"lora": "loras", "checkpoint": "checkpoints", "gguf": "unet"}  # of ComfyUI; else diffusion_models
 WORKFLOW = "workflow.json"
