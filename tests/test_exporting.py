@@ -17,7 +17,7 @@ from diffusers.loaders import single_file_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_families import FAMILIES
-from tiny_pipelines import tiny_sd, tiny_sdxl, tiny_vae
+from tiny_pipelines import tiny_sd, tiny_sdxl, tiny_vae, with_scheduler
 from tiny_wan import tiny_wan
 from torch import Tensor
 from typer.testing import CliRunner
@@ -31,6 +31,7 @@ from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig
 from fastgen.cli import app
 from fastgen.config import load_recipe
+from fastgen.exporting.comfyui import workflow
 from fastgen.exporting.files import of_tensors
 from fastgen.exporting.forms import export_form, write_form
 from fastgen.exporting.ldm import unet_name
@@ -371,6 +372,21 @@ def test_another_noise_schedule_than_stable_diffusions_has_no_workflow(written: 
     backbone.schedule = VPSchedule(diffusers.DDIMScheduler(beta_schedule="linear").alphas_cumprod)
     with pytest.raises(ValueError, match="the noise schedule of Stable Diffusion"):
         comfyui_sampling(backbone, SD)
+
+
+def test_the_workflow_of_an_adapter_names_its_base_and_its_prediction(tmp_path: Path) -> None:
+    """FLUX.1 schnell is another file than dev, and ComfyUI takes Stable Diffusion for an epsilon model."""
+    schnell = FAMILIES["flux-schnell"]
+    velocity = with_scheduler(tiny_sd(tmp_path / "sd"), tmp_path / "v", "DDIMScheduler", "v_prediction")
+    for config, words in (
+        (schnell.make(schnell.folder(tmp_path / "schnell")).config, "flux1-schnell.safetensors"),
+        (SDConfig(str(velocity)), "v_prediction"),
+    ):
+        backbone: Any = config.build(torch.device("cpu"), torch.float32, 0)
+        nodes = workflow(Student(tmp_path / "none", backbone, SD, True), "lora", ["mine.safetensors"])
+        check_graph(nodes)
+        assert any(words in map(str, node["inputs"].values()) for node in nodes.values())
+        assert "FluxGuidance" not in {node["class_type"] for node in nodes.values()}
 
 
 def test_a_student_that_starts_below_the_last_step_has_no_workflow(written: Callable[[str], Written]) -> None:

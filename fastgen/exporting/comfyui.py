@@ -38,6 +38,14 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # family -> node and inputs
     "wan": ("CLIPLoader", {"clip_name": "umt5_xxl_fp16.safetensors", "type": "wan"}),
 }
 VAES = {"sd3": "sd3_vae.safetensors", "flux": "ae.safetensors", "qwen_image": "qwen_image_vae.safetensors"}
+PIPELINES = (  # that the graph below is for
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "QwenImagePipeline",
+    "WanPipeline",
+)
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # ModelSamplingDiscrete's names
 DEEP = 48  # latent channels of Wan 2.2's own VAE, whose latents have a node of their own
 
@@ -57,6 +65,8 @@ class Graph:
 
 def workflow(student: Student, form: str, files: Sequence[str]) -> Nodes:
     """files: the student's, one for each network. Raises ValueError, in words, if ComfyUI has no sampler for it."""
+    if (kind := student.backbone.components["_class_name"]) not in PIPELINES:
+        raise ValueError(f"no graph is known for a {kind}")
     sampling, graph = comfyui_sampling(student.backbone, student.policy), Graph()
     family = student.backbone.config.name
     models, clip, vae = add_loaders(graph, student, form, files)
@@ -89,10 +99,10 @@ def add_loaders(graph: Graph, student: Student, form: str, files: Sequence[str])
     """The links to the models, one for each file, to the text encoders and to the VAE."""
     family = student.backbone.config.name
     if family == "sd":
-        number = graph.add("CheckpointLoaderSimple", ckpt_name=BASES["sd"] if form == "lora" else files[0])[0]
+        number = graph.add("CheckpointLoaderSimple", ckpt_name=base_name(student) if form == "lora" else files[0])[0]
         models, clip, vae = [[number, 0]], [number, 1], [number, 2]
     else:
-        names = [BASES[family]] * len(files) if form == "lora" else files
+        names = [base_name(student)] * len(files) if form == "lora" else files
         if form == "gguf":
             models = [graph.add("UnetLoaderGGUF", unet_name=name) for name in names]
         else:
@@ -108,6 +118,12 @@ def add_loaders(graph: Graph, student: Student, form: str, files: Sequence[str])
     if family == "sd" and (kind := student.backbone.scheduler().config.prediction_type) != "epsilon":
         models = [graph.add("ModelSamplingDiscrete", model=m, sampling=PREDICTIONS[kind], zsnr=False) for m in models]
     return models, clip, vae
+
+
+def base_name(student: Student) -> str:
+    """The file that an adapter is put on."""
+    schnell = "guidance_embeds" in student.networks[0] and student.backbone.guidance_told("student") is None
+    return "flux1-schnell.safetensors" if schnell else BASES[student.backbone.config.name]
 
 
 def wan_vae(student: Student) -> str:

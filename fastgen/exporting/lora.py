@@ -1,7 +1,7 @@
 """An adapter's file with the key names that ComfyUI and other programs look for.
 
     family               keys                                               who reads them, besides diffusers
-    SD 1.5, 2.1, XL      lora_unet_<layer>.lora_down.weight, .alpha         ComfyUI, A1111, Forge, kohya's scripts
+    SD 1.5, 2.1, XL      lora_unet_<layer>.lora_down.weight, .alpha         ComfyUI, and by diffusers' word A1111
     SD 3, FLUX.1         transformer.<layer>.lora_A.weight, as diffusers'   ComfyUI, which knows them as parts of the
                                                                             authors' fused tensors
     Wan, Qwen-Image      diffusion_model.<original layer>.lora_A.weight     ComfyUI's general form

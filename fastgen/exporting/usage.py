@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.data.files import write_json
-from fastgen.exporting.comfyui import BASES, workflow
+from fastgen.exporting.comfyui import base_name, workflow
 from fastgen.exporting.reading import Student
 
 FOLDERS = {"lora": "loras", "checkpoint": "checkpoints", "gguf": "unet"}  # of ComfyUI; else diffusion_models
@@ -65,7 +65,7 @@ def write_usage(
 
 def comfyui_text(student: Student, form: str, named: str) -> str:
     sampling = comfyui_sampling(student.backbone, student.policy)
-    family, told = student.backbone.config.name, student.backbone.guidance_told("student")
+    told = student.backbone.guidance_told("student")
     more = f"| guidance (node `FluxGuidance`) | {told:g} |\n" if told is not None else ""
     if student.boundary is not None:
         more += f"| the second network takes over | below sigma {student.boundary:g} |\n"
@@ -77,7 +77,7 @@ def comfyui_text(student: Student, form: str, named: str) -> str:
         folder=FOLDERS.get(form, "diffusion_models"),
         extension=" (with the extension ComfyUI-GGUF)" if form == "gguf" else "",
         workflow=WORKFLOW,
-        base=f"{base}`{BASES[family]}`." if form == "lora" else "",
+        base=f"{base}`{base_name(student)}`." if form == "lora" else "",
         sampler=sampling.sampler,
         sigmas=sampling.text,
         more=more,
