@@ -92,7 +92,8 @@ def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
     if policy.chunks is not None:  # fastgen's own pipeline, which reads its defaults from the folder
         return ""
     (steps, scale), told = backbone.stock_call, backbone.guidance_told("student")
-    wanted, given = 1.0, inspect.signature(backbone.pipeline_class.__call__).parameters["guidance_scale"].default
+    parameter = inspect.signature(backbone.pipeline_class.__call__).parameters.get("guidance_scale")
+    wanted, given = 1.0, parameter.default if parameter else None
     if told is not None:
         scale, wanted = given, told
     others = [] if steps == policy.num_steps else [f"{steps} steps instead of {policy.num_steps}"]
