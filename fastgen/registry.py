@@ -26,8 +26,10 @@ BACKBONES: dict[str, str] = {
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
+    "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
-PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+# the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan", "z_image")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

@@ -9,6 +9,7 @@ import torch
 from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
+from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
@@ -152,6 +153,23 @@ def test_recomputing_activations_changes_no_gradient_and_features_have_their_wid
     assert torch.equal(*found)
 
 
+def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backbone: FlowImage) -> None:
+    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
+    cond, inputs = backbone.encode_prompts(PROMPTS), Inputs(s=torch.tensor([0.2, 0.0]), stop=torch.tensor([3, 1]))
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad():
+        before = student(x, t, cond)
+        student.add_inputs({"stop": 4}, backbone.time_dim, ["s"])
+        embedding: Any = student.time_embedding
+        for name, table in embedding.tables.items():
+            table.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+        assert torch.equal(student(x, t, cond, inputs), before)
+        assert torch.allclose(seen["s"], torch.tensor([0.5, 0.3]))
+        assert torch.allclose(seen["stop"], torch.tensor([3.0, 1.0]))
+        torch.nn.init.normal_(embedding.tables["s"].weight)
+        assert not torch.equal(student(x, t, cond, inputs), before)
+
+
 def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage) -> None:
     pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
     latents = backbone.encode(pixels)
@@ -280,16 +298,3 @@ def test_the_card_of_a_sana_export_calls_it_as_it_was_trained(tmp_path: Path) ->
     assert "height=32, width=32, max_sequence_length=12, complex_human_instruction=['Draw: ']" in backbone.call
     assert "binning" not in backbone.call  # 32 is the network's own size
     assert "use_resolution_binning=False" in family.make(tmp_path, resolution=48).call
-
-
-def test_inputs_added_to_a_network_of_sana_change_nothing_at_first(tmp_path: Path) -> None:
-    backbone = FAMILIES["sana"].make(FAMILIES["sana"].folder(tmp_path))
-    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
-    cond = backbone.encode_prompts(PROMPTS)
-    before = student(x, t, cond)
-    student.add_inputs({}, backbone.time_dim, ["s"])
-    assert torch.equal(student(x, t, cond, Inputs(s=t)), before)
-    assert torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)
-    for table in student.time_embedding.tables.parameters():  # type: ignore[operator, union-attr]
-        torch.nn.init.normal_(table)
-    assert not torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)

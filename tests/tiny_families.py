@@ -1,5 +1,6 @@
 """The families of flow-matching image pipelines at tiny sizes, with what their tests need to know of each."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tiny_flux import tiny_flux
 from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
+from tiny_z_image import tiny_z_image
 from torch import Tensor
 
 from fastgen import noise
@@ -17,6 +19,7 @@ from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
 from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig
+from fastgen.backbones.z_image import ZImageConfig
 
 PROMPTS = ["a red cat", "two green dogs"]
 SEEDS = [3, 1]
@@ -49,7 +52,9 @@ class Family:
     def lengths(self) -> dict[str, int]:
         return {"max_sequence_length": LENGTH}
 
-    def plain_pixels(self, folder: Path, latents: Tensor, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
+    def plain_pixels(
+        self, folder: Path, latents: Tensor, steps: int, prompts: list[str] = PROMPTS, **call: Any
+    ) -> tuple[Tensor, list[float]]:
         """What a user's own call gives for our initial noise, and the levels at which it called the network. A
         pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead."""
         pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder)
@@ -60,13 +65,15 @@ class Family:
             pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         visited: list[float] = []
 
-        def note(_module: object, _arguments: object, given: dict[str, Any]) -> None:
-            visited.append(self.level(given))
+        names = inspect.signature(pipeline.transformer.forward).parameters
+
+        def note(_module: object, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+            visited.append(self.level(dict(zip(names, arguments, strict=False)) | given))
 
         pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
         size = {"height": SIDE, "width": SIDE, **self.lengths}
         images = pipeline(
-            PROMPTS,
+            prompts,
             num_inference_steps=steps,
             latents=self.packed(latents),
             output_type="np",
@@ -113,4 +120,18 @@ QWEN_IMAGE = Family(
     fewest_steps=2,
 )
 
-FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "qwen-image": QWEN_IMAGE, "sana": SANA}
+Z_IMAGE = Family(
+    folder=tiny_z_image,
+    config=ZImageConfig,
+    pipeline="ZImagePipeline",
+    guided=lambda scale: {"guidance_scale": scale - 1},
+    level=lambda given: 1 - float(given["t"][0]),
+)
+
+FAMILIES = {
+    "flux-dev": flux(True),
+    "flux-schnell": flux(False),
+    "qwen-image": QWEN_IMAGE,
+    "sana": SANA,
+    "z-image": Z_IMAGE,
+}

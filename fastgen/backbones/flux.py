@@ -19,6 +19,7 @@ from fastgen.backbones.folder import read_json
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
+from fastgen.modules.inputs import ThousandfoldInputs
 
 STOCK_GUIDANCE = 3.5  # FluxPipeline's default guidance_scale
 Role = Literal["student", "teacher", "fake_score"]
@@ -54,6 +55,8 @@ def is_told(network: Mapping[str, Any]) -> bool:
 
 class FluxDenoiser(FlowDenoiser):
     """An unmodified FluxTransformer2DModel behind the contract; the blocks of its features are the two-stream ones."""
+
+    extra_inputs = ThousandfoldInputs
 
     def __init__(self, network: Any):
         super().__init__(network, network.inner_dim, time_scale=1)  # the network multiplies by 1000 itself
