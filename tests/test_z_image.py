@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import FAMILIES, PROMPTS, draws
+from tiny_families import FAMILIES, PROMPTS
 
 from fastgen import signals
 from fastgen.backbones.flow_image import FlowImage
@@ -34,7 +34,7 @@ def test_prompts_of_different_lengths_and_a_negative_prompt_give_the_pipelines_o
     assert lengths[0] <= 32 < lengths[1] < 60
     ours = teacher_sampler(backbone, 2, 3.0).sample(LONG, [3, 1])
     given = {"guidance_scale": 2.0, "negative_prompt": ["two texture"] * 2, "max_sequence_length": 60}
-    theirs, _ = FAMILY.plain_pixels(folder, draws(backbone, "initial"), 2, LONG, **given)
+    theirs, _ = FAMILY.plain_pixels(folder, backbone, 2, LONG, **given)
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
@@ -54,7 +54,7 @@ def test_guidance_is_limited_as_in_the_pipelines_call(
 ) -> None:
     backbone, given = FAMILY.make(folder, max_sequence_length=60, **options), {"max_sequence_length": 60, **options}
     ours, free = (teacher_sampler(b, 2, 4.0).sample(PROMPTS, [3, 1]) for b in (backbone, z_image))
-    theirs, visited = FAMILY.plain_pixels(folder, draws(backbone, "initial"), 2, guidance_scale=3.0, **given)
+    theirs, visited = FAMILY.plain_pixels(folder, backbone, 2, guidance_scale=3.0, **given)
     assert float((ours - theirs).abs().max()) < 1e-4
     assert float((ours - free).abs().max()) > 1e-3
     assert visited[-1] < 0.9  # so that the last step is not guided

@@ -8,7 +8,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import Flux2Pipeline
 from tiny_flux import tiny_flux
+from tiny_flux2 import tiny_flux2_dev, tiny_flux2_klein
 from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
 from tiny_z_image import tiny_z_image
@@ -17,6 +19,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
+from fastgen.backbones.flux2 import Flux2Config
 from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig
 from fastgen.backbones.z_image import ZImageConfig
@@ -29,18 +32,22 @@ SIDE, LENGTH = 32, 12
 @dataclass(frozen=True)
 class Family:
     """folder: writes a tiny pipeline. config: its backbone section. pipeline: the stock class. packed: our latents
-    [B, C, H, W] as the stock pipeline takes them. guided: the arguments of its call for guidance of this scale by two
-    network calls. level: the noise level, from the arguments that the network is called with. video: whether the VAE
-    is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
+    [B, C, H, W] as the stock pipeline takes them; drawn: as its scheduler draws noise like them, if differently.
+    guided: the arguments of its call for guidance by two network calls; two_calls: whether it has any.
+    level: the noise level, from the arguments that the network is called with. arranged: the VAE's code as latents.
+    video: whether the VAE is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
 
     folder: Callable[[Path], Path]
     config: type[FlowImageConfig]
     pipeline: str
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
+    drawn: Callable[[Tensor], Tensor] | None = None
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: dict[str, Any] = field(default_factory=dict)
     level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
+    arranged: Callable[[Tensor], Tensor] = lambda z: z
     video: bool = False
+    two_calls: bool = True
     fewest_steps: int = 1
 
     def make(self, folder: Path, **options: Any) -> FlowImage:
@@ -53,11 +60,14 @@ class Family:
         return {"max_sequence_length": LENGTH}
 
     def plain_pixels(
-        self, folder: Path, latents: Tensor, steps: int, prompts: list[str] = PROMPTS, **call: Any
+        self, folder: Path, backbone: FlowImage, steps: int, prompts: list[str] = PROMPTS, **call: Any
     ) -> tuple[Tensor, list[float]]:
         """What a user's own call gives for our initial noise, and the levels at which it called the network. A
-        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead."""
-        pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder)
+        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead. backbone: one whose
+        text encoders, the same as the folder's, are loaded already."""
+        components = backbone.text_pipeline.components.items()
+        encoders = {name: part for name, part in components if name.startswith("text_encoder")}
+        pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder, **encoders)
         pipeline.set_progress_bar_config(disable=True)
         if isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
             pipeline.scheduler.set_timesteps(steps)
@@ -73,9 +83,9 @@ class Family:
         pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
         size = {"height": SIDE, "width": SIDE, **self.lengths}
         images = pipeline(
-            prompts,
+            prompt=prompts,
             num_inference_steps=steps,
-            latents=self.packed(latents),
+            latents=self.packed(draws(backbone, "initial")),
             output_type="np",
             **size | self.call | call,
         ).images
@@ -98,6 +108,21 @@ def flux(guided: bool) -> Family:
         pipeline="FluxPipeline",
         packed=to_tokens,
         guided=true_guidance,
+        level=lambda given: float(given["timestep"][0]),
+    )
+
+
+def flux2(folder: Callable[[Path], Path], pipeline: str) -> Family:
+    """dev tells its network the scale of its call, 4 by default; klein is guided by it, without a negative prompt."""
+    klein = pipeline == "Flux2KleinPipeline"
+    return Family(
+        folder=folder,
+        config=Flux2Config,
+        pipeline=pipeline,
+        drawn=lambda latents: latents.flatten(2).mT,
+        arranged=Flux2Pipeline._patchify_latents,
+        guided=lambda scale: {"guidance_scale": scale} if klein else {},
+        two_calls=klein,
         level=lambda given: float(given["timestep"][0]),
     )
 
@@ -131,6 +156,8 @@ Z_IMAGE = Family(
 FAMILIES = {
     "flux-dev": flux(True),
     "flux-schnell": flux(False),
+    "flux2-dev": flux2(tiny_flux2_dev, "Flux2Pipeline"),
+    "flux2-klein": flux2(tiny_flux2_klein, "Flux2KleinPipeline"),
     "qwen-image": QWEN_IMAGE,
     "sana": SANA,
     "z-image": Z_IMAGE,

@@ -35,6 +35,7 @@ class ZImageConfig(FlowImageConfig):
     cfg_truncation: float = Field(default=1.0, ge=0, le=1)
 
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    oldest_diffusers: ClassVar[tuple[int, int]] = (0, 42)  # older pipelines may not pass levels to their scheduler
 
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
@@ -123,7 +124,8 @@ class ZImage(FlowImage):
         more = f", height={self.image_size}, width={self.image_size}" if self.config.resolution else ""
         length = self.config.max_sequence_length
         more += "" if length == STOCK_LENGTH else f", max_sequence_length={length}"
-        return super().call.replace("guidance_scale=1", f"guidance_scale=0{more}")
+        call = super().call.replace("guidance_scale=1", f"guidance_scale=0{more}")
+        return f"# diffusers 0.42 or newer: older pipelines may give their scheduler other levels\n{call}"
 
     @property
     def stock_call(self) -> tuple[int, float]:
