@@ -20,14 +20,17 @@ PACKAGE = Path(__file__).resolve().parent
 BACKBONES: dict[str, str] = {
     "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
     "flux": "fastgen.backbones.flux:FluxConfig",
+    "flux2": "fastgen.backbones.flux2:Flux2Config",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
     "sana": "fastgen.backbones.sana:SanaConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
+    "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
-PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+# the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "flux2", "qwen_image", "sana", "sd", "sd3", "wan", "z_image")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",
