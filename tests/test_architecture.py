@@ -32,6 +32,7 @@ LAYERS = (
     ("config",),
     ("sampling", "evaluation"),
     ("run",),
+    ("exporting",),
     ("planning",),
     ("train",),
     ("cli", "__main__"),
