@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import moving_digits_training as training
+import training
 import moving_digits_vae as autoencoder
 
 from fastgen.data.moving_digits import draw_scenes, render
