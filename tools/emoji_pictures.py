@@ -35,7 +35,9 @@ WORDINGS = (
     "a {style} picture of {name}",
     "{name} in {style} style",
     "{style} emoji: {name}",
-)
+    "{name}",
+    "a picture of {name}",
+)  # the last two leave the style open
 
 
 @dataclass(frozen=True)
