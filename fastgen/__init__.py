@@ -1,7 +1,7 @@
 """fastgen: turn a diffusers pipeline into a few-step one, and know that it worked.
 
-`fastgen.distill`, `load`, `evaluate`, `score`, `load_recipe` and `list_objectives` are the Python interface; fastgen.api
-describes them."""
+`fastgen.distill`, `load`, `evaluate`, `score`, `load_recipe` and `list_objectives` are the Python interface, which
+fastgen.api describes."""
 
 from typing import Any
 

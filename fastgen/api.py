@@ -99,7 +99,7 @@ def score(
     prompts: one for each picture, or one for all. keys: those of the reward (docs/rewards.md), such as path=. device:
     by default a GPU if there is one. Raises ValueError for anything that does not fit, before weights load."""
     several = isinstance(images, Sequence) and not isinstance(images, str)
-    found = list(images) if several else [images]  # type: ignore[arg-type]
+    found: list[Any] = list(images) if several else [images]  # type: ignore[arg-type]
     texts = match([prompts] if isinstance(prompts, str) else list(prompts), len(found), "prompts")
     rewards = choose([name], {name: keys} if keys else {})
     chosen, values = device or ("cuda" if torch.cuda.is_available() else "cpu"), list[float | None]()
