@@ -313,10 +313,13 @@ def evaluate(
         typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="The network whose features are compared: 'digits' or 'inception'.")
+        str | None, typer.Option(help="The network whose features are compared: 'digits', 'inception' or 'clip'.")
     ] = None,
     inception_weights: Annotated[
         str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="The CLIP whose features are compared: a folder, or a hub id.")
     ] = None,
     scorer: ScorerOption = None,
     num_steps: StepsOption = None,
@@ -356,6 +359,7 @@ def evaluate(
             reference=reference,
             features=features,
             inception_weights=inception_weights,
+            clip=clip,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
