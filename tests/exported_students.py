@@ -66,7 +66,10 @@ CASES = {
     ),
     "sd3": Case(lambda _: ROOT / "assets/teachers/digits", lambda folder: SD3Config(str(folder)), ["a three", "b"]),
     "flux-dev": of_family("flux-dev"),
+    "flux2-dev": of_family("flux2-dev"),
+    "flux2-klein": of_family("flux2-klein"),
     "qwen-image": of_family("qwen-image"),
+    "z-image": of_family("z-image"),
     "wan": Case(tiny_wan, wan_config, ["a cat runs", "a dog"], call=WAN),
     "wan-experts": Case(lambda f: tiny_wan(f, experts=2), wan_config, ["a cat runs", "a dog"], call=WAN),
 }
@@ -114,7 +117,7 @@ class Written:
 
     def stock_pixels(self, pipeline: Any) -> Tensor:
         out = pipeline(
-            self.spec.prompts[0],
+            prompt=self.spec.prompts[0],
             num_inference_steps=2,
             output_type="np",
             generator=torch.Generator().manual_seed(0),

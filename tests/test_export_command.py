@@ -97,7 +97,7 @@ def test_every_family_has_a_form_or_a_reason() -> None:
     """Of the documented table, each cell: what is refused says why, in words of its own."""
     table = (ROOT / "docs/exporting.md").read_text()
     for form, families in FAMILIES_OF_FORMS.items():
-        for family in ("sd", "sd3", "flux", "qwen_image", "wan", "sana"):
+        for family in ("sd", "sd3", "flux", "flux2", "qwen_image", "z_image", "wan", "sana"):
             row = next(line for line in table.splitlines() if line.startswith(f"| `{family}` "))
             cell = row.split("|")[2 + list(FAMILIES_OF_FORMS).index(form)].strip()
             assert cell.startswith("refused") == (family not in families), (family, form, cell)

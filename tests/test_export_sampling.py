@@ -120,6 +120,8 @@ PLAIN |= {
     "flux-dev": "use 28 steps instead of 2.",
     "qwen-image": "use 50 steps instead of 2.",
     "wan": "scale 5 instead",
+    "flux2-klein": "use 50 steps instead of 2.",
+    "z-image": "guidance scale 5 instead of 0",
 }
 
 
@@ -128,7 +130,7 @@ def test_the_card_begins_with_what_a_plain_call_would_do(
     name: str, words: str, written: Callable[[str], Written]
 ) -> None:
     case = written(name)
-    assert words in case.backbone.plain_call(case.spec.policy)
+    assert words in case.backbone.plain_call(case.spec.policy, False)
     steps = case.backbone.stock_call[0]
     same = dataclasses.replace(case.spec.policy, timesteps=tuple((steps - i) / steps for i in range(steps)))
-    assert "steps instead" not in case.backbone.plain_call(same)
+    assert "steps instead" not in case.backbone.plain_call(same, False)
