@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,19 @@ def test_the_card_begins_with_what_a_plain_call_would_do(
     steps = case.backbone.stock_call[0]
     same = dataclasses.replace(case.spec.policy, timesteps=tuple((steps - i) / steps for i in range(steps)))
     assert "steps instead" not in case.backbone.plain_call(same, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("sd", "checkpoint"), ("sdxl", "lora"), ("sd3", "diffusion_model"), ("wan-experts", "lora"), ("z-image", "lora")],
+)
+def test_the_lines_on_the_page_beside_a_form_run_as_they_are(
+    name: str, form: str, written: Callable[[str], Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(name).form(form)
+    block = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)  # where the lines of videos write one
+    made: dict[str, Any] = {}
+    exec(block[1].replace("path/to/this/folder", str(folder)), made)
+    assert "image" in made or (tmp_path / "video.mp4").stat().st_size > 100
