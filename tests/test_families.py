@@ -1,13 +1,14 @@
 """Every family of flow-matching images: the stock pipeline's own pixels, roles and adapters, and exports."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline, SanaPipeline
-from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
 from torch import Tensor
 
@@ -23,11 +24,10 @@ from fastgen.pipelines import few_step
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
-LISTS: list[tuple[tuple[float, ...], dict[str, Any]]] = [
-    ((1.0, 0.9, 0.75, 0.5), {}),
-    ((1.0, 0.7, 0.3), {"transition": "ode"}),
-    ((1.0,), {}),
-    ((1.0, 0.8, 0.33, 0.1), {"transition": "cps", "eta": 0.5}),
+STORED = [
+    pytest.param(name, times, options, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, (times, options) in enumerate(family.lists)
 ]
 
 
@@ -60,12 +60,13 @@ def test_tokens_are_those_of_diffusers() -> None:
     assert torch.equal(from_tokens(packed, latents.shape), latents)
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (5, 3.0)])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
-    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float
+    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, scale = max(steps, family.fewest_steps), scale if family.two_calls else 1.0
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
+    give_our_noise(family, backbone, steps, monkeypatch)
     theirs, visited = family.plain_pixels(folder, backbone, steps, **family.guided(scale))
     levels = backbone.teacher_policy(steps).timesteps
     assert visited == pytest.approx([level for level in levels for _ in range(len(visited) // steps)], abs=1e-6)
@@ -73,7 +74,16 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize(("timesteps", "options"), LISTS)
+def give_our_noise(family: Family, backbone: FlowImage, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the stock schedulers, which draw their own noise, draw what our sampler draws."""
+    drawn = family.drawn or family.packed
+    fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, steps + 1)])
+    for module in (scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm, few_step):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
+    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
+
+
+@pytest.mark.parametrize(("family", "timesteps", "options"), STORED, indirect=["family"], scope="module")
 def test_a_plain_call_of_an_export_visits_the_stored_levels(
     family: Family,
     backbone: FlowImage,
@@ -94,11 +104,7 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
     again.prompts = backbone.prompts  # its text encoders are copies
     assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
 
-    drawn = family.drawn or family.packed
-    fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, len(timesteps) + 1)])
-    for module in (scheduling_flow_match_euler_discrete, few_step):  # the schedulers draw their own noise
-        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
-    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
+    give_our_noise(family, backbone, len(timesteps), monkeypatch)
     theirs, visited = family.plain_pixels(tmp_path, backbone, len(timesteps), **family.guided(1.0))
     assert visited == pytest.approx(list(timesteps), abs=1e-6)
     assert float((ours - theirs).abs().max()) < 1e-4
@@ -198,12 +204,13 @@ def test_shapes_of_prompts_are_known_without_weights(backbone: FlowImage) -> Non
 def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: FlowImage) -> None:
     prompts, t = ["a", "a red cat", "", "two green dogs"], torch.tensor([0.7, 0.3, 0.9, 0.5])
     student, x = backbone.load("student"), noise.normal(torch.arange(4), backbone.latent_shape, 0)
+    output = partial(student, predict=student.prediction_type)
     with torch.no_grad():
-        together = student(x, t, backbone.encode_prompts(prompts))
+        together = output(x, t, backbone.encode_prompts(prompts))
         for i, prompt in enumerate(prompts):
-            alone = student(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
+            alone = output(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
             assert torch.allclose(together[i : i + 1], alone, atol=1e-5), prompt
-        again = student(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
+        again = output(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
     assert float((again - together[:1]).abs().max()) > 1e-3  # the prompt matters
 
 

@@ -100,8 +100,8 @@ class Flux2(ToldGuidance):
 
     @property
     def call(self) -> str:  # type: ignore[override]
-        told, length = self.guidance_told("student") or 1.0, self.config.max_sequence_length
-        more = f", height={self.image_size}, width={self.image_size}" if self.config.resolution else ""
+        told, side, length = self.guidance_told("student") or 1.0, self.image_size, self.config.max_sequence_length
+        more = f", height={side}, width={side}" if self.config.resolution else ""
         more += "" if length == STOCK_LENGTH else f", max_sequence_length={length}"
         call = super().call.replace('pipeline("a prompt"', 'pipeline(prompt="a prompt"')  # images come first
         return call.replace("guidance_scale=1", f"guidance_scale={told:g}{more}")
