@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -209,6 +210,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             "local_files_only": folder is not None,
             "torch_dtype": dtype,
         }
+        self.vae_lock = threading.RLock()  # a VAE of videos remembers frames while it works
         self.prompts = PromptTable(
             lambda prompts: self.encode_chunk(prompts), lambda table: self.finish_table(table), device, dtype
         )
@@ -426,6 +428,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @property
     def library(self) -> str:
         return "diffusers"
+
+    def plain_call(self, policy: RolloutPolicy) -> str:
+        from fastgen.backbones.usage import plain_call  # with diffusers
+
+        return plain_call(self, policy)
 
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
         from fastgen.backbones.usage import pipeline_usage  # with diffusers
