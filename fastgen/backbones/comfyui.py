@@ -8,6 +8,7 @@ import torch
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import VPSchedule
 
+FAMILIES = ("sd", "sd3", "flux", "qwen_image", "wan")  # the backbones that `fastgen export --form` writes for it
 SAMPLERS = {"renoise": "lcm", "ode": "euler"}  # our transitions, which are these samplers at cfg 1
 STEPS = 1000
 

@@ -1,11 +1,10 @@
 """How an exported student is loaded and called, in Markdown for its model card."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.comfyui import comfyui_sampling
+from fastgen.backbones import comfyui
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
 from fastgen.pipelines import few_step, flow_map
@@ -72,7 +71,7 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
-    elif policy.chunks is None and backbone.config.name != "sana":  # of which ComfyUI has no network
+    elif policy.chunks is None and backbone.config.name in comfyui.FAMILIES:
         call += comfyui_settings(backbone, policy)
     filled = {
         "{load}": load,
@@ -91,13 +90,10 @@ def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
     `pipeline("a prompt")` makes the pipeline's own number of steps at its own guidance, whatever the student needs."""
     if policy.chunks is not None:  # fastgen's own pipeline, which reads its defaults from the folder
         return ""
-    (steps, scale), told = backbone.stock_call, backbone.guidance_told("student")
-    wanted, given = 1.0, inspect.signature(backbone.pipeline_class.__call__).parameters["guidance_scale"].default
-    if told is not None:
-        scale, wanted = given, told
+    steps, (given, wanted) = backbone.stock_call[0], backbone.plain_guidance
     others = [] if steps == policy.num_steps else [f"{steps} steps instead of {policy.num_steps}"]
-    if given is not None and scale != wanted:
-        others.append(f"guidance scale {scale:g} instead of {wanted:g}")
+    if given is not None and given != wanted:
+        others.append(f"guidance scale {given:g} instead of {wanted:g}")
     if not others:
         return ""
     return f'**`pipeline("a prompt")` alone would use {" and ".join(others)}.** Call it as shown below.'
@@ -105,7 +101,7 @@ def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
 
 def comfyui_settings(backbone: Any, policy: RolloutPolicy) -> str:
     try:
-        sampling = comfyui_sampling(backbone, policy)
+        sampling = comfyui.comfyui_sampling(backbone, policy)
     except ValueError as refusal:
         return f"\n\nComfyUI cannot sample it: {refusal}."
     return COMFYUI.replace("{sampler}", sampling.sampler).replace("{sigmas}", sampling.text)

@@ -19,7 +19,11 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("gguf", "sd"): "its UNet consists of convolutions, which GGUF does not make smaller: --form checkpoint",
     ("gguf", "wan"): "GGUF tensors have at most 4 dimensions, and Wan's patch embedding has 5: --form fp8",
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
+    ("", "sana_sprint"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
 }
+# ComfyUI has networks of these, whose layouts fastgen does not write
+UNWRITTEN = "fastgen does not write this network in ComfyUI's layout; plain diffusers reads the ordinary export"
+OTHERWISE |= {("", name): UNWRITTEN for name in ("flux2", "pixart_sigma", "z_image")}
 
 
 def check_form(form: str, recipe: Recipe, adapter: bool) -> None:
