@@ -43,7 +43,7 @@ def test_a_default_call_of_an_exported_klein_does_not_guide_it(klein: Path, tmp_
     backbone = KLEIN.make(klein)
     backbone.save_pipeline(backbone.load("student"), RolloutPolicy((1.0, 0.5)), tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["is_distilled"]
-    assert "use 50 steps instead of 2.**" in backbone.plain_call(RolloutPolicy((1.0, 0.5)))
+    assert "use 50 steps instead of 2.**" in backbone.plain_call(RolloutPolicy((1.0, 0.5)), False)
     _, visited = KLEIN.plain_pixels(tmp_path, backbone, 2)  # with the default scale, 4
     assert visited == pytest.approx([1.0, 0.5], abs=1e-6)
 

@@ -102,10 +102,6 @@ class Flux2(ToldGuidance):
         guided = self.is_klein and not self.is_distilled
         return super().stock_call[0], self.stock_guidance if guided else 1.0
 
-    @property
-    def plain_guidance(self) -> tuple[float | None, float]:
-        return (1.0, 1.0) if self.is_klein else super().plain_guidance
-
     def student_components(self, student: Denoiser) -> dict[str, Any]:
         return super().student_components(student) | ({"is_distilled": True} if self.is_klein else {})
 

@@ -396,19 +396,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @property
     def stock_call(self) -> tuple[int, float]:
         """The defaults of num_inference_steps and guidance_scale in the call of the stock pipeline."""
-        return self.call_default("num_inference_steps"), self.call_default("guidance_scale")
-
-    def call_default(self, argument: str) -> Any:
-        """The default of an argument in the call of the stock pipeline."""
-        return inspect.signature(self.pipeline_class.__call__).parameters[argument].default
-
-    @property
-    def plain_guidance(self) -> tuple[float | None, float]:
-        """Of an export's plain call, as the stock call counts: the guidance scale that it uses, and the one that the
-        student needs, which is 1 or what it is told."""
-        told = self.guidance_told("student")
-        given = self.call_default("guidance_scale")
-        return (given, told) if told is not None else (given and self.stock_call[1], 1.0)
+        parameters = inspect.signature(self.pipeline_class.__call__).parameters
+        return parameters["num_inference_steps"].default, parameters["guidance_scale"].default
 
     @abstractmethod
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
@@ -440,10 +429,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def library(self) -> str:
         return "diffusers"
 
-    def plain_call(self, policy: RolloutPolicy) -> str:
+    def plain_call(self, policy: RolloutPolicy, adapter: bool) -> str:
         from fastgen.backbones.usage import plain_call  # with diffusers
 
-        return plain_call(self, policy)
+        return plain_call(self, policy, adapter)
 
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
         from fastgen.backbones.usage import pipeline_usage  # with diffusers

@@ -132,10 +132,6 @@ class ZImage(FlowImage):
         steps, scale = super().stock_call
         return steps, scale + 1
 
-    @property
-    def plain_guidance(self) -> tuple[float | None, float]:
-        return self.call_default("guidance_scale"), 0.0
-
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D], zero where the mask prompt_mask [B, L] is false, after the last token."""
         length = self.config.max_sequence_length
