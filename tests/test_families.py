@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline, SanaPipeline
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
+from fastgen.backbones.pixart_sigma import PixArtSigma
 from fastgen.batch import Batch
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
@@ -149,6 +151,33 @@ def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipelin
         changed, merged = student(x, t, cond), student.merged()(x, t, cond)
     assert float((changed - merged).abs().max()) < 1e-4
     assert float((changed - teacher(x, t, cond)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "pixart-sigma"], indirect=True, scope="module"
+)
+def test_an_adapters_file_gives_the_same_network_in_plain_diffusers(
+    family: Family, pipeline: FlowImage, tmp_path: Path
+) -> None:
+    backbone = pipeline.config.build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)}))
+    student, (timesteps, options) = backbone.load("student"), family.lists[0]
+    for p in student.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    backbone.save_pipeline(student, RolloutPolicy(timesteps, **options), tmp_path)
+    cls = getattr(diffusers, family.pipeline)
+    parts = pipeline.text_pipeline.components | {"vae": pipeline.vae}
+    plain = cls(**parts | {"transformer": pipeline.load("student").network})
+    plain.load_lora_weights(str(tmp_path))
+    theirs = pipeline.wrap(plain.transformer)
+    theirs.tell(pipeline.guidance_told("student"))
+    cond, t, x = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(pipeline, "x")
+    with torch.no_grad():
+        assert torch.equal(theirs(x, t, cond), student(x, t, cond))
+
+
+def test_pixart_has_no_adapters_in_plain_diffusers() -> None:
+    assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
+    assert not PixArtSigma.stores_adapters
 
 
 def test_recomputing_activations_changes_no_gradient_and_features_have_their_width(backbone: FlowImage) -> None:
