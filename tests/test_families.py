@@ -16,13 +16,16 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
+from fastgen.backbones.pipeline import family_configs
 from fastgen.backbones.pixart_sigma import PixArtSigma
 from fastgen.batch import Batch
+from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
-from fastgen.pipelines import few_step
+from fastgen.pipelines import few_step, flow_map
+from fastgen.registry import PIPELINES, RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
@@ -341,3 +344,29 @@ def test_the_card_of_a_sana_export_calls_it_as_it_was_trained(tmp_path: Path) ->
     assert "height=32, width=32, max_sequence_length=12, complex_human_instruction=['Draw: ']" in backbone.call
     assert "binning" not in backbone.call  # 32 is the network's own size
     assert "use_resolution_binning=False" in family.make(tmp_path, resolution=48).call
+
+
+# --- added inputs
+
+
+@pytest.mark.parametrize("inputs", [{"two_time": True}, {"embedded_guidance": 3.0}], ids=["two_time", "guidance"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_added_inputs_are_refused_where_no_pipeline_of_ours_gives_them(name: str, inputs: dict[str, Any]) -> None:
+    cls = dict(family_configs())[name]
+    config, policy = cls(path="org/name"), RolloutPolicy((1.0,), "ode", **inputs)  # a hub id, of which nothing is read
+    config.check_export(RolloutPolicy((1.0,), "ode"))
+    if all(hasattr(flow_map, f"FlowMap{pipeline}") for pipeline in cls.pipelines):
+        config.check_export(policy)
+        return
+    with pytest.raises(
+        ValueError, match=f"no pipeline can sample a student of backbone {name} with {next(iter(inputs))}"
+    ):
+        config.check_export(policy)
+
+
+def test_a_recipe_whose_export_could_not_hold_its_inputs_is_refused_before_weights_load(project: Path) -> None:
+    with pytest.raises(RecipeError, match=r"rollout: no pipeline can sample .* with embedded_guidance.*leave it out"):
+        load_recipe(
+            project / "recipes/sana_600m_scm_2step.yaml",
+            ["rollout.embedded_guidance=4.5", "objective.guidance_range=[4, 5]"],
+        )

@@ -31,6 +31,7 @@ class FlowImageConfig(PipelineConfig):
     passes_levels: ClassVar[bool] = True  # whether the pipeline gives its scheduler (K-i)/K, i = 0 ... K-1
 
     def check_export(self, policy: RolloutPolicy) -> None:
+        super().check_export(policy)
         flow_match_scheduler(policy, self.passes_levels)
 
 

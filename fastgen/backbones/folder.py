@@ -16,6 +16,8 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # lib
 VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
 FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
+# the stock pipelines of which pipelines.flow_map has a class that gives the network added inputs
+WITH_INPUTS = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline")
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 

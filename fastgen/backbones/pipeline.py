@@ -20,6 +20,7 @@ from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Role
 from fastgen.backbones.folder import (
     OPTIONAL,
     WEIGHTLESS,
+    WITH_INPUTS,
     check_components,
     check_source,
     component_entries,
@@ -73,6 +74,17 @@ class PipelineConfig(BackboneConfig):
             return
         index = self.read_family_index(folder)
         check_components(folder, index, self.build(CPU, torch.float32, 0).needed_classes)
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        """Raises ValueError for a student with added inputs, if no pipeline gives them to the network of this family.
+        Families also check that a scheduler can store the levels."""
+        if policy.inputs and not set(self.pipelines) <= set(WITH_INPUTS):
+            keys = {"s": "two_time", "guidance": "embedded_guidance"}
+            raise ValueError(
+                f"no pipeline can sample a student of backbone {self.name} with "
+                f"{' and '.join(keys[name] for name in policy.inputs)}, which is added to its network; leave it out, or "
+                "use one of the backbones sd, sd3 and wan, whose exports have it"
+            )
 
     def read_family_index(self, folder: Path) -> dict[str, Any]:
         """model_index.json. Raises ValueError if it is that of another family."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.flow_image import FlowDenoiser
 from fastgen.backbones.folder import read_json
+from fastgen.backbones.pipeline import PipelineConfig
 from fastgen.backbones.sana import Sana, SanaConfig, SanaDenoiser
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig, is_told
 from fastgen.batch import Conditioning
@@ -40,9 +41,10 @@ class SanaSprintConfig(ToldGuidanceConfig, SanaConfig):
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError for a sampler that the stock call does not have."""
+        PipelineConfig.check_export(self, policy)
         levels, times = sprint_levels(policy.num_steps), policy.timesteps
-        if policy.inputs or policy.conditioning_time is not None:
-            raise ValueError("SCMScheduler of Sana-Sprint stores no two-time student and no conditioning_time")
+        if policy.conditioning_time is not None:
+            raise ValueError("SCMScheduler of Sana-Sprint stores no conditioning_time; leave it out")
         if policy.transition != "renoise" and policy.num_steps > 1:
             raise ValueError(
                 f"SCMScheduler of Sana-Sprint adds fresh noise at every step; use transition: renoise, not "

@@ -51,6 +51,7 @@ class SDConfig(PipelineConfig):
             self.read().check()
 
     def check_export(self, policy: RolloutPolicy) -> None:
+        super().check_export(policy)
         total = NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
         discrete_steps(policy, total)
 

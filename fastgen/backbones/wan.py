@@ -63,6 +63,7 @@ class WanConfig(PipelineConfig):
         check_flow_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
 
     def check_export(self, policy: RolloutPolicy) -> None:
+        super().check_export(policy)
         if policy.chunks is not None:
             if policy.inputs:
                 raise ValueError(f"a student that works in chunks cannot be exported with inputs {policy.inputs}")
