@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 BACKBONES: dict[str, str] = {
     "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
+    "dit": "fastgen.backbones.dit:DiTConfig",
     "flux": "fastgen.backbones.flux:FluxConfig",
     "flux2": "fastgen.backbones.flux2:Flux2Config",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
@@ -32,7 +33,19 @@ BACKBONES: dict[str, str] = {
     "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
 # the backbones whose `path` is a diffusers pipeline
-PIPELINES = ("flux", "flux2", "pixart_sigma", "qwen_image", "sana", "sana_sprint", "sd", "sd3", "wan", "z_image")
+PIPELINES = (
+    "dit",
+    "flux",
+    "flux2",
+    "pixart_sigma",
+    "qwen_image",
+    "sana",
+    "sana_sprint",
+    "sd",
+    "sd3",
+    "wan",
+    "z_image",
+)
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

@@ -35,3 +35,14 @@ def test_a_network_that_is_told_sizes_is_refused(folder: Path, tmp_path: Path) -
 def test_the_card_of_an_export_calls_it_as_it_was_trained(folder: Path) -> None:
     assert "width=32, max_sequence_length=12, generator" in FAMILY.make(folder).call
     assert "width=48, use_resolution_binning=False" in FAMILY.make(folder, resolution=48).call
+
+
+def test_the_old_name_of_its_network_is_read_and_that_of_another_is_not(tmp_path: Path) -> None:
+    """Published indexes say Transformer2DModel, which diffusers tells apart by the network's norm_type."""
+    index = FAMILY.folder(tmp_path) / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer": ["diffusers", "Transformer2DModel"]}))
+    FAMILY.make(tmp_path)
+    path = tmp_path / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_type": "ada_norm_zero"}))
+    with pytest.raises(ValueError, match="needs a PixArtTransformer2DModel there"):
+        FAMILY.make(tmp_path)

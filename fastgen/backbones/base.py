@@ -46,6 +46,8 @@ class BackboneConfig(ABC):
     flow_matching: ClassVar[bool] = True  # whether x_t = (1 - t) x0 + t noise; else another noise schedule
     has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
 
+    takes_added_inputs: ClassVar[bool] = True  # whether inputs can be added to its networks
+
     @property
     def num_dims(self) -> int | None:
         """The number of coordinates of a point; None for pictures and videos."""
@@ -58,6 +60,10 @@ class BackboneConfig(ABC):
     @abstractmethod
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError if an exported folder cannot store this sampler. Loads no weights."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that the pipeline does not know, where it does not take any text."""
+        return None
 
     @abstractmethod
     def build(

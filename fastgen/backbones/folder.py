@@ -18,6 +18,9 @@ FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors na
 FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
 # the stock pipelines of which pipelines.flow_map has a class that gives the network added inputs
 WITH_INPUTS = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline")
+# what published pipelines of DiT and PixArt call their networks, and the norm_type by which diffusers tells them apart
+LEGACY = "Transformer2DModel"
+NORMS = {"DiTTransformer2DModel": "ada_norm_zero", "PixArtTransformer2DModel": "ada_norm_single"}
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -92,7 +95,7 @@ def check_components(folder: Path, index: dict[str, Any], classes: dict[str, str
     this family of pipelines needs there."""
     for name, (library, class_name) in component_entries(folder, index).items():
         part = folder / name
-        if name in classes and class_name != classes[name]:
+        if name in classes and class_name != classes[name] and not is_legacy(part, class_name, classes[name]):
             raise ValueError(f"path: {part} is a {class_name}, and this pipeline needs a {classes[name]} there")
         if name.startswith("tokenizer"):
             check_tokenizer(part, class_name)
@@ -102,6 +105,13 @@ def check_components(folder: Path, index: dict[str, Any], classes: dict[str, str
             read_json(part / "config.json")
             for path in weight_files(part, library):
                 check_weights(path)
+
+
+def is_legacy(part: Path, class_name: str, needed: str) -> bool:
+    """Whether diffusers reads a network of an old class as one of the class that is needed."""
+    return (
+        class_name == LEGACY and needed in NORMS and read_json(part / "config.json").get("norm_type") == NORMS[needed]
+    )
 
 
 def check_tokenizer(part: Path, class_name: str) -> None:

@@ -82,8 +82,8 @@ class PipelineConfig(BackboneConfig):
             keys = {"s": "two_time", "guidance": "embedded_guidance"}
             raise ValueError(
                 f"no pipeline can sample a student of backbone {self.name} with "
-                f"{' and '.join(keys[name] for name in policy.inputs)}, which is added to its network; leave it out, or "
-                "use one of the backbones sd, sd3 and wan, whose exports have it"
+                f"{' and '.join(keys[name] for name in policy.inputs)}, which is added to its network; leave it out, "
+                "or use one of the backbones sd, sd3 and wan, whose exports have it"
             )
 
     def read_family_index(self, folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastgen.config.problems import Problems
 from fastgen.config.text import read_recipe
+from fastgen.data.prompts import read_prompts
 from fastgen.metrics import METRICS
 from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
@@ -39,6 +40,9 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
             recipe.data.check(recipe.backbone)
         with problems.noting("eval"):
             recipe.eval.check()
+        if recipe.eval.prompts is not None:
+            with problems.noting("eval.prompts"):
+                recipe.backbone.check_prompts(read_prompts(recipe.eval.prompts))
     problems.refuse()  # what follows needs a backbone whose files are there
     with problems.noting("rollout"):
         recipe.backbone.check_export(recipe.rollout)
@@ -86,6 +90,11 @@ def check_training(recipe: Recipe) -> None:
 def check_inputs(recipe: Recipe) -> None:
     """Checks that the objective can train the student's inputs, and that the data provides what it needs."""
     objective = recipe.objective
+    if getattr(objective, "condition_on_stop", False) and not recipe.backbone.takes_added_inputs:
+        raise RecipeError(
+            f"objective.condition_on_stop: the networks of backbone {recipe.backbone.name} take no added inputs; "
+            "set it to false"
+        )
     if recipe.rollout.inputs and not objective.takes_inputs:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")

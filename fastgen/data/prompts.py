@@ -27,7 +27,7 @@ class PromptData(SampleSource):
     name: Literal["prompts"] = "prompts"
 
     def check(self, backbone: Any) -> None:
-        read_prompts(self.prompts, self.column)
+        backbone.check_prompts(read_prompts(self.prompts, self.column))
 
     def samples(self, backbone: Backbone) -> Samples:
         return Samples(read_prompts(self.prompts, self.column))
