@@ -161,6 +161,13 @@ def sample(
     pipeline: PipelineArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt on each line.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A picture to make the sample from, for a pipeline that takes one. Give one for all prompts, or one "
+            "for each."
+        ),
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=1 << 62, help="Image i is drawn with the seed SEED + i.")] = 0,
     output: Annotated[Path, typer.Option(help="The folder for the images, which must be new or empty.")] = Path(
@@ -188,6 +195,7 @@ def sample(
             guidance_scale,
             batch_size,
             negative_prompt,
+            image or [],
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -308,6 +316,10 @@ def evaluate(
         Path | None,
         typer.Option(help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen."),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="A folder of pictures to make the samples from, for a pipeline that takes one."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
@@ -353,6 +365,7 @@ def evaluate(
             seed=seed,
             output=output,
             prompts=prompts,
+            images=images,
             reference=reference,
             features=features,
             inception_weights=inception_weights,

@@ -91,6 +91,8 @@ class EvalConfig:
     features: the network for fid, diversity and precision_recall.
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
     scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
+    images: a folder of pictures, for a backbone that makes its samples from images. Sample i is made from
+        `images[i % len(images)]`, sorted by name. If there are no prompts, they are the texts next to the pictures.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
         `prompts[i % len(prompts)]`.
@@ -105,6 +107,7 @@ class EvalConfig:
     features: Literal["digits", "inception"] = "digits"
     inception_weights: str | None = None
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    images: str | None = None
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = ()
     # or one per expert, from high noise to low; None: the scale that the objective distils
@@ -157,10 +160,14 @@ class EvalConfig:
         real images where the section says that they are. Loads no weights."""
         from fastgen.data.prompts import read_prompts
         from fastgen.metrics.features import check_inception
-        from fastgen.metrics.reference import open_reference
+        from fastgen.metrics.reference import given_files, given_prompts, open_reference
 
         folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
-        for key, value, read in (("prompts", self.prompts, read_prompts), ("reference", folder, open_reference)):
+        for key, value, read in (
+            ("prompts", self.prompts, read_prompts),
+            ("reference", folder, open_reference),
+            ("images", self.images, given_prompts if self.prompts is None else given_files),
+        ):
             if value is not None:
                 try:
                     read(value)  # type: ignore[arg-type]

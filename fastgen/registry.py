@@ -26,8 +26,10 @@ BACKBONES: dict[str, str] = {
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
+    "wan_i2v": "fastgen.backbones.wan_i2v:WanI2VConfig",
 }
-PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+# the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan", "wan_i2v")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

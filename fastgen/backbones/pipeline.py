@@ -54,6 +54,7 @@ class PipelineConfig(BackboneConfig):
     negative_prompt: str = ""
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
+    encodes_together: ClassVar[bool] = False  # whether every prompt is encoded together with the image that is given
     prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
 
     def check(self) -> None:
@@ -311,7 +312,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def text_pipeline(self) -> Any:
         """The stock pipeline without the parts that make or check images. It encodes the prompts."""
-        unused = ("transformer", "transformer_2", "unet", "vae")
+        unused = ("transformer", "transformer_2", "unet", "vae")  # image encoders are OPTIONAL
         given: dict[str, Any] = {name: None for name in (*unused, *OPTIONAL) if name in self.components}
         if "safety_checker" in given:
             given["requires_safety_checker"] = False  # it makes no images
@@ -391,6 +392,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @abstractmethod
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """For planning: key -> the shape of one prompt's conditioning, at its longest."""
+
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """For planning: key -> the shape of what networks are told of one image; {} if the pipeline takes none."""
+        return {}
 
     def finish_table(self, table: Conditioning) -> Conditioning:
         """Turns the rows of all prompts seen so far into what networks are given."""

@@ -51,6 +51,23 @@ def sample_files(folder: Path) -> list[Path]:
     return files
 
 
+def given_files(folder: str) -> list[Path]:
+    """The pictures that samples are made from, sorted by name. Raises ValueError if there are none, or if one is not
+    an image; from their headers alone."""
+    files = sample_files(Path(folder))
+    if broken := next((file for file in files if picture_size(file, str(file)) is None), None):
+        raise ValueError(f"{broken} is not a readable image; replace or remove it")
+    return files
+
+
+def given_prompts(folder: str) -> tuple[str, ...]:
+    """The texts next to these pictures. Raises ValueError if they have none."""
+    prompts = captions(given_files(folder))
+    if not any(prompts):
+        raise ValueError(f"the images of {folder} have no texts next to them; add them, or give eval.prompts")
+    return prompts
+
+
 def captions(files: Sequence[Path]) -> tuple[str, ...]:
     """The texts next to the images (a.txt for a.png); all are empty if no image has a text. Raises ValueError if only
     some have one."""

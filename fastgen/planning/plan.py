@@ -237,12 +237,13 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) ->
 
 
 def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
-    """The pipeline's text encoders and VAE. Also gives the backbone its VAE, without weights."""
+    """The pipeline's text and image encoders and VAE. Also gives the backbone its VAE, without weights."""
     if not isinstance(backbone, PipelineBackbone):
         return ()
     found = []
+    kinds = ("text_encoder", "vae", *(("image_encoder",) if backbone.takes_image else ()))
     for name, entry in backbone.components.items():
-        if not isinstance(entry, list) or entry[0] is None or not name.startswith(("text_encoder", "vae")):
+        if not isinstance(entry, list) or entry[0] is None or not name.startswith(kinds):
             continue
         dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
         with torch.device("meta"):
@@ -253,14 +254,15 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
                 cls = getattr(transformers, entry[1])
                 module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
         module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
-        use = "encoding prompts" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
+        what = "images" if name == "image_encoder" else "prompts"
+        use = f"encoding {what}" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
         held = size(tensors(module))
         if name == "vae":
             vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
             if isinstance(module, diffusers.AutoencoderKLWan):
                 module.enable_slicing()
         elif not recipe.data.encodes_prompts:
-            use, held = "not loaded: prepared prompts", 0
+            use, held = f"not loaded: prepared {what}", 0
         found.append(Component(name, name != "vae", sum(p.numel() for p in module.parameters()), held, use))
     return tuple(found)
 
@@ -279,6 +281,7 @@ def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Compone
         shapes = {
             k: tuple(v.shape[1:]) for k, v in backbone.encode_prompts([*prompts, backbone.negative_prompt]).items()
         }
+    shapes |= backbone.image_shapes()
     return lambda count: Conditioning({k: empty(count, *s, dtype=backbone.dtype) for k, s in shapes.items()})
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.batch import Conditioning
 from fastgen.config.stored import to_dict
-from fastgen.data.base import Samples, SampleSource, encode_picture
+from fastgen.data.base import Samples, SampleSource, encode_given_picture, encode_picture
 from fastgen.data.files import sealed
 from fastgen.data.pair_sampling import sample_pairs
 from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import (
     ENCODER_FILES,
     FORMAT,
+    IMAGE_FILES,
     MANIFEST,
     TABLES,
     TEACHER_FILES,
@@ -69,6 +71,14 @@ def prepare(
             "data.name: prepare needs a source with random access to its rows: prompts, images, "
             "webdataset, or hub with streaming: false"
         )
+    if config.encodes_together:
+        raise ValueError(
+            f"backbone.name: {config.name} encodes every prompt together with its image, and prepare stores prompts "
+            "by themselves; train on the data as they are"
+        )
+    given = source.fills(config)
+    if config.takes_image and "images" not in given:
+        raise ValueError(f"data.name: backbone {config.name} makes its samples from images; choose data with pictures")
     pairs = pairs or getattr(source, "pairs", None)
     known = begun(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +100,8 @@ def prepare(
         "pairs": None if pairs is None else to_dict(pairs),
         "samples_sha256": hashlib.sha256(prompt_lines(prompts) + sample_rows(samples, prompts)).hexdigest(),
     }
+    if config.takes_image:
+        manifest |= {"num_images": samples.num_pictures, "only_images": "latents" not in given}
     if known is not None:
         check_settings(folder, known, manifest)
     manifest["source_stamps"] = stamps(config, pairs is not None)
@@ -98,9 +110,12 @@ def prepare(
 
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / MANIFEST, dump(manifest))
-    count = len(prompts) + samples.num_pictures + (pairs.count if pairs else 0)
+    kinds = ["images"] * config.takes_image + ["latents"] * (not manifest.get("only_images"))
+    count = len(prompts) + samples.num_pictures * len(kinds) + (pairs.count if pairs else 0)
     with progress_bar(count, "preparing", "row") as bar:
         files = plan(backbone, samples, prompts, getattr(torch, dtype), shard_size, manifest["lengths"], bar)
+        for kind in kinds:
+            files |= plan_pictures(kind, backbone, samples, getattr(torch, dtype), shard_size, bar)
         if pairs is not None:
             backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)  # pairs are made after them
             files |= plan_pairs(backbone, samples, pairs, getattr(torch, dtype), shard_size, bar)
@@ -128,7 +143,7 @@ def plan(
     lengths: dict[str, int],
     bar: Any,
 ) -> dict[str, tuple[int, Make]]:
-    """Every file of the folder: name -> its number of rows, and the function that makes its bytes."""
+    """The files of prompts and samples: name -> its number of rows, and the function that makes its bytes."""
     files: dict[str, tuple[int, Make]] = {
         "prompts.jsonl": (len(prompts), partial(prompt_lines, prompts)),
         "samples.safetensors": (len(samples.prompts), partial(sample_rows, samples, prompts)),
@@ -136,9 +151,18 @@ def plan(
     for i, rows in enumerate(spans(len(prompts), shard_size)):
         make = partial(encode_prompts, backbone, prompts[rows.start : rows.stop], dtype, lengths, bar)
         files[shard_name("prompts", i)] = (len(rows), make)
-    for i, rows in enumerate(spans(samples.num_pictures, shard_size)):
-        files[shard_name("latents", i)] = (len(rows), partial(encode_pictures, backbone, samples, rows, dtype, bar))
     return files
+
+
+def plan_pictures(
+    kind: str, backbone: PipelineBackbone, samples: Samples, dtype: torch.dtype, shard_size: int, bar: Any
+) -> dict[str, tuple[int, Make]]:
+    """The files of the pictures, as in `plan`. kind: "latents", or "images" for what networks are told of them."""
+    encode = {"latents": encode_pictures, "images": encode_given_pictures}[kind]
+    spanned = enumerate(spans(samples.num_pictures, shard_size))
+    return {
+        shard_name(kind, i): (len(rows), partial(encode, backbone, samples, rows, dtype, bar)) for i, rows in spanned
+    }
 
 
 def plan_pairs(
@@ -147,11 +171,19 @@ def plan_pairs(
     """The files of the ODE pairs, as in `plan`. Raises ValueError if the teacher's own sampler draws noise."""
     if backbone.teacher_policy(pairs.steps).transition != "ode":
         raise ValueError("pairs need the teacher's ODE, but its own scheduler is stochastic; use another pipeline")
-    prompts = [samples.prompts[i] for i in pairs.samples(len(samples.prompts)).tolist()]
+    sample_of = pairs.samples(len(samples.prompts))
+    prompts = [samples.prompts[i] for i in sample_of.tolist()]
     teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded only if needed
 
+    def images(rows: range) -> Conditioning | None:
+        if not backbone.takes_image:
+            return None
+        assert samples.pictures is not None and samples.read is not None
+        pictures = samples.pictures[sample_of[list(rows)]].tolist()
+        return Conditioning.cat([encode_given_picture(backbone, samples.read(i)) for i in pictures])
+
     def make(rows: range) -> bytes:
-        return packed({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar).to(dtype)})
+        return packed({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar, images).to(dtype)})
 
     spanned = enumerate(spans(pairs.count, shard_size))
     return {shard_name("pairs", i): (len(rows), partial(make, rows)) for i, rows in spanned}
@@ -181,7 +213,8 @@ def stamps(config: PipelineConfig, pairs: bool) -> dict[str, list[int]]:
     folder = config.local_folder()
     if folder is None:
         return {}
-    patterns = (*ENCODER_FILES, *VAE_FILES, *(TEACHER_FILES if pairs else ()))
+    patterns = (*ENCODER_FILES, *VAE_FILES, *(IMAGE_FILES if config.takes_image else ()))
+    patterns += TEACHER_FILES if pairs else ()
     return {name: stamp(folder / name) for name in source_files(folder, patterns)}
 
 
@@ -240,6 +273,18 @@ def encode_pictures(
         latents.append(encode_picture(backbone, samples.read(picture)).to(dtype))
         bar.update()
     return packed({"latents": torch.stack(latents)})
+
+
+def encode_given_pictures(
+    backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
+) -> bytes:
+    """What networks are told of the pictures of one shard: the rows of `Backbone.encode_images`."""
+    assert samples.read is not None
+    rows = []
+    for picture in pictures:
+        rows.append(encode_given_picture(backbone, samples.read(picture)).to(dtype))
+        bar.update()
+    return packed(Conditioning.cat(rows))
 
 
 def spans(count: int, size: int) -> list[range]:

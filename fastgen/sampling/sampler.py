@@ -79,18 +79,24 @@ class Sampler:
         return evaluations * (1 if self.guidance_scale == 1 else 2)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], images: Conditioning | None = None) -> Tensor:
         """The samples, decoded by the backbone, float32, on the CPU: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in
-        [0, 1], or points [B, D]. A sample depends on its prompt and seed alone, up to the rounding of batched
-        kernels."""
-        return self.backbone.decode(self.latents(prompts, seeds)).float().cpu()
+        [0, 1], or points [B, D]. A sample depends on its prompt, seed and image alone, up to the rounding of batched
+        kernels. images: rows of `Backbone.encode_images`, one for each prompt, if the backbone takes images."""
+        return self.backbone.decode(self.latents(prompts, seeds, images=images)).float().cpu()
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], key: int | str = "sample") -> Tensor:
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        key: int | str = "sample",
+        images: Conditioning | None = None,
+    ) -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
         noise."""
         backbone = self.backbone
-        cond, uncond = backbone.encode_both(prompts)
+        cond, uncond = backbone.encode_both(prompts, images)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
         draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
