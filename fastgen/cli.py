@@ -148,8 +148,9 @@ def prepare(
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again to continue {output}", file=sys.stderr)
         raise typer.Exit(130) from None
+    kind = "images" if manifest.get("only_images") else "latents"
     counts = (
-        f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} latents"
+        f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} {kind}"
     )
     if manifest["pairs"]:
         counts += f" and {manifest['pairs']['count']} pairs"
