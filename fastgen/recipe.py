@@ -50,11 +50,13 @@ class TrainConfig:
 
     strategy: how several processes share the work. ddp: each process holds every network; fsdp: networks are sharded
     (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
-    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process)."""
+    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process).
+    prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are."""
 
     steps: int = Field(ge=1, le=MOST_UPDATES)
     batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
     accumulate: int = Field(default=1, ge=1, le=MOST_STEPS)  # micro-batches per inner update
+    prefetch: int = Field(default=1, ge=0, le=MOST_STEPS)
     mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
     frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype

@@ -192,7 +192,8 @@ class WanI2V(Wan):
             latents = torch.cat([mask, latents], dim=2)
         row = {"image_latents": latents.to(self.dtype)}
         if self.network_config["image_dim"] is not None:
-            network, prepare = self.image_encoder
+            with self.vae_lock:  # against loading the encoder twice
+                network, prepare = self.image_encoder
             given = prepare(images=to_picture(pixels), return_tensors="pt").to(self.device, self.dtype)
             row["image_embeds"] = network(**given, output_hidden_states=True).hidden_states[-2]
         return Conditioning(row)

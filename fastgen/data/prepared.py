@@ -119,11 +119,11 @@ class PreparedStream(SampleStream):
         super().__init__(samples, backbone, key, pairs)
         self._stored = stored
 
-    def latent(self, picture: int) -> Tensor:
-        return self._stored["latents"].read([picture])["latents"][0]
+    def picture_latents(self, pictures: list[int]) -> list[Tensor]:
+        return list(self._stored["latents"].read(pictures)["latents"])
 
-    def image(self, picture: int) -> Conditioning:
-        return self._stored["images"].read([picture]).to(self._backbone.dtype)
+    def picture_images(self, pictures: list[int]) -> list[Conditioning]:
+        return [self._stored["images"].read(pictures).to(self._backbone.dtype)]
 
 
 class PreparedPrompts:

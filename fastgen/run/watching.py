@@ -139,10 +139,7 @@ def fixed_latents(run: TrainingRun, sampler: Sampler, count: int) -> Tensor:
     size = run.recipe.train.batch_size
     chunks = [range(i, min(i + size, count)) for i in range(0, count, size)]
     return torch.cat(
-        [
-            sampler.latents([run.prompts[i] for i in chunk], chunk, images=run.stream.images(torch.tensor(chunk)))
-            for chunk in chunks
-        ]
+        [sampler.latents([run.prompts[i] for i in chunk], chunk, images=run.first_images(chunk)) for chunk in chunks]
     )
 
 
@@ -150,7 +147,7 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
     """Saves a picture, or a picture and a video, of the data stream's first prompts with seeds 0, 1, 2, ..."""
     points = sampler.backbone.output == "points"
     count = len(run.prompts) if points else run.recipe.train.num_samples
-    samples = sampler.sample(run.prompts[:count], range(count), run.stream.images(torch.arange(count)))
+    samples = sampler.sample(run.prompts[:count], range(count), run.first_images(range(count)))
     if not run.accelerator.is_main_process:
         return
     path.parent.mkdir(exist_ok=True)
