@@ -22,6 +22,7 @@ BACKBONES: dict[str, str] = {
     "flux": "fastgen.backbones.flux:FluxConfig",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
+    "qwen_image_edit": "fastgen.backbones.qwen_image_edit:QwenImageEditConfig",
     "sana": "fastgen.backbones.sana:SanaConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
@@ -29,7 +30,7 @@ BACKBONES: dict[str, str] = {
     "wan_i2v": "fastgen.backbones.wan_i2v:WanI2VConfig",
 }
 # the backbones whose `path` is a diffusers pipeline
-PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan", "wan_i2v")
+PIPELINES = ("flux", "qwen_image", "qwen_image_edit", "sana", "sd", "sd3", "wan", "wan_i2v")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.wan_i2v import WanI2V, WanI2VConfig, to_picture
+from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.wan_i2v import WanI2V, WanI2VConfig
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
@@ -296,3 +297,4 @@ def test_pictures_are_8_bit_for_the_image_encoder() -> None:
     pixels = torch.rand(3, 4, 6)
     image = to_picture(pixels)
     assert isinstance(image, Image.Image) and image.size == (6, 4)
+    assert to_picture((pixels * 255).round().to(torch.uint8)).tobytes() == image.tobytes()

@@ -10,7 +10,13 @@ from typing import Any
 
 from fastgen.registry import nearest, shipped
 
-WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")  # components without weights
+WEIGHTLESS = (
+    "scheduler",
+    "tokenizer",
+    "feature_extractor",
+    "image_processor",
+    "processor",
+)  # components without weights
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the stock pipelines do without
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # library -> how its weight files begin
 VARIANTS = (None, "fp16")  # in the order in which they are taken

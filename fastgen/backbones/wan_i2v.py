@@ -10,15 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import check_weights, read_index, read_json, weight_files
+from fastgen.backbones.given_image import to_picture
 from fastgen.backbones.pipeline import read_component
 from fastgen.backbones.wan import Wan, WanConfig
 from fastgen.backbones.wan_network import WanDenoiser
@@ -213,9 +212,3 @@ class WanI2V(Wan):
             tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
             shapes["image_embeds"] = (tokens, clip["hidden_size"])
         return shapes
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] as an 8-bit picture, which is what the processors of image encoders take."""
-    values = (pixels.permute(1, 2, 0).clamp(0, 1) * 255).round()
-    return Image.fromarray(values.to("cpu", torch.uint8).numpy().astype(np.uint8))
