@@ -146,6 +146,11 @@ def shipped(path: str | Path) -> Path:
     return root / path
 
 
+def here_or_shipped(path: str | Path) -> Path:
+    """The path, if something is there, and else its place among the files that ship with fastgen."""
+    return Path(path) if Path(path).exists() else shipped(path)
+
+
 def check_name(section: str, value: Any, names: Mapping[str, str]) -> None:
     """Refuses a section without a name, or with one that is neither in its table nor an import path."""
     if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):

@@ -211,11 +211,15 @@ COUNTS = {
     "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
     "black-forest-labs/FLUX.1-schnell": {"transformer": 11_891_178_560},
     "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Qwen/Qwen-Image-Edit": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
     "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656},
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": {"transformer": 16_394_878_784, "image_encoder": 630_766_080},
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {"transformer": 14_288_901_184, "transformer_2": 14_288_901_184},
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584},
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {"transformer": 4_999_787_712, "vae": 704_688_668},
 }
 
 

@@ -17,13 +17,15 @@ from fastgen.batch import Conditioning
 from fastgen.data.base import DataError, Samples, SampleSource
 from fastgen.data.pictures import IMAGE_SUFFIXES, PictureError, image_files, picture_size, read_picture
 from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, read_text
+from fastgen.registry import here_or_shipped
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ImageData(SampleSource):
-    """A folder of images (png, jpg, jpeg, webp) with captions. Either each image has its caption in a .txt file of the
+    """A folder of images (png, jpg, jpeg, webp) with captions; one that is not there is looked for among the files
+    that ship with fastgen. Either each image has its caption in a .txt file of the
     same name, or the folder has one metadata.csv, .jsonl or .parquet with the column `file_name` and a caption column,
     in the layout of `datasets`.
 
@@ -60,7 +62,7 @@ class ImageData(SampleSource):
 
     def read(self) -> tuple[list[Path], list[str]]:
         """The image files and their captions. Raises ValueError if either are missing."""
-        folder = Path(self.folder)
+        folder = here_or_shipped(self.folder)
         tables = [folder / name for name in METADATA if (folder / name).is_file()]
         if len(tables) > 1:
             raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
