@@ -28,9 +28,10 @@ BACKBONES: dict[str, str] = {
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
     "wan_i2v": "fastgen.backbones.wan_i2v:WanI2VConfig",
+    "wan_vace": "fastgen.backbones.wan_vace:WanVACEConfig",
 }
 # the backbones whose `path` is a diffusers pipeline
-PIPELINES = ("flux", "qwen_image", "qwen_image_edit", "sana", "sd", "sd3", "wan", "wan_i2v")
+PIPELINES = ("flux", "qwen_image", "qwen_image_edit", "sana", "sd", "sd3", "wan", "wan_i2v", "wan_vace")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanVACEPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from PIL import Image
 from tiny_wan import tiny_wan
@@ -17,7 +17,8 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.given_image import to_picture
-from fastgen.backbones.wan_i2v import WanI2V, WanI2VConfig
+from fastgen.backbones.wan_i2v import WanI2VConfig
+from fastgen.backbones.wan_vace import WanVACE, WanVACEConfig
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
@@ -39,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def backbones(folders: dict[str, Path]) -> dict[str, WanI2V]:
+def backbones(folders: dict[str, Path]) -> dict[str, Any]:
     return {kind: open_i2v(folder, kind, negative_prompt=NEGATIVE) for kind, folder in folders.items()}
 
 
@@ -49,45 +50,55 @@ def size_of(kind: str) -> dict[str, int]:
     return {"height": unit, "width": 2 * unit, "num_frames": 5, "max_sequence_length": 16}
 
 
-def open_i2v(folder: Path, kind: str, roles: RoleOptions | None = None, **changes: Any) -> WanI2V:
-    config = WanI2VConfig(path=str(folder), **(size_of(kind) | changes))
+def open_i2v(folder: Path, kind: str, roles: RoleOptions | None = None, **changes: Any) -> Any:
+    config = (WanVACEConfig if kind == "vace" else WanI2VConfig)(path=str(folder), **(size_of(kind) | changes))
     config.check()
     return config.build(CPU, torch.float32, 0, *([roles] if roles else []))
 
 
-def pictures(backbone: WanI2V) -> Tensor:
+def pictures(backbone: Any) -> Tensor:
     """Two 8-bit pictures [2, 3, H, W]."""
     high, wide = backbone.picture_size
     draw = noise.uniform(torch.arange(2), (3, high, wide), 7, torch.float32)
     return (draw * 255).round() / 255
 
 
-def draws(backbone: WanI2V, name: str) -> Tensor:
+def draws(backbone: Any, name: str) -> Tensor:
     return noise.normal(torch.tensor(SEEDS), backbone.latent_shape, noise.make_key("sample", name)).transpose(1, 2)
 
 
 @cache
-def stock(folder: Path) -> WanImageToVideoPipeline:
-    return WanImageToVideoPipeline.from_pretrained(folder)
+def stock(folder: Path, vace: bool) -> Any:
+    return (WanVACEPipeline if vace else WanImageToVideoPipeline).from_pretrained(folder)
 
 
-def plain_frames(folder: Path, backbone: WanI2V, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
+def given(pixels: Tensor, vace: bool) -> dict[str, Any]:
+    """The picture as an argument of the stock call; VACE is given it as a video with a mask."""
+    picture = to_picture(pixels)
+    if not vace:
+        return {"image": picture}
+    grey, black, white = (Image.new("RGB", picture.size, (level,) * 3) for level in (128, 0, 255))
+    return {"video": [picture, *[grey] * 4], "mask": [black, *[white] * 4]}
+
+
+def plain_frames(folder: Path, backbone: Any, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
     """What a user's own calls give for our initial noise, one for each image as the stock pipeline takes them; and the
     levels at which the first call asked its networks."""
-    pipeline = stock(folder)
+    vace = isinstance(backbone, WanVACE)
+    pipeline = stock(folder, vace)
     pipeline.set_progress_bar_config(disable=True)
     visited: list[float] = []
     hooks = [
         network.register_forward_pre_hook(
-            lambda _m, _a, given: visited.append(float(given["timestep"].max()) / 1000), with_kwargs=True
+            lambda _m, _a, called: visited.append(float(called["timestep"].max()) / 1000), with_kwargs=True
         )
         for network in (pipeline.transformer, pipeline.transformer_2)
         if network is not None
     ]
-    size, videos = size_of("first frame" if backbone.first_frame else "clip"), []
+    size, videos = size_of("first frame" if not vace and backbone.first_frame else "clip"), []
     for i, pixels in enumerate(pictures(backbone)):
         out = pipeline(
-            image=to_picture(pixels),
+            **given(pixels, vace),
             prompt=PROMPTS[i],
             num_inference_steps=steps,
             latents=draws(backbone, "initial")[i : i + 1],
@@ -102,7 +113,7 @@ def plain_frames(folder: Path, backbone: WanI2V, steps: int, **call: Any) -> tup
 @pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 4.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_frames(
-    folders: dict[str, Path], backbones: dict[str, WanI2V], kind: str, steps: int, scale: float
+    folders: dict[str, Path], backbones: dict[str, Any], kind: str, steps: int, scale: float
 ) -> None:
     backbone = backbones[kind]
     images = backbone.encode_images(list(pictures(backbone)))
@@ -118,7 +129,7 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_frames(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_frames_depend_on_the_image_and_the_prompt(backbones: dict[str, WanI2V], kind: str) -> None:
+def test_the_frames_depend_on_the_image_and_the_prompt(backbones: dict[str, Any], kind: str) -> None:
     backbone = backbones[kind]
     sampler, images = teacher_sampler(backbone, 2, 1.0), backbone.encode_images(list(pictures(backbone)))
     first = sampler.latents(PROMPTS[:1], [3], images=images.select(slice(0, 1)))
@@ -135,7 +146,7 @@ def test_the_frames_depend_on_the_image_and_the_prompt(backbones: dict[str, WanI
 @pytest.mark.parametrize("policy", [RolloutPolicy((1.0, 0.9375, 5 / 6, 0.625)), RolloutPolicy((1.0, 0.7), "ode")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_gives_the_same_frames_in_plain_diffusers(
-    backbones: dict[str, WanI2V], tmp_path: Path, kind: str, policy: RolloutPolicy, monkeypatch: pytest.MonkeyPatch
+    backbones: dict[str, Any], tmp_path: Path, kind: str, policy: RolloutPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = backbones[kind]
     backbone.config.check_export(policy)
@@ -145,7 +156,7 @@ def test_an_export_gives_the_same_frames_in_plain_diffusers(
             p.mul_(1 + 0.02 * ((i % 5) - 2))
     backbone.save_pipeline(student, policy, tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == "WanImageToVideoPipeline"
+    assert index["_class_name"] == ("WanVACEPipeline" if kind == "vace" else "WanImageToVideoPipeline")
     images = backbone.encode_images(list(pictures(backbone)))
     ours = Sampler(backbone, student, policy).sample(PROMPTS, SEEDS, images)
     again = open_i2v(tmp_path, kind)
@@ -195,7 +206,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_exported_as_plain_diffusers_reads_it(
-    folders: dict[str, Path], backbones: dict[str, WanI2V], tmp_path: Path, kind: str
+    folders: dict[str, Path], backbones: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     backbone = open_i2v(folders[kind], kind, RoleOptions({"student": LoraConfig(4)}))
     student, policy = backbone.load("student"), RolloutPolicy((1.0, 0.7), "ode")
@@ -212,7 +223,7 @@ def test_an_adapter_is_exported_as_plain_diffusers_reads_it(
     assert float((ours - plain).abs().max()) > 1e-3
 
 
-def test_the_first_frame_is_given_at_every_level(backbones: dict[str, WanI2V]) -> None:
+def test_the_first_frame_is_given_at_every_level(backbones: dict[str, Any]) -> None:
     """TI2V: the prediction there is the given frame, the network does not read x_t there, and no gradient comes."""
     backbone = backbones["first frame"]
     cond, _ = backbone.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
@@ -229,7 +240,7 @@ def test_the_first_frame_is_given_at_every_level(backbones: dict[str, WanI2V]) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_added_inputs_change_nothing_at_first(backbones: dict[str, WanI2V], kind: str) -> None:
+def test_added_inputs_change_nothing_at_first(backbones: dict[str, Any], kind: str) -> None:
     backbone = backbones[kind]
     cond, _ = backbone.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
     student, t = backbone.load("student"), torch.tensor([0.95, 0.2])
@@ -245,7 +256,7 @@ def test_added_inputs_change_nothing_at_first(backbones: dict[str, WanI2V], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_are_known_without_weights(backbones: dict[str, WanI2V], kind: str) -> None:
+def test_sizes_are_known_without_weights(backbones: dict[str, Any], kind: str) -> None:
     backbone = backbones[kind]
     images = backbone.encode_images(list(pictures(backbone)))
     assert {key: tuple(value.shape[1:]) for key, value in images.items()} == backbone.image_shapes()
@@ -253,11 +264,12 @@ def test_sizes_are_known_without_weights(backbones: dict[str, WanI2V], kind: str
     assert backbone.encode(frames).shape[1:] == backbone.latent_shape
     latents = backbone.encode(frames)
     frames[:, 1:] = torch.rand_like(frames[:, 1:])  # the latents of the first frame are those of the image alone
-    given = backbone.encode_image(frames[0, 0])["image_latents"][:, :1, -4:]
-    assert torch.allclose(given, latents[:, :1], atol=1e-5)
+    row = backbone.encode_image(frames[0, 0])["image_latents"][:, :1]
+    row = row[:, :, :4] if kind == "vace" else row[:, :, -4:]
+    assert torch.allclose(row, latents[:, :1], atol=1e-5)
 
 
-def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, WanI2V], tmp_path: Path) -> None:
+def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backbone wan does"):
         open_i2v(tiny_wan(tmp_path / "wan"), "clip")
     backbone = backbones["clip"]

@@ -10,12 +10,14 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from tiny_wan import CHANNELS, TEXT_WIDTH, autoencoder, t5_tokenizer, umt5_encoder
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 IMAGE_WIDTH = 8
-KINDS = ("clip", "experts", "first frame")  # Wan 2.1 I2V, Wan 2.2 I2V A14B and Wan 2.2 TI2V 5B
+KINDS = ("clip", "experts", "first frame", "vace")  # Wan 2.1 I2V, Wan 2.2 I2V A14B, Wan 2.2 TI2V 5B and VACE
 
 
 def tiny_wan_i2v(folder: Path, kind: str, seed: int = 0, boundary: float = 0.9) -> Path:
@@ -30,8 +32,10 @@ def tiny_wan_i2v(folder: Path, kind: str, seed: int = 0, boundary: float = 0.9) 
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
             "transformer": image_transformer(CHANNELS if first else 2 * CHANNELS + 4, kind == "clip"),
         }
-        if first:
-            pipeline: Any = WanPipeline(**parts, expand_timesteps=True)
+        if kind == "vace":
+            pipeline: Any = WanVACEPipeline(**parts | {"transformer": vace_transformer()})
+        elif first:
+            pipeline = WanPipeline(**parts, expand_timesteps=True)
         elif kind == "experts":
             parts["transformer_2"] = image_transformer(2 * CHANNELS + 4, False)
             pipeline = WanImageToVideoPipeline(**parts, boundary_ratio=boundary)
@@ -61,6 +65,29 @@ def image_transformer(channels: int, told: bool) -> WanTransformer3DModel:
         network.proj_out.weight.mul_(3)
         for block in network.blocks:
             block.attn2.to_out[0].weight.mul_(10)
+    return network
+
+
+def vace_transformer() -> WanVACETransformer3DModel:
+    """Its output is made as large as a velocity, and its text and control matter."""
+    network = WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        vace_layers=[0, 1],
+        vace_in_channels=2 * CHANNELS + 64,
+    ).eval()
+    with torch.no_grad():
+        network.proj_out.weight.mul_(3)
+        for block in network.blocks:
+            block.attn2.to_out[0].weight.mul_(10)
+        for block in network.vace_blocks:
+            block.proj_out.weight.normal_(std=0.3)
     return network
 
 

@@ -32,12 +32,26 @@ LOWEST = 1e-4  # the level below which no prediction is divided by it
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class WanI2VConfig(WanConfig):
+class GivenFrameConfig(WanConfig):
+    """What Wan pipelines that are given a first picture have in common."""
+
+    takes_image: ClassVar[bool] = True
+
+    def check_export(self, policy: RolloutPolicy) -> None:
+        if policy.inputs:
+            raise ValueError(f"a student of backbone {self.name} cannot be exported with inputs {policy.inputs}")
+        super().check_export(policy)
+
+    def check_chunks(self, policy: RolloutPolicy) -> None:
+        raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class WanI2VConfig(GivenFrameConfig):
     """The keys are those of `wan`. path: a WanImageToVideoPipeline; or TI2V 5B, which is stored as a WanPipeline."""
 
     name: Literal["wan_i2v"] = "wan_i2v"  # type: ignore[assignment]
 
-    takes_image: ClassVar[bool] = True
     pipelines: ClassVar[tuple[str, ...]] = (PIPELINE,)
 
     def read_family_index(self, folder: Path) -> dict[str, Any]:
@@ -59,14 +73,6 @@ class WanI2VConfig(WanConfig):
                     raise ValueError(f"path: {folder} has no {name}, and its network is told of images by one")
             for path in weight_files(folder / "image_encoder", "transformers"):
                 check_weights(path)
-
-    def check_export(self, policy: RolloutPolicy) -> None:
-        if policy.inputs:
-            raise ValueError(f"an image-to-video student cannot be exported with inputs {policy.inputs}")
-        super().check_export(policy)
-
-    def check_chunks(self, policy: RolloutPolicy) -> None:
-        raise ValueError("backbone wan_i2v has no causal student; leave out rollout.chunks")
 
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
@@ -134,7 +140,15 @@ class WanTI2VDenoiser(WanDenoiser):
         return (tokens * mask).flatten(1)
 
 
-class WanI2V(Wan):
+class GivenFrame(Wan):
+    """A Wan pipeline that is given the first picture, in the size of its videos."""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.config.height, self.config.width
+
+
+class WanI2V(GivenFrame):
     """The backbone of recipes with `backbone: {name: wan_i2v, path: ...}`."""
 
     config: WanI2VConfig
@@ -158,15 +172,10 @@ class WanI2V(Wan):
     def call(self) -> str:  # type: ignore[override]
         size = f"({self.config.width}, {self.config.height})"
         lines = super().call.replace('"a prompt", ', 'image, "a prompt", ')
-        return f"from diffusers.utils import load_image\n{lines}".replace(
-            "\nvideo =", f'\nimage = load_image("picture.png").resize({size})\nvideo ='
-        )
+        given = f'image = load_image("picture.png").resize({size})'
+        return "from diffusers.utils import load_image\n" + lines.replace("\nvideo =", f"\n{given}\nvideo =")
 
     # --- the given image
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        return self.config.height, self.config.width
 
     @cached_property
     def image_encoder(self) -> tuple[Any, Any]:
