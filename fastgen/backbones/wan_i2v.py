@@ -19,31 +19,12 @@ from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import check_weights, read_index, read_json, weight_files
 from fastgen.backbones.given_image import to_picture
 from fastgen.backbones.pipeline import read_component
-from fastgen.backbones.wan import Wan, WanConfig
-from fastgen.backbones.wan_network import WanDenoiser
+from fastgen.backbones.wan_given import GivenFrame, GivenFrameConfig
+from fastgen.backbones.wan_network import WanDenoiser, WanI2VDenoiser, WanTI2VDenoiser
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Inputs
 from fastgen.modules.sharding import WeightsError
-from fastgen.rollout import RolloutPolicy
-from fastgen.schedule import expand
 
 PIPELINE = "WanImageToVideoPipeline"
-LOWEST = 1e-4  # the level below which no prediction is divided by it
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class GivenFrameConfig(WanConfig):
-    """What Wan pipelines that are given a first picture have in common."""
-
-    takes_image: ClassVar[bool] = True
-
-    def check_export(self, policy: RolloutPolicy) -> None:
-        if policy.inputs:
-            raise ValueError(f"a student of backbone {self.name} cannot be exported with inputs {policy.inputs}")
-        super().check_export(policy)
-
-    def check_chunks(self, policy: RolloutPolicy) -> None:
-        raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -96,56 +77,6 @@ def check_network(network: Mapping[str, Any], vae: Mapping[str, Any], first_fram
         )
     if network.get("pos_embed_seq_len") is not None:
         raise ValueError("path: its transformer takes a first and a last image, and fastgen gives only a first one")
-
-
-class WanI2VDenoiser(WanDenoiser):
-    """A WanTransformer3DModel that is given a second video along the channels: cond["image_latents"] is
-    [B, F, 4 + C, H, W], a mask and the latents."""
-
-    takes_chunks = False
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        x = torch.cat([x_t, cond["image_latents"].to(x_t.dtype)], dim=2)
-        return self.call_stock(x.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
-
-
-class WanTI2VDenoiser(WanDenoiser):
-    """A WanTransformer3DModel that is given the first latent frame: cond["image_latents"] is [B, 1, C, H, W].
-
-    The network sees it clean, at level 0, whatever x_t holds there. What it says of this frame is not used: the
-    prediction there is the velocity that leads to the given latents z,
-
-        v = (x_t - z) / t,   so that x0 = x_t - t v = z                                             (derived)
-
-    The stock pipeline instead puts z there before every call and at the end, which gives the same videos. All roles
-    agree in this frame, so it has no part in differences of scores, and no gradient."""
-
-    takes_chunks = False
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        given = cond["image_latents"].to(x_t.dtype)
-        x = torch.cat([given, x_t[:, 1:]], dim=1).transpose(1, 2)
-        out = self.call_stock(x, self.token_times(x, self.timestep(t, inputs)), cond).transpose(1, 2)
-        first = (x_t[:, :1] - given) / expand(t.clamp_min(LOWEST), x_t)
-        return torch.cat([first, out[:, 1:].to(first.dtype)], dim=1)
-
-    def token_times(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """[B, L], or [B, L (1 + n)] with n packed inputs: the timestep [B] or [B, 1 + n] of all tokens, 0 in the
-        first frame."""
-        _, high, wide = self.network.config.patch_size
-        frame = x.shape[-2] // high * (x.shape[-1] // wide)
-        tokens = timestep.unflatten(0, (-1, 1)).repeat_interleave(x.shape[2] * frame, dim=1)
-        mask = torch.ones_like(tokens)
-        (mask if mask.dim() == 2 else mask[..., 0])[:, :frame] = 0
-        return (tokens * mask).flatten(1)
-
-
-class GivenFrame(Wan):
-    """A Wan pipeline that is given the first picture, in the size of its videos."""
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        return self.config.height, self.config.width
 
 
 class WanI2V(GivenFrame):

@@ -1,4 +1,5 @@
-"""Wan's transformer behind the contract of a network: whole videos, or chunk by chunk as a causal network."""
+"""Wan's transformer behind the contract of a network: whole videos, chunk by chunk as a causal network, or videos
+whose first picture is given."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inputs import WanExtraInputs
-from fastgen.schedule import FlowSchedule
+from fastgen.schedule import FlowSchedule, expand
 from fastgen.streaming.causal_wan import make_causal, place_of, placed
+
+LOWEST = 1e-4  # the level below which no prediction is divided by it
 
 
 def by_frame(value: Tensor, frames: int) -> Tensor:
@@ -87,3 +90,45 @@ class WanDenoiser(Denoiser):
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
         return list(self.network.blocks)
+
+
+class WanI2VDenoiser(WanDenoiser):
+    """A WanTransformer3DModel that is given a second video along the channels: cond["image_latents"] is
+    [B, F, 4 + C, H, W], a mask and the latents."""
+
+    takes_chunks = False
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        x = torch.cat([x_t, cond["image_latents"].to(x_t.dtype)], dim=2)
+        return self.call_stock(x.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+
+
+class WanTI2VDenoiser(WanDenoiser):
+    """A WanTransformer3DModel that is given the first latent frame: cond["image_latents"] is [B, 1, C, H, W].
+
+    The network sees it clean, at level 0, whatever x_t holds there. What it says of this frame is not used: the
+    prediction there is the velocity that leads to the given latents z,
+
+        v = (x_t - z) / t,   so that x0 = x_t - t v = z                                             (derived)
+
+    The stock pipeline instead puts z there before every call and at the end, which gives the same videos. All roles
+    agree in this frame, so it has no part in differences of scores, and no gradient."""
+
+    takes_chunks = False
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        given = cond["image_latents"].to(x_t.dtype)
+        x = torch.cat([given, x_t[:, 1:]], dim=1).transpose(1, 2)
+        out = self.call_stock(x, self.token_times(x, self.timestep(t, inputs)), cond).transpose(1, 2)
+        first = (x_t[:, :1] - given) / expand(t.clamp_min(LOWEST), x_t)
+        return torch.cat([first, out[:, 1:].to(first.dtype)], dim=1)
+
+    def token_times(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """[B, L], or [B, L (1 + n)] with n packed inputs: the timestep [B] or [B, 1 + n] of all tokens, 0 in the
+        first frame."""
+        _, high, wide = self.network.config.patch_size
+        frame = x.shape[-2] // high * (x.shape[-1] // wide)
+        tokens = timestep.unflatten(0, (-1, 1)).repeat_interleave(x.shape[2] * frame, dim=1)
+        mask = torch.ones_like(tokens)
+        (mask if mask.dim() == 2 else mask[..., 0])[:, :frame] = 0
+        return (tokens * mask).flatten(1)

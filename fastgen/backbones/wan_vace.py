@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import read_json
-from fastgen.backbones.wan_i2v import GivenFrame, GivenFrameConfig
+from fastgen.backbones.wan_given import GivenFrame, GivenFrameConfig
 from fastgen.backbones.wan_network import WanDenoiser
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
