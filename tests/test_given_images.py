@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,22 @@ def test_a_batch_has_the_image_in_both_halves_of_its_conditioning(folder: Path, 
         assert torch.equal(batch.cond[key], wanted[key]) and torch.equal(batch.uncond[key], wanted[key])
     later = make_batch(recipe.data.open(backbone, 0), backbone, torch.arange(4, 6), 0, frozenset())
     assert torch.equal(later.cond["image_latents"], batch.cond["image_latents"][4:])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_gives_its_pictures_as_images(
+    folder: Path, pictures: Path, tmp_path: Path, streaming: bool
+) -> None:
+    files = sorted(pictures.glob("*.png"))
+    rows = {"prompt": [f.with_suffix(".txt").read_text() for f in files], "image": [str(f) for f in files]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    section = {"name": "hub", "path": str(tmp_path / "set"), "image_column": "image", "streaming": streaming}
+    recipe = recipe_of(folder, pictures, data=section)
+    backbone = build(recipe)
+    stream, positions = recipe.data.open(backbone, 0), torch.arange(3)
+    images = stream.images(positions)
+    chosen = [files[rows["prompt"].index(prompt)] for prompt in stream.prompts(positions)]
+    assert images is not None and torch.equal(images["image_latents"], encode_files(backbone, chosen)["image_latents"])
 
 
 def test_pictures_are_cropped_to_the_shape_of_the_videos(folder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -269,6 +269,18 @@ def test_sizes_are_known_without_weights(backbones: dict[str, Any], kind: str) -
     assert torch.allclose(row, latents[:, :1], atol=1e-5)
 
 
+def test_a_pipeline_that_can_do_both_takes_an_image_if_there_is_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """TI2V 5B is stored as a text-to-video pipeline; an adapter's card loads it as the one that takes an image."""
+    folder = folders["first frame"]
+    assert [load_sampler(folder, image=image).backbone.config.name for image in (False, True)] == ["wan", "wan_i2v"]
+    backbone = open_i2v(folder, "first frame", RoleOptions({"student": LoraConfig(4)}))
+    policy = RolloutPolicy((1.0, 0.7), "ode")
+    backbone.save_pipeline(backbone.load("student"), policy, tmp_path)
+    card = backbone.usage(policy, tmp_path, True)
+    assert "from diffusers import WanImageToVideoPipeline" in card
+    assert f'WanImageToVideoPipeline.from_pretrained("{folder}")' in card
+
+
 def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backbone wan does"):
         open_i2v(tiny_wan(tmp_path / "wan"), "clip")
@@ -278,6 +290,8 @@ def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, 
     plain = load_sampler(tmp_path / "wan").backbone
     with pytest.raises(ValueError, match="takes no images"):
         plain.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
+    with pytest.raises(ValueError, match="has no causal student"):
+        backbone.config.check_chunks(RolloutPolicy((1.0, 0.5)))
     with pytest.raises(ValueError, match="cannot be exported with inputs"):
         backbone.config.check_export(RolloutPolicy((1.0, 0.5), "ode", two_time=True))
 

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,10 +67,15 @@ class PipelineConfig(BackboneConfig):
         index = self.read_family_index(folder)
         check_components(folder, index, self.build(CPU, torch.float32, 0).needed_classes)
 
+    @classmethod
+    def loads(cls, index: Mapping[str, Any]) -> bool:
+        """Whether this family loads the pipeline with this model_index.json."""
+        return index["_class_name"] in cls.pipelines
+
     def read_family_index(self, folder: Path) -> dict[str, Any]:
         """model_index.json. Raises ValueError if it is that of another family."""
         index = read_index(folder)
-        if index["_class_name"] not in self.pipelines:
+        if not self.loads(index):
             expected = " or ".join(self.pipelines)
             raise ValueError(
                 f"path: {folder} holds a {index['_class_name']}; backbone {self.name} loads a {expected}"
@@ -188,6 +193,7 @@ class PipelineBackbone(Backbone):
     )  # attention and feed-forward layers, by diffusers' names
     subfolder: ClassVar[str] = "transformer"
     vae_class: ClassVar[str] = "AutoencoderKL"
+    loader: str = "DiffusionPipeline"  # the class of diffusers by which a user loads the original pipeline
     # how an export is called, for its model card
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
 image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]"""

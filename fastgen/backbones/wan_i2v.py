@@ -7,7 +7,6 @@ and the latents of the image followed by grey. The networks of Wan 2.1 are also 
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,9 +34,9 @@ class WanI2VConfig(GivenFrameConfig):
 
     pipelines: ClassVar[tuple[str, ...]] = (PIPELINE,)
 
-    def read_family_index(self, folder: Path) -> dict[str, Any]:
-        index = read_index(folder)
-        return index if takes_first_frame(index) else super().read_family_index(folder)
+    @classmethod
+    def loads(cls, index: Mapping[str, Any]) -> bool:
+        return super().loads(index) or takes_first_frame(index)
 
     def check(self) -> None:
         """Also raises ValueError for networks that take no image, or a last one as well, and for a folder without the
@@ -83,6 +82,7 @@ class WanI2V(GivenFrame):
     """The backbone of recipes with `backbone: {name: wan_i2v, path: ...}`."""
 
     config: WanI2VConfig
+    loader = PIPELINE  # TI2V 5B would load as the pipeline that makes videos from text alone
 
     @cached_property
     def components(self) -> dict[str, Any]:

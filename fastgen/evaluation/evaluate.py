@@ -294,10 +294,15 @@ def evaluate_path(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            image=config.images is not None,
             device=chosen,
             dtype=dtype,
         )
-        if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
+        if (
+            not own
+            and sampler.backbone.output == "pixels"
+            and {config.reference, config.prompts, config.images} == {None}
+        ):
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
         captions[name] = find_prompts(sampler, config, find_reference(sampler.backbone.output, config))

@@ -46,6 +46,7 @@ def sample_folder(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        image=bool(images),
         device=device,
     )
     kind = sampler.backbone.output

@@ -143,6 +143,7 @@ def load_sampler(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    image: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Sampler:
@@ -150,7 +151,8 @@ def load_sampler(
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
-    of steps. So does a negative prompt without guidance, and a folder that is none of these."""
+    of steps. So does a negative prompt without guidance, and a folder that is none of these. image: whether samples
+    are to be made from images, for a plain pipeline that can do both."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
@@ -171,7 +173,7 @@ def load_sampler(
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    config = dataclasses.replace(pipeline_config(folder), negative_prompt=negative_prompt or "")
+    config = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
     config.check()
     backbone = config.build(device, dtype, 0)
     steps, scale = backbone.stock_call
@@ -181,11 +183,12 @@ def load_sampler(
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
 
 
-def pipeline_config(folder: Path) -> PipelineConfig:
-    """The backbone section that loads this diffusers folder. Raises ValueError if no supported family does."""
-    class_name, known = read_index(folder)["_class_name"], list[str]()
-    for _, cls in family_configs():
-        if class_name in cls.pipelines:
-            return cls(path=str(folder))
-        known.extend(cls.pipelines)
-    raise ValueError(f"{folder} contains a {class_name}; supported are {', '.join(known)}")
+def pipeline_config(folder: Path, image: bool = False) -> PipelineConfig:
+    """The backbone section that loads this diffusers folder; if several can, the one that makes samples from images or
+    not, as `image` says. Raises ValueError if no supported family does."""
+    index, families = read_index(folder), [cls for _, cls in family_configs()]
+    fitting = sorted((cls for cls in families if cls.loads(index)), key=lambda cls: cls.takes_image != image)
+    if not fitting:
+        known = ", ".join(name for cls in families for name in cls.pipelines)
+        raise ValueError(f"{folder} contains a {index['_class_name']}; supported are {known}")
+    return fitting[0](path=str(folder))
