@@ -25,6 +25,8 @@ from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.demo import load_pair
+from fastgen.sampling.loading import load_adapter
 from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 
 PROMPTS = ["a cat runs", "a blue dog"]
@@ -279,9 +281,13 @@ def test_a_pipeline_that_can_do_both_takes_an_image_if_there_is_one(folders: dic
     card = backbone.usage(policy, tmp_path, True)
     assert "from diffusers import WanImageToVideoPipeline" in card
     assert f'WanImageToVideoPipeline.from_pretrained("{folder}")' in card
+    loaded = load_adapter(tmp_path, {"name": "wan_i2v", "path": str(folder)}, {})
+    assert type(loaded) is WanImageToVideoPipeline and loaded.get_active_adapters()
 
 
-def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, Any], tmp_path: Path) -> None:
+def test_what_takes_no_image_and_what_lacks_one_is_refused(
+    folders: dict[str, Path], backbones: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="backbone wan does"):
         open_i2v(tiny_wan(tmp_path / "wan"), "clip")
     backbone = backbones["clip"]
@@ -290,6 +296,8 @@ def test_what_takes_no_image_and_what_lacks_one_is_refused(backbones: dict[str, 
     plain = load_sampler(tmp_path / "wan").backbone
     with pytest.raises(ValueError, match="takes no images"):
         plain.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
+    with pytest.raises(ValueError, match="the demo does not"):
+        load_pair(folders["clip"])
     with pytest.raises(ValueError, match="has no causal student"):
         backbone.config.check_chunks(RolloutPolicy((1.0, 0.5)))
     with pytest.raises(ValueError, match="cannot be exported with inputs"):
