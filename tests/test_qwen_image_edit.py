@@ -20,10 +20,13 @@ from fastgen.backbones.flow_image import to_tokens
 from fastgen.backbones.given_image import to_picture
 from fastgen.backbones.qwen_image_edit import QwenImageEdit, QwenImageEditConfig
 from fastgen.batch import Batch, Conditioning
+from fastgen.config import build_recipe
+from fastgen.data import make_batch
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.rollout import RolloutPolicy
+from fastgen.run.prepare import prepare
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 PROMPTS = ["a red cat", "the green texture of two cats and a background"]
@@ -195,8 +198,38 @@ def test_a_prompt_in_a_batch_gives_what_it_gives_alone(backbone: QwenImageEdit) 
             assert torch.allclose(alone, together[i : i + 1], atol=1e-5)
 
 
-def test_prompts_without_an_image_and_other_pipelines_are_refused(backbone: QwenImageEdit) -> None:
+def test_prompts_without_an_image_and_other_pipelines_are_refused(backbone: QwenImageEdit, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="makes every sample from a given image"):
         backbone.encode_both(PROMPTS)
     with pytest.raises(ValueError, match="encodes a prompt together with its image"):
         backbone.encode_prompts(PROMPTS)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    with pytest.raises(ValueError, match="holds a QwenImageEditPlusPipeline"):
+        open_edit(tmp_path)
+
+
+def test_a_recipe_gets_its_pictures_and_is_not_prepared(folder: Path, tmp_path: Path) -> None:
+    for i, pixels in enumerate(pictures()):
+        to_picture(pixels).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(PROMPTS[i])
+    section = {"metrics": ["throughput"], "num_samples": 2, "quick_num_samples": 2, "images": str(tmp_path)}
+    recipe = build_recipe(
+        {
+            "output_dir": "unused",
+            "backbone": {"name": "qwen_image_edit", "path": str(folder), "resolution": 32, "max_sequence_length": 60},
+            "rollout": {"timesteps": [1.0, 0.5]},
+            "data": {"name": "images", "folder": str(tmp_path)},
+            "objective": {"name": "dmd2", "fake_updates": 1},
+            "optimizers": {"student": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
+            "train": {"steps": 1, "batch_size": 2},
+            "eval": section,
+        }
+    )
+    backbone: Any = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    batch = make_batch(recipe.data.open(backbone, 0), backbone, torch.arange(2), 0, frozenset())
+    for i, prompt in enumerate(batch.prompts):
+        alone, _ = backbone.encode_both([prompt], backbone.encode_images([pictures()[PROMPTS.index(prompt)]]))
+        for key in alone:
+            assert torch.equal(batch.cond[key][i : i + 1], alone[key])
+    with pytest.raises(ValueError, match="encodes every prompt together with its image"):
+        prepare(recipe, tmp_path / "prepared")

@@ -83,9 +83,8 @@ image = pipeline(
     def encode_with(self, prompt: str, pixels: Tensor) -> Conditioning:
         """One row, by the stock pipeline's own encoding."""
         length = self.config.max_sequence_length
-        with self.vae_lock:  # against loading the encoder twice
-            pipeline = self.text_pipeline
-        embeds, _ = pipeline.encode_prompt([prompt], to_picture(pixels), self.device)
+        with self.vae_lock:  # batches are made in another thread
+            embeds, _ = self.text_pipeline.encode_prompt([prompt], to_picture(pixels), self.device)
         embeds = embeds[:, :length]
         mask = torch.arange(length, device=embeds.device)[None] < embeds.shape[1]
         return Conditioning({"prompt_embeds": F.pad(embeds, (0, 0, 0, length - embeds.shape[1])), "prompt_mask": mask})

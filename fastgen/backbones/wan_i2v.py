@@ -130,12 +130,17 @@ class WanI2V(GivenFrame):
             mask[:, 0] = 1
             latents = torch.cat([mask, latents], dim=2)
         row = {"image_latents": latents.to(self.dtype)}
-        if self.network_config["image_dim"] is not None:
-            with self.vae_lock:  # against loading the encoder twice
+        if self.told_width is not None:
+            with self.vae_lock:  # batches are made in another thread
                 network, prepare = self.image_encoder
-            given = prepare(images=to_picture(pixels), return_tensors="pt").to(self.device, self.dtype)
-            row["image_embeds"] = network(**given, output_hidden_states=True).hidden_states[-2]
+                given = prepare(images=to_picture(pixels), return_tensors="pt").to(self.device, self.dtype)
+                row["image_embeds"] = network(**given, output_hidden_states=True).hidden_states[-2]
         return Conditioning(row)
+
+    @property
+    def told_width(self) -> int | None:
+        """That of CLIP's features; None for networks that are not told them."""
+        return self.network_config.get("image_dim")
 
     @property
     def mask_channels(self) -> int:
@@ -147,8 +152,8 @@ class WanI2V(GivenFrame):
         if self.first_frame:
             return {"image_latents": (1, channels, *size)}
         shapes: dict[str, tuple[int, ...]] = {"image_latents": (frames, self.mask_channels + channels, *size)}
-        if self.network_config["image_dim"] is not None:
-            clip = self.component_config("CLIPVisionModel", "image_encoder")
-            tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
-            shapes["image_embeds"] = (tokens, clip["hidden_size"])
+        if self.told_width is not None:
+            clip = self.component_config("CLIPVisionModel", "image_encoder")  # without values that are CLIP's defaults
+            tokens = (clip.get("image_size", 224) // clip.get("patch_size", 32)) ** 2 + 1
+            shapes["image_embeds"] = (tokens, self.told_width)
         return shapes
