@@ -50,7 +50,12 @@ class TrainConfig:
 
     strategy: how several processes share the work. ddp: each process holds every network; fsdp: networks are sharded
     (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
-    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process)."""
+    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process).
+    shard_group: for fsdp, how many processes share one copy of the networks (hybrid sharding); neighbours share one,
+    and gradients are averaged between copies. None: all processes share one copy.
+    reduce_gradients: for fsdp with accumulate > 1, when gradients are reduced to shards. update: in the last
+    micro-batch; until then each process holds whole gradients of the turn's roles. micro_batch: in each one, which
+    needs no memory and communicates `accumulate` times as much."""
 
     steps: int = Field(ge=1, le=MOST_UPDATES)
     batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
@@ -61,6 +66,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     num_processes: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    shard_group: int | None = Field(default=None, ge=2, le=MOST_STEPS)
+    reduce_gradients: Literal["update", "micro_batch"] = "update"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     log_every: int = Field(default=10, ge=1, le=MOST_UPDATES)

@@ -18,7 +18,7 @@ from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
-from fastgen.modules.sharding import local, own_slice
+from fastgen.modules.sharding import is_sharded, local, own_slice
 from fastgen.networks import Ema, Networks
 from fastgen.recipe import OptimizerConfig, Recipe
 from fastgen.registry import RecipeError
@@ -74,6 +74,13 @@ class TrainingRun:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @property
+    def sharded(self) -> list[nn.Module]:
+        """The modules that are sharded by themselves: roles, or the base that they share."""
+        shared = self.backbone.shared
+        whole = [*self.networks.values(), self.ema.module]
+        return [m for m in (whole if shared is None else [*whole, shared.denoiser]) if is_sharded(m)]
 
     @property
     def samples_here(self) -> bool:
@@ -149,7 +156,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     backbone = build_backbone(recipe, accelerator.device, deferred=strategy == "fsdp")
     built = build_networks(recipe, backbone)
     if strategy == "fsdp":
-        shard_roles(built.modules | {"average": built.average}, backbone, accelerator)
+        shard_roles(built.modules | {"average": built.average}, backbone, recipe, accelerator)
     else:
         for module in (*built.modules.values(), built.average):
             module.to(accelerator.device)
