@@ -107,7 +107,8 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[float]]:
 def blend(kept: Iterable[Tensor], given: Iterable[Tensor], decay: float) -> None:
     """kept <- decay kept + (1 - decay) given, in place, on local shards, which must match."""
     if mine := [local(p) for p in kept]:  # a module may have no parameters
-        torch._foreach_lerp_(mine, [local(p).detach() for p in given], 1 - decay)
+        others = [local(p).detach().to(own.device) for own, p in zip(mine, given, strict=True)]
+        torch._foreach_lerp_(mine, others, 1 - decay)
 
 
 @torch.no_grad()
@@ -137,3 +138,15 @@ class Ema:
 
     def move(self, module: nn.Module, decay: float) -> None:
         move(self.module, module, decay)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The average is on this device inside the context, to be sampled, and afterwards where it was."""
+        kept = next((p.device for p in self.module.parameters()), device)
+        try:
+            if kept != device:
+                self.module.to(device)
+            yield
+        finally:
+            if kept != device:
+                self.module.to(kept)

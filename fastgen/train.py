@@ -38,6 +38,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds, and 
     quiet_libraries()
     sys.exit(main())
 
+import contextlib
 import dataclasses
 import errno
 import signal
@@ -128,7 +129,8 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
         if not resumed:
             log.picture(0, "teacher", folder / TEACHER)
         with Interruption(says=accelerator.is_main_process) as interruption:
-            train_networks(run, folder, progress, log, interruption, moved, console)
+            with contextlib.closing(run.batches):
+                train_networks(run, folder, progress, log, interruption, moved, console)
             exported = export_student(run, folder, progress.step, console)
             ended = interruption.agreed(accelerator)
     if ended:
@@ -209,7 +211,8 @@ def train_networks(
                 bar.set_postfix(log.write(step, run.optimizers))
             if run.samples_here and due(step, config.sample_every, config.steps):
                 picture = folder / "samples" / f"step_{step:08d}.png"
-                show(run, run.student, picture)
+                with run.ema.on(run.accelerator.device):
+                    show(run, run.student, picture)
                 log.picture(step, "student", picture)
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)

@@ -256,3 +256,9 @@ def test_accelerates_own_flags_arrive(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([*program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "refused: train.mixed_precision is no, but the launcher was told bf16" in result.stderr
+
+
+def test_tf32_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    arguments = [*SMALL, "train.device=cpu", "train.tf32=true", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(RecipeError, match=r"train\.tf32 is a mode of GPUs"):
+        train(load_recipe(ROOT / DIGITS, arguments))

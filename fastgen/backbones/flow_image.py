@@ -87,13 +87,15 @@ class FlowImage(PipelineBackbone):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std."""
-        z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
+        with self.vae_lock:
+            z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
         mean, std = self.latent_moments()
         return (z - mean) / std
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        mean, std = self.latent_moments()
-        pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
+        with self.vae_lock:
+            mean, std = self.latent_moments()
+            pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
         return pixels.clamp(0, 1) if clamp else pixels
 
     def vae_encode(self, pixels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -201,6 +202,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             "local_files_only": folder is not None,
             "torch_dtype": dtype,
         }
+        self.vae_lock = threading.RLock()  # a VAE of videos remembers frames while it works
         self.prompts = PromptTable(
             lambda prompts: self.encode_chunk(prompts), lambda table: self.finish_table(table), device, dtype
         )

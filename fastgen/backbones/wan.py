@@ -222,8 +222,9 @@ class WanDenoiser(Denoiser):
         if inputs.streams:
             return x_t, t, inputs
         frames, height, width = self.network.config.patch_size
-        t, s = (level if level is None or level.dim() == 1 else level[:, :frames] for level in (t, inputs.s))
-        return x_t[:, :frames, :, :height, :width], t, replace(inputs, s=s)  # type: ignore[return-value]
+        t = t if t.dim() == 1 else t[:, :frames]
+        s = inputs.s if inputs.s is None or inputs.s.dim() == 1 else inputs.s[:, :frames]
+        return x_t[:, :frames, :, :height, :width], t, replace(inputs, s=s)
 
 
 class Wan(PipelineBackbone):
@@ -316,7 +317,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
             raise ValueError(
                 f"a video model encodes frames [B, F, 3, H, W], got {list(pixels.shape)}; images do not fit"
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
             video = pixels.to(self.device, torch.float32).transpose(1, 2) * 2 - 1
             z = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
         return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
@@ -324,8 +325,8 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """In float32, also under autocast. The VAE itself clamps, so that there is no gradient at saturated pixels,
         whatever `clamp` says."""
-        z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
+            z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
             video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
         video = video / 2 + 0.5
         return video.clamp(0, 1) if clamp else video

@@ -77,7 +77,7 @@ class Experts(Denoiser):
             return self.experts[i](x_t[rows], t[rows], cond.select(rows), given, predict=self.prediction_type)
 
         def join(i: int) -> Tensor:
-            x, level, given = self.experts[i].smallest(x_t[:1], t[:1], self.own(inputs, i).select(slice(1)))
+            x, level, given = self.members[i].smallest(x_t[:1], t[:1], self.own(inputs, i).select(slice(1)))
             return self.experts[i](x, level, cond.select(slice(1)), given, predict=self.prediction_type)
 
         rows = {i: (index == i).nonzero().squeeze(1) for i in called}

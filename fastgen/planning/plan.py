@@ -11,7 +11,7 @@ written.
               that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
               as in every micro-batch after the first
     step      all gradients of a turn's roles, and AdamW's temporary memory: on a GPU as much as the second moments of
-              one role (`foreach`), on a CPU as much as the largest parameter
+              one role (`foreach`), on a CPU as much as the largest parameter, none where it is fused
     samples   the guided teacher on the pictures that are sampled at once, or decoding them; for a student that works
               chunk by chunk (`rollout.chunks`), also its own sampling, as its context grows with the video
 
@@ -41,7 +41,7 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
-from fastgen.planning.roles import Role, keep_float32, role_of, size, tensors
+from fastgen.planning.roles import Role, average_of, keep_float32, role_of, size, tensors
 from fastgen.planning.weightless import LiveBytes, empty, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
@@ -114,15 +114,16 @@ class Plan:
         kept_whole = train.accumulate > 1 and train.reduce_gradients == "update"
         for part in self.turns:
             trained = [r for r in self.roles if r.name in part.turn.roles]
-            temporary = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
+            temporary = max(r.temporary for r in trained)
             live = part.live.peak(1 if kept_whole else self.ways)
             result[f"turn {part.turn.name}"] = self.held + self.gathered + live
             step = sum(r.gradients for r in trained) + temporary
             result[f"step of {part.turn.name}"] = self.held + -(-step // self.ways)
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
-        if self.student_bytes:
-            result["samples, student"] = self.held + self.gathered + self.student_bytes
-        result["samples, decoding"] = self.held + self.decode_bytes
+        visiting = sum(r.visiting for r in self.roles)
+        if self.student_bytes or visiting:
+            result["samples, student"] = self.held + visiting + self.gathered + self.student_bytes
+        result["samples, decoding"] = self.held + visiting + self.decode_bytes
         return result
 
     @property
@@ -154,8 +155,8 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
     start_networks(recipe, built)
     scorer = StandInScorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(modules, recipe.rollout, scorer)
-    roles = [role_of(name, module, recipe, backbone) for name, module in networks.items()]
-    roles.append(dataclasses.replace(role_of("average", built.average, recipe, backbone), kind="average"))
+    roles = [role_of(name, module, recipe, backbone, gpu) for name, module in networks.items()]
+    roles.append(average_of(built.average, recipe, backbone, gpu))
     components = components_of(recipe, backbone)
     if not activations:
         quick = tuple(TurnPlan(turn, LiveBytes(), {}) for turn in first_turns(recipe))

@@ -19,15 +19,16 @@ class Role:
     """One network. Bytes are before sharding. parameters: the network's own; for an adapter, without the base."""
 
     name: str
-    kind: str  # trained, adapter, frozen, average
+    kind: str  # trained, adapter, frozen, average, "average, on the host"
     parameters: int
     dtype: str
     held: int
     gradients: int = 0
     moments: int = 0
-    largest: int = 0  # bytes of the largest parameter
+    temporary: int = 0  # bytes that an optimizer step makes and frees, see `step_bytes`
     outside: int = 0  # bytes of the layers outside the blocks, as they are gathered
     block: int = 0  # bytes of the largest block, as it is gathered
+    visiting: int = 0  # bytes that are on the host, and on the GPU only where the role is sampled
 
 
 def keep_float32(module: nn.Module) -> None:
@@ -48,7 +49,15 @@ def size(held: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in held)
 
 
-def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
+def step_bytes(kind: str, parameters: Sequence[Tensor], gpu: bool) -> int:
+    """Bytes that a step of AdamW makes and frees: on a GPU as many as the second moments (`foreach`), on a CPU as many
+    as the largest parameter has, and none where it is fused."""
+    if kind == "adamw_fused":
+        return 0
+    return size(parameters) if gpu else max((size([p]) for p in parameters), default=0)
+
+
+def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone, gpu: bool) -> Role:
     """The numbers of one role. The base that adapters share counts under a role that uses it without an adapter."""
     view = isinstance(module, LoraDenoiser)  # a view of the shared base, with or without an adapter
     adapter = isinstance(module, LoraDenoiser) and module.is_adapter
@@ -69,10 +78,18 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) ->
         held=size(own),
         gradients=size(parameters) if trained else 0,
         moments=2 * size(parameters) if trained else 0,
-        largest=max((size([p]) for p in parameters), default=0),
+        temporary=step_bytes(recipe.optimizers[name].kind, parameters, gpu) if trained else 0,
         outside=outside if blocks else 0,
         block=max(blocks, default=0),
     )
+
+
+def average_of(module: Denoiser, recipe: Recipe, backbone: Backbone, gpu: bool) -> Role:
+    """The numbers of the student's moving average; on the host it holds nothing of the GPU."""
+    role = dataclasses.replace(role_of("average", module, recipe, backbone, gpu), kind="average")
+    if recipe.train.ema_device == "cpu":
+        return dataclasses.replace(role, kind="average, on the host", held=0, visiting=role.held)
+    return role
 
 
 def gathers(network: Denoiser, dtype: torch.dtype | None) -> list[int]:

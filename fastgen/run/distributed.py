@@ -9,7 +9,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
@@ -21,7 +20,6 @@ from fastgen.registry import RecipeError
 from fastgen.run.launcher import check_launcher
 
 Strategy = Literal["single", "ddp", "fsdp"]
-BUCKET_BYTES = 25 << 20  # of gradients, averaged by one all-reduce
 
 
 def start(recipe: Recipe) -> Accelerator:
@@ -35,6 +33,9 @@ def start(recipe: Recipe) -> Accelerator:
         raise RecipeError("train.device is cuda, but there is no GPU here; set it to auto or cpu")
     check_launcher(config)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.tf32 and cpu:
+        raise RecipeError("train.tf32 is a mode of GPUs, and this run is on a CPU; leave it out")
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     for count, source in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
@@ -55,6 +56,8 @@ def start(recipe: Recipe) -> Accelerator:
             "it to auto"
         )
     check_shard_group(recipe, accelerator)
+    if strategy_of(recipe, accelerator) == "fsdp" and config.ema_device == "cpu":
+        raise RecipeError("train.ema_device: the moving average is sharded like the networks; leave ema_device out")
     return accelerator
 
 
@@ -149,37 +152,3 @@ def mean_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = torch.stack([value.float() for value in terms.values()])
     dist.all_reduce(values)
     return dict(zip(terms, values / dist.get_world_size(), strict=True))
-
-
-def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replaces gradients by their mean over processes, in buckets. Gradients of sharded networks are averaged already
-    and are left as they are. A gradient that a process lacks (of an expert that it did not call) counts as zero there.
-
-    This is done by hand rather than by a DDP wrapper, because one module is called several times per update, by
-    several players."""
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    used = torch.tensor([p.grad is not None for p in whole], dtype=torch.uint8, device=accelerator.device)
-    if not len(used):
-        return
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    bucket: list[Tensor] = []
-    for p, somewhere in zip(whole, used.tolist(), strict=True):
-        if not somewhere:
-            continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if bucket and (sum(g.nbytes for g in bucket) > BUCKET_BYTES or bucket[0].dtype != p.grad.dtype):
-            average(bucket, accelerator.num_processes)
-            bucket = []
-        bucket.append(p.grad)
-    if bucket:
-        average(bucket, accelerator.num_processes)
-
-
-def average(gradients: list[Tensor], num_processes: int) -> None:
-    """Averages several gradients over processes in place, with one all-reduce."""
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    parts = (flat / num_processes).split([g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

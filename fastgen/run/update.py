@@ -1,5 +1,6 @@
 """One optimizer step for the roles of a turn: micro-batches, gradients over all processes, clipping, and the step."""
 
+import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgen.batch import Batch
-from fastgen.data import make_batch
 from fastgen.networks import counted
 from fastgen.objectives import Loss, Turn
+from fastgen.run.averaging import Overlap, average_gradients
 from fastgen.run.build import TrainingError, TrainingRun
-from fastgen.run.distributed import average_gradients, forget_forwards, mean_terms, reduce_in_backward
+from fastgen.run.distributed import forget_forwards, mean_terms, reduce_in_backward
 
 
 def update(
@@ -39,21 +40,28 @@ def update(
             with config.autocast(accelerator.device.type), counted(run.networks) as rows:
                 objective.collect(turn, run.networks, batch, run.state)
             terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
+    trained = {role: [p for g in run.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
+    overlap: Overlap | None = None
     for index, batch in enumerate(batches, 1):
         if run.strategy == "fsdp" and config.accumulate > 1:
             reduce_in_backward(run.sharded, config.reduce_gradients == "micro_batch" or index == config.accumulate)
         with config.autocast(accelerator.device.type), counted(run.networks) as rows:
             losses = objective.loss(turn, run.networks, batch, run.state)
+            if index == config.accumulate and isinstance(losses, Loss) and overlaps(run, turn):
+                overlap = Overlap(p for parameters in trained.values() for p in parameters)
             for loss in [losses] if isinstance(losses, Loss) else losses:
-                (loss.total / config.accumulate).backward()
+                with overlap or contextlib.nullcontext():
+                    (loss.total / config.accumulate).backward()
                 for name, value in loss.terms.items():
                     terms[name] = terms[name] + value.detach().float() / config.accumulate
         terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
     forget_forwards(run.sharded)
-    trained = {role: [p for g in run.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
     if accelerator.num_processes > 1:
-        for parameters in trained.values():
-            average_gradients(parameters, accelerator)
+        if overlap is not None:
+            overlap.finish(accelerator)
+        else:
+            for parameters in trained.values():
+                average_gradients(parameters, accelerator)
         terms = mean_terms(terms)
     norms = {role: gradient_norm(parameters) for role, parameters in trained.items()}
     finite = all(bool(norm.isfinite()) for norm in norms.values())
@@ -77,13 +85,21 @@ def update(
     return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
 
 
+def overlaps(run: TrainingRun, turn: Turn) -> bool:
+    """Whether gradients can be averaged while the last backward pass runs: those of whole networks that one pass
+    completes. Not with replayed rollouts, which make passes of their own, and not with experts, most of which have no
+    gradient to send."""
+    chunks = run.recipe.rollout.chunks
+    whole = run.strategy == "ddp" and not (chunks is not None and chunks.replay)
+    return whole and not any(getattr(run.networks[role], "boundaries", ()) for role in turn.roles)
+
+
 def micro_batch(run: TrainingRun, position: int, key: int, index: int, shared: Sequence[dict[str, object]]) -> Batch:
     """This process's part of micro-batch number `index` of the update whose samples begin at `position`."""
-    size, objective, accelerator = run.recipe.train.batch_size, run.recipe.objective, run.accelerator
+    size, accelerator = run.recipe.train.batch_size, run.accelerator
     first = position + (index * accelerator.num_processes + accelerator.process_index) * size
-    positions = torch.arange(first, first + size)
-    batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
-    return dataclasses.replace(batch, shared=shared[index] if shared else None)
+    batch = run.batches.batch(first, keep=position)
+    return dataclasses.replace(batch, key=key, shared=shared[index] if shared else None)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
