@@ -78,6 +78,21 @@ def test_copies_of_sharded_networks_train_as_one_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_reduction_an_update_is_that_of_every_micro_batch(tmp_path: Path) -> None:
+    """Of adapters on a sharded base: the same weights, with a third of the reductions."""
+    wan = WAN | {"path": str(tiny_wan(tmp_path / "wan", layers=1))}
+    cases = [case(wan, accumulate=3, dtype="float64", reduce_gradients=when) for when in ("update", "micro_batch")]
+    for recipe, _ in cases:
+        recipe["lora"] = {"student": {"rank": 2}, "fake_score": {"rank": 2}}
+    once, often = measured(tmp_path, 2, cases)
+    print(f"largest difference {often['difference']:.2g}")
+    assert often["difference"] < 1e-12
+    for turn in ("fake_score", "student"):
+        assert often[turn]["reduce"][:2] == [3 * n for n in once[turn]["reduce"][:2]]
+        assert once[turn]["reduce"][0] == 1  # of the block, which alone has adapters
+
+
+@pytest.mark.slow
 def test_one_expert_an_update_on_all_processes(tmp_path: Path) -> None:
     """As Wan 2.2 A14B: every turn calls one expert of each network, and computes the rows that are wanted: of the
     student's steps, the fake score, and the teacher with and without the prompt."""
