@@ -66,7 +66,9 @@ class Overlap:
     Every gradient has to be complete in this one pass: raises RuntimeError for one that changes after it was sent."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], most: int = BUCKET_BYTES):
-        self.buckets = buckets_of((p for p in parameters if not isinstance(p, DTensor)), most)
+        """most: bytes of a bucket; at most an eighth of all, so that small networks overlap, too."""
+        whole = [p for p in parameters if not isinstance(p, DTensor)]
+        self.buckets = buckets_of(whole, min(most, sum(p.nbytes for p in whole) // 8))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = [len(bucket) for bucket in self.buckets]
         self.started: list[tuple[Tensor, dist.Work]] = []
