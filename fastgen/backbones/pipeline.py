@@ -38,7 +38,7 @@ from fastgen.modules.sharding import WeightMap, WeightsError
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
