@@ -258,6 +258,17 @@ def test_added_inputs_change_nothing_at_first(backbones: dict[str, Any], kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_smallest_part_of_a_sample_fits_what_is_given(backbones: dict[str, Any], kind: str) -> None:
+    """Processes that only gather weights with others call a network with it, and with the whole conditioning."""
+    backbone = backbones[kind]
+    cond, _ = backbone.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
+    x, t = noise.normal(torch.arange(1), backbone.latent_shape, 0, torch.float32), torch.tensor([0.95])
+    for member in backbone.load("teacher").members:
+        part, level, inputs = member.smallest(x, t, Inputs())
+        assert member(part, level, cond.select(slice(1)), inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sizes_are_known_without_weights(backbones: dict[str, Any], kind: str) -> None:
     backbone = backbones[kind]
     images = backbone.encode_images(list(pictures(backbone)))

@@ -98,6 +98,17 @@ class SDDenoiser(Denoiser):
             raise ValueError("this UNet has no middle block to take features from; train without a discriminator")
         return [self.network.mid_block]
 
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        """Every residual and transformer block, and what else a down, middle or up block has."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        stages = [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
+        stages = [stage for stage in stages if stage is not None]
+        inside = [module for stage in stages for module in stage.modules()]
+        return [*(m for m in inside if isinstance(m, BasicTransformerBlock | ResnetBlock2D)), *stages]
+
 
 class SD(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: sd, path: ...}`."""

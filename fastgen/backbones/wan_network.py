@@ -2,6 +2,7 @@
 whose first picture is given."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,19 +92,35 @@ class WanDenoiser(Denoiser):
     def shard_modules(self) -> Sequence[nn.Module]:
         return list(self.network.blocks)
 
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        """One token; all of it for a causal network, whose chunks are counted in frames."""
+        if inputs.streams:
+            return x_t, t, inputs
+        frames, height, width = self.network.config.patch_size
+        t = t if t.dim() == 1 else t[:, :frames]
+        s = inputs.s if inputs.s is None or inputs.s.dim() == 1 else inputs.s[:, :frames]
+        return x_t[:, :frames, :, :height, :width], t, replace(inputs, s=s)
 
-class WanI2VDenoiser(WanDenoiser):
-    """A WanTransformer3DModel that is given a second video along the channels: cond["image_latents"] is
-    [B, F, 4 + C, H, W], a mask and the latents."""
+
+class GivenFrameDenoiser(WanDenoiser):
+    """A network that is given the first picture. It takes whole videos, of the size that the given latents have."""
 
     takes_chunks = False
+
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        return x_t, t, inputs
+
+
+class WanI2VDenoiser(GivenFrameDenoiser):
+    """A WanTransformer3DModel that is given a second video along the channels: cond["image_latents"] is
+    [B, F, 4 + C, H, W], a mask and the latents."""
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         x = torch.cat([x_t, cond["image_latents"].to(x_t.dtype)], dim=2)
         return self.call_stock(x.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
 
 
-class WanTI2VDenoiser(WanDenoiser):
+class WanTI2VDenoiser(GivenFrameDenoiser):
     """A WanTransformer3DModel that is given the first latent frame: cond["image_latents"] is [B, 1, C, H, W].
 
     The network sees it clean, at level 0, whatever x_t holds there. What it says of this frame is not used: the
@@ -113,8 +130,6 @@ class WanTI2VDenoiser(WanDenoiser):
 
     The stock pipeline instead puts z there before every call and at the end, which gives the same videos. All roles
     agree in this frame, so it has no part in differences of scores, and no gradient."""
-
-    takes_chunks = False
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         given = cond["image_latents"].to(x_t.dtype)

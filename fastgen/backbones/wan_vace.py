@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import read_json
 from fastgen.backbones.wan_given import GivenFrame, GivenFrameConfig
-from fastgen.backbones.wan_network import WanDenoiser
+from fastgen.backbones.wan_network import GivenFrameDenoiser
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.modules.inputs import WanExtraInputs
@@ -57,11 +57,10 @@ class WanVACEExtraInputs(WanExtraInputs):
         return found[0].squeeze(1), found[1].squeeze(1), *found[2:]
 
 
-class WanVACEDenoiser(WanDenoiser):
+class WanVACEDenoiser(GivenFrameDenoiser):
     """A WanVACETransformer3DModel with the control cond["image_latents"] [B, F, 2 C + 64, H, W]."""
 
     extra_inputs = WanVACEExtraInputs
-    takes_chunks = False
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         dtype = self.network.dtype
