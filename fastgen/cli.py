@@ -447,18 +447,19 @@ def export(
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
     Its weights are the moving average that the run keeps of them."""
-    from fastgen.exporting.forms import export_form
     from fastgen.registry import RecipeError
-    from fastgen.run.export import export_run
 
     try:
-        if form == "diffusers" and steps:
-            raise ValueError("--steps is for the files of other programs; give --form")
-        folder = (
-            export_run(run, output, merge)
-            if form == "diffusers"
-            else export_form(run, form, output, merge, steps or ())
-        )
+        if form == "diffusers":
+            from fastgen.run.export import export_run
+
+            if steps:
+                raise ValueError("--steps is for the files of other programs; give --form")
+            folder = export_run(run, output, merge)
+        else:
+            from fastgen.exporting.forms import export_form
+
+            folder = export_form(run, form, output, merge, steps or ())
         print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None

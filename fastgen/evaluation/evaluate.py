@@ -24,7 +24,7 @@ from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
 from fastgen.evaluation.results import Row, print_results, write_page
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
-from fastgen.metrics.features import FeatureNetwork, inception_file
+from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
     Reference,
@@ -39,7 +39,6 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.rewards.clip import weight_files
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 T = TypeVar("T")
@@ -220,7 +219,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     if config.inception_weights is not None:
         networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
     if config.clip is not None:
-        networks["clip"] = {"weights": hash_files(weight_files(config.clip))}
+        networks["clip"] = {"weights": hash_files(clip_weights(config.clip))}
     return {
         "num_samples": config.num_samples,
         "seed": config.seed,
