@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,14 +13,13 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
+from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, RoleOptions
 from fastgen.backbones.folder import (
     OPTIONAL,
-    WEIGHTLESS,
     check_components,
     check_source,
-    component_entries,
     local_folder,
     read_index,
     read_json,
@@ -32,7 +31,7 @@ from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
-from fastgen.modules.sharding import WeightMap, WeightsError
+from fastgen.modules.sharding import WeightMap, WeightsError, gathered
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
@@ -262,7 +261,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return self.join([self.wrap(network) for network in networks])
 
     def weights(self) -> WeightMap:
-        """parameter or buffer -> (file, name in the file). The files of a hub id are downloaded."""
+        """parameter or buffer -> (file, name in the file), in the order of the files. Those of a hub id are
+        downloaded."""
         folder = Path(self.source)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -277,6 +277,12 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
                 with safe_open(path, framework="pt") as file:
                     found |= {prefix + key: (path, key) for key in file.keys()}  # noqa: SIM118
         return found
+
+    def folder(self) -> Path:
+        """The folder of the whole pipeline; that of a hub id is downloaded if it is not there."""
+        if self.options["local_files_only"]:
+            return Path(self.source)
+        return Path(self.pipeline_class.download(self.source, use_safetensors=True))
 
     def load_exported(self, folder: Path) -> Denoiser:
         from fastgen.backbones.saving import load_student  # with diffusers
@@ -327,27 +333,6 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
                 f"path: cannot load the text encoders and the scheduler of {self.source}: {error}"
             ) from None
         return pipeline.to(self.device)
-
-    @cached_property
-    def variant(self) -> str | None:
-        """What diffusers has to be asked for when it loads the whole folder: "fp16" if a component has only that."""
-        if not self.options["local_files_only"]:
-            return None
-        entries = component_entries(Path(self.source), self.components).items()
-        found = [
-            variant_of(Path(self.source) / name, library)
-            for name, (library, _) in entries
-            if not name.startswith(WEIGHTLESS) and name not in OPTIONAL
-        ]
-        return next((variant for variant in found if variant), None)
-
-    @cached_property
-    def absent_components(self) -> dict[str, None]:
-        """Optional components that the index names and whose folder is missing, as None, so that diffusers does not
-        look for them."""
-        if not self.options["local_files_only"]:
-            return {}
-        return {name: None for name in OPTIONAL if name in self.components and not (Path(self.source) / name).is_dir()}
 
     @cached_property
     def components(self) -> dict[str, Any]:
@@ -406,9 +391,20 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     # --- export
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+        self.save_values(student, gathered(student), policy, folder)
+
+    def save_values(
+        self,
+        student: Denoiser,
+        values: Iterable[tuple[str, Tensor]],
+        policy: RolloutPolicy,
+        folder: Path,
+        whole: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         from fastgen.backbones.saving import save_student  # with diffusers
 
-        save_student(self, student, policy, folder)
+        save_student(self, student, values, policy, folder, whole, dtype)
 
     @property
     def library(self) -> str:
