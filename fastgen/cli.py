@@ -2,10 +2,23 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from fastgen.run.options import (
+    BatchOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    NegativeOption,
+    OverridesArgument,
+    PipelineArgument,
+    RecipeArgument,
+    ScorerOption,
+    StepsOption,
+    torch_dtype,
+)
 from fastgen.run.quiet import quiet_libraries
 
 app = typer.Typer(
@@ -18,45 +31,6 @@ app = typer.Typer(
     context_settings={"default_map": {"help": False}},
     pretty_exceptions_enable=False,
 )
-
-RecipeArgument = Annotated[
-    Path,
-    typer.Argument(
-        help="A recipe (YAML): a file, or the path of one that ships, like recipes/digits_quickstart.yaml."
-    ),
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes to the recipe, each written dotted.key=value. The value is read as YAML."),
-]
-PipelineArgument = Annotated[
-    Path, typer.Argument(help="A run folder, an exported pipeline, or any diffusers pipeline folder.")
-]
-StepsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="The number of steps. Only for a pipeline that was not distilled, or for a flow map; any other has its "
-        "own number.",
-    ),
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, help="The guidance scale. Only for a pipeline that was not distilled.")
-]
-NegativeOption = Annotated[
-    str | None,
-    typer.Option(help="What guidance leads away from, a prompt. Only for a pipeline that was not distilled."),
-]
-ScorerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=PATH says where a scorer's weights are, a folder or a hub id; NAME.KEY=VALUE sets another of its "
-        "keys. May be given several times."
-    ),
-]
-BatchOption = Annotated[
-    int, typer.Option(min=1, help="How many samples are computed at a time. The results do not depend on it.")
-]
 
 
 def refuse(message: object) -> typer.Exit:
@@ -113,7 +87,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="The folder to write, or to continue.")],
     overrides: OverridesArgument = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
+        Dtype,
         typer.Option(help="The type in which prompt embeddings and latents are stored."),
     ] = "float32",
     shard_size: Annotated[
@@ -169,6 +143,7 @@ def sample(
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
+    dtype: DtypeOption = None,
     batch_size: BatchOption = 16,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
@@ -188,6 +163,7 @@ def sample(
             guidance_scale,
             batch_size,
             negative_prompt,
+            torch_dtype(dtype),
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -227,7 +203,7 @@ def stream(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video and the report.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. By default a GPU, if there is one.")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="The precision of all networks. By default bfloat16 on a GPU and float32 on a CPU."),
     ] = None,
 ) -> None:
@@ -322,6 +298,7 @@ def evaluate(
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
+    dtype: DtypeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -359,6 +336,7 @@ def evaluate(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            dtype=torch_dtype(dtype),
             batch_size=batch_size,
             overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,
@@ -415,6 +393,13 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Add the adapter of a LoRA run into the weights, which gives a whole pipeline.")
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="The type in which the student's networks are stored, by default as those of its teacher, and an "
+            "adapter as it was trained. Text encoders and VAE are copied as they are."
+        ),
+    ] = None,
 ) -> None:
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
@@ -423,7 +408,7 @@ def export(
     from fastgen.run.export import export_run
 
     try:
-        print(f"exported to {export_run(run, output, merge)}")
+        print(f"exported to {export_run(run, output, merge, dtype=torch_dtype(dtype))}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
 

@@ -151,6 +151,11 @@ class Backbone(ABC):
         """Where the pretrained weights of a denoiser's parameters are stored, for networks made without them."""
         return {}
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the pretrained network is stored."""
+        return torch.float32
+
     def warnings(self) -> list[str]:
         """What the user should know about this pipeline before training starts."""
         return []

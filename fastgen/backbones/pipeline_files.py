@@ -14,7 +14,16 @@ import diffusers
 import torch
 from torch import nn
 
-from fastgen.backbones.folder import OPTIONAL, STEMS, WEIGHTLESS, component_entries, variant_of, weight_files
+from fastgen.backbones.folder import (
+    OPTIONAL,
+    STEMS,
+    VARIANTS,
+    WEIGHTLESS,
+    component_entries,
+    variant_of,
+    weight_files,
+    weight_names,
+)
 from fastgen.backbones.student_tensors import Named
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
@@ -110,7 +119,8 @@ def write_index(folder: Path, shards: list[dict[str, Spec]]) -> list[str]:
 def copy_component(part: Path, target: Path, name: str, library: str) -> None:
     """Copies the files of a component that diffusers reads: of weights only the safetensors ones, without the infix of
     a variant, so that they are found without asking for it. An optional component may have other weights."""
-    if name.startswith(WEIGHTLESS) or (name in OPTIONAL and not any(part.glob("*.safetensors"))):
+    readable = any((part / file).is_file() for v in VARIANTS for file in weight_names(library, v))
+    if name.startswith(WEIGHTLESS) or (name in OPTIONAL and not readable):
         shutil.copytree(part, target)
         return
     variant, weights = variant_of(part, library), weight_files(part, library)

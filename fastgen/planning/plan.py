@@ -7,6 +7,7 @@ written.
     held      parameters and buffers of the roles and of the moving average; AdamW's two moments of all trained
               parameters; text encoders and VAE, which load when first needed and then stay (with prepared prompts, the
               encoders are not loaded)
+    encoding  the text encoders, if backbone.encoders is offload, and the gradients that earlier micro-batches left
     turn      activations, including the bfloat16 weights that autocast keeps for the backward pass, and the gradients
               that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
               as in every micro-batch after the first
@@ -28,9 +29,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from fastgen import noise
@@ -41,7 +40,8 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
-from fastgen.planning.weightless import LiveBytes, empty, weightless
+from fastgen.planning.components import Component, components_of
+from fastgen.planning.weightless import LiveBytes, empty, size, tensors, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
@@ -67,17 +67,6 @@ class Role:
     largest: int = 0  # bytes of the largest parameter
     outside: int = 0  # bytes of the layers outside the blocks
     block: int = 0  # bytes of the largest block
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """A text encoder or the VAE."""
-
-    name: str
-    is_encoder: bool
-    parameters: int
-    held: int
-    use: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +118,9 @@ class Plan:
             result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways)
             step = sum(r.gradients for r in trained) + temporary
             result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
+        if encoders := sum(c.turn for c in self.components):
+            gradients = max(sum(r.gradients for r in self.roles if r.name in p.turn.roles) for p in self.turns)
+            result["encoding prompts"] = self.held + encoders + -(-gradients // ways)
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
         if self.student_bytes:
             result["samples, student"] = self.held + self.gathered + self.student_bytes
@@ -197,14 +189,6 @@ def keep_float32(module: nn.Module) -> None:
                 tensor.data = tensor.data.float()
 
 
-def tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def size(held: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in held)
-
-
 def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
     """The numbers of one role. The base that adapters share counts under a role that uses it without an adapter."""
     view = isinstance(module, LoraDenoiser)  # a view of the shared base, with or without an adapter
@@ -236,39 +220,10 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) ->
 # --- text encoders, VAE, prompts
 
 
-def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
-    """The pipeline's text encoders and VAE. Also gives the backbone its VAE, without weights."""
-    if not isinstance(backbone, PipelineBackbone):
-        return ()
-    found = []
-    for name, entry in backbone.components.items():
-        if not isinstance(entry, list) or entry[0] is None or not name.startswith(("text_encoder", "vae")):
-            continue
-        dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
-        with torch.device("meta"):
-            if entry[0] == "diffusers":
-                cls = getattr(diffusers, entry[1])
-                module = cls.from_config(cls.load_config(backbone.source, subfolder=name, local_files_only=True))
-            else:
-                cls = getattr(transformers, entry[1])
-                module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
-        module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
-        use = "encoding prompts" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
-        held = size(tensors(module))
-        if name == "vae":
-            vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
-            if isinstance(module, diffusers.AutoencoderKLWan):
-                module.enable_slicing()
-        elif not recipe.data.encodes_prompts:
-            use, held = "not loaded: prepared prompts", 0
-        found.append(Component(name, name != "vae", sum(p.numel() for p in module.parameters()), held, use))
-    return tuple(found)
-
-
 def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
     """A function that gives the conditioning of any number of prompts. For a pipeline it is weightless, and of the
     greatest length, or of the length of the recipe's own prompts if the encoders are local and small."""
-    encoders = sum(c.held for c in components if c.is_encoder)
+    encoders = sum(c.held + c.turn for c in components if c.is_encoder)
     if not isinstance(backbone, PipelineBackbone):
         one = backbone.encode_prompts([""])
         return lambda count: Conditioning({k: v.expand(count, *v.shape[1:]) for k, v in one.items()})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.table import Table
 from fastgen.config import build_recipe
 from fastgen.config.stored import to_dict
 from fastgen.config.text import apply_override
+from fastgen.planning.components import Component
 from fastgen.planning.plan import Plan, plan
 from fastgen.recipe import Recipe
 from fastgen.run.terminal import print_table
@@ -19,16 +20,16 @@ LORA = "{rank: 64}"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe that save memory. prepared: prompts are encoded beforehand by fastgen prepare. divided:
-    networks are sharded over the GPUs. Neither of these two changes the turns."""
+    """Overrides of a recipe that save memory. components: what becomes of text encoders. divided: networks are
+    sharded over the GPUs. Neither of these two changes the turns."""
 
     lines: tuple[str, ...]
-    prepared: bool = False
+    components: Callable[[Component], Component] | None = None
     divided: bool = False
 
 
 def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
-    """The changes that this recipe has not made yet, cheapest first. encoders: bytes held by text encoders."""
+    """The changes that this recipe has not made yet, cheapest first. encoders: bytes of text encoders."""
     train, options = recipe.train, list[Change]()
     if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
         options.append(Change(("train.gradient_checkpointing=true",)))
@@ -40,7 +41,11 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
         options.append(Change(tuple(half)))
     if encoders:
-        options.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
+        if recipe.backbone.encoder_dtype is None and train.dtype == "float32":
+            options.append(Change(("backbone.encoder_dtype=bfloat16",), Component.halved))
+        if recipe.backbone.encoders != "offload":
+            options.append(Change(("backbone.encoders=offload",), Component.offloaded))
+        options.append(Change(("data={name: prepared, folder: ...}",), Component.prepared))
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
         options.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
@@ -74,14 +79,13 @@ class Variants:
 
     def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
         """The plan with the chosen changes. whole: False leaves out activations."""
-        lines = tuple(line for c in chosen if not (c.prepared or c.divided) for line in c.lines)
+        lines = tuple(line for c in chosen if not (c.components or c.divided) for line in c.lines)
         key = (lines, whole or (lines, True) in self._known)
         if key not in self._known:
             self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
         found = self._known[key]
-        if any(c.prepared for c in chosen):
-            left = tuple(dataclasses.replace(c, held=0) if c.is_encoder else c for c in found.components)
-            found = dataclasses.replace(found, components=left)
+        for change in (c.components for c in chosen if c.components is not None):
+            found = dataclasses.replace(found, components=tuple(change(c) for c in found.components))
         if any(c.divided for c in chosen):
             train = dataclasses.replace(found.recipe.train, strategy="fsdp")
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
@@ -97,7 +101,7 @@ class Variants:
 def advise(base: Plan, memory: float) -> Advice:
     """The fewest recipe lines with which the peak is at most `memory` bytes per GPU."""
     variants = Variants(base)
-    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.is_encoder))
+    options = changes(base.recipe, base.gpus, sum(c.held + c.turn for c in base.components if c.is_encoder))
     tried = []
     for option in options:
         bound = variants.plan([option], whole=False).peak
@@ -128,7 +132,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         sizes = (gigabytes(n) if n else "" for n in (r.held, r.gradients, r.moments))
         table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
     for c in found.components:
-        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held) if c.held else "")
+        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held + c.turn) if c.held + c.turn else "")
     print_table(table, console)
 
     per_update: dict[str, float] = {}

@@ -6,7 +6,7 @@ noise levels, stop indices), whose values may decide the graph.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,14 @@ def weightless(module: nn.Module) -> nn.Module:
                     seen[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 held[name] = seen[tensor]  # type: ignore[assignment]
     return module
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def size(held: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def memory_of(tensor: Tensor) -> Any:

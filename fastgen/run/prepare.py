@@ -211,17 +211,19 @@ def encode_prompts(
 ) -> bytes:
     """Encodes the prompts of one shard. lengths: key -> token count, filled in here. Padding is stored only once."""
     chunks = []
-    for span in spans(len(prompts), ENCODED_AT_ONCE):
-        chunks.append({k: v.cpu() for k, v in backbone.encode_chunk(list(prompts[span.start : span.stop])).items()})
-        bar.update(len(span))
-    rows = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    for key, value in rows.items():
+    with backbone.encoding():
+        for span in spans(len(prompts), ENCODED_AT_ONCE):
+            rows = backbone.encode_chunk(list(prompts[span.start : span.stop]))
+            chunks.append({k: v.cpu() for k, v in rows.items()})
+            bar.update(len(span))
+    joined = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    for key, value in joined.items():
         if value.dim() == 3 and lengths.setdefault(key, value.shape[1]) != value.shape[1]:
             raise ValueError(
                 f"{key} has {value.shape[1]} tokens for these prompts and {lengths[key]} for earlier ones; only "
                 "prompts that are all padded to one length can be prepared"
             )
-    return packed({key: narrowed(fold(value), dtype).contiguous() for key, value in rows.items()})
+    return packed({key: narrowed(fold(value), dtype).contiguous() for key, value in joined.items()})
 
 
 def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:

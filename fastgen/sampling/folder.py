@@ -25,10 +25,11 @@ def sample_folder(
     guidance_scale: float | None,
     batch_size: int,
     negative_prompt: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
-    + i. Returns the number of samples.
+    + i. dtype: see `load_sampler`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if the folder is not empty, or if this machine cannot write videos."""
     texts = [*prompts, *(read_prompts(str(prompt_file)) if prompt_file else [])]
@@ -42,6 +43,7 @@ def sample_folder(
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         device=device,
+        dtype=dtype,
     )
     kind = sampler.backbone.output
     if not texts and kind != "points":
