@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a command runs, so that every `--help` answers at once."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,7 +106,8 @@ def prepare(
 ) -> None:
     """Encode a recipe's prompts and images once, into a folder to train on.
 
-    The command can be interrupted. Started again, it checks the files that are there and makes the others."""
+    The command can be interrupted. Started again, it checks the files that are there and makes the others. Several
+    processes divide the work: torchrun --nproc_per_node 8 -m fastgen prepare ..."""
     loaded = read(recipe, overrides)
     from fastgen.data import DataError
     from fastgen.data.pairs import PairSettings
@@ -127,7 +129,8 @@ def prepare(
     )
     if manifest["pairs"]:
         counts += f" and {manifest['pairs']['count']} pairs"
-    print(f'{counts} in {output}; train on them with "data={{name: prepared, folder: {output}}}"')
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        print(f'{counts} in {output}; train on them with "data={{name: prepared, folder: {output}}}"')
 
 
 @app.command()

@@ -18,7 +18,7 @@ from fastgen.config import load_recipe
 from fastgen.data.prepared import identity
 from fastgen.planning.plan import plan
 from fastgen.planning.report import Variants, changes
-from fastgen.run.prepare import encode_prompts
+from fastgen.run.prepared_files import encode_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red cat", "", "two green dogs"]
