@@ -40,7 +40,7 @@ SHORT = [
     *("train.mixed_precision=bf16", "train.frozen_dtype=bfloat16", "train.gradient_checkpointing=true"),
     *("train.sample_every=0", "train.eval_every=0", "train.num_samples=1", "train.checkpoint_every=1"),
     *("objective.fake_updates=1", "optimizers.student.warmup=0", "optimizers.student.lr=1e-3", "health.every=0"),
-    *("eval.quick_num_samples=2", "eval.num_samples=2", "eval.batch_size=1", "eval.teacher_steps=[]"),
+    *("eval.quick_num_samples=2", "eval.num_samples=2", "eval.batch_size=1", "eval.teacher_steps=[1]"),
     "rollout={timesteps: [1.0]}",
 ]
 SAMPLE = ["--prompt", "a red cat", "--dtype", "bfloat16"]

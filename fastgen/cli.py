@@ -12,12 +12,16 @@ from fastgen.run.options import (
     Dtype,
     DtypeOption,
     GuidanceOption,
+    HeadroomOption,
     NegativeOption,
     OverridesArgument,
     PipelineArgument,
+    PriceOption,
     RecipeArgument,
     ScorerOption,
     StepsOption,
+    TflopsOption,
+    UtilisationOption,
     torch_dtype,
 )
 from fastgen.run.quiet import quiet_libraries
@@ -69,15 +73,22 @@ def plan(
         float | None,
         typer.Option(min=0, help="The memory of one GPU, in GB. The plan then says which changes would make it fit."),
     ] = None,
+    headroom: HeadroomOption = 0.05,
+    tflops: TflopsOption = None,
+    utilisation: UtilisationOption = 0.4,
+    price: PriceOption = None,
 ) -> None:
-    """Print what a recipe needs: parameters, memory and network evaluations. No weights are loaded or downloaded."""
+    """Print what a recipe needs: parameters, memory, network evaluations and, for GPUs of a stated speed, time and
+    price. No weights are loaded or downloaded."""
     loaded = read(recipe, overrides)
+    from fastgen.planning.cost import Speed
     from fastgen.planning.plan import plan as plan_recipe
     from fastgen.planning.report import report
     from fastgen.run.terminal import console
 
     try:
-        report(plan_recipe(loaded, gpus), memory and memory * 1e9, console())
+        speed = Speed(tflops, utilisation, price) if tflops else None
+        report(plan_recipe(loaded, gpus), memory and memory * 1e9, console(), headroom, speed)
     except ValueError as error:
         raise refuse(error) from None
 

@@ -20,9 +20,12 @@ written.
 to its shards, a GPU then holds the layers outside the blocks, two gathered blocks and the gradients of one block
 (derived, not measured).
 
-Not counted are the memory that kernels use internally, fragmentation and the CUDA context (together about a gigabyte),
-the networks of rewards and metrics, what encoding prompts needs, and prompt embeddings kept for later (at most a
-gigabyte). Where the encoders are large, prompts are taken to be of the greatest length.
+A recipe fits if its peak fits into what is left of a GPU's memory: without `CONTEXT` for the CUDA context and the
+workspaces of libraries, and without a share for fragmentation (`--headroom`).
+
+Not counted are the memory that kernels use internally, the networks of rewards and metrics, what encoding prompts
+needs, and prompt embeddings kept for later (at most a gigabyte). Where the encoders are large, prompts are taken to be
+of the greatest length.
 """
 
 import dataclasses
@@ -49,6 +52,7 @@ from fastgen.rollout import backward_simulation
 from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
+CONTEXT = 1_000_000_000  # bytes; ours, about what a CUDA context with cuBLAS, cuDNN and NCCL takes
 DRAWS = 32  # network evaluations are counted over this many updates
 SMALL_ENCODERS = 64 << 20  # bytes; text encoders of a local folder up to this size are run, to get the true length
 
@@ -71,11 +75,13 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class TurnPlan:
-    """One turn: its live bytes as counted, and its network evaluations per sample, by role."""
+    """One turn: its live bytes as counted, its network evaluations per sample, by role, and the floating-point
+    operations of a micro-batch. The last two are means over draws."""
 
     turn: Turn
     live: LiveBytes
     evaluations: Mapping[str, float]
+    operations: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +344,9 @@ def plan_turn(
         remove()
     for p in parameters:
         p.grad = None
-    return TurnPlan(turn, live, {role: n / recipe.train.batch_size for role, n in rows.items() if n})
+    share = sum(rows.values()) / max(1.0, sum(counted[key].values()))  # of the evaluations that were run
+    evaluated = {role: n / recipe.train.batch_size for role, n in rows.items() if n}
+    return TurnPlan(turn, live, evaluated, live.flops * share)
 
 
 def losses(recipe: Recipe, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:

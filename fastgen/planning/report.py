@@ -11,7 +11,8 @@ from fastgen.config import build_recipe
 from fastgen.config.stored import to_dict
 from fastgen.config.text import apply_override
 from fastgen.planning.components import Component
-from fastgen.planning.plan import Plan, plan
+from fastgen.planning.cost import Speed, cost_lines
+from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.recipe import Recipe
 from fastgen.run.terminal import print_table
 
@@ -123,8 +124,14 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.3g}" if count < 1e9 else f"{count / 1e9:.1f}"
 
 
-def report(found: Plan, memory: float | None, console: Console) -> None:
-    """Prints the plan and, if `memory` is given (bytes per GPU), what would make it fit."""
+HEADROOM = 0.05  # ours: of a GPU's memory, for fragmentation
+
+
+def report(
+    found: Plan, memory: float | None, console: Console, headroom: float = HEADROOM, speed: Speed | None = None
+) -> None:
+    """Prints the plan, what the run costs, and, if `memory` is given (bytes per GPU), what would make it fit.
+    headroom: the share of the memory that is to stay free. speed: that of a GPU, if it is known."""
     table = Table(
         "role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, in GB, before sharding"
     )
@@ -159,20 +166,24 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         table.add_row(name, gigabytes(n))
     table.add_row("[bold]peak[/bold]", f"[bold]{gigabytes(found.peak)}[/bold]")
     print_table(table, console)
+    for line in cost_lines(found, speed):
+        console.print(line, highlight=False)
     if memory is not None:
-        report_advice(found, memory, console)
+        report_advice(found, memory, console, headroom)
 
 
 def strategy(found: Plan) -> str:
     return "networks sharded (fsdp)" if found.divided else "every network on each GPU"
 
 
-def report_advice(found: Plan, memory: float, console: Console) -> None:
-    if found.peak <= memory:
-        console.print(f"It fits: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+def report_advice(found: Plan, memory: float, console: Console, headroom: float = HEADROOM) -> None:
+    usable = (1 - headroom) * memory - CONTEXT * found.gpu
+    kept = f"{headroom:.0%} headroom" + (f" and {gigabytes(CONTEXT)} GB for the CUDA context" if found.gpu else "")
+    sizes = f"{gigabytes(found.peak)} of {gigabytes(memory)} GB, of which {kept} leave {gigabytes(max(0, usable))}"
+    console.print(f"It {'fits' if found.peak <= usable else 'does not fit'}: {sizes}.", highlight=False)
+    if found.peak <= usable:
         return
-    advice = advise(found, memory)
-    console.print(f"It does not fit: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+    advice = advise(found, usable)
     table = Table("change", "GB per GPU", title="One change at a time")
     for lines, peak, exact in advice.tried:
         table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")

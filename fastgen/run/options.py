@@ -49,6 +49,18 @@ DtypeOption = Annotated[
     typer.Option(help="The precision of all networks. By default that in which the denoising network is stored."),
 ]
 
+HeadroomOption = Annotated[
+    float, typer.Option(min=0, max=0.9, help="The share of a GPU's memory that is to stay free, for fragmentation.")
+]
+TflopsOption = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="The peak speed of one GPU in the run's precision, in TFLOP/s, to know the time."),
+]
+UtilisationOption = Annotated[
+    float, typer.Option(min=0.001, max=1, help="The share of its peak speed that a GPU reaches.")
+]
+PriceOption = Annotated[float | None, typer.Option(min=0, help="The price of one GPU for an hour.")]
+
 
 def torch_dtype(name: str | None) -> Any:
     """The torch.dtype of this name; None for None. torch, which takes seconds to import, is imported only here."""
