@@ -31,6 +31,14 @@ class Conditioning(dict[str, Tensor]):
         return Conditioning({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
 
+def ragged(rows: Tensor, mask: Tensor) -> list[Tensor]:
+    """The rows of a padded tensor [B, L, ...], each without its padding. mask: [B, L], not zero for the first tokens
+    of a row, which are kept. A mask without values, as `fastgen plan` gives it, hides nothing."""
+    if type(mask) is not Tensor:
+        return list(rows.unbind())
+    return [row[:length] for row, length in zip(rows.unbind(), mask.bool().sum(1).tolist(), strict=True)]
+
+
 @dataclass(frozen=True)
 class Draws:
     """Standard normal draws of some samples by name: draws(name) is [B, *shape], and each name is independent.

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -303,10 +303,13 @@ def evaluate(
         typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="The network whose features are compared: 'digits' or 'inception'.")
+        str | None, typer.Option(help="The network whose features are compared: 'digits', 'inception' or 'clip'.")
     ] = None,
     inception_weights: Annotated[
         str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="The CLIP whose features are compared: a folder, or a hub id.")
     ] = None,
     scorer: ScorerOption = None,
     num_steps: StepsOption = None,
@@ -347,6 +350,7 @@ def evaluate(
             reference=reference,
             features=features,
             inception_weights=inception_weights,
+            clip=clip,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
@@ -414,16 +418,53 @@ def export(
             "adapter as it was trained. Text encoders and VAE are copied as they are."
         ),
     ] = None,
+    form: Annotated[
+        Literal["diffusers", "lora", "checkpoint", "diffusion_model", "fp8", "gguf"],
+        typer.Option(help="Another program's file, of the last checkpoint or of an export: docs/exporting.md."),
+    ] = "diffusers",
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="With --form: another number of steps, if the student can. May be given several times."
+        ),
+    ] = None,
 ) -> None:
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
     Its weights are the moving average that the run keeps of them."""
+    from fastgen.exporting.forms import export_form
     from fastgen.registry import RecipeError
     from fastgen.run.export import export_run
 
     try:
-        print(f"exported to {export_run(run, output, merge, dtype=torch_dtype(dtype))}")
+        if form == "diffusers" and steps:
+            raise ValueError("--steps is for the files of other programs; give --form")
+        if form != "diffusers" and dtype:
+            raise ValueError("--dtype is for a diffusers folder; leave out --form or --dtype")
+        folder = (
+            export_run(run, output, merge, dtype=torch_dtype(dtype))
+            if form == "diffusers"
+            else export_form(run, form, output, merge, steps or ())
+        )
+        print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+
+
+@app.command()
+def demo(
+    pipeline: PipelineArgument,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. By default, only this machine sees the page.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 7860,
+) -> None:
+    """Show a student and its teacher side by side in a browser: prompt, seed, steps, times. Ctrl-C ends it."""
+    from fastgen.sampling.demo import serve
+
+    try:
+        serve(pipeline, host, port)
+    except ValueError as error:
         raise refuse(error) from None
 
 

@@ -247,6 +247,11 @@ class Denoiser(nn.Module):
         """Whether its parameters are those of an adapter, on a base that other roles share."""
         return False
 
+    def feature_tokens(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """What `capture` keeps of a captured module's output: the last tensor of several. A family overrides this if
+        the output holds more than the image or video."""
+        return output if isinstance(output, Tensor) else output[-1]
+
     @property
     def captured_modules(self) -> Sequence[nn.Module]:
         """The modules whose outputs `capture` collects. A forward calls as many of them as `feature_modules` has."""
@@ -276,7 +281,7 @@ class Denoiser(nn.Module):
         features: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            tokens = output if isinstance(output, Tensor) else output[-1]
+            tokens = self.feature_tokens(output)
             if tokens.dim() == 4:  # a feature map [B, feature_dim, H, W]
                 tokens = tokens.flatten(2).mT
             features.append(tokens if tokens.dim() == 3 else tokens[:, None])

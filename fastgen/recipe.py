@@ -50,11 +50,13 @@ class TrainConfig:
 
     strategy: how several processes share the work. ddp: each process holds every network; fsdp: networks are sharded
     (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
-    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process)."""
+    with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process).
+    prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are."""
 
     steps: int = Field(ge=1, le=MOST_UPDATES)
     batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
     accumulate: int = Field(default=1, ge=1, le=MOST_STEPS)  # micro-batches per inner update
+    prefetch: int = Field(default=1, ge=0, le=MOST_STEPS)
     mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
     frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype
@@ -88,8 +90,9 @@ class EvalConfig:
     seed: sample i has seed `seed + i`.
     reference: "digits" (the 599 held-out digits) or a folder of images, each with an optional caption in a .txt file
         of the same name. Mixtures need none, because their law is known exactly.
-    features: the network for fid, diversity and precision_recall.
+    features: the network for fid, mmd, diversity and precision_recall.
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
+    clip: for features: clip, a transformers CLIPModel with its tokenizer, as a folder or a hub id.
     scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
@@ -102,8 +105,9 @@ class EvalConfig:
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     batch_size: int = Field(default=64, ge=1, le=MOST_BATCH)
     reference: str | None = None
-    features: Literal["digits", "inception"] = "digits"
+    features: Literal["digits", "inception", "clip"] = "digits"
     inception_weights: str | None = None
+    clip: str | None = None
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = ()
@@ -126,6 +130,11 @@ class EvalConfig:
             raise ValueError(
                 "features: inception needs inception_weights, a local file or org/name/file.pth on the hub, and other "
                 f"features take none; got features: {self.features} and inception_weights: {self.inception_weights}"
+            )
+        if (self.features == "clip") != (self.clip is not None):
+            raise ValueError(
+                "features: clip needs clip, the folder or hub id of a CLIPModel, and other features take none; got "
+                f"features: {self.features} and clip: {self.clip}"
             )
         return self
 
@@ -156,7 +165,7 @@ class EvalConfig:
         """Raises ValueError if files or packages that the metrics need are missing, or if there are no prompts or no
         real images where the section says that they are. Loads no weights."""
         from fastgen.data.prompts import read_prompts
-        from fastgen.metrics.features import check_inception
+        from fastgen.metrics.features import check_clip, check_inception
         from fastgen.metrics.reference import open_reference
 
         folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
@@ -173,6 +182,8 @@ class EvalConfig:
                 raise ValueError(f"scorers.{name}.{error}") from None
         if self.inception_weights is not None:
             check_inception(self.inception_weights)
+        if self.clip is not None:
+            check_clip(self.clip)
 
     def quick(self) -> "EvalConfig":
         """The same evaluation with quick_num_samples samples."""

@@ -20,14 +20,17 @@ PACKAGE = Path(__file__).resolve().parent
 BACKBONES: dict[str, str] = {
     "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
     "flux": "fastgen.backbones.flux:FluxConfig",
+    "flux2": "fastgen.backbones.flux2:Flux2Config",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
     "sana": "fastgen.backbones.sana:SanaConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
+    "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
-PIPELINES = ("flux", "qwen_image", "sana", "sd", "sd3", "wan")  # the backbones whose `path` is a diffusers pipeline
+# the backbones whose `path` is a diffusers pipeline
+PIPELINES = ("flux", "flux2", "qwen_image", "sana", "sd", "sd3", "wan", "z_image")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",
@@ -69,6 +72,7 @@ REWARDS: dict[str, str] = {
     "digit_stroke": "fastgen.rewards.digit_stroke:DigitStroke",
     "jpeg_size": "fastgen.rewards.jpeg_size:JpegSize",
     "clip_score": "fastgen.rewards.clip_score:ClipScore",
+    "clip_contrast": "fastgen.rewards.clip_contrast:ClipContrast",
     "hpsv2": "fastgen.rewards.hpsv2:HPSv2",
     "pickscore": "fastgen.rewards.pickscore:Pickscore",
     "image_reward": "fastgen.rewards.image_reward:ImageReward",
@@ -80,11 +84,22 @@ REWARDS: dict[str, str] = {
 }
 
 # Rewards with networks of their own. The recipe must give the paths of their files.
-SCORERS = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic", "hpsv3", "video_reward", "motion")
+SCORERS = (
+    "clip_score",
+    "clip_contrast",
+    "hpsv2",
+    "pickscore",
+    "image_reward",
+    "aesthetic",
+    "hpsv3",
+    "video_reward",
+    "motion",
+)
 
 METRICS: dict[str, str] = {
     "fid": "fastgen.metrics.fid:FID",
     "accuracy": "fastgen.metrics.accuracy:Accuracy",
+    "mmd": "fastgen.metrics.mmd:MMD",
     "diversity": "fastgen.metrics.diversity:Diversity",
     "precision_recall": "fastgen.metrics.precision_recall:PrecisionRecall",
     "energy_distance": "fastgen.metrics.energy_distance:EnergyDistance",
@@ -101,6 +116,7 @@ METRICS: dict[str, str] = {
     "digit_stroke": "fastgen.metrics.reward:DigitStrokeMetric",
     "jpeg_size": "fastgen.metrics.reward:JpegSizeMetric",
     "clip_score": "fastgen.metrics.reward:ClipScoreMetric",
+    "clip_contrast": "fastgen.metrics.reward:ClipContrastMetric",
     "hpsv2": "fastgen.metrics.reward:HPSv2Metric",
     "pickscore": "fastgen.metrics.reward:PickscoreMetric",
     "image_reward": "fastgen.metrics.reward:ImageRewardMetric",

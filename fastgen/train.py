@@ -38,6 +38,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds, and 
     quiet_libraries()
     sys.exit(main())
 
+import contextlib
 import dataclasses
 import errno
 import signal
@@ -55,7 +56,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from fastgen.batch import Batch
-from fastgen.data import DataError, make_batch
+from fastgen.data import DataError
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import WeightsError, refill
 from fastgen.networks import counted
@@ -135,7 +136,8 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
         if not resumed:
             log.picture(0, "teacher", folder / TEACHER)
         with Interruption(says=accelerator.is_main_process) as interruption:
-            train_networks(run, folder, progress, log, interruption, moved, console)
+            with contextlib.closing(run.batches):
+                train_networks(run, folder, progress, log, interruption, moved, console)
             exported = export_student(run, folder, progress.step, console)
             ended = interruption.agreed(accelerator)
     if ended:
@@ -350,11 +352,10 @@ def update(
 
 def micro_batch(run: TrainingRun, position: int, key: int, index: int, shared: Sequence[dict[str, object]]) -> Batch:
     """This process's part of micro-batch number `index` of the update whose samples begin at `position`."""
-    size, objective, accelerator = run.recipe.train.batch_size, run.recipe.objective, run.accelerator
+    size, accelerator = run.recipe.train.batch_size, run.accelerator
     first = position + (index * accelerator.num_processes + accelerator.process_index) * size
-    positions = torch.arange(first, first + size)
-    batch = make_batch(run.stream, run.backbone, positions, key, objective.needs, objective.group_size)
-    return dataclasses.replace(batch, shared=shared[index] if shared else None)
+    batch = run.batches.batch(first, keep=position)
+    return dataclasses.replace(batch, key=key, shared=shared[index] if shared else None)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -1,5 +1,6 @@
 """The memory of text encoders: their precision, their time on the device, and what a plan says of both."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -96,7 +97,7 @@ def test_offloaded_encoders_are_on_the_device_only_while_they_encode(
 def test_a_plan_counts_encoders_when_they_are_there(folder: Path) -> None:
     """Held, halved, or beside the gradients while prompts are encoded; and the changes that it advises are these."""
     base = [f"backbone.path={folder}", "train.accumulate=2"]
-    half, turn = ["backbone.encoder_dtype=bfloat16"], ["backbone.encoders=offload"]
+    half, turn = ["backbone.encoder_dtype=bfloat16"], ["backbone.encoders=offload", "train.prefetch=0"]
     plans = [
         plan(load_recipe(ROOT / "recipes/sdxl_dmd2_4step.yaml", [*base, *more]), activations=False)
         for more in ([], half, [*half, *turn])
@@ -108,8 +109,11 @@ def test_a_plan_counts_encoders_when_they_are_there(folder: Path) -> None:
     gradients = max(sum(r.gradients for r in held.roles if r.name in p.turn.roles) for p in held.turns)
     assert offloaded.moments["encoding prompts"] == near(offloaded.held + encoders / 2 + gradients)
     assert "encoding prompts" not in held.moments
+    train = dataclasses.replace(offloaded.recipe.train, prefetch=1)
+    ahead = dataclasses.replace(offloaded, recipe=dataclasses.replace(offloaded.recipe, train=train))
+    assert ahead.moments["turn student"] - offloaded.moments["turn student"] == near(encoders / 2)
     options = changes(held.recipe, 1, encoders)
     known = {option.lines: option for option in options}
     variant = Variants(held).plan([known[tuple(half)], known[tuple(turn)]], whole=False)
     assert variant.moments == near(offloaded.moments)
-    assert not [option for option in changes(offloaded.recipe, 1, 0) if option.components]
+    assert not [option for option in changes(offloaded.recipe, 1, 0) if option.encoders]

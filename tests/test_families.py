@@ -9,6 +9,7 @@ import torch
 from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
+from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
@@ -42,7 +43,14 @@ def folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(family: Family, folder: Path) -> FlowImage:
+    """Its text encoders load once, and what they encoded is kept."""
     return family.make(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(backbone: FlowImage) -> FlowImage:
+    """The same, for tests that make backbones of their own."""
+    return backbone
 
 
 def test_tokens_are_those_of_diffusers() -> None:
@@ -56,9 +64,9 @@ def test_tokens_are_those_of_diffusers() -> None:
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float
 ) -> None:
-    steps = max(steps, family.fewest_steps)
+    steps, scale = max(steps, family.fewest_steps), scale if family.two_calls else 1.0
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
-    theirs, visited = family.plain_pixels(folder, draws(backbone, "initial"), steps, **family.guided(scale))
+    theirs, visited = family.plain_pixels(folder, backbone, steps, **family.guided(scale))
     levels = backbone.teacher_policy(steps).timesteps
     assert visited == pytest.approx([level for level in levels for _ in range(len(visited) // steps)], abs=1e-6)
     assert ours.std() > 0.02
@@ -83,26 +91,27 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
     backbone.save_pipeline(student, policy, tmp_path)
     ours = Sampler(backbone, student, policy).sample(PROMPTS, SEEDS)
     again = family.make(tmp_path)
+    again.prompts = backbone.prompts  # its text encoders are copies
     assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
 
-    fresh = iter([family.packed(draws(backbone, f"step{i}")) for i in range(1, len(timesteps) + 1)])
+    drawn = family.drawn or family.packed
+    fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, len(timesteps) + 1)])
     for module in (scheduling_flow_match_euler_discrete, few_step):  # the schedulers draw their own noise
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
     monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
-    theirs, visited = family.plain_pixels(tmp_path, draws(backbone, "initial"), len(timesteps), **family.guided(1.0))
+    theirs, visited = family.plain_pixels(tmp_path, backbone, len(timesteps), **family.guided(1.0))
     assert visited == pytest.approx(list(timesteps), abs=1e-6)
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_a_turn_of_each_role_moves_its_weights_and_no_others(family: Family, folder: Path, adapters: bool) -> None:
+def test_a_turn_of_each_role_moves_its_weights_and_no_others(pipeline: FlowImage, adapters: bool) -> None:
     roles = RoleOptions({role: LoraConfig(4) for role in ("student", "fake_score")} if adapters else {})
-    config = family.make(folder).config
-    backbone: Any = config.build(torch.device("cpu"), torch.float32, 0, roles)
+    backbone: Any = pipeline.config.build(torch.device("cpu"), torch.float32, 0, roles)
     policy, objective = RolloutPolicy((1.0, 0.5)), DMD2(guidance_scale=2.0)
     student, teacher = objective.make_student(backbone, policy), backbone.load("teacher")
     networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
-    cond, uncond = backbone.encode_prompts(PROMPTS), backbone.encode_prompts(["", ""])
+    cond, uncond = pipeline.encode_both(PROMPTS)
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
     for turn in objective.turns(0, {}):
         before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
@@ -122,11 +131,10 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(family: Family, fol
             module.zero_grad()
 
 
-def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(family: Family, folder: Path) -> None:
-    roles = RoleOptions({"student": LoraConfig(4)})
-    backbone: Any = family.make(folder).config.build(torch.device("cpu"), torch.float32, 0, roles)
+def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipeline: FlowImage) -> None:
+    backbone = pipeline.config.build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)}))
     student, teacher = backbone.load("student"), backbone.load("teacher")
-    cond, t = backbone.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3])
+    cond, t = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3])
     x = draws(backbone, "x")
     assert torch.equal(student(x, t, cond), teacher(x, t, cond))
     for p in student.parameters():
@@ -152,6 +160,23 @@ def test_recomputing_activations_changes_no_gradient_and_features_have_their_wid
     assert torch.equal(*found)
 
 
+def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backbone: FlowImage) -> None:
+    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
+    cond, inputs = backbone.encode_prompts(PROMPTS), Inputs(s=torch.tensor([0.2, 0.0]), stop=torch.tensor([3, 1]))
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad():
+        before = student(x, t, cond)
+        student.add_inputs({"stop": 4}, backbone.time_dim, ["s"])
+        embedding: Any = student.time_embedding
+        for name, table in embedding.tables.items():
+            table.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+        assert torch.equal(student(x, t, cond, inputs), before)
+        assert torch.allclose(seen["s"], torch.tensor([0.5, 0.3]))
+        assert torch.allclose(seen["stop"], torch.tensor([3.0, 1.0]))
+        torch.nn.init.normal_(embedding.tables["s"].weight)
+        assert not torch.equal(student(x, t, cond, inputs), before)
+
+
 def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage) -> None:
     pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
     latents = backbone.encode(pixels)
@@ -159,7 +184,7 @@ def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage)
     frames = (pixels * 2 - 1)[:, :, None] if family.video else pixels * 2 - 1
     code = backbone.vae.encode(frames)
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
-    z = z[:, :, 0] if family.video else z
+    z = family.arranged(z[:, :, 0] if family.video else z)
     mean, std = backbone.latent_moments()
     assert torch.allclose(latents * std + mean, z, atol=1e-5)
     assert backbone.decode(latents).shape == pixels.shape
@@ -280,16 +305,3 @@ def test_the_card_of_a_sana_export_calls_it_as_it_was_trained(tmp_path: Path) ->
     assert "height=32, width=32, max_sequence_length=12, complex_human_instruction=['Draw: ']" in backbone.call
     assert "binning" not in backbone.call  # 32 is the network's own size
     assert "use_resolution_binning=False" in family.make(tmp_path, resolution=48).call
-
-
-def test_inputs_added_to_a_network_of_sana_change_nothing_at_first(tmp_path: Path) -> None:
-    backbone = FAMILIES["sana"].make(FAMILIES["sana"].folder(tmp_path))
-    student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
-    cond = backbone.encode_prompts(PROMPTS)
-    before = student(x, t, cond)
-    student.add_inputs({}, backbone.time_dim, ["s"])
-    assert torch.equal(student(x, t, cond, Inputs(s=t)), before)
-    assert torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)
-    for table in student.time_embedding.tables.parameters():  # type: ignore[operator, union-attr]
-        torch.nn.init.normal_(table)
-    assert not torch.equal(student(x, t, cond, Inputs(s=0 * t)), before)

@@ -1,5 +1,6 @@
 """The identities of flow maps on exact maps: a Gaussian in closed form, a mixture by a fine ODE solve."""
 
+import functools
 import math
 
 import pytest
@@ -209,6 +210,30 @@ def test_the_eulerian_target_is_the_limit_of_the_discrete_one() -> None:
     assert off[0] > 5 * off[1] > 25 * off[2] > 0
     secant = discrete_target(average_velocity, x, t, (s + t) / 2, s, average_velocity(x, t, (s + t) / 2))
     assert torch.allclose(secant, average_velocity(x, t, s), atol=1e-12)
+
+
+@pytest.mark.parametrize("identity", ["eulerian", "lagrangian"])
+def test_finite_differences_ask_the_map_for_no_time_outside_its_triangle(identity: str) -> None:
+    """0 <= s <= t <= 1 whatever the step, and the differences near the edges are those of the derivative."""
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def u(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        asked.append((t, s))
+        return average_velocity(x, t, s)
+
+    t, s = torch.tensor([[1.0, 0.0], [0.995, 0.99], [0.4, 0.002], [0.7, 0.3]], dtype=F64).T
+    x = torch.linspace(-1, 2, 4, dtype=F64)[:, None]
+    coarse = functools.partial(flow_maps.tangent, backend="difference", step=0.01)
+    for differentiate in (coarse, flow_maps.tangent):
+        if identity == "eulerian":
+            found = eulerian_derivative(u, x, t, s, velocity(x, t), differentiate)[1]
+        else:
+            found = lagrangian_target(u, velocity, x, t, s, differentiate)
+        if differentiate is coarse:
+            rough = found
+            assert len(asked) == 3
+            assert all((s >= 0).all() and (s <= t).all() and (t <= 1).all() for t, s in asked)
+    assert torch.allclose(rough, found, atol=0.03)
 
 
 def test_the_conditional_velocity_has_no_mean_gradient_at_the_exact_map() -> None:

@@ -39,7 +39,7 @@ from fastgen.networks import Networks
 from fastgen.objectives import DMD2, GNDM, Loss, State, Turn, replay
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score
-from fastgen.rollout import RolloutPolicy, step_log_prob
+from fastgen.rollout import RolloutPolicy, step_log_prob, trajectory
 from fastgen.schedule import FlowSchedule, VPSchedule, expand
 from fastgen.train import main
 
@@ -383,6 +383,9 @@ def test_advantages_of_the_log_ratio_and_of_a_reward() -> None:
         used_by = objective if value is not None else GNDM(form="score", std_floor=0.05)
         networks = score_networks(objective, lambda x0, prompts, group, grad: Score(value, valid))  # type: ignore[arg-type]
         used, terms = used_by.trajectories(networks, batch, objective.init_state())
+        r_dm = used_by.log_ratio(networks, batch, trajectory(networks.student, networks.policy, batch).x)
+        spread = r_dm.detach().reshape(4, 8).std(1, correction=0).square().mean().sqrt()
+        assert torch.allclose(terms["r_dm_std"], spread.to(terms["r_dm_std"]))
         return used["advantage"], terms
 
     (alone, terms), (both, more) = advantage(None), advantage(reward)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_scorers import tiny_clip_score
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, Mixture, build_mixture
 from fastgen.data.digits import load_digits, prompt_for
@@ -14,9 +16,13 @@ from fastgen.metrics import DIRECTIONS, METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.energy_distance import mean_distance
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.fid import Precomputed
+from fastgen.metrics.mmd import discrepancy
 from fastgen.metrics.mode_share import nearest_component
 from fastgen.metrics.moments import exact_moments
 from fastgen.metrics.reference import Reference, open_reference
+from fastgen.recipe import EvalConfig
+from fastgen.rewards.images import normalise
+from fastgen.sampling.pictures import save_grid
 
 torch.set_num_threads(1)
 
@@ -251,6 +257,41 @@ def test_what_is_missing_is_said() -> None:
         FeatureNetwork("inception")
     with pytest.raises(ValueError, match="needs pictures of shape"):
         FeatureNetwork("digits")(torch.zeros(1, 3, 64, 64))
+
+
+def test_mmd_is_its_formula() -> None:
+    """With two points a side the sums are written out; equal sets give 0; and the scale of a feature is no matter."""
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    k = [math.exp(-d / 200) for d in (0.0, 2.0, 4.0)]  # of squared distances
+    expected = 1000 * ((k[0] + k[1]) / 2 + (k[0] + k[2]) / 2 - 2 * (k[0] + k[2] + 2 * k[1]) / 4)
+    assert discrepancy(x.double(), y.double()) == pytest.approx(expected, rel=1e-9)
+    assert discrepancy(x.double(), x.double()) == 0
+
+
+def test_features_of_a_clip(tmp_path: Path) -> None:
+    """Those of the model's own image embedding; what is missing is said before weights load."""
+    folder = tiny_clip_score(tmp_path / "clip")
+    model = CLIPModel.from_pretrained(folder).eval()
+    size = model.config.vision_config.image_size
+    pixels = torch.rand(8, 3, size, size)
+    features = FeatureNetwork("clip", str(folder))
+    with torch.no_grad():
+        own = model.visual_projection(model.vision_model(normalise(pixels)).pooler_output)
+    assert torch.allclose(features(pixels), own, atol=1e-5)
+    for i, image in enumerate(pixels):
+        save_grid(image[None], tmp_path / "pictures" / f"{i}.png")
+    real = open_reference(str(tmp_path / "pictures"))
+    context = MetricContext(8, 0, real, FeatureNetwork("clip", str(folder)))
+    again = torch.stack([real.read(i, i + 1)[0] for i in range(8)])
+    assert run("mmd", context, again, [""] * 8, 3)["mmd"] == pytest.approx(0, abs=1e-6)
+    assert run("mmd", context, 1 - again, [""] * 8)["mmd"] > 1e-3
+    for keys, words in (({"features": "clip"}, "needs clip"), ({"clip": "a/b"}, "other features take none")):
+        with pytest.raises(ValueError, match=words):
+            EvalConfig(metrics=("mmd",), **keys)
+    with pytest.raises(ValueError, match="clip: "):
+        EvalConfig(metrics=("mmd",), features="clip", clip=str(tmp_path / "pictures")).check()
+    with pytest.raises(ValueError, match="needs clip"):
+        FeatureNetwork("clip")
 
 
 class Attack:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import moving_digits_training as training
 import moving_digits_vae as autoencoder
+import training
 
 from fastgen.data.moving_digits import draw_scenes, render
 

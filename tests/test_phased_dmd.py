@@ -340,6 +340,7 @@ def test_without_random_exits_all_steps_of_a_phase_carry_gradient() -> None:
     expected = torch.autograd.grad((x * direction).sum(), parameters)
     cut = torch.autograd.grad((objective_exit(networks, batch) * direction).sum(), parameters)
     assert torch.equal(rollout.x, x) and rollout.stop.tolist() == [1] * 24 and rollout.s.tolist() == [0.5] * 24
+    assert rollout.steps[-1].t.tolist() == [0.75] * 24
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
     assert any(not torch.allclose(a, b, atol=1e-6) for a, b in zip(found, cut, strict=True))
     singles = [dataclasses.replace(objective, random_exit=r) for r in (True, False)]

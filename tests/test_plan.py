@@ -210,7 +210,14 @@ def test_weightless_tensors_give_the_layouts_of_real_ones() -> None:
 COUNTS = {
     "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
     "black-forest-labs/FLUX.1-schnell": {"transformer": 11_891_178_560},
+    "black-forest-labs/FLUX.2-dev": {
+        "transformer": 32_223_281_152,
+        "text_encoder": 24_011_361_280,
+        "vae": 84_046_115,
+    },
+    "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
     "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
     "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656},

@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import FAMILIES, PROMPTS
-from torch import Tensor
 
 from fastgen import signals
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import FlowImage, to_tokens
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Inputs
 from fastgen.flow.flow_maps import guided_velocity
 from fastgen.modules.experts import Experts
 from fastgen.modules.lora import LoraConfig
@@ -79,17 +77,3 @@ def test_experts_are_guided_by_the_rule_of_their_family(qwen: FlowImage) -> None
 def test_one_step_of_a_scheduler_with_a_last_level_is_refused(qwen: FlowImage) -> None:
     with pytest.raises(ValueError, match=r"cannot make one step: its last level is 0.02 \(shift_terminal\)"):
         qwen.teacher_policy(1)
-
-
-def test_extra_inputs_reach_qwen_image_in_their_own_unit(qwen: FlowImage) -> None:
-    student = qwen.load("student")
-    cond, t, x = qwen.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), torch.randn(2, *qwen.latent_shape)
-    with torch.no_grad():
-        before = student(x, t, cond)
-        student.add_inputs({}, qwen.time_dim, ["s"])
-        assert torch.equal(student(x, t, cond, Inputs(s=torch.tensor([0.2, 0.0]))), before)
-    seen: list[Tensor] = []
-    embedding: Any = student.time_embedding
-    embedding.tables["s"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    student(x, t, cond, Inputs(s=torch.tensor([0.2, 0.0])))
-    assert torch.allclose(seen[0], torch.tensor([0.5, 0.3]))

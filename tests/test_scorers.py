@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 PROMPT = "a red cat"
 BICUBIC = tv.InterpolationMode.BICUBIC
-CLIP_SIZED = ("clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic")
+CLIP_SIZED = ("clip_score", "clip_contrast", "hpsv2", "pickscore", "image_reward", "aesthetic")
 ALL = (*CLIP_SIZED, "hpsv3", "video_reward", "motion")
 Files = dict[str, dict[str, Any]]
 
@@ -46,6 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     video = tiny.tiny_video_reward(root / "video", base)
     return {
         "clip_score": {"path": clip},
+        "clip_contrast": {"path": clip, "towards": "{prompt}, flat", "away": "{prompt}, 3d"},
         "pickscore": {"path": clip},
         "aesthetic": {"path": str(tiny.tiny_aesthetic(root / "aesthetic")), "clip": clip},
         "hpsv2": {"path": str(tiny.tiny_hpsv2(root / "hpsv2"))},
@@ -95,6 +96,17 @@ def library_cosine(reward: Any, x: Tensor) -> Tensor:
     text = clip.tokenizer([PROMPT], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     logits = clip.model(pixel_values=x, input_ids=text["input_ids"], attention_mask=text["attention_mask"])
     return logits.logits_per_image[:, 0] / (1 if "ickscore" in type(reward).__name__ else clip.scale)
+
+
+def library_contrast(reward: Any, pictures: Sequence[Image.Image]) -> Tensor:
+    """The log of transformers' own softmax over both texts."""
+    clip, processor = load_clip(reward.path, reward.path, torch.device("cpu")), CLIPImageProcessorPil()
+    x = torch.cat([processor(p, return_tensors="pt")["pixel_values"] for p in pictures])
+    texts = [text.format(prompt=PROMPT) for text in (reward.towards, reward.away)]
+    length = clip.model.config.text_config.max_position_embeddings
+    tokens = clip.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    logits = clip.model(pixel_values=x, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    return logits.logits_per_image.log_softmax(1)[:, 0]
 
 
 def openai_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
@@ -168,6 +180,7 @@ def library_hpsv3(reward: Any, pictures: Sequence[Image.Image]) -> Tensor:
 
 LIBRARY: dict[str, Callable[[Any, Sequence[Image.Image]], Tensor]] = {
     "clip_score": library_clip,
+    "clip_contrast": library_contrast,
     "pickscore": library_clip,
     "aesthetic": library_aesthetic,
     "hpsv2": library_hpsv2,
@@ -267,6 +280,7 @@ HEADS = {
     "hpsv2": ("HPS_v2.1_compressed.pt", "text_projection"),
     "image_reward": ("ImageReward.pt", "mlp.layers.7.bias"),
     "clip_score": ("model.safetensors", "visual_projection.weight"),
+    "clip_contrast": ("model.safetensors", "text_projection.weight"),
     "pickscore": ("model.safetensors", "logit_scale"),
     "motion": ("model.safetensors", "visual_projection.weight"),
     "hpsv3": ("HPSv3.safetensors", "rm_head.5.weight"),
@@ -513,12 +527,35 @@ def test_raft_is_read_strictly_and_gradient_reaches_the_frames(tmp_path: Path) -
         made("motion", {"path": str(tmp_path / "cut"), "method": "raft"})(x, [""])
 
 
+def test_texts_of_a_contrast(files: Files) -> None:
+    """The prompt takes its place, exchanged texts give the other probability, and texts that say nothing are
+    refused."""
+    keys = files["clip_contrast"]
+    reward, other = (
+        made("clip_contrast", keys),
+        made("clip_contrast", {**keys, "towards": keys["away"], "away": keys["towards"]}),
+    )
+    x = inputs(reward, 2)
+    p, q = (r(x, ["a red apple", "a boat"]).value.exp() for r in (reward, other))
+    assert torch.allclose(p + q, torch.ones(2), atol=1e-5)
+    assert not torch.equal(p, reward(x, ["a boat", "a red apple"]).value.exp())
+    assert reward.reads_prompts and not made("clip_contrast", keys | {"towards": "flat", "away": "3d"}).reads_prompts
+    for change, words in (
+        ({"away": keys["towards"]}, "same text"),
+        ({"towards": " "}, "give a text"),
+        ({"towards": "{name}"}, "stands for"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            made("clip_contrast", keys | change)
+
+
 # --- the published checkpoints
 
 
 def hub(name: str) -> Reward:
     keys: Files = {
         "clip_score": {"path": "openai/clip-vit-large-patch14"},
+        "clip_contrast": {"path": "openai/clip-vit-large-patch14", "towards": "a drawing", "away": "a photograph"},
         "pickscore": {"path": "yuvalkirstain/PickScore_v1"},
         "hpsv2": {"path": "xswu/HPSv2"},
         "image_reward": {"path": "THUDM/ImageReward"},

@@ -1,5 +1,6 @@
 """The families of flow-matching image pipelines at tiny sizes, with what their tests need to know of each."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,16 +8,21 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import Flux2Pipeline
 from tiny_flux import tiny_flux
+from tiny_flux2 import tiny_flux2_dev, tiny_flux2_klein
 from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
+from tiny_z_image import tiny_z_image
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
+from fastgen.backbones.flux2 import Flux2Config
 from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig
+from fastgen.backbones.z_image import ZImageConfig
 
 PROMPTS = ["a red cat", "two green dogs"]
 SEEDS = [3, 1]
@@ -26,18 +32,22 @@ SIDE, LENGTH = 32, 12
 @dataclass(frozen=True)
 class Family:
     """folder: writes a tiny pipeline. config: its backbone section. pipeline: the stock class. packed: our latents
-    [B, C, H, W] as the stock pipeline takes them. guided: the arguments of its call for guidance of this scale by two
-    network calls. level: the noise level, from the arguments that the network is called with. video: whether the VAE
-    is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
+    [B, C, H, W] as the stock pipeline takes them; drawn: as its scheduler draws noise like them, if differently.
+    guided: the arguments of its call for guidance by two network calls; two_calls: whether it has any.
+    level: the noise level, from the arguments that the network is called with. arranged: the VAE's code as latents.
+    video: whether the VAE is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
 
     folder: Callable[[Path], Path]
     config: type[FlowImageConfig]
     pipeline: str
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
+    drawn: Callable[[Tensor], Tensor] | None = None
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: dict[str, Any] = field(default_factory=dict)
     level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
+    arranged: Callable[[Tensor], Tensor] = lambda z: z
     video: bool = False
+    two_calls: bool = True
     fewest_steps: int = 1
 
     def make(self, folder: Path, **options: Any) -> FlowImage:
@@ -49,10 +59,15 @@ class Family:
     def lengths(self) -> dict[str, int]:
         return {"max_sequence_length": LENGTH}
 
-    def plain_pixels(self, folder: Path, latents: Tensor, steps: int, **call: Any) -> tuple[Tensor, list[float]]:
+    def plain_pixels(
+        self, folder: Path, backbone: FlowImage, steps: int, prompts: list[str] = PROMPTS, **call: Any
+    ) -> tuple[Tensor, list[float]]:
         """What a user's own call gives for our initial noise, and the levels at which it called the network. A
-        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead."""
-        pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder)
+        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead. backbone: one whose
+        text encoders, the same as the folder's, are loaded already."""
+        components = backbone.text_pipeline.components.items()
+        encoders = {name: part for name, part in components if name.startswith("text_encoder")}
+        pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder, **encoders)
         pipeline.set_progress_bar_config(disable=True)
         if isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
             pipeline.scheduler.set_timesteps(steps)
@@ -60,15 +75,17 @@ class Family:
             pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         visited: list[float] = []
 
-        def note(_module: object, _arguments: object, given: dict[str, Any]) -> None:
-            visited.append(self.level(given))
+        names = inspect.signature(pipeline.transformer.forward).parameters
+
+        def note(_module: object, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+            visited.append(self.level(dict(zip(names, arguments, strict=False)) | given))
 
         pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
         size = {"height": SIDE, "width": SIDE, **self.lengths}
         images = pipeline(
-            PROMPTS,
+            prompt=prompts,
             num_inference_steps=steps,
-            latents=self.packed(latents),
+            latents=self.packed(draws(backbone, "initial")),
             output_type="np",
             **size | self.call | call,
         ).images
@@ -95,6 +112,21 @@ def flux(guided: bool) -> Family:
     )
 
 
+def flux2(folder: Callable[[Path], Path], pipeline: str) -> Family:
+    """dev tells its network the scale of its call, 4 by default; klein is guided by it, without a negative prompt."""
+    klein = pipeline == "Flux2KleinPipeline"
+    return Family(
+        folder=folder,
+        config=Flux2Config,
+        pipeline=pipeline,
+        drawn=lambda latents: latents.flatten(2).mT,
+        arranged=Flux2Pipeline._patchify_latents,
+        guided=lambda scale: {"guidance_scale": scale} if klein else {},
+        two_calls=klein,
+        level=lambda given: float(given["timestep"][0]),
+    )
+
+
 SANA = Family(
     folder=tiny_sana,
     config=SanaConfig,
@@ -113,4 +145,20 @@ QWEN_IMAGE = Family(
     fewest_steps=2,
 )
 
-FAMILIES = {"flux-dev": flux(True), "flux-schnell": flux(False), "qwen-image": QWEN_IMAGE, "sana": SANA}
+Z_IMAGE = Family(
+    folder=tiny_z_image,
+    config=ZImageConfig,
+    pipeline="ZImagePipeline",
+    guided=lambda scale: {"guidance_scale": scale - 1},
+    level=lambda given: 1 - float(given["t"][0]),
+)
+
+FAMILIES = {
+    "flux-dev": flux(True),
+    "flux-schnell": flux(False),
+    "flux2-dev": flux2(tiny_flux2_dev, "Flux2Pipeline"),
+    "flux2-klein": flux2(tiny_flux2_klein, "Flux2KleinPipeline"),
+    "qwen-image": QWEN_IMAGE,
+    "sana": SANA,
+    "z-image": Z_IMAGE,
+}

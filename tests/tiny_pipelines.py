@@ -41,17 +41,20 @@ def tiny_sd(folder: Path) -> Path:
     return folder
 
 
-def tiny_sdxl(folder: Path) -> Path:
-    """A StableDiffusionXLPipeline of 32x32 pixels, its scheduler as SDXL's."""
+def tiny_sdxl(folder: Path, second: int = TEXT_WIDTH) -> Path:
+    """A StableDiffusionXLPipeline of 32x32 pixels, its scheduler as SDXL's. second: width of the second encoder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = StableDiffusionXLPipeline(
             vae=tiny_vae(scaling_factor=0.13025, force_upcast=True),
             text_encoder=tiny_clip(CLIPTextModel),
-            text_encoder_2=tiny_clip(CLIPTextModelWithProjection),
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, second),
             tokenizer=tiny_tokenizer(),
             tokenizer_2=tiny_tokenizer(),
-            unet=tiny_unet(cross_attention_dim=2 * TEXT_WIDTH, **XL_UNET),
+            unet=tiny_unet(
+                cross_attention_dim=TEXT_WIDTH + second,
+                **XL_UNET | {"projection_class_embeddings_input_dim": second + 6 * 8},
+            ),
             scheduler=sd_scheduler("epsilon", "EulerDiscreteScheduler"),
             add_watermarker=False,
         )
@@ -106,8 +109,7 @@ def tiny_vae(**options: Any) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=2,
         sample_size=32,
-        mid_block_add_attention=False,
-        **options,
+        **{"mid_block_add_attention": False} | options,
     )
 
 
@@ -119,15 +121,15 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def tiny_clip(cls: type) -> Any:
+def tiny_clip(cls: type, width: int = TEXT_WIDTH) -> Any:
     """A two-layer CLIP text encoder whose embeddings are large enough to tell prompts apart."""
     tokenizer = tiny_tokenizer()
     encoder = cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=TEXT_LENGTH,

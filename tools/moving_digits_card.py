@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from diffusers import WanPipeline
-from moving_digits_training import progress
 from torch import nn
+from training import progress
 
 ROWS = {
     "accuracy, mean over pictures": "video_accuracy",

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from make_digits_teacher import t5_tokenizer
-from moving_digits_training import optimizers, save_whole, train
 from moving_digits_vae import encode
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from training import optimizers, save_whole, train
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from fastgen import noise

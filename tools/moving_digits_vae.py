@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     patchify,
     unpatchify,
 )
-from moving_digits_training import optimizers, train
 from torch import Tensor, nn
+from training import optimizers, train
 
 from fastgen import noise
 from fastgen.data.digits import load_classifier

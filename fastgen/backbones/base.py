@@ -202,6 +202,11 @@ class Backbone(ABC):
         """The package that loads its exports, by the name that model cards use."""
         return "fastgen"
 
+    def plain_call(self, policy: RolloutPolicy) -> str:
+        """What a call with a prompt alone would do instead of what the student was trained for, in Markdown; "" if
+        that is the same."""
+        return ""
+
     @abstractmethod
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
         """Markdown for the model card: how the student exported to `folder` is loaded and called. adapter: whether the

@@ -87,13 +87,15 @@ class FlowImage(PipelineBackbone):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std."""
-        z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
+        with self.vae_lock:
+            z = self.vae_encode(pixels.to(self.device, self.dtype) * 2 - 1)
         mean, std = self.latent_moments()
         return (z - mean) / std
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        mean, std = self.latent_moments()
-        pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
+        with self.vae_lock:
+            mean, std = self.latent_moments()
+            pixels = self.vae_decode(latents.to(self.dtype) * std + mean) / 2 + 0.5
         return pixels.clamp(0, 1) if clamp else pixels
 
     def vae_encode(self, pixels: Tensor) -> Tensor:
@@ -111,9 +113,9 @@ class FlowImage(PipelineBackbone):
         if not self.config.passes_levels:
             return {"num_inference_steps": num_steps}
         arguments: dict[str, Any] = {"sigmas": passed_levels(num_steps)}
-        return arguments | ({"mu": self.level_shift(config)} if config.get("use_dynamic_shifting") else {})
+        return arguments | ({"mu": self.level_shift(config, num_steps)} if config.get("use_dynamic_shifting") else {})
 
-    def level_shift(self, config: Mapping[str, Any]) -> float:
+    def level_shift(self, config: Mapping[str, Any], num_steps: int) -> float:
         """mu: a scheduler with use_dynamic_shifting shifts the levels by exp(mu). Linear in the number of tokens."""
         tokens = self.latent_shape[-2] * self.latent_shape[-1] // self.patch_size**2
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

@@ -4,9 +4,8 @@ dev is distilled from guidance: its network is told a guidance scale, besides th
 scale each role is told. By default all roles are told that of the stock pipeline's call, so that an export does what
 was trained when it is called with the pipeline's own defaults. schnell is told none."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -14,46 +13,31 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.flow_image import FlowDenoiser, FlowImage, FlowImageConfig, from_tokens, grid_ids, to_tokens
-from fastgen.backbones.folder import read_json
+from fastgen.backbones.flow_image import FlowDenoiser, from_tokens, grid_ids, to_tokens
 from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
-
-STOCK_GUIDANCE = 3.5  # FluxPipeline's default guidance_scale
-Role = Literal["student", "teacher", "fake_score"]
+from fastgen.modules.inputs import ThousandfoldInputs
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class FluxConfig(FlowImageConfig):
-    """max_sequence_length: number of T5 tokens. guidance: role -> the guidance scale that its network is told, by
-    default the stock pipeline's 3.5. Copies of the student are told what it is told, the network of features what the
-    teacher is told, and the recorded path of disback what the fake score is told."""
+class FluxConfig(ToldGuidanceConfig):
+    """max_sequence_length: number of T5 tokens. guidance: as in `ToldGuidanceConfig`; the stock pipeline tells 3.5."""
 
     name: Literal["flux"] = "flux"
     max_sequence_length: int = Field(default=512, ge=1, le=512)
-    guidance: dict[Role, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-
-    def check(self) -> None:
-        """Also raises ValueError for guidance of a network that is told none."""
-        super().check()
-        folder = self.local_folder()
-        if self.guidance and folder is not None and not is_told(read_json(folder / "transformer/config.json")):
-            raise ValueError(f"guidance: the network of {folder} is told no guidance scale; leave this key out")
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Flux":
         return Flux(self, device, dtype, roles)
 
 
-def is_told(network: Mapping[str, Any]) -> bool:
-    """Whether a network with this config is told a guidance scale."""
-    return bool(network.get("guidance_embeds", False))
-
-
 class FluxDenoiser(FlowDenoiser):
     """An unmodified FluxTransformer2DModel behind the contract; the blocks of its features are the two-stream ones."""
+
+    extra_inputs = ThousandfoldInputs
 
     def __init__(self, network: Any):
         super().__init__(network, network.inner_dim, time_scale=1)  # the network multiplies by 1000 itself
@@ -86,11 +70,12 @@ class FluxDenoiser(FlowDenoiser):
         return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
 
 
-class Flux(FlowImage):
+class Flux(ToldGuidance):
     """The backbone of recipes with `backbone: {name: flux, path: ...}`."""
 
     config: FluxConfig
     network_class = "FluxTransformer2DModel"
+    stock_guidance = 3.5
     lora_targets = (*PipelineBackbone.lora_targets, "proj_mlp")
 
     def wrap(self, network: Any) -> FluxDenoiser:
@@ -106,19 +91,6 @@ class Flux(FlowImage):
 image = pipeline(
     "a prompt", num_inference_steps={{num_steps}}, guidance_scale={told:g}, max_sequence_length={length}{size}
 ).images[0]"""
-
-    @property
-    def stock_call(self) -> tuple[int, float]:
-        """The stock call's guidance_scale is what its network is told; it calls the network once a step."""
-        return super().stock_call[0], 1.0
-
-    def guidance_told(self, role: str) -> float | None:
-        """dev's guidance scale for a role; None for schnell."""
-        if not is_told(self.network_config):
-            return None
-        like = "teacher" if role == "features" else "fake_score" if role.startswith("path") else role
-        told: Role = like if like in ("teacher", "fake_score") else "student"  # type: ignore[assignment]
-        return self.config.guidance.get(told, STOCK_GUIDANCE)
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.text_pipeline.encode_prompt(

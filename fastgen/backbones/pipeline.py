@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import inspect
+import threading
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,9 +64,16 @@ class PipelineConfig(BackboneConfig):
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
     prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
+    oldest_diffusers: ClassVar[tuple[int, int]] = (0, 38)  # whose pipeline is as this family needs it
 
     def check(self) -> None:
-        """Raises ValueError if the path is neither a complete pipeline folder of this family nor a hub id."""
+        """Raises ValueError if the path is neither a complete pipeline folder of this family nor a hub id, or if the
+        installed diffusers is too old."""
+        installed, oldest = version("diffusers"), self.oldest_diffusers
+        if tuple(int(part) for part in installed.split(".")[:2]) < oldest:
+            raise ValueError(
+                f"backbone {self.name} needs diffusers {oldest[0]}.{oldest[1]} or newer, and {installed} is installed"
+            )
         check_source(self.path)
         folder = self.local_folder()
         if folder is None:
@@ -174,6 +183,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             "local_files_only": folder is not None,
             "torch_dtype": dtype,
         }
+        self.vae_lock = threading.RLock()  # a VAE of videos remembers frames while it works
         self.prompts = PromptTable(
             lambda prompts: self.encode_chunk(prompts),
             lambda table: self.finish_table(table),
@@ -335,13 +345,18 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         folder = self.config.local_folder()
         exported = folder is not None and (folder / "fastgen.json").is_file()
         named = any(word in Path(self.source).name.lower() for word in FEW_STEP_NAMES)
-        if not (exported or named or self.components["scheduler"][1] in FEW_STEP_SCHEDULERS):
+        if not (exported or named or self.is_distilled or self.components["scheduler"][1] in FEW_STEP_SCHEDULERS):
             return []
         return [
             f"{self.source} looks like a few-step student. Between its own steps, such a student is no longer a "
             "diffusion model, and training it further blurs it. Instead, name the original pipeline as "
             "backbone.path, and the folder of this one as init_from"
         ]
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the pipeline's index says that it was distilled to few steps."""
+        return bool(self.components.get("is_distilled"))
 
     @property
     def stock_call(self) -> tuple[int, float]:
@@ -389,6 +404,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @property
     def library(self) -> str:
         return "diffusers"
+
+    def plain_call(self, policy: RolloutPolicy) -> str:
+        from fastgen.backbones.usage import plain_call  # with diffusers
+
+        return plain_call(self, policy)
 
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
         from fastgen.backbones.usage import pipeline_usage  # with diffusers

@@ -1,5 +1,6 @@
 """A table of encoded prompts. Each is encoded once and kept, or read if it was stored before the run."""
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -24,7 +25,7 @@ class PromptTable:
     """The conditioning of every prompt seen so far, up to a gigabyte.
 
     Each prompt is encoded alone, because the last bits of an embedding depend on the other prompts in its batch, and a
-    run that is continued sees its prompts in other batches.
+    run that is continued sees its prompts in other batches. Several threads may ask it.
     encode: turns a few prompts into their rows. finish: turns the rows of all prompts into what networks are given.
     encoding: what `encode` is called inside of."""
 
@@ -38,6 +39,7 @@ class PromptTable:
     ):
         self.encode, self.finish, self.device, self.dtype, self.encoding = encode, finish, device, dtype, encoding
         self.stored: PromptRows | None = None  # prompts found here are read instead of encoded
+        self._lock = threading.Lock()
         self._index: dict[str, int] = {}
         self._encoded: Conditioning | None = None
         self._finished: Conditioning | None = None
@@ -45,11 +47,12 @@ class PromptTable:
     @torch.no_grad()
     def rows(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of these prompts, batch size len(prompts)."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._index]
-        if new:
-            self.extend(new, set(prompts))
-        assert self._finished is not None
-        return self._finished.select(torch.tensor([self._index[p] for p in prompts], device=self.device))
+        with self._lock:
+            new = [p for p in dict.fromkeys(prompts) if p not in self._index]
+            if new:
+                self.extend(new, set(prompts))
+            assert self._finished is not None
+            return self._finished.select(torch.tensor([self._index[p] for p in prompts], device=self.device))
 
     def extend(self, new: list[str], wanted: set[str]) -> None:
         """Encodes prompts and appends them to the table, which is emptied first if it has grown too large."""

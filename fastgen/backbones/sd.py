@@ -236,14 +236,16 @@ image = pipeline("a prompt", **options).images[0]"""
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the mode of the posterior, normalised."""
-        z = self.vae.encode(pixels.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mode()
+        with self.vae_lock:
+            z = self.vae.encode(pixels.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mode()
         mean, std = self.latent_moments(z)
         return ((z - mean) / std).to(self.dtype)
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        z = latents.to(self.vae.dtype)
-        mean, std = self.latent_moments(z)
-        pixels = self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5
+        with self.vae_lock:
+            z = latents.to(self.vae.dtype)
+            mean, std = self.latent_moments(z)
+            pixels = self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5
         return pixels.clamp(0, 1) if clamp else pixels
 
     def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """How an exported student is loaded and called, in Markdown for its model card."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+from fastgen.backbones.comfyui import comfyui_sampling
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
 from fastgen.pipelines import few_step, flow_map
@@ -52,6 +54,11 @@ other numbers of steps, or for a guidance scale above 1.
 It needs fastgen installed: diffusers has no class for it, and with the stock class every frame would see the frames
 after it."""
 
+COMFYUI = """
+
+In ComfyUI, sample it with the sampler `{sampler}`, the sigmas `{sigmas}` (node `ManualSigmas`) and cfg 1.
+`fastgen export RUN --form ...` writes the file that ComfyUI reads, and a workflow."""
+
 ANY_STEP = """ It is a flow map, so that other numbers of steps work as well, on the same grid."""
 
 
@@ -65,6 +72,8 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
+    elif policy.chunks is None and backbone.config.name != "sana":  # of which ComfyUI has no network
+        call += comfyui_settings(backbone, policy)
     filled = {
         "{load}": load,
         "{streaming}": STREAMING + backbone.components["_class_name"],
@@ -75,6 +84,31 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     for mark, text in filled.items():
         call = call.replace(mark, text)
     return call
+
+
+def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
+    """For the first line of a model card. The stock pipelines read no defaults of their call from a folder, so that
+    `pipeline("a prompt")` makes the pipeline's own number of steps at its own guidance, whatever the student needs."""
+    if policy.chunks is not None:  # fastgen's own pipeline, which reads its defaults from the folder
+        return ""
+    (steps, scale), told = backbone.stock_call, backbone.guidance_told("student")
+    wanted, given = 1.0, inspect.signature(backbone.pipeline_class.__call__).parameters["guidance_scale"].default
+    if told is not None:
+        scale, wanted = given, told
+    others = [] if steps == policy.num_steps else [f"{steps} steps instead of {policy.num_steps}"]
+    if given is not None and scale != wanted:
+        others.append(f"guidance scale {scale:g} instead of {wanted:g}")
+    if not others:
+        return ""
+    return f'**`pipeline("a prompt")` alone would use {" and ".join(others)}.** Call it as shown below.'
+
+
+def comfyui_settings(backbone: Any, policy: RolloutPolicy) -> str:
+    try:
+        sampling = comfyui_sampling(backbone, policy)
+    except ValueError as refusal:
+        return f"\n\nComfyUI cannot sample it: {refusal}."
+    return COMFYUI.replace("{sampler}", sampling.sampler).replace("{sigmas}", sampling.text)
 
 
 def own_components(folder: Path) -> list[str]:

@@ -308,7 +308,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
             raise ValueError(
                 f"a video model encodes frames [B, F, 3, H, W], got {list(pixels.shape)}; images do not fit"
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
             video = pixels.to(self.device, torch.float32).transpose(1, 2) * 2 - 1
             z = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
         return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
@@ -316,8 +316,8 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """In float32, also under autocast. The VAE itself clamps, so that there is no gradient at saturated pixels,
         whatever `clamp` says."""
-        z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
+            z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
             video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
         video = video / 2 + 0.5
         return video.clamp(0, 1) if clamp else video

@@ -27,6 +27,7 @@ MUTABLE_KEYS = (
     "train.device",
     "train.batch_size",
     "train.accumulate",
+    "train.prefetch",
     "train.gradient_checkpointing",
     "health",
     "eval",

@@ -3,7 +3,8 @@ the sample where it stopped, and ranks and micro-batches split one stream."""
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from fastgen.batch import Batch
 from fastgen.data.order import shuffled
 from fastgen.data.pairs import Pairs
 
+READERS = 4  # threads that read pictures
 LATENT_BYTES = 1 << 30  # of latents that a stream caches; pictures beyond that are read and encoded every time
 
 
@@ -95,6 +97,7 @@ class SampleStream(Stream):
     def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
         self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
         self._latents: dict[int, Tensor] = {}
+        self._readers = ThreadPoolExecutor(READERS, "pictures")
 
     def rows(self, positions: Tensor) -> Tensor:
         """The row of each position, [B] int64."""
@@ -111,22 +114,27 @@ class SampleStream(Stream):
     def pixels(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None or self._samples.read is None:
             return None
-        return torch.stack([self._samples.read(i) for i in self._samples.pictures[self.rows(positions)].tolist()])
+        return torch.stack(list(self.read(self._samples.pictures[self.rows(positions)].tolist())))
 
     def latents(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None:
             return None
-        return torch.stack([self.latent(i) for i in self._samples.pictures[self.rows(positions)].tolist()])
+        return torch.stack(self.picture_latents(self._samples.pictures[self.rows(positions)].tolist()))
 
-    def latent(self, picture: int) -> Tensor:
-        """The latent of one picture, [*latent_shape], on the CPU."""
-        if picture in self._latents:
-            return self._latents[picture]
+    def picture_latents(self, pictures: list[int]) -> list[Tensor]:
+        """The latent of each picture, [*latent_shape], on the CPU."""
+        new = [i for i in dict.fromkeys(pictures) if i not in self._latents]
+        fresh = {i: encode_picture(self._backbone, pixels) for i, pixels in zip(new, self.read(new), strict=True)}
+        found = [fresh[i] if i in fresh else self._latents[i] for i in pictures]
+        for picture, latent in fresh.items():
+            if (len(self._latents) + 1) * latent.nbytes <= LATENT_BYTES:
+                self._latents[picture] = latent
+        return found
+
+    def read(self, pictures: list[int]) -> Iterator[Tensor]:
+        """The pixels of each picture, [3, H, W] in [0, 1]. Several files are read and decoded at a time."""
         assert self._samples.read is not None
-        latent = encode_picture(self._backbone, self._samples.read(picture))
-        if (len(self._latents) + 1) * latent.nbytes <= LATENT_BYTES:
-            self._latents[picture] = latent
-        return latent
+        return self._readers.map(self._samples.read, pictures)
 
 
 def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class PreparedStream(SampleStream):
         super().__init__(samples, backbone, key, pairs)
         self._stored = stored
 
-    def latent(self, picture: int) -> Tensor:
-        return self._stored.read([picture])["latents"][0]
+    def picture_latents(self, pictures: list[int]) -> list[Tensor]:
+        return list(self._stored.read(pictures)["latents"])
 
 
 class PreparedPrompts:

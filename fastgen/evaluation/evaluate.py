@@ -36,6 +36,7 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
+from fastgen.rewards.clip import weight_files
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 
@@ -173,7 +174,7 @@ def make_features(config: EvalConfig, output: Output, device: torch.device | str
     """The digits network stays on the CPU, where it is fast enough and always gives the same numbers."""
     if output != "pixels":
         return None
-    weights = config.inception_weights
+    weights = config.inception_weights or config.clip
     return FeatureNetwork(config.features, weights, "cpu" if weights is None else device, config.batch_size)
 
 
@@ -196,6 +197,8 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     networks = {name: reward.facts() for name, reward in config.rewards().items()}
     if config.inception_weights is not None:
         networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
+    if config.clip is not None:
+        networks["clip"] = {"weights": hash_files(weight_files(config.clip))}
     return {
         "num_samples": config.num_samples,
         "seed": config.seed,

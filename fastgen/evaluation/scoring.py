@@ -1,7 +1,7 @@
 """`fastgen score`: the score that each scorer gives each picture of a folder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def score_folder(
         )
     rows: list[dict[str, Any]] = []
     with progress_bar(len(files), "scoring", "image", enabled=progress) as bar:
-        for pixels, start in batches(files, batch_size):
+        for pixels, start in batches((read_images([file]) for file in files), batch_size):
             stop = start + len(pixels)
             columns = score(rewards, pixels.to(device), texts[start:stop])
             rows += [
@@ -99,16 +99,17 @@ def match(prompts: list[str], count: int, source: str | None) -> list[str]:
     return prompts * count if len(prompts) < count else prompts
 
 
-def batches(files: Sequence[Path], size: int) -> Iterator[tuple[Tensor, int]]:
-    """Pixels [B, 3, H, W] of at most `size` consecutive images of equal size, and the index of the first."""
-    kept: list[Tensor] = []
-    for i, file in enumerate(files):
-        pixels = read_images([file])
+def batches(images: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, int]]:
+    """Pixels [B, 3, H, W] of at most `size` consecutive images [1, 3, H, W] of equal size, and the index of the
+    first."""
+    kept, count = list[Tensor](), 0
+    for i, pixels in enumerate(images):
+        count = i + 1
         if kept and (len(kept) == size or kept[0].shape != pixels.shape):
             yield torch.cat(kept), i - len(kept)
             kept = []
         kept.append(pixels)
-    yield torch.cat(kept), len(files) - len(kept)
+    yield torch.cat(kept), count - len(kept)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Metric(ABC):
 
     def need_features(self) -> FeatureNetwork:
         if self.context.features is None:
-            raise ValueError(f"{self.name} needs a feature network; set eval.features to digits or inception")
+            raise ValueError(f"{self.name} needs a feature network; set eval.features to digits, inception or clip")
         return self.context.features
 
     def need_reference(self) -> Reference:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from fastgen.data.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
 from fastgen.metrics.reference import Reference
+from fastgen.rewards import weights
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip
+from fastgen.rewards.clip_score import EXAMPLE as CLIP_EXAMPLE
 
 HUB_FILE = r"[\w-][\w.-]*/[\w.-]+/[\w./-]+\.pth"
-FeatureName = Literal["digits", "inception"]
+FeatureName = Literal["digits", "inception", "clip"]
 
 
 class DigitsFeatures(nn.Module):
@@ -36,13 +39,13 @@ class DigitsFeatures(nn.Module):
 class InceptionFeatures(nn.Module):
     """The 2,048 pool features of the Inception v3 that published FID numbers use, on 8-bit images of any size.
 
-    weights: a local file, `weights-inception-2015-12-05-6726825d.pth` from torch-fidelity's releases, or a file on the
+    source: a local file, `weights-inception-2015-12-05-6726825d.pth` from torch-fidelity's releases, or a file on the
     hub, "org/name/file.pth", which is downloaded once. See check_inception and check_tensors for what is raised."""
 
-    def __init__(self, weights: str):
+    def __init__(self, source: str):
         super().__init__()
-        check_inception(weights)
-        file = inception_file(weights)
+        check_inception(source)
+        file = inception_file(source)
         check_tensors(file)
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -52,12 +55,29 @@ class InceptionFeatures(nn.Module):
         return self.network((pixels * 255).round().to(torch.uint8))
 
 
-def check_inception(weights: str) -> None:
+class ClipFeatures(nn.Module):
+    """The projected image embedding of a CLIP, [B, 3, H, W] -> [B, D], not normalised. The shorter side is resized to
+    the network's size, bicubic, and the centre is cropped."""
+
+    def __init__(self, path: str, device: torch.device | str):
+        super().__init__()
+        self.clip = load_clip(path, path, torch.device(device))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.clip.embedding(pixels)
+
+
+def check_clip(path: str) -> None:
+    """Raises ValueError if this is a local folder without the files of a CLIPModel. Makes no network requests."""
+    weights.check_files(path, "clip", CLIP_EXAMPLE, *CLIP_FILES, TOKENIZER_FILES)
+
+
+def check_inception(source: str) -> None:
     """Raises ValueError if these weights are neither a local file nor one on the hub, or if the package
     torch-fidelity, which holds the network, is missing. Makes no network requests."""
-    if not Path(weights).is_file() and not re.fullmatch(HUB_FILE, weights):
+    if not Path(source).is_file() and not re.fullmatch(HUB_FILE, source):
         raise ValueError(
-            f"inception_weights: there is no file {weights}; give a local copy of "
+            f"inception_weights: there is no file {source}; give a local copy of "
             "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases, or a file on the "
             "hub, org/name/file.pth"
         )
@@ -67,13 +87,13 @@ def check_inception(weights: str) -> None:
         )
 
 
-def inception_file(weights: str) -> Path:
+def inception_file(source: str) -> Path:
     """The path of the weights. A file on the hub is downloaded first."""
-    if Path(weights).is_file():
-        return Path(weights)
+    if Path(source).is_file():
+        return Path(source)
     from huggingface_hub import hf_hub_download
 
-    org, name, file = weights.split("/", 2)
+    org, name, file = source.split("/", 2)
     return Path(hf_hub_download(f"{org}/{name}", file))
 
 
@@ -89,18 +109,21 @@ class FeatureNetwork:
     """Maps pixels [B, 3, H, W] in [0, 1] to features [B, D] float32 on the CPU. The network is loaded at first use.
 
     The features of the last batch are cached, so that metrics updated with the same tensor share one forward pass. The
-    features of a reference are cached, too. name: digits, or inception with `inception_weights`."""
+    features of a reference are cached, too. name: digits; inception, with the file of its weights; or clip, with its
+    folder or hub id."""
 
     def __init__(
         self,
         name: FeatureName = "digits",
-        inception_weights: str | None = None,
+        source: str | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 64,
     ):
-        if name == "inception" and inception_weights is None:
+        if name == "inception" and source is None:
             raise ValueError("features: inception needs inception_weights, a file with its weights")
-        self.name, self.inception_weights, self.device, self.batch_size = name, inception_weights, device, batch_size
+        if name == "clip" and source is None:
+            raise ValueError("features: clip needs clip, the folder or hub id of a CLIPModel")
+        self.name, self.source, self.device, self.batch_size = name, source, device, batch_size
         self._network: nn.Module | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._references: dict[tuple[str, int], Tensor] = {}
@@ -108,9 +131,13 @@ class FeatureNetwork:
     @property
     def network(self) -> nn.Module:
         if self._network is None:
-            network = DigitsFeatures() if self.inception_weights is None else InceptionFeatures(self.inception_weights)
-            self._network = network.to(self.device).eval().requires_grad_(False)
+            self._network = self.load().to(self.device).eval().requires_grad_(False)
         return self._network
+
+    def load(self) -> nn.Module:
+        if self.source is None:
+            return DigitsFeatures()
+        return ClipFeatures(self.source, self.device) if self.name == "clip" else InceptionFeatures(self.source)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -50,6 +50,13 @@ class ExtraInputs(nn.Module):
         return embedding
 
 
+class ThousandfoldInputs(ExtraInputs):
+    """For networks that multiply their timestep, and with it the scalars in its columns, by 1000 before embedding."""
+
+    def forward(self, timestep: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        return self.add(self.embedding(timestep[:, 0], *rest, **options), timestep[:, 1:] / 1000)
+
+
 class IntegerInput(nn.Embedding):
     """An embedding with one row per value, zero at the start. It has no derivative with respect to the value."""
 

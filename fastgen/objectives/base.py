@@ -77,6 +77,12 @@ class Objective:
         return vars(self).get("guidance_scale", 1.0)
 
     @property
+    def learned_levels(self) -> tuple[float, ...] | None:
+        """The levels from which the student learns to predict clean data besides those of its policy; None for all.
+        With transition: renoise it can be sampled at these, too."""
+        return ()
+
+    @property
     def takes_first_timesteps(self) -> bool:
         """Whether the first chunk of a video may have a list of levels of its own."""
         return False

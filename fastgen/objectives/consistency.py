@@ -162,6 +162,13 @@ class Consistency(Objective):
         return self
 
     @property
+    def learned_levels(self) -> tuple[float, ...] | None:
+        """With one phase, those of the grid are sent to 0, and all where levels are drawn without one."""
+        if self.phases[-1] != 1 or self.end != "edge":
+            return ()
+        return None if self.grid is None else tuple(self.grid.levels(self.grid.updates)[1:].tolist())
+
+    @property
     def trained_roles(self) -> tuple[str, ...]:
         return ("student", "discriminator") if self.gan else ("student",)
 

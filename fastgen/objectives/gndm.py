@@ -241,7 +241,6 @@ class GNDM(Objective):
             replay.store(state, paths)
         return paths, terms
 
-    @torch.no_grad()
     def log_ratio(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
         """An estimate of R_dm [B], the mean over num_pairs pairs of draws that a group shares.
 

@@ -147,6 +147,10 @@ class SCM(Objective):
         return self
 
     @property
+    def learned_levels(self) -> None:
+        """All."""
+
+    @property
     def trained_roles(self) -> tuple[str, ...]:
         optional = {"weighting": self.learned_weight, "discriminator": self.gan, "fake_score": self.matching}
         return ("student", *(role for role, used in optional.items() if used))

@@ -7,7 +7,8 @@ written.
     held      parameters and buffers of the roles and of the moving average; AdamW's two moments of all trained
               parameters; text encoders and VAE, which load when first needed and then stay (with prepared prompts, the
               encoders are not loaded)
-    encoding  the text encoders, if backbone.encoders is offload, and the gradients that earlier micro-batches left
+    encoding  the text encoders, if backbone.encoders is offload, and the gradients that earlier micro-batches left;
+              with train.prefetch, the encoders may also be there during a turn
     turn      activations, including the bfloat16 weights that autocast keeps for the backward pass, and the gradients
               that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
               as in every micro-batch after the first
@@ -117,14 +118,15 @@ class Plan:
     def moments(self) -> dict[str, int]:
         """The most bytes on one GPU during each part of a run: turns, optimizer steps and sampling."""
         ways = self.gpus if self.divided else 1
-        result = {}
+        encoders, result = sum(c.turn for c in self.components), dict[str, int]()
+        beside = encoders if self.recipe.train.prefetch else 0  # the next prompts are encoded during a turn
         for part in self.turns:
             trained = [r for r in self.roles if r.name in part.turn.roles]
             temporary = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
-            result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways)
+            result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways) + beside
             step = sum(r.gradients for r in trained) + temporary
-            result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
-        if encoders := sum(c.turn for c in self.components):
+            result[f"step of {part.turn.name}"] = self.held + -(-step // ways) + beside
+        if encoders:
             gradients = max(sum(r.gradients for r in self.roles if r.name in p.turn.roles) for p in self.turns)
             result["encoding prompts"] = self.held + encoders + -(-gradients // ways)
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes

@@ -10,7 +10,6 @@ from rich.table import Table
 from fastgen.config import build_recipe
 from fastgen.config.stored import to_dict
 from fastgen.config.text import apply_override
-from fastgen.planning.components import Component
 from fastgen.planning.cost import Speed, cost_lines
 from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.recipe import Recipe
@@ -21,12 +20,26 @@ LORA = "{rank: 64}"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe that save memory. components: what becomes of text encoders. divided: networks are
-    sharded over the GPUs. Neither of these two changes the turns."""
+    """Overrides of a recipe that save memory. encoders: what they make of a plan, if they are about text encoders.
+    divided: networks are sharded over the GPUs. Neither of these two changes the turns."""
 
     lines: tuple[str, ...]
-    components: Callable[[Component], Component] | None = None
+    encoders: Callable[[Plan], Plan] | None = None
     divided: bool = False
+
+
+def prepared(found: Plan) -> Plan:
+    return dataclasses.replace(found, components=tuple(c.prepared() for c in found.components))
+
+
+def halved(found: Plan) -> Plan:
+    return dataclasses.replace(found, components=tuple(c.halved() for c in found.components))
+
+
+def offloaded(found: Plan) -> Plan:
+    train = dataclasses.replace(found.recipe.train, prefetch=0)
+    recipe = dataclasses.replace(found.recipe, train=train)
+    return dataclasses.replace(found, recipe=recipe, components=tuple(c.offloaded() for c in found.components))
 
 
 def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
@@ -43,10 +56,10 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
         options.append(Change(tuple(half)))
     if encoders:
         if recipe.backbone.encoder_dtype is None and train.dtype == "float32":
-            options.append(Change(("backbone.encoder_dtype=bfloat16",), Component.halved))
+            options.append(Change(("backbone.encoder_dtype=bfloat16",), halved))
         if recipe.backbone.encoders != "offload":
-            options.append(Change(("backbone.encoders=offload",), Component.offloaded))
-        options.append(Change(("data={name: prepared, folder: ...}",), Component.prepared))
+            options.append(Change(("backbone.encoders=offload", "train.prefetch=0"), offloaded))
+        options.append(Change(("data={name: prepared, folder: ...}",), prepared))
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
         options.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
@@ -80,13 +93,13 @@ class Variants:
 
     def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
         """The plan with the chosen changes. whole: False leaves out activations."""
-        lines = tuple(line for c in chosen if not (c.components or c.divided) for line in c.lines)
+        lines = tuple(line for c in chosen if not (c.encoders or c.divided) for line in c.lines)
         key = (lines, whole or (lines, True) in self._known)
         if key not in self._known:
             self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
         found = self._known[key]
-        for change in (c.components for c in chosen if c.components is not None):
-            found = dataclasses.replace(found, components=tuple(change(c) for c in found.components))
+        for change in (c.encoders for c in chosen if c.encoders is not None):
+            found = change(found)
         if any(c.divided for c in chosen):
             train = dataclasses.replace(found.recipe.train, strategy="fsdp")
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))

@@ -51,11 +51,15 @@ class Clip:
         self.texts = Texts()
 
     def image(self, pixels: Tensor, round_half: bool = False) -> Tensor:
-        """Features [B, D] of pixels [B, 3, H, W] in [0, 1], with gradient. The shorter side is resized to the
-        network's size, the centre is cropped, and the pixels are normalised."""
+        """Features [B, D], of length 1, of pixels [B, 3, H, W] in [0, 1], with gradient."""
+        return F.normalize(self.embedding(pixels, round_half), dim=-1)
+
+    def embedding(self, pixels: Tensor, round_half: bool = False) -> Tensor:
+        """The features before they are given length 1. The shorter side is resized to the network's size, the centre
+        is cropped, and the pixels are normalised."""
         x = images.center_crop(images.shortest_side(pixels, self.size), self.size, round_half)
         pooled = self.model.vision_model(pixel_values=images.normalise(x)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+        return self.model.visual_projection(pooled)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Features [B, D] of prompts, which are cut at the network's length, 77 tokens."""

@@ -11,9 +11,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
+from fastgen.batch import Batch
 from fastgen.config import load_stored
 from fastgen.config.stored import changed_keys, dump_recipe
-from fastgen.data.base import Stream
+from fastgen.data.ahead import Ahead
+from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
@@ -57,6 +59,7 @@ class TrainingRun:
     state: dict[str, Tensor]
     ema: Ema
     stream: Stream
+    batches: Ahead
     prompts: list[str]  # the first prompts of the stream, for pictures and the watch
     watch: Watch
 
@@ -169,9 +172,24 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
         state=send_to_device(recipe.objective.init_state(), accelerator.device),
         ema=Ema(built.average, networks.student, recipe.train.ema_decay),
         stream=stream,
+        batches=batches(recipe, accelerator, backbone, stream),
         prompts=stream.prompts(torch.arange(shown)),
         watch=Watch(recipe.health),
     )
+
+
+def batches(recipe: Recipe, accelerator: Accelerator, backbone: Backbone, stream: Stream) -> Ahead:
+    """This process's batches, with key 0, by the position of their first sample. ODE pairs are not made ahead, because
+    a teacher may make them, whose calls are counted."""
+    size, objective = recipe.train.batch_size, recipe.objective
+
+    def make(first: int) -> Batch:
+        return make_batch(
+            stream, backbone, torch.arange(first, first + size), 0, objective.needs, objective.group_size
+        )
+
+    ahead = 0 if "pairs" in objective.needs else recipe.train.prefetch
+    return Ahead(make, size * accelerator.num_processes, ahead)
 
 
 def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:

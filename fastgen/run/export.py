@@ -86,6 +86,8 @@ def model_card(
     source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
     negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
     away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
+    plain = backbone.plain_call(recipe.rollout)
+    warning = f"{plain}\n\n" if plain else ""
     return f"""---
 library_name: {backbone.library}
 tags: [distillation, few-step, {recipe.objective.name}]
@@ -93,8 +95,8 @@ tags: [distillation, few-step, {recipe.objective.name}]
 
 # A {recipe.rollout.num_steps}-step student of {source}
 
-Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates. The
-weights are the moving average of the student's weights.{away}
+{warning}Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates.
+The weights are the moving average of the student's weights.{away}
 
 ## How to call it
 

@@ -66,8 +66,10 @@ def plot_points(points_by_name: Mapping[str, Tensor], path: Path) -> None:
 def scatter_figure(points_by_name: Mapping[str, Tensor]) -> Figure:
     sets = {name: points.detach().float().cpu() for name, points in points_by_name.items()}
     names = [name for name in sets if name != EXACT] or [EXACT]
-    figure = Figure(figsize=(3.4 * len(names), 3.4), layout="constrained")
+    width, height = 3.4 * len(names), 3.4
+    figure = Figure(figsize=(width, height))  # fixed margins: matplotlib's own layouts draw every figure twice
     axes = figure.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
+    figure.subplots_adjust(0.45 / width, 0.3 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.05)
     for axis, name in zip(axes, names, strict=True):
         layers = [(EXACT, GREY), (name, BLUE)] if EXACT in sets and name != EXACT else [(name, BLUE)]
         for label, colour in layers:

@@ -1,4 +1,4 @@
-"""What both trainings of the moving digits teacher share: Muon, a running average, a resumable loop."""
+"""What the trainings of the teachers in assets share: Muon, a running average, a loop that continues."""
 
 import copy
 import os

@@ -1,0 +1,54 @@
+"""What families have in common whose networks were distilled from guidance, and are told a scale."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from fastgen.backbones.flow_image import FlowImage, FlowImageConfig
+from fastgen.backbones.folder import read_json
+
+Role = Literal["student", "teacher", "fake_score"]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ToldGuidanceConfig(FlowImageConfig):
+    """guidance: role -> the guidance scale that its network is told, by default the one of the stock pipeline's call.
+    Copies of the student are told what it is told, the network of features what the teacher is told, and the recorded
+    path of disback what the fake score is told."""
+
+    guidance: dict[Role, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Also raises ValueError for guidance of a network that is told none."""
+        super().check()
+        folder = self.local_folder()
+        if self.guidance and folder is not None and not is_told(read_json(folder / "transformer/config.json")):
+            raise ValueError(f"guidance: the network of {folder} is told no guidance scale; leave this key out")
+
+
+def is_told(network: Mapping[str, Any]) -> bool:
+    """Whether a network with this config is told a guidance scale."""
+    return bool(network.get("guidance_embeds", False))
+
+
+class ToldGuidance(FlowImage):
+    """The part of a backbone that follows from it. stock_guidance: the guidance_scale of the stock call."""
+
+    config: Any
+    stock_guidance: ClassVar[float]
+
+    def guidance_told(self, role: str) -> float | None:
+        """The guidance scale for a role; None for a network that is told none."""
+        if not is_told(self.network_config):
+            return None
+        like = "teacher" if role == "features" else "fake_score" if role.startswith("path") else role
+        told: Role = like if like in ("teacher", "fake_score") else "student"  # type: ignore[assignment]
+        return self.config.guidance.get(told, self.stock_guidance)
+
+    @property
+    def stock_call(self) -> tuple[int, float]:
+        """The guidance_scale of the stock call is what the network is told; it is called once a step."""
+        return super().stock_call[0], 1.0

@@ -1,0 +1,173 @@
+"""`fastgen demo`: a page in the browser that shows a student and its teacher side by side, with their times.
+
+The page is gradio's, an optional package. Everything else is in functions that work without it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.backbones import BACKBONES
+from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.config import load_stored
+from fastgen.denoiser import Denoiser
+from fastgen.registry import build_section
+from fastgen.sampling.sampler import METADATA, Sampler, load_sampler, read_metadata, teacher_sampler
+from fastgen.sampling.video import check_writer, save_video
+
+SMALLEST = 256  # side of a picture on the page
+NO_GRADIO = "fastgen demo needs the package gradio; pip install 'fastgen-distill[demo]'"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """student: as it was trained. teacher: its frozen teacher; None for a pipeline that was not distilled, which then
+    stands in the place of the student. teacher_steps, guidance: where the page begins; guidance may be one number for
+    each expert."""
+
+    student: Sampler
+    teacher: Denoiser | None
+    teacher_steps: int
+    guidance: float | Sequence[float]
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.student.backbone
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """pixels: [3, H, W], or [F, 3, H, W] of a video, in [0, 1]. seconds: of sampling and decoding."""
+
+    pixels: Tensor
+    seconds: float
+    steps: int
+    evaluations: int
+
+    @property
+    def caption(self) -> str:
+        calls = "" if self.evaluations == self.steps else f", {self.evaluations} network evaluations"
+        return f"{self.steps} {'step' if self.steps == 1 else 'steps'}{calls}, {self.seconds:.2f} s"
+
+
+def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
+    """The student of a run or an export with its teacher, which share one VAE and one set of text encoders. Raises
+    ValueError if `path` is neither of these nor a pipeline folder, or if its samples are no pictures and no videos."""
+    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    if not (folder / METADATA).is_file():
+        plain = load_sampler(path, device=device, dtype=dtype)
+        return Pair(plain, None, plain.policy.num_steps, plain.guidance_scale)
+    metadata, recipe = read_metadata(folder), load_stored(folder / "recipe.yaml")
+    config = build_section("backbone", metadata["backbone"], BACKBONES, BackboneConfig)
+    if config.output not in ("pixels", "frames"):
+        raise ValueError(f"{path} makes {config.output}; the demo shows pictures and videos")
+    if recipe.rollout.chunks is not None:
+        raise ValueError(f"{path} makes videos chunk by chunk; fastgen stream shows them")
+    config.check()
+    backbone: Any = config.build(torch.device(device), dtype, 0)
+    student = Sampler(backbone, backbone.load_exported(folder), recipe.rollout, 1.0, folder)
+    teacher_steps = max(recipe.eval.teacher_steps, default=backbone.stock_call[0])
+    return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance)
+
+
+def draw_student(pair: Pair, prompt: str, seed: int, steps: int) -> Drawn:
+    """Raises ValueError for a number of steps that the student cannot make."""
+    student = pair.student
+    if pair.teacher is None:  # it was not distilled
+        return timed(teacher_sampler(pair.backbone, steps, pair.guidance, student.denoiser), prompt, seed)
+    return timed(Sampler(pair.backbone, student.denoiser, student.policy.with_steps(steps)), prompt, seed)
+
+
+def draw_teacher(pair: Pair, prompt: str, seed: int, steps: int, guidance: float | Sequence[float]) -> Drawn | None:
+    """None if there is no teacher."""
+    if pair.teacher is None:
+        return None
+    return timed(teacher_sampler(pair.backbone, steps, guidance, pair.teacher), prompt, seed)
+
+
+def timed(sampler: Sampler, prompt: str, seed: int) -> Drawn:
+    sampler.backbone.encode_both([prompt])  # once for both sides; kept for the call below
+    start = time.perf_counter()
+    pixels = sampler.sample([prompt], [seed])[0]  # on the CPU, so that it has ended
+    seconds = time.perf_counter() - start
+    return Drawn(pixels, seconds, sampler.policy.num_steps, sampler.network_evaluations)
+
+
+def shown(drawn: Drawn | None, fps: int | None) -> Any:
+    """What gradio shows: an array [H, W, 3] of bytes, in which the pixels of a small picture are squares, or the path
+    of a video."""
+    if drawn is None:
+        return None
+    if drawn.pixels.dim() == 4:
+        assert fps is not None
+        path = Path(mkdtemp()) / "sample.mp4"
+        save_video(drawn.pixels, path, fps)
+        return str(path)
+    times = max(1, SMALLEST // max(drawn.pixels.shape))
+    large = drawn.pixels.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return (large.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def make_page(pair: Pair, title: str) -> Any:
+    """The page, a gradio.Blocks. Raises ValueError if gradio is not installed."""
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError(NO_GRADIO) from None
+    video, policy = pair.backbone.output == "frames", pair.student.policy
+    picture = gradio.Video if video else gradio.Image
+    free = policy.any_step or pair.teacher is None
+
+    def compare(prompt: str, seed: float, steps: float, teacher_steps: float, guidance: float | None) -> Iterator[Any]:
+        scale = pair.guidance if guidance is None else guidance
+        try:
+            left = draw_student(pair, prompt, int(seed), int(steps))
+            first = (shown(left, pair.backbone.fps), left.caption)
+            yield *first, None, "" if pair.teacher is None else "the teacher is at work"
+            right = draw_teacher(pair, prompt, int(seed), int(teacher_steps), scale)
+            yield *first, shown(right, pair.backbone.fps), right.caption if right else ""
+        except ValueError as error:
+            raise gradio.Error(str(error)) from None
+
+    with gradio.Blocks(title="fastgen", analytics_enabled=False) as page:
+        gradio.Markdown(f"## {title}")
+        prompt = gradio.Textbox("a handwritten three" if "digits" in title else "a lighthouse", label="prompt")
+        with gradio.Row():
+            seed = gradio.Number(0, label="seed", precision=0, minimum=0)
+            steps = gradio.Number(policy.num_steps, label="steps", precision=0, minimum=1, interactive=free)
+            asked = pair.teacher is not None
+            teacher_steps = gradio.Number(
+                pair.teacher_steps, label="teacher's steps", precision=0, minimum=1, visible=asked
+            )
+            one = isinstance(pair.guidance, float | int)
+            guidance = gradio.Number(
+                pair.guidance if one else None, label="teacher's guidance", minimum=0, visible=asked and one
+            )
+        button = gradio.Button("sample", variant="primary")
+        sides = []
+        with gradio.Row():
+            for name in ("student", "teacher") if asked else ("pipeline", ""):
+                with gradio.Column(visible=bool(name)):
+                    sides += [picture(label=name, interactive=False), gradio.Markdown()]
+        inputs = [prompt, seed, steps, teacher_steps, guidance]
+        gradio.on([button.click, prompt.submit], compare, inputs, sides)
+    return page
+
+
+def serve(path: Path, host: str, port: int) -> None:
+    """Shows the page until it is interrupted. Raises ValueError, before weights load, if gradio is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ValueError(NO_GRADIO)
+    gpu = torch.cuda.is_available()
+    pair = load_pair(path, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    if pair.backbone.output == "frames":
+        check_writer()
+    draw_student(pair, "", 0, pair.student.policy.num_steps)  # loads what the first sample would wait for
+    make_page(pair, str(path)).launch(server_name=host, server_port=port)

@@ -1,0 +1,48 @@
+"""Students as the pipelines that users of diffusers call."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgen.backbones.folder import FLOW_MAP, STREAMING, read_index, read_json
+from fastgen.backbones.saving import LORA_WEIGHTS
+from fastgen.pipelines import few_step, flow_map, streaming
+from fastgen.sampling.sampler import METADATA, load_sampler, read_metadata
+
+
+def load_pipeline(path: Path, options: Mapping[str, Any]) -> Any:
+    """See `fastgen.api.load`."""
+    from diffusers import DiffusionPipeline
+
+    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    if not (folder / METADATA).is_file():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
+        return DiffusionPipeline.from_pretrained(folder, **options)
+    metadata = read_metadata(folder)
+    if "path" not in metadata["backbone"]:
+        if options:
+            raise ValueError(f"{folder} is a student of points, which takes no options of diffusers")
+        return load_sampler(folder)
+    if metadata.get("lora"):
+        return load_adapter(folder, metadata["backbone"]["path"], options)
+    kinds = ((STREAMING, streaming), (FLOW_MAP, flow_map))
+    name = read_index(folder)["_class_name"]
+    for prefix, module in kinds:
+        if hasattr(module, name) and name.startswith(prefix):
+            return getattr(module, name).from_pretrained(folder, **options)
+    return DiffusionPipeline.from_pretrained(folder, **options)
+
+
+def load_adapter(folder: Path, source: str, options: Mapping[str, Any]) -> Any:
+    """The original pipeline with the adapters and the scheduler of the export: the lines of its model card."""
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, **options)
+    for i, file in enumerate(sorted(f.name for f in folder.glob(LORA_WEIGHTS.replace(".", "*.")))):
+        more = {"load_into_transformer_2": True, "adapter_name": f"few_step_{i + 1}"} if i else {}
+        pipeline.load_lora_weights(str(folder), weight_name=file, **more)
+    name = read_json(folder / "scheduler/scheduler_config.json")["_class_name"]
+    kind = getattr(few_step, name, None) or getattr(diffusers, name)
+    pipeline.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    return pipeline

@@ -1,0 +1,84 @@
+"""What stands behind the page of `fastgen demo`, and that the page can be built where gradio is installed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastgen.backbones.base import RoleOptions
+from fastgen.cli import app
+from fastgen.config import load_recipe
+from fastgen.run.export import export
+from fastgen.sampling.demo import Drawn, Pair, draw_student, draw_teacher, load_pair, make_page, shown
+from fastgen.sampling.sampler import load_sampler, teacher_sampler
+
+ROOT = Path(__file__).parents[1]
+TEACHER = ROOT / "assets/teachers/digits"
+PROMPT = "a handwritten three"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose weights are not the teacher's."""
+    folder = tmp_path_factory.mktemp("demo")
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", [f"output_dir={folder}/mine"])
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0, RoleOptions())
+    student = backbone.load("student")
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.01)
+    export(student, backbone, recipe, folder / "export", 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Pair:
+    return load_pair(folder)
+
+
+def test_both_sides_are_what_the_samplers_give(folder: Path, pair: Pair) -> None:
+    left, right = draw_student(pair, PROMPT, 5, 4), draw_teacher(pair, PROMPT, 5, 3, 1.5)
+    assert right is not None
+    assert torch.equal(left.pixels, load_sampler(folder).sample([PROMPT], [5])[0])
+    assert torch.equal(right.pixels, teacher_sampler(pair.backbone, 3, 1.5).sample([PROMPT], [5])[0])
+    assert (left.steps, left.evaluations, right.steps, right.evaluations) == (4, 4, 3, 6)
+    assert left.caption.startswith("4 steps, ") and right.caption.startswith("3 steps, 6 network evaluations, ")
+    assert shown(left, None).shape == (256, 256, 3) and shown(None, None) is None
+    assert shown(Drawn(torch.rand(3, 300, 200), 0.0, 1, 1), None).shape == (300, 200, 3)
+    assert isinstance(pair.guidance, float) and pair.teacher_steps > 4
+    with pytest.raises(ValueError, match="distilled to 4 steps"):
+        draw_student(pair, PROMPT, 5, 8)
+
+
+def test_a_pipeline_that_was_not_distilled_stands_alone() -> None:
+    alone = load_pair(TEACHER)
+    assert alone.teacher is None and draw_teacher(alone, PROMPT, 0, 2, 1.0) is None
+    assert draw_student(alone, PROMPT, 5, 3).evaluations == 6
+
+
+def test_captions() -> None:
+    assert Drawn(torch.zeros(3, 1, 1), 1.234, 1, 1).caption == "1 step, 1.23 s"
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="fastgen-distill"):
+        make_page(pair, "digits")
+    monkeypatch.delitem(sys.modules, "gradio")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "gradio" else object())
+    result = CliRunner().invoke(app, ["demo", str(TEACHER)])
+    assert result.exit_code == 2 and "needs the package gradio" in result.stderr
+
+
+def test_the_page_calls_both_sides_and_says_what_is_wrong(pair: Pair) -> None:
+    gradio: Any = pytest.importorskip("gradio")
+    page = make_page(pair, "digits")
+    (compare,) = [f.fn for f in page.fns.values()]
+    first, last = compare(PROMPT, 5, 4, 3, 1.5)
+    assert first[2] is None and last[2].shape == (256, 256, 3)
+    assert (last[0] == shown(draw_student(pair, PROMPT, 5, 4), None)).all()
+    with pytest.raises(gradio.Error, match="distilled to 4 steps"):
+        list(compare(PROMPT, 5, 8, 3, 1.5))
