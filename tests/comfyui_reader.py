@@ -18,6 +18,9 @@ KNOWN = {
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
         *("attn.to_out.0", "attn.to_add_out", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),  # FLUX.2
+        *("attn.to_qkv_mlp_proj", "attn.to_out", "attention.to_q", "attention.to_k", "attention.to_v"),
+        *("attention.to_out.0",),  # Z-Image
         *("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"),
     ),
     "unet": (
@@ -39,6 +42,7 @@ NODES = {  # class -> the names of its inputs, and how many outputs it has
     "FluxGuidance": ({"conditioning", "guidance"}, 1),
     "EmptyLatentImage": ({"width", "height", "batch_size"}, 1),
     "EmptySD3LatentImage": ({"width", "height", "batch_size"}, 1),
+    "EmptyFlux2LatentImage": ({"width", "height", "batch_size"}, 1),
     "EmptyHunyuanLatentVideo": ({"width", "height", "length", "batch_size"}, 1),
     "Wan22ImageToVideoLatent": ({"vae", "width", "height", "length", "batch_size"}, 1),
     "RandomNoise": ({"noise_seed"}, 1),
@@ -82,6 +86,8 @@ def lora_deltas(
             found["lora_unet_" + layer.replace(".", "_")] = where
         elif any(part in type(network).__name__ for part in ("SD3", "Flux", "QwenImage")):
             found[f"transformer.{layer}"] = where
+        elif "ZImage" in type(network).__name__:
+            found[f"diffusion_model.{layer}"] = where
     for name in original:
         if name.endswith(".weight"):
             found["diffusion_model." + name.removesuffix(".weight")] = (name, torch.arange(original[name].shape[0]))

@@ -29,6 +29,14 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_block
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """name of a family -> its student in other forms (exported_students.py), which takes seconds to make."""
+    from exported_students import find
+
+    return lambda name: find(tmp_path_factory, name)
+
+
 def pytest_configure() -> None:
     gc.disable()  # imports make a million objects that stay, and looking for garbage among them takes seconds
 

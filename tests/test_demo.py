@@ -59,6 +59,12 @@ def test_a_pipeline_that_was_not_distilled_stands_alone() -> None:
     assert draw_student(alone, PROMPT, 5, 3).evaluations == 6
 
 
+def test_a_video_is_shown_as_a_file() -> None:
+    path = Path(shown(Drawn(torch.rand(5, 3, 32, 32), 0.0, 1, 1), 8))
+    assert path.suffix == ".mp4" and path.stat().st_size > 100
+    path.unlink()
+
+
 def test_captions() -> None:
     assert Drawn(torch.zeros(3, 1, 1), 1.234, 1, 1).caption == "1 step, 1.23 s"
 

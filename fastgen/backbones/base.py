@@ -202,9 +202,9 @@ class Backbone(ABC):
         """The package that loads its exports, by the name that model cards use."""
         return "fastgen"
 
-    def plain_call(self, policy: RolloutPolicy) -> str:
+    def plain_call(self, policy: RolloutPolicy, adapter: bool) -> str:
         """What a call with a prompt alone would do instead of what the student was trained for, in Markdown; "" if
-        that is the same."""
+        that is the same. adapter: whether the export is a LoRA adapter."""
         return ""
 
     @abstractmethod

@@ -405,10 +405,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def library(self) -> str:
         return "diffusers"
 
-    def plain_call(self, policy: RolloutPolicy) -> str:
+    def plain_call(self, policy: RolloutPolicy, adapter: bool) -> str:
         from fastgen.backbones.usage import plain_call  # with diffusers
 
-        return plain_call(self, policy)
+        return plain_call(self, policy, adapter)
 
     def usage(self, policy: RolloutPolicy, folder: Path, adapter: bool) -> str:
         from fastgen.backbones.usage import pipeline_usage  # with diffusers

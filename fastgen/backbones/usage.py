@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,20 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     return call
 
 
-def plain_call(backbone: Any, policy: RolloutPolicy) -> str:
-    """For the first line of a model card. The stock pipelines read no defaults of their call from a folder, so that
-    `pipeline("a prompt")` makes the pipeline's own number of steps at its own guidance, whatever the student needs."""
+def plain_call(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
+    """For the first line of a model card. The stock pipelines read no number of steps and no guidance scale from a
+    folder, so that `pipeline("a prompt")` uses its own, whatever the student needs. (An exported FLUX.2 klein says
+    that it is distilled, which its pipeline reads.)"""
     if policy.chunks is not None:  # fastgen's own pipeline, which reads its defaults from the folder
         return ""
     (steps, scale), told = backbone.stock_call, backbone.guidance_told("student")
-    wanted, given = 1.0, inspect.signature(backbone.pipeline_class.__call__).parameters["guidance_scale"].default
-    if told is not None:
-        scale, wanted = given, told
+    marked = backbone.components["_class_name"] == "Flux2KleinPipeline" and not adapter
     others = [] if steps == policy.num_steps else [f"{steps} steps instead of {policy.num_steps}"]
-    if given is not None and scale != wanted:
-        others.append(f"guidance scale {scale:g} instead of {wanted:g}")
+    own = inspect.signature(backbone.pipeline_class.__call__).parameters.get("guidance_scale")
+    wanted = re.search(r"\bguidance_scale=([\d.]+)", backbone.call)  # as the card calls it
+    matters = told is not None or (scale != 1 and not marked)
+    if matters and own and wanted and own.default not in (None, float(wanted[1])):
+        others.append(f"guidance scale {own.default:g} instead of {wanted[1]}")
     if not others:
         return ""
     return f'**`pipeline("a prompt")` alone would use {" and ".join(others)}.** Call it as shown below.'

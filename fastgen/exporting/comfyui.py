@@ -19,6 +19,8 @@ BASES = {  # what an adapter is put on; names that ComfyUI's examples use
     "sd3": "the original diffusion model.safetensors",
     "flux": "flux1-dev.safetensors",
     "qwen_image": "qwen_image_bf16.safetensors",
+    "flux2": "flux2-dev.safetensors",
+    "z_image": "z_image_bf16.safetensors",
     "wan": "the original diffusion model.safetensors",
 }
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # family -> node and inputs
@@ -35,14 +37,26 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # family -> node and inputs
         {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"},
     ),
     "qwen_image": ("CLIPLoader", {"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}),
+    "flux2": ("CLIPLoader", {"clip_name": "mistral_3_small_flux2_bf16.safetensors", "type": "flux2"}),
+    "z_image": ("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),
     "wan": ("CLIPLoader", {"clip_name": "umt5_xxl_fp16.safetensors", "type": "wan"}),
 }
-VAES = {"sd3": "sd3_vae.safetensors", "flux": "ae.safetensors", "qwen_image": "qwen_image_vae.safetensors"}
+VAES = {
+    "sd3": "sd3_vae.safetensors",
+    "flux": "ae.safetensors",
+    "flux2": "flux2-vae.safetensors",
+    "qwen_image": "qwen_image_vae.safetensors",
+    "z_image": "ae.safetensors",
+}
+KLEIN = {7680: "4b", 12288: "8b"}  # width of FLUX.2 klein's prompts -> its Qwen3
 PIPELINES = (  # that the graph below is for
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
     "FluxPipeline",
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "ZImagePipeline",
     "QwenImagePipeline",
     "WanPipeline",
 )
@@ -108,6 +122,9 @@ def add_loaders(graph: Graph, student: Student, form: str, files: Sequence[str])
         else:
             models = [graph.add("UNETLoader", unet_name=name, weight_dtype="default") for name in names]
         node, inputs = ENCODERS[family]
+        if student.backbone.components["_class_name"] == "Flux2KleinPipeline":
+            qwen = KLEIN.get(student.networks[0]["joint_attention_dim"], "4b")
+            inputs = inputs | {"clip_name": f"qwen_3_{qwen}.safetensors"}
         clip = graph.add(node, **inputs)
         vae = graph.add("VAELoader", vae_name=VAES.get(family) or wan_vae(student))
     if form == "lora":
@@ -122,8 +139,9 @@ def add_loaders(graph: Graph, student: Student, form: str, files: Sequence[str])
 
 def base_name(student: Student) -> str:
     """The file that an adapter is put on."""
-    schnell = "guidance_embeds" in student.networks[0] and student.backbone.guidance_told("student") is None
-    return "flux1-schnell.safetensors" if schnell else BASES[student.backbone.config.name]
+    family, told = student.backbone.config.name, student.backbone.guidance_told("student")
+    untold = {"flux": "flux1-schnell.safetensors", "flux2": "flux-2-klein-base-4b.safetensors"}
+    return untold[family] if told is None and family in untold else BASES[family]
 
 
 def wan_vae(student: Student) -> str:
@@ -139,7 +157,7 @@ def add_latent(graph: Graph, student: Student, vae: Link) -> Link:
         if backbone.latent_shape[1] == DEEP:
             return graph.add("Wan22ImageToVideoLatent", vae=vae, **size)
         return graph.add("EmptyHunyuanLatentVideo", **size)
-    node = "EmptyLatentImage" if family == "sd" else "EmptySD3LatentImage"
+    node = {"sd": "EmptyLatentImage", "flux2": "EmptyFlux2LatentImage"}.get(family, "EmptySD3LatentImage")
     return graph.add(node, width=backbone.image_size, height=backbone.image_size, batch_size=1)
 
 

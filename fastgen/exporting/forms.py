@@ -1,10 +1,10 @@
 """`fastgen export RUN --form FORM`: a student in the files that programs other than diffusers read.
 
     form              what is written                                       families
-    lora              an adapter, in the keys that ComfyUI reads            sd, sd3, flux, qwen_image, wan
+    lora              an adapter, in the keys that ComfyUI reads            sd and those below
     checkpoint        one file with UNet, VAE and text encoders             sd (1.5 and XL)
-    diffusion_model   the network alone, in its authors' layout             sd3, flux, qwen_image, wan
-    fp8               the same with matrices in float8 and a scale each     sd3, flux, qwen_image, wan
+    diffusion_model   the network alone, in its authors' layout             sd3, flux, flux2, qwen_image, z_image, wan
+    fp8               the same with matrices in float8 and a scale each     sd3, flux, flux2, qwen_image, z_image, wan
     gguf              the same as a GGUF file, matrices as Q8_0             sd3, flux, qwen_image
 
 Beside the file lie the student's scheduler, a workflow for ComfyUI, and a README.md that says where the file goes

@@ -87,6 +87,40 @@ norm_out.linear.*                              final_layer.adaLN_modulation.1.* 
 proj_out.*                                     final_layer.linear.*
 """
 
+FLUX2 = """
+time_guidance_embed.timestep_embedder.linear_1.*   time_in.in_layer.*
+time_guidance_embed.timestep_embedder.linear_2.*   time_in.out_layer.*
+time_guidance_embed.guidance_embedder.linear_1.*   guidance_in.in_layer.*
+time_guidance_embed.guidance_embedder.linear_2.*   guidance_in.out_layer.*
+context_embedder.*                                 txt_in.*
+x_embedder.*                                       img_in.*
+double_stream_modulation_img.linear.*              double_stream_modulation_img.lin.*
+double_stream_modulation_txt.linear.*              double_stream_modulation_txt.lin.*
+single_stream_modulation.linear.*                  single_stream_modulation.lin.*
+transformer_blocks.#.ff.linear_in.*                double_blocks.#.img_mlp.0.*
+transformer_blocks.#.ff.linear_out.*               double_blocks.#.img_mlp.2.*
+transformer_blocks.#.ff_context.linear_in.*        double_blocks.#.txt_mlp.0.*
+transformer_blocks.#.ff_context.linear_out.*       double_blocks.#.txt_mlp.2.*
+single_transformer_blocks.#.attn.to_qkv_mlp_proj.* single_blocks.#.linear1.*
+single_transformer_blocks.#.attn.to_out.*          single_blocks.#.linear2.*
+"""  # and, as in FLUX.1, the attention of the blocks and the end
+
+Z_IMAGE = "\n".join(
+    [
+        "all_x_embedder.2-1.* x_embedder.*",
+        "all_final_layer.2-1.* final_layer.*",
+        *(
+            f"{part}.#.attention.{own} {part}.#.attention.{theirs}"
+            for part in ("layers", "noise_refiner", "context_refiner")
+            for own, theirs in (
+                *(("to_q.*", "qkv.* 0/3"), ("to_k.*", "qkv.* 1/3"), ("to_v.*", "qkv.* 2/3")),
+                *(("to_out.0.*", "out.*"), ("norm_q.*", "q_norm.*"), ("norm_k.*", "k_norm.*")),
+            )
+        ),
+        "* *",
+    ]
+)
+
 WAN = """
 patch_embedding.*                                  patch_embedding.*
 condition_embedder.time_embedder.linear_1.*        time_embedding.0.*
@@ -180,7 +214,13 @@ def original_layout(network: Mapping[str, Any]) -> Layout:
             f"transformer_blocks.{last}.norm1_context.linear.* joint_blocks.{last}.context_block.adaLN_modulation.1.*"
         )
         return Layout(f"{rule} swap\n{SD3}")
-    tables = {"FluxTransformer2DModel": FLUX, "WanTransformer3DModel": WAN, "QwenImageTransformer2DModel": QWEN_IMAGE}
+    tables = {
+        "FluxTransformer2DModel": FLUX,
+        "Flux2Transformer2DModel": FLUX2 + FLUX,
+        "ZImageTransformer2DModel": Z_IMAGE,
+        "WanTransformer3DModel": WAN,
+        "QwenImageTransformer2DModel": QWEN_IMAGE,
+    }
     if name not in tables:
         known = ", ".join(["SD3Transformer2DModel", *tables])
         raise ValueError(f"no other key layout is known for a {name}; known are those of {known}")

@@ -2,8 +2,9 @@
 
     family               keys                                               who reads them, besides diffusers
     SD 1.5, 2.1, XL      lora_unet_<layer>.lora_down.weight, .alpha         ComfyUI, and by diffusers' word A1111
-    SD 3, FLUX.1         transformer.<layer>.lora_A.weight, as diffusers'   ComfyUI, which knows them as parts of the
+    SD 3, FLUX.1 and 2   transformer.<layer>.lora_A.weight, as diffusers'   ComfyUI, which knows them as parts of the
                                                                             authors' fused tensors
+    Z-Image              diffusion_model.<layer>.lora_A.weight              ComfyUI, likewise
     Wan, Qwen-Image      diffusion_model.<original layer>.lora_A.weight     ComfyUI's general form
 
 B is already multiplied by alpha / rank in an export, so that the kohya form says alpha = rank and the others say
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from fastgen.exporting.layouts import original_layout
 
-KOHYA, DIFFUSERS, GENERAL = "kohya", "diffusers", "general"
+KOHYA, DIFFUSERS, PREFIXED, GENERAL = "kohya", "diffusers", "prefixed", "general"
 KINDS = {  # network class -> how its adapters are named
     "UNet2DConditionModel": KOHYA,
     "SD3Transformer2DModel": DIFFUSERS,
     "FluxTransformer2DModel": DIFFUSERS,
+    "Flux2Transformer2DModel": DIFFUSERS,
+    "ZImageTransformer2DModel": PREFIXED,
     "WanTransformer3DModel": GENERAL,
     "QwenImageTransformer2DModel": GENERAL,
 }
@@ -34,6 +37,8 @@ def lora_layers(adapter: Mapping[str, Tensor], network: Mapping[str, Any]) -> di
         raise ValueError(f"no other program is known to read adapters of a {network.get('_class_name')}")
     if kind == DIFFUSERS:
         return dict(adapter)
+    if kind == PREFIXED:
+        return {"diffusion_model." + name.partition(".")[2]: value for name, value in adapter.items()}
     if kind == KOHYA:
         from diffusers.utils import convert_state_dict_to_kohya
 

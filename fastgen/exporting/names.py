@@ -4,7 +4,7 @@ from fastgen.backbones.pipeline import PipelineConfig
 from fastgen.exporting.quantized import check_gguf
 from fastgen.recipe import Recipe
 
-TRANSFORMERS = ("sd3", "flux", "qwen_image", "wan")
+TRANSFORMERS = ("sd3", "flux", "flux2", "qwen_image", "z_image", "wan")
 FAMILIES: dict[str, tuple[str, ...]] = {  # form -> the backbones that have it
     "lora": ("sd", *TRANSFORMERS),
     "checkpoint": ("sd",),
@@ -18,6 +18,8 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("fp8", "sd"): "its UNet is small; write it in half precision instead: --form checkpoint",
     ("gguf", "sd"): "its UNet consists of convolutions, which GGUF does not make smaller: --form checkpoint",
     ("gguf", "wan"): "GGUF tensors have at most 4 dimensions, and Wan's patch embedding has 5: --form fp8",
+    ("gguf", "flux2"): "no name is known by which readers of GGUF files take it: --form fp8",
+    ("gguf", "z_image"): "no name is known by which readers of GGUF files take it: --form fp8",
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
 }
 

@@ -15,7 +15,9 @@ from fastgen.data.files import unused_sibling
 from fastgen.exporting.files import Entry
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-BLOCKS = re.compile(r".*blocks\.\d+\..+\.weight")  # ends of the network stay as they are
+BLOCKS = re.compile(
+    r"(.*blocks|layers|noise_refiner|context_refiner)\.\d+\..+\.weight"
+)  # ends of the network stay as they are
 GGUF_NAMES = {  # network -> what readers of GGUF files call it
     "FluxTransformer2DModel": "flux",
     "SD3Transformer2DModel": "sd3",

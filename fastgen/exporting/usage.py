@@ -22,7 +22,7 @@ PAGE = """# A {num_steps}-step student of {source}, as {files}
 COMFYUI = """## ComfyUI
 
 Put {files} into `models/{folder}`{extension}.
-`{workflow}`, in API format, samples it (Workflow > Open in ComfyUI).{base}
+`{workflow}`, in API format, samples it (Workflow > Open in ComfyUI).{parts}{base}
 In a workflow of your own, use these settings, and no others:
 
 | setting | value |
@@ -32,6 +32,7 @@ In a workflow of your own, use these settings, and no others:
 | cfg | 1 |
 {more}
 No word in the prompt triggers the student."""
+PARTS = " Text encoders and VAE have the names of ComfyUI's examples there; put those of yours."
 CODE = """```python
 import torch
 from diffusers import DiffusionPipeline, {names}
@@ -77,6 +78,7 @@ def comfyui_text(student: Student, form: str, named: str) -> str:
         folder=FOLDERS.get(form, "diffusion_models"),
         extension=" (with the extension ComfyUI-GGUF)" if form == "gguf" else "",
         workflow=WORKFLOW,
+        parts="" if student.backbone.config.name == "sd" else PARTS,
         base=f"{base}`{base_name(student)}`." if form == "lora" else "",
         sampler=sampling.sampler,
         sigmas=sampling.text,

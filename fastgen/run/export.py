@@ -86,7 +86,7 @@ def model_card(
     source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
     negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
     away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
-    plain = backbone.plain_call(recipe.rollout)
+    plain = backbone.plain_call(recipe.rollout, "student" in recipe.lora)
     warning = f"{plain}\n\n" if plain else ""
     return f"""---
 library_name: {backbone.library}
