@@ -432,7 +432,6 @@ def export(
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
     Its weights are the moving average that the run keeps of them."""
-    from fastgen.exporting.forms import export_form
     from fastgen.registry import RecipeError
     from fastgen.run.export import export_run
 
@@ -441,11 +440,12 @@ def export(
             raise ValueError("--steps is for the files of other programs; give --form")
         if form != "diffusers" and dtype:
             raise ValueError("--dtype is for a diffusers folder; leave out --form or --dtype")
-        folder = (
-            export_run(run, output, merge, dtype=torch_dtype(dtype))
-            if form == "diffusers"
-            else export_form(run, form, output, merge, steps or ())
-        )
+        if form == "diffusers":
+            folder = export_run(run, output, merge, dtype=torch_dtype(dtype))
+        else:
+            from fastgen.exporting.forms import export_form  # with diffusers
+
+            folder = export_form(run, form, output, merge, steps or ())
         print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None
