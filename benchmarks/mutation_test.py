@@ -74,12 +74,12 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "flow/flow_maps.py": ["flow_maps", "golden", "flow_map", "mean_flow", "scm", "consistency"],
     "flow/tangents.py": ["tangents", "flow_maps", "golden", "scm", "mean_flow"],
     "flow/time_pairs.py": ["flow_maps", "mean_flow", "flow_map", "consistency", "golden"],
-    "policy.py": [*ROLLOUT, "few_step", "config"],
+    "policy.py": [*ROLLOUT, "two_time", "few_step", "config"],
     "rollout/data.py": ["dmd2_levels", "golden"],
     "rollout/passes.py": ROLLOUT,
     "rollout/simulation.py": ROLLOUT,
     "rollout/steps.py": ["rollout", "few_step", "golden", "rtdmd", "streaming_order"],
-    "schedule.py": ["schedule", "signals", "dmd2_levels", "shared_numerics", "golden"],
+    "schedule.py": ["schedule", "signals", "dmd2_levels", "shared_numerics", "golden", "sd"],
 }
 EXCHANGED = {"mean": "sum", "sum": "mean", "square": "abs", "abs": "square"}
 LEVELS = {"t": "s", "s": "t"}

@@ -22,15 +22,17 @@ BACKBONES: dict[str, str] = {
     "flux": "fastgen.backbones.flux:FluxConfig",
     "flux2": "fastgen.backbones.flux2:Flux2Config",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "pixart_sigma": "fastgen.backbones.pixart_sigma:PixArtSigmaConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
     "sana": "fastgen.backbones.sana:SanaConfig",
+    "sana_sprint": "fastgen.backbones.sana_sprint:SanaSprintConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
     "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
 # the backbones whose `path` is a diffusers pipeline
-PIPELINES = ("flux", "flux2", "qwen_image", "sana", "sd", "sd3", "wan", "z_image")
+PIPELINES = ("flux", "flux2", "pixart_sigma", "qwen_image", "sana", "sana_sprint", "sd", "sd3", "wan", "z_image")
 
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",

@@ -41,7 +41,7 @@ class Case:
 
 def of_family(name: str) -> Case:
     family = FAMILIES[name]
-    size = {"height": 32, "width": 32, **family.lengths, **family.call}
+    size = {"height": 32, "width": 32, **family.lengths, **family.call(2)}
     return Case(family.folder, lambda folder: family.make(folder).config, ["a red cat", "two green dogs"], call=size)
 
 

@@ -1,19 +1,22 @@
 """Every family of flow-matching images: the stock pipeline's own pixels, roles and adapters, and exports."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline, SanaPipeline
-from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
+from fastgen.backbones.pixart_sigma import PixArtSigma
 from fastgen.batch import Batch
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
@@ -23,11 +26,10 @@ from fastgen.pipelines import few_step
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
-LISTS: list[tuple[tuple[float, ...], dict[str, Any]]] = [
-    ((1.0, 0.9, 0.75, 0.5), {}),
-    ((1.0, 0.7, 0.3), {"transition": "ode"}),
-    ((1.0,), {}),
-    ((1.0, 0.8, 0.33, 0.1), {"transition": "cps", "eta": 0.5}),
+STORED = [
+    pytest.param(name, times, options, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, (times, options) in enumerate(family.lists)
 ]
 
 
@@ -60,12 +62,13 @@ def test_tokens_are_those_of_diffusers() -> None:
     assert torch.equal(from_tokens(packed, latents.shape), latents)
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (5, 3.0)])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
-    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float
+    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, scale = max(steps, family.fewest_steps), scale if family.two_calls else 1.0
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
+    give_our_noise(family, backbone, steps, monkeypatch)
     theirs, visited = family.plain_pixels(folder, backbone, steps, **family.guided(scale))
     levels = backbone.teacher_policy(steps).timesteps
     assert visited == pytest.approx([level for level in levels for _ in range(len(visited) // steps)], abs=1e-6)
@@ -73,7 +76,16 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize(("timesteps", "options"), LISTS)
+def give_our_noise(family: Family, backbone: FlowImage, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the stock schedulers, which draw their own noise, draw what our sampler draws."""
+    drawn = family.drawn or family.packed
+    fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, steps + 1)])
+    for module in (scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm, few_step):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
+    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
+
+
+@pytest.mark.parametrize(("family", "timesteps", "options"), STORED, indirect=["family"], scope="module")
 def test_a_plain_call_of_an_export_visits_the_stored_levels(
     family: Family,
     backbone: FlowImage,
@@ -94,11 +106,7 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
     again.prompts = backbone.prompts  # its text encoders are copies
     assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
 
-    drawn = family.drawn or family.packed
-    fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, len(timesteps) + 1)])
-    for module in (scheduling_flow_match_euler_discrete, few_step):  # the schedulers draw their own noise
-        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh), raising=False)
-    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(fresh))
+    give_our_noise(family, backbone, len(timesteps), monkeypatch)
     theirs, visited = family.plain_pixels(tmp_path, backbone, len(timesteps), **family.guided(1.0))
     assert visited == pytest.approx(list(timesteps), abs=1e-6)
     assert float((ours - theirs).abs().max()) < 1e-4
@@ -143,6 +151,33 @@ def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipelin
         changed, merged = student(x, t, cond), student.merged()(x, t, cond)
     assert float((changed - merged).abs().max()) < 1e-4
     assert float((changed - teacher(x, t, cond)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "pixart-sigma"], indirect=True, scope="module"
+)
+def test_an_adapters_file_gives_the_same_network_in_plain_diffusers(
+    family: Family, pipeline: FlowImage, tmp_path: Path
+) -> None:
+    backbone = pipeline.config.build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)}))
+    student, (timesteps, options) = backbone.load("student"), family.lists[0]
+    for p in student.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    backbone.save_pipeline(student, RolloutPolicy(timesteps, **options), tmp_path)
+    cls = getattr(diffusers, family.pipeline)
+    parts = pipeline.text_pipeline.components | {"vae": pipeline.vae}
+    plain = cls(**parts | {"transformer": pipeline.load("student").network})
+    plain.load_lora_weights(str(tmp_path))
+    theirs = pipeline.wrap(plain.transformer)
+    theirs.tell(pipeline.guidance_told("student"))
+    cond, t, x = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(pipeline, "x")
+    with torch.no_grad():
+        assert torch.equal(theirs(x, t, cond), student(x, t, cond))
+
+
+def test_pixart_has_no_adapters_in_plain_diffusers() -> None:
+    assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
+    assert not PixArtSigma.stores_adapters
 
 
 def test_recomputing_activations_changes_no_gradient_and_features_have_their_width(backbone: FlowImage) -> None:
@@ -198,12 +233,13 @@ def test_shapes_of_prompts_are_known_without_weights(backbone: FlowImage) -> Non
 def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: FlowImage) -> None:
     prompts, t = ["a", "a red cat", "", "two green dogs"], torch.tensor([0.7, 0.3, 0.9, 0.5])
     student, x = backbone.load("student"), noise.normal(torch.arange(4), backbone.latent_shape, 0)
+    output = partial(student, predict=student.prediction_type)
     with torch.no_grad():
-        together = student(x, t, backbone.encode_prompts(prompts))
+        together = output(x, t, backbone.encode_prompts(prompts))
         for i, prompt in enumerate(prompts):
-            alone = student(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
+            alone = output(x[i : i + 1], t[i : i + 1], backbone.encode_prompts([prompt]))
             assert torch.allclose(together[i : i + 1], alone, atol=1e-5), prompt
-        again = student(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
+        again = output(x[:1], t[:1], backbone.encode_prompts(["two green dogs"]))
     assert float((again - together[:1]).abs().max()) > 1e-3  # the prompt matters
 
 

@@ -25,7 +25,9 @@ def test_dev_gives_the_pipelines_own_pixels_at_another_told_scale(tmp_path: Path
     theirs, _ = DEV.plain_pixels(tmp_path, backbone, 2, guidance_scale=2.0)
     assert float((ours - theirs).abs().max()) < 1e-4
     assert backbone.stock_call == (50, 1.0)
-    assert 'prompt="a prompt"' in backbone.call and "guidance_scale=4, height=32" in backbone.call
+    assert (
+        'prompt="a prompt"' in backbone.call and "guidance_scale=4, max_sequence_length=12, height=32" in backbone.call
+    )
 
 
 def test_klein_is_told_nothing_and_its_distilled_model_is_not_guided(klein: Path, tmp_path: Path) -> None:
@@ -41,6 +43,7 @@ def test_a_default_call_of_an_exported_klein_does_not_guide_it(klein: Path, tmp_
     backbone = KLEIN.make(klein)
     backbone.save_pipeline(backbone.load("student"), RolloutPolicy((1.0, 0.5)), tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["is_distilled"]
+    assert "use 50 steps instead of 2.**" in backbone.plain_call(RolloutPolicy((1.0, 0.5)), False)
     _, visited = KLEIN.plain_pixels(tmp_path, backbone, 2)  # with the default scale, 4
     assert visited == pytest.approx([1.0, 0.5], abs=1e-6)
 

@@ -12,6 +12,7 @@ from fastgen import signals
 from fastgen.backbones.flow_image import FlowImage
 from fastgen.batch import ragged
 from fastgen.planning.weightless import empty
+from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import teacher_sampler
 
 FAMILY = FAMILIES["z-image"]
@@ -77,6 +78,7 @@ def test_limited_guidance_is_the_same_for_velocities_and_samples_and_finite_with
 
 def test_the_scale_of_the_stock_call_is_one_less_than_ours(z_image: FlowImage) -> None:
     assert z_image.stock_call == (50, 6.0)
+    assert "guidance scale 5 instead of 0" in z_image.plain_call(RolloutPolicy((1.0, 0.5)), False)
     assert "guidance_scale=0, height=32, width=32, max_sequence_length=60)" in z_image.call
 
 

@@ -1,8 +1,8 @@
 """The families of flow-matching image pipelines at tiny sizes, with what their tests need to know of each."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from diffusers import Flux2Pipeline
 from tiny_flux import tiny_flux
 from tiny_flux2 import tiny_flux2_dev, tiny_flux2_klein
+from tiny_pixart import tiny_pixart
 from tiny_qwen import tiny_qwen
-from tiny_sana import tiny_sana
+from tiny_sana import tiny_sana, tiny_sana_sprint
 from tiny_z_image import tiny_z_image
 from torch import Tensor
 
@@ -20,13 +21,23 @@ from fastgen import noise
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, to_tokens
 from fastgen.backbones.flux import FluxConfig
 from fastgen.backbones.flux2 import Flux2Config
+from fastgen.backbones.pixart_sigma import PixArtSigmaConfig
 from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig
+from fastgen.backbones.sana_sprint import SanaSprintConfig, sprint_levels
+from fastgen.backbones.sd import SD, SDConfig
 from fastgen.backbones.z_image import ZImageConfig
 
 PROMPTS = ["a red cat", "two green dogs"]
 SEEDS = [3, 1]
 SIDE, LENGTH = 32, 12
+Stored = tuple[tuple[float, ...], dict[str, Any]]
+LISTS: tuple[Stored, ...] = (
+    ((1.0, 0.9, 0.75, 0.5), {}),
+    ((1.0, 0.7, 0.3), {"transition": "ode"}),
+    ((1.0,), {}),
+    ((1.0, 0.8, 0.33, 0.1), {"transition": "cps", "eta": 0.5}),
+)
 
 
 @dataclass(frozen=True)
@@ -35,20 +46,22 @@ class Family:
     [B, C, H, W] as the stock pipeline takes them; drawn: as its scheduler draws noise like them, if differently.
     guided: the arguments of its call for guidance by two network calls; two_calls: whether it has any.
     level: the noise level, from the arguments that the network is called with. arranged: the VAE's code as latents.
-    video: whether the VAE is one of videos. fewest_steps: the smallest number that its own scheduler can make."""
+    video: whether the VAE is one of videos. fewest_steps: the smallest number that its own scheduler can make. call:
+    other arguments of its call, by the number of steps. lists: samplers that its export can store."""
 
     folder: Callable[[Path], Path]
-    config: type[FlowImageConfig]
+    config: type[FlowImageConfig] | type[SDConfig]
     pipeline: str
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
     drawn: Callable[[Tensor], Tensor] | None = None
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
-    call: dict[str, Any] = field(default_factory=dict)
+    call: Callable[[int], dict[str, Any]] = lambda steps: {}
     level: Callable[[dict[str, Any]], float] = lambda given: float(given["timestep"][0]) / 1000
     arranged: Callable[[Tensor], Tensor] = lambda z: z
     video: bool = False
     two_calls: bool = True
     fewest_steps: int = 1
+    lists: Sequence[Stored] = LISTS
 
     def make(self, folder: Path, **options: Any) -> FlowImage:
         config = self.config(**{"path": str(folder), "resolution": SIDE} | self.lengths | options)
@@ -63,13 +76,15 @@ class Family:
         self, folder: Path, backbone: FlowImage, steps: int, prompts: list[str] = PROMPTS, **call: Any
     ) -> tuple[Tensor, list[float]]:
         """What a user's own call gives for our initial noise, and the levels at which it called the network. A
-        pipeline whose own scheduler is a multi-step one makes Euler steps at its levels instead. backbone: one whose
-        text encoders, the same as the folder's, are loaded already."""
+        pipeline whose own scheduler is a multi-step one makes Euler or DDIM steps instead. backbone: one whose text
+        encoders, the same as the folder's, are loaded already."""
         components = backbone.text_pipeline.components.items()
         encoders = {name: part for name, part in components if name.startswith("text_encoder")}
         pipeline = getattr(diffusers, self.pipeline).from_pretrained(folder, **encoders)
         pipeline.set_progress_bar_config(disable=True)
-        if isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
+        if isinstance(backbone, SD) and folder == Path(backbone.source):
+            pipeline.scheduler = backbone.teacher_scheduler()
+        elif isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
             pipeline.scheduler.set_timesteps(steps)
             call["sigmas"] = pipeline.scheduler.sigmas[:-1].tolist()
             pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
@@ -87,7 +102,7 @@ class Family:
             num_inference_steps=steps,
             latents=self.packed(draws(backbone, "initial")),
             output_type="np",
-            **size | self.call | call,
+            **size | self.call(steps) | call,
         ).images
         return torch.from_numpy(images).permute(0, 3, 1, 2), visited
 
@@ -131,7 +146,18 @@ SANA = Family(
     folder=tiny_sana,
     config=SanaConfig,
     pipeline="SanaPipeline",
-    call={"use_resolution_binning": False},
+    call=lambda steps: {"use_resolution_binning": False},
+)
+
+SANA_SPRINT = Family(
+    folder=tiny_sana_sprint,
+    config=SanaSprintConfig,
+    pipeline="SanaSprintPipeline",
+    guided=lambda scale: {},
+    two_calls=False,
+    call=lambda steps: {"use_resolution_binning": False} | ({} if steps == 2 else {"intermediate_timesteps": None}),
+    level=lambda given: min(1.0, float(given["timestep"][0])),  # its first angle, 1.5708, is more than pi / 2
+    lists=tuple((sprint_levels(steps), {}) for steps in (1, 2, 4)),
 )
 
 QWEN_IMAGE = Family(
@@ -153,12 +179,23 @@ Z_IMAGE = Family(
     level=lambda given: 1 - float(given["t"][0]),
 )
 
+PIXART_SIGMA = Family(
+    folder=tiny_pixart,
+    config=PixArtSigmaConfig,
+    pipeline="PixArtSigmaPipeline",
+    call=lambda steps: {"use_resolution_binning": False},
+    level=lambda given: float(given["timestep"][0] + 1) / 1000,
+    lists=(((1.0, 0.75, 0.5, 0.25), {}), ((1.0, 0.75, 0.5, 0.25), {"transition": "ode"}), ((0.4,), {})),
+)
+
 FAMILIES = {
     "flux-dev": flux(True),
     "flux-schnell": flux(False),
     "flux2-dev": flux2(tiny_flux2_dev, "Flux2Pipeline"),
     "flux2-klein": flux2(tiny_flux2_klein, "Flux2KleinPipeline"),
+    "pixart-sigma": PIXART_SIGMA,
     "qwen-image": QWEN_IMAGE,
     "sana": SANA,
+    "sana-sprint": SANA_SPRINT,
     "z-image": Z_IMAGE,
 }

@@ -1,9 +1,17 @@
 """A complete SanaPipeline folder of real diffusers classes at random, tiny sizes, made without the network."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 TEXT_WIDTH = 24
@@ -27,7 +35,22 @@ def tiny_sana(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def sana_transformer() -> SanaTransformer2DModel:
+def tiny_sana_sprint(folder: Path, seed: int = 0) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = gemma_tokenizer()
+        pipeline = SanaSprintPipeline(
+            tokenizer=tokenizer,
+            text_encoder=gemma(len(tokenizer)),
+            vae=dc_autoencoder(),
+            transformer=sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+            scheduler=SCMScheduler(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sana_transformer(**options: Any) -> SanaTransformer2DModel:
     """Its output is made as large as a velocity, and its text matters."""
     network = SanaTransformer2DModel(
         in_channels=4,
@@ -40,6 +63,7 @@ def sana_transformer() -> SanaTransformer2DModel:
         cross_attention_dim=32,
         caption_channels=TEXT_WIDTH,
         sample_size=16,
+        **options,
     ).eval()
     with torch.no_grad():
         network.proj_out.weight.mul_(3)

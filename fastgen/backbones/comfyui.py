@@ -8,6 +8,8 @@ import torch
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import VPSchedule
 
+# the backbones that `fastgen export --form` writes for it
+FAMILIES = ("sd", "sd3", "flux", "flux2", "qwen_image", "z_image", "wan")
 SAMPLERS = {"renoise": "lcm", "ode": "euler"}  # our transitions, which are these samplers at cfg 1
 STEPS = 1000
 

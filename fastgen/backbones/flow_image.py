@@ -18,7 +18,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.pipelines.schedulers import flow_match_scheduler, passed_levels
 from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
-from fastgen.schedule import FlowSchedule
+from fastgen.schedule import FlowSchedule, PredictionType, Schedule
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -140,16 +140,14 @@ class FlowImage(PipelineBackbone):
         return flow_match_scheduler(policy, self.config.passes_levels)
 
 
-class FlowDenoiser(Denoiser):
-    """An unmodified transformer of diffusers that predicts the velocity, behind the contract, x_t [B, C, H, W]. Its
-    features are the image tokens after the block at half depth, the one at three quarters, and the last.
-
-    time_scale: what the network is given at t = 1."""
+class TransformerDenoiser(Denoiser):
+    """An unmodified transformer of diffusers behind the contract, x_t [B, C, H, W]. Its features are the image tokens
+    after the block at half depth, the one at three quarters, and the last."""
 
     network: Any
 
-    def __init__(self, network: Any, feature_dim: int, time_scale: int = 1000):
-        super().__init__(network, FlowSchedule(time_scale), "flow_prediction")
+    def __init__(self, network: Any, feature_dim: int, schedule: Schedule, prediction_type: PredictionType):
+        super().__init__(network, schedule, prediction_type)
         self.feature_dim = feature_dim
 
     @property
@@ -165,6 +163,13 @@ class FlowDenoiser(Denoiser):
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
         return self.blocks
+
+
+class FlowDenoiser(TransformerDenoiser):
+    """One that predicts the velocity. time_scale: what the network is given at t = 1."""
+
+    def __init__(self, network: Any, feature_dim: int, time_scale: int = 1000):
+        super().__init__(network, feature_dim, FlowSchedule(time_scale), "flow_prediction")
 
 
 def to_tokens(latents: Tensor) -> Tensor:

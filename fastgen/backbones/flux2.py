@@ -4,7 +4,7 @@ A latent is a patch of 2 x 2 latents of the VAE, normalised by the statistics of
 scale, as FLUX.1 dev is (`guidance`). klein is told none; its base models are guided by two network calls, and its
 distilled ones are not guided. An exported klein is marked as distilled, so that the stock call does not guide it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,14 +14,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.flow_image import FlowDenoiser, grid_ids
+from fastgen.backbones.flow_image import grid_ids
+from fastgen.backbones.flux import FluxDenoiser
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
-from fastgen.modules.inputs import ThousandfoldInputs
 
-STOCK_LENGTH = 512  # the pipelines' default max_sequence_length
 DEV, KLEIN = "Flux2Pipeline", "Flux2KleinPipeline"
 
 
@@ -31,7 +30,7 @@ class Flux2Config(ToldGuidanceConfig):
     pictures. guidance: for dev, as in `ToldGuidanceConfig`; the stock pipeline tells 4."""
 
     name: Literal["flux2"] = "flux2"
-    max_sequence_length: int = Field(default=STOCK_LENGTH, ge=1, le=STOCK_LENGTH)
+    max_sequence_length: int = Field(default=512, ge=1, le=512)
     pipelines: ClassVar[tuple[str, ...]] = (DEV, KLEIN)
 
     def build(
@@ -40,13 +39,8 @@ class Flux2Config(ToldGuidanceConfig):
         return Flux2(self, device, dtype, roles)
 
 
-class Flux2Denoiser(FlowDenoiser):
+class Flux2Denoiser(FluxDenoiser):
     """An unmodified Flux2Transformer2DModel behind the contract; its features are those of the two-stream blocks."""
-
-    extra_inputs = ThousandfoldInputs
-
-    def __init__(self, network: Any):
-        super().__init__(network, network.inner_dim, time_scale=1)  # the network multiplies by 1000 itself
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         dtype, (height, width) = self.weight_dtype, x_t.shape[-2:]
@@ -69,10 +63,6 @@ class Flux2Denoiser(FlowDenoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.time_guidance_embed = module
-
-    @property
-    def shard_modules(self) -> Sequence[nn.Module]:
-        return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
 
 
 class Flux2(ToldGuidance):
@@ -100,11 +90,11 @@ class Flux2(ToldGuidance):
 
     @property
     def call(self) -> str:  # type: ignore[override]
-        told, length = self.guidance_told("student") or 1.0, self.config.max_sequence_length
-        more = f", height={self.image_size}, width={self.image_size}" if self.config.resolution else ""
-        more += "" if length == STOCK_LENGTH else f", max_sequence_length={length}"
-        call = super().call.replace('pipeline("a prompt"', 'pipeline(prompt="a prompt"')  # images come first
-        return call.replace("guidance_scale=1", f"guidance_scale={told:g}{more}")
+        """The first argument of the stock call are images."""
+        told, side = self.guidance_told("student") or 1.0, self.image_size
+        size = f", height={side}, width={side}" if self.config.resolution else ""
+        given = f"guidance_scale={told:g}, max_sequence_length={self.config.max_sequence_length}{size}"
+        return super().call.replace('"a prompt"', 'prompt="a prompt"').replace("guidance_scale=1", given)
 
     @property
     def stock_call(self) -> tuple[int, float]:

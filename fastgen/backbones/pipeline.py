@@ -40,7 +40,7 @@ from fastgen.modules.tensor_file import TensorFile
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 

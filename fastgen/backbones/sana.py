@@ -5,6 +5,7 @@ sampled with Euler steps at the levels of the pipeline's scheduler instead, as W
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,8 +41,10 @@ class SanaConfig(FlowImageConfig):
         """Also raises ValueError for a network of Sana-Sprint and for a scheduler without levels of flow matching."""
         super().check()
         folder = self.local_folder()
-        if folder is None:
-            return
+        if folder is not None:
+            self.check_parts(folder)
+
+    def check_parts(self, folder: Path) -> None:
         check_network(read_json(folder / "transformer/config.json"))
         scheduler = read_json(folder / "scheduler/scheduler_config.json")
         if scheduler["_class_name"] != "FlowMatchCPSScheduler":  # fastgen's own, of an export
@@ -56,7 +59,7 @@ def check_network(config: Mapping[str, Any]) -> None:
     if config.get("guidance_embeds", False) or config.get("timestep_scale", 1.0) != 1:
         raise ValueError(
             "path: its transformer is one of Sana-Sprint (it has guidance_embeds or a timestep_scale); backbone sana "
-            "loads those of SanaPipeline"
+            "loads those of SanaPipeline, and sana_sprint those of SanaSprintPipeline"
         )
 
 
@@ -97,6 +100,10 @@ class Sana(FlowImage):
 
     @property
     def call(self) -> str:  # type: ignore[override]
+        return super().call.replace("guidance_scale=1", f"guidance_scale=1{self.call_options}")
+
+    @property
+    def call_options(self) -> str:
         """The stock pipeline maps sizes to those that its network was made for, unless it is told not to."""
         config, length, side = self.config, self.config.max_sequence_length, self.image_size
         more = "" if side == STOCK_SIZE else f", height={side}, width={side}"
@@ -104,8 +111,7 @@ class Sana(FlowImage):
         more += "" if length == STOCK_LENGTH else f", max_sequence_length={length}"
         if config.complex_human_instruction != "stock":
             more += f", complex_human_instruction={config.complex_human_instruction}"
-        return f"""torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
-image = pipeline("a prompt", num_inference_steps={{num_steps}}, guidance_scale=1{more}).images[0]"""
+        return more
 
     # --- sizes and images
 
@@ -129,14 +135,20 @@ image = pipeline("a prompt", num_inference_steps={{num_steps}}, guidance_scale=1
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D], and mask [B, L], 1 where there is a token and 0 after the last one. As in the stock
         pipeline, negative prompts have no instruction."""
-        length, rows = self.config.max_sequence_length, []
+        rows = []
         for prompt in prompts:
             instruction = None if prompt in ("", self.negative_prompt) else self.instruction
-            embeds, mask, _, _ = self.text_pipeline.encode_prompt(
-                prompt, False, device=self.device, max_sequence_length=length, complex_human_instruction=instruction
-            )
+            embeds, mask = self.encode_one(prompt, instruction)
             rows.append(Conditioning({"prompt_embeds": embeds, "mask": mask.to(embeds.dtype)}))
         return Conditioning.cat(rows)
+
+    def encode_one(self, prompt: str, instruction: list[str] | None) -> tuple[Tensor, Tensor]:
+        """The stock pipeline's own encoding of a prompt and its mask, [1, L, D] and [1, L]."""
+        length = self.config.max_sequence_length
+        embeds, mask, _, _ = self.text_pipeline.encode_prompt(
+            prompt, False, device=self.device, max_sequence_length=length, complex_human_instruction=instruction
+        )
+        return embeds, mask
 
     @property
     def instruction(self) -> list[str]:

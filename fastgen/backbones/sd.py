@@ -59,7 +59,7 @@ class SDConfig(PipelineConfig):
 
     def read(self) -> "SD":
         """The backbone, to read its small files."""
-        return SD(self, torch.device("cpu"), torch.float32)
+        return self.build(torch.device("cpu"), torch.float32, 0)
 
 
 class SDDenoiser(Denoiser):
@@ -98,6 +98,17 @@ class SDDenoiser(Denoiser):
             raise ValueError("this UNet has no middle block to take features from; train without a discriminator")
         return [self.network.mid_block]
 
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        """Every residual and transformer block, and what else a down, middle or up block has."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        stages = [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
+        stages = [stage for stage in stages if stage is not None]
+        inside = [module for stage in stages for module in stage.modules()]
+        return [*(m for m in inside if isinstance(m, BasicTransformerBlock | ResnetBlock2D)), *stages]
+
 
 class SD(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: sd, path: ...}`."""
@@ -131,7 +142,7 @@ image = pipeline("a prompt", **options).images[0]"""
     def scheduler(self) -> Any:
         """The pipeline's own scheduler, with the settings that StableDiffusionPipeline forces on every scheduler."""
         scheduler = super().scheduler()
-        if self.is_xl:
+        if self.components["_class_name"] != "StableDiffusionPipeline":
             return scheduler
         forced = {"steps_offset": 1, "clip_sample": False}
         return scheduler.from_config(scheduler.config, **{k: v for k, v in forced.items() if k in scheduler.config})
@@ -170,7 +181,7 @@ image = pipeline("a prompt", **options).images[0]"""
     def time_dim(self) -> int:  # type: ignore[override]
         return self.network_config.get("time_embedding_dim") or 4 * self.network_config["block_out_channels"][0]
 
-    def wrap(self, network: Any) -> SDDenoiser:
+    def wrap(self, network: Any) -> Denoiser:
         self.check()
         return SDDenoiser(network, self.schedule, self.scheduler().config.prediction_type)
 
@@ -248,10 +259,10 @@ image = pipeline("a prompt", **options).images[0]"""
             pixels = self.vae.decode(z * std + mean, return_dict=False)[0] / 2 + 0.5
         return pixels.clamp(0, 1) if clamp else pixels
 
-    def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def latent_moments(self, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and std of the VAE's latents, as the pipelines take them from its config: 0 and 1 / scaling_factor. If
         SDXL's config has values per channel, the mean is latents_mean and the std latents_std / scaling_factor."""
-        config = self.vae.config
+        config, like = self.vae.config, torch.empty(0) if like is None else like
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if not self.is_xl or mean is None or std is None:
             return like.new_tensor(0.0), like.new_tensor(1 / config.scaling_factor)

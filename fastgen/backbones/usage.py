@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.comfyui import comfyui_sampling
+from fastgen.backbones import comfyui
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
 from fastgen.pipelines import few_step, flow_map
@@ -73,7 +73,7 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
-    elif policy.chunks is None and backbone.config.name != "sana":  # of which ComfyUI has no network
+    elif policy.chunks is None and backbone.config.name in comfyui.FAMILIES:
         call += comfyui_settings(backbone, policy)
     filled = {
         "{load}": load,
@@ -108,7 +108,7 @@ def plain_call(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
 
 def comfyui_settings(backbone: Any, policy: RolloutPolicy) -> str:
     try:
-        sampling = comfyui_sampling(backbone, policy)
+        sampling = comfyui.comfyui_sampling(backbone, policy)
     except ValueError as refusal:
         return f"\n\nComfyUI cannot sample it: {refusal}."
     return COMFYUI.replace("{sampler}", sampling.sampler).replace("{sigmas}", sampling.text)

@@ -5,7 +5,7 @@ Wan 2.1 and Wan 2.2 TI2V-5B have one network. Wan 2.2 A14B has two experts: `tra
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -216,6 +216,15 @@ class WanDenoiser(Denoiser):
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
         return list(self.network.blocks)
+
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        """One token; all of it for a causal network, whose chunks are counted in frames."""
+        if inputs.streams:
+            return x_t, t, inputs
+        frames, height, width = self.network.config.patch_size
+        t = t if t.dim() == 1 else t[:, :frames]
+        s = inputs.s if inputs.s is None or inputs.s.dim() == 1 else inputs.s[:, :frames]
+        return x_t[:, :frames, :, :height, :width], t, replace(inputs, s=s)
 
 
 class Wan(PipelineBackbone):

@@ -76,6 +76,9 @@ def check_training(recipe: Recipe) -> None:
             f"train.frozen_dtype: {train.frozen_dtype} weights together with {train.dtype} ones "
             "need train.mixed_precision: bf16"
         )
+    if train.ema_device == "cpu" and (train.strategy == "fsdp" or "student" in recipe.lora):
+        small = "sharded like the networks" if train.strategy == "fsdp" else "an adapter on the base that roles share"
+        raise RecipeError(f"train.ema_device: the moving average of this run is {small}; leave ema_device out")
     if train.batch_size % objective.group_size:
         raise RecipeError(
             f"train.batch_size: {train.batch_size} does not hold whole groups of "

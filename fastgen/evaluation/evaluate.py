@@ -36,7 +36,6 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.rewards.clip import weight_files
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 
@@ -198,6 +197,8 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     if config.inception_weights is not None:
         networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
     if config.clip is not None:
+        from fastgen.rewards.clip import weight_files  # with transformers
+
         networks["clip"] = {"weights": hash_files(weight_files(config.clip))}
     return {
         "num_samples": config.num_samples,

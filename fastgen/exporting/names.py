@@ -21,6 +21,8 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("gguf", "flux2"): "no name is known by which readers of GGUF files take it: --form fp8",
     ("gguf", "z_image"): "no name is known by which readers of GGUF files take it: --form fp8",
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
+    ("", "sana_sprint"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
+    ("", "pixart_sigma"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
 }
 
 

@@ -104,6 +104,17 @@ class WanExtraInputs(ExtraInputs):
         return embedding, embedder.time_proj(embedder.act_fn(embedding)), *others
 
 
+class SprintInputs(ExtraInputs):
+    """ExtraInputs around the time embedder of Sana-Sprint, which returns the embedding and the modulation that it
+    projects from it. The extra scalars reach both."""
+
+    def forward(self, timestep: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        embedder: Any = self.embedding
+        _, embedding = embedder(timestep[:, 0], *rest, **options)
+        embedding = self.add(embedding, timestep[:, 1:])
+        return embedder.linear(embedder.silu(embedding)), embedding
+
+
 def level_column(name: str, value: Tensor, t: Tensor) -> Tensor:
     """The value that a branch reads; it is zero where the input is neutral. For s, the level where a jump ends, it is
     t - s. For guidance, the embedded scale w, it is (w - 1) / 10."""

@@ -21,7 +21,8 @@ LORA = "{rank: 64}"
 @dataclasses.dataclass(frozen=True)
 class Change:
     """Overrides of a recipe that save memory. encoders: what they make of a plan, if they are about text encoders.
-    divided: networks are sharded over the GPUs. Neither of these two changes the turns."""
+    divided: networks are sharded over the GPUs, and gradients are never held whole. Neither of these two changes the
+    turns."""
 
     lines: tuple[str, ...]
     encoders: Callable[[Plan], Plan] | None = None
@@ -66,8 +67,11 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.full_roles)]
     if roles:
         options.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
-    if gpus > 1 and train.strategy != "fsdp":
-        options.append(Change(("train.strategy=fsdp",), divided=True))
+    if gpus > 1 and (train.strategy != "fsdp" or train.reduce_gradients == "update"):
+        sharded = () if train.strategy == "fsdp" else ("train.strategy=fsdp",)
+        whole = train.reduce_gradients == "update" and train.accumulate * train.batch_size > 1
+        if lines := (*sharded, *(("train.reduce_gradients=micro_batch",) if whole else ())):
+            options.append(Change(lines, divided=True))
     return options
 
 
@@ -101,7 +105,7 @@ class Variants:
         for change in (c.encoders for c in chosen if c.encoders is not None):
             found = change(found)
         if any(c.divided for c in chosen):
-            train = dataclasses.replace(found.recipe.train, strategy="fsdp")
+            train = dataclasses.replace(found.recipe.train, strategy="fsdp", reduce_gradients="micro_batch")
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
         return found
 

@@ -20,7 +20,7 @@ from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
-from fastgen.modules.sharding import local, own_slice
+from fastgen.modules.sharding import is_sharded, local, own_slice
 from fastgen.networks import Ema, Networks
 from fastgen.recipe import OptimizerConfig, Recipe
 from fastgen.registry import RecipeError
@@ -38,7 +38,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     """The optimizer of one role."""
-    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay)
+    fused = True if config.kind == "adamw_fused" else None
+    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=fused)
 
 
 class TrainingError(RuntimeError):
@@ -77,6 +78,13 @@ class TrainingRun:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @property
+    def sharded(self) -> list[nn.Module]:
+        """The modules that are sharded by themselves: roles, or the base that they share."""
+        shared = self.backbone.shared
+        whole = [*self.networks.values(), self.ema.module]
+        return [m for m in (whole if shared is None else [*whole, shared.denoiser]) if is_sharded(m)]
 
     @property
     def samples_here(self) -> bool:
@@ -152,10 +160,11 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     backbone = build_backbone(recipe, accelerator.device, deferred=strategy == "fsdp")
     built = build_networks(recipe, backbone)
     if strategy == "fsdp":
-        shard_roles(built.modules | {"average": built.average}, backbone, accelerator)
+        shard_roles(built.modules | {"average": built.average}, backbone, recipe, accelerator)
     else:
-        for module in (*built.modules.values(), built.average):
+        for module in built.modules.values():
             module.to(accelerator.device)
+        built.average.to("cpu" if recipe.train.ema_device == "cpu" else accelerator.device)
     start_networks(recipe, built)
     scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(built.modules, recipe.rollout, scorer)

@@ -261,8 +261,8 @@ def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Sets the optimizer's state. A scalar (`step`) stays on the CPU, where AdamW keeps it."""
-    parameters = dict(module.named_parameters())
+    """Sets the optimizer's state. A scalar (`step`) stays on the CPU, where AdamW keeps it, unless it is fused."""
+    parameters, fused = dict(module.named_parameters()), optimizer.defaults.get("fused")
     optimizer.state.clear()
     with open_tensors(path) as file:
         for full in file.keys():  # noqa: SIM118
@@ -271,7 +271,8 @@ def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Mod
                 raise CheckpointError(f"{path} has moments of {name}, which this recipe's network does not have")
             p = parameters[name]
             if not file.get_slice(full).get_shape() and p.dim():
-                optimizer.state[p][key] = file.get_tensor(full)
+                value = file.get_tensor(full)
+                optimizer.state[p][key] = value.to(p.device) if fused else value
             else:
                 moment = torch.zeros_like(p)
                 local(moment).copy_(read_slice(file, full, p))

@@ -175,7 +175,8 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
 
 
 def quick_metrics(run: TrainingRun) -> dict[str, float]:
-    return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
+    with run.ema.on(run.accelerator.device):
+        return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
 
 
 def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:

@@ -89,13 +89,14 @@ class Sampler:
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], key: int | str = "sample") -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
         noise."""
-        backbone = self.backbone
+        backbone, gathered = self.backbone, self.denoiser.gathered_dtype
         cond, uncond = backbone.encode_both(prompts)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
         draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
+        with torch.autocast(backbone.device.type, gathered, enabled=gathered is not None, cache_enabled=False):
+            return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
