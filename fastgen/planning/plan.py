@@ -60,7 +60,6 @@ SMALL_ENCODERS = 64 << 20  # bytes; text encoders of a local folder up to this s
 
 
 @dataclasses.dataclass(frozen=True)
-@dataclasses.dataclass(frozen=True)
 class TurnPlan:
     """One turn: its live bytes as counted, its network evaluations per sample, by role, and the floating-point
     operations of a micro-batch. The last two are means over draws."""
