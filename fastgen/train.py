@@ -69,7 +69,7 @@ from fastgen.run.build import (
 )
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import start
-from fastgen.run.export import export, export_run, write_card
+from fastgen.run.export import export, export_sharded, write_card
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
@@ -261,8 +261,8 @@ def export_student(run: TrainingRun, folder: Path, step: int, console: Console) 
     """Exports the average of the student, before anything is measured: what cannot be measured is still exported.
     Returns the export's folder."""
     main, exported = run.accelerator.is_main_process, folder / "export"
-    if main and run.strategy == "fsdp":
-        export_run(folder)
+    if run.strategy == "fsdp":
+        export_sharded(run.ema.module, run.recipe, exported, step, writer=main)
     elif main:
         export(run.ema.module, run.backbone, run.recipe, exported, step)
     console.print(f"exported to {exported}", markup=False)

@@ -89,6 +89,22 @@ def test_divided_networks_train_as_one(one_process: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_sharded_run_without_checkpoints_is_exported(tmp_path: Path) -> None:
+    """What two processes export, tensor by tensor, is what one exports."""
+    short = ["train.checkpoint_every=0", "train.steps=1"]
+    one = run(tmp_path / "one", 1, *short)
+    two = run(tmp_path / "two", 2, "train.strategy=fsdp", *short)
+    name = "export/transformer/diffusion_pytorch_model.safetensors"
+    a, b = load_file(one / name), load_file(two / name)
+    teacher = load_file(ROOT / "assets/teachers/digits" / name.removeprefix("export/"))
+    assert a.keys() == b.keys() and not (two / "checkpoints").exists()
+    error = max((a[k] - b[k]).abs().max().item() for k in a)
+    moved = max((a[k] - teacher[k]).abs().max().item() for k in a)
+    print(f"largest difference {error:.2g}, largest movement {moved:.2g}")
+    assert error < 1e-7 < moved
+
+
+@pytest.mark.slow
 def test_adapters_on_a_divided_base_train_as_on_a_whole_one(tmp_path: Path) -> None:
     one = run(tmp_path / "one", 1, LORA)
     error = compare(one, tmp_path / "two", LORA, "train.gradient_checkpointing=true")

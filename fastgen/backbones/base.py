@@ -1,7 +1,7 @@
 """What a model family has to provide."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -162,6 +162,11 @@ class Backbone(ABC):
         """Where the pretrained weights of a denoiser's parameters are stored, for networks made without them."""
         return {}
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the pretrained network is stored."""
+        return torch.float32
+
     def warnings(self) -> list[str]:
         """What the user should know about this pipeline before training starts."""
         return []
@@ -247,3 +252,23 @@ class Backbone(ABC):
     @abstractmethod
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """Writes a folder. If the family has a public pipeline, the folder loads and samples without this package."""
+
+    def save_values(
+        self,
+        student: Denoiser,
+        values: Iterable[tuple[str, Tensor]],
+        policy: RolloutPolicy,
+        folder: Path,
+        whole: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes the folder of a student whose values come one at a time, from a checkpoint or from other processes.
+        Here they are copied into the student, which is small; pipelines write them as they come.
+
+        values: name in `student.state_dict()` -> tensor. whole: an adapter is added into the weights of its base.
+        dtype: of the written networks, by default that of the pretrained ones."""
+        own = student.state_dict()
+        for name, value in values:
+            own[name].copy_(value)
+        student = student.merged() if whole else student
+        self.save_pipeline(student if dtype is None else student.to(dtype), policy, folder)

@@ -83,7 +83,7 @@ image = pipeline(
     def encode_with(self, prompt: str, pixels: Tensor) -> Conditioning:
         """One row, by the stock pipeline's own encoding."""
         length = self.config.max_sequence_length
-        with self.vae_lock:  # batches are made in another thread
+        with self.vae_lock, self.encoding():  # batches are made in another thread
             embeds, _ = self.text_pipeline.encode_prompt([prompt], to_picture(pixels), self.device)
         embeds = embeds[:, :length]
         mask = torch.arange(length, device=embeds.device)[None] < embeds.shape[1]

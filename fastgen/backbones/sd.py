@@ -202,7 +202,8 @@ image = pipeline("a prompt", **options).images[0]"""
             empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         size = float(self.image_size)
-        time_ids = embeds.new_tensor([size, size, 0, 0, size, size]).expand(len(prompts), 6)
+        sizes = [size, size, 0, 0, size, size]
+        time_ids = embeds.new_tensor(sizes, dtype=self.dtype).expand(len(prompts), 6)
         return Conditioning({"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:

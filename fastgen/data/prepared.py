@@ -214,8 +214,9 @@ def identity(
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
         settings = {"name": config.name} | {k: v for k, v in vars(config).items() if k in config.prompt_keys}
-        if config.negative_prompt:  # left out otherwise, as in folders of before it was a key
-            settings["negative_prompt"] = config.negative_prompt
+        for key in ("negative_prompt", "encoder_dtype"):
+            if value := getattr(config, key):  # left out otherwise, as in folders of before it was a key
+                settings[key] = value
         result: dict[str, Any] = {"backbone": settings, "encoders": fingerprint(config, ENCODER_FILES, known)}
         if images:
             vae = {key: backbone.vae_config.get(key) for key in LATENT_KEYS}

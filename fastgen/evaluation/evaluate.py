@@ -250,7 +250,7 @@ def evaluate_path(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,

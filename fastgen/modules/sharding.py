@@ -6,7 +6,7 @@ reads its own slice of the weight files. While a checkpoint is written, one tens
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,9 @@ def local(tensor: Any) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """The whole tensor, on every process; all of them must call it."""
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
+
+
+def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module's state_dict by name, one whole tensor at a time. If the module is sharded, all
+    processes must go through them together, to the end."""
+    return ((name, whole(tensor)) for name, tensor in module.state_dict().items())

@@ -7,6 +7,8 @@ written.
     held      parameters and buffers of the roles and of the moving average; AdamW's two moments of all trained
               parameters; text encoders and VAE, which load when first needed and then stay (with prepared prompts, the
               encoders are not loaded)
+    encoding  the text encoders, if backbone.encoders is offload, and the gradients that earlier micro-batches left;
+              with train.prefetch, the encoders may also be there during a turn
     turn      activations, including the bfloat16 weights that autocast keeps for the backward pass, and the gradients
               that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
               as in every micro-batch after the first
@@ -20,18 +22,19 @@ to its shards, a GPU then holds the layers outside the blocks, two gathered bloc
 the dtype of mixed precision (derived, not measured). With `train.accumulate` above 1 it also holds the whole gradients
 of a turn's roles, unless `train.reduce_gradients` is micro_batch.
 
-Not counted are the memory that kernels use internally, fragmentation and the CUDA context (together about a gigabyte),
-the networks of rewards and metrics, what encoding prompts needs, and prompt embeddings kept for later (at most a
-gigabyte). Where the encoders are large, prompts are taken to be of the greatest length.
+A recipe fits if its peak fits into what is left of a GPU's memory: without `CONTEXT` for the CUDA context and the
+workspaces of libraries, and without a share for fragmentation (`--headroom`).
+
+Not counted are the memory that kernels use internally, the networks of rewards and metrics, what encoding prompts
+needs, and prompt embeddings kept for later (at most a gigabyte). Where the encoders are large, prompts are taken to be
+of the greatest length.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from fastgen import noise
@@ -41,7 +44,8 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
-from fastgen.planning.roles import Role, average_of, keep_float32, role_of, size, tensors
+from fastgen.planning.components import Component, components_of
+from fastgen.planning.roles import Role, average_of, keep_float32, role_of
 from fastgen.planning.weightless import LiveBytes, empty, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
@@ -50,28 +54,20 @@ from fastgen.rollout import backward_simulation
 from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
+CONTEXT = 1_000_000_000  # bytes; ours, about what a CUDA context with cuBLAS, cuDNN and NCCL takes
 DRAWS = 32  # network evaluations are counted over this many updates
 SMALL_ENCODERS = 64 << 20  # bytes; text encoders of a local folder up to this size are run, to get the true length
 
 
 @dataclasses.dataclass(frozen=True)
-class Component:
-    """A text encoder or the VAE."""
-
-    name: str
-    is_encoder: bool
-    parameters: int
-    held: int
-    use: str
-
-
-@dataclasses.dataclass(frozen=True)
 class TurnPlan:
-    """One turn: its live bytes as counted, and its network evaluations per sample, by role."""
+    """One turn: its live bytes as counted, its network evaluations per sample, by role, and the floating-point
+    operations of a micro-batch. The last two are means over draws."""
 
     turn: Turn
     live: LiveBytes
     evaluations: Mapping[str, float]
+    operations: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +107,20 @@ class Plan:
     def moments(self) -> dict[str, int]:
         """The most bytes on one GPU during each part of a run: turns, optimizer steps and sampling."""
         train, result = self.recipe.train, dict[str, int]()
+        encoders = sum(c.turn for c in self.components)
+        beside = encoders if train.prefetch else 0  # the next prompts are encoded during a turn
         kept_whole = train.accumulate > 1 and train.reduce_gradients == "update"
         for part in self.turns:
             trained = [r for r in self.roles if r.name in part.turn.roles]
             temporary = max(r.temporary for r in trained)
             live = part.live.peak(1 if kept_whole else self.ways)
-            result[f"turn {part.turn.name}"] = self.held + self.gathered + live
+            result[f"turn {part.turn.name}"] = self.held + self.gathered + live + beside
             step = sum(r.gradients for r in trained) + temporary
-            result[f"step of {part.turn.name}"] = self.held + -(-step // self.ways)
+            result[f"step of {part.turn.name}"] = self.held + -(-step // self.ways) + beside
+        if encoders:
+            gradients = max(sum(r.gradients for r in self.roles if r.name in p.turn.roles) for p in self.turns)
+            shared = gradients if kept_whole else -(-gradients // self.ways)
+            result["encoding prompts"] = self.held + encoders + shared
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
         visiting = sum(r.visiting for r in self.roles)
         if self.student_bytes or visiting:
@@ -181,41 +183,10 @@ def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
 # --- text encoders, VAE, prompts
 
 
-def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
-    """The pipeline's text and image encoders and VAE. Also gives the backbone its VAE, without weights."""
-    if not isinstance(backbone, PipelineBackbone):
-        return ()
-    found = []
-    kinds = ("text_encoder", "vae", *(("image_encoder",) if backbone.takes_image else ()))
-    for name, entry in backbone.components.items():
-        if not isinstance(entry, list) or entry[0] is None or not name.startswith(kinds):
-            continue
-        dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
-        with torch.device("meta"):
-            if entry[0] == "diffusers":
-                cls = getattr(diffusers, entry[1])
-                module = cls.from_config(cls.load_config(backbone.source, subfolder=name, local_files_only=True))
-            else:
-                cls = getattr(transformers, entry[1])
-                module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
-        module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
-        what = "images" if name == "image_encoder" else "prompts"
-        use = f"encoding {what}" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
-        held = size(tensors(module))
-        if name == "vae":
-            vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
-            if isinstance(module, diffusers.AutoencoderKLWan):
-                module.enable_slicing()
-        elif not recipe.data.encodes_prompts:
-            use, held = f"not loaded: prepared {what}", 0
-        found.append(Component(name, name != "vae", sum(p.numel() for p in module.parameters()), held, use))
-    return tuple(found)
-
-
 def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
     """A function that gives the conditioning of any number of prompts. For a pipeline it is weightless, and of the
     greatest length, or of the length of the recipe's own prompts if the encoders are local and small."""
-    encoders = sum(c.held for c in components if c.is_encoder)
+    encoders = sum(c.held + c.turn for c in components if c.is_encoder)
     if not isinstance(backbone, PipelineBackbone):
         one = backbone.encode_prompts([""])
         return lambda count: Conditioning({k: v.expand(count, *v.shape[1:]) for k, v in one.items()})
@@ -331,7 +302,9 @@ def plan_turn(
         remove()
     for p in parameters:
         p.grad = None
-    return TurnPlan(turn, live, {role: n / recipe.train.batch_size for role, n in rows.items() if n})
+    share = sum(rows.values()) / max(1.0, sum(counted[key].values()))  # of the evaluations that were run
+    evaluated = {role: n / recipe.train.batch_size for role, n in rows.items() if n}
+    return TurnPlan(turn, live, evaluated, live.flops * share)
 
 
 def losses(recipe: Recipe, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:

@@ -10,6 +10,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import units
+from fastgen.planning.weightless import size, tensors
 from fastgen.recipe import Recipe
 from fastgen.run.distributed import gathered_dtype
 
@@ -39,14 +40,6 @@ def keep_float32(module: nn.Module) -> None:
         for name, tensor in (*network.named_parameters(), *network.named_buffers()) if kept else ():
             if kept & set(name.split(".")) and tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.data = tensor.data.float()
-
-
-def tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def size(held: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in held)
 
 
 def step_bytes(kind: str, parameters: Sequence[Tensor], gpu: bool) -> int:

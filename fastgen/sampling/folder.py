@@ -28,11 +28,12 @@ def sample_folder(
     batch_size: int,
     negative_prompt: str | None = None,
     images: Sequence[Path] = (),
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
-    + i. Returns the number of samples. images: the pictures that a pipeline makes its samples from, one for each
-    prompt or one for all.
+    + i. images: the pictures that a pipeline makes its samples from, one for each prompt or one for all. dtype: see
+    `load_sampler`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -48,6 +49,7 @@ def sample_folder(
         negative_prompt=negative_prompt,
         image=bool(images),
         device=device,
+        dtype=dtype,
     )
     kind = sampler.backbone.output
     if not texts and kind != "points":

@@ -109,7 +109,7 @@ class Sampler:
         if self._weights is None:
             return {}
         files = sorted(self._weights.rglob("*.safetensors"))
-        return {str(f.relative_to(self._weights)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+        return {str(f.relative_to(self._weights)): sha256(f) for f in files}
 
 
 def teacher_sampler(
@@ -146,9 +146,10 @@ def load_sampler(
     negative_prompt: str | None = None,
     image: bool = False,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Sampler:
-    """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
+    """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder. dtype: of
+    all its networks, by default that in which the denoising network is stored.
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
@@ -168,20 +169,29 @@ def load_sampler(
         policy = policy.with_steps(num_steps or policy.num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
         location = {"path": str(folder)} if whole else {}
-        backbone = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig).build(
-            device, dtype, 0
-        )
+        config = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig)
+        backbone = config.build(device, dtype or stored_dtype(config), 0)
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
     config = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
     config.check()
-    backbone = config.build(device, dtype, 0)
+    backbone = config.build(device, dtype or stored_dtype(config), 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
     if negative_prompt and scale == 1:
         raise ValueError("a negative prompt is what guidance leads away from: give a guidance scale other than 1")
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
+
+
+def stored_dtype(config: BackboneConfig) -> torch.dtype:
+    """The dtype in which a backbone's denoising network is stored."""
+    return config.build(torch.device("cpu"), torch.float32, 0).stored_dtype
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pipeline_config(folder: Path, image: bool = False) -> PipelineConfig:
