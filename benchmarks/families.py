@@ -34,7 +34,7 @@ from fastgen.networks import Ema, Networks
 from fastgen.objectives import Loss
 from fastgen.recipe import Recipe
 from fastgen.run.build import adamw, build_backbone, build_networks, start_networks
-from fastgen.train import gradient_norm
+from fastgen.run.update import gradient_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,8 +24,8 @@ from torch import nn
 from fastgen.config import load_recipe
 from fastgen.data import make_batch
 from fastgen.noise import make_key
-from fastgen.planning.plan import Plan, first_turns, plan, size, tensors
-from fastgen.planning.weightless import LiveBytes
+from fastgen.planning.plan import Plan, first_turns, plan
+from fastgen.planning.weightless import LiveBytes, size, tensors
 from fastgen.recipe import Recipe
 from fastgen.rollout import predict_x0
 from fastgen.run.build import TrainingRun, build

@@ -12,7 +12,8 @@ from fastgen import noise
 class Conditioning(dict[str, Tensor]):
     """Named tensors with a shared batch axis: what a network is conditioned on, besides x_t, t and `denoiser.Inputs`.
 
-    Each backbone has its own keys (SD3: prompt_embeds [B, L, D], pooled [B, P]; a mixture: label [B])."""
+    Each backbone has its own keys (SD3: prompt_embeds [B, L, D], pooled [B, P]; a mixture: label [B]). Those of a
+    given image begin with image_."""
 
     def select(self, index: Tensor | slice) -> "Conditioning":
         """Selects rows by integer index, boolean mask or slice."""
@@ -21,6 +22,16 @@ class Conditioning(dict[str, Tensor]):
     def repeat(self, times: int) -> "Conditioning":
         """Repeats each row `times` times. The copies of one sample are adjacent, as prompt groups need."""
         return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.items()})
+
+    def to(self, target: torch.device | str | torch.dtype) -> "Conditioning":
+        """The rows on another device; or with another dtype, which integers and booleans keep."""
+        if isinstance(target, torch.dtype):
+            return Conditioning({k: v.to(target) if v.is_floating_point() else v for k, v in self.items()})
+        return Conditioning({k: v.to(target) for k, v in self.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(v.nbytes for v in self.values())
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -70,7 +81,8 @@ class Batch:
 
     ids      [B] int64, the global sample number. It determines, together with `key`, every draw made for the sample.
     key      one integer per turn and inner update, the same on all ranks and in all micro-batches.
-    cond, uncond   conditioning with the prompt, and with the negative one (empty by default), both of batch size B.
+    cond, uncond   conditioning with the prompt, and with the negative one (empty by default), both of batch size B
+             and both with the image that a sample is made from, if the backbone takes one.
     latents  [B, *latent_shape] real data, normalised as the backbone's `encode` returns it.
     pixels   [B, 3, H, W] real images in [0, 1].
     pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.

@@ -1,11 +1,29 @@
 """The command line. Nothing heavy is imported before a command runs, so that every `--help` answers at once."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from fastgen.run.options import (
+    BatchOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    HeadroomOption,
+    NegativeOption,
+    OverridesArgument,
+    PipelineArgument,
+    PriceOption,
+    RecipeArgument,
+    ScorerOption,
+    StepsOption,
+    TflopsOption,
+    UtilisationOption,
+    torch_dtype,
+)
 from fastgen.run.quiet import quiet_libraries
 
 app = typer.Typer(
@@ -18,45 +36,6 @@ app = typer.Typer(
     context_settings={"default_map": {"help": False}},
     pretty_exceptions_enable=False,
 )
-
-RecipeArgument = Annotated[
-    Path,
-    typer.Argument(
-        help="A recipe (YAML): a file, or the path of one that ships, like recipes/digits_quickstart.yaml."
-    ),
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes to the recipe, each written dotted.key=value. The value is read as YAML."),
-]
-PipelineArgument = Annotated[
-    Path, typer.Argument(help="A run folder, an exported pipeline, or any diffusers pipeline folder.")
-]
-StepsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="The number of steps. Only for a pipeline that was not distilled, or for a flow map; any other has its "
-        "own number.",
-    ),
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, help="The guidance scale. Only for a pipeline that was not distilled.")
-]
-NegativeOption = Annotated[
-    str | None,
-    typer.Option(help="What guidance leads away from, a prompt. Only for a pipeline that was not distilled."),
-]
-ScorerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=PATH says where a scorer's weights are, a folder or a hub id; NAME.KEY=VALUE sets another of its "
-        "keys. May be given several times."
-    ),
-]
-BatchOption = Annotated[
-    int, typer.Option(min=1, help="How many samples are computed at a time. The results do not depend on it.")
-]
 
 
 def refuse(message: object) -> typer.Exit:
@@ -94,15 +73,22 @@ def plan(
         float | None,
         typer.Option(min=0, help="The memory of one GPU, in GB. The plan then says which changes would make it fit."),
     ] = None,
+    headroom: HeadroomOption = 0.05,
+    tflops: TflopsOption = None,
+    utilisation: UtilisationOption = 0.4,
+    price: PriceOption = None,
 ) -> None:
-    """Print what a recipe needs: parameters, memory and network evaluations. No weights are loaded or downloaded."""
+    """Print what a recipe needs: parameters, memory, network evaluations and, for GPUs of a stated speed, time and
+    price. No weights are loaded or downloaded."""
     loaded = read(recipe, overrides)
+    from fastgen.planning.cost import Speed
     from fastgen.planning.plan import plan as plan_recipe
     from fastgen.planning.report import report
     from fastgen.run.terminal import console
 
     try:
-        report(plan_recipe(loaded, gpus), memory and memory * 1e9, console())
+        speed = Speed(tflops, utilisation, price) if tflops else None
+        report(plan_recipe(loaded, gpus), memory and memory * 1e9, console(), headroom, speed)
     except ValueError as error:
         raise refuse(error) from None
 
@@ -113,7 +99,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="The folder to write, or to continue.")],
     overrides: OverridesArgument = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
+        Dtype,
         typer.Option(help="The type in which prompt embeddings and latents are stored."),
     ] = "float32",
     shard_size: Annotated[
@@ -131,7 +117,8 @@ def prepare(
 ) -> None:
     """Encode a recipe's prompts and images once, into a folder to train on.
 
-    The command can be interrupted. Started again, it checks the files that are there and makes the others."""
+    The command can be interrupted. Started again, it checks the files that are there and makes the others. Several
+    processes divide the work: torchrun --nproc_per_node 8 -m fastgen prepare ..."""
     loaded = read(recipe, overrides)
     from fastgen.data import DataError
     from fastgen.data.pairs import PairSettings
@@ -148,12 +135,14 @@ def prepare(
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again to continue {output}", file=sys.stderr)
         raise typer.Exit(130) from None
+    kind = "images" if manifest.get("only_images") else "latents"
     counts = (
-        f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} latents"
+        f"{manifest['num_samples']} samples, {manifest['num_prompts']} prompts and {manifest['num_pictures']} {kind}"
     )
     if manifest["pairs"]:
         counts += f" and {manifest['pairs']['count']} pairs"
-    print(f'{counts} in {output}; train on them with "data={{name: prepared, folder: {output}}}"')
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        print(f'{counts} in {output}; train on them with "data={{name: prepared, folder: {output}}}"')
 
 
 @app.command()
@@ -161,6 +150,13 @@ def sample(
     pipeline: PipelineArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt on each line.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A picture to make the sample from, for a pipeline that takes one. Give one for all prompts, or one "
+            "for each."
+        ),
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=1 << 62, help="Image i is drawn with the seed SEED + i.")] = 0,
     output: Annotated[Path, typer.Option(help="The folder for the images, which must be new or empty.")] = Path(
@@ -169,6 +165,7 @@ def sample(
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
+    dtype: DtypeOption = None,
     batch_size: BatchOption = 16,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
@@ -188,6 +185,8 @@ def sample(
             guidance_scale,
             batch_size,
             negative_prompt,
+            image or [],
+            torch_dtype(dtype),
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -227,7 +226,7 @@ def stream(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video and the report.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. By default a GPU, if there is one.")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="The precision of all networks. By default bfloat16 on a GPU and float32 on a CPU."),
     ] = None,
 ) -> None:
@@ -308,6 +307,10 @@ def evaluate(
         Path | None,
         typer.Option(help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen."),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="A folder of pictures to make the samples from, for a pipeline that takes one."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
@@ -325,6 +328,7 @@ def evaluate(
     num_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
+    dtype: DtypeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -356,6 +360,7 @@ def evaluate(
             seed=seed,
             output=output,
             prompts=prompts,
+            images=images,
             reference=reference,
             features=features,
             inception_weights=inception_weights,
@@ -363,6 +368,7 @@ def evaluate(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            dtype=torch_dtype(dtype),
             batch_size=batch_size,
             overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,
@@ -419,6 +425,13 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Add the adapter of a LoRA run into the weights, which gives a whole pipeline.")
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="The type in which the student's networks are stored, by default as those of its teacher, and an "
+            "adapter as it was trained. Text encoders and VAE are copied as they are."
+        ),
+    ] = None,
     form: Annotated[
         Literal["diffusers", "lora", "checkpoint", "diffusion_model", "fp8", "gguf"],
         typer.Option(help="Another program's file, of the last checkpoint or of an export: docs/exporting.md."),
@@ -433,18 +446,22 @@ def export(
     """Write the student of a run's last checkpoint as a pipeline (or LoRA) that plain diffusers loads.
 
     Its weights are the moving average that the run keeps of them."""
-    from fastgen.exporting.forms import export_form
     from fastgen.registry import RecipeError
-    from fastgen.run.export import export_run
 
     try:
-        if form == "diffusers" and steps:
-            raise ValueError("--steps is for the files of other programs; give --form")
-        folder = (
-            export_run(run, output, merge)
-            if form == "diffusers"
-            else export_form(run, form, output, merge, steps or ())
-        )
+        if form == "diffusers":
+            from fastgen.run.export import export_run
+
+            if steps:
+                raise ValueError("--steps is for the files of other programs; give --form")
+            folder = export_run(run, output, merge, dtype=torch_dtype(dtype))
+        else:
+            from fastgen.exporting.forms import export_form  # with diffusers
+
+            if dtype:
+                raise ValueError("--dtype is for a diffusers folder; leave out --form or --dtype")
+
+            folder = export_form(run, form, output, merge, steps or ())
         print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
         raise refuse(error) from None

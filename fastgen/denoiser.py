@@ -90,6 +90,8 @@ class Denoiser(nn.Module):
     takes_chunks = False  # whether the family reads Inputs.context, causal, clean and memory
     # for a network that was distilled from guidance: the scale it is told where Inputs.guidance gives none
     guidance: float | None = None
+    # of what a sharded network gathers, where that is not what it stores: its forwards then run under autocast
+    gathered_dtype: torch.dtype | None = None
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType):
         super().__init__()
@@ -228,6 +230,16 @@ class Denoiser(nn.Module):
             raise ValueError(f"this model has a single network, so it takes one value, got {list(value)}")
         return value
 
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        """The smallest part of one sample x_t [1, ...] that the network takes, with its levels and inputs: for calls
+        that only serve to gather and reduce sharded weights together with other processes. By default all of it."""
+        return x_t, t, inputs
+
+    @property
+    def root(self) -> "Denoiser":
+        """The denoiser that is called in the end: itself; for an adapter, the base that it is on."""
+        return self
+
     @property
     def members(self) -> list[Any]:
         """One denoiser per expert, from high noise to low; a denoiser of a single network lists itself."""
@@ -259,7 +271,8 @@ class Denoiser(nn.Module):
 
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
-        """The modules whose parameters are gathered one at a time when the network is sharded over processes."""
+        """The modules whose parameters are gathered one at a time when the network is sharded over processes. A module
+        inside another one comes before it; see `modules.sharding.units`."""
         return self.feature_modules
 
     @property

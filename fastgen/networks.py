@@ -78,12 +78,24 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[int]]:
-    """Collects the batch size of every call of a denoiser inside the context. A guided sample counts twice, and one
-    with a forward-mode derivative counts once. What the backward pass recomputes is not counted."""
-    rows: list[int] = []
-    denoisers = [module for module in networks.values() if isinstance(module, Denoiser)]
-    hooks = [m.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))) for m in denoisers]
+def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[float]]:
+    """Collects the number of samples of every call of a network inside the context. A guided sample counts twice, and
+    one with a forward-mode derivative counts once. What the backward pass recomputes is not counted. Of experts, those
+    that run are counted, also where other processes need them (`Denoiser.smallest`): then a part of a sample counts as
+    a part."""
+    rows: list[float] = []
+    size = 1  # of one sample, of the call that is running
+
+    def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal size
+        size = inputs[0][0].numel()
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(inputs[0].numel() / size)
+
+    roots = {module.root for module in networks.values() if isinstance(module, Denoiser)}
+    hooks = [root.register_forward_pre_hook(begin) for root in roots]
+    hooks += [member.register_forward_pre_hook(count) for root in roots for member in root.members]
     try:
         yield rows
     finally:
@@ -95,7 +107,8 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[list[int]]:
 def blend(kept: Iterable[Tensor], given: Iterable[Tensor], decay: float) -> None:
     """kept <- decay kept + (1 - decay) given, in place, on local shards, which must match."""
     if mine := [local(p) for p in kept]:  # a module may have no parameters
-        torch._foreach_lerp_(mine, [local(p).detach() for p in given], 1 - decay)
+        others = [local(p).detach().to(own.device) for own, p in zip(mine, given, strict=True)]
+        torch._foreach_lerp_(mine, others, 1 - decay)
 
 
 @torch.no_grad()
@@ -125,3 +138,15 @@ class Ema:
 
     def move(self, module: nn.Module, decay: float) -> None:
         move(self.module, module, decay)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The average is on this device inside the context, to be sampled, and afterwards where it was."""
+        kept = next((p.device for p in self.module.parameters()), device)
+        try:
+            if kept != device:
+                self.module.to(device)
+            yield
+        finally:
+            if kept != device:
+                self.module.to(kept)

@@ -24,7 +24,9 @@ class OptimizerConfig:
     """AdamW with a linear warm-up and a decay towards zero at the last student update.
 
     The rate at student update k of n is lr * min(1, (k + 1) / warmup) * decay(k / n), where decay is 1 (constant),
-    falls linearly to 0, or follows half a cosine to 0, over the last `decay_fraction` of the run."""
+    falls linearly to 0, or follows half a cosine to 0, over the last `decay_fraction` of the run.
+    kind: adamw_fused is torch's fused kernel, which updates all parameters in one pass and needs no temporary memory;
+    the same update up to rounding."""
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -34,6 +36,7 @@ class OptimizerConfig:
     warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_fraction: float = Field(default=1.0, gt=0, le=1)
+    kind: Literal["adamw", "adamw_fused"] = "adamw"
 
     def rate(self, update: int, total: int) -> float:
         """The learning rate at 0-based student update `update` of `total`."""
@@ -51,6 +54,11 @@ class TrainConfig:
     strategy: how several processes share the work. ddp: each process holds every network; fsdp: networks are sharded
     (`fully_shard`); auto: fsdp if the launcher was configured for it, otherwise ddp. num_processes: if given, a run
     with any other number is refused (accelerate's `--cpu --num_processes 2` starts one process).
+    shard_group: for fsdp, how many processes share one copy of the networks (hybrid sharding); neighbours share one,
+    and gradients are averaged between copies. None: all processes share one copy.
+    reduce_gradients: for fsdp with accumulate > 1, when gradients are reduced to shards. update: in the last
+    micro-batch; until then each process holds whole gradients of the turn's roles. micro_batch: in each one, which
+    needs no memory and communicates `accumulate` times as much.
     prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are."""
 
     steps: int = Field(ge=1, le=MOST_UPDATES)
@@ -63,8 +71,12 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     num_processes: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    shard_group: int | None = Field(default=None, ge=2, le=MOST_STEPS)
+    reduce_gradients: Literal["update", "micro_batch"] = "update"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tf32: bool = False  # float32 matrix products of a GPU in TensorFloat-32; convolutions are, by torch's default
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    ema_device: Literal["train", "cpu"] = "train"  # where the moving average is kept; cpu: on the device to sample
     log_every: int = Field(default=10, ge=1, le=MOST_UPDATES)
     sample_every: int = Field(default=100, ge=0, le=MOST_UPDATES)
     num_samples: int = Field(default=16, ge=1, le=MOST_STEPS)
@@ -94,6 +106,8 @@ class EvalConfig:
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
     clip: for features: clip, a transformers CLIPModel with its tokenizer, as a folder or a hub id.
     scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
+    images: a folder of pictures, for a backbone that makes its samples from images. Sample i is made from
+        `images[i % len(images)]`, sorted by name. If there are no prompts, they are the texts next to the pictures.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
         `prompts[i % len(prompts)]`.
@@ -109,6 +123,7 @@ class EvalConfig:
     inception_weights: str | None = None
     clip: str | None = None
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    images: str | None = None
     prompts: str | tuple[str, ...] | None = None
     teacher_steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = ()
     # or one per expert, from high noise to low; None: the scale that the objective distils
@@ -166,10 +181,14 @@ class EvalConfig:
         real images where the section says that they are. Loads no weights."""
         from fastgen.data.prompts import read_prompts
         from fastgen.metrics.features import check_clip, check_inception
-        from fastgen.metrics.reference import open_reference
+        from fastgen.metrics.reference import given_files, given_prompts, open_reference
 
         folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
-        for key, value, read in (("prompts", self.prompts, read_prompts), ("reference", folder, open_reference)):
+        for key, value, read in (
+            ("prompts", self.prompts, read_prompts),
+            ("reference", folder, open_reference),
+            ("images", self.images, given_prompts if self.prompts is None else given_files),
+        ):
             if value is not None:
                 try:
                     read(value)  # type: ignore[arg-type]

@@ -25,11 +25,14 @@ BACKBONES: dict[str, str] = {
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
     "pixart_sigma": "fastgen.backbones.pixart_sigma:PixArtSigmaConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
+    "qwen_image_edit": "fastgen.backbones.qwen_image_edit:QwenImageEditConfig",
     "sana": "fastgen.backbones.sana:SanaConfig",
     "sana_sprint": "fastgen.backbones.sana_sprint:SanaSprintConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
     "wan": "fastgen.backbones.wan:WanConfig",
+    "wan_i2v": "fastgen.backbones.wan_i2v:WanI2VConfig",
+    "wan_vace": "fastgen.backbones.wan_vace:WanVACEConfig",
     "z_image": "fastgen.backbones.z_image:ZImageConfig",
 }
 # the backbones whose `path` is a diffusers pipeline
@@ -39,11 +42,14 @@ PIPELINES = (
     "flux2",
     "pixart_sigma",
     "qwen_image",
+    "qwen_image_edit",
     "sana",
     "sana_sprint",
     "sd",
     "sd3",
     "wan",
+    "wan_i2v",
+    "wan_vace",
     "z_image",
 )
 
@@ -172,6 +178,11 @@ def shipped(path: str | Path) -> Path:
     relative to that place. The result need not exist."""
     root = PACKAGE if (PACKAGE / "assets").is_dir() else PACKAGE.parent
     return root / path
+
+
+def here_or_shipped(path: str | Path) -> Path:
+    """The path, if something is there, and else its place among the files that ship with fastgen."""
+    return Path(path) if Path(path).exists() else shipped(path)
 
 
 def check_name(section: str, value: Any, names: Mapping[str, str]) -> None:

@@ -44,31 +44,22 @@ import errno
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fastgen.batch import Batch
 from fastgen.data import DataError
-from fastgen.modules.lora import LoraDenoiser
-from fastgen.modules.sharding import WeightsError, refill
-from fastgen.networks import counted
+from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
-from fastgen.objectives import Loss, Turn
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint, terminal
 from fastgen.run.build import (
     TrainingError,
     TrainingRun,
-    adamw,
     build,
     checkpoint_to_resume,
     open_run,
@@ -77,13 +68,15 @@ from fastgen.run.build import (
     start_from,
 )
 from fastgen.run.checkpoint import CheckpointError
-from fastgen.run.distributed import average_gradients, start, stored_name
-from fastgen.run.export import export, export_run, write_card
+from fastgen.run.distributed import start
+from fastgen.run.export import export, export_sharded, write_card
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
 from fastgen.run.stalls import attended
 from fastgen.run.summary import role_table, summary
+from fastgen.run.turns import reset_roles, set_rates
+from fastgen.run.update import update
 from fastgen.run.watching import (
     bit_sums,
     quick_metrics,
@@ -218,7 +211,8 @@ def train_networks(
                 bar.set_postfix(log.write(step, run.optimizers))
             if run.samples_here and due(step, config.sample_every, config.steps):
                 picture = folder / "samples" / f"step_{step:08d}.png"
-                show(run, run.student, picture)
+                with run.ema.on(run.accelerator.device):
+                    show(run, run.student, picture)
                 log.picture(step, "student", picture)
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
@@ -267,8 +261,8 @@ def export_student(run: TrainingRun, folder: Path, step: int, console: Console) 
     """Exports the average of the student, before anything is measured: what cannot be measured is still exported.
     Returns the export's folder."""
     main, exported = run.accelerator.is_main_process, folder / "export"
-    if main and run.strategy == "fsdp":
-        export_run(folder)
+    if run.strategy == "fsdp":
+        export_sharded(run.ema.module, run.recipe, exported, step, writer=main)
     elif main:
         export(run.ema.module, run.backbone, run.recipe, exported, step)
     console.print(f"exported to {exported}", markup=False)
@@ -292,116 +286,9 @@ def measure_student(run: TrainingRun, exported: Path, step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def update(
-    run: TrainingRun, turn: Turn, position: int, key: int, shared: Sequence[dict[str, object]] = ()
-) -> tuple[dict[str, Tensor], bool]:
-    """One optimizer step for the roles of a turn: accumulate, average over processes, clip, step.
-
-    Returns the mean terms, and whether the step was made. It is skipped if a gradient is not finite.
-
-    Sample number position + i belongs to micro-batch i // (batch_size * processes), which is split over the processes
-    in order. So the samples of an update, and the noise of each of them, do not depend on how the update is divided.
-    shared: what each micro-batch shares with those of the turn's other inner updates (`Batch.shared`), if anything.
-    In a turn that collects, the objective sees all micro-batches before its first loss.
-    Raises TrainingError if too many updates in a row were skipped."""
-    config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
-    terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    if turn.collects:
-        shared = shared or [{} for _ in range(config.accumulate)]
-    batches: Iterable[Batch] = (micro_batch(run, position, key, i, shared) for i in range(config.accumulate))
-    if turn.collects:
-        batches = list(batches)
-        for batch in batches:
-            with config.autocast(accelerator.device.type), counted(run.networks) as rows:
-                objective.collect(turn, run.networks, batch, run.state)
-            terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
-    for batch in batches:
-        with config.autocast(accelerator.device.type), counted(run.networks) as rows:
-            losses = objective.loss(turn, run.networks, batch, run.state)
-            for loss in [losses] if isinstance(losses, Loss) else losses:
-                (loss.total / config.accumulate).backward()
-                for name, value in loss.terms.items():
-                    terms[name] = terms[name] + value.detach().float() / config.accumulate
-        terms["evaluations"] = terms["evaluations"] + sum(rows) / len(batch.ids) / config.accumulate
-    trained = {role: [p for g in run.optimizers[role].param_groups for p in g["params"]] for role in turn.roles}
-    if accelerator.num_processes > 1:
-        for parameters in trained.values():
-            average_gradients(parameters, accelerator)
-        terms = {name: accelerator.reduce(value, "mean") for name, value in terms.items()}
-    norms = {role: gradient_norm(parameters) for role, parameters in trained.items()}
-    finite = all(bool(norm.isfinite()) for norm in norms.values())
-    for role, parameters in trained.items():
-        if finite:
-            with_grad = [p for p in parameters if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(with_grad, run.recipe.optimizers[role].max_grad_norm, norms[role])
-            run.optimizers[role].step()
-            terms[f"grad_norm_{role}"] = norms[role]
-        run.optimizers[role].zero_grad()
-    if not finite:
-        bad = ", ".join(role for role, norm in norms.items() if not norm.isfinite())
-        if run.watch.skip() > run.recipe.health.max_skipped:
-            raise TrainingError(
-                f"the gradient of {bad} was not finite in {run.recipe.health.max_skipped + 1} updates in a row; "
-                f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
-                "check that the teacher's samples in samples/teacher.png look right"
-            )
-        return {"skipped": torch.ones((), device=accelerator.device), "evaluations": terms["evaluations"]}, False
-    run.watch.skipped_in_a_row = 0
-    return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
-
-
-def micro_batch(run: TrainingRun, position: int, key: int, index: int, shared: Sequence[dict[str, object]]) -> Batch:
-    """This process's part of micro-batch number `index` of the update whose samples begin at `position`."""
-    size, accelerator = run.recipe.train.batch_size, run.accelerator
-    first = position + (index * accelerator.num_processes + accelerator.process_index) * size
-    batch = run.batches.batch(first, keep=position)
-    return dataclasses.replace(batch, key=key, shared=shared[index] if shared else None)
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients of a role, over all processes."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def due(step: int, every: int, last: int) -> bool:
     """Whether an event that happens every `every` steps, and at the last step, falls on this one. 0: never."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
-    """Re-initialises the roles in `turn.reset` from the pretrained weights, with fresh optimizers. The moving average
-    is reset together with the student. New heads and adapters depend only on the seed and the step, so that they are
-    the same after a restart."""
-    if not turn.reset:
-        return
-    recipe, key = run.recipe, make_key(run.recipe.seed, step, "reset")
-    fresh: dict[str, nn.Module] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(key)
-        if any(not isinstance(run.networks[role], LoraDenoiser) for role in turn.reset):
-            fresh = dict(recipe.objective.auxiliary(run.backbone, recipe.rollout))
-        if "student" in turn.reset:
-            fresh["student"] = recipe.objective.make_student(run.backbone, recipe.rollout)
-    weights = run.backbone.weights() if run.strategy == "fsdp" else {}
-    for role in turn.reset:
-        module = run.networks[role]
-        if isinstance(module, LoraDenoiser):
-            module.reset(key)
-        else:
-            refill(module, fresh[role], weights, stored_name)
-        if role in run.optimizers:
-            run.optimizers[role] = adamw(recipe.optimizers[role], module.parameters())
-        if role == "student":
-            run.ema.move(module, 0.0)
-            run.ema.updates = 0
-
-
-def set_rates(run: TrainingRun, turn: Turn, step: int) -> None:
-    """Sets the learning rates of the turn's roles, by `turn.progress` or else by this step of the run."""
-    for role in turn.roles:
-        for group in run.optimizers[role].param_groups:
-            group["lr"] = run.recipe.optimizers[role].rate(*(turn.progress or (step, run.recipe.train.steps)))
 
 
 def run_program(recipe: Recipe) -> int:

@@ -87,7 +87,7 @@ def test_pictures_are_read_side_by_side_and_stay_in_order(tmp_path: Path) -> Non
 
     def read(i: int) -> torch.Tensor:
         together.wait(PLENTY)
-        return read_image(tmp_path / f"{i}.png", 8, str(i), False)
+        return read_image(tmp_path / f"{i}.png", (8, 8), str(i), False)
 
     backbone = GAUSSIAN.build(torch.device("cpu"), torch.float32, 0)
     stream = SampleStream(Samples(list("abcdef"), torch.arange(6), read), backbone, key=1)

@@ -40,7 +40,7 @@ from fastgen.train import main, train
 ROOT = Path(__file__).parents[1]
 CONFIG = SD3Config(path=str(assets_dir() / "teachers/digits"))
 COUNT = 8
-IMAGES = frozenset({"latents", "pixels"})
+IMAGES = frozenset({"latents", "pixels", "images"})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,22 @@ def test_divided_networks_train_as_one(one_process: Path, tmp_path: Path) -> Non
     error = compare(one_process, tmp_path / "two", *GAN)
     print(f"largest difference {error:.2g}")
     assert error < 1e-9
+
+
+@pytest.mark.slow
+def test_a_sharded_run_without_checkpoints_is_exported(tmp_path: Path) -> None:
+    """What two processes export, tensor by tensor, is what one exports."""
+    short = ["train.checkpoint_every=0", "train.steps=1"]
+    one = run(tmp_path / "one", 1, *short)
+    two = run(tmp_path / "two", 2, "train.strategy=fsdp", *short)
+    name = "export/transformer/diffusion_pytorch_model.safetensors"
+    a, b = load_file(one / name), load_file(two / name)
+    teacher = load_file(ROOT / "assets/teachers/digits" / name.removeprefix("export/"))
+    assert a.keys() == b.keys() and not (two / "checkpoints").exists()
+    error = max((a[k] - b[k]).abs().max().item() for k in a)
+    moved = max((a[k] - teacher[k]).abs().max().item() for k in a)
+    print(f"largest difference {error:.2g}, largest movement {moved:.2g}")
+    assert error < 1e-7 < moved
 
 
 @pytest.mark.slow
@@ -210,6 +227,35 @@ def test_a_launcher_that_was_told_something_else_is_refused(
         train(load_recipe(ROOT / DIGITS, [*SMALL, f"output_dir={tmp_path / 'run'}", override]))
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "override", "words"),
+    [
+        ("FSDP_SHARDING_STRATEGY", "FULL_SHARD", "seed=0", None),
+        ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP", "seed=0", "choose FULL_SHARD"),
+        ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD", "seed=0", r"train\.shard_group is not given"),
+        ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD", "train.shard_group=2", None),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "seed=0", "freed after each block"),
+        ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP", "seed=0", None),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "seed=0", "block by block"),
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "WanTransformerBlock", "seed=0", "leave that setting out"),
+        ("FSDP_IGNORED_MODULES", "proj_out", "seed=0", "every network is sharded"),
+        ("FSDP_BACKWARD_PREFETCH", "NO_PREFETCH", "seed=0", "before a backward pass"),
+        ("FSDP_FORWARD_PREFETCH", "true", "seed=0", "forward prefetching"),
+        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true", "seed=0", "checkpointed activations"),
+    ],
+)
+def test_what_accelerate_was_told_of_fsdp(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, override: str, words: str | None
+) -> None:
+    """Besides accelerate's defaults, which ask for nothing."""
+    defaults = {"RESHARD_AFTER_FORWARD": "true", "MIN_NUM_PARAMS": "100000000", "USE_ORIG_PARAMS": "true"}
+    for name, told in {"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{k}": v for k, v in defaults.items()}}.items():
+        monkeypatch.setenv(name, told)
+    monkeypatch.setenv(variable, value)
+    found = list(differences(load_recipe(ROOT / DIGITS, [override]).train))
+    assert len(found) == (words is not None) and all(re.search(words or "", line) for line in found)
+
+
 def test_a_launcher_that_was_told_the_same_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_recipe(ROOT / DIGITS, ["train.mixed_precision=bf16", "train.accumulate=2"]).train
     for precision, accumulate in (("bf16", "2"), ("no", "1"), ("no", "auto")):
@@ -226,3 +272,9 @@ def test_accelerates_own_flags_arrive(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([*program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "refused: train.mixed_precision is no, but the launcher was told bf16" in result.stderr
+
+
+def test_tf32_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    arguments = [*SMALL, "train.device=cpu", "train.tf32=true", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(RecipeError, match=r"train\.tf32 is a mode of GPUs"):
+        train(load_recipe(ROOT / DIGITS, arguments))

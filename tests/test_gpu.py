@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.backbones.encoders import on_device
+from fastgen.backbones.sd3 import SD3Config
 from fastgen.config import load_recipe
 from fastgen.train import train
 
@@ -72,3 +74,18 @@ def test_mixed_precision(tmp_path: Path) -> None:
     )
     key = "fake_score/loss"
     assert [line[key] for line in mixed] == pytest.approx([line[key] for line in exact], rel=0.05)
+
+
+def test_offloaded_encoders_come_back_to_their_memory() -> None:
+    """On the GPU inside, then where they were, without a copy."""
+    digits = str(ROOT / "assets/teachers/digits")
+    config = SD3Config(path=digits, encoders="offload")
+    backbone = config.build(torch.device("cuda"), torch.float32, 0)
+    encoder = backbone.text_pipeline.text_encoder
+    places = [p.data_ptr() for p in encoder.parameters()]
+    with on_device(backbone.text_pipeline, backbone.device):
+        assert all(t.is_cuda for t in (*encoder.parameters(), *encoder.buffers()))
+    assert [p.data_ptr() for p in encoder.parameters()] == places
+    held = SD3Config(path=digits).build(torch.device("cuda"), torch.float32, 0)
+    one, other = (b.encode_prompts(["a three"])["prompt_embeds"] for b in (backbone, held))
+    assert torch.equal(one, other) and one.is_cuda

@@ -357,22 +357,26 @@ def objective_exit(networks: Networks, batch: Batch) -> Tensor:
 
 
 def test_a_guidance_scale_an_expert_of_the_teacher() -> None:
-    """A tuple gives each sample the scale of the teacher expert at its own t, not at s."""
+    """A tuple gives each sample the scale of the teacher expert at its own t, not at s. In every update all samples
+    have the same expert, and each of the two has its turn."""
     parts = [guided_pair(0.7, -0.1) for _ in range(2)]
     for part in parts:
         part.feature_dim = 0  # Experts wants to know
     student = AffineStudent(0.0, 0.5, TWO)
     networks = affine_networks(student, Experts(parts, (0.7,)), ExactFake(student, stop=0))
-    batch = point_batch(200, dim=1, uncond=2)
 
-    def field(scale: Any) -> Tensor:
+    def field(scale: Any, batch: Batch) -> Tensor:
         objective = phased(*SINGLES, guidance_scale=scale)
         rollout = objective.rollout(networks, batch, SINGLES[0], grad=False)
         return objective.score_gradient(networks, batch, rollout)[0]
 
-    t = 0.4 + 0.6 * phased().renoise_time(batch.uniform("renoise_time"))
-    both = torch.where((t >= 0.7)[:, None], field(2.0), field(5.0))
-    assert torch.equal(field((2.0, 5.0)), both) and not torch.equal(both, field(5.0))
+    seen = set()
+    for key in range(8):
+        batch = point_batch(50, key, dim=1, uncond=2)
+        high, low, each = (field(scale, batch) for scale in (2.0, 5.0, (2.0, 5.0)))
+        assert not torch.equal(high, low) and (torch.equal(each, high) or torch.equal(each, low))
+        seen.add(torch.equal(each, high))
+    assert seen == {True, False}
 
 
 def test_the_average_is_right_for_an_expert_that_does_not_move() -> None:

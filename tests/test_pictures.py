@@ -76,7 +76,7 @@ def test_exif_turns_a_picture_everywhere(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffa red half\n", encoding="utf-8")
     assert picture_size(path, "a") == (64, 32)
     scored = read_images([path])
-    trained = read_image(path, 32, "a", False)
+    trained = read_image(path, (32, 32), "a", False)
     assert scored.shape == (1, 3, 32, 64) and scored[0, 0, 16, 60] == 1 and scored[0, 0, 16, 4] == 0
     assert torch.equal(trained, scored[0, :, :, 16:48])  # the centre of the turned picture
     assert open_reference(str(tmp_path)).prompts == ("a red half",)
@@ -98,7 +98,7 @@ def broken_files(folder: Path) -> list[Path]:
 def test_what_is_no_image_is_named_everywhere(tmp_path: Path) -> None:
     for path in broken_files(tmp_path):
         with pytest.raises(DataError, match=path.name):
-            read_image(path, 32, str(path), True)
+            read_image(path, (32, 32), str(path), True)
         with pytest.raises(ValueError, match=path.name):
             read_images([path])
 
@@ -107,7 +107,7 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "bomb.png"
     Image.new("1", (100, 100)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)  # one and a half times as many are a warning, twice an error
-    for read in (lambda: read_image(path, 32, str(path), True), lambda: read_images([path])):
+    for read in (lambda: read_image(path, (32, 32), str(path), True), lambda: read_images([path])):
         with pytest.raises((DataError, PictureError), match=r"bomb\.png"):
             read()
 
@@ -148,7 +148,7 @@ def test_fuzzed_pictures_are_read_alike_or_refused_by_name(tmp_path: Path) -> No
         path = tmp_path / f"fuzz{suffix}"
         path.write_bytes(mutated(draw, data))
         try:
-            trained = read_image(path, 8, str(path), True)
+            trained = read_image(path, (8, 8), str(path), True)
         except DataError as error:
             refused += 1
             assert path.name in str(error)

@@ -5,12 +5,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from mutations import draws, mutated
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import tiny_sd
 
 from fastgen.backbones.base import RoleOptions
+from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3, SD3Config
 from fastgen.data.digits import assets_dir
 from fastgen.modules.sharding import WeightsError
@@ -179,10 +182,64 @@ def test_every_component_is_compared(component: str, folder: Path) -> None:
         load_all(folder)
 
 
-def test_a_scheduler_that_diffusers_does_not_have(folder: Path) -> None:
+def test_a_scheduler_that_diffusers_does_not_have(folder: Path, tmp_path: Path) -> None:
     edit_json(folder / "model_index.json", scheduler=["diffusers", "TomorrowScheduler"])
+    with pytest.raises(ValueError, match="its scheduler, TomorrowScheduler, does not give"):
+        SD3Config(path=str(folder)).check()
+    edit_json(tiny_sd(tmp_path / "sd") / "model_index.json", scheduler=["diffusers", "TomorrowScheduler"])
     with pytest.raises(WeightsError, match=r"has no class .?TomorrowScheduler"):
-        load_all(folder)
+        SDConfig(path=str(tmp_path / "sd")).check()
+
+
+SCHEDULERS = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+SOME = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler"]
+
+
+def give_scheduler(folder: Path, name: str) -> bool:
+    """Gives a pipeline the scheduler of this class with its defaults. False if it has none or lacks a package."""
+    try:
+        scheduler = getattr(diffusers, name)()
+    except (ImportError, TypeError):
+        return False
+    if not hasattr(scheduler, "save_pretrained"):
+        return False
+    shutil.rmtree(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
+    edit_json(folder / "model_index.json", scheduler=["diffusers", name])
+    return True
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(SCHEDULERS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_scheduler_of_diffusers_samples_the_teacher_or_is_refused_with_the_recipe(
+    tmp_path: Path, names: list[str]
+) -> None:
+    folders = {SD3Config: Path(shutil.copytree(TEACHER, tmp_path / "sd3")), SDConfig: tiny_sd(tmp_path / "sd")}
+    taken: dict[str, list[str]] = {}
+    for config, path in folders.items():
+        for name in names:
+            if give_scheduler(path, name):
+                try:
+                    config(path=str(path)).check()
+                except ValueError as error:
+                    assert name in str(error)
+                    continue
+                policy = config(path=str(path)).build(CPU, torch.float32, 0).teacher_policy(4)
+                assert policy.num_steps == 4
+                taken.setdefault(config.name, []).append(name)
+    print(taken)
+    assert taken["sd3"] == ["FlowMatchEulerDiscreteScheduler"] and "HeunDiscreteScheduler" in taken["sd"]
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_3", "tokenizer_2", "vae", "scheduler", "transformer"])
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_component_without_which_no_prompt_can_be_given_is_named(folder: Path, name: str, left_out: bool) -> None:
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | {name: [None, None]}
+    if left_out and not name.startswith(("text_encoder", "tokenizer")):
+        index.pop(name)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"has no {name}, and without it"):
+        SD3Config(path=str(folder)).check()
 
 
 def test_paths_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,7 @@ COUNTS = {
     },
     "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
     "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Qwen/Qwen-Image-Edit": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {
         "transformer": 1_604_462_752,
         "text_encoder": 2_614_341_888,
@@ -231,7 +232,12 @@ COUNTS = {
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
     "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656},
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": {"transformer": 16_394_878_784, "image_encoder": 630_766_080},
+    "Wan-AI/Wan2.1-VACE-1.3B-diffusers": {"transformer": 2_153_972_032},
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": {"transformer": 17_337_592_896},
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {"transformer": 14_288_901_184, "transformer_2": 14_288_901_184},
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584},
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {"transformer": 4_999_787_712, "vae": 704_688_668},
 }
 
 

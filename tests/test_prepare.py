@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from fastgen.data.digits import load_digits, prompt_for
 from fastgen.data.prepared import PreparedData, identity
 from fastgen.data.shard_rows import fold, unfold
 from fastgen.recipe import Recipe
+from fastgen.run.lock import LOCK, lock
 from fastgen.run.prepare import prepare
 from fastgen.train import main
 
@@ -198,6 +200,33 @@ def test_a_killed_process_is_continued_to_the_same_bytes(prepared: Path, images:
     assert len(list(folder.glob("latents-*.safetensors"))) in (2, 3)
     prepare(recipe_of(images), folder, shard_size=3)
     assert contents(folder) == contents(prepared)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(prepared: Path, images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fastgen"]
+    options = [f"data={{name: images, folder: {images}}}", *NO_EVAL, "--shard-size", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, "prepare", str(RECIPE), *options, "--output", str(tmp_path / "folder")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("train on them with") == 1
+    assert contents(tmp_path / "folder") == contents(prepared)
+
+
+def test_a_folder_that_is_being_prepared_is_refused(copy: Path, images: Path) -> None:
+    before = contents(copy)
+    handle, _ = lock(copy / LOCK)
+    with pytest.raises(ValueError, match=r"--output: process \d+ on .* is preparing .*; wait for it"):
+        prepare(recipe_of(images), copy, shard_size=3)
+    os.close(handle)
+    (copy / LOCK).unlink()
+    assert contents(copy) == before
 
 
 def test_a_finished_folder_is_recognised_and_a_damaged_one_repaired(

@@ -1,5 +1,7 @@
 """The contract with plain diffusers: same pixels, both ways."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(backbone: S
     error = (ours - plain_pixels(pipeline, steps, scale)).abs().max().item()
     print(f"largest pixel difference {error:.2g}")
     assert error < 1e-4
+
+
+def test_a_scheduler_whose_shift_depends_on_the_size_gives_the_pipelines_own_pixels(tmp_path: Path) -> None:
+    shutil.copytree(TEACHER, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "scheduler/scheduler_config.json"
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": 2.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | dynamic))
+    config = SD3Config(path=str(tmp_path))
+    config.check()
+    ours = teacher_sampler(config.build(torch.device("cpu"), torch.float32, 0), 4, 1.0).sample(PROMPTS, SEEDS)
+    error = (ours - plain_pixels(StableDiffusion3Pipeline.from_pretrained(tmp_path), 4, 1.0)).abs().max().item()
+    print(f"largest pixel difference {error:.2g}")
+    assert error < 1e-4
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"invert_sigmas": True}))
+    with pytest.raises(ValueError, match="invert_sigmas"):
+        config.check()
 
 
 def student_recipe(tmp_path: Path, rollout: str) -> Recipe:

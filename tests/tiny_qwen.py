@@ -1,5 +1,6 @@
 """A complete QwenImagePipeline folder of real diffusers classes at random, tiny sizes, made without the network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,23 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 TEXT_WIDTH = 16
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # of prompts with an image
 # The words of the pipeline's template, so that its beginning has the 34 tokens that the pipeline drops, and some more.
 FIRST = ["system", "Describe", "user", "assistant", "two"]
 LATER = [
@@ -38,6 +48,34 @@ LATER = [
     "cat",
     "green",
 ]
+# The other words of the template with an image, whose first 64 tokens are dropped.
+EDIT_WORDS = [
+    "key",
+    "features",
+    "input",
+    "then",
+    "explain",
+    "how",
+    "user",
+    "instruction",
+    "should",
+    "alter",
+    "or",
+    "modify",
+    "Generate",
+    "a",
+    "new",
+    "that",
+    "meets",
+    "requirements",
+    "while",
+    "maintaining",
+    "consistency",
+    "with",
+    "original",
+    "where",
+    "appropriate",
+]
 SCHEDULER: dict[str, Any] = {  # as published
     "use_dynamic_shifting": True,
     "max_image_seq_len": 8192,
@@ -56,6 +94,24 @@ def tiny_qwen(folder: Path, seed: int = 0) -> Path:
             vae=qwen_vae(),
             text_encoder=qwen_encoder(tokenizer),
             tokenizer=tokenizer,
+            transformer=qwen_transformer(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_qwen_edit(folder: Path, seed: int = 0) -> Path:
+    """A QwenImageEditPipeline of the same networks. Its text encoder sees a picture as 4 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = qwen_tokenizer(SPECIAL + VISION, EDIT_WORDS)
+        sizes = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
+        pipeline = QwenImageEditPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+            vae=qwen_vae(),
+            text_encoder=qwen_encoder(tokenizer),
+            tokenizer=tokenizer,
+            processor=Qwen2VLProcessor(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes)),
             transformer=qwen_transformer(),
         )
     pipeline.save_pretrained(folder)
@@ -90,17 +146,18 @@ def qwen_vae() -> AutoencoderKLQwenImage:
     ).eval()
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token for each word of FIRST and for each of LATER after a space; any other word is spelled in bytes."""
+def qwen_tokenizer(special: tuple[str, ...] = SPECIAL, words: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """One token for each word of FIRST, and for each of LATER and of `words` after a space; any other word is spelled
+    in bytes."""
     vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
-    for word in [*(f"Ġ{word}" for word in LATER), *FIRST]:
+    for word in [*(f"Ġ{word}" for word in [*LATER, *words]), *FIRST]:
         for end in range(1, len(word)):
             if word[: end + 1] not in vocabulary:
                 vocabulary[word[: end + 1]] = len(vocabulary)
                 merges.append((word[:end], word[end]))
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {SPECIAL[0]: len(vocabulary)}, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {special[0]: len(vocabulary)}, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special[1:])})
     return tokenizer
 
 
@@ -124,4 +181,10 @@ def qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         "out_hidden_size": TEXT_WIDTH,
         "fullatt_block_indexes": [0],
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    known = tokenizer.get_vocab()
+    ids = {f"{name}_token_id": known.get(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    ids |= {f"{kind}_token_id": known.get(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, **{name: value for name, value in ids.items() if value is not None}
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()

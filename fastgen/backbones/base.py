@@ -1,7 +1,7 @@
 """What a model family has to provide."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -45,6 +45,7 @@ class BackboneConfig(ABC):
     can_checkpoint: ClassVar[bool] = True  # whether its networks can recompute activations in the backward pass
     flow_matching: ClassVar[bool] = True  # whether x_t = (1 - t) x0 + t noise; else another noise schedule
     has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
+    takes_image: ClassVar[bool] = False  # whether every sample is made from a given image, besides its prompt
 
     takes_added_inputs: ClassVar[bool] = True  # whether inputs can be added to its networks
 
@@ -120,6 +121,16 @@ class Backbone(ABC):
     def output(self) -> Output:
         return self.config.output
 
+    @property
+    def takes_image(self) -> bool:
+        return self.config.takes_image
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels at which pictures are read: the given images, if the backbone takes such, and
+        else real data. None if it has no use for pictures."""
+        return None if self.image_size is None else (self.image_size, self.image_size)
+
     @abstractmethod
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""
@@ -157,6 +168,11 @@ class Backbone(ABC):
         """Where the pretrained weights of a denoiser's parameters are stored, for networks made without them."""
         return {}
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the pretrained network is stored."""
+        return torch.float32
+
     def warnings(self) -> list[str]:
         """What the user should know about this pipeline before training starts."""
         return []
@@ -170,10 +186,36 @@ class Backbone(ABC):
         """The prompt that guidance leads away from."""
         return ""
 
-    def encode_both(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+    def encode_image(self, pixels: Tensor) -> Conditioning:
+        """What networks are told of a given image [3, H, W] in [0, 1] of `picture_size`: one row, whose keys begin
+        with image_."""
+        raise ValueError(f"backbone {self.config.name} takes no images")
+
+    def encode_images(self, pictures: Sequence[Tensor]) -> Conditioning:
+        """One row for each picture. Each is encoded alone, so that its bits do not depend on the others."""
+        return Conditioning.cat([self.encode_image(pixels) for pixels in pictures])
+
+    def encode_given(self, prompts: Sequence[str], images: Conditioning) -> Conditioning:
+        """The conditioning of prompts with the given images, whose rows are those of `encode_images`."""
+        return Conditioning({**self.encode_prompts(prompts), **images})
+
+    def encode_both(
+        self, prompts: Sequence[str], images: Conditioning | None = None
+    ) -> tuple[Conditioning, Conditioning]:
         """What guidance leads to and away from: the conditioning of these prompts, and that of the negative prompt in
-        the same batch size."""
-        both = self.encode_prompts([*prompts, *[self.negative_prompt] * len(prompts)])
+        the same batch size. images: one row of `encode_images` for each prompt; both halves are given it. Raises
+        ValueError unless there are images exactly where the backbone takes them."""
+        if (images is not None) != self.takes_image:
+            raise ValueError(
+                f"backbone {self.config.name} makes every sample from a given image: give one for each prompt"
+                if self.takes_image
+                else f"backbone {self.config.name} takes no images"
+            )
+        texts = [*prompts, *[self.negative_prompt] * len(prompts)]
+        if images is None:
+            both = self.encode_prompts(texts)
+        else:
+            both = self.encode_given(texts, Conditioning.cat([images, images]).to(self.device))
         return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
 
     @abstractmethod
@@ -216,3 +258,23 @@ class Backbone(ABC):
     @abstractmethod
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """Writes a folder. If the family has a public pipeline, the folder loads and samples without this package."""
+
+    def save_values(
+        self,
+        student: Denoiser,
+        values: Iterable[tuple[str, Tensor]],
+        policy: RolloutPolicy,
+        folder: Path,
+        whole: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes the folder of a student whose values come one at a time, from a checkpoint or from other processes.
+        Here they are copied into the student, which is small; pipelines write them as they come.
+
+        values: name in `student.state_dict()` -> tensor. whole: an adapter is added into the weights of its base.
+        dtype: of the written networks, by default that of the pretrained ones."""
+        own = student.state_dict()
+        for name, value in values:
+            own[name].copy_(value)
+        student = student.merged() if whole else student
+        self.save_pipeline(student if dtype is None else student.to(dtype), policy, folder)

@@ -13,9 +13,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.folder import read_scheduler
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.denoiser import Denoiser
-from fastgen.pipelines.schedulers import flow_match_scheduler, passed_levels
+from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler, passed_levels
 from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, PredictionType, Schedule
@@ -29,6 +30,17 @@ class FlowImageConfig(PipelineConfig):
 
     output: ClassVar[Output] = "pixels"
     passes_levels: ClassVar[bool] = True  # whether the pipeline gives its scheduler (K-i)/K, i = 0 ... K-1
+
+    def check(self) -> None:
+        """Also raises ValueError for a scheduler whose steps are not those of our sampler."""
+        super().check()
+        folder = self.local_folder()
+        if folder is not None:
+            self.check_scheduler(read_scheduler(folder))
+
+    def check_scheduler(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError for a scheduler with this config that does not fit."""
+        check_flow_scheduler(config, dynamic=True, multistep=False)
 
     def check_export(self, policy: RolloutPolicy) -> None:
         super().check_export(policy)
@@ -111,9 +123,8 @@ class FlowImage(PipelineBackbone):
 
     def scheduler_arguments(self, num_steps: int, config: Mapping[str, Any]) -> dict[str, Any]:
         """What the stock pipeline gives its scheduler for this many steps. config: the scheduler's."""
-        if not self.config.passes_levels:
-            return {"num_inference_steps": num_steps}
-        arguments: dict[str, Any] = {"sigmas": passed_levels(num_steps)}
+        passed: dict[str, Any] = {"sigmas": passed_levels(num_steps)}
+        arguments = passed if self.config.passes_levels else {"num_inference_steps": num_steps}
         return arguments | ({"mu": self.level_shift(config, num_steps)} if config.get("use_dynamic_shifting") else {})
 
     def level_shift(self, config: Mapping[str, Any], num_steps: int) -> float:
@@ -126,6 +137,7 @@ class FlowImage(PipelineBackbone):
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         scheduler = self.scheduler()
         config = scheduler.config
+        self.config.check_scheduler(config | {"_class_name": type(scheduler).__name__})
         if num_steps == 1 and config.get("shift_terminal"):
             raise ValueError(
                 f"the pipeline's scheduler cannot make one step: its last level is {config.shift_terminal} "

@@ -5,12 +5,19 @@ these are opened here first, their headers alone."""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastgen.registry import nearest, shipped
 
-WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")  # components without weights
+WEIGHTLESS = (
+    "scheduler",
+    "tokenizer",
+    "feature_extractor",
+    "image_processor",
+    "processor",
+)  # components without weights
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the stock pipelines do without
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # library -> how its weight files begin
 VARIANTS = (None, "fp16")  # in the order in which they are taken
@@ -58,6 +65,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """scheduler_config.json of a pipeline. Its `_class_name` is the class of model_index.json, which is the one that
+    is made."""
+    return read_json(folder / "scheduler/scheduler_config.json") | {"_class_name": read_index(folder)["scheduler"][1]}
+
+
 def stock_class(name: str) -> str:
     """The name of the stock pipeline class that one of our own is made of; any other name is returned as it is."""
     return name.removeprefix(FLOW_MAP).removeprefix(STREAMING)
@@ -88,6 +101,18 @@ def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[st
         elif name not in OPTIONAL:
             raise ValueError(f"path: {folder} is incomplete: it has no folder {name}; download it again")
     return found
+
+
+def check_present(folder: Path, index: dict[str, Any], needed: Iterable[str]) -> None:
+    """Raises ValueError if the index leaves out, or leaves empty, a component without which the stock pipeline cannot
+    be loaded and called with a prompt, the text encoders or others that are `needed`."""
+    encoders = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+    for name in (*needed, "scheduler", *encoders):
+        if (index.get(name) or [None])[0] is None:
+            raise ValueError(
+                f"path: {folder}/model_index.json has no {name}, and without it the stock pipeline cannot be loaded "
+                "and called with a prompt; download the whole pipeline, or name the one that this one belongs to"
+            )
 
 
 def check_components(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> None:

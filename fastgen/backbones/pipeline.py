@@ -5,42 +5,44 @@ import importlib
 import inspect
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
+from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, RoleOptions
+from fastgen.backbones.encoders import load_text_pipeline, on_device
 from fastgen.backbones.folder import (
-    OPTIONAL,
-    WEIGHTLESS,
     WITH_INPUTS,
     check_components,
+    check_present,
     check_source,
-    component_entries,
     local_folder,
     read_index,
     read_json,
     stock_class,
-    variant_of,
     weight_files,
 )
+from fastgen.backbones.loading import diffusers_class, read_component
 from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
-from fastgen.modules.sharding import WeightMap, WeightsError
+from fastgen.modules.sharding import WeightMap, WeightsError, gathered
+from fastgen.modules.tensor_file import TensorFile
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
-UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
@@ -51,12 +53,19 @@ class PipelineConfig(BackboneConfig):
     "org/name". Only a hub id needs network access.
 
     negative_prompt: what guidance leads away from, wherever the teacher is guided: in training, in its ODE pairs and
-    in evaluation. The empty one means what the stock pipeline does without a negative prompt."""
+    in evaluation. The empty one means what the stock pipeline does without a negative prompt.
+
+    encoder_dtype: of the text encoders. By default they have that of the run (train.dtype), so that prompts are
+    encoded as the stock pipeline does in that precision; bfloat16 halves the memory of float32, and changes embeddings
+    by its rounding. encoders: whether they stay on the device, or are there only while prompts are encoded."""
 
     path: str
     negative_prompt: str = ""
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    encoders: Literal["device", "offload"] = "device"
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
+    encodes_together: ClassVar[bool] = False  # whether every prompt is encoded together with the image that is given
     prompt_keys: ClassVar[tuple[str, ...]] = ("max_sequence_length",)  # fields that the encoding of prompts depends on
     oldest_diffusers: ClassVar[tuple[int, int]] = (0, 38)  # whose pipeline is as this family needs it
 
@@ -73,7 +82,9 @@ class PipelineConfig(BackboneConfig):
         if folder is None:
             return
         index = self.read_family_index(folder)
-        check_components(folder, index, self.build(CPU, torch.float32, 0).needed_classes)
+        classes = self.build(CPU, torch.float32, 0).needed_classes
+        check_present(folder, index, classes)
+        check_components(folder, index, classes)
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError for a student with added inputs, if no pipeline gives them to the network of this family.
@@ -86,10 +97,15 @@ class PipelineConfig(BackboneConfig):
                 "or use one of the backbones sd, sd3 and wan, whose exports have it"
             )
 
+    @classmethod
+    def loads(cls, index: Mapping[str, Any]) -> bool:
+        """Whether this family loads the pipeline with this model_index.json."""
+        return index["_class_name"] in cls.pipelines
+
     def read_family_index(self, folder: Path) -> dict[str, Any]:
         """model_index.json. Raises ValueError if it is that of another family."""
         index = read_index(folder)
-        if index["_class_name"] not in self.pipelines:
+        if not self.loads(index):
             expected = " or ".join(self.pipelines)
             raise ValueError(
                 f"path: {folder} holds a {index['_class_name']}; backbone {self.name} loads a {expected}"
@@ -152,40 +168,6 @@ def family_configs() -> Iterator[tuple[str, type[PipelineConfig]]]:
             yield name, cls
 
 
-def diffusers_class(name: str) -> Any:
-    """A class of diffusers, which takes seconds to import: not before a recipe is known to be good."""
-    import diffusers
-
-    try:
-        return getattr(diffusers, name)
-    except AttributeError:
-        raise WeightsError(
-            f"path: diffusers {diffusers.__version__} has no class {name}, which the pipeline names"
-        ) from None
-
-
-def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:
-    """A network of a pipeline with all its weights. Of a folder that has them in float16 only, these are read.
-
-    Raises WeightsError if the stored tensors are not those of the network that config.json describes: diffusers and
-    transformers would draw the missing ones at random."""
-    part = Path(source) / name
-    try:
-        variant = variant_of(part, cls.__module__.partition(".")[0]) if part.is_dir() else None
-        network, info = cls.from_pretrained(
-            source, subfolder=name, variant=variant, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(f"path: cannot load {name} of {source} as a {cls.__name__}: {error}") from None
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs", *UNEXPECTED.get(cls.__module__.split(".")[0], ())):
-        if found := sorted(map(str, info.get(kind) or ())):
-            raise WeightsError(
-                f"path: the weights of {name} in {source} are not those of the {cls.__name__} in its config.json: "
-                f"{kind.replace('_', ' ')} {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
-            )
-    return network
-
-
 class PipelineBackbone(Backbone):
     """A diffusers pipeline. Families define which networks it has and how they are called; this class loads them.
 
@@ -207,6 +189,7 @@ class PipelineBackbone(Backbone):
     )  # attention and feed-forward layers, by diffusers' names
     subfolder: ClassVar[str] = "transformer"
     vae_class: ClassVar[str] = "AutoencoderKL"
+    loader: str = "DiffusionPipeline"  # the class of diffusers by which a user loads the original pipeline
     # how an export is called, for its model card
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
 image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).images[0]"""
@@ -224,7 +207,11 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         }
         self.vae_lock = threading.RLock()  # a VAE of videos remembers frames while it works
         self.prompts = PromptTable(
-            lambda prompts: self.encode_chunk(prompts), lambda table: self.finish_table(table), device, dtype
+            lambda prompts: self.encode_chunk(prompts),
+            lambda table: self.finish_table(table),
+            device,
+            dtype,
+            lambda: self.encoding(),
         )
 
     # --- networks
@@ -284,7 +271,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         return self.join([self.wrap(network) for network in networks])
 
     def weights(self) -> WeightMap:
-        """parameter or buffer -> (file, name in the file). The files of a hub id are downloaded."""
+        """parameter or buffer -> (file, name in the file), in the order of the files. Those of a hub id are
+        downloaded."""
         folder = Path(self.source)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -299,6 +287,21 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
                 with safe_open(path, framework="pt") as file:
                     found |= {prefix + key: (path, key) for key in file.keys()}  # noqa: SIM118
         return found
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """That of most of the denoising network's weights; a few layers may be stored in another."""
+        counts = Counter[torch.dtype]()
+        for path in {path for path, _ in self.weights().values()}:
+            for spec in TensorFile(path).specs.values():
+                counts[spec.dtype] += spec.nbytes if spec.dtype.is_floating_point else 0
+        return counts.most_common(1)[0][0]
+
+    def folder(self) -> Path:
+        """The folder of the whole pipeline; that of a hub id is downloaded if it is not there."""
+        if self.options["local_files_only"]:
+            return Path(self.source)
+        return Path(self.pipeline_class.download(self.source, use_safetensors=True))
 
     def load_exported(self, folder: Path) -> Denoiser:
         from fastgen.backbones.saving import load_student  # with diffusers
@@ -332,44 +335,16 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @cached_property
     def text_pipeline(self) -> Any:
-        """The stock pipeline without the parts that make or check images. It encodes the prompts."""
-        unused = ("transformer", "transformer_2", "unet", "vae")
-        given: dict[str, Any] = {name: None for name in (*unused, *OPTIONAL) if name in self.components}
-        if "safety_checker" in given:
-            given["requires_safety_checker"] = False  # it makes no images
-        import transformers
+        """The stock pipeline without the parts that make or check images. It encodes the prompts, inside
+        `with self.encoding()`."""
+        dtype = self.config.encoder_dtype
+        options = self.options | ({"torch_dtype": getattr(torch, dtype)} if dtype else {})
+        pipeline = load_text_pipeline(self.pipeline_class, self.source, self.components, options)
+        return pipeline if self.config.encoders == "offload" else pipeline.to(self.device)
 
-        for name, entry in self.components.items():
-            if name.startswith("text_encoder") and isinstance(entry, list) and entry[0] == "transformers":
-                given[name] = read_component(getattr(transformers, entry[1]), self.source, name, self.options)
-        try:
-            pipeline = self.pipeline_class.from_pretrained(self.source, **given, **self.options)
-        except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"path: cannot load the text encoders and the scheduler of {self.source}: {error}"
-            ) from None
-        return pipeline.to(self.device)
-
-    @cached_property
-    def variant(self) -> str | None:
-        """What diffusers has to be asked for when it loads the whole folder: "fp16" if a component has only that."""
-        if not self.options["local_files_only"]:
-            return None
-        entries = component_entries(Path(self.source), self.components).items()
-        found = [
-            variant_of(Path(self.source) / name, library)
-            for name, (library, _) in entries
-            if not name.startswith(WEIGHTLESS) and name not in OPTIONAL
-        ]
-        return next((variant for variant in found if variant), None)
-
-    @cached_property
-    def absent_components(self) -> dict[str, None]:
-        """Optional components that the index names and whose folder is missing, as None, so that diffusers does not
-        look for them."""
-        if not self.options["local_files_only"]:
-            return {}
-        return {name: None for name in OPTIONAL if name in self.components and not (Path(self.source) / name).is_dir()}
+    def encoding(self) -> AbstractContextManager[None]:
+        """The text encoders are on the device inside, if they are not there all the time (`encoders: offload`)."""
+        return on_device(self.text_pipeline, self.device)
 
     @cached_property
     def components(self) -> dict[str, Any]:
@@ -419,6 +394,10 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """For planning: key -> the shape of one prompt's conditioning, at its longest."""
 
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """For planning: key -> the shape of what networks are told of one image; {} if the pipeline takes none."""
+        return {}
+
     def finish_table(self, table: Conditioning) -> Conditioning:
         """Turns the rows of all prompts seen so far into what networks are given."""
         return table
@@ -433,9 +412,20 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     # --- export
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+        self.save_values(student, gathered(student), policy, folder)
+
+    def save_values(
+        self,
+        student: Denoiser,
+        values: Iterable[tuple[str, Tensor]],
+        policy: RolloutPolicy,
+        folder: Path,
+        whole: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         from fastgen.backbones.saving import save_student  # with diffusers
 
-        save_student(self, student, policy, folder)
+        save_student(self, student, values, policy, folder, whole, dtype)
 
     @property
     def library(self) -> str:

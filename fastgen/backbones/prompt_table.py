@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -25,7 +26,8 @@ class PromptTable:
 
     Each prompt is encoded alone, because the last bits of an embedding depend on the other prompts in its batch, and a
     run that is continued sees its prompts in other batches. Several threads may ask it.
-    encode: turns a few prompts into their rows. finish: turns the rows of all prompts into what networks are given."""
+    encode: turns a few prompts into their rows. finish: turns the rows of all prompts into what networks are given.
+    encoding: what `encode` is called inside of."""
 
     def __init__(
         self,
@@ -33,8 +35,9 @@ class PromptTable:
         finish: Callable[[Conditioning], Conditioning],
         device: torch.device,
         dtype: torch.dtype,
+        encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self.encode, self.finish, self.device, self.dtype = encode, finish, device, dtype
+        self.encode, self.finish, self.device, self.dtype, self.encoding = encode, finish, device, dtype, encoding
         self.stored: PromptRows | None = None  # prompts found here are read instead of encoded
         self._lock = threading.Lock()
         self._index: dict[str, int] = {}
@@ -58,7 +61,9 @@ class PromptTable:
         stored = [p for p in new if self.stored is not None and p in self.stored]
         new = list(dict.fromkeys([*stored, *new]))
         chunks = [self.read(stored)] if stored else []
-        chunks += [self.encode([prompt]) for prompt in new[len(stored) :]]
+        if unread := new[len(stored) :]:
+            with self.encoding():
+                chunks += [self.placed(self.encode([prompt])) for prompt in unread]
         self._encoded = Conditioning.cat([*([self._encoded] if self._encoded else []), *chunks])
         self._finished = self.finish(self._encoded)
         for prompt in new:
@@ -67,7 +72,10 @@ class PromptTable:
     def read(self, prompts: list[str]) -> Conditioning:
         """The rows of stored prompts."""
         assert self.stored is not None
-        rows = self.stored.read(prompts)
+        return self.placed(self.stored.read(prompts))
+
+    def placed(self, rows: Conditioning) -> Conditioning:
+        """Rows in this table's precision, on its device."""
         return Conditioning(
             {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in rows.items()}
         )

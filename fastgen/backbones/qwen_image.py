@@ -43,16 +43,20 @@ class QwenImageDenoiser(FlowDenoiser):
         super().__init__(network, network.inner_dim, time_scale=1)  # the network multiplies by 1000 itself
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        dtype, (height, width) = self.weight_dtype, x_t.shape[-2:]
+        dtype, images = self.weight_dtype, self.images(x_t, cond)
         tokens = self.network(
-            hidden_states=to_tokens(x_t).to(dtype),
+            hidden_states=torch.cat([to_tokens(image).to(dtype) for image in images], dim=1),
             timestep=self.timestep(t, inputs),
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=cond["prompt_mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * len(x_t),
             return_dict=False,
         )[0]
-        return from_tokens(tokens, x_t.shape)
+        return from_tokens(tokens[:, : x_t.shape[-2] * x_t.shape[-1] // 4], x_t.shape)
+
+    def images(self, x_t: Tensor, cond: Conditioning) -> list[Tensor]:
+        """The latents that the network sees as image tokens, of which it predicts the velocity of the first."""
+        return [x_t]
 
     def guide(
         self, on: Tensor, off: Tensor, scale: Tensor, x_t: Tensor, t: Tensor, predict: PredictionType = "sample"

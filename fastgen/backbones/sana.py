@@ -38,7 +38,7 @@ class SanaConfig(FlowImageConfig):
     prompt_keys: ClassVar[tuple[str, ...]] = (*FlowImageConfig.prompt_keys, "complex_human_instruction")
 
     def check(self) -> None:
-        """Also raises ValueError for a network of Sana-Sprint and for a scheduler without levels of flow matching."""
+        """Also raises ValueError for a network of Sana-Sprint."""
         super().check()
         folder = self.local_folder()
         if folder is not None:
@@ -46,9 +46,9 @@ class SanaConfig(FlowImageConfig):
 
     def check_parts(self, folder: Path) -> None:
         check_network(read_json(folder / "transformer/config.json"))
-        scheduler = read_json(folder / "scheduler/scheduler_config.json")
-        if scheduler["_class_name"] != "FlowMatchCPSScheduler":  # fastgen's own, of an export
-            check_flow_scheduler(scheduler)
+
+    def check_scheduler(self, config: Mapping[str, Any]) -> None:
+        check_flow_scheduler(config)
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "Sana":
         return Sana(self, device, dtype, roles)

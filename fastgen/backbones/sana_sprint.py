@@ -39,6 +39,10 @@ class SanaSprintConfig(ToldGuidanceConfig, SanaConfig):
     def check_parts(self, folder: Path) -> None:
         check_network(read_json(folder / "transformer/config.json"))
 
+    def check_scheduler(self, config: Mapping[str, Any]) -> None:
+        if config["_class_name"] != "SCMScheduler":
+            raise ValueError(f"path: SanaSprintPipeline needs an SCMScheduler, and has a {config['_class_name']}")
+
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError for a sampler that the stock call does not have."""
         PipelineConfig.check_export(self, policy)

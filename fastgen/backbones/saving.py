@@ -1,17 +1,20 @@
 """Saves and loads a student as a diffusers folder: a whole pipeline, an adapter, or a pipeline class of our own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
+from fastgen.backbones.pipeline_files import write_pipeline
+from fastgen.backbones.student_tensors import base_of, whole_tensors
 from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraDenoiser
+from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
@@ -34,67 +37,73 @@ class Pipeline(Protocol):
     @property
     def components(self) -> dict[str, Any]: ...
     @property
-    def variant(self) -> str | None: ...
-    @property
-    def absent_components(self) -> dict[str, None]: ...
-    @property
-    def pipeline_class(self) -> type[DiffusionPipeline]: ...
-    @property
     def time_dim(self) -> int: ...
+    def folder(self) -> Path: ...
+    def weights(self) -> WeightMap: ...
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser: ...
     def student_components(self, student: Denoiser) -> dict[str, Any]: ...
     def student_scheduler(self, policy: RolloutPolicy) -> Any: ...
 
 
-def save_student(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
+def save_student(
+    backbone: Pipeline,
+    student: Denoiser,
+    values: Iterable[tuple[str, Tensor]],
+    policy: RolloutPolicy,
+    folder: Path,
+    whole: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Saves a student that works in chunks as a streaming pipeline, one with added inputs as a flow-map folder, an
     adapter as a LoRA folder, and any other student as the stock pipeline, with the student as its network and the
-    policy in its scheduler."""
-    if policy.chunks is not None:
-        save_streaming(backbone, student.merged(), policy, folder)
-    elif student.is_extended:
-        save_flow_map(backbone, student.merged(), policy, folder)
-    elif isinstance(student, LoraDenoiser):
-        save_lora(backbone, student, policy, folder)
-    else:
-        save_whole(backbone, student, policy, folder)
+    policy in its scheduler.
 
-
-def save_whole(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    replaced = backbone.student_components(student) | {"scheduler": backbone.student_scheduler(policy)}
-    replaced |= backbone.absent_components
-    options = backbone.options | ({"variant": backbone.variant} if backbone.variant else {})
-    pipeline = backbone.pipeline_class.from_pretrained(backbone.source, **replaced, **options)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def save_flow_map(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """Saves a pipeline of `pipelines.flow_map`: the stock pipeline without the inputs that were added to its networks,
-    and these inputs in a separate file."""
-    embeddings: list[Any] = [part.time_embedding for part in student.members]
-    name, inputs = backbone.components["_class_name"], list(embeddings[0].tables)
-    if inputs != list(policy.inputs):
+    values: name in `student.state_dict()` -> tensor; the student's own values are not read. whole: an adapter is
+    added into the weights of its base. dtype: of the student's tensors; None: that of the original network, and for
+    an adapter its own."""
+    if student.is_adapter and not (whole or student.is_extended or policy.chunks is not None):
+        save_lora(backbone, student, values, policy, folder, dtype)
+        return
+    name, added = backbone.components["_class_name"], list(base_inputs(student))
+    if added and policy.chunks is not None:
+        raise ValueError("a student that works in chunks cannot be exported with added inputs (rollout.two_time)")
+    if added and added != list(policy.inputs):
         raise ValueError(
-            f"a network with the extra time inputs {inputs} does not fit {name}, whose sampler gives it "
+            f"a network with the extra time inputs {added} does not fit {name}, whose sampler gives it "
             f"{list(policy.inputs)}"
         )
-    for part, embedding in zip(student.members, embeddings, strict=True):
-        part.set_time_embedding(embedding.embedding)
-    try:
-        save_whole(backbone, student, policy, folder)
-    finally:
-        for part, embedding in zip(student.members, embeddings, strict=True):
-            part.set_time_embedding(embedding)
-    flow_map.save_inputs(embeddings, policy, backbone.schedule, folder)
-    rename_class(folder, FLOW_MAP)
+    tables = save_whole(backbone, student, values, policy, folder, dtype)
+    if added:
+        flow_map.save_inputs(tables, policy, backbone.schedule, folder)
+        rename_class(folder, FLOW_MAP)
+    elif policy.chunks is not None:
+        rename_class(folder, STREAMING)
 
 
-def save_streaming(backbone: Pipeline, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
-    """Saves a pipeline of `pipelines.streaming`: the stock one, whose scheduler stores the chunks."""
-    if student.is_extended:
-        raise ValueError("a student that works in chunks cannot be exported with added inputs (rollout.two_time)")
-    save_whole(backbone, student, policy, folder)
-    rename_class(folder, STREAMING)
+def base_inputs(student: Denoiser) -> Iterable[str]:
+    """The names of a student's added inputs; none if it is not extended."""
+    embedding: Any = student.members[0].time_embedding
+    return embedding.tables if student.is_extended else ()
+
+
+def save_whole(
+    backbone: Pipeline,
+    student: Denoiser,
+    values: Iterable[tuple[str, Tensor]],
+    policy: RolloutPolicy,
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Saves a whole pipeline, and returns the weights of the student's added inputs, which have no place in it."""
+    components, tables = backbone.student_components(base_of(student)), dict[str, Tensor]()
+    source, own = backbone.folder(), backbone.subfolders
+    networks = [name for name, value in components.items() if isinstance(value, nn.Module)]
+    originals = {name: source / (name if name in own else own[0]) for name in networks}
+    weights = backbone.weights() if student.is_adapter else {}
+    tensors = whole_tensors(student, values, components, weights, tables)
+    replaced = components | {"scheduler": backbone.student_scheduler(policy)}
+    write_pipeline(folder, source, backbone.components, replaced, tensors, originals, dtype)
+    return tables
 
 
 def rename_class(folder: Path, prefix: str) -> None:
@@ -104,11 +113,18 @@ def rename_class(folder: Path, prefix: str) -> None:
     path.write_text(json.dumps(index | {"_class_name": prefix + index["_class_name"]}, indent=2) + "\n")
 
 
-def save_lora(backbone: Pipeline, student: LoraDenoiser, policy: RolloutPolicy, folder: Path) -> None:
+def save_lora(
+    backbone: Pipeline,
+    student: Denoiser,
+    values: Iterable[tuple[str, Tensor]],
+    policy: RolloutPolicy,
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> None:
     """Saves the adapter as diffusers' `load_lora_weights` reads it, and the scheduler. B is multiplied by
     alpha / rank, so that a reader that does not look for alpha gets the same network."""
-    assert student.role is not None
-    config = student.shared.configs[student.role]
+    assert isinstance(student, LoraDenoiser) and student.role is not None
+    config, adapter = student.shared.configs[student.role], dict(values)
     factor = (config.alpha or config.rank) / config.rank
     folder.mkdir(parents=True, exist_ok=True)
     files = lora_files(backbone.subfolders)
@@ -116,10 +132,10 @@ def save_lora(backbone: Pipeline, student: LoraDenoiser, policy: RolloutPolicy, 
         prefix = f"experts.{i}.network." if len(files) > 1 else "network."
         layers = {
             f"{backbone.subfolder}.{name.removeprefix(prefix)}": p.detach() * (factor if ".lora_B." in name else 1.0)
-            for name, p in student.named_parameters()
+            for name, p in adapter.items()
             if name.startswith(prefix)
         }
-        save_file({name: p.cpu().contiguous() for name, p in layers.items()}, folder / file)
+        save_file({name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in layers.items()}, folder / file)
     backbone.student_scheduler(policy).save_pretrained(folder / "scheduler")
 
 

@@ -99,6 +99,17 @@ class SDDenoiser(Denoiser):
             raise ValueError("this UNet has no middle block to take features from; train without a discriminator")
         return [self.network.mid_block]
 
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        """Every residual and transformer block, and what else a down, middle or up block has."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        stages = [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
+        stages = [stage for stage in stages if stage is not None]
+        inside = [module for stage in stages for module in stage.modules()]
+        return [*(m for m in inside if isinstance(m, BasicTransformerBlock | ResnetBlock2D)), *stages]
+
 
 class SD(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: sd, path: ...}`."""
@@ -192,7 +203,8 @@ image = pipeline("a prompt", **options).images[0]"""
             empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         size = float(self.image_size)
-        time_ids = embeds.new_tensor([size, size, 0, 0, size, size]).expand(len(prompts), 6)
+        sizes = [size, size, 0, 0, size, size]
+        time_ids = embeds.new_tensor(sizes, dtype=self.dtype).expand(len(prompts), 6)
         return Conditioning({"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -264,9 +276,11 @@ def noise_schedule(scheduler: Any) -> VPSchedule:
     config, name = scheduler.config, type(scheduler).__name__
     if not hasattr(scheduler, "betas") or config.get("timestep_type") == "continuous":
         raise ValueError(f"path: {name} is not a discrete variance-preserving diffusion, which backbone sd needs")
-    kind = config.prediction_type
+    kind = config.get("prediction_type")
     if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"path: backbone sd needs epsilon, v_prediction or sample; the scheduler says {kind}")
+        raise ValueError(
+            f"path: backbone sd needs epsilon, v_prediction or sample; the scheduler says {kind} ({name})"
+        )
     schedule = VPSchedule(diffusers_class("DDIMScheduler")(**stock_noise(config)).alphas_cumprod)
     if kind == "epsilon" and schedule.table[-1] <= 0:
         raise ValueError(

@@ -133,8 +133,10 @@ def loading(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
     kind, module = scheduler.__name__, scheduler.__module__
     lines = [
         f"from {'diffusers' if module.startswith('diffusers.') else module} import {kind}\n",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(backbone.config.path)})",
+        f"pipeline = {backbone.loader}.from_pretrained({json.dumps(backbone.config.path)})",
     ]
+    if backbone.loader != "DiffusionPipeline":
+        lines.insert(0, f"from diffusers import {backbone.loader}")
     for i, file in enumerate(lora_files(backbone.subfolders)):
         more = f', load_into_transformer_2=True, adapter_name="few_step_{i + 1}"' if i else ""
         lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}"{more})')

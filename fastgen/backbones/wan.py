@@ -13,21 +13,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.folder import read_index, read_json
+from fastgen.backbones.folder import read_index, read_json, read_scheduler
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class, read_component
+from fastgen.backbones.wan_network import WanDenoiser
 from fastgen.batch import Conditioning
-from fastgen.denoiser import Denoiser, Inputs
+from fastgen.denoiser import Denoiser
 from fastgen.modules.experts import Experts
-from fastgen.modules.inputs import WanExtraInputs
 from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler
 from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
-from fastgen.streaming.causal_wan import check_causal, make_causal, place_of, placed
+from fastgen.streaming.causal_wan import check_causal
 
 TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length")  # keys that a streaming export stores
 
@@ -60,7 +60,7 @@ class WanConfig(PipelineConfig):
             return
         find_experts(read_index(folder))
         latent_size(self, read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json"))
-        check_flow_scheduler(read_json(folder / "scheduler/scheduler_config.json"))
+        check_flow_scheduler(read_scheduler(folder))
 
     def check_export(self, policy: RolloutPolicy) -> None:
         super().check_export(policy)
@@ -148,77 +148,6 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
             )
 
 
-def by_frame(value: Tensor, frames: int) -> Tensor:
-    """[B, F]: a value [B] for each frame; values that are by frame stay as they are."""
-    return value if value.dim() == 2 else value[:, None].expand(-1, frames)
-
-
-class WanDenoiser(Denoiser):
-    """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
-
-    t may be [B, F], one level per latent frame. The network can work chunk by chunk, as a causal one.
-
-    Features are the video tokens after the block at half depth, the one
-    at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
-
-    network: Any  # a WanTransformer3DModel
-    extra_inputs = WanExtraInputs
-    takes_chunks = True
-
-    def __init__(self, network: Any):
-        super().__init__(network, FlowSchedule(), "flow_prediction")
-        self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        if inputs.streams or t.dim() == 2:
-            return self.call_by_frame(x_t, t, cond, inputs)
-        return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
-
-    def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        dtype = self.network.dtype  # not that of its first weights, which stay float32
-        prompts = cond["prompt_embeds"].to(dtype)
-        return self.network(
-            hidden_states=x.to(dtype), timestep=timestep, encoder_hidden_states=prompts, return_dict=False
-        )[0]
-
-    def call_by_frame(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        """The network with its frames folded into the batch axis, so that each has a level of its own, and with
-        attention over what `streaming.causal_wan.place_of` says. t: [B], or [B, F] for each frame."""
-        make_causal(self.network)
-        frames = x_t.shape[1]
-        t = by_frame(t, frames)
-        if inputs.clean is not None and inputs.causal is not None:
-            if inputs.embedded:
-                raise ValueError(
-                    f"teacher forcing in one pass takes no inputs besides t, got {sorted(inputs.embedded)}"
-                )
-            x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
-            t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
-        scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
-        values: dict[str, Any] = {name: by_frame(value, frames).flatten() for name, value in scalars.items()}
-        flat = Inputs(**values)
-        with placed(self.network, place_of(self.network, x_t, inputs)):
-            out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
-        return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
-
-    @property
-    def time_embedding(self) -> nn.Module:
-        return self.network.condition_embedder
-
-    def set_time_embedding(self, module: nn.Module) -> None:
-        self.network.condition_embedder = module
-
-    @property
-    def feature_modules(self) -> Sequence[nn.Module]:
-        blocks = self.network.blocks
-        depths = {len(blocks) // 2, 3 * len(blocks) // 4, len(blocks) - 1}
-        return [blocks[i] for i in sorted(depths)]
-
-    @property
-    def shard_modules(self) -> Sequence[nn.Module]:
-        return list(self.network.blocks)
-
-
 class Wan(PipelineBackbone):
     """The backbone of recipes with `backbone: {name: wan, path: ...}`.
 
@@ -269,7 +198,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         frames, height, width = latent_size(self.config, self.vae_config, self.network_config)
-        return (frames, self.network_config["in_channels"], height, width)
+        return (frames, self.network_config["out_channels"], height, width)
 
     @property
     def time_dim(self) -> int:  # type: ignore[override]

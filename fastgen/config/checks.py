@@ -80,6 +80,9 @@ def check_training(recipe: Recipe) -> None:
             f"train.frozen_dtype: {train.frozen_dtype} weights together with {train.dtype} ones "
             "need train.mixed_precision: bf16"
         )
+    if train.ema_device == "cpu" and (train.strategy == "fsdp" or "student" in recipe.lora):
+        small = "sharded like the networks" if train.strategy == "fsdp" else "an adapter on the base that roles share"
+        raise RecipeError(f"train.ema_device: the moving average of this run is {small}; leave ema_device out")
     if train.batch_size % objective.group_size:
         raise RecipeError(
             f"train.batch_size: {train.batch_size} does not hold whole groups of "
@@ -98,10 +101,17 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.rollout.inputs and not objective.takes_inputs:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
-    if missing := objective.needs - recipe.data.provides:
+    given = recipe.data.fills(recipe.backbone)
+    if recipe.backbone.takes_image and "images" not in given:
+        raise RecipeError(
+            f"data.name: backbone {recipe.backbone.name} makes its samples from images, which data {recipe.data.name} "
+            "does not provide; choose data with pictures, such as images"
+        )
+    if missing := objective.needs - given:
+        as_images = " but as images to make samples from" if missing <= recipe.data.provides else ""
         raise RecipeError(
             f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
-            f"{recipe.data.name} does not provide; choose other data"
+            f"{recipe.data.name} does not provide{as_images}; choose other data"
         )
 
 
@@ -145,7 +155,13 @@ def check_evaluation(recipe: Recipe) -> None:
         raise RecipeError(
             f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
         )
-    if config.prompts is None and config.reference is None and not recipe.backbone.has_exact_law:
+    if (config.images is not None) != recipe.backbone.takes_image:
+        raise RecipeError(
+            f"eval.images: backbone {backbone} makes its samples from images; give a folder of pictures"
+            if recipe.backbone.takes_image
+            else f"eval.images: backbone {backbone} makes its samples from prompts alone; leave it out"
+        )
+    if {config.prompts, config.reference, config.images} == {None} and not recipe.backbone.has_exact_law:
         raise RecipeError(
             "eval.prompts: there are no prompts to sample; give a file or a list of prompts, or give "
             "eval.reference, whose prompts are then used"

@@ -23,6 +23,8 @@ MUTABLE_KEYS = (
     "train.keep_checkpoints",
     "train.resume_from",
     "train.strategy",
+    "train.shard_group",
+    "train.reduce_gradients",
     "train.num_processes",
     "train.device",
     "train.batch_size",

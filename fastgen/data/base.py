@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone
-from fastgen.batch import Batch
+from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.batch import Batch, Conditioning
 from fastgen.data.order import shuffled
 from fastgen.data.pairs import Pairs
 
@@ -32,8 +32,13 @@ class DataSource(ABC):
 
     @property
     def provides(self) -> frozenset[str]:
-        """The fields of Batch that the source fills in addition to the prompts: any of latents, pixels, pairs."""
+        """What the source has in addition to the prompts: any of latents, pixels and pairs, which are fields of Batch,
+        and images, from which a backbone may make its samples."""
         return frozenset()
+
+    def fills(self, backbone: BackboneConfig) -> frozenset[str]:
+        """What of this a backbone gets."""
+        return self.provides if backbone.takes_image else self.provides - {"images"}
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
@@ -44,11 +49,16 @@ class DataSource(ABC):
 
 
 class Stream(ABC):
-    """Prompts, latents, pixels and pairs, looked up by global sample positions [B] int64."""
+    """Prompts, images, latents, pixels and pairs, looked up by global sample positions [B] int64."""
 
     @abstractmethod
     def prompts(self, positions: Tensor) -> list[str]:
         """One prompt per position."""
+
+    def images(self, positions: Tensor) -> Conditioning | None:
+        """The images from which the samples at the same positions are made, as `Backbone.encode_images` gives them,
+        on the CPU; None if the backbone takes none."""
+        return None
 
     def latents(self, positions: Tensor) -> Tensor | None:
         """Latents of real data [B, *latent_shape] for the same positions; None if the source has no real data."""
@@ -68,7 +78,9 @@ class Stream(ABC):
 class Samples:
     """A finite data set, by row. Row i has the prompt prompts[i] and, if there are images, the picture number
     pictures[i] (pictures: [N] int64). read(number) gives that picture's pixels, [3, H, W] in [0, 1], at the backbone's
-    resolution. Several rows may share a picture."""
+    `picture_size`, or those of a video, [F, 3, H, W]. Several rows may share a picture.
+
+    A backbone that makes its samples from images is given the pictures, or the first ones of the videos."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
@@ -92,11 +104,12 @@ class SampleSource(DataSource):
 
 class SampleStream(Stream):
     """The rows of a data set, in a different random order in each epoch. With ODE pairs, the pairs are shuffled
-    instead, and each pair gives the row of its prompt. Up to a gigabyte of latents is cached in memory."""
+    instead, and each pair gives the row of its prompt. Up to a gigabyte of latents, and of what is told of images, is
+    cached in memory."""
 
     def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
         self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
-        self._latents: dict[int, Tensor] = {}
+        self._latents, self._images = dict[int, Tensor](), dict[int, Conditioning]()
         self._readers = ThreadPoolExecutor(READERS, "pictures")
 
     def rows(self, positions: Tensor) -> Tensor:
@@ -116,6 +129,11 @@ class SampleStream(Stream):
             return None
         return torch.stack(list(self.read(self._samples.pictures[self.rows(positions)].tolist())))
 
+    def images(self, positions: Tensor) -> Conditioning | None:
+        if self._samples.pictures is None or not self._backbone.takes_image:
+            return None
+        return Conditioning.cat(self.picture_images(self._samples.pictures[self.rows(positions)].tolist()))
+
     def latents(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None:
             return None
@@ -123,12 +141,20 @@ class SampleStream(Stream):
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
         """The latent of each picture, [*latent_shape], on the CPU."""
-        new = [i for i in dict.fromkeys(pictures) if i not in self._latents]
-        fresh = {i: encode_picture(self._backbone, pixels) for i, pixels in zip(new, self.read(new), strict=True)}
-        found = [fresh[i] if i in fresh else self._latents[i] for i in pictures]
-        for picture, latent in fresh.items():
-            if (len(self._latents) + 1) * latent.nbytes <= LATENT_BYTES:
-                self._latents[picture] = latent
+        return self.encoded(pictures, self._latents, encode_picture)
+
+    def picture_images(self, pictures: list[int]) -> list[Conditioning]:
+        """What networks are told of each picture, one row, on the CPU."""
+        return self.encoded(pictures, self._images, encode_given_picture)
+
+    def encoded(self, pictures: list[int], kept: dict[int, Any], encode: Callable[[Backbone, Tensor], Any]) -> Any:
+        """What `encode` makes of each picture. Those that are new are kept, up to a gigabyte."""
+        new = [i for i in dict.fromkeys(pictures) if i not in kept]
+        fresh = {i: encode(self._backbone, pixels) for i, pixels in zip(new, self.read(new), strict=True)}
+        found = [fresh[i] if i in fresh else kept[i] for i in pictures]
+        for picture, value in fresh.items():
+            if (len(kept) + 1) * value.nbytes <= LATENT_BYTES:
+                kept[picture] = value
         return found
 
     def read(self, pictures: list[int]) -> Iterator[Tensor]:
@@ -141,6 +167,12 @@ def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
     """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Every image is encoded alone. In a batch, the last
     bits of its latent would depend on the other images, and so, in a resumed run, on where the run was stopped."""
     return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
+
+
+def encode_given_picture(backbone: Backbone, pixels: Tensor) -> Conditioning:
+    """One row, on the CPU: what networks are told of a picture [3, H, W], or of the first one of a video
+    [F, 3, H, W]."""
+    return backbone.encode_image((pixels[0] if pixels.dim() == 4 else pixels).to(backbone.device)).to("cpu")
 
 
 def make_batch(
@@ -157,7 +189,7 @@ def make_batch(
             "; make train.batch_size a multiple of objective.group_size"
         )
     prompts = stream.prompts(group)
-    cond, uncond = backbone.encode_both(prompts)
+    cond, uncond = backbone.encode_both(prompts, stream.images(group))
     latents = stream.latents(group) if "latents" in needs else None
     pixels = stream.pixels(group) if "pixels" in needs else None
     pairs = stream.pairs(group) if "pairs" in needs else None

@@ -12,9 +12,18 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import noise
-from fastgen.backbones.base import Backbone
-from fastgen.data.base import DataError, Samples, SampleSource, SampleStream, Stream, encode_picture
-from fastgen.data.images import check_sizes, read_image, resolution
+from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.batch import Conditioning
+from fastgen.data.base import (
+    DataError,
+    Samples,
+    SampleSource,
+    SampleStream,
+    Stream,
+    encode_given_picture,
+    encode_picture,
+)
+from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
 from fastgen.data.order import permutation
 from fastgen.data.pictures import picture_size
 from fastgen.data.tables import check_text, choose_column, import_extra
@@ -50,7 +59,10 @@ class HubData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset() if self.image_column is None else frozenset({"latents", "pixels"})
+        return frozenset() if self.image_column is None else frozenset({"latents", "pixels", "images"})
+
+    def fills(self, backbone: BackboneConfig) -> frozenset[str]:
+        return picture_fills(super().fills(backbone))
 
     def check(self, backbone: Any) -> None:
         import_extra("datasets", "data hub")
@@ -100,8 +112,8 @@ class HubData(SampleSource):
         column = choose_column(rows.column_names, self.column, self.path)
         return [check_text(value, f"{column} in row {i} of {self.path}") for i, value in enumerate(rows[column][:], 1)]
 
-    def pixels(self, row: Row, where: str, size: int) -> Tensor:
-        """The pixels of a row's image, [3, size, size] in [0, 1]. Only for a source with images."""
+    def pixels(self, row: Row, where: str, size: tuple[int, int]) -> Tensor:
+        """The pixels of a row's image, [3, H, W] in [0, 1]. Only for a source with images."""
         assert self.image_column is not None
         return read_image(image_bytes(row[self.image_column]), size, where, self.allow_upscaling)
 
@@ -113,7 +125,7 @@ class HubData(SampleSource):
             raise DataError(f"data: {error}") from None
         if self.image_column is None:
             return Samples(captions)
-        size, rows = backbone.image_size, rows.select_columns([self.image_column])
+        size, rows = backbone.picture_size, rows.select_columns([self.image_column])
         assert size is not None
         return Samples(
             captions, torch.arange(len(captions)), lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size)
@@ -152,11 +164,17 @@ class BlockStream(Stream):
         return [self.caption(self.sample(p)) for p in positions.tolist()]
 
     def pixels(self, positions: Tensor) -> Tensor | None:
-        size = self._backbone.image_size
+        size = self._backbone.picture_size
         if self._source.image_column is None or size is None:
             return None
         where = f"{self._source.path}, sample {{}} of the stream"
         return torch.stack([self._source.pixels(self.sample(p), where.format(p), size) for p in positions.tolist()])
+
+    def images(self, positions: Tensor) -> Conditioning | None:
+        pixels = self.pixels(positions) if self._backbone.takes_image else None
+        if pixels is None:
+            return None
+        return Conditioning.cat([encode_given_picture(self._backbone, image) for image in pixels])
 
     def latents(self, positions: Tensor) -> Tensor | None:
         pixels = self.pixels(positions)

@@ -13,21 +13,26 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.batch import Conditioning
 from fastgen.data.base import DataError, Samples, SampleSource
 from fastgen.data.pictures import IMAGE_SUFFIXES, PictureError, image_files, picture_size, read_picture
 from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, read_text
+from fastgen.registry import here_or_shipped
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ImageData(SampleSource):
-    """A folder of images (png, jpg, jpeg, webp) with captions. Either each image has its caption in a .txt file of the
+    """A folder of images (png, jpg, jpeg, webp) with captions; one that is not there is looked for among the files
+    that ship with fastgen. Either each image has its caption in a .txt file of the
     same name, or the folder has one metadata.csv, .jsonl or .parquet with the column `file_name` and a caption column,
     in the layout of `datasets`.
 
     Images are resized to cover the backbone's resolution and centre-cropped. Smaller images are refused unless
-    allow_upscaling is set. column: the caption column, by default `prompt`, `caption` or `text`."""
+    allow_upscaling is set. column: the caption column, by default `prompt`, `caption` or `text`.
+
+    They are real data, or, for a backbone that makes its samples from images, these images."""
 
     folder: str
     column: str | None = None
@@ -36,7 +41,10 @@ class ImageData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels"})
+        return frozenset({"latents", "pixels", "images"})
+
+    def fills(self, backbone: BackboneConfig) -> frozenset[str]:
+        return picture_fills(super().fills(backbone))
 
     def check(self, backbone: Any) -> None:
         files, _ = self.read()
@@ -44,7 +52,7 @@ class ImageData(SampleSource):
 
     def samples(self, backbone: Backbone) -> Samples:
         files, captions = self.read()
-        size = backbone.image_size
+        size = backbone.picture_size
         assert size is not None
         return Samples(
             captions,
@@ -54,7 +62,7 @@ class ImageData(SampleSource):
 
     def read(self) -> tuple[list[Path], list[str]]:
         """The image files and their captions. Raises ValueError if either are missing."""
-        folder = Path(self.folder)
+        folder = here_or_shipped(self.folder)
         tables = [folder / name for name in METADATA if (folder / name).is_file()]
         if len(tables) > 1:
             raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
@@ -103,10 +111,16 @@ def unlisted(listed: Sequence[Path], root: Path) -> list[Path]:
     return sorted(f for f in found if not f.is_dir())
 
 
-def resolution(config: BackboneConfig) -> int:
-    """The side of the backbone's images in pixels, from its configs alone. Raises ValueError if it takes no images."""
+def picture_fills(provides: frozenset[str]) -> frozenset[str]:
+    """What a source of single pictures has for a backbone: either real data, or images to make samples from."""
+    return provides - {"latents", "pixels"} if "images" in provides else provides
+
+
+def resolution(config: BackboneConfig) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that the backbone reads, from its configs alone. Raises ValueError if
+    it has no use for pictures."""
     try:
-        size = config.build(torch.device("cpu"), torch.float32, 0).image_size
+        size = config.build(torch.device("cpu"), torch.float32, 0).picture_size
     except OSError as error:
         raise ValueError(f"cannot read the configs of the backbone: {error}") from None
     if size is None:
@@ -114,37 +128,50 @@ def resolution(config: BackboneConfig) -> int:
     return size
 
 
-def check_sizes(sizes: Iterator[tuple[str, tuple[int, int] | None]], size: int, allow_upscaling: bool) -> None:
-    """Raises ValueError if a file is not an image, or if images are smaller than size x size. sizes: pairs of a name
-    and (width, height), or of a name and None for what is not an image."""
-    small = []
+def check_sizes(
+    sizes: Iterator[tuple[str, tuple[int, int] | None]], size: tuple[int, int], allow_upscaling: bool
+) -> None:
+    """Raises ValueError if a file is not an image, or if images are smaller than size, (height, width). sizes: pairs
+    of a name and (width, height), or of a name and None for what is not an image."""
+    small, (high, wide) = [], size
     for where, dimensions in sizes:
         if dimensions is None:
             raise ValueError(f"{where} is not a readable image; replace or remove it")
-        if min(dimensions) < size and not allow_upscaling:
+        if (dimensions[0] < wide or dimensions[1] < high) and not allow_upscaling:
             small.append((where, dimensions))
     if small:
         (where, (width, height)), count = small[0], len(small)
         number = "1 image is" if count == 1 else f"{count} images are"
         raise ValueError(
-            f"{number} smaller than the backbone's {size}x{size} pixels, the first is {where} with "
+            f"{number} smaller than the backbone's {wide}x{high} pixels, the first is {where} with "
             f"{width}x{height}; remove them, set data.allow_upscaling: true, or train at a lower resolution"
         )
 
 
-def read_image(source: Path | BytesIO, size: int, where: str, allow_upscaling: bool) -> Tensor:
-    """Pixels [3, size, size] in [0, 1], of `pictures.read_picture`. The shorter side is resized to `size` (bicubic,
-    antialiased), and the centre is cropped. Raises DataError, naming `where`, if the image cannot be read or is too
-    small."""
+def encode_files(backbone: Backbone, files: Sequence[Path]) -> Conditioning:
+    """What networks are told of these pictures, one row each, if samples are made from them. They are resized to cover
+    what the backbone reads, smaller ones too, and their centre is cropped."""
+    size = backbone.picture_size
+    assert size is not None
+    pictures = {file: read_image(file, size, str(file), allow_upscaling=True) for file in files}
+    rows = {file: backbone.encode_image(pixels.to(backbone.device)) for file, pixels in pictures.items()}
+    return Conditioning.cat([rows[file] for file in files])
+
+
+def read_image(source: Path | BytesIO, size: tuple[int, int], where: str, allow_upscaling: bool) -> Tensor:
+    """Pixels [3, H, W] in [0, 1], of `pictures.read_picture`. size: (H, W), which the resized image covers (bicubic,
+    antialiased), and to which its centre is cropped. Raises DataError, naming `where`, if the image cannot be read or
+    is too small."""
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
         image = read_picture(source, where)
     except PictureError as error:
         raise DataError(str(error)) from None
-    if min(image.size) < size and not allow_upscaling:
+    high, wide = size
+    if (image.width < wide or image.height < high) and not allow_upscaling:
         raise DataError(
-            f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {size}x{size}; "
+            f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {wide}x{high}; "
             "remove it or set data.allow_upscaling: true"
         )
-    return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).float() / 255
+    return pil_to_tensor(ImageOps.fit(image, (wide, high), Image.Resampling.BICUBIC)).float() / 255

@@ -137,7 +137,7 @@ class MovingDigitsData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels"})
+        return frozenset({"latents", "pixels", "images"})
 
     def check(self, backbone: Any) -> None:
         if backbone.output != "frames":

@@ -39,6 +39,7 @@ MANIFEST = "manifest.json"
 TABLES = ("prompts.jsonl", "samples.safetensors")
 ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
 VAE_FILES = ("vae/*.safetensors",)
+IMAGE_FILES = ("image_encoder/*", "image_processor/*")
 TEACHER_FILES = ("transformer*/*", "unet/*", "scheduler/*")
 LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # entries of the VAE's config
 
@@ -48,8 +49,9 @@ Manifest = dict[str, Any]
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PreparedData(DataSource):
     """A folder written by `fastgen prepare`. It contains prompts and their embeddings, latents if the source had
-    images, and ODE pairs if they were requested. With pairs, samples come in the order of the pairs. The text encoders
-    are loaded only for prompts that are not in the folder. Rows are read from the shards as they are needed.
+    images (for a backbone that makes its samples from them: what networks are told of them), and ODE pairs if they
+    were requested. With pairs, samples come in the order of the pairs. The text encoders are loaded only for prompts
+    that are not in the folder. Rows are read from the shards as they are needed.
 
     The folder is refused unless it was prepared with this recipe's text encoders. If it has latents, the VAE and the
     resolution must also match; if it has pairs, the teacher must. The sizes and headers of the shards are checked
@@ -64,8 +66,10 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            return frozenset({"latents", "pixels", "pairs"})  # check() reports what is wrong with the folder
-        return frozenset(k for k, n in (("latents", "num_pictures"), ("pairs", "pairs")) if manifest.get(n))
+            return frozenset({"latents", "pixels", "pairs", "images"})  # check() reports what is wrong with the folder
+        counts = {"latents": "num_pictures", "pairs": "pairs", "images": "num_images"}
+        given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
+        return given - {"latents"} if manifest.get("only_images") else given
 
     def check(self, backbone: Any) -> None:
         folder = Path(self.folder)
@@ -97,19 +101,29 @@ class PreparedData(DataSource):
             shards = shard_rows(folder, manifest, "pairs")
             settings = PairSettings(**manifest["pairs"])
             pairs = Pairs(settings, len(samples.prompts), backbone, lambda rows: shards.read(rows)["x0"])
-        latents = shard_rows(folder, manifest, "latents")
-        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), latents, pairs)
+        stored = {kind: shard_rows(folder, manifest, kind) for kind in ("latents", "images")}
+        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), stored, pairs)
 
 
 class PreparedStream(SampleStream):
-    """The samples of the prepared source, in the same order, with stored latents."""
+    """The samples of the prepared source, in the same order, with stored latents and stored rows of given images."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, stored: ShardRows, pairs: Pairs | None = None):
+    def __init__(
+        self,
+        samples: Samples,
+        backbone: Backbone,
+        key: int,
+        stored: Mapping[str, ShardRows],
+        pairs: Pairs | None = None,
+    ):
         super().__init__(samples, backbone, key, pairs)
         self._stored = stored
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
-        return list(self._stored.read(pictures)["latents"])
+        return list(self._stored["latents"].read(pictures)["latents"])
+
+    def picture_images(self, pictures: list[int]) -> list[Conditioning]:
+        return [self._stored["images"].read(pictures).to(self._backbone.dtype)]
 
 
 class PreparedPrompts:
@@ -200,8 +214,9 @@ def identity(
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
         settings = {"name": config.name} | {k: v for k, v in vars(config).items() if k in config.prompt_keys}
-        if config.negative_prompt:  # left out otherwise, as in folders of before it was a key
-            settings["negative_prompt"] = config.negative_prompt
+        for key in ("negative_prompt", "encoder_dtype"):
+            if value := getattr(config, key):  # left out otherwise, as in folders of before it was a key
+                settings[key] = value
         result: dict[str, Any] = {"backbone": settings, "encoders": fingerprint(config, ENCODER_FILES, known)}
         if images:
             vae = {key: backbone.vae_config.get(key) for key in LATENT_KEYS}
@@ -210,6 +225,11 @@ def identity(
                 "vae_config": vae,
                 "resolution": backbone.image_size,
                 "latent_shape": list(backbone.latent_shape),
+            }
+        if images and config.takes_image:
+            result |= {
+                "picture_size": list(backbone.picture_size or ()),
+                "image_encoder": fingerprint(config, IMAGE_FILES, known),
             }
         if pairs:
             teacher = fingerprint(config, TEACHER_FILES, known)
@@ -227,7 +247,7 @@ def fingerprint(config: PipelineConfig, patterns: Sequence[str], known: Manifest
         index = try_to_load_from_cache(config.path, "model_index.json")
         return {"commit": Path(str(index)).parent.name}
     found, stamps = (known["identity"], known["source_stamps"]) if known else ({}, {})
-    hashes = found.get("encoders", {}) | found.get("vae", {}) | found.get("teacher", {})
+    hashes = {k: v for part in ("encoders", "vae", "teacher", "image_encoder") for k, v in found.get(part, {}).items()}
     result = {}
     for name in source_files(folder, patterns):
         trusted = name in hashes and stamps.get(name) == stamp(folder / name)

@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgen.backbones.base import Backbone
+from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.images import check_sizes, read_image, resolution
+from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
 from fastgen.data.pictures import IMAGE_SUFFIXES, picture_size
 from fastgen.data.tables import check_text, choose_column, unique
 
@@ -50,14 +50,17 @@ class WebDatasetData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels"})
+        return frozenset({"latents", "pixels", "images"})
+
+    def fills(self, backbone: BackboneConfig) -> frozenset[str]:
+        return picture_fills(super().fills(backbone))
 
     def check(self, backbone: Any) -> None:
         sizes = ((f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries())
         check_sizes(sizes, resolution(backbone), self.allow_upscaling)
 
     def samples(self, backbone: Backbone) -> Samples:
-        entries, size = self.entries(), backbone.image_size
+        entries, size = self.entries(), backbone.picture_size
         assert size is not None
 
         def read(i: int) -> Tensor:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -19,15 +19,18 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import exact_data, read_prompts
 from fastgen.data.files import check_output, write_json
+from fastgen.data.images import encode_files
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.measure import KEPT, Partial, measure
 from fastgen.evaluation.results import Row, print_results, write_page
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
-from fastgen.metrics.features import FeatureNetwork, inception_file
+from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
     Reference,
     check_one_size,
+    given_files,
+    given_prompts,
     hash_files,
     open_reference,
     read_images,
@@ -36,8 +39,9 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.rewards.clip import weight_files
 from fastgen.sampling.sampler import Sampler, load_sampler
+
+T = TypeVar("T")
 
 
 def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True) -> Row:
@@ -59,6 +63,7 @@ def evaluate_with_samples(
     backbone = sampler.backbone
     reference = find_reference(backbone.output, config)
     prompts = find_prompts(sampler, config, reference)
+    images = find_images(sampler, config)
     timing = Timing(sampler.network_evaluations)
     context = MetricContext(
         config.num_samples,
@@ -74,7 +79,8 @@ def evaluate_with_samples(
     def draw(start: int, stop: int) -> Tensor:
         seeds = range(config.seed + start, config.seed + stop)
         began = time.perf_counter()
-        samples = sampler.sample(prompts[start:stop], seeds)
+        given = {} if images is None else {"images": encode_files(backbone, images[start:stop])}
+        samples = sampler.sample(prompts[start:stop], seeds, **given)
         timing.batches.append((stop - start, time.perf_counter() - began))
         return samples
 
@@ -92,6 +98,7 @@ def evaluate_with_samples(
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
+        **({"images_sha256": hash_files(list(dict.fromkeys(images)))} if images else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
@@ -151,6 +158,8 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
     """One prompt per sample."""
     if config.prompts is not None:
         return repeat(read_prompts(config.prompts), config.num_samples)
+    if config.images is not None:
+        return repeat(given_prompts(config.images), config.num_samples)
     if reference is not None:
         return repeat(reference.prompts, config.num_samples)
     if sampler.backbone.law is not None:
@@ -161,13 +170,25 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
     )
 
 
+def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
+    """The picture that each sample is made from; None for a backbone that takes none."""
+    if (config.images is not None) != sampler.backbone.takes_image:
+        name = sampler.backbone.config.name
+        raise ValueError(
+            f"backbone {name} makes its samples from images: give eval.images, a folder of pictures"
+            if sampler.backbone.takes_image
+            else f"backbone {name} makes its samples from prompts alone; leave out eval.images"
+        )
+    return None if config.images is None else repeat(given_files(config.images), config.num_samples)
+
+
 def image_prompts(files: Sequence[Path], config: EvalConfig) -> list[str]:
     """One prompt per image: those of the config, otherwise the captions next to the images."""
     return repeat(file_captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
 
 
-def repeat(prompts: Sequence[str], count: int) -> list[str]:
-    return [prompts[i % len(prompts)] for i in range(count)]
+def repeat(values: Sequence[T], count: int) -> list[T]:
+    return [values[i % len(values)] for i in range(count)]
 
 
 def make_features(config: EvalConfig, output: Output, device: torch.device | str) -> FeatureNetwork | None:
@@ -198,7 +219,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     if config.inception_weights is not None:
         networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
     if config.clip is not None:
-        networks["clip"] = {"weights": hash_files(weight_files(config.clip))}
+        networks["clip"] = {"weights": hash_files(clip_weights(config.clip))}
     return {
         "num_samples": config.num_samples,
         "seed": config.seed,
@@ -229,7 +250,7 @@ def evaluate_path(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,
@@ -275,10 +296,15 @@ def evaluate_path(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            image=config.images is not None,
             device=chosen,
             dtype=dtype,
         )
-        if not own and sampler.backbone.output == "pixels" and config.reference is None and config.prompts is None:
+        if (
+            not own
+            and sampler.backbone.output == "pixels"
+            and {config.reference, config.prompts, config.images} == {None}
+        ):
             config = dataclasses.replace(config, reference="digits")
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
         captions[name] = find_prompts(sampler, config, find_reference(sampler.backbone.output, config))

@@ -20,13 +20,13 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("gguf", "wan"): "GGUF tensors have at most 4 dimensions, and Wan's patch embedding has 5: --form fp8",
     ("gguf", "flux2"): "no name is known by which readers of GGUF files take it: --form fp8",
     ("gguf", "z_image"): "no name is known by which readers of GGUF files take it: --form fp8",
-    (
-        "",
-        "dit",
-    ): "its classes are no prompts, which readers other than diffusers need; diffusers reads the ordinary export",
+    ("", "dit"): "other readers need prompts, and it has classes; plain diffusers reads the ordinary export",
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "sana_sprint"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "pixart_sigma"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
+    ("", "qwen_image_edit"): "its files were compared with no reader; plain diffusers reads the ordinary export",
+    ("", "wan_i2v"): "its files were compared with no reader; plain diffusers reads the ordinary export",
+    ("", "wan_vace"): "its files were compared with no reader; plain diffusers reads the ordinary export",
 }
 
 

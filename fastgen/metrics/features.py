@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from fastgen.data.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
 from fastgen.metrics.reference import Reference
-from fastgen.rewards import weights
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip
-from fastgen.rewards.clip_score import EXAMPLE as CLIP_EXAMPLE
 
 HUB_FILE = r"[\w-][\w.-]*/[\w.-]+/[\w./-]+\.pth"
 FeatureName = Literal["digits", "inception", "clip"]
@@ -61,6 +58,8 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, path: str, device: torch.device | str):
         super().__init__()
+        from fastgen.rewards.clip import load_clip  # it and transformers take seconds to import
+
         self.clip = load_clip(path, path, torch.device(device))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -69,7 +68,19 @@ class ClipFeatures(nn.Module):
 
 def check_clip(path: str) -> None:
     """Raises ValueError if this is a local folder without the files of a CLIPModel. Makes no network requests."""
-    weights.check_files(path, "clip", CLIP_EXAMPLE, *CLIP_FILES, TOKENIZER_FILES)
+    from fastgen.rewards.clip_score import ClipScore
+
+    try:
+        ClipScore(path).ready()
+    except ValueError as error:
+        raise ValueError(str(error).replace("path:", "clip:", 1)) from None
+
+
+def clip_weights(path: str) -> list[Path]:
+    """The files of a CLIP's weights. Those of a hub id are downloaded first."""
+    from fastgen.rewards.clip_score import ClipScore
+
+    return ClipScore(path).weight_files()
 
 
 def check_inception(source: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgen.data.digits import load_digits, prompt_for
 from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.tables import read_text
+from fastgen.registry import here_or_shipped
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,23 @@ def sample_files(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} contains no images except the overview grid.png")
     return files
+
+
+def given_files(folder: str) -> list[Path]:
+    """The pictures that samples are made from, sorted by name. Raises ValueError if there are none, or if one is not
+    an image; from their headers alone."""
+    files = sample_files(here_or_shipped(folder))
+    if broken := next((file for file in files if picture_size(file, str(file)) is None), None):
+        raise ValueError(f"{broken} is not a readable image; replace or remove it")
+    return files
+
+
+def given_prompts(folder: str) -> tuple[str, ...]:
+    """The texts next to these pictures. Raises ValueError if they have none."""
+    prompts = captions(given_files(folder))
+    if not any(prompts):
+        raise ValueError(f"the images of {folder} have no texts next to them; add them, or give eval.prompts")
+    return prompts
 
 
 def captions(files: Sequence[Path]) -> tuple[str, ...]:

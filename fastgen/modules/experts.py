@@ -57,7 +57,9 @@ class Experts(Denoiser):
         """Calls the expert of each row. It is chosen by the level t, not by the level the network is conditioned on.
 
         All processes gather a sharded network together. Each process then calls every expert that has rows on any
-        process. Where it has none itself, it calls the expert with one row, whose output is multiplied by zero."""
+        process. Where it has none itself, it calls the expert with the smallest part of one row that the family takes
+        (`Denoiser.smallest`), whose output is multiplied by zero. Objectives that draw levels by `draw_levels` need
+        one expert at a time."""
         if inputs.memory is not None:
             return self.call_all(x_t, t, cond, inputs)
         index = self.expert_of(t)
@@ -74,8 +76,12 @@ class Experts(Denoiser):
             given = self.own(inputs, i).select(rows)
             return self.experts[i](x_t[rows], t[rows], cond.select(rows), given, predict=self.prediction_type)
 
+        def join(i: int) -> Tensor:
+            x, level, given = self.members[i].smallest(x_t[:1], t[:1], self.own(inputs, i).select(slice(1)))
+            return self.experts[i](x, level, cond.select(slice(1)), given, predict=self.prediction_type)
+
         rows = {i: (index == i).nonzero().squeeze(1) for i in called}
-        outputs = {i: call(i, r if len(r) else torch.zeros_like(index[:1])) for i, r in rows.items()}
+        outputs = {i: call(i, r) if len(r) else join(i) for i, r in rows.items()}
         nothing = sum(0 * outputs[i].sum() for i in called if not len(rows[i]))
         out = torch.cat([outputs[i] for i in called if len(rows[i])]) + nothing
         return out[torch.cat(list(rows.values())).argsort()]
@@ -128,7 +134,8 @@ class Experts(Denoiser):
 
     @property
     def shard_modules(self) -> Sequence[nn.Module]:
-        return [module for expert in self.members for module in expert.shard_modules]
+        """Also what an expert has outside its blocks, so that a call of one expert gathers nothing of the others."""
+        return [module for expert in self.members for module in (*expert.shard_modules, expert)]
 
     def enable_checkpointing(self) -> None:
         for expert in self.members:

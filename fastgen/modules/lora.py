@@ -216,6 +216,14 @@ class LoraDenoiser(Denoiser):
     def is_sharded(self) -> bool:
         return self.shared.denoiser.is_sharded
 
+    @property
+    def root(self) -> Denoiser:
+        return self.shared.denoiser
+
+    @property
+    def gathered_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        return self.shared.denoiser.gathered_dtype
+
     def enable_checkpointing(self) -> None:
         self.shared.denoiser.enable_checkpointing()
 

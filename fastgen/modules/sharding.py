@@ -6,7 +6,7 @@ reads its own slice of the weight files. While a checkpoint is written, one tens
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,31 @@ WeightMap = Mapping[str, tuple[Path, str]]  # parameter name -> (file, name in t
 
 def shard(
     module: nn.Module,
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     mesh: Any,
     device: torch.device,
     weights: WeightMap,
     stored_name: Callable[[nn.Module, str], str],
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Shards a module's parameters over the mesh, with one gather per block and one for the rest.
+    """Shards a module's parameters over the mesh, with one gather for each of its `units`.
 
+    mesh: one axis, the processes that share the module; or two, (copies, processes that share a copy). Between copies
+    gradients are averaged.
+    dtype: of what is gathered and computed with; None: as it is stored. Gradients are reduced in the stored dtype.
+    Inputs are not converted, because noise levels need their precision: the forwards run under autocast.
     Parameters on the meta device are filled from `weights`, which is looked up by the name that `stored_name` gives
     them; others keep their values.
     Raises ValueError if a parameter on the meta device has no weights."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if not any(True for _ in module.parameters()):
         return module.to(device)
     held = {n: t.detach().clone() for n, t in named_tensors(module).items() if not t.is_meta}
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for part, own in units(module, blocks):
+        stored = next((p.dtype for p in own if p.requires_grad), None)
+        policy = MixedPrecisionPolicy(dtype, stored if dtype else None, cast_forward_inputs=False)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     module.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in named_tensors(module).items():
@@ -53,6 +59,20 @@ def shard(
             else:
                 fill(tensor, stored_name(module, name), weights)
     return module
+
+
+def units(module: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules whose parameters are gathered one at a time, each with these parameters: of a block, those that no
+    block inside it gathers; of the module itself, which comes last, the rest.
+
+    blocks: those inside another one come before it."""
+    taken, found = set[nn.Parameter](), list[tuple[nn.Module, list[nn.Parameter]]]()
+    for part in (*blocks, module):
+        own = [p for p in part.parameters() if p not in taken]
+        taken.update(own)
+        if own or part is module:
+            found.append((part, own))
+    return found
 
 
 @torch.no_grad()
@@ -128,3 +148,9 @@ def local(tensor: Any) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """The whole tensor, on every process; all of them must call it."""
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
+
+
+def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module's state_dict by name, one whole tensor at a time. If the module is sharded, all
+    processes must go through them together, to the end."""
+    return ((name, whole(tensor)) for name, tensor in module.state_dict().items())

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import make_fake_score, stop_input
@@ -119,7 +120,7 @@ class ACDMD(Objective):
         """The denoising loss on the student's x_s with the unbiased target, plus the martingale product."""
         schedule = networks.teacher.schedule
         rollout = self.rollout(networks, batch, grad=False)
-        t = renoise_level(batch.uniform("fake_time"), rollout.s)
+        t = draw_levels(batch, "fake_time", lambda u: renoise_level(u, rollout.s), networks.fake_score)
         noise = batch.normal("fake_noise")
         x_t = schedule.renoise(rollout.x, noise, rollout.s, t)
         target = signals.renoised_target(schedule, rollout.x, noise, rollout.s, t)
@@ -165,7 +166,7 @@ class ACDMD(Objective):
         """g [B, ...] at the student's x_s, and the terms to log: the mean |g| and those of the fake score's lag."""
         schedule = networks.teacher.schedule
         s = rollout.s
-        t = renoise_level(batch.uniform("renoise_time"), s)
+        t = draw_levels(batch, "renoise_time", lambda u: renoise_level(u, s), networks.teacher)
         noise = batch.normal("renoise")
         x_t = schedule.renoise(rollout.x, noise, s, t)
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))

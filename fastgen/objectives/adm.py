@@ -59,6 +59,7 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import StopHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn, feature_network
@@ -184,7 +185,7 @@ class ADM(Objective):
 
     def renoised(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """x_t [B, ...], which carries the rollout's gradient, and t [B]."""
-        t = self.renoise_time(batch.uniform("renoise_time"))
+        t = draw_levels(batch, "renoise_time", self.renoise_time, networks.teacher)
         return networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t), t
 
     def take_ode_step(self, networks: Networks, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

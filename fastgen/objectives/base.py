@@ -69,6 +69,7 @@ class Objective:
     takes_chunks: bool = False  # whether it can train a student that works chunk by chunk (RolloutPolicy.chunks)
     # why it cannot, for the refusal
     needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
+    takes_derivatives: bool = False  # whether it differentiates networks along directions, which needs float32
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
 
     @property

@@ -32,6 +32,7 @@ Variants that weight samples or keep a state are separate objectives built from 
 sc_dmd, disback.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import TokenHeads
 from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks, blend, frozen
@@ -267,7 +269,8 @@ class DMD2(Objective):
         time: the law of t', between time.low and time.high * t_k (stretch), or times t_k and then clamped (clamp).
         The normaliser uses the unguided teacher (byliutao/cdm's code)."""
         teacher = networks.teacher
-        t = time.ended(time.shifted(batch.uniform("ca_time")), rollout.steps[-1].t)
+        top = rollout.steps[-1].t
+        t = draw_levels(batch, "ca_time", lambda u: time.ended(time.shifted(u), top), teacher)
         x_t = teacher.schedule.add_noise(rollout.x, batch.normal("ca_noise"), t)
         both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([batch.cond, batch.uncond]))
         real, uncond = both.chunk(2)
@@ -279,8 +282,8 @@ class DMD2(Objective):
 
     def renoised(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """x_t [B, ...] and t [B], at which the two scores are compared."""
-        u = batch.uniform("renoise_time")
-        t = self.renoise_time(u, self.level_range(networks.policy, rollout))
+        law = partial(self.renoise_time, within=self.level_range(networks.policy, rollout))
+        t = draw_levels(batch, "renoise_time", law, networks.teacher)
         return networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t), t
 
     def level_range(self, policy: RolloutPolicy, rollout: Rollout) -> tuple[Tensor, Tensor] | None:
@@ -292,7 +295,7 @@ class DMD2(Objective):
 
     def logits(self, networks: Networks, batch: Batch, x0: Tensor, stop: Tensor, name: str) -> Tensor:
         """D [B, depths] at x0 renoised with the draws of this name."""
-        t = self.gan_time(batch.uniform(f"{name}_time"))
+        t = draw_levels(batch, f"{name}_time", self.gan_time, networks.fake_score)
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t)
         return self.discriminator_logits(networks, batch, x_t, t, stop)
 

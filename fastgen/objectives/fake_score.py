@@ -3,12 +3,15 @@
 Several objectives share it. With `condition_on_stop` (ours) it is conditioned on the step of the rollout that made its
 input, so that the samples of each step are matched by themselves, not only their mixture; see dmd2.py."""
 
+from functools import partial
+
 from torch import Tensor
 
 from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.networks import Networks
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import PredictionType, TimeSampler
@@ -43,7 +46,7 @@ def denoising_loss(
     within: each sample's lowest and highest level, [B] each; None: the whole law.
     Gradient flows to the fake score."""
     schedule = networks.teacher.schedule
-    t = time(batch.uniform("fake_time"), within)
+    t = draw_levels(batch, "fake_time", partial(time, within=within), networks.fake_score)
     x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
     prediction = networks.fake_score(x_t, t, batch.cond, inputs)
     return signals.denoising_loss(prediction, x0, x_t, t, schedule, space or networks.fake_score.prediction_type)

@@ -100,6 +100,7 @@ class GapTurn(Turn):
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class FlowMap(Objective):
     takes_inputs = True
+    takes_derivatives = True
 
     name: Literal["flow_map"] = "flow_map"
     form: Form = "semigradient"  # ours: cheaper, and allows checkpointing; the paper recommends lagrangian

@@ -48,6 +48,7 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import NO_INPUTS, Inputs
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives import replay
@@ -258,7 +259,7 @@ class GNDM(Objective):
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, x: Tensor, stop: Tensor) -> tuple[Tensor, State]:
         """g [B, ...] at clean samples x that were made at these stops [B], and the terms to log."""
-        t = self.renoise_time(batch.uniform("renoise_time", by_group=True))
+        t = draw_levels(batch, "renoise_time", self.renoise_time, networks.teacher, by_group=True)
         inputs = stop_input(stop, self.condition_on_stop)
         fake, real = self.predictions(networks, batch, x, t, "renoise", inputs)
         grad = signals.score_difference(x, fake, real, group=batch.group)

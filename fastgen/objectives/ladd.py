@@ -26,6 +26,7 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.flow.time_pairs import between
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, feature_network
@@ -95,10 +96,9 @@ class Ladd:
         """D [B, depths] at x, renoised with the draws of this name.
 
         roll: each sample gets the prompt of the sample this many rows before it; -1, the next one's (SANA-Sprint)."""
-        t = self.time(batch.uniform(f"{name}_time"))
-        low = torch.zeros_like(t) if low is None else low
-        high = torch.ones_like(t) if high is None else high
-        t = between(low, high, t)
+        low = torch.zeros_like(batch.ids, dtype=batch.dtype) if low is None else low
+        high = torch.ones_like(low) if high is None else high
+        t = draw_levels(batch, f"{name}_time", lambda u: between(low, high, self.time(u)), networks.critic)
         cond = batch.cond
         if roll:
             cond = Conditioning({key: value.roll(roll, 0) for key, value in cond.items()})

@@ -93,6 +93,7 @@ class MeanFlowTurn(Turn):
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class MeanFlow(Objective):
     takes_inputs = True
+    takes_derivatives = True
     trained_roles = ("student",)
 
     name: Literal["mean_flow"] = "mean_flow"

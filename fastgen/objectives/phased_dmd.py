@@ -44,6 +44,7 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.experts import Experts
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
@@ -255,7 +256,7 @@ class PhasedDMD(Objective):
         rollout = self.rollout(networks, batch, phase, grad=False)
         x, s = rollout.x, rollout.s
         noise = batch.normal("fake_noise")
-        t = s + (1 - s) * self.fake_time(batch.uniform("fake_time"))
+        t = draw_levels(batch, "fake_time", lambda u: s + (1 - s) * self.fake_time(u), fake_score)
         x_t = schedule.renoise(x, noise, s, t)
         target = signals.renoised_target(schedule, x, noise, s, t)
         prediction = fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
@@ -272,7 +273,7 @@ class PhasedDMD(Objective):
         schedule = teacher.schedule
         s = rollout.s
         noise = batch.normal("renoise")
-        t = s + (1 - s) * self.renoise_time(batch.uniform("renoise_time"))
+        t = draw_levels(batch, "renoise_time", lambda u: s + (1 - s) * self.renoise_time(u), networks.teacher)
         x_t = schedule.renoise(rollout.x, noise, s, t)
         fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
         scale = teacher.per_expert(self.guidance_scale, t)

@@ -100,6 +100,7 @@ class States:
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCM(Objective):
     takes_inputs = True
+    takes_derivatives = True
 
     name: Literal["scm"] = "scm"
     teach: Literal["teacher", "data"] = "teacher"

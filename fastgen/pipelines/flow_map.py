@@ -10,7 +10,7 @@ sample such a folder without its inputs. To load one:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,22 +29,16 @@ from fastgen.schedule import FlowSchedule, Schedule, VPSchedule
 INPUTS = "inputs.safetensors"
 
 
-def save_inputs(embeddings: Sequence[ExtraInputs], policy: RolloutPolicy, schedule: Schedule, folder: Path) -> None:
-    """Saves the branches of the networks' extra inputs, from high noise to low, and how a sampler sets these inputs.
-    Raises ValueError if they are not the inputs that the policy gives."""
-    names = list(embeddings[0].tables)
-    if names != list(policy.inputs):
-        raise ValueError(
-            f"a network with the extra time inputs {names} does not fit a sampler that gives {list(policy.inputs)}"
-        )
+def save_inputs(weights: Mapping[str, Tensor], policy: RolloutPolicy, schedule: Schedule, folder: Path) -> None:
+    """Saves the branches of the networks' extra inputs, and how a sampler sets these inputs. weights:
+    "<expert>.<name>" -> tensor, with the experts from high noise to low."""
     total = len(schedule.table) - 1 if isinstance(schedule, VPSchedule) else 0
     settings = {
-        "names": names,
+        "names": list(policy.inputs),
         "to_zero": policy.transition != "ode",
         "guidance": policy.embedded_guidance,
         "discrete": total,
     }
-    weights = {f"{i}.{k}": v for i, e in enumerate(embeddings) for k, v in e.tables.state_dict().items()}
     metadata = {"format": "pt", "told": json.dumps(settings)}
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / INPUTS, metadata)
 

@@ -11,18 +11,28 @@ from fastgen.rollout import RolloutPolicy, TeacherPolicy
 TOLERANCE = 1e-6
 
 
-def check_flow_scheduler(config: Mapping[str, Any]) -> None:
-    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that depend only on the number of
-    steps."""
+def check_flow_scheduler(config: Mapping[str, Any], dynamic: bool = False, multistep: bool = True) -> None:
+    """Raises ValueError if the scheduler's sigmas are not levels of flow matching that the pipeline can ask for, or if
+    our sampler would take other steps than the stock pipeline.
+
+    dynamic: whether the pipeline gives its scheduler the shift of use_dynamic_shifting. multistep: whether Euler steps
+    at the levels of a multi-step solver are meant, as where the published pipelines have one."""
     name = config["_class_name"]
+    if name == "FlowMatchCPSScheduler":  # fastgen's own, of an export
+        return
     if name == "FlowMatchEulerDiscreteScheduler":
-        fits = not (config.get("use_dynamic_shifting") or config.get("invert_sigmas"))
+        if config.get("invert_sigmas"):
+            raise ValueError("path: its scheduler counts levels from 0 at noise (invert_sigmas); set that to false")
+        fits = dynamic or not config.get("use_dynamic_shifting")
     else:
-        fits = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+        flow = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+        fits = multistep and flow
     if not fits:
+        other = ", or one with use_flow_sigmas and flow_prediction" if multistep else ""
+        shift = "" if dynamic else " with a fixed shift"
         raise ValueError(
-            f"path: its scheduler, {name}, does not give noise levels of flow matching; use a "
-            "FlowMatchEulerDiscreteScheduler with a fixed shift, or one with use_flow_sigmas and flow_prediction"
+            f"path: its scheduler, {name}, does not give noise levels of flow matching that this pipeline is sampled "
+            f"at here; use a FlowMatchEulerDiscreteScheduler{shift}{other}"
         )
 
 

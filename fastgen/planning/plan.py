@@ -7,30 +7,34 @@ written.
     held      parameters and buffers of the roles and of the moving average; AdamW's two moments of all trained
               parameters; text encoders and VAE, which load when first needed and then stay (with prepared prompts, the
               encoders are not loaded)
+    encoding  the text encoders, if backbone.encoders is offload, and the gradients that earlier micro-batches left;
+              with train.prefetch, the encoders may also be there during a turn
     turn      activations, including the bfloat16 weights that autocast keeps for the backward pass, and the gradients
               that the backward pass has accumulated so far; with train.accumulate > 1, all gradients from the start,
               as in every micro-batch after the first
     step      all gradients of a turn's roles, and AdamW's temporary memory: on a GPU as much as the second moments of
-              one role (`foreach`), on a CPU as much as the largest parameter
+              one role (`foreach`), on a CPU as much as the largest parameter, none where it is fused
     samples   the guided teacher on the pictures that are sampled at once, or decoding them; for a student that works
               chunk by chunk (`rollout.chunks`), also its own sampling, as its context grows with the video
 
 `fsdp` shards roles, average, moments and gradients over the GPUs, but not activations, encoders and VAE. In addition
-to its shards, a GPU then holds the layers outside the blocks, two gathered blocks and the gradients of one block
-(derived, not measured).
+to its shards, a GPU then holds the layers outside the blocks, two gathered blocks and the gradients of one block, in
+the dtype of mixed precision (derived, not measured). With `train.accumulate` above 1 it also holds the whole gradients
+of a turn's roles, unless `train.reduce_gradients` is micro_batch.
 
-Not counted are the memory that kernels use internally, fragmentation and the CUDA context (together about a gigabyte),
-the networks of rewards and metrics, what encoding prompts needs, and prompt embeddings kept for later (at most a
-gigabyte). Where the encoders are large, prompts are taken to be of the greatest length.
+A recipe fits if its peak fits into what is left of a GPU's memory: without `CONTEXT` for the CUDA context and the
+workspaces of libraries, and without a share for fragmentation (`--headroom`).
+
+Not counted are the memory that kernels use internally, the networks of rewards and metrics, what encoding prompts
+needs, and prompt embeddings kept for later (at most a gigabyte). Where the encoders are large, prompts are taken to be
+of the greatest length.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from fastgen import noise
@@ -38,9 +42,10 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, Inputs
-from fastgen.modules.lora import LoraDenoiser
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
+from fastgen.planning.components import Component, components_of
+from fastgen.planning.roles import Role, average_of, keep_float32, role_of
 from fastgen.planning.weightless import LiveBytes, empty, weightless
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
@@ -49,44 +54,20 @@ from fastgen.rollout import backward_simulation
 from fastgen.run.build import build_backbone, build_networks, start_networks
 from fastgen.signals import guided, per_sample_mean
 
+CONTEXT = 1_000_000_000  # bytes; ours, about what a CUDA context with cuBLAS, cuDNN and NCCL takes
 DRAWS = 32  # network evaluations are counted over this many updates
 SMALL_ENCODERS = 64 << 20  # bytes; text encoders of a local folder up to this size are run, to get the true length
 
 
 @dataclasses.dataclass(frozen=True)
-class Role:
-    """One network. Bytes are before sharding. parameters: the network's own; for an adapter, without the base."""
-
-    name: str
-    kind: str  # trained, adapter, frozen, average
-    parameters: int
-    dtype: str
-    held: int
-    gradients: int = 0
-    moments: int = 0
-    largest: int = 0  # bytes of the largest parameter
-    outside: int = 0  # bytes of the layers outside the blocks
-    block: int = 0  # bytes of the largest block
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """A text encoder or the VAE."""
-
-    name: str
-    is_encoder: bool
-    parameters: int
-    held: int
-    use: str
-
-
-@dataclasses.dataclass(frozen=True)
 class TurnPlan:
-    """One turn: its live bytes as counted, and its network evaluations per sample, by role."""
+    """One turn: its live bytes as counted, its network evaluations per sample, by role, and the floating-point
+    operations of a micro-batch. The last two are means over draws."""
 
     turn: Turn
     live: LiveBytes
     evaluations: Mapping[str, float]
+    operations: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,31 +89,43 @@ class Plan:
         return self.recipe.train.strategy == "fsdp"
 
     @property
+    def ways(self) -> int:
+        """How many GPUs share one copy of the networks."""
+        return (self.recipe.train.shard_group or self.gpus) if self.divided else 1
+
+    @property
     def held(self) -> int:
         """Bytes that one GPU holds all the time."""
-        ways = self.gpus if self.divided else 1
-        networks = sum(-(-(r.held + r.moments) // ways) for r in self.roles)
+        networks = sum(-(-(r.held + r.moments) // self.ways) for r in self.roles)
         return networks + sum(c.held for c in self.components)
 
     @property
     def gathered(self) -> int:
-        return max(r.outside + 3 * r.block for r in self.roles) if self.divided and self.gpus > 1 else 0
+        return max(r.outside + 3 * r.block for r in self.roles) if self.ways > 1 else 0
 
     @property
     def moments(self) -> dict[str, int]:
         """The most bytes on one GPU during each part of a run: turns, optimizer steps and sampling."""
-        ways = self.gpus if self.divided else 1
-        result = {}
+        train, result = self.recipe.train, dict[str, int]()
+        encoders = sum(c.turn for c in self.components)
+        beside = encoders if train.prefetch else 0  # the next prompts are encoded during a turn
+        kept_whole = train.accumulate > 1 and train.reduce_gradients == "update"
         for part in self.turns:
             trained = [r for r in self.roles if r.name in part.turn.roles]
-            temporary = max((r.moments // 2 if self.gpu else r.largest) for r in trained)
-            result[f"turn {part.turn.name}"] = self.held + self.gathered + part.live.peak(ways)
+            temporary = max(r.temporary for r in trained)
+            live = part.live.peak(1 if kept_whole else self.ways)
+            result[f"turn {part.turn.name}"] = self.held + self.gathered + live + beside
             step = sum(r.gradients for r in trained) + temporary
-            result[f"step of {part.turn.name}"] = self.held + -(-step // ways)
+            result[f"step of {part.turn.name}"] = self.held + -(-step // self.ways) + beside
+        if encoders:
+            gradients = max(sum(r.gradients for r in self.roles if r.name in p.turn.roles) for p in self.turns)
+            shared = gradients if kept_whole else -(-gradients // self.ways)
+            result["encoding prompts"] = self.held + encoders + shared
         result["samples, teacher"] = self.held + self.gathered + self.teacher_bytes
-        if self.student_bytes:
-            result["samples, student"] = self.held + self.gathered + self.student_bytes
-        result["samples, decoding"] = self.held + self.decode_bytes
+        visiting = sum(r.visiting for r in self.roles)
+        if self.student_bytes or visiting:
+            result["samples, student"] = self.held + visiting + self.gathered + self.student_bytes
+        result["samples, decoding"] = self.held + visiting + self.decode_bytes
         return result
 
     @property
@@ -164,8 +157,8 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
     start_networks(recipe, built)
     scorer = StandInScorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(modules, recipe.rollout, scorer)
-    roles = [role_of(name, module, recipe, backbone) for name, module in networks.items()]
-    roles.append(dataclasses.replace(role_of("average", built.average, recipe, backbone), kind="average"))
+    roles = [role_of(name, module, recipe, backbone, gpu) for name, module in networks.items()]
+    roles.append(average_of(built.average, recipe, backbone, gpu))
     components = components_of(recipe, backbone)
     if not activations:
         quick = tuple(TurnPlan(turn, LiveBytes(), {}) for turn in first_turns(recipe))
@@ -187,88 +180,13 @@ def first_turns(recipe: Recipe) -> tuple[Turn, ...]:
     return tuple({turn.name: turn for turn in reversed(turns)}.values())[::-1]
 
 
-def keep_float32(module: nn.Module) -> None:
-    """Converts to float32 what from_pretrained keeps in float32: Wan's time embedder, norms and positions. Not for
-    sharded networks, which have one dtype."""
-    for network in module.modules():
-        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-        for name, tensor in (*network.named_parameters(), *network.named_buffers()) if kept else ():
-            if kept & set(name.split(".")) and tensor.dtype in (torch.bfloat16, torch.float16):
-                tensor.data = tensor.data.float()
-
-
-def tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def size(held: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in held)
-
-
-def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone) -> Role:
-    """The numbers of one role. The base that adapters share counts under a role that uses it without an adapter."""
-    view = isinstance(module, LoraDenoiser)  # a view of the shared base, with or without an adapter
-    adapter = isinstance(module, LoraDenoiser) and module.is_adapter
-    network = backbone.shared.denoiser if view and backbone.shared else module
-    if view and not adapter:
-        own = [t for n, t in (*network.named_parameters(), *network.named_buffers()) if ".lora_" not in n]
-    else:
-        own = tensors(module)
-    trained = name in recipe.optimizers
-    parameters = list(module.parameters()) if adapter or trained else own
-    blocks = list(network.shard_modules) if isinstance(network, Denoiser) else []
-    largest_block = max((size(tensors(b)) for b in blocks), default=0)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in parameters if t.is_floating_point()})
-    return Role(
-        name=name,
-        kind="adapter" if adapter else "trained" if trained else "frozen",
-        parameters=sum(p.numel() for p in parameters),
-        dtype=", ".join(dtypes) or "-",
-        held=size(own),
-        gradients=size(parameters) if trained else 0,
-        moments=2 * size(parameters) if trained else 0,
-        largest=max((size([p]) for p in parameters), default=0),
-        outside=size(tensors(network)) - sum(size(tensors(b)) for b in blocks) if blocks else 0,
-        block=largest_block,
-    )
-
-
 # --- text encoders, VAE, prompts
-
-
-def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
-    """The pipeline's text encoders and VAE. Also gives the backbone its VAE, without weights."""
-    if not isinstance(backbone, PipelineBackbone):
-        return ()
-    found = []
-    for name, entry in backbone.components.items():
-        if not isinstance(entry, list) or entry[0] is None or not name.startswith(("text_encoder", "vae")):
-            continue
-        dtype = torch.float32 if entry[1] == "AutoencoderKLWan" else backbone.dtype
-        with torch.device("meta"):
-            if entry[0] == "diffusers":
-                cls = getattr(diffusers, entry[1])
-                module = cls.from_config(cls.load_config(backbone.source, subfolder=name, local_files_only=True))
-            else:
-                cls = getattr(transformers, entry[1])
-                module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
-        module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
-        use = "encoding prompts" if name != "vae" else "pictures" + (", data" if recipe.objective.needs else "")
-        held = size(tensors(module))
-        if name == "vae":
-            vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
-            if isinstance(module, diffusers.AutoencoderKLWan):
-                module.enable_slicing()
-        elif not recipe.data.encodes_prompts:
-            use, held = "not loaded: prepared prompts", 0
-        found.append(Component(name, name != "vae", sum(p.numel() for p in module.parameters()), held, use))
-    return tuple(found)
 
 
 def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Component]) -> Callable[[int], Conditioning]:
     """A function that gives the conditioning of any number of prompts. For a pipeline it is weightless, and of the
     greatest length, or of the length of the recipe's own prompts if the encoders are local and small."""
-    encoders = sum(c.held for c in components if c.is_encoder)
+    encoders = sum(c.held + c.turn for c in components if c.is_encoder)
     if not isinstance(backbone, PipelineBackbone):
         one = backbone.encode_prompts([""])
         return lambda count: Conditioning({k: v.expand(count, *v.shape[1:]) for k, v in one.items()})
@@ -279,6 +197,7 @@ def prompt_rows(recipe: Recipe, backbone: Backbone, components: Sequence[Compone
         shapes = {
             k: tuple(v.shape[1:]) for k, v in backbone.encode_prompts([*prompts, backbone.negative_prompt]).items()
         }
+    shapes |= backbone.image_shapes()
     return lambda count: Conditioning({k: empty(count, *s, dtype=backbone.dtype) for k, s in shapes.items()})
 
 
@@ -383,7 +302,9 @@ def plan_turn(
         remove()
     for p in parameters:
         p.grad = None
-    return TurnPlan(turn, live, {role: n / recipe.train.batch_size for role, n in rows.items() if n})
+    share = sum(rows.values()) / max(1.0, sum(counted[key].values()))  # of the evaluations that were run
+    evaluated = {role: n / recipe.train.batch_size for role, n in rows.items() if n}
+    return TurnPlan(turn, live, evaluated, live.flops * share)
 
 
 def losses(recipe: Recipe, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
@@ -424,6 +345,10 @@ class Counted(Denoiser):
 
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
         return self.denoiser.per_expert(value, t)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        return self.denoiser.boundaries
 
     @property
     def is_sharded(self) -> bool:

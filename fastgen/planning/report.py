@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +10,8 @@ from rich.table import Table
 from fastgen.config import build_recipe
 from fastgen.config.stored import to_dict
 from fastgen.config.text import apply_override
-from fastgen.planning.plan import Plan, plan
+from fastgen.planning.cost import Speed, cost_lines
+from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.recipe import Recipe
 from fastgen.run.terminal import print_table
 
@@ -19,16 +20,31 @@ LORA = "{rank: 64}"
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe that save memory. prepared: prompts are encoded beforehand by fastgen prepare. divided:
-    networks are sharded over the GPUs. Neither of these two changes the turns."""
+    """Overrides of a recipe that save memory. encoders: what they make of a plan, if they are about text encoders.
+    divided: networks are sharded over the GPUs, and gradients are never held whole. Neither of these two changes the
+    turns."""
 
     lines: tuple[str, ...]
-    prepared: bool = False
+    encoders: Callable[[Plan], Plan] | None = None
     divided: bool = False
 
 
+def prepared(found: Plan) -> Plan:
+    return dataclasses.replace(found, components=tuple(c.prepared() for c in found.components))
+
+
+def halved(found: Plan) -> Plan:
+    return dataclasses.replace(found, components=tuple(c.halved() for c in found.components))
+
+
+def offloaded(found: Plan) -> Plan:
+    train = dataclasses.replace(found.recipe.train, prefetch=0)
+    recipe = dataclasses.replace(found.recipe, train=train)
+    return dataclasses.replace(found, recipe=recipe, components=tuple(c.offloaded() for c in found.components))
+
+
 def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
-    """The changes that this recipe has not made yet, cheapest first. encoders: bytes held by text encoders."""
+    """The changes that this recipe has not made yet, cheapest first. encoders: bytes of text encoders."""
     train, options = recipe.train, list[Change]()
     if recipe.backbone.can_checkpoint and not train.gradient_checkpointing:
         options.append(Change(("train.gradient_checkpointing=true",)))
@@ -40,15 +56,22 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
         options.append(Change(tuple(half)))
     if encoders:
-        options.append(Change(("data={name: prepared, folder: ...}",), prepared=True))
+        if recipe.backbone.encoder_dtype is None and train.dtype == "float32":
+            options.append(Change(("backbone.encoder_dtype=bfloat16",), halved))
+        if recipe.backbone.encoders != "offload":
+            options.append(Change(("backbone.encoders=offload", "train.prefetch=0"), offloaded))
+        options.append(Change(("data={name: prepared, folder: ...}",), prepared))
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
         options.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
     roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.full_roles)]
     if roles:
         options.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
-    if gpus > 1 and train.strategy != "fsdp":
-        options.append(Change(("train.strategy=fsdp",), divided=True))
+    if gpus > 1 and (train.strategy != "fsdp" or train.reduce_gradients == "update"):
+        sharded = () if train.strategy == "fsdp" else ("train.strategy=fsdp",)
+        whole = train.reduce_gradients == "update" and train.accumulate * train.batch_size > 1
+        if lines := (*sharded, *(("train.reduce_gradients=micro_batch",) if whole else ())):
+            options.append(Change(lines, divided=True))
     return options
 
 
@@ -74,16 +97,15 @@ class Variants:
 
     def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
         """The plan with the chosen changes. whole: False leaves out activations."""
-        lines = tuple(line for c in chosen if not (c.prepared or c.divided) for line in c.lines)
+        lines = tuple(line for c in chosen if not (c.encoders or c.divided) for line in c.lines)
         key = (lines, whole or (lines, True) in self._known)
         if key not in self._known:
             self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
         found = self._known[key]
-        if any(c.prepared for c in chosen):
-            left = tuple(dataclasses.replace(c, held=0) if c.is_encoder else c for c in found.components)
-            found = dataclasses.replace(found, components=left)
+        for change in (c.encoders for c in chosen if c.encoders is not None):
+            found = change(found)
         if any(c.divided for c in chosen):
-            train = dataclasses.replace(found.recipe.train, strategy="fsdp")
+            train = dataclasses.replace(found.recipe.train, strategy="fsdp", reduce_gradients="micro_batch")
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
         return found
 
@@ -97,7 +119,7 @@ class Variants:
 def advise(base: Plan, memory: float) -> Advice:
     """The fewest recipe lines with which the peak is at most `memory` bytes per GPU."""
     variants = Variants(base)
-    options = changes(base.recipe, base.gpus, sum(c.held for c in base.components if c.is_encoder))
+    options = changes(base.recipe, base.gpus, sum(c.held + c.turn for c in base.components if c.is_encoder))
     tried = []
     for option in options:
         bound = variants.plan([option], whole=False).peak
@@ -119,8 +141,14 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.3g}" if count < 1e9 else f"{count / 1e9:.1f}"
 
 
-def report(found: Plan, memory: float | None, console: Console) -> None:
-    """Prints the plan and, if `memory` is given (bytes per GPU), what would make it fit."""
+HEADROOM = 0.05  # ours: of a GPU's memory, for fragmentation
+
+
+def report(
+    found: Plan, memory: float | None, console: Console, headroom: float = HEADROOM, speed: Speed | None = None
+) -> None:
+    """Prints the plan, what the run costs, and, if `memory` is given (bytes per GPU), what would make it fit.
+    headroom: the share of the memory that is to stay free. speed: that of a GPU, if it is known."""
     table = Table(
         "role", "", "parameters", "dtype", "weights", "gradients", "AdamW", title="Networks, in GB, before sharding"
     )
@@ -128,7 +156,7 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         sizes = (gigabytes(n) if n else "" for n in (r.held, r.gradients, r.moments))
         table.add_row(r.name, r.kind, f"{r.parameters:,}", r.dtype, *sizes)
     for c in found.components:
-        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held) if c.held else "")
+        table.add_row(c.name, c.use, f"{c.parameters:,}", "", gigabytes(c.held + c.turn) if c.held + c.turn else "")
     print_table(table, console)
 
     per_update: dict[str, float] = {}
@@ -155,20 +183,24 @@ def report(found: Plan, memory: float | None, console: Console) -> None:
         table.add_row(name, gigabytes(n))
     table.add_row("[bold]peak[/bold]", f"[bold]{gigabytes(found.peak)}[/bold]")
     print_table(table, console)
+    for line in cost_lines(found, speed):
+        console.print(line, highlight=False)
     if memory is not None:
-        report_advice(found, memory, console)
+        report_advice(found, memory, console, headroom)
 
 
 def strategy(found: Plan) -> str:
     return "networks sharded (fsdp)" if found.divided else "every network on each GPU"
 
 
-def report_advice(found: Plan, memory: float, console: Console) -> None:
-    if found.peak <= memory:
-        console.print(f"It fits: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+def report_advice(found: Plan, memory: float, console: Console, headroom: float = HEADROOM) -> None:
+    usable = (1 - headroom) * memory - CONTEXT * found.gpu
+    kept = f"{headroom:.0%} headroom" + (f" and {gigabytes(CONTEXT)} GB for the CUDA context" if found.gpu else "")
+    sizes = f"{gigabytes(found.peak)} of {gigabytes(memory)} GB, of which {kept} leave {gigabytes(max(0, usable))}"
+    console.print(f"It {'fits' if found.peak <= usable else 'does not fit'}: {sizes}.", highlight=False)
+    if found.peak <= usable:
         return
-    advice = advise(found, memory)
-    console.print(f"It does not fit: {gigabytes(found.peak)} of {gigabytes(memory)} GB.", highlight=False)
+    advice = advise(found, usable)
     table = Table("change", "GB per GPU", title="One change at a time")
     for lines, peak, exact in advice.tried:
         table.add_row("  ".join(lines), gigabytes(peak) if exact else f"more than {gigabytes(peak)}")

@@ -6,13 +6,15 @@ noise levels, stop indices), whose values may decide the graph.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from fastgen.planning.flops import flops
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = 4096  # a constant tensor of at most this many elements is made with its values
@@ -128,6 +130,14 @@ def weightless(module: nn.Module) -> nn.Module:
     return module
 
 
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def size(held: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in held)
+
+
 def memory_of(tensor: Tensor) -> Any:
     return tensor.memory if isinstance(tensor, Weightless) else tensor.untyped_storage()
 
@@ -144,18 +154,20 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations have made since it was entered and that are still alive, for real
     and for weightless tensors. Memory that kernels use internally and release is not seen.
 
-    gradients: bytes of the gradients declared by `own_gradients`. live: all other bytes. history: the moments
+    gradients: bytes of the gradients declared by `own_gradients`. live: all other bytes. flops: floating-point
+    operations so far. history: the moments
     (live, gradients) that `mark` keeps; the largest sum of the two is the peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.gradients = 0, 0
+        self.live, self.gradients, self.flops = 0, 0, 0
         self.history: list[tuple[int, int]] = [(0, 0)]
         self._known: dict[int, weakref.ref] = {}
         self._owned: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flops += flops(func, args, kwargs or {}, out)
         if kind_of(func) != "new":
             return out
         for value in out if isinstance(out, tuple | list) else (out,):

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
-from fastgen.batch import Batch
+from fastgen.batch import Batch, Conditioning
 from fastgen.config import load_stored
 from fastgen.config.stored import changed_keys, dump_recipe
 from fastgen.data.ahead import Ahead
@@ -20,7 +20,7 @@ from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
-from fastgen.modules.sharding import local, own_slice
+from fastgen.modules.sharding import is_sharded, local, own_slice
 from fastgen.networks import Ema, Networks
 from fastgen.recipe import OptimizerConfig, Recipe
 from fastgen.registry import RecipeError
@@ -38,7 +38,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     """The optimizer of one role."""
-    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay)
+    fused = True if config.kind == "adamw_fused" else None
+    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=fused)
 
 
 class TrainingError(RuntimeError):
@@ -61,12 +62,17 @@ class TrainingRun:
     stream: Stream
     batches: Ahead
     prompts: list[str]  # the first prompts of the stream, for pictures and the watch
+    images: Conditioning | None  # what is told of their images, if the backbone takes some
     watch: Watch
 
     @property
     def saved(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint stores: every role except the frozen teacher, and the moving average."""
         return {role: self.networks[role] for role in self.networks if role != "teacher"} | {"ema": self.ema.module}
+
+    def first_images(self, rows: range) -> Conditioning | None:
+        """Those of the first prompts with these numbers."""
+        return None if self.images is None else self.images.select(slice(rows.start, rows.stop))
 
     @property
     def student(self) -> Sampler:
@@ -77,6 +83,13 @@ class TrainingRun:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @property
+    def sharded(self) -> list[nn.Module]:
+        """The modules that are sharded by themselves: roles, or the base that they share."""
+        shared = self.backbone.shared
+        whole = [*self.networks.values(), self.ema.module]
+        return [m for m in (whole if shared is None else [*whole, shared.denoiser]) if is_sharded(m)]
 
     @property
     def samples_here(self) -> bool:
@@ -152,10 +165,11 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     backbone = build_backbone(recipe, accelerator.device, deferred=strategy == "fsdp")
     built = build_networks(recipe, backbone)
     if strategy == "fsdp":
-        shard_roles(built.modules | {"average": built.average}, backbone, accelerator)
+        shard_roles(built.modules | {"average": built.average}, backbone, recipe, accelerator)
     else:
-        for module in (*built.modules.values(), built.average):
+        for module in built.modules.values():
             module.to(accelerator.device)
+        built.average.to("cpu" if recipe.train.ema_device == "cpu" else accelerator.device)
     start_networks(recipe, built)
     scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(built.modules, recipe.rollout, scorer)
@@ -174,6 +188,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
         stream=stream,
         batches=batches(recipe, accelerator, backbone, stream),
         prompts=stream.prompts(torch.arange(shown)),
+        images=stream.images(torch.arange(shown)),
         watch=Watch(recipe.health),
     )
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,12 @@ from torch import Tensor, nn
 from fastgen.data.files import is_sealed, sealed
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.sharding import local, slices, whole
+from fastgen.modules.tensor_file import DTYPES, Spec, TensorFile, head, raw
 
 PREFIX = "step_"
 NAME = re.compile(r"step_\d{8,}")
 GOING = ".going.partial"  # ends the name of a checkpoint that is being removed
 COUNTERS = "counters.json"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 Entry = dict[str, Any]  # of a file in the manifest: {"bytes": its size, "sha256": its hash}
 
@@ -123,22 +113,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> En
     """Writes a safetensors file with one whole tensor in memory at a time (https://huggingface.co/docs/safetensors,
     "Format"), and returns its entry in the manifest. Every process must call this, because sharded tensors are
     gathered; only the `writer` writes."""
-    header, offset = dict[str, Any](), 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    chunks = (whole(tensor).detach().cpu().contiguous() for tensor in tensors.values())
+    start, _ = head({name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    chunks = (raw(whole(tensor)) for tensor in tensors.values())
     try:
         if writer:
-            parts = (chunk.reshape(-1).view(torch.uint8).numpy().data for chunk in chunks)
-            return write_durably(path, itertools.chain([len(text).to_bytes(8, "little") + text], parts))
+            return write_durably(path, itertools.chain([start], chunks))
         return None
     finally:
         for _ in chunks:  # gathering needs every process, even one that does not write or whose write failed
@@ -253,12 +232,20 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills tensors in place from a file; a sharded tensor takes its own slice. Raises CheckpointError unless the file
     has exactly these names and shapes."""
     with open_tensors(path) as file:
-        if differing := sorted(set(file.keys()) ^ set(tensors)):
-            raise CheckpointError(
-                f"{path} does not fit this recipe's network; only one of the two has {', '.join(differing[:4])}"
-            )
+        check_names(path, file.keys(), tensors)
         for name, tensor in tensors.items():
             local(tensor).copy_(read_slice(file, name, tensor))
+
+
+def stored_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, one at a time, whole, on the CPU and as they are stored. Raises CheckpointError unless
+    the file has exactly the names and shapes of `tensors`, whose values are not read."""
+    with open_tensors(path) as checked:
+        check_names(path, checked.keys(), tensors)
+    file = TensorFile(path)
+    for name, tensor in tensors.items():
+        check_shape(name, file.specs[name].shape, tensor)
+        yield name, file.read(name)
 
 
 def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -274,8 +261,8 @@ def read_student(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Sets the optimizer's state. A scalar (`step`) stays on the CPU, where AdamW keeps it."""
-    parameters = dict(module.named_parameters())
+    """Sets the optimizer's state. A scalar (`step`) stays on the CPU, where AdamW keeps it, unless it is fused."""
+    parameters, fused = dict(module.named_parameters()), optimizer.defaults.get("fused")
     optimizer.state.clear()
     with open_tensors(path) as file:
         for full in file.keys():  # noqa: SIM118
@@ -284,7 +271,8 @@ def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Mod
                 raise CheckpointError(f"{path} has moments of {name}, which this recipe's network does not have")
             p = parameters[name]
             if not file.get_slice(full).get_shape() and p.dim():
-                optimizer.state[p][key] = file.get_tensor(full)
+                value = file.get_tensor(full)
+                optimizer.state[p][key] = value.to(p.device) if fused else value
             else:
                 moment = torch.zeros_like(p)
                 local(moment).copy_(read_slice(file, full, p))
@@ -294,11 +282,22 @@ def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Mod
 def read_slice(file: Any, name: str, like: Tensor) -> Tensor:
     """This process's slice of a stored tensor. Raises CheckpointError if the shapes differ."""
     stored = file.get_slice(name)
-    if list(stored.get_shape()) != list(like.shape):
-        raise CheckpointError(
-            f"{name} is stored with shape {stored.get_shape()}, but this recipe needs shape {list(like.shape)}"
-        )
+    check_shape(name, stored.get_shape(), like)
     return stored[slices(like)] if like.dim() else file.get_tensor(name)
+
+
+def check_names(path: Path, stored: Iterable[str], tensors: Iterable[str]) -> None:
+    if differing := sorted(set(stored) ^ set(tensors)):
+        raise CheckpointError(
+            f"{path} does not fit this recipe's network; only one of the two has {', '.join(differing[:4])}"
+        )
+
+
+def check_shape(name: str, stored: Sequence[int], like: Tensor) -> None:
+    if list(stored) != list(like.shape):
+        raise CheckpointError(
+            f"{name} is stored with shape {list(stored)}, but this recipe needs shape {list(like.shape)}"
+        )
 
 
 def open_tensors(path: Path) -> Any:

@@ -1,27 +1,25 @@
 """How several processes share a run: how they start, how networks are sharded, and how gradients are averaged."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.lora import LoraDenoiser, is_adapter_layer
-from fastgen.modules.sharding import shard
+from fastgen.modules.sharding import is_sharded, shard
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run.launcher import check_launcher
 
 Strategy = Literal["single", "ddp", "fsdp"]
-BUCKET_BYTES = 25 << 20  # of gradients, averaged by one all-reduce
 
 
 def start(recipe: Recipe) -> Accelerator:
@@ -35,6 +33,9 @@ def start(recipe: Recipe) -> Accelerator:
         raise RecipeError("train.device is cuda, but there is no GPU here; set it to auto or cpu")
     check_launcher(config)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.tf32 and cpu:
+        raise RecipeError("train.tf32 is a mode of GPUs, and this run is on a CPU; leave it out")
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     for count, source in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
@@ -54,7 +55,27 @@ def start(recipe: Recipe) -> Accelerator:
             "train.strategy: fsdp shards networks over processes, but there is only one process; launch more, or set "
             "it to auto"
         )
+    check_shard_group(recipe, accelerator)
+    if strategy_of(recipe, accelerator) == "fsdp" and config.ema_device == "cpu":
+        raise RecipeError("train.ema_device: the moving average is sharded like the networks; leave ema_device out")
     return accelerator
+
+
+def check_shard_group(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises RecipeError unless the processes are whole groups that each share a copy of sharded networks."""
+    group, count = recipe.train.shard_group, accelerator.num_processes
+    if group is None:
+        return
+    if strategy_of(recipe, accelerator) != "fsdp":
+        raise RecipeError(
+            "train.shard_group says how many processes share one copy of sharded networks, but networks are sharded "
+            "only with train.strategy: fsdp; leave shard_group out, or set strategy to fsdp"
+        )
+    if count % group:
+        raise RecipeError(
+            f"train.shard_group is {group}, but {count} processes are no whole groups of {group}; choose a divisor of "
+            f"{count}"
+        )
 
 
 def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
@@ -66,18 +87,42 @@ def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
     return "single" if strategy == "ddp" and accelerator.num_processes == 1 else strategy
 
 
-def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, accelerator: Accelerator) -> None:
+def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, recipe: Recipe, accelerator: Accelerator) -> None:
     """Applies `fully_shard` to every role in place, frozen ones included. A base that roles share is sharded once."""
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh, dtype = mesh_of(recipe, accelerator), gathered_dtype(recipe)
     weights = backbone.weights()
-    for module in modules.values():
-        if not isinstance(module, LoraDenoiser):
-            blocks = module.shard_modules if isinstance(module, Denoiser) else ()
-            shard(module, blocks, mesh, accelerator.device, weights, stored_name)
+    roots = [module for module in modules.values() if not isinstance(module, LoraDenoiser)]
+    for module in roots if backbone.shared is None else (*roots, backbone.shared.denoiser):
+        if isinstance(module, Denoiser):
+            shard(module, module.shard_modules, mesh, accelerator.device, weights, stored_name, dtype)
+            module.gathered_dtype = dtype
+        else:
+            shard(module, (), mesh, accelerator.device, weights, stored_name)
     if backbone.shared is not None:
-        base = backbone.shared.denoiser
-        shard(base, base.shard_modules, mesh, accelerator.device, weights, stored_name)
         backbone.shared.refresh()
+
+
+def mesh_of(recipe: Recipe, accelerator: Accelerator) -> DeviceMesh:
+    """The processes that share a copy of the networks, or with `train.shard_group` (copies, processes of a copy)."""
+    group, count, kind = recipe.train.shard_group, accelerator.num_processes, accelerator.device.type
+    if group is None or group == count:
+        return init_device_mesh(kind, (count,))
+    return init_device_mesh(kind, (count // group, group), mesh_dim_names=("copies", "shards"))
+
+
+def gathered_dtype(recipe: Recipe) -> torch.dtype | None:
+    """The dtype in which sharded networks are gathered: that of autocast. None, as stored, without mixed precision and
+    for objectives that differentiate networks along directions, which they do in float32."""
+    mixed = recipe.train.mixed_precision == "bf16" and not recipe.objective.takes_derivatives
+    return torch.bfloat16 if mixed else None
+
+
+def reduce_in_backward(modules: Iterable[nn.Module], enabled: bool) -> None:
+    """Whether the backward pass reduces the gradients of these networks to shards, as far as they are sharded.
+    Otherwise they are kept whole, and enter the next reduction."""
+    for module in modules:
+        if is_sharded(module):
+            module.set_requires_gradient_sync(enabled)  # type: ignore[operator]
 
 
 def stored_name(module: nn.Module, name: str) -> str:
@@ -94,35 +139,16 @@ def stored_name(module: nn.Module, name: str) -> str:
     return ".".join([*kept, last])
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replaces gradients by their mean over processes, in buckets. Gradients of sharded networks are averaged already
-    and are left as they are. A gradient that a process lacks (of an expert that it did not call) counts as zero there.
-
-    This is done by hand rather than by a DDP wrapper, because one module is called several times per update, by
-    several players."""
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    used = torch.tensor([p.grad is not None for p in whole], dtype=torch.uint8, device=accelerator.device)
-    if not len(used):
-        return
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    bucket: list[Tensor] = []
-    for p, somewhere in zip(whole, used.tolist(), strict=True):
-        if not somewhere:
-            continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if bucket and (sum(g.nbytes for g in bucket) > BUCKET_BYTES or bucket[0].dtype != p.grad.dtype):
-            average(bucket, accelerator.num_processes)
-            bucket = []
-        bucket.append(p.grad)
-    if bucket:
-        average(bucket, accelerator.num_processes)
+def forget_forwards(modules: Iterable[nn.Module]) -> None:
+    """To be called between updates. FSDP remembers the order of the forwards until a backward pass, and would remember
+    all those of a network that has none (the teacher)."""
+    for module in modules:
+        if getattr(module._get_fsdp_state(), "_is_root", None) and hasattr(module, "reset_iter_state"):  # type: ignore[operator]
+            module.reset_iter_state()  # type: ignore[operator]
 
 
-def average(gradients: list[Tensor], num_processes: int) -> None:
-    """Averages several gradients over processes in place, with one all-reduce."""
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    parts = (flat / num_processes).split([g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+def mean_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Logged scalars of all processes, which have the same names, as means over processes, by one all-reduce."""
+    values = torch.stack([value.float() for value in terms.values()])
+    dist.all_reduce(values)
+    return dict(zip(terms, values / dist.get_world_size(), strict=True))

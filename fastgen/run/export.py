@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import fastgen
 from fastgen.backbones.base import Backbone
@@ -14,6 +15,7 @@ from fastgen.config import load_stored
 from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import check_place, replace_file, unused_sibling
 from fastgen.denoiser import Denoiser
+from fastgen.modules.sharding import gathered
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
 from fastgen.run.leftovers import REPLACED, restore
@@ -27,20 +29,24 @@ def export(
     folder: Path,
     step: int,
     rows: Mapping[str, Mapping[str, float]] | None = None,
+    values: Iterable[tuple[str, Tensor]] | None = None,
+    merge: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes an export folder. It is written under a name that nothing else has and takes its place when it is
     complete; an earlier export is removed only then, and put back if that fails. A folder in its place that is no
     export is kept, as NAME.kept-<random>.
 
-    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with."""
+    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with. values:
+    name in the student's state_dict -> tensor, instead of the student's own. merge, dtype: see `export_run`."""
     restore(folder)
     partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
     if stranger := folder.exists() and not (folder / METADATA).is_file():
         old = old.with_name(old.name.replace(REPLACED, "kept").removeprefix("."))
     try:
         whole = recipe.rollout.inputs or recipe.rollout.chunks is not None  # what an adapter could not say
-        adapter = student.is_adapter and backbone.stores_adapters and not whole
-        backbone.save_pipeline(student if adapter else student.merged(), recipe.rollout, partial)
+        adapter = student.is_adapter and backbone.stores_adapters and not (whole or merge)
+        backbone.save_values(student, values or gathered(student), recipe.rollout, partial, not adapter, dtype)
         metadata = {
             "lora": adapter,
             "fastgen": fastgen.__version__,
@@ -120,10 +126,15 @@ def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str
 
 
 def export_run(
-    run: Path, output: Path | None = None, merge: bool = False, rows: Mapping[str, Mapping[str, float]] | None = None
+    run: Path,
+    output: Path | None = None,
+    merge: bool = False,
+    rows: Mapping[str, Mapping[str, float]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Exports the moving average from the last complete checkpoint of a run. merge: adds the adapter of a LoRA run
-    into the weights, so that the export is a whole pipeline.
+    """Exports the moving average from the last complete checkpoint of a run. Of the weights, one tensor at a time is
+    in memory. merge: adds the adapter of a LoRA run into the weights, so that the export is a whole pipeline. dtype:
+    of the student's networks, by default that of the stored teacher, and of an adapter its own.
 
     Raises ValueError if `run` is not a run folder or has no complete checkpoint, or if `output` exists and is not an
     export. Raises CheckpointError if the checkpoint is damaged."""
@@ -136,16 +147,33 @@ def export_run(
     if folder.exists() and not (folder / METADATA).is_file():
         raise ValueError(f"{folder} exists and is not an export; choose another folder")
     check_place(folder)
+    recipe = load_stored(run / "recipe.yaml")
+    checkpoint.verify(checkpoints[-1], only="ema.safetensors")
+    step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
+    student, backbone = empty_student(recipe)
+    values = checkpoint.stored_tensors(checkpoints[-1] / "ema.safetensors", student.state_dict())
+    if merge and student.is_adapter:
+        recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
+    export(student, backbone, recipe, folder, step, rows, values, merge, dtype)
+    return folder
+
+
+def export_sharded(average: Denoiser, recipe: Recipe, folder: Path, step: int, writer: bool) -> None:
+    """Exports an average that is sharded over processes. All of them call this and gather one tensor at a time; the
+    `writer` writes it."""
+    values = gathered(average)
+    try:
+        if writer:
+            student, backbone = empty_student(recipe)
+            export(student, backbone, recipe, folder, step, values=values)
+    finally:
+        for _ in values:  # gathering needs every process, even one that does not write or whose write failed
+            pass
+
+
+def empty_student(recipe: Recipe) -> tuple[Denoiser, Backbone]:
+    """The student of a recipe, to be given values: a pipeline's takes no memory."""
     from fastgen.run.build import build_backbone  # accelerate takes seconds to import
 
-    recipe = load_stored(run / "recipe.yaml")
-    backbone = build_backbone(recipe, torch.device("cpu"), dtype=torch.float32)
-    student = recipe.objective.make_student(backbone, recipe.rollout)
-    checkpoint.verify(checkpoints[-1], only="ema.safetensors")
-    checkpoint.read_into(checkpoints[-1] / "ema.safetensors", student.state_dict())
-    step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
-    if merge and student.is_adapter:
-        student = student.merged()
-        recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
-    export(student, backbone, recipe, folder, step, rows or {})
-    return folder
+    backbone = build_backbone(recipe, torch.device("cpu"), dtype=torch.float32, deferred=True)
+    return recipe.objective.make_student(backbone, recipe.rollout), backbone

@@ -14,6 +14,22 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
     "FSDP_OFFLOAD_PARAMS": "the offloading of sharded parameters",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "the offloading of checkpointed activations",
+    "FSDP_FORWARD_PREFETCH": "forward prefetching",
+}
+
+# FSDP's settings: the values that say what fastgen does, and what that is. How accelerate would save (the state dict
+# type) is not among them, as checkpoints are fastgen's own.
+FSDP = {
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard"), "gathered weights are freed after each block"),
+    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "weights are gathered block by block"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "the blocks are those of the model family"),
+    "FSDP_MIN_NUM_PARAMS": (("100000000",), "the blocks are those of the model family"),  # accelerate's default
+    "FSDP_IGNORED_MODULES": ((), "every network is sharded"),
+    "FSDP_BACKWARD_PREFETCH": (("backward_pre", "1"), "the next block is gathered before a backward pass"),
+    "FSDP_USE_ORIG_PARAMS": (("true",), "FSDP2 keeps the original parameters"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("true",), "every process reads its own slice of the weights"),
+    "FSDP_SYNC_MODULE_STATES": (("true",), "all processes start from the same weights"),
 }
 
 
@@ -55,8 +71,28 @@ def differences(train: TrainConfig) -> Iterator[str]:
             "train.gradient_checkpointing is false, but the launcher was told --fsdp_activation_checkpointing; set "
             "train.gradient_checkpointing=true, or leave that flag out"
         )
+    if said("ACCELERATE_USE_FSDP") == "true":
+        yield from fsdp_differences(train)
     if said("ACCELERATE_USE_CPU") == "true" and train.device == "cuda":
         yield "train.device is cuda, but the launcher was told --cpu; set train.device to auto or cpu"
+
+
+def fsdp_differences(train: TrainConfig) -> Iterator[str]:
+    for variable, (same, what) in FSDP.items():
+        if (value := said(variable)) and value not in same:
+            yield f"the launcher was told {variable}={value}, but {what}; leave that setting out"
+    strategy = said("FSDP_SHARDING_STRATEGY", "full_shard")
+    if strategy in ("hybrid_shard", "4"):
+        if train.shard_group is None:
+            yield (
+                "the launcher was told HYBRID_SHARD, but train.shard_group is not given; set it to the number of "
+                "processes that share a copy of the networks, such as the GPUs of one machine"
+            )
+    elif strategy not in ("full_shard", "1"):
+        yield (
+            f"the launcher was told the sharding strategy {strategy.upper()}, but fastgen shards weights, gradients "
+            "and optimizers; choose FULL_SHARD, or HYBRID_SHARD with train.shard_group"
+        )
 
 
 def said(variable: str, otherwise: str = "") -> str:

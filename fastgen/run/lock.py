@@ -1,4 +1,4 @@
-"""One run per folder: two programs that train in the same folder would write over each other."""
+"""One program per folder: two that train, or prepare, in the same one would write over each other."""
 
 import fcntl
 import os
@@ -42,11 +42,14 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Holds the folder for this run, on all processes alike. The first process has the lock file open; the operating
-    system gives it up when that process ends, however it ends.
+def locked(
+    folder: Path, accelerator: Accelerator, key: str = "output_dir", work: str = "is training in"
+) -> Iterator[None]:
+    """Holds the folder for this program, on all processes alike. The first process has the lock file open; the
+    operating system gives it up when that process ends, however it ends. key, work: what messages call the folder, and
+    what is done there.
 
-    Raises RecipeError, naming the process, if another program trains in the folder. That includes processes which a
+    Raises RecipeError, naming the process, if another program works in the folder. That includes processes which a
     killed launcher has left behind."""
     existed = folder.is_dir()
     handle = None
@@ -58,8 +61,8 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         if accelerator.reduce(taken, "sum") > 0:
             raise RecipeError(
-                f"output_dir: {owner or 'another process'} is training in {folder}; wait for it, or end it (a "
-                "launcher that was killed may have left its processes running), or choose another output_dir"
+                f"{key}: {owner or 'another process'} {work} {folder}; wait for it, or end it (a "
+                f"launcher that was killed may have left its processes running), or choose another {key}"
             )
         yield
     finally:

@@ -138,14 +138,16 @@ def fixed_latents(run: TrainingRun, sampler: Sampler, count: int) -> Tensor:
     """Latents [count, ...] of fixed prompts, with seeds 0, 1, 2, ..., one batch at a time."""
     size = run.recipe.train.batch_size
     chunks = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    return torch.cat([sampler.latents([run.prompts[i] for i in chunk], chunk) for chunk in chunks])
+    return torch.cat(
+        [sampler.latents([run.prompts[i] for i in chunk], chunk, images=run.first_images(chunk)) for chunk in chunks]
+    )
 
 
 def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
     """Saves a picture, or a picture and a video, of the data stream's first prompts with seeds 0, 1, 2, ..."""
     points = sampler.backbone.output == "points"
     count = len(run.prompts) if points else run.recipe.train.num_samples
-    samples = sampler.sample(run.prompts[:count], range(count))
+    samples = sampler.sample(run.prompts[:count], range(count), run.first_images(range(count)))
     if not run.accelerator.is_main_process:
         return
     path.parent.mkdir(exist_ok=True)
@@ -175,7 +177,8 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
 
 
 def quick_metrics(run: TrainingRun) -> dict[str, float]:
-    return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
+    with run.ema.on(run.accelerator.device):
+        return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
 
 
 def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:

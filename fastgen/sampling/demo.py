@@ -57,15 +57,18 @@ class Drawn:
 
 def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
     """The student of a run or an export with its teacher, which share one VAE and one set of text encoders. Raises
-    ValueError if `path` is neither of these nor a pipeline folder, or if its samples are no pictures and no videos."""
+    ValueError if `path` is neither of these nor a pipeline folder, if its samples are no pictures and no videos, and
+    if they are made from images."""
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if not (folder / METADATA).is_file():
         plain = load_sampler(path, device=device, dtype=dtype)
+        check_prompts_alone(path, plain.backbone.config)
         return Pair(plain, None, plain.policy.num_steps, plain.guidance_scale)
     metadata, recipe = read_metadata(folder), load_stored(folder / "recipe.yaml")
     config = build_section("backbone", metadata["backbone"], BACKBONES, BackboneConfig)
     if config.output not in ("pixels", "frames"):
         raise ValueError(f"{path} makes {config.output}; the demo shows pictures and videos")
+    check_prompts_alone(path, config)
     if recipe.rollout.chunks is not None:
         raise ValueError(f"{path} makes videos chunk by chunk; fastgen stream shows them")
     config.check()
@@ -73,6 +76,11 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     student = Sampler(backbone, backbone.load_exported(folder), recipe.rollout, 1.0, folder)
     teacher_steps = max(recipe.eval.teacher_steps, default=backbone.stock_call[0])
     return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance)
+
+
+def check_prompts_alone(path: Path, config: BackboneConfig) -> None:
+    if config.takes_image:
+        raise ValueError(f"{path} makes its samples from images; fastgen sample --image does, and the demo does not")
 
 
 def draw_student(pair: Pair, prompt: str, seed: int, steps: int) -> Drawn:

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgen.backbones.base import Backbone
 from fastgen.data import read_prompts
 from fastgen.data.files import check_place
+from fastgen.data.images import encode_files
 from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
@@ -25,12 +27,16 @@ def sample_folder(
     guidance_scale: float | None,
     batch_size: int,
     negative_prompt: str | None = None,
+    images: Sequence[Path] = (),
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
-    + i. Returns the number of samples.
+    + i. images: the pictures that a pipeline makes its samples from, one for each prompt or one for all. dtype: see
+    `load_sampler`. Returns the number of samples.
 
-    Raises ValueError if there is no prompt, if the folder is not empty, or if this machine cannot write videos."""
+    Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
+    is not empty, or if this machine cannot write videos."""
     texts = [*prompts, *(read_prompts(str(prompt_file)) if prompt_file else [])]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another")
@@ -41,19 +47,23 @@ def sample_folder(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        image=bool(images),
         device=device,
+        dtype=dtype,
     )
     kind = sampler.backbone.output
     if not texts and kind != "points":
         raise ValueError("give --prompt or --prompts")
     if kind == "frames":
         check_writer()
+    given = prompt_images(sampler.backbone, images, len(texts))
     everything = [t for t in texts or [""] for _ in range(num_images)]
     kept: list[Tensor] = []
     bar = progress_bar(len(everything), "sampling", "sample")
     for start in range(0, len(everything), batch_size):
         chunk = range(start, min(start + batch_size, len(everything)))
-        samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk])
+        rows = None if given is None else encode_files(sampler.backbone, [given[i // num_images] for i in chunk])
+        samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk], rows)
         if not bool(samples.isfinite().all()):
             raise ValueError(
                 f"the samples of {path} are not finite: its weights hold NaN, or overflow in this precision; export "
@@ -74,6 +84,20 @@ def sample_folder(
     else:
         save_grid(first, output / "grid.png", columns=max(1, round(len(first) ** 0.5)), captions=everything)
     return len(first)
+
+
+def prompt_images(backbone: Backbone, images: Sequence[Path], count: int) -> list[Path] | None:
+    """The picture of each of `count` prompts; None for a pipeline that takes none. Raises ValueError for a number of
+    pictures that is neither 1 nor that of the prompts, and if pictures are given exactly where none are taken."""
+    if bool(images) != backbone.takes_image:
+        raise ValueError(
+            "this pipeline makes its samples from images: give --image"
+            if backbone.takes_image
+            else "this pipeline makes its samples from prompts alone; leave out --image"
+        )
+    if len(images) not in (0, 1, count):
+        raise ValueError(f"there are {len(images)} images for {count} prompts; give one for each, or one for all")
+    return (list(images) * count)[:count] if images else None
 
 
 def write_sample(sample: Tensor, text: str, stem: Path, fps: int | None) -> None:

@@ -79,30 +79,37 @@ class Sampler:
         return evaluations * (1 if self.guidance_scale == 1 else 2)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], images: Conditioning | None = None) -> Tensor:
         """The samples, decoded by the backbone, float32, on the CPU: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in
-        [0, 1], or points [B, D]. A sample depends on its prompt and seed alone, up to the rounding of batched
-        kernels."""
-        return self.backbone.decode(self.latents(prompts, seeds)).float().cpu()
+        [0, 1], or points [B, D]. A sample depends on its prompt, seed and image alone, up to the rounding of batched
+        kernels. images: rows of `Backbone.encode_images`, one for each prompt, if the backbone takes images."""
+        return self.backbone.decode(self.latents(prompts, seeds, images=images)).float().cpu()
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], key: int | str = "sample") -> Tensor:
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        key: int | str = "sample",
+        images: Conditioning | None = None,
+    ) -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
         noise."""
-        backbone = self.backbone
-        cond, uncond = backbone.encode_both(prompts)
+        backbone, gathered = self.backbone, self.denoiser.gathered_dtype
+        cond, uncond = backbone.encode_both(prompts, images)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
 
         draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
+        with torch.autocast(backbone.device.type, gathered, enabled=gathered is not None, cache_enabled=False):
+            return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
         if self._weights is None:
             return {}
         files = sorted(self._weights.rglob("*.safetensors"))
-        return {str(f.relative_to(self._weights)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+        return {str(f.relative_to(self._weights)): sha256(f) for f in files}
 
 
 def teacher_sampler(
@@ -137,14 +144,17 @@ def load_sampler(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    image: bool = False,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Sampler:
-    """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder.
+    """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder. dtype: of
+    all its networks, by default that in which the denoising network is stored.
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
-    of steps. So does a negative prompt without guidance, and a folder that is none of these."""
+    of steps. So does a negative prompt without guidance, and a folder that is none of these. image: whether samples
+    are to be made from images, for a plain pipeline that can do both."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
@@ -159,15 +169,14 @@ def load_sampler(
         policy = policy.with_steps(num_steps or policy.num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
         location = {"path": str(folder)} if whole else {}
-        backbone = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig).build(
-            device, dtype, 0
-        )
+        config = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig)
+        backbone = config.build(device, dtype or stored_dtype(config), 0)
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    config = dataclasses.replace(pipeline_config(folder), negative_prompt=negative_prompt or "")
+    config = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
     config.check()
-    backbone = config.build(device, dtype, 0)
+    backbone = config.build(device, dtype or stored_dtype(config), 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
     if negative_prompt and scale == 1:
@@ -175,11 +184,22 @@ def load_sampler(
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
 
 
-def pipeline_config(folder: Path) -> PipelineConfig:
-    """The backbone section that loads this diffusers folder. Raises ValueError if no supported family does."""
-    class_name, known = read_index(folder)["_class_name"], list[str]()
-    for _, cls in family_configs():
-        if class_name in cls.pipelines:
-            return cls(path=str(folder))
-        known.extend(cls.pipelines)
-    raise ValueError(f"{folder} contains a {class_name}; supported are {', '.join(known)}")
+def stored_dtype(config: BackboneConfig) -> torch.dtype:
+    """The dtype in which a backbone's denoising network is stored."""
+    return config.build(torch.device("cpu"), torch.float32, 0).stored_dtype
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pipeline_config(folder: Path, image: bool = False) -> PipelineConfig:
+    """The backbone section that loads this diffusers folder; if several can, the one that makes samples from images or
+    not, as `image` says. Raises ValueError if no supported family does."""
+    index, families = read_index(folder), [cls for _, cls in family_configs()]
+    fitting = sorted((cls for cls in families if cls.loads(index)), key=lambda cls: cls.takes_image != image)
+    if not fitting:
+        known = ", ".join(name for cls in families for name in cls.pipelines)
+        raise ValueError(f"{folder} contains a {index['_class_name']}; supported are {known}")
+    return fitting[0](path=str(folder))

@@ -1,0 +1,43 @@
+"""Loading a component of a pipeline, with all its weights and no others."""
+
+from pathlib import Path
+from typing import Any
+
+from fastgen.backbones.folder import variant_of
+from fastgen.modules.sharding import WeightsError
+
+UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
+
+
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers, which takes seconds to import: not before a recipe is known to be good."""
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)
+    except AttributeError:
+        raise WeightsError(
+            f"path: diffusers {diffusers.__version__} has no class {name}, which the pipeline names"
+        ) from None
+
+
+def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:
+    """A network of a pipeline with all its weights. Of a folder that has them in float16 only, these are read.
+
+    Raises WeightsError if the stored tensors are not those of the network that config.json describes: diffusers and
+    transformers would draw the missing ones at random."""
+    part = Path(source) / name
+    try:
+        variant = variant_of(part, cls.__module__.partition(".")[0]) if part.is_dir() else None
+        network, info = cls.from_pretrained(
+            source, subfolder=name, variant=variant, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise WeightsError(f"path: cannot load {name} of {source} as a {cls.__name__}: {error}") from None
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs", *UNEXPECTED.get(cls.__module__.split(".")[0], ())):
+        if found := sorted(map(str, info.get(kind) or ())):
+            raise WeightsError(
+                f"path: the weights of {name} in {source} are not those of the {cls.__name__} in its config.json: "
+                f"{kind.replace('_', ' ')} {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
+            )
+    return network

@@ -1,0 +1,149 @@
+"""Wan's transformer behind the contract of a network: whole videos, chunk by chunk as a causal network, or videos
+whose first picture is given."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.batch import Conditioning
+from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.inputs import WanExtraInputs
+from fastgen.schedule import FlowSchedule, expand
+from fastgen.streaming.causal_wan import make_causal, place_of, placed
+
+LOWEST = 1e-4  # the level below which no prediction is divided by it
+
+
+def by_frame(value: Tensor, frames: int) -> Tensor:
+    """[B, F]: a value [B] for each frame; values that are by frame stay as they are."""
+    return value if value.dim() == 2 else value[:, None].expand(-1, frames)
+
+
+class WanDenoiser(Denoiser):
+    """An unmodified WanTransformer3DModel behind the contract, x_t [B, F, C, H, W].
+
+    t may be [B, F], one level per latent frame. The network can work chunk by chunk, as a causal one.
+
+    Features are the video tokens after the block at half depth, the one
+    at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
+
+    network: Any  # a WanTransformer3DModel
+    extra_inputs = WanExtraInputs
+    takes_chunks = True
+
+    def __init__(self, network: Any):
+        super().__init__(network, FlowSchedule(), "flow_prediction")
+        self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        if inputs.streams or t.dim() == 2:
+            return self.call_by_frame(x_t, t, cond, inputs)
+        return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+
+    def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """The stock network's own call, x [B, C, F, H, W]."""
+        dtype = self.network.dtype  # not that of its first weights, which stay float32
+        image = cond.get("image_embeds")
+        return self.network(
+            hidden_states=x.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            encoder_hidden_states_image=None if image is None else image.to(dtype),
+            return_dict=False,
+        )[0]
+
+    def call_by_frame(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        """The network with its frames folded into the batch axis, so that each has a level of its own, and with
+        attention over what `streaming.causal_wan.place_of` says. t: [B], or [B, F] for each frame."""
+        make_causal(self.network)
+        frames = x_t.shape[1]
+        t = by_frame(t, frames)
+        if inputs.clean is not None and inputs.causal is not None:
+            if inputs.embedded:
+                raise ValueError(
+                    f"teacher forcing in one pass takes no inputs besides t, got {sorted(inputs.embedded)}"
+                )
+            x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
+            t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
+        scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
+        values: dict[str, Any] = {name: by_frame(value, frames).flatten() for name, value in scalars.items()}
+        flat = Inputs(**values)
+        with placed(self.network, place_of(self.network, x_t, inputs)):
+            out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
+        return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        return self.network.condition_embedder
+
+    def set_time_embedding(self, module: nn.Module) -> None:
+        self.network.condition_embedder = module
+
+    @property
+    def feature_modules(self) -> Sequence[nn.Module]:
+        blocks = self.network.blocks
+        depths = {len(blocks) // 2, 3 * len(blocks) // 4, len(blocks) - 1}
+        return [blocks[i] for i in sorted(depths)]
+
+    @property
+    def shard_modules(self) -> Sequence[nn.Module]:
+        return list(self.network.blocks)
+
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        """One token; all of it for a causal network, whose chunks are counted in frames."""
+        if inputs.streams:
+            return x_t, t, inputs
+        frames, height, width = self.network.config.patch_size
+        t = t if t.dim() == 1 else t[:, :frames]
+        s = inputs.s if inputs.s is None or inputs.s.dim() == 1 else inputs.s[:, :frames]
+        return x_t[:, :frames, :, :height, :width], t, replace(inputs, s=s)
+
+
+class GivenFrameDenoiser(WanDenoiser):
+    """A network that is given the first picture. It takes whole videos, of the size that the given latents have."""
+
+    takes_chunks = False
+
+    def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+        return x_t, t, inputs
+
+
+class WanI2VDenoiser(GivenFrameDenoiser):
+    """A WanTransformer3DModel that is given a second video along the channels: cond["image_latents"] is
+    [B, F, 4 + C, H, W], a mask and the latents."""
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        x = torch.cat([x_t, cond["image_latents"].to(x_t.dtype)], dim=2)
+        return self.call_stock(x.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+
+
+class WanTI2VDenoiser(GivenFrameDenoiser):
+    """A WanTransformer3DModel that is given the first latent frame: cond["image_latents"] is [B, 1, C, H, W].
+
+    The network sees it clean, at level 0, whatever x_t holds there. What it says of this frame is not used: the
+    prediction there is the velocity that leads to the given latents z,
+
+        v = (x_t - z) / t,   so that x0 = x_t - t v = z                                             (derived)
+
+    The stock pipeline instead puts z there before every call and at the end, which gives the same videos. All roles
+    agree in this frame, so it has no part in differences of scores, and no gradient."""
+
+    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        given = cond["image_latents"].to(x_t.dtype)
+        x = torch.cat([given, x_t[:, 1:]], dim=1).transpose(1, 2)
+        out = self.call_stock(x, self.token_times(x, self.timestep(t, inputs)), cond).transpose(1, 2)
+        first = (x_t[:, :1] - given) / expand(t.clamp_min(LOWEST), x_t)
+        return torch.cat([first, out[:, 1:].to(first.dtype)], dim=1)
+
+    def token_times(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """[B, L], or [B, L (1 + n)] with n packed inputs: the timestep [B] or [B, 1 + n] of all tokens, 0 in the
+        first frame."""
+        _, high, wide = self.network.config.patch_size
+        frame = x.shape[-2] // high * (x.shape[-1] // wide)
+        tokens = timestep.unflatten(0, (-1, 1)).repeat_interleave(x.shape[2] * frame, dim=1)
+        mask = torch.ones_like(tokens)
+        (mask if mask.dim() == 2 else mask[..., 0])[:, :frame] = 0
+        return (tokens * mask).flatten(1)
