@@ -340,9 +340,12 @@ def main() -> None:
 
 
 def run_file(file: str, arguments: argparse.Namespace) -> None:
-    there = read_rows(arguments.rows)
-    found = [m for m in find(file) if drawn(m, arguments.share)]
-    waiting = [m for m in found if m.name not in there or (arguments.again and not there[m.name]["caught"])]
+    there, again = read_rows(arguments.rows), arguments.again
+    waiting = [
+        m
+        for m in find(file)
+        if (again and not there[m.name]["caught"] if m.name in there else drawn(m, arguments.share))
+    ]
     if not waiting:
         return
     log = Path(tempfile.gettempdir()) / f"mutation_{os.getpid()}.log"

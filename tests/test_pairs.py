@@ -179,7 +179,7 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(
     calls, allowed = 0, 9
     prepare(recipe_of(), tmp_path / "folder", shard_size=3, pairs=SETTINGS)
     assert calls == 2 and contents(tmp_path / "folder") == contents(stored)
-    monkeypatch.setattr("fastgen.run.prepare.teacher_sampler", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("fastgen.run.prepared_files.teacher_sampler", lambda *_: pytest.fail("the teacher was loaded"))
     prepare(recipe_of(), tmp_path / "folder", shard_size=3, pairs=SETTINGS)
 
 

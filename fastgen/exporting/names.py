@@ -24,9 +24,14 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "sana_sprint"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "pixart_sigma"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
-    ("", "qwen_image_edit"): "its files were compared with no reader; plain diffusers reads the ordinary export",
-    ("", "wan_i2v"): "its files were compared with no reader; plain diffusers reads the ordinary export",
-    ("", "wan_vace"): "its files were compared with no reader; plain diffusers reads the ordinary export",
+    **{
+        (
+            "",
+            name,
+        ): "its workflow would need the picture that a sample is made from, which fastgen does not write; plain "
+        "diffusers reads the ordinary export"
+        for name in ("wan_i2v", "wan_vace", "qwen_image_edit")
+    },
 }
 
 
