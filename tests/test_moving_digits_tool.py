@@ -1,5 +1,6 @@
 """The script that makes the moving digits teacher: its interrupted training ends where an uninterrupted one ends."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path: Path, monkeyp
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         assert torch.equal(one, other)
     assert training.progress(tmp_path / "pieces")["steps"] == 12
+
+
+def test_tensors_with_two_names_are_kept_once(tmp_path: Path):
+    one = nn.Linear(2, 2)
+    network = nn.Sequential(one, nn.Linear(2, 3), one)
+    average = copy.deepcopy(network)
+    training.write(tmp_path, network, average, [], 4, 60.0)
+    with torch.no_grad():
+        saved = [p.clone() for p in network.parameters()]
+        for p in network.parameters():
+            p.zero_()
+    assert training.read(tmp_path, network, average, []) == (4, 60.0)
+    assert all(torch.equal(*pair) for pair in zip(saved, network.parameters(), strict=True))
+    assert sorted(training.own(network)) == ["0.bias", "0.weight", "1.bias", "1.weight"]
 
 
 def test_muons_update_keeps_the_directions_and_levels_their_sizes():

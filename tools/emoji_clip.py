@@ -18,12 +18,16 @@ WIDTH, PROJECTION = 128, 96
 BATCH = 128
 
 
-def new_tokenizer(prompts: list[str]) -> CLIPTokenizer:
-    """A byte-pair tokenizer of TOKENS tokens that was trained on these prompts."""
+def tokenizer_of(work: Path) -> CLIPTokenizer:
+    """A byte-pair tokenizer of TOKENS tokens for the captions. It is trained once and kept in `work`, because the
+    numbers that its training gives the tokens differ from process to process."""
+    if (folder := work / "tokenizer").is_dir():
+        return CLIPTokenizer.from_pretrained(folder)
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     start = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
-    return start.train_new_from_iterator(prompts, TOKENS)
+    start.train_new_from_iterator(every_prompt(work), TOKENS).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -80,7 +84,7 @@ def train_clip(folder: Path, work: Path, seed: int, steps: int) -> None:
     """Train CLIP on the pictures that are not held out; write it with its tokenizer into `folder`."""
     torch.manual_seed(seed)
     emoji, pixels = split(work, held=False)
-    tokenizer = new_tokenizer(every_prompt(work))
+    tokenizer = tokenizer_of(work)
     clip, ids, often = new_clip(tokenizer), tokens_of(tokenizer, emoji), weights(emoji)
 
     def losses(step: int, steps: int) -> dict[str, Tensor]:

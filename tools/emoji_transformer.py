@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from emoji_clip import LENGTH, new_tokenizer
+from emoji_clip import LENGTH, tokenizer_of
 from emoji_pictures import WORDINGS, every_prompt, split, vocabulary, weights
 from emoji_vae import CHANNELS, encode_raw, read_vae
 from make_digits_teacher import t5_tokenizer
@@ -34,9 +34,9 @@ BATCH = 64
 class Network(nn.Module):
     """The transformer with the text encoders, which are trained together."""
 
-    def __init__(self, prompts: list[str]):
+    def __init__(self, work: Path):
         super().__init__()
-        self.tokenizer, self.tokenizer_3 = new_tokenizer(prompts), t5_tokenizer(vocabulary(prompts))
+        self.tokenizer, self.tokenizer_3 = tokenizer_of(work), t5_tokenizer(vocabulary(every_prompt(work)))
         self.text_encoder, self.text_encoder_2 = clip_encoder(self.tokenizer), clip_encoder(self.tokenizer)
         self.text_encoder_3 = t5_encoder(self.tokenizer_3)
         self.transformer = new_transformer()
@@ -133,7 +133,7 @@ def train_transformer(folder: Path, work: Path, seed: int, steps: int) -> None:
     """Train transformer and text encoders on the latents of the pictures that are not held out; write the pipeline."""
     torch.manual_seed(seed)
     emoji, pixels = split(work, held=False)
-    vae, network = read_vae(folder), Network(every_prompt(work))
+    vae, network = read_vae(folder), Network(work)
     latents = (encode_raw(vae, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
     prompts = [e.prompt(wording) for e in emoji for wording in range(len(WORDINGS))]
     clip, t5 = network.tokens([*prompts, ""])

@@ -99,9 +99,16 @@ def train(
     return averaged
 
 
+def own(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a network's state dict; one that has two names is there once."""
+    named = network.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(named.items())}
+    return {name: value.detach() for name, value in named.items() if first[id(value)] == name}
+
+
 def tensors_of(network: nn.Module, averaged: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    found = {f"network.{name}": value for name, value in network.state_dict().items()}
-    found |= {f"average.{name}": value for name, value in averaged.state_dict().items()}
+    found = {f"network.{name}": value for name, value in own(network).items()}
+    found |= {f"average.{name}": value for name, value in own(averaged).items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -135,7 +142,8 @@ def read(folder: Path, network: nn.Module, averaged: nn.Module, optimizers: list
         return 0, 0.0
     found = load_file(path)
     for prefix, module in (("network.", network), ("average.", averaged)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+        for name, value in own(module).items():
+            value.copy_(found[prefix + name])
     for number, optimizer in enumerate(optimizers):
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in found.items():
