@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from emoji_clip import LENGTH, tokenizer_of
 from emoji_pictures import WORDINGS, every_prompt, split, vocabulary, weights
 from emoji_vae import CHANNELS, encode_raw, read_vae
-from make_digits_teacher import t5_tokenizer
+from make_digits_teacher import begun_at_zero, t5_tokenizer
 from torch import Tensor, nn
 from training import optimizers, train
 from transformers import (
@@ -20,8 +20,6 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-
-from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor
 
 T5_LENGTH = 256  # tokens that the stock pipeline gives T5, the rest of which are padding
 CLIP_WIDTH, T5_WIDTH = 64, 128
@@ -106,7 +104,7 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def new_transformer() -> SD3Transformer2DModel:
-    """The untrained transformer, its modulations and output at zero as is usual for diffusion transformers."""
+    """The untrained transformer."""
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -121,12 +119,7 @@ def new_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
-    modulations = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    for layer in [*(norm.linear for norm in (*modulations, transformer.norm_out)), transformer.proj_out]:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    transformer.set_attn_processor(FoldedJointAttnProcessor())
-    return transformer
+    return begun_at_zero(transformer)
 
 
 def train_transformer(folder: Path, work: Path, seed: int, steps: int) -> None:

@@ -361,7 +361,7 @@ def read_transformer(args: argparse.Namespace) -> SD3Transformer2DModel:
 
 
 def new_transformer() -> SD3Transformer2DModel:
-    """The untrained transformer, its modulations and output at zero as is usual for diffusion transformers."""
+    """The untrained transformer."""
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -375,6 +375,11 @@ def new_transformer() -> SD3Transformer2DModel:
         pooled_projection_dim=2 * CLIP_WIDTH,
         pos_embed_max_size=8,
     )
+    return begun_at_zero(transformer)
+
+
+def begun_at_zero(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """Sets its modulations and output to zero, as is usual for diffusion transformers, and folds repeated tokens."""
     modulations = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     for layer in [*(norm.linear for norm in (*modulations, transformer.norm_out)), transformer.proj_out]:
         nn.init.zeros_(layer.weight)
