@@ -15,7 +15,7 @@ from fastgen.rewards.images import normalise
 LENGTH = 24  # tokens of a caption, at most
 TOKENS = 4000  # of the tokenizer
 WIDTH, PROJECTION = 128, 96
-BATCH = 128
+BATCH = 96
 
 
 def tokenizer_of(work: Path) -> CLIPTokenizer:
@@ -80,7 +80,7 @@ def text_features(clip: CLIPModel, ids: Tensor) -> Tensor:
     return F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
 
 
-def train_clip(folder: Path, work: Path, seed: int, steps: int) -> None:
+def train_clip(folder: Path, work: Path, seed: int, steps: int, bf16: bool) -> None:
     """Train CLIP on the pictures that are not held out; write it with its tokenizer into `folder`."""
     torch.manual_seed(seed)
     emoji, pixels = split(work, held=False)
@@ -90,7 +90,7 @@ def train_clip(folder: Path, work: Path, seed: int, steps: int) -> None:
     def losses(step: int, steps: int) -> dict[str, Tensor]:
         rows = torch.multinomial(often, BATCH)
         captions = ids[rows, torch.randint(len(WORDINGS), (BATCH,))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             image = image_features(clip, augmented(pixels[rows].float() / 255))
             text = text_features(clip, captions)
         logits = clip.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T

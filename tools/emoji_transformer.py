@@ -122,7 +122,7 @@ def new_transformer() -> SD3Transformer2DModel:
     return begun_at_zero(transformer)
 
 
-def train_transformer(folder: Path, work: Path, seed: int, steps: int) -> None:
+def train_transformer(folder: Path, work: Path, seed: int, steps: int, bf16: bool) -> None:
     """Train transformer and text encoders on the latents of the pictures that are not held out; write the pipeline."""
     torch.manual_seed(seed)
     emoji, pixels = split(work, held=False)
@@ -138,7 +138,7 @@ def train_transformer(folder: Path, work: Path, seed: int, steps: int) -> None:
         prompt = torch.where(torch.rand(BATCH) < UNPROMPTED, unprompted, prompt)
         clean, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:])
         t = torch.sigmoid(1.2 * torch.randn(BATCH))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             velocity = network(torch.lerp(clean, noise, t.view(-1, 1, 1, 1)), t, clip[prompt], t5[prompt])
         return {"loss": F.mse_loss(velocity.float(), noise - clean)}
 

@@ -14,8 +14,8 @@ from transformers import CLIPModel
 from fastgen.rewards.images import normalise
 
 CHANNELS = 16
-WIDTHS = (24, 48, 96, 128)
-BATCH = 32
+WIDTHS = (16, 32, 64, 128)
+BATCH = 16
 KL_WEIGHT = 1e-6
 FEATURE_WEIGHT = 0.02
 
@@ -67,7 +67,7 @@ def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return pixels.diff(dim=2), pixels.diff(dim=3)
 
 
-def train_vae(folder: Path, clip_folder: Path, work: Path, seed: int, steps: int) -> None:
+def train_vae(folder: Path, clip_folder: Path, work: Path, seed: int, steps: int, bf16: bool) -> None:
     """Train the autoencoder and write it into `folder`, with the scale and shift of its latents in its config."""
     torch.manual_seed(seed)
     _, pixels = split(work, held=False)
@@ -76,7 +76,7 @@ def train_vae(folder: Path, clip_folder: Path, work: Path, seed: int, steps: int
     def losses(step: int, steps: int) -> dict[str, Tensor]:
         real = pixels[torch.randint(len(pixels), (BATCH,))].float() / 255
         real = torch.cat([real[: BATCH // 2], moved(real[BATCH // 2 :])]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             posterior = vae.encode(real * 2 - 1).latent_dist
             again = vae.decode(posterior.sample()).sample.float() / 2 + 0.5
             features = F.mse_loss(seen(clip, again), seen(clip, real))

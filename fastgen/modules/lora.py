@@ -99,8 +99,8 @@ class SharedBase:
     def switch(self, role: str | None) -> None:
         """Turns on the role's adapter and time embedder, and all others off. None: the base alone."""
         for layer in self._layers:  # not with peft's set_adapter, see the top of this file
-            layer._disable_adapters = role is None
-            layer._active_adapter = [] if role is None else [role]
+            values = {"_disable_adapters": role is None, "_active_adapter": [] if role is None else [role]}
+            vars(layer).update(values)  # without nn.Module's __setattr__: there are hundreds of layers
         if len(self._embeddings) > 1:
             self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
         self.denoiser.tell(self.guidance.get(role))

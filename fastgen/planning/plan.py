@@ -51,7 +51,7 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Score, Scorer
 from fastgen.rollout import backward_simulation
-from fastgen.run.build import build_backbone, build_networks, start_networks
+from fastgen.run.build import build_backbone, build_networks, start_checkpointing
 from fastgen.signals import guided, per_sample_mean
 
 CONTEXT = 1_000_000_000  # bytes; ours, about what a CUDA context with cuBLAS, cuDNN and NCCL takes
@@ -154,7 +154,7 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
         weightless(module)
     if backbone.shared is not None:
         backbone.shared.refresh()
-    start_networks(recipe, built)
+    start_checkpointing(recipe, built)  # adapters need no values
     scorer = StandInScorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(modules, recipe.rollout, scorer)
     roles = [role_of(name, module, recipe, backbone, gpu) for name, module in networks.items()]

@@ -33,7 +33,7 @@ class Memory:
 
 
 class Layout:
-    """Everything about a tensor except its values."""
+    """Everything about a tensor except its values. Equal layouts are one object (`layout_of`)."""
 
     def __init__(self, tensor: Tensor):
         self.shape, self.strides, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -43,58 +43,86 @@ class Layout:
         return Weightless(self, memory or Memory(self.nbytes))
 
 
+_layouts: dict[Any, Layout] = {}
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    return _layouts.setdefault((*described(tensor), tensor.untyped_storage().nbytes()), Layout(tensor))
+
+
+def described(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+class Operation:
+    """What is known of an operation of torch. kind: what it returns, which is its first argument ("in place"), a view
+    of it ("view"), a tensor of one value ("like", "new constant") or any other new tensor ("new"). results: what it
+    returned, and the floating-point operations that took, by the layouts of its arguments."""
+
+    def __init__(self, func: Any):
+        self.func, self.results = func, dict[Any, tuple[Any, int]]()
+        self.returns = bool(func._schema.returns)
+        aliased = any(r.alias_info is not None for r in func._schema.returns)
+        self.kind = "in place" if func._schema.name.endswith("_") else "view" if aliased else "new"
+        self.kind = "like" if func in CONSTANTS_LIKE else "new constant" if func in CONSTANTS_NEW else self.kind
+
+    def __call__(self, args: Any, kwargs: Any) -> tuple[Any, int]:
+        """The result, and its floating-point operations."""
+        if self.kind == "in place":
+            return args[0] if self.returns else None, 0
+        if self.kind == "like" and args[0].numel() <= SMALL:
+            return self.func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs), 0
+        if self.kind == "new constant" and torch.Size(args[1]).numel() <= SMALL:
+            return self.func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs), 0
+        key = (signature(args), signature(tuple(kwargs.items()))) if kwargs else signature(args)
+        if key not in self.results:
+            result = self.func(*tree_map(bare, args), **tree_map(bare, kwargs))
+            count = flops(self.func, args, kwargs, result)
+            self.results[key] = tree_map(lambda v: layout_of(v) if isinstance(v, Tensor) else v, result), count
+        memory = args[0].memory if self.kind == "view" else None
+        found, count = self.results[key]
+        if isinstance(found, Layout):
+            return found.make(memory), count
+        return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found), count
+
+
+_operations: dict[Any, Operation] = {}
+
+
+def operation(func: Any) -> Operation:
+    found = _operations.get(func)
+    if found is None:
+        found = _operations[func] = Operation(func)
+    return found
+
+
 class Weightless(Tensor):
     """A tensor of known size without values. What an operation returns is found by running it on meta tensors. That is
     remembered by the layouts of its arguments, because networks repeat their blocks."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     memory: Memory
+    described: Layout
 
     @staticmethod
     def __new__(cls, layout: Layout, memory: Memory) -> "Weightless":
         result = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, layout.shape, layout.strides, layout.offset, dtype=layout.dtype, device=CPU
         )
-        result.memory = memory
+        result.memory, result.described = memory, layout
         return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        if func in CONSTANTS_LIKE and args[0].numel() <= SMALL:
-            return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
-        if func in CONSTANTS_NEW and torch.Size(args[1]).numel() <= SMALL:
-            return func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs)
-        kind = kind_of(func)
-        if kind == "in place":
-            return args[0] if func._schema.returns else None
-        key = (func, signature(args), signature(tuple(kwargs.items())) if kwargs else ())
-        if key not in _results:
-            result = func(*tree_map(bare, args), **tree_map(bare, kwargs))
-            _results[key] = tree_map(lambda value: Layout(value) if isinstance(value, Tensor) else value, result)
-        memory = args[0].memory if kind == "view" else None
-        found = _results[key]
-        if isinstance(found, Layout):
-            return found.make(memory)
-        return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found)
-
-
-_results: dict[Any, Any] = {}
-_kinds: dict[Any, str] = {}
-
-
-def kind_of(func: Any) -> str:
-    """What an operation returns: its first argument ("in place"), a view of it ("view"), or a new tensor ("new")."""
-    if func not in _kinds:
-        aliased = any(r.alias_info is not None for r in func._schema.returns)
-        _kinds[func] = "in place" if func._schema.name.endswith("_") else "view" if aliased else "new"
-    return _kinds[func]
+        return operation(func)(args, kwargs or {})[0]
 
 
 def signature(value: Any) -> Any:
     """A hashable key of everything in an argument that the layouts of an operation's results depend on."""
+    if type(value) is Weightless:
+        return value.described
     if isinstance(value, Tensor):
-        return (value.shape, value.stride(), value.storage_offset(), value.dtype)
+        return described(value)
     if isinstance(value, list | tuple):
         return tuple([signature(v) for v in value])
     return (type(value), value)
@@ -111,7 +139,7 @@ def bare(value: Any) -> Any:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Weightless:
-    return Layout(torch.empty(shape, dtype=dtype, device=META)).make(None)
+    return layout_of(torch.empty(shape, dtype=dtype, device=META)).make(None)
 
 
 def weightless(module: nn.Module) -> nn.Module:
@@ -150,13 +178,36 @@ def nbytes(memory: Any) -> int:
     return memory.nbytes if isinstance(memory, Memory) else memory.nbytes()
 
 
-class LiveBytes(TorchDispatchMode):
+class Watching:
+    """Sees every operation. It is a class of its own because a mode's own __torch_dispatch__ is wrapped for
+    torch.compile, which nothing here uses and which takes a third of the time."""
+
+    flops: int
+    note: Callable[[Any], None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, known = kwargs or {}, operation(func)
+        if Weightless in types:
+            out, count = known(args, kwargs)  # at once, instead of through another dispatch
+        else:
+            out = func(*args, **kwargs)
+            count = flops(func, args, kwargs, out)
+        self.flops += count
+        if known.kind in ("in place", "view"):
+            return out
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self.note(memory_of(value))
+        return out
+
+
+class LiveBytes(Watching, TorchDispatchMode):
     """Counts the bytes of storages that operations have made since it was entered and that are still alive, for real
     and for weightless tensors. Memory that kernels use internally and release is not seen.
 
     gradients: bytes of the gradients declared by `own_gradients`. live: all other bytes. flops: floating-point
-    operations so far. history: the moments
-    (live, gradients) that `mark` keeps; the largest sum of the two is the peak."""
+    operations so far. history: the moments (live, gradients) that `mark` keeps; the largest sum of the two is the
+    peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,16 +215,6 @@ class LiveBytes(TorchDispatchMode):
         self.history: list[tuple[int, int]] = [(0, 0)]
         self._known: dict[int, weakref.ref] = {}
         self._owned: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.flops += flops(func, args, kwargs or {}, out)
-        if kind_of(func) != "new":
-            return out
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self.note(memory_of(value))
-        return out
 
     def note(self, memory: Any) -> None:
         key = identity(memory)

@@ -154,6 +154,11 @@ def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
     for module in networks.modules.values():
         if isinstance(module, LoraDenoiser) and module.role:
             module.reset(recipe.seed)
+    start_checkpointing(recipe, networks)
+
+
+def start_checkpointing(recipe: Recipe, networks: RunNetworks) -> None:
+    for module in networks.modules.values():
         if recipe.train.gradient_checkpointing and isinstance(module, Denoiser):
             module.enable_checkpointing()
 
