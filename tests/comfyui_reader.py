@@ -25,7 +25,8 @@ KNOWN = {
     ),
     "unet": (
         *(f"{attention}.to_{part}" for attention in ("attn1", "attn2") for part in ("q", "k", "v", "out.0")),
-        *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj", "conv1", "conv2"),
+        *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj", "conv1", "conv2", "conv_shortcut"),
+        *("downsamplers.0.conv", "upsamplers.0.conv"),
     ),
 }
 NODES = {  # class -> the names of its inputs, and how many outputs it has

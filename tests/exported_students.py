@@ -30,13 +30,15 @@ SEEDS = [3, 1]
 
 @dataclass(frozen=True)
 class Case:
-    """folder: writes a tiny pipeline, or finds one. config: its backbone section. call: of the stock pipeline."""
+    """folder: writes a tiny pipeline, or finds one. config: its backbone section. call: of the stock pipeline.
+    targets: of the adapter."""
 
     folder: Callable[[Path], Path]
     config: Callable[[Path], PipelineConfig]
     prompts: list[str]
     policy: RolloutPolicy = field(default_factory=lambda: RolloutPolicy((1.0, 0.6), "ode"))
     call: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] | None = None
 
 
 def of_family(name: str) -> Case:
@@ -59,11 +61,16 @@ def wan_config(folder: Path) -> WanConfig:
 
 WAN = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8, "guidance_scale": 1.0}
 SD = RolloutPolicy((1.0, 0.5), "renoise")
+DMD2 = (  # the layers of DMD2's adapter of SDXL (tianweiy/DMD2, main/sd_unified_model.py)
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+    *("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
 CASES = {
     "sd": Case(with_attention, lambda folder: SDConfig(str(folder)), ["a red cat", "b"], SD),
     "sdxl": Case(
         lambda folder: tiny_sdxl(folder, second=24), lambda folder: SDConfig(str(folder)), ["a red cat", "b"], SD
     ),
+    "sdxl-dmd2": Case(tiny_sdxl, lambda folder: SDConfig(str(folder)), ["a red cat", "b"], SD, targets=DMD2),
     "sd3": Case(lambda _: ROOT / "assets/teachers/digits", lambda folder: SD3Config(str(folder)), ["a three", "b"]),
     "flux-dev": of_family("flux-dev"),
     "flux2-dev": of_family("flux2-dev"),
@@ -73,7 +80,7 @@ CASES = {
     "wan": Case(tiny_wan, wan_config, ["a cat runs", "a dog"], call=WAN),
     "wan-experts": Case(lambda f: tiny_wan(f, experts=2), wan_config, ["a cat runs", "a dog"], call=WAN),
 }
-TRANSFORMERS = [name for name in CASES if name not in ("sd", "sdxl")]
+TRANSFORMERS = [name for name in CASES if name not in ("sd", "sdxl", "sdxl-dmd2")]
 
 
 class Written:
@@ -84,11 +91,11 @@ class Written:
         self.base = case.folder(folder / "base")
         config = case.config(self.base)
         self.backbone: Any = config.build(
-            torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(rank=4, alpha=8)})
+            torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4, 8, case.targets)})
         )
         self.student = self.backbone.load("student")
         for i, p in enumerate(self.student.parameters()):
-            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+            torch.nn.init.normal_(p, std=0.1 if p.dim() < 4 else 0.03, generator=torch.Generator().manual_seed(i))
         self.backbone.save_pipeline(self.student, case.policy, folder / "adapter")
         self.backbone.save_pipeline(self.student.merged(), case.policy, folder / "merged")
         self.pixels = self.stock_pixels(self.pipeline(folder / "merged"))

@@ -6,17 +6,22 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from exported_students import DMD2
 from safetensors.torch import load_file
+from tiny_pipelines import tiny_sd
 from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone, RoleOptions
+from fastgen.backbones.sd import SDConfig
 from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs
-from fastgen.modules.lora import LoraConfig, LoraDenoiser
+from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
+from fastgen.modules.sharding import gathered
 from fastgen.networks import frozen
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
+from fastgen.rollout import RolloutPolicy
 from fastgen.run import checkpoint
 from fastgen.run.export import export_run
 from fastgen.sampling.sampler import load_sampler
@@ -206,3 +211,47 @@ def test_a_target_that_matches_nothing_is_named(backbone: Backbone) -> None:
     assert backbone.shared is not None
     with pytest.raises(ValueError, match="'to_quack'"):
         backbone.shared.add("other", LoraConfig(targets=("to_q", "to_quack")))
+
+
+def test_targets_may_be_convolutions(tmp_path: Path) -> None:
+    """A is k x k and B 1 x 1, as in peft. The adapter starts at the teacher, gets gradients everywhere, and its merge,
+    by peft and tensor by tensor, is the same network. By default only linear layers have adapters."""
+    folder, config = tiny_sd(tmp_path / "sd"), LoraConfig(rank=2, alpha=6, targets=(*DMD2, "conv_in"))
+    built = SDConfig(str(folder)).build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": config}))
+    student, teacher = built.load("student"), built.load("teacher")
+    student.reset(0)
+    shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
+    assert shapes["network.conv_in.lora_A.weight"] == (2, 4, 3, 3)
+    assert shapes["network.conv_in.lora_B.weight"] == (8, 2, 1, 1)
+    x_t, t, cond = noise.normal(torch.arange(2), built.latent_shape, 1), torch.tensor([0.5, 0.9]), built.encode_prompts
+    example = (x_t, t, cond(["a red cat", "b"]))
+    assert torch.equal(student(*example), teacher(*example))
+    for name, p in student.named_parameters():  # drawn in +- 1 / sqrt(number of inputs)
+        if ".lora_A." in name:
+            bound = p[0].numel() ** -0.5
+            assert bound / 2 < p.abs().max() <= bound, name
+    for i, p in enumerate(student.parameters()):
+        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(i))
+    moved = student(*example)
+    moved.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+    merged = student.merged()(*example)
+    built.save_values(student, gathered(student), RolloutPolicy((1.0, 0.5)), tmp_path / "whole", whole=True)
+    stored = built.load_exported(tmp_path / "whole")(*example)
+    errors = [(other - moved).abs().max().item() for other in (merged, stored, teacher(*example))]
+    print(
+        "largest difference of the merge of peft {:.1e}, of the stored one {:.1e}, of the base {:.1e}".format(*errors)
+    )
+    assert errors[0] < 1e-4 and errors[1] < 1e-4 < 1e-2 < errors[2]
+    plain = SDConfig(str(folder)).build(
+        torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(rank=2)})
+    )
+    assert all(p.dim() == 2 for p in plain.load("student").parameters())
+
+
+def test_a_convolution_whose_adapter_could_not_be_merged_is_refused(tmp_path: Path) -> None:
+    built = SDConfig(str(tiny_sd(tmp_path / "sd"))).build(torch.device("cpu"), torch.float32, 0)
+    denoiser = built.load("teacher")
+    denoiser.network.conv_out = torch.nn.Conv2d(8, 4, 3, padding=1, groups=2)
+    with pytest.raises(ValueError, match=r"'conv_out' chooses network\.conv_out, a convolution with groups"):
+        SharedBase(denoiser, ()).add("student", LoraConfig(targets=("conv_out",)))

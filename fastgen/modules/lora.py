@@ -6,6 +6,7 @@ recomputes it in the backward pass. Every adapter keeps `requires_grad`. peft's 
 other adapters, and gradients of a graph that was built before the switch are then lost without a warning.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from fastgen.noise import make_key
 from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class SharedBase:
@@ -47,13 +49,7 @@ class SharedBase:
         from peft import LoraConfig as PeftLoraConfig  # takes seconds to import
         from peft import inject_adapter_in_model
 
-        targets = config.targets or self.default_targets
-        linear = [name for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)]
-        original = [name.removesuffix(".base_layer") for name in linear]
-        for target in config.targets or ():
-            if not any(name == target or name.endswith(f".{target}") for name in original):
-                raise ValueError(f"lora.{role}.targets: no linear layer's name ends with {target!r}")
-        chosen = [name for name in original if any(name == t or name.endswith(f".{t}") for t in targets)]
+        chosen = self.layers(role, config.targets)
         alpha = config.rank if config.alpha is None else config.alpha
         peft_config = PeftLoraConfig(r=config.rank, lora_alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
         with warnings.catch_warnings():
@@ -71,6 +67,25 @@ class SharedBase:
             for p in self.parameters(r).values():
                 p.requires_grad_(r != AVERAGE)
         return LoraDenoiser(self, role)
+
+    def layers(self, role: str, targets: Sequence[str] | None) -> list[str]:
+        """The names of the layers that these targets choose. Raises ValueError if a target chooses none, or one of
+        which peft has no adapter that could be merged."""
+        kinds = (nn.Linear,) if targets is None else (nn.Linear, *CONVOLUTIONS)
+        found = {n.removesuffix(".base_layer"): m for n, m in self.denoiser.named_modules() if isinstance(m, kinds)}
+        if targets is None:
+            return [n for n in found if any(ends(n, target) for target in self.default_targets)]
+        for target in targets:
+            chosen = [n for n in found if ends(n, target)]
+            if not chosen:
+                raise ValueError(f"lora.{role}.targets: no linear layer's or convolution's name ends with {target!r}")
+            for name in chosen:
+                if not adaptable(found[name]):
+                    raise ValueError(
+                        f"lora.{role}.targets: {target!r} chooses {name}, a convolution with groups, a dilation or "
+                        "padding other than zeros, whose adapter cannot be added into its weights; leave it out"
+                    )
+        return [n for n in found if any(ends(n, target) for target in targets)]
 
     def role(self, role: str, config: LoraConfig) -> "LoraDenoiser":
         """The adapter of this role; it is added on first use."""
@@ -136,6 +151,17 @@ class SharedBase:
                 layer.merge(adapter_names=[role])
                 whole.set_submodule(name, layer.get_base_layer())
         return whole
+
+
+def ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def adaptable(layer: nn.Module) -> bool:
+    """Whether the adapter that peft makes for this layer is a change of its weights."""
+    if not isinstance(layer, CONVOLUTIONS):
+        return True
+    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -257,12 +283,12 @@ class LoraDenoiser(Denoiser):
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Draws A uniformly in +- 1 / sqrt(number of inputs), as nn.Linear does, and sets B to zero, so that the
-        network computes what the base does. The draw depends only on the seed, the role and the layer."""
+        """Draws A uniformly in +- 1 / sqrt(number of inputs), as nn.Linear and convolutions do, and sets B to zero, so
+        that the network computes what the base does. The draw depends only on the seed, the role and the layer."""
         for name, p in self.named_parameters():
             if ".lora_A." not in name:  # B, and the tables of extra inputs
                 local(p).zero_()
                 continue
             generator = torch.Generator().manual_seed(make_key(seed, self.role or "", name) % 2**63)
-            drawn = (2 * torch.rand(p.shape, generator=generator) - 1) / p.shape[1] ** 0.5
+            drawn = (2 * torch.rand(p.shape, generator=generator) - 1) / math.prod(p.shape[1:]) ** 0.5
             local(p).copy_(own_slice(drawn, p))
