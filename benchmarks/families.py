@@ -33,7 +33,8 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Ema, Networks
 from fastgen.objectives import Loss
 from fastgen.recipe import Recipe
-from fastgen.run.build import adamw, build_backbone, build_networks, start_networks
+from fastgen.run.build import build_backbone, build_networks, start_networks
+from fastgen.run.optimizers import adamw
 from fastgen.run.update import gradient_norm
 
 ROOT = Path(__file__).resolve().parents[1]

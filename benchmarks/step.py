@@ -31,7 +31,8 @@ from fastgen.data import make_batch
 from fastgen.noise import make_key
 from fastgen.recipe import Recipe
 from fastgen.rollout import draw_stops
-from fastgen.run.build import adamw, build
+from fastgen.run.build import build
+from fastgen.run.optimizers import adamw
 from fastgen.train import set_rates, update
 
 

@@ -26,7 +26,8 @@ class OptimizerConfig:
     The rate at student update k of n is lr * min(1, (k + 1) / warmup) * decay(k / n), where decay is 1 (constant),
     falls linearly to 0, or follows half a cosine to 0, over the last `decay_fraction` of the run.
     kind: adamw_fused is torch's fused kernel, which updates all parameters in one pass and needs no temporary memory;
-    the same update up to rounding."""
+    the same update up to rounding. adamw_8bit has moments in 8 bits, and paged_adamw_8bit those in memory that host
+    and GPU share (bitsandbytes, arXiv 2110.02861)."""
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -36,7 +37,11 @@ class OptimizerConfig:
     warmup: int = Field(default=0, ge=0, le=MOST_UPDATES)
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_fraction: float = Field(default=1.0, gt=0, le=1)
-    kind: Literal["adamw", "adamw_fused"] = "adamw"
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+
+    @property
+    def is_8bit(self) -> bool:
+        return self.kind.endswith("8bit")
 
     def rate(self, update: int, total: int) -> float:
         """The learning rate at 0-based student update `update` of `total`."""
@@ -69,6 +74,7 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype
     gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
+    compile: bool = False  # torch.compile of the blocks that networks repeat, each kind once
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     num_processes: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     shard_group: int | None = Field(default=None, ge=2, le=MOST_STEPS)

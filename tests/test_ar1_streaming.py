@@ -28,7 +28,7 @@ from fastgen.recipe import OptimizerConfig
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.ar1_motion import AR1Motion
 from fastgen.rollout import RolloutPolicy
-from fastgen.run.build import adamw
+from fastgen.run.optimizers import adamw
 from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule, TimeSampler
 from fastgen.streaming.schedule import ChunkSchedule

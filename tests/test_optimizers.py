@@ -1,5 +1,6 @@
 """Kinds of AdamW: the same weights, the same bits after a restart, and what a plan says of their memory."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from safetensors.torch import load_file
 
 from fastgen.config import load_recipe
 from fastgen.planning.plan import plan
-from fastgen.planning.roles import step_bytes
+from fastgen.planning.roles import moment_bytes, step_bytes
 from fastgen.recipe import OptimizerConfig
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
-from fastgen.run.build import adamw
+from fastgen.run.optimizers import adamw
 from fastgen.train import train
 
 SMALL = [
@@ -47,6 +48,45 @@ def test_fused_steps_are_the_same_and_continue_to_the_same_bits(mixture_recipe: 
 def test_what_was_asked_for_is_what_steps(kind: str, fused: bool | None) -> None:
     optimizer = adamw(OptimizerConfig(lr=1e-3, kind=kind), [torch.nn.Parameter(torch.zeros(3))])  # type: ignore[arg-type]
     assert optimizer.defaults["fused"] is fused
+
+
+EIGHT = ("optimizers.student.kind=adamw_8bit", "optimizers.fake_score.kind=adamw_8bit")
+
+
+@pytest.mark.slow
+def test_8bit_steps_are_nearly_the_same_and_continue_to_the_same_bits(mixture_recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = ("backbone.width=64",)  # tensors of 4096 numbers
+    plain = weights(mixture_recipe, tmp_path / "plain", "train.steps=4", *wide)
+    whole = weights(mixture_recipe, tmp_path / "whole", "train.steps=4", *wide, *EIGHT)
+    weights(mixture_recipe, tmp_path / "parts", "train.steps=2", *wide, *EIGHT)
+    parts = weights(mixture_recipe, tmp_path / "parts", "train.steps=4", *wide, *EIGHT)
+    assert any(tensor.dtype == torch.uint8 for tensor in whole.values())
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    shared = [name for name in plain if name in whole and "optimizer" not in name]
+    differences = torch.cat([(whole[name] - plain[name]).abs().flatten() for name in shared if "student" in name])
+    print(f"mean difference of the student's weights {differences.mean():.1e}, largest {differences.max():.1e}")
+    assert differences.mean() < 0.1 * 4 * 1e-3  # a tenth of four steps of AdamW, each of about the learning rate
+
+
+def test_8bit_optimizers_are_refused_where_they_cannot_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"optimizers\.student\.kind: .* sharded|pip install"):
+        load_recipe(DIGITS, ["optimizers.student.kind=adamw_8bit", "train.strategy=fsdp"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'fastgen-distill\[bitsandbytes\]'"):
+        load_recipe(DIGITS, ["optimizers.student.kind=paged_adamw_8bit"])
+
+
+def test_the_memory_of_8bit_moments() -> None:
+    """A byte a number and four a block of 256; small tensors in float32; large paged ones are elsewhere on a GPU."""
+    parameters = [torch.zeros(100_000), torch.zeros(4096), torch.zeros(10)]
+    small, large = 2 * (4096 + 4 * 16 + 40), 2 * (100_000 + 4 * 391)
+    assert moment_bytes("adamw", parameters, True) == 2 * 4 * (100_000 + 4096 + 10)
+    assert [moment_bytes("adamw_8bit", parameters, gpu) for gpu in (True, False)] == [small + large] * 2
+    assert moment_bytes("paged_adamw_8bit", parameters, True) == small + 2 * 4 * 391
+    assert (
+        step_bytes("adamw_8bit", parameters, True) == 0 and step_bytes("paged_adamw_8bit", parameters, True) == 200_000
+    )
 
 
 def test_the_memory_of_a_step() -> None:

@@ -1,5 +1,6 @@
 """Whether the sections of a recipe fit each other."""
 
+import importlib.util
 from pathlib import Path
 
 from fastgen.config.problems import Problems
@@ -20,8 +21,10 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     objective, problems = recipe.objective, Problems()
     for check in (
         check_roles,
+        check_optimizers,
         check_lora,
         check_training,
+        check_compilation,
         check_rewards,
         check_inputs,
         check_chunks,
@@ -68,6 +71,22 @@ def check_roles(recipe: Recipe) -> None:
             raise RecipeError(f"missing key optimizers.{role}: this objective trains {role}; give at least its lr")
 
 
+def check_optimizers(recipe: Recipe) -> None:
+    """Checks that 8-bit optimizers are installed, and fit the networks."""
+    for role, config in recipe.optimizers.items():
+        if not config.is_8bit:
+            continue
+        key = f"optimizers.{role}.kind"
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                f"{key}: {config.kind} is of the package bitsandbytes; pip install 'fastgen-distill[bitsandbytes]'"
+            )
+        if recipe.train.dtype == "float64":
+            raise RecipeError(f"{key}: {config.kind} steps float32 weights, and train.dtype is float64; choose adamw")
+        if recipe.train.strategy == "fsdp":
+            raise RecipeError(f"{key}: {config.kind} cannot step sharded tensors; choose adamw, which fsdp shards")
+
+
 def check_training(recipe: Recipe) -> None:
     """Checks what the section `train` asks of backbone and objective."""
     train, objective = recipe.train, recipe.objective
@@ -87,6 +106,26 @@ def check_training(recipe: Recipe) -> None:
         raise RecipeError(
             f"train.batch_size: {train.batch_size} does not hold whole groups of "
             f"objective.group_size {objective.group_size}; make it a multiple of that"
+        )
+
+
+def check_compilation(recipe: Recipe) -> None:
+    """Checks that torch.compile can make of this recipe's networks what the objective asks of them."""
+    if not recipe.train.compile:
+        return
+    if not recipe.backbone.can_checkpoint:
+        raise RecipeError(
+            f"train.compile: the networks of backbone {recipe.backbone.name} have no repeated blocks; set it to false"
+        )
+    if recipe.objective.takes_derivatives:
+        raise RecipeError(
+            f"train.compile: objective {recipe.objective.name} differentiates networks along directions, which "
+            "compiled blocks cannot do; set it to false"
+        )
+    if recipe.rollout.chunks is not None:
+        raise RecipeError(
+            "train.compile: with rollout.chunks the blocks see a past of changing length, and would be compiled anew "
+            "for each; set it to false"
         )
 
 

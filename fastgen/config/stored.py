@@ -31,6 +31,7 @@ MUTABLE_KEYS = (
     "train.accumulate",
     "train.prefetch",
     "train.gradient_checkpointing",
+    "train.compile",
     "health",
     "eval",
     "init_from",  # a folder that may have moved; the checkpoint holds what came from it

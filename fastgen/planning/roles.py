@@ -13,6 +13,7 @@ from fastgen.modules.sharding import units
 from fastgen.planning.weightless import size, tensors
 from fastgen.recipe import Recipe
 from fastgen.run.distributed import gathered_dtype
+from fastgen.run.optimizers import BLOCK, PAGED, SMALLEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,23 @@ def keep_float32(module: nn.Module) -> None:
                 tensor.data = tensor.data.float()
 
 
+def moment_bytes(kind: str, parameters: Sequence[Tensor], gpu: bool) -> int:
+    """Bytes of AdamW's two moments on the device. In 8 bits, large tensors take a byte for each number and a scale for
+    each block; of paged moments, the large ones may leave a GPU and are not counted."""
+    if not kind.endswith("8bit"):
+        return 2 * size(parameters)
+    counts = [p.numel() for p in parameters]
+    paged = gpu and kind.startswith("paged")
+    eighths = sum((0 if paged and n >= PAGED else n) + 4 * -(-n // BLOCK) for n in counts if n >= SMALLEST)
+    return 2 * (eighths + sum(4 * n for n in counts if n < SMALLEST))
+
+
 def step_bytes(kind: str, parameters: Sequence[Tensor], gpu: bool) -> int:
     """Bytes that a step of AdamW makes and frees: on a GPU as many as the second moments (`foreach`), on a CPU as many
-    as the largest parameter has, and none where it is fused."""
-    if kind == "adamw_fused":
+    as the largest parameter has, and none where it is fused. Paged moments visit the GPU one tensor at a time."""
+    if kind == "paged_adamw_8bit" and gpu:
+        return max((2 * p.numel() for p in parameters if p.numel() >= PAGED), default=0)
+    if kind != "adamw":
         return 0
     return size(parameters) if gpu else max((size([p]) for p in parameters), default=0)
 
@@ -70,7 +84,7 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone, gp
         dtype=", ".join(dtypes) or "-",
         held=size(own),
         gradients=size(parameters) if trained else 0,
-        moments=2 * size(parameters) if trained else 0,
+        moments=moment_bytes(recipe.optimizers[name].kind, parameters, gpu) if trained else 0,
         temporary=step_bytes(recipe.optimizers[name].kind, parameters, gpu) if trained else 0,
         outside=outside if blocks else 0,
         block=max(blocks, default=0),

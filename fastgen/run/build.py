@@ -1,7 +1,6 @@
 """Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from fastgen.data.ahead import Ahead
 from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
+from fastgen.modules.compilation import compile_blocks
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import is_sharded, local, own_slice
 from fastgen.networks import Ema, Networks
-from fastgen.recipe import OptimizerConfig, Recipe
+from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rewards import Scorer
 from fastgen.run import checkpoint
@@ -31,15 +31,10 @@ from fastgen.run.distributed import Strategy, shard_roles, strategy_of
 from fastgen.run.health import Watch
 from fastgen.run.leftovers import clean, leftovers
 from fastgen.run.lock import LOCK
+from fastgen.run.optimizers import adamw
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """The optimizer of one role."""
-    fused = True if config.kind == "adamw_fused" else None
-    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=fused)
 
 
 class TrainingError(RuntimeError):
@@ -150,11 +145,15 @@ def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
 
 def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
     """To be called once every network has its weights. Initialises adapters from the recipe's seed, and switches on
-    activation checkpointing if the recipe asks for it."""
+    activation checkpointing and compilation if the recipe asks for them."""
     for module in networks.modules.values():
         if isinstance(module, LoraDenoiser) and module.role:
             module.reset(recipe.seed)
     start_checkpointing(recipe, networks)
+    if recipe.train.compile:
+        roots = {m.root for m in networks.modules.values() if isinstance(m, Denoiser)}
+        for root in roots:
+            compile_blocks(root.shard_modules)
 
 
 def start_checkpointing(recipe: Recipe, networks: RunNetworks) -> None:

@@ -104,9 +104,15 @@ def discard(checkpoint: Path) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, named "<parameter>.<state>"."""
+    """The optimizer's tensors, named "<parameter>.<state>"; without the tables of 8-bit moments, which are always the
+    same."""
     named: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-    return {f"{named[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {
+        f"{named[p]}.{key}": torch.as_tensor(value)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if not key.startswith("qmap")
+    }
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], writer: bool) -> Entry | None:
@@ -270,13 +276,30 @@ def restore_moments(path: Path, optimizer: torch.optim.Optimizer, module: nn.Mod
             if name not in parameters:
                 raise CheckpointError(f"{path} has moments of {name}, which this recipe's network does not have")
             p = parameters[name]
-            if not file.get_slice(full).get_shape() and p.dim():
+            if hasattr(optimizer, "init_state"):
+                restore_8bit(optimizer, p, key, file.get_tensor(full))
+            elif not file.get_slice(full).get_shape() and p.dim():
                 value = file.get_tensor(full)
                 optimizer.state[p][key] = value.to(p.device) if fused else value
             else:
                 moment = torch.zeros_like(p)
                 local(moment).copy_(read_slice(file, full, p))
                 optimizer.state[p][key] = moment
+
+
+def restore_8bit(optimizer: Any, p: Tensor, key: str, stored: Tensor) -> None:
+    """Sets one of a parameter's moments in an optimizer of bitsandbytes, whose own `init_state` makes them all, those
+    in paged memory included. The optimizer of a role has one group."""
+    if not optimizer.state[p]:
+        (group,) = optimizer.param_groups
+        index = next(i for i, other in enumerate(group["params"]) if other is p)
+        optimizer.init_state(group, p, 0, index)
+    state = optimizer.state[p]
+    if key == "step":
+        state[key] = int(stored)
+    else:
+        check_shape(key, stored.shape, state[key])
+        state[key].copy_(stored)
 
 
 def read_slice(file: Any, name: str, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How several processes share a run: how they start, how networks are sharded, and how gradients are averaged."""
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -20,6 +21,7 @@ from fastgen.registry import RecipeError
 from fastgen.run.launcher import check_launcher
 
 Strategy = Literal["single", "ddp", "fsdp"]
+COMPILERS = (os.environ.get("CXX", "g++"), "c++", "clang++")
 
 
 def start(recipe: Recipe) -> Accelerator:
@@ -36,6 +38,11 @@ def start(recipe: Recipe) -> Accelerator:
     if config.tf32 and cpu:
         raise RecipeError("train.tf32 is a mode of GPUs, and this run is on a CPU; leave it out")
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    if config.compile and not any(map(shutil.which, COMPILERS)):
+        raise RecipeError(
+            f"train.compile: torch.compile needs a compiler of C++, and there is none of {', '.join(COMPILERS)} here; "
+            "install one, or set it to false"
+        )
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     for count, source in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
@@ -56,9 +63,25 @@ def start(recipe: Recipe) -> Accelerator:
             "it to auto"
         )
     check_shard_group(recipe, accelerator)
+    check_optimizers(recipe, accelerator)
     if strategy_of(recipe, accelerator) == "fsdp" and config.ema_device == "cpu":
         raise RecipeError("train.ema_device: the moving average is sharded like the networks; leave ema_device out")
     return accelerator
+
+
+def check_optimizers(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises RecipeError for 8-bit optimizers that cannot work with these processes, or on this device."""
+    for role, config in recipe.optimizers.items():
+        if config.is_8bit and strategy_of(recipe, accelerator) == "fsdp":
+            raise RecipeError(
+                f"optimizers.{role}.kind: {config.kind} cannot step sharded tensors, and the launcher is configured "
+                "for FSDP; choose adamw, which fsdp shards"
+            )
+        if config.kind == "paged_adamw_8bit" and accelerator.device.type == "cpu":
+            raise RecipeError(
+                f"optimizers.{role}.kind: paged_adamw_8bit moves moments between the memory of a GPU and of its host, "
+                "and this run is on a CPU; choose adamw_8bit"
+            )
 
 
 def check_shard_group(recipe: Recipe, accelerator: Accelerator) -> None:

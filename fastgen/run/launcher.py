@@ -18,6 +18,12 @@ UNSUPPORTED = {
     "FSDP_FORWARD_PREFETCH": "forward prefetching",
 }
 
+DYNAMO = {  # how accelerate would compile -> what that says by default
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "false",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "false",
+}
+
 # FSDP's settings: the values that say what fastgen does, and what that is. How accelerate would save (the state dict
 # type) is not among them, as checkpoints are fastgen's own.
 FSDP = {
@@ -62,8 +68,17 @@ def differences(train: TrainConfig) -> Iterator[str]:
             f"train.accumulate is {train.accumulate}, but the launcher was told {accumulate}; set "
             f"train.accumulate={accumulate}, or leave out --gradient_accumulation_steps"
         )
-    if (backend := said("ACCELERATE_DYNAMO_BACKEND", "no")) != "no":
-        yield f"the launcher was told to compile with {backend}, which fastgen does not do; leave out --dynamo_backend"
+    backend = said("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend not in ("no", "inductor"):
+        yield f"the launcher was told to compile with {backend}, and fastgen compiles with inductor (train.compile)"
+    elif backend == "inductor" and not train.compile:
+        yield (
+            "train.compile is false, but the launcher was told --dynamo_backend inductor; set train.compile=true, or "
+            "leave that flag out"
+        )
+    for variable, same in DYNAMO.items():
+        if said(variable, same) != same:
+            yield f"the launcher was told {variable}={said(variable)}, which train.compile does not do; leave it out"
     if said("ACCELERATE_USE_FSDP") == "true" and train.strategy == "ddp":
         yield "train.strategy is ddp, but the launcher is configured for FSDP; set train.strategy to auto or fsdp"
     if said("FSDP_ACTIVATION_CHECKPOINTING") == "true" and not train.gradient_checkpointing:

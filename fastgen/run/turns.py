@@ -7,8 +7,9 @@ from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import refill
 from fastgen.noise import make_key
 from fastgen.objectives import Turn
-from fastgen.run.build import TrainingRun, adamw
+from fastgen.run.build import TrainingRun
 from fastgen.run.distributed import stored_name
+from fastgen.run.optimizers import adamw
 
 
 def reset_roles(run: TrainingRun, turn: Turn, step: int) -> None:
