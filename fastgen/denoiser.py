@@ -196,8 +196,9 @@ class Denoiser(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the first weight. (diffusers' `dtype` walks through all modules on every call.)"""
-        return next(self.network.parameters()).dtype
+        """The dtype of the first weight that is not stored in float8, whose layers compute in that of the others.
+        (diffusers' `dtype` walks through all modules on every call.)"""
+        return next(p.dtype for p in self.network.parameters() if p.dtype.itemsize > 1)
 
     @property
     def time_embedding(self) -> nn.Module:

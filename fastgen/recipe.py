@@ -72,7 +72,8 @@ class TrainConfig:
     prefetch: int = Field(default=1, ge=0, le=MOST_STEPS)
     mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
-    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of the teacher; None: as dtype
+    # of the teacher; None: as dtype; float8: its matrices, and the rest in bfloat16
+    frozen_dtype: Literal["float32", "float64", "bfloat16", "float16", "float8"] | None = None
     gradient_checkpointing: bool = False  # the backward pass recomputes activations, block by block
     compile: bool = False  # torch.compile of the blocks that networks repeat, each kind once
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"

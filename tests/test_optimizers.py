@@ -64,9 +64,9 @@ def test_8bit_steps_are_nearly_the_same_and_continue_to_the_same_bits(mixture_re
     assert any(tensor.dtype == torch.uint8 for tensor in whole.values())
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     shared = [name for name in plain if name in whole and "optimizer" not in name]
-    differences = torch.cat([(whole[name] - plain[name]).abs().flatten() for name in shared if "student" in name])
-    print(f"mean difference of the student's weights {differences.mean():.1e}, largest {differences.max():.1e}")
-    assert differences.mean() < 0.1 * 4 * 1e-3  # a tenth of four steps of AdamW, each of about the learning rate
+    differences = torch.cat([(whole[name] - plain[name]).abs().flatten() for name in shared if "fake_score" in name])
+    print(f"mean difference of the fake score's weights {differences.mean():.1e}, largest {differences.max():.1e}")
+    assert 0 < differences.mean() < 0.1 * 4 * 1e-3  # a tenth of four steps of AdamW, each of about the learning rate
 
 
 def test_8bit_optimizers_are_refused_where_they_cannot_step(monkeypatch: pytest.MonkeyPatch) -> None:

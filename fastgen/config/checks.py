@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_lora,
         check_training,
         check_compilation,
+        check_float8,
         check_rewards,
         check_inputs,
         check_chunks,
@@ -94,7 +95,7 @@ def check_training(recipe: Recipe) -> None:
         raise RecipeError(
             f"train.gradient_checkpointing: backbone {recipe.backbone.name} is too small to need it; set it to false"
         )
-    if train.frozen_dtype in ("bfloat16", "float16") and train.mixed_precision == "no":
+    if train.frozen_dtype in ("bfloat16", "float16", "float8") and train.mixed_precision == "no":
         raise RecipeError(
             f"train.frozen_dtype: {train.frozen_dtype} weights together with {train.dtype} ones "
             "need train.mixed_precision: bf16"
@@ -107,6 +108,21 @@ def check_training(recipe: Recipe) -> None:
             f"train.batch_size: {train.batch_size} does not hold whole groups of "
             f"objective.group_size {objective.group_size}; make it a multiple of that"
         )
+
+
+def check_float8(recipe: Recipe) -> None:
+    """Checks that the teacher is a whole network of its own whose layers can be converted as they run."""
+    train = recipe.train
+    if train.frozen_dtype != "float8":
+        return
+    reasons = {
+        f"backbone {recipe.backbone.name} has no network of diffusers": not recipe.backbone.can_checkpoint,
+        "fsdp shards the teacher instead": train.strategy == "fsdp",
+        "a backward pass would hold bfloat16 copies of the base that adapters share (lora)": recipe.lora,
+        "layers that are converted as they run cannot be compiled (train.compile)": train.compile,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise RecipeError(f"train.frozen_dtype: float8 is not possible: {'; '.join(found)}; choose bfloat16")
 
 
 def check_compilation(recipe: Recipe) -> None:

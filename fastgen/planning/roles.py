@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone
+from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.denoiser import Denoiser
+from fastgen.modules.float8 import store_float8
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import units
 from fastgen.planning.weightless import size, tensors
@@ -73,6 +75,8 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone, gp
         own = [t for n, t in (*network.named_parameters(), *network.named_buffers()) if ".lora_" not in n]
     else:
         own = tensors(module)
+    if name == "teacher" and recipe.train.frozen_dtype == "float8":
+        own = tensors(float8_sizes(backbone))
     trained = name in recipe.optimizers
     parameters = list(module.parameters()) if adapter or trained else own
     *blocks, outside = gathers(network, gathered_dtype(recipe)) if isinstance(network, Denoiser) else [0]
@@ -89,6 +93,14 @@ def role_of(name: str, module: nn.Module, recipe: Recipe, backbone: Backbone, gp
         outside=outside if blocks else 0,
         block=max(blocks, default=0),
     )
+
+
+def float8_sizes(backbone: Backbone) -> nn.Module:
+    """A network without weights, stored as a teacher in float8."""
+    assert isinstance(backbone, PipelineBackbone)
+    denoiser = backbone.make_empty(torch.bfloat16)
+    store_float8(denoiser)
+    return denoiser
 
 
 def average_of(module: Denoiser, recipe: Recipe, backbone: Backbone, gpu: bool) -> Role:

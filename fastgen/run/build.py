@@ -18,6 +18,7 @@ from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
 from fastgen.modules.compilation import compile_blocks
+from fastgen.modules.float8 import store_float8
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import is_sharded, local, own_slice
@@ -34,7 +35,14 @@ from fastgen.run.lock import LOCK
 from fastgen.run.optimizers import adamw
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# float8: as it is made, before its matrices are converted
+DTYPES = {
+    "float8": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class TrainingError(RuntimeError):
@@ -145,11 +153,13 @@ def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
 
 def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
     """To be called once every network has its weights. Initialises adapters from the recipe's seed, and switches on
-    activation checkpointing and compilation if the recipe asks for them."""
+    activation checkpointing, compilation and storage in float8 if the recipe asks for them."""
     for module in networks.modules.values():
         if isinstance(module, LoraDenoiser) and module.role:
             module.reset(recipe.seed)
     start_checkpointing(recipe, networks)
+    if recipe.train.frozen_dtype == "float8":
+        store_float8(networks.modules["teacher"])  # type: ignore[arg-type]
     if recipe.train.compile:
         roots = {m.root for m in networks.modules.values() if isinstance(m, Denoiser)}
         for root in roots:

@@ -64,6 +64,8 @@ def start(recipe: Recipe) -> Accelerator:
         )
     check_shard_group(recipe, accelerator)
     check_optimizers(recipe, accelerator)
+    if strategy_of(recipe, accelerator) == "fsdp" and config.frozen_dtype == "float8":
+        raise RecipeError("train.frozen_dtype: float8 is not possible, as fsdp shards the teacher; choose bfloat16")
     if strategy_of(recipe, accelerator) == "fsdp" and config.ema_device == "cpu":
         raise RecipeError("train.ema_device: the moving average is sharded like the networks; leave ema_device out")
     return accelerator
