@@ -51,6 +51,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import fastgen
+from fastgen.config.stored import dump_recipe
 from fastgen.data import DataError
 from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
@@ -73,6 +75,7 @@ from fastgen.run.export import export, export_sharded, write_card
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
+from fastgen.run.machines import check_alike
 from fastgen.run.stalls import attended
 from fastgen.run.summary import role_table, summary
 from fastgen.run.turns import reset_roles, set_rates
@@ -116,10 +119,12 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
     """The run itself, in a folder that no other program trains in: prepare, train, export, measure. moved: called
     after every update."""
     console = terminal.console(quiet=not accelerator.is_main_process)
+    check_alike(accelerator, {"the recipe": dump_recipe(recipe), "the version of fastgen": fastgen.__version__})
     folder, resumed = open_run(recipe, accelerator), checkpoint_to_resume(recipe)
-    accelerator.wait_for_everyone()
+    check_alike(accelerator, {"the checkpoint to continue from": str(resumed)})
     console.print(summary(recipe, folder, accelerator), markup=False, highlight=False)
     run = build(recipe, accelerator)
+    check_alike(accelerator, {"the data": "\n".join(run.prompts)})
     terminal.print_table(role_table(recipe, run.networks), console)
     for warning in run.backbone.warnings():
         console.print(f"warning: {warning}", style="yellow", markup=False)

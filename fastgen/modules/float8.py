@@ -9,7 +9,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # a backward pass through them
 
 
 def store_float8(denoiser: Denoiser) -> None:
-    """Stores the linear layers in float8 (e4m3, without scales), in place. Each is bfloat16 while it runs. Convolutions,
+    """Stores linear layers in float8 (e4m3, without scales), in place. Each is bfloat16 while it runs. Convolutions,
     norms, embeddings of patches and positions, and what a family keeps in float32, stay as they are.
 
     A number keeps four significant bits: it changes by at most a sixteenth, or by 2^-10 where it is below 2^-6."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
@@ -298,7 +298,7 @@ def start_from(run: TrainingRun) -> list[str]:
         return []
     path, networks, missing = Path(run.recipe.init_from), run.networks, list[str]()
     if checkpoints := checkpoint.complete(path / "checkpoints"):
-        checkpoint.verify(checkpoints[-1])
+        verify_once(run.accelerator, checkpoints[-1])
         checkpoint.read_student(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
         for role in run.recipe.objective.trained_roles:
             if role == "student":
@@ -328,6 +328,19 @@ def copy_student(given: nn.Module, student: nn.Module, path: Path) -> None:
         raise CheckpointError(f"init_from: {path} does not fit this recipe's student: {error}") from None
 
 
+def verify_once(accelerator: Accelerator, path: Path) -> None:
+    """Compares the files of a checkpoint with their hashes. The first process reads them all, so that others read no
+    more than their own slices, and all processes raise its CheckpointError."""
+    failed = ""
+    if accelerator.is_main_process:
+        try:
+            checkpoint.verify(path)
+        except CheckpointError as error:
+            failed = str(error)
+    if failed := gather_object([failed])[0]:
+        raise CheckpointError(failed)
+
+
 def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:
     """Restores everything that a checkpoint holds into the run, and returns its counters. Raises RecipeError if the
     run was started with another number of samples per update."""
@@ -337,7 +350,8 @@ def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:
             f"train.batch_size x train.accumulate x processes is {per_update}, but the run was started with "
             f"{counters['samples_per_update']} samples per update; keep the product as it was"
         )
-    checkpoint.load(path, run.saved, run.optimizers, run.state, run.accelerator.device)
+    verify_once(run.accelerator, path)
+    checkpoint.load(path, run.saved, run.optimizers, run.state, run.accelerator.device, verified=True)
     run.ema.updates = counters["ema_updates"]
     run.watch.recall(counters["watch"])
     return counters

@@ -3,11 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -21,6 +23,7 @@ from fastgen.registry import RecipeError
 from fastgen.run.launcher import check_launcher
 
 Strategy = Literal["single", "ddp", "fsdp"]
+LONGEST = timedelta(hours=2)  # ours; that processes wait for what the first one does alone, such as an export
 COMPILERS = (os.environ.get("CXX", "g++"), "c++", "clang++")
 
 
@@ -43,7 +46,7 @@ def start(recipe: Recipe) -> Accelerator:
             f"train.compile: torch.compile needs a compiler of C++, and there is none of {', '.join(COMPILERS)} here; "
             "install one, or set it to false"
         )
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST)])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     for count, source in ((launched, "the launcher's WORLD_SIZE"), (config.num_processes, "train.num_processes")):
         if count not in (None, accelerator.num_processes):

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 
+COPIES = 5.0  # ours
 # The exit code of a run that was asked to end, by signal. Slurm sends SIGUSR1 before its time limit.
 EXIT_CODES: Mapping[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
@@ -21,13 +23,15 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, the first signal is noted and the second one ends the process at once.
+    """While entered, the first signal is noted and the second one ends the process at once. A scheduler signals all
+    processes of a job, torchrun among them, which passes the signal on: under torchrun, what comes within `COPIES`
+    seconds is the same one.
 
     Only the main thread of a program can receive signals; elsewhere nothing is changed. says: whether the first signal
     is answered on standard error."""
 
     def __init__(self, says: bool = True) -> None:
-        self.received, self.says = 0, says
+        self.received, self.says, self.when = 0, says, 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -42,6 +46,9 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def note(self, number: int, _frame: FrameType | None) -> None:
+        before, self.when = self.when, time.monotonic()
+        if self.received and "TORCHELASTIC_RUN_ID" in os.environ and self.when - before < COPIES:
+            return
         if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from fastgen.registry import RecipeError
+from fastgen.run.machines import check_shared
 
 LOCK = ".lock"
 
@@ -19,17 +20,17 @@ def lock(path: Path) -> tuple[int, str]:
     """Opens the lock file and locks it. Returns its descriptor, and who has the lock if that is another process."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_at(handle, path):
-                os.close(handle)  # the run that had it has just ended, and removed the file
-                continue
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return handle, os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+        if not is_at(handle, path):
+            os.close(handle)  # the run that had it has just ended, and removed the file
+            continue
+        with suppress(OSError):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError:
-            return handle, os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        except OSError:
-            pass  # some network file systems have no locks
         return handle, ""
 
 
@@ -50,7 +51,7 @@ def locked(
     what is done there.
 
     Raises RecipeError, naming the process, if another program works in the folder. That includes processes which a
-    killed launcher has left behind."""
+    killed launcher has left behind. Also if machines see different folders under its name."""
     existed = folder.is_dir()
     handle = None
     owner = ""
@@ -64,6 +65,7 @@ def locked(
                 f"{key}: {owner or 'another process'} {work} {folder}; wait for it, or end it (a "
                 f"launcher that was killed may have left its processes running), or choose another {key}"
             )
+        check_shared(accelerator, folder / LOCK, key)
         yield
     finally:
         if handle is not None:
