@@ -37,7 +37,7 @@ def open_reference(name: str) -> Reference:
         pixels, labels = load_digits("test")
         prompts = tuple(prompt_for(int(label)) for label in labels)
         return Reference("digits", prompts, lambda start, stop: pixels[start:stop])
-    files = sample_files(Path(name))
+    files = sample_files(here_or_shipped(name))
     check_one_size(files)
     return Reference(name, captions(files), lambda start, stop: read_images(files[start:stop]))
 
