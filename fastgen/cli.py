@@ -313,10 +313,11 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
+        typer.Option(help="What to compare with: a folder of real images, 'teacher' for its samples, or 'digits'."),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="The network whose features are compared: 'digits', 'inception' or 'clip'.")
+        str | None,
+        typer.Option(help="The network whose features are compared: 'digits', 'inception', 'clip' or 'latents'."),
     ] = None,
     inception_weights: Annotated[
         str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")

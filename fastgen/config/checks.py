@@ -149,7 +149,7 @@ def check_evaluation(recipe: Recipe) -> None:
             )
         if metric.needs_reference and config.reference is None:
             raise RecipeError(
-                f"eval.reference: {name} compares with real images; set it to digits or to a folder of images"
+                f"eval.reference: {name} compares with other images; set it to their folder, to teacher or to digits"
             )
     if config.reference is not None and output != "pixels":
         raise RecipeError(

@@ -178,13 +178,13 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
 
 def quick_metrics(run: TrainingRun) -> dict[str, float]:
     with run.ema.on(run.accelerator.device):
-        return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
+        return measured(run, run.student)
 
 
 def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:
     """The teacher's metrics at each of `eval.teacher_steps`, measured as the student's are, for the model card."""
-    config = run.recipe.eval
-    return {
-        f"teacher, {k} steps": evaluate(run.teacher(k), config.quick(), progress=False)["metrics"]
-        for k in config.teacher_steps
-    }
+    return {f"teacher, {k} steps": measured(run, run.teacher(k)) for k in run.recipe.eval.teacher_steps}
+
+
+def measured(run: TrainingRun, sampler: Sampler) -> dict[str, float]:
+    return evaluate(sampler, run.recipe.eval.quick(), progress=False, reference=run.teacher_reference)["metrics"]
