@@ -40,6 +40,7 @@ app = typer.Typer(
 
 
 app.callback(invoke_without_command=True)(commands.version)
+app.command()(commands.new)
 app.command()(commands.recipes)
 app.command()(commands.schema)
 
