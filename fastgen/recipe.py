@@ -77,6 +77,7 @@ class TrainConfig:
     tf32: bool = False  # float32 matrix products of a GPU in TensorFloat-32; convolutions are, by torch's default
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     ema_device: Literal["train", "cpu"] = "train"  # where the moving average is kept; cpu: on the device to sample
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     log_every: int = Field(default=10, ge=1, le=MOST_UPDATES)
     sample_every: int = Field(default=100, ge=0, le=MOST_UPDATES)
     num_samples: int = Field(default=16, ge=1, le=MOST_STEPS)

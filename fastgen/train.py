@@ -51,6 +51,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from fastgen.config.stored import to_dict
 from fastgen.data import DataError
 from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
@@ -84,6 +85,7 @@ from fastgen.run.watching import (
     set_anchor,
     show,
     show_teacher,
+    shown_prompts,
     teacher_metrics,
     watch,
     weight_marks,
@@ -125,9 +127,10 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
         console.print(f"warning: {warning}", style="yellow", markup=False)
     progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
     set_anchor(run)
-    with run_log(folder, progress.step, accelerator.is_main_process) as log:
+    with run_log(folder, progress.step, accelerator.is_main_process, recipe.train.trackers) as log:
         if not resumed:
-            log.picture(0, "teacher", folder / TEACHER)
+            log.describe(to_dict(recipe))
+            log.picture(0, "teacher", folder / TEACHER, shown_prompts(run))
         with Interruption(says=accelerator.is_main_process) as interruption:
             with contextlib.closing(run.batches):
                 train_networks(run, folder, progress, log, interruption, moved, console)
@@ -213,7 +216,7 @@ def train_networks(
                 picture = folder / "samples" / f"step_{step:08d}.png"
                 with run.ema.on(run.accelerator.device):
                     show(run, run.student, picture)
-                log.picture(step, "student", picture)
+                log.picture(step, "student", picture, shown_prompts(run))
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
             if due(step, config.checkpoint_every, config.steps):

@@ -160,6 +160,11 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
         save_video(side_by_side(samples), path.with_suffix(".mp4"), sampler.backbone.fps)
 
 
+def shown_prompts(run: TrainingRun) -> list[str]:
+    """The prompts of all the run's pictures, in their order; none for a picture of points."""
+    return [] if run.backbone.output == "points" else run.prompts[: run.recipe.train.num_samples]
+
+
 def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     """Samples the teacher through our own wrapper before anything is trained, and saves a picture, and in prompts.txt
     the prompts of all the run's pictures. If this one looks wrong, the run should be stopped here. The statistics that
@@ -167,8 +172,7 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
     if run.samples_here:
         show(run, sampler, path)
-        if run.accelerator.is_main_process and run.backbone.output != "points":
-            prompts = run.prompts[: run.recipe.train.num_samples]
+        if run.accelerator.is_main_process and (prompts := shown_prompts(run)):
             replace_file(path.with_name("prompts.txt"), "".join(f"{prompt}\n" for prompt in prompts))
     if run.recipe.health.every:
         run.watch.memory.reference = statistics(fixed_latents(run, sampler, run.recipe.health.num_samples))
