@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
@@ -20,6 +21,7 @@ class Trackers:
     what they were told of later updates."""
 
     def __init__(self, names: Sequence[str], folder: Path, step: int):
+        PartialState()  # which trackers and their loggers ask for the first process
         self.kinds: dict[str, GeneralTracker] = {name: opened(name, folder, step) for name in names}
         for tracker in self.kinds.values():
             tracker.start()
