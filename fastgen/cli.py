@@ -486,6 +486,21 @@ def demo(
         raise refuse(error) from None
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an export.")],
+    repository: Annotated[str, typer.Argument(help="The repository on the hub, NAME/REPOSITORY.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees a repository that is made.")] = False,
+) -> None:
+    """Upload an export with its model card to the hub."""
+    from fastgen.run.push import push as push_export
+
+    try:
+        print(f"uploaded to {push_export(run, repository, private)}")
+    except ValueError as error:
+        raise refuse(error) from None
+
+
 def main() -> None:
     """Runs the command that the arguments of the process name."""
     quiet_libraries()

@@ -68,9 +68,10 @@ from fastgen.run.build import (
     set_aside,
     start_from,
 )
+from fastgen.run.card import write_card
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import start
-from fastgen.run.export import export, export_sharded, write_card
+from fastgen.run.export import export, export_sharded
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
@@ -265,9 +266,9 @@ def export_student(run: TrainingRun, folder: Path, step: int, console: Console) 
     Returns the export's folder."""
     main, exported = run.accelerator.is_main_process, folder / "export"
     if run.strategy == "fsdp":
-        export_sharded(run.ema.module, run.recipe, exported, step, writer=main)
+        export_sharded(run.ema.module, run.recipe, exported, step, writer=main, run=folder)
     elif main:
-        export(run.ema.module, run.backbone, run.recipe, exported, step)
+        export(run.ema.module, run.backbone, run.recipe, exported, step, run=folder)
     console.print(f"exported to {exported}", markup=False)
     run.accelerator.wait_for_everyone()
     return exported
