@@ -1,6 +1,5 @@
 """Kinds of AdamW: the same weights, the same bits after a restart, and what a plan says of their memory."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -72,7 +71,7 @@ def test_8bit_steps_are_nearly_the_same_and_continue_to_the_same_bits(mixture_re
 def test_8bit_optimizers_are_refused_where_they_cannot_step(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"optimizers\.student\.kind: .* sharded|pip install"):
         load_recipe(DIGITS, ["optimizers.student.kind=adamw_8bit", "train.strategy=fsdp"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("fastgen.config.checks.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'fastgen-distill\[bitsandbytes\]'"):
         load_recipe(DIGITS, ["optimizers.student.kind=paged_adamw_8bit"])
 

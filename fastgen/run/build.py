@@ -1,6 +1,7 @@
 """Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fastgen.data.ahead import Ahead
 from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
+from fastgen.evaluation.evaluate import teacher_reference
+from fastgen.metrics.reference import TEACHER, Reference
 from fastgen.modules.compilation import compile_blocks
 from fastgen.modules.float8 import store_float8
 from fastgen.modules.inputs import carried_names
@@ -86,6 +89,15 @@ class TrainingRun:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @cached_property
+    def teacher_reference(self) -> Reference | None:
+        """The teacher's samples, if the evaluation compares with them; they are made once."""
+        config = self.recipe.eval.quick()
+        if config.reference != TEACHER:
+            return None
+        steps = max(config.teacher_steps, default=50)
+        return teacher_reference(self.teacher(steps), config)
 
     @property
     def sharded(self) -> list[nn.Module]:
