@@ -13,6 +13,7 @@ from fastgen.backbones.sd import SDConfig
 from fastgen.config import load_recipe
 from fastgen.modules.float8 import store_float8
 from fastgen.planning.plan import plan
+from fastgen.planning.report import advise
 from fastgen.planning.weightless import size, tensors
 from fastgen.registry import RecipeError
 from fastgen.train import train
@@ -58,6 +59,16 @@ def test_a_plan_counts_the_teacher_as_it_is_held() -> None:
     store_float8(teacher)
     assert roles[1].held == size(tensors(teacher)) < roles[0].held
     assert roles[1].dtype == "bfloat16, float8_e4m3fn"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [FLOAT8, ["train.ema_device=cpu"]])
+def test_a_plan_advises_no_change_that_would_be_refused(lines: list[str]) -> None:
+    """Neither of the two goes with adapters or with sharding, and one GPU of a byte holds nothing."""
+    advice = advise(plan(load_recipe(DIGITS, lines), gpus=2, activations=False), memory=1)
+    tried = [line for change, _, _ in advice.tried for line in change]
+    assert tried and not any("lora" in line or "fsdp" in line for line in tried)
+    assert advice.lines is None and advice.gpus is None
 
 
 @pytest.mark.slow

@@ -25,9 +25,10 @@ of a turn's roles, unless `train.reduce_gradients` is micro_batch.
 A recipe fits if its peak fits into what is left of a GPU's memory: without `CONTEXT` for the CUDA context and the
 workspaces of libraries, and without a share for fragmentation (`--headroom`).
 
-Not counted are the memory that kernels use internally, the networks of rewards and metrics, what encoding prompts
-needs, and prompt embeddings kept for later (at most a gigabyte). Where the encoders are large, prompts are taken to be
-of the greatest length.
+Compiled blocks (`train.compile`) are counted as the eager ones. Not counted are the bfloat16 copy of the one layer of
+a teacher in float8 that runs, the memory that kernels use internally, the networks of rewards and metrics, what
+encoding prompts needs, and prompt embeddings kept for later (at most a gigabyte). Where the encoders are large,
+prompts are taken to be of the greatest length.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ from fastgen.config.text import apply_override
 from fastgen.planning.cost import Speed, cost_lines
 from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError
 from fastgen.run.terminal import print_table
 
 LORA = "{rank: 64}"
@@ -51,7 +52,7 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     half = [
         f"train.{key}={value}"
         for key, value in (("mixed_precision", "bf16"), ("frozen_dtype", "bfloat16"))
-        if getattr(train, key) != value
+        if getattr(train, key) not in (value, "float8")
     ]
     if half and train.dtype == "float32" and recipe.backbone.can_checkpoint:
         options.append(Change(tuple(half)))
@@ -109,6 +110,13 @@ class Variants:
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
         return found
 
+    def possible(self, change: Change) -> bool:
+        """Whether the recipe may be changed so: 8-bit moments, for example, cannot be sharded."""
+        try:
+            return change.encoders is not None or bool(self.changed(change.lines))
+        except RecipeError:
+            return False
+
     def changed(self, lines: Sequence[str]) -> Recipe:
         raw = to_dict(self.base.recipe)
         for line in lines:
@@ -120,6 +128,7 @@ def advise(base: Plan, memory: float) -> Advice:
     """The fewest recipe lines with which the peak is at most `memory` bytes per GPU."""
     variants = Variants(base)
     options = changes(base.recipe, base.gpus, sum(c.held + c.turn for c in base.components if c.is_encoder))
+    options = [option for option in options if variants.possible(option)]
     tried = []
     for option in options:
         bound = variants.plan([option], whole=False).peak
@@ -131,8 +140,9 @@ def advise(base: Plan, memory: float) -> Advice:
             found = variants.plan(chosen)
             if found.peak <= memory:
                 return Advice(tuple(tried), tuple(line for c in chosen for line in c.lines), found.peak)
-    whole = variants.plan([*(o for o in options if not o.divided), Change((), divided=True)])
-    counts = (2**i for i in range(1, 13))
+    sharded = Change(("train.strategy=fsdp",), divided=True)
+    whole = variants.plan([*(o for o in options if not o.divided), sharded])
+    counts = (2**i for i in range(1, 13) if variants.possible(sharded))
     enough = next((n for n in counts if dataclasses.replace(whole, gpus=n).peak <= memory), None)
     return Advice(tuple(tried), None, variants.plan(options).peak, enough)
 
