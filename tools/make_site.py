@@ -30,7 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = (".md", ".png", ".py", ".yaml", ".json", ".jsonl")  # what documents link to
 FOLDERS = ("docs", "benchmarks", "recipes", "fastgen")
 PAGES: dict[str, list[Any]] = {
-    "Use it": ["docs/running.md", "docs/data.md", "docs/rewards.md", "docs/exporting.md", "recipes/index.md"],
+    "Use it": [
+        "docs/running.md",
+        "docs/troubleshooting.md",
+        "docs/data.md",
+        "docs/rewards.md",
+        "docs/exporting.md",
+        "recipes/index.md",
+    ],
     "Methods": ["objectives/index.md", "docs/dmd2_family.md", "docs/flow_maps.md", "docs/streaming.md"],
     "Extend it": ["docs/new_objective.md", "docs/contracts.md", "docs/architecture.md", "api.md", "CONTRIBUTING.md"],
     "Evidence": [
