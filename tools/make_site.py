@@ -33,6 +33,7 @@ PAGES: dict[str, list[Any]] = {
     "Use it": [
         "docs/running.md",
         "docs/multi_node.md",
+        "docs/troubleshooting.md",
         "docs/data.md",
         "docs/rewards.md",
         "docs/exporting.md",
