@@ -9,6 +9,7 @@ from fastgen.data.pictures import image_files
 from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.tar_shards import WebDatasetData
 from fastgen.data.toys import AR1Data, DigitsData, MixtureData, exact_data
+from fastgen.data.videos import VideoData
 from fastgen.registry import DATA
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PromptData",
     "SampleSource",
     "Stream",
+    "VideoData",
     "WebDatasetData",
     "exact_data",
     "image_files",

@@ -43,6 +43,10 @@ class DataSource(ABC):
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
 
+    def settled(self, backbone: BackboneConfig) -> "DataSource":
+        """This source with the settings that it takes from the backbone filled in."""
+        return self
+
     @abstractmethod
     def open(self, backbone: Backbone, seed: int) -> "Stream":
         """The stream of this source. Its order depends on the seed alone. Called once."""
@@ -65,7 +69,8 @@ class Stream(ABC):
         return None
 
     def pixels(self, positions: Tensor) -> Tensor | None:
-        """Real images [B, 3, H, W] in [0, 1] for the same positions; None if the source has no images."""
+        """Real images [B, 3, H, W] in [0, 1] for the same positions, or videos [B, F, 3, H, W]; None if the source has
+        neither."""
         return None
 
     def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -80,15 +85,24 @@ class Samples:
     pictures[i] (pictures: [N] int64). read(number) gives that picture's pixels, [3, H, W] in [0, 1], at the backbone's
     `picture_size`, or those of a video, [F, 3, H, W]. Several rows may share a picture.
 
+    views: how many numbers each entry p of `pictures` stands for, p * views and those after it. They are shown in
+    turn, one in each epoch of the rows.
+
     A backbone that makes its samples from images is given the pictures, or the first ones of the videos."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
     read: Callable[[int], Tensor] | None = None
+    views: int = 1
 
     @property
     def num_pictures(self) -> int:
-        return 0 if self.pictures is None else int(self.pictures.max()) + 1
+        return 0 if self.pictures is None else (int(self.pictures.max()) + 1) * self.views
+
+    def shown(self, rows: Tensor, epochs: Tensor) -> list[int]:
+        """The numbers of the pictures of rows [B] in these epochs [B]. With ODE pairs, pair i is of epoch i // N."""
+        assert self.pictures is not None
+        return (self.pictures[rows] * self.views + epochs % self.views).tolist()
 
 
 class SampleSource(DataSource):
@@ -124,20 +138,25 @@ class SampleStream(Stream):
     def prompts(self, positions: Tensor) -> list[str]:
         return [self._samples.prompts[i] for i in self.rows(positions).tolist()]
 
+    def pictures(self, positions: Tensor) -> list[int]:
+        """The number of the picture of each position, in a data set that has some."""
+        order = positions if self._pairs is None else self._pairs.index(positions, self._key)
+        return self._samples.shown(self.rows(positions), order // len(self._samples.prompts))
+
     def pixels(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None or self._samples.read is None:
             return None
-        return torch.stack(list(self.read(self._samples.pictures[self.rows(positions)].tolist())))
+        return torch.stack(list(self.read(self.pictures(positions))))
 
     def images(self, positions: Tensor) -> Conditioning | None:
         if self._samples.pictures is None or not self._backbone.takes_image:
             return None
-        return Conditioning.cat(self.picture_images(self._samples.pictures[self.rows(positions)].tolist()))
+        return Conditioning.cat(self.picture_images(self.pictures(positions)))
 
     def latents(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None:
             return None
-        return torch.stack(self.picture_latents(self._samples.pictures[self.rows(positions)].tolist()))
+        return torch.stack(self.picture_latents(self.pictures(positions)))
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
         """The latent of each picture, [*latent_shape], on the CPU."""

@@ -1,7 +1,6 @@
 """Folders of images, and how an image file is read into pixels."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,10 @@ from torch import Tensor
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.pictures import IMAGE_SUFFIXES, PictureError, image_files, picture_size, read_picture
-from fastgen.data.tables import check_text, choose_column, columns_of, read_columns, read_text
+from fastgen.data.captioned import read_captioned
+from fastgen.data.media import IMAGES, Medium
+from fastgen.data.pictures import PictureError, picture_size, read_picture
 from fastgen.registry import here_or_shipped
-
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -62,53 +60,7 @@ class ImageData(SampleSource):
 
     def read(self) -> tuple[list[Path], list[str]]:
         """The image files and their captions. Raises ValueError if either are missing."""
-        folder = here_or_shipped(self.folder)
-        tables = [folder / name for name in METADATA if (folder / name).is_file()]
-        if len(tables) > 1:
-            raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
-        return read_metadata(tables[0], self.column) if tables else self.read_beside(folder)
-
-    def read_beside(self, folder: Path) -> tuple[list[Path], list[str]]:
-        """The image files, and their captions from the text files next to them."""
-        files = image_files(folder)
-        if self.column is not None:
-            raise ValueError(f"column: {folder} has none of {', '.join(METADATA)} and so no columns; leave column out")
-        missing = [f.name for f in files if not f.with_suffix(".txt").is_file()]
-        if missing:
-            raise ValueError(
-                f"folder: {len(missing)} images in {folder} have no caption, the first is {missing[0]}; put "
-                "each caption in a .txt file with the image's name, or all captions in a metadata.csv"
-            )
-        return files, [read_text(f.with_suffix(".txt")) for f in files]
-
-
-def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:
-    """The images that a table lists, and their captions. Raises ValueError if an image or a caption is missing, and if
-    an image in the folder is not in the table, which may have been cut."""
-    columns = columns_of(table)
-    if "file_name" not in columns:
-        raise ValueError(f"{table} has no column file_name, only {', '.join(columns)}")
-    column = choose_column([c for c in columns if c != "file_name"], column, str(table))
-    names, values = read_columns(table, ["file_name", column])
-    captions = [check_text(value, f"{column} in row {i} of {table}") for i, value in enumerate(values, 1)]
-    files = [table.parent / check_text(n, f"file_name in row {i} of {table}") for i, n in enumerate(names, 1)]
-    missing = next((i for i, f in enumerate(files) if not os.path.isfile(f)), None)  # False for any impossible name
-    if missing is not None:
-        raise ValueError(f"row {missing + 1} of {table} names {names[missing]}, which does not exist")
-    if alone := unlisted(files, table.parent):
-        number = "1 image that lies" if len(alone) == 1 else f"{len(alone)} images that lie"
-        raise ValueError(
-            f"{table} does not list {number} there, the first is {alone[0]}; add what is missing to the table, or "
-            "move the images out of the folder"
-        )
-    return files, captions
-
-
-def unlisted(listed: Sequence[Path], root: Path) -> list[Path]:
-    """The images in a folder, and in the folders below it, that are not listed; sorted by name."""
-    known = {os.path.normpath(file) for file in listed}
-    found = (f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and os.path.normpath(f) not in known)
-    return sorted(f for f in found if not f.is_dir())
+        return read_captioned(here_or_shipped(self.folder), self.column, IMAGES)
 
 
 def picture_fills(provides: frozenset[str]) -> frozenset[str]:
@@ -124,24 +76,28 @@ def resolution(config: BackboneConfig) -> tuple[int, int]:
     except OSError as error:
         raise ValueError(f"cannot read the configs of the backbone: {error}") from None
     if size is None:
-        raise ValueError(f"name: image data needs a backbone that makes images, and {config.name} does not")
+        videos = "; data of videos is {name: videos}" if config.output == "frames" else ""
+        raise ValueError(f"name: image data needs a backbone that makes images, and {config.name} does not{videos}")
     return size
 
 
 def check_sizes(
-    sizes: Iterator[tuple[str, tuple[int, int] | None]], size: tuple[int, int], allow_upscaling: bool
+    sizes: Iterable[tuple[str, tuple[int, int] | None]],
+    size: tuple[int, int],
+    allow_upscaling: bool,
+    medium: Medium = IMAGES,
 ) -> None:
     """Raises ValueError if a file is not an image, or if images are smaller than size, (height, width). sizes: pairs
     of a name and (width, height), or of a name and None for what is not an image."""
     small, (high, wide) = [], size
     for where, dimensions in sizes:
         if dimensions is None:
-            raise ValueError(f"{where} is not a readable image; replace or remove it")
+            raise ValueError(f"{where} is not a readable {medium.word}; replace or remove it")
         if (dimensions[0] < wide or dimensions[1] < high) and not allow_upscaling:
             small.append((where, dimensions))
     if small:
         (where, (width, height)), count = small[0], len(small)
-        number = "1 image is" if count == 1 else f"{count} images are"
+        number = f"1 {medium.word} is" if count == 1 else f"{count} {medium.word}s are"
         raise ValueError(
             f"{number} smaller than the backbone's {wide}x{high} pixels, the first is {where} with "
             f"{width}x{height}; remove them, set data.allow_upscaling: true, or train at a lower resolution"
@@ -162,12 +118,16 @@ def read_image(source: Path | BytesIO, size: tuple[int, int], where: str, allow_
     """Pixels [3, H, W] in [0, 1], of `pictures.read_picture`. size: (H, W), which the resized image covers (bicubic,
     antialiased), and to which its centre is cropped. Raises DataError, naming `where`, if the image cannot be read or
     is too small."""
-    from torchvision.transforms.functional import pil_to_tensor
-
     try:
-        image = read_picture(source, where)
+        return fitted(read_picture(source, where), size, where, allow_upscaling)
     except PictureError as error:
         raise DataError(str(error)) from None
+
+
+def fitted(image: Image.Image, size: tuple[int, int], where: str, allow_upscaling: bool) -> Tensor:
+    """Pixels [3, H, W] in [0, 1] of an RGB image, as in `read_image`. Raises DataError if it is too small."""
+    from torchvision.transforms.functional import pil_to_tensor
+
     high, wide = size
     if (image.width < wide or image.height < high) and not allow_upscaling:
         raise DataError(

@@ -95,7 +95,8 @@ class PreparedData(DataSource):
         manifest, prompts = read_manifest(folder), read_prompt_lines(folder)
         rows = load_file(folder / TABLES[1])
         backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)
-        samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
+        texts, views = [prompts[i] for i in rows["prompt"].tolist()], manifest.get("views", 1)
+        samples = Samples(texts, rows.get("picture"), views=views)
         pairs = None
         if manifest.get("pairs"):
             shards = shard_rows(folder, manifest, "pairs")

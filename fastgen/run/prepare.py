@@ -71,7 +71,7 @@ def prepare(
     if not isinstance(source, SampleSource) or getattr(source, "streaming", False):
         raise ValueError(
             "data.name: prepare needs a source with random access to its rows: prompts, images, "
-            "webdataset, or hub with streaming: false"
+            "videos, webdataset, or hub with streaming: false"
         )
     if config.encodes_together:
         raise ValueError(
@@ -102,7 +102,7 @@ def prepare_locked(
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],
         "source": config.path,
         "identity": identity(config, samples.num_pictures > 0, known, pairs is not None),
-        "data": to_dict(source),
+        "data": to_dict(source.settled(config)),
         "dtype": dtype,
         "shard_size": shard_size,
         "num_samples": len(samples.prompts),
@@ -111,6 +111,8 @@ def prepare_locked(
         "pairs": None if pairs is None else to_dict(pairs),
         "samples_sha256": hashlib.sha256(prompt_lines(prompts) + sample_rows(samples, prompts)).hexdigest(),
     }
+    if samples.views > 1:
+        manifest["views"] = samples.views
     if config.takes_image:
         manifest |= {"num_images": samples.num_pictures, "only_images": "latents" not in source.fills(config)}
     if known is not None:

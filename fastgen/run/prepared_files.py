@@ -67,8 +67,8 @@ def pair_files(
     def images(rows: range) -> Conditioning | None:
         if not backbone.takes_image:
             return None
-        assert samples.pictures is not None and samples.read is not None
-        pictures = samples.pictures[sample_of[list(rows)]].tolist()
+        assert samples.read is not None
+        pictures = samples.shown(sample_of[list(rows)], torch.tensor(rows) // len(samples.prompts))
         return Conditioning.cat([encode_given_picture(backbone, samples.read(i)) for i in pictures])
 
     def make(rows: range) -> bytes:
