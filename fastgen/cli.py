@@ -25,23 +25,23 @@ from fastgen.run.options import (
     torch_dtype,
 )
 from fastgen.run.quiet import quiet_libraries
+from fastgen.run.refusal import refuse
+from fastgen.starting import commands
 
 app = typer.Typer(
     name="fastgen",
     help="Turn a diffusers pipeline into a few-step one, and know that it worked.",
     no_args_is_help=True,
-    add_completion=False,
-    # Without this, typer imports pydantic for `fastgen train --help`: to convert the value of fastgen's own --help,
-    # which is not given. It converts no bool.
-    context_settings={"default_map": {"help": False}},
+    # Without this, typer imports pydantic for `fastgen train --help`: to convert the values of fastgen's own --help,
+    # --version and so on, which are not given. It converts no bool.
+    context_settings={"default_map": dict.fromkeys(("help", "asked", "install_completion", "show_completion"), False)},
     pretty_exceptions_enable=False,
 )
 
 
-def refuse(message: object) -> typer.Exit:
-    """Prints why an argument or a recipe is refused. The caller raises what this returns: exit code 2."""
-    print(f"refused: {message}", file=sys.stderr)
-    return typer.Exit(2)
+app.callback(invoke_without_command=True)(commands.version)
+app.command()(commands.recipes)
+app.command()(commands.schema)
 
 
 def read(recipe: Path, overrides: list[str] | None) -> Any:

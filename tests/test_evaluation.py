@@ -230,6 +230,7 @@ def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
         results.compare([tmp_path / "c.json"], tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the pages beside the result files, and of no other result that such a page may show."""
     sampler, pages = CopyingSampler(), []

@@ -21,7 +21,6 @@ from fastgen.backbones.wan import Wan
 from fastgen.config import build_recipe
 from fastgen.data import DataError, VideoData, clips, make_batch
 from fastgen.data.clips import VideoError, read_clip, read_header
-from fastgen.data.prepared import PreparedData
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run.prepare import prepare

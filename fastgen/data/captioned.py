@@ -14,10 +14,8 @@ def read_captioned(folder: Path, column: str | None, medium: Medium) -> tuple[li
     """The files of a folder and their captions. Raises ValueError if either are missing.
 
     column: the caption column of the table; by default `prompt`, `caption` or `text`."""
-    tables = [folder / name for name in METADATA if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
-    return read_metadata(tables[0], column, medium) if tables else read_beside(folder, column, medium)
+    table = metadata_table(folder)
+    return read_metadata(table, column, medium) if table else read_beside(folder, column, medium)
 
 
 def read_beside(folder: Path, column: str | None, medium: Medium) -> tuple[list[Path], list[str]]:
@@ -32,6 +30,14 @@ def read_beside(folder: Path, column: str | None, medium: Medium) -> tuple[list[
             f"each caption in a .txt file with the {medium.word}'s name, or all captions in a metadata.csv"
         )
     return files, [read_text(f.with_suffix(".txt")) for f in files]
+
+
+def metadata_table(folder: Path) -> Path | None:
+    """The table with the captions of a folder, if there is one. Raises ValueError for two."""
+    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
+    return tables[0] if tables else None
 
 
 def read_metadata(table: Path, column: str | None, medium: Medium) -> tuple[list[Path], list[str]]:
