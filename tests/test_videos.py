@@ -220,11 +220,16 @@ def cut(path: Path) -> None:
             r"1 video is shorter than 5 pictures at 8 per second \(0\.62 s\), ",
         ),
         ("b.gif", lambda path: write_video(path, size=(16, 48)), r"1 video is smaller .*b\.gif with 48x16"),
+        (
+            "b.webm",
+            lambda path: write_video(path, rate=7),
+            r"1 video has fewer than 8 .* first is .*b\.webm with 7\. ",
+        ),
         ("b.mp4", lambda path: write_video(path, color_trc=16), r"b\.mp4: it is in HDR \(PQ\); convert it"),
         ("b.mp4", lambda path: write_video(path, sample_aspect_ratio=2), r"b\.mp4: its pixels are not square \(2\)"),
         ("b.webm", os.mkfifo, r"b\.webm is not a file"),
     ],
-    ids=["playlist", "empty", "short", "small", "HDR", "aspect", "pipe"],
+    ids=["playlist", "empty", "short", "small", "slow", "HDR", "aspect", "pipe"],
 )
 def test_what_is_no_clip_is_refused_before_weights_load(
     name: str, make: Callable[[Path], Any], words: str, folder: Path, tmp_path: Path

@@ -34,11 +34,13 @@ class VideoError(ValueError):
 
 
 class Header(NamedTuple):
-    """Width and height of the pictures as they are shown, and how long they are shown altogether."""
+    """Width and height of the pictures as they are shown, how long they are shown altogether, and how many a second on
+    average (None: the file does not say it)."""
 
     width: int
     height: int
     seconds: float
+    rate: float | None
 
 
 def check_reader() -> None:
@@ -57,7 +59,8 @@ def read_header(source: Source, ending: str, where: str) -> Header:
             raise VideoError("it has no pictures")
         check_frame(frame)
         turned = frame.rotation % 180 != 0
-        return Header(*(frame.height, frame.width) if turned else (frame.width, frame.height), seconds)
+        wide, high = (frame.height, frame.width) if turned else (frame.width, frame.height)
+        return Header(wide, high, seconds, float(stream.average_rate) if stream.average_rate else None)
 
 
 def read_clip(

@@ -119,13 +119,13 @@ def read_image(source: Path | BytesIO, size: tuple[int, int], where: str, allow_
     antialiased), and to which its centre is cropped. Raises DataError, naming `where`, if the image cannot be read or
     is too small."""
     try:
-        return fitted(read_picture(source, where), size, where, allow_upscaling)
+        return fitted(read_picture(source, where), size, where, allow_upscaling).float() / 255
     except PictureError as error:
         raise DataError(str(error)) from None
 
 
 def fitted(image: Image.Image, size: tuple[int, int], where: str, allow_upscaling: bool) -> Tensor:
-    """Pixels [3, H, W] in [0, 1] of an RGB image, as in `read_image`. Raises DataError if it is too small."""
+    """Bytes [3, H, W] of an RGB image, as in `read_image`. Raises DataError if it is too small."""
     from torchvision.transforms.functional import pil_to_tensor
 
     high, wide = size
@@ -134,4 +134,4 @@ def fitted(image: Image.Image, size: tuple[int, int], where: str, allow_upscalin
             f"{where} has {image.width}x{image.height} pixels, fewer than the backbone's {wide}x{high}; "
             "remove it or set data.allow_upscaling: true"
         )
-    return pil_to_tensor(ImageOps.fit(image, (wide, high), Image.Resampling.BICUBIC)).float() / 255
+    return pil_to_tensor(ImageOps.fit(image, (wide, high), Image.Resampling.BICUBIC))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.clips import read_header
+from fastgen.data.clips import Header, read_header
 from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
 from fastgen.data.media import IMAGES, VIDEOS, Medium
 from fastgen.data.pictures import picture_size
@@ -29,14 +29,14 @@ from fastgen.data.tables import check_text, choose_column, unique
 
 class Entry(NamedTuple):
     """One sample of a shard: the name of its image or video, the place in the file, and the width and height; its
-    caption; and for how many seconds a video lasts."""
+    caption; and all that the header of a video says."""
 
     name: str
     offset: int
     length: int
     size: tuple[int, int] | None
     caption: str
-    seconds: float = 0.0
+    header: Header | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -210,8 +210,8 @@ def read_entry(
     entry = Entry(shown.name, shown.offset_data, shown.size, None, read_caption(texts, column, where))
     if medium is VIDEOS:
         ending = key_and_suffix(shown.name)[1]
-        width, height, seconds = read_header(section(file, entry.offset, entry.length), ending, where)
-        return entry._replace(size=(width, height), seconds=seconds)
+        header = read_header(section(file, entry.offset, entry.length), ending, where)
+        return entry._replace(size=(header.width, header.height), header=header)
     size = picture_size(BytesIO(read(shown, 1 << 16)), where) or picture_size(BytesIO(read(shown)), where)
     return entry._replace(size=size)
 

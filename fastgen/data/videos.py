@@ -22,6 +22,8 @@ from fastgen.data.media import VIDEOS
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped
 
+LOWEST_RATE = 0.9  # of a file, as a share of the stated one; ours. 23.976 for 24 and 15 for 16 are near enough
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class VideoData(SampleSource):
@@ -30,7 +32,8 @@ class VideoData(SampleSource):
 
     A sample is a clip of `backbone.num_frames` pictures, `fps` of them per second (by default `backbone.fps`),
     whatever the file's own frame rate is; see `clips`. They are resized to cover the backbone's size and
-    centre-cropped. Smaller videos are refused unless allow_upscaling is set, and shorter ones always.
+    centre-cropped. Smaller videos are refused unless allow_upscaling is set, those with a much lower frame rate, in
+    which pictures would repeat, unless allow_repeats is set, and shorter ones always.
 
     clips: how many clips are taken of each video: epoch e of a run shows clip e % clips. Where clip k of video i
     begins is a uniform draw that depends on (seed, i, k) alone.
@@ -44,6 +47,7 @@ class VideoData(SampleSource):
     clips: int = Field(default=1, ge=1, le=MOST_STEPS)
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     allow_upscaling: bool = False
+    allow_repeats: bool = False
     name: Literal["videos"] = "videos"
 
     @property
@@ -69,6 +73,8 @@ class VideoData(SampleSource):
             VIDEOS,
         )
         check_lengths(headers, backbone.num_frames, self.rate(backbone))
+        if not self.allow_repeats:
+            check_rates(headers, self.rate(backbone))
 
     def samples(self, backbone: Backbone) -> Samples:
         config, videos = backbone.config, self.videos()
@@ -81,7 +87,7 @@ class VideoData(SampleSource):
             place = float(noise.uniform(torch.tensor([index]), (), key, torch.float64))
             try:
                 with video.open() as source:
-                    return read_clip(
+                    pixels = read_clip(
                         source,
                         video.ending,
                         video.where,
@@ -92,6 +98,7 @@ class VideoData(SampleSource):
                     )
             except VideoError as error:
                 raise DataError(str(error)) from None
+            return pixels.float().div_(255)
 
         return Samples([video.caption for video in videos], torch.arange(len(videos)), read, self.clips)
 
@@ -134,8 +141,8 @@ class Video:
         return nullcontext(self.file) if self.entry is None else member(self.file, self.entry)
 
     def header(self) -> Header:
-        if self.entry is not None and self.entry.size is not None:
-            return Header(*self.entry.size, self.entry.seconds)
+        if self.entry is not None and self.entry.header is not None:
+            return self.entry.header
         return read_header(self.file, self.ending, self.where)
 
 
@@ -147,4 +154,15 @@ def check_lengths(headers: Iterable[tuple[str, Header]], count: int, fps: float)
         raise ValueError(
             f"{number} shorter than {count} pictures at {fps:g} per second ({count / fps:.2f} s), the first is "
             f"{where} with {seconds:.2f} s; remove them, or lower backbone.num_frames or raise data.fps"
+        )
+
+
+def check_rates(headers: Iterable[tuple[str, Header]], fps: float) -> None:
+    """Raises ValueError if videos have much fewer pictures per second than a clip."""
+    slow = [(where, header.rate) for where, header in headers if header.rate and header.rate < LOWEST_RATE * fps]
+    if slow:
+        (where, rate), number = slow[0], "1 video has" if len(slow) == 1 else f"{len(slow)} videos have"
+        raise ValueError(
+            f"{number} fewer than {fps:g} pictures per second, some of which would repeat; the first is {where} with "
+            f"{rate:g}. Remove them, lower data.fps, or set data.allow_repeats: true"
         )
