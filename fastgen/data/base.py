@@ -5,6 +5,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Batch, Conditioning
-from fastgen.data.order import shuffled
+from fastgen.data.order import bucketed, shuffled
 from fastgen.data.pairs import Pairs
 
 READERS = 4  # threads that read pictures
@@ -47,9 +48,15 @@ class DataSource(ABC):
         """This source with the settings that it takes from the backbone filled in."""
         return self
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes (H, W) of pictures, if there are several; one update sees one of them."""
+        return ()
+
     @abstractmethod
-    def open(self, backbone: Backbone, seed: int) -> "Stream":
-        """The stream of this source. Its order depends on the seed alone. Called once."""
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> "Stream":
+        """The stream of this source. Its order depends on the seed alone, and with pictures of several sizes on
+        `unit`, the number of prompts of an update. Called once."""
 
 
 class Stream(ABC):
@@ -58,6 +65,10 @@ class Stream(ABC):
     @abstractmethod
     def prompts(self, positions: Tensor) -> list[str]:
         """One prompt per position."""
+
+    def size(self, positions: Tensor) -> tuple[int, int] | None:
+        """Height and width of the pictures of these positions, if the source has several sizes."""
+        return None
 
     def images(self, positions: Tensor) -> Conditioning | None:
         """The images from which the samples at the same positions are made, as `Backbone.encode_images` gives them,
@@ -88,16 +99,27 @@ class Samples:
     views: how many numbers each entry p of `pictures` stands for, p * views and those after it. They are shown in
     turn, one in each epoch of the rows.
 
+    sizes: if pictures have several sizes (H, W), these, and picture p is read at sizes[bucket_of[p]] (bucket_of: [P]
+    int64) instead of `picture_size`.
+
     A backbone that makes its samples from images is given the pictures, or the first ones of the videos."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
     read: Callable[[int], Tensor] | None = None
     views: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()
+    bucket_of: Tensor | None = None
 
     @property
     def num_pictures(self) -> int:
         return 0 if self.pictures is None else (int(self.pictures.max()) + 1) * self.views
+
+    def of_buckets(self) -> list[Tensor]:
+        """The numbers of the pictures of each size, in order; [] if there is one size."""
+        if self.bucket_of is None:
+            return []
+        return [(self.bucket_of == bucket).nonzero()[:, 0] for bucket in range(len(self.sizes))]
 
     def shown(self, rows: Tensor, epochs: Tensor) -> list[int]:
         """The numbers of the pictures of rows [B] in these epochs [B]. With ODE pairs, pair i is of epoch i // N."""
@@ -112,17 +134,20 @@ class SampleSource(DataSource):
     def samples(self, backbone: Backbone) -> Samples:
         """All rows. An image is read only when it is needed."""
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
-        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"))
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"), unit=unit)
 
 
 class SampleStream(Stream):
     """The rows of a data set, in a different random order in each epoch. With ODE pairs, the pairs are shuffled
-    instead, and each pair gives the row of its prompt. Up to a gigabyte of latents, and of what is told of images, is
+    instead, and each pair gives the row of its prompt. With pictures of several sizes, the order is `order.bucketed`,
+    and `unit` rows that follow each other from a multiple of `unit` on have one size.
+
+    Up to a gigabyte of latents, and of what is told of images, is
     cached in memory."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
-        self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
+    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None, unit: int = 1):
+        self._samples, self._backbone, self._key, self._pairs, self._unit = samples, backbone, key, pairs, unit
         self._latents, self._images = dict[int, Tensor](), dict[int, Conditioning]()
         self._readers = ThreadPoolExecutor(READERS, "pictures")
 
@@ -130,7 +155,23 @@ class SampleStream(Stream):
         """The row of each position, [B] int64."""
         if self._pairs is not None:
             return self._pairs.sample_of[self._pairs.index(positions, self._key)]
+        if self._samples.sizes:
+            return bucketed(positions, self.buckets, self._unit, self._key)
         return shuffled(positions, len(self._samples.prompts), self._key)
+
+    @cached_property
+    def buckets(self) -> Tensor:
+        """The bucket of each row, [N]."""
+        assert self._samples.bucket_of is not None and self._samples.pictures is not None
+        return self._samples.bucket_of[self._samples.pictures]
+
+    def size(self, positions: Tensor) -> tuple[int, int] | None:
+        if not self._samples.sizes:
+            return None
+        buckets = self.buckets[self.rows(positions)].unique().tolist()
+        if len(buckets) > 1:
+            raise ValueError(f"positions {positions.tolist()} are of several updates, whose pictures differ in size")
+        return self._samples.sizes[buckets[0]]
 
     def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         return None if self._pairs is None else self._pairs[self._pairs.index(positions, self._key)]
@@ -207,8 +248,11 @@ def make_batch(
             f"positions {int(positions[0])} to {int(positions[-1])} split a prompt group of {group_size}"
             "; make train.batch_size a multiple of objective.group_size"
         )
-    prompts = stream.prompts(group)
+    prompts, size, shape = stream.prompts(group), stream.size(group), backbone.latent_shape
     cond, uncond = backbone.encode_both(prompts, stream.images(group))
+    if size is not None:
+        cond, uncond = backbone.told_size(cond, size), backbone.told_size(uncond, size)
+        shape = backbone.latent_shape_of(size)
     latents = stream.latents(group) if "latents" in needs else None
     pixels = stream.pixels(group) if "pixels" in needs else None
     pairs = stream.pairs(group) if "pairs" in needs else None
@@ -218,7 +262,7 @@ def make_batch(
         key=key,
         cond=cond,
         uncond=uncond,
-        latent_shape=backbone.latent_shape,
+        latent_shape=shape,
         prompts=tuple(prompts),
         latents=None if latents is None else latents.to(device, backbone.dtype),
         pixels=None if pixels is None else pixels.to(device, backbone.dtype),

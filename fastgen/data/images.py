@@ -1,6 +1,6 @@
 """Folders of images, and how an image file is read into pixels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataError, Samples, SampleSource
 from fastgen.data.captioned import read_captioned
-from fastgen.data.media import IMAGES, Medium
+from fastgen.data.media import IMAGES
 from fastgen.data.pictures import PictureError, picture_size, read_picture
+from fastgen.data.sizes import Side, check_buckets, check_sizes, placed, resolution
 from fastgen.registry import here_or_shipped
 
 
@@ -28,13 +29,15 @@ class ImageData(SampleSource):
     in the layout of `datasets`.
 
     Images are resized to cover the backbone's resolution and centre-cropped. Smaller images are refused unless
-    allow_upscaling is set. column: the caption column, by default `prompt`, `caption` or `text`.
+    allow_upscaling is set. column: the caption column, by default `prompt`, `caption` or `text`. buckets: sizes
+    (height, width) in place of that one, each picture at the one nearest to its own shape; see `buckets`.
 
     They are real data, or, for a backbone that makes its samples from images, these images."""
 
     folder: str
     column: str | None = None
     allow_upscaling: bool = False
+    buckets: tuple[tuple[Side, Side], ...] = ()
     name: Literal["images"] = "images"
 
     @property
@@ -46,16 +49,25 @@ class ImageData(SampleSource):
 
     def check(self, backbone: Any) -> None:
         files, _ = self.read()
-        check_sizes(((str(f), picture_size(f, str(f))) for f in files), resolution(backbone), self.allow_upscaling)
+        sizes = ((str(f), picture_size(f, str(f))) for f in files)
+        if self.buckets:
+            check_buckets(backbone, self.buckets, list(sizes), self.allow_upscaling)
+        else:
+            check_sizes(sizes, resolution(backbone), self.allow_upscaling)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.buckets
 
     def samples(self, backbone: Backbone) -> Samples:
         files, captions = self.read()
-        size = backbone.picture_size
-        assert size is not None
+        size_of, bucket_of = placed(backbone, self.buckets, lambda: [picture_size(f, str(f)) for f in files])
         return Samples(
             captions,
             torch.arange(len(files)),
-            lambda i: read_image(files[i], size, str(files[i]), self.allow_upscaling),
+            lambda i: read_image(files[i], size_of(i), str(files[i]), self.allow_upscaling),
+            sizes=self.buckets,
+            bucket_of=bucket_of,
         )
 
     def read(self) -> tuple[list[Path], list[str]]:
@@ -66,42 +78,6 @@ class ImageData(SampleSource):
 def picture_fills(provides: frozenset[str]) -> frozenset[str]:
     """What a source of single pictures has for a backbone: either real data, or images to make samples from."""
     return provides - {"latents", "pixels"} if "images" in provides else provides
-
-
-def resolution(config: BackboneConfig) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that the backbone reads, from its configs alone. Raises ValueError if
-    it has no use for pictures."""
-    try:
-        size = config.build(torch.device("cpu"), torch.float32, 0).picture_size
-    except OSError as error:
-        raise ValueError(f"cannot read the configs of the backbone: {error}") from None
-    if size is None:
-        videos = "; data of videos is {name: videos}" if config.output == "frames" else ""
-        raise ValueError(f"name: image data needs a backbone that makes images, and {config.name} does not{videos}")
-    return size
-
-
-def check_sizes(
-    sizes: Iterable[tuple[str, tuple[int, int] | None]],
-    size: tuple[int, int],
-    allow_upscaling: bool,
-    medium: Medium = IMAGES,
-) -> None:
-    """Raises ValueError if a file is not an image, or if images are smaller than size, (height, width). sizes: pairs
-    of a name and (width, height), or of a name and None for what is not an image."""
-    small, (high, wide) = [], size
-    for where, dimensions in sizes:
-        if dimensions is None:
-            raise ValueError(f"{where} is not a readable {medium.word}; replace or remove it")
-        if (dimensions[0] < wide or dimensions[1] < high) and not allow_upscaling:
-            small.append((where, dimensions))
-    if small:
-        (where, (width, height)), count = small[0], len(small)
-        number = f"1 {medium.word} is" if count == 1 else f"{count} {medium.word}s are"
-        raise ValueError(
-            f"{number} smaller than the backbone's {wide}x{high} pixels, the first is {where} with "
-            f"{width}x{height}; remove them, set data.allow_upscaling: true, or train at a lower resolution"
-        )
 
 
 def encode_files(backbone: Backbone, files: Sequence[Path]) -> Conditioning:

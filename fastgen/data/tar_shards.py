@@ -20,10 +20,11 @@ from tqdm import tqdm
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import DataError, Samples, SampleSource
 from fastgen.data.clips import Header, read_header
-from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
+from fastgen.data.images import picture_fills, read_image
 from fastgen.data.media import IMAGES, VIDEOS, Medium
 from fastgen.data.pictures import picture_size
 from fastgen.data.section import section
+from fastgen.data.sizes import Side, check_buckets, check_sizes, placed, resolution
 from fastgen.data.tables import check_text, choose_column, unique
 
 
@@ -47,11 +48,12 @@ class WebDatasetData(SampleSource):
     A sample consists of the members that share a name up to its first dot: an image (png, jpg, jpeg, webp) and its
     caption. The caption is a .txt member, or the entry `column` (by default `prompt`, `caption` or `text`) of a .json
     member. The shards are scanned once at the start to locate every image; a damaged shard is refused, so that no
-    sample is lost. Images are resized and cropped as in ImageData."""
+    sample is lost. Images are resized and cropped as in ImageData, also to `buckets`."""
 
     shards: str | tuple[str, ...]
     column: str | None = None
     allow_upscaling: bool = False
+    buckets: tuple[tuple[Side, Side], ...] = ()
     name: Literal["webdataset"] = "webdataset"
 
     @property
@@ -62,19 +64,27 @@ class WebDatasetData(SampleSource):
         return picture_fills(super().fills(backbone))
 
     def check(self, backbone: Any) -> None:
-        sizes = ((f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries())
-        check_sizes(sizes, resolution(backbone), self.allow_upscaling)
+        sizes = [(f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries()]
+        if self.buckets:
+            check_buckets(backbone, self.buckets, sizes, self.allow_upscaling)
+        else:
+            check_sizes(sizes, resolution(backbone), self.allow_upscaling)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.buckets
 
     def samples(self, backbone: Backbone) -> Samples:
-        entries, size = self.entries(), backbone.picture_size
-        assert size is not None
+        entries = self.entries()
+        size_of, bucket_of = placed(backbone, self.buckets, lambda: [entry.size for _, entry in entries])
 
         def read(i: int) -> Tensor:
             shard, entry = entries[i]
             with member(shard, entry) as file:
-                return read_image(BytesIO(file.read()), size, f"{entry.name} in {shard}", self.allow_upscaling)
+                return read_image(BytesIO(file.read()), size_of(i), f"{entry.name} in {shard}", self.allow_upscaling)
 
-        return Samples([entry.caption for _, entry in entries], torch.arange(len(entries)), read)
+        captions, numbers = [entry.caption for _, entry in entries], torch.arange(len(entries))
+        return Samples(captions, numbers, read, sizes=self.buckets, bucket_of=bucket_of)
 
     def entries(self) -> list[tuple[Path, Entry]]:
         """Every sample of every shard, in order."""

@@ -17,8 +17,9 @@ from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.data.base import READERS, DataError, Samples, SampleSource
 from fastgen.data.captioned import read_captioned
 from fastgen.data.clips import Header, Source, VideoError, check_reader, read_clip, read_header, shortest
-from fastgen.data.images import check_sizes, fitted
+from fastgen.data.images import fitted
 from fastgen.data.media import VIDEOS
+from fastgen.data.sizes import check_sizes
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped
 

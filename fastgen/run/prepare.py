@@ -80,6 +80,8 @@ def prepare(
         )
     if config.takes_image and "images" not in source.fills(config):
         raise ValueError(f"data.name: backbone {config.name} makes its samples from images; choose data with pictures")
+    if source.sizes and pairs is not None:
+        raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     begun(folder)
     with locked(folder, accelerator, "--output", "is preparing"):
@@ -113,6 +115,8 @@ def prepare_locked(
     }
     if samples.views > 1:
         manifest["views"] = samples.views
+    if samples.sizes:
+        manifest["buckets"] = [list(size) for size in samples.sizes]
     if config.takes_image:
         manifest |= {"num_images": samples.num_pictures, "only_images": "latents" not in source.fills(config)}
     if known is not None:
