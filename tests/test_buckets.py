@@ -14,8 +14,10 @@ from tiny_flux import tiny_flux
 from tiny_pipelines import tiny_sdxl
 
 from fastgen.backbones.sd import SDConfig
+from fastgen.backbones.sd3 import SD3Config
 from fastgen.config import build_recipe
 from fastgen.data import make_batch
+from fastgen.data.digits import assets_dir
 from fastgen.data.images import read_image
 from fastgen.data.order import bucketed, place_of
 from fastgen.data.pairs import PairSettings
@@ -134,6 +136,13 @@ def test_prepared_latents_are_the_same_to_the_bit(folder: Path, pictures: Path, 
     assert stored.data.sizes == recipe.data.sizes
     with pytest.raises(ValueError, match="ODE pairs have the size of the backbone"):
         prepare(recipe, tmp_path / "pairs", pairs=PairSettings(3, steps=2))
+
+
+def test_sd3_knows_its_positions_up_to_a_size() -> None:
+    backbone = SD3Config(path=str(assets_dir() / "teachers/digits")).build(torch.device("cpu"), torch.float32, 0)
+    assert backbone.latent_shape_of((64, 32)) == (2, 16, 8)
+    with pytest.raises(ValueError, match="knows positions up to 64 pixels, got 32 x 72"):
+        backbone.latent_shape_of((32, 72))
 
 
 @pytest.mark.slow

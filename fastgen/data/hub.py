@@ -14,18 +14,11 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.data.base import (
-    DataError,
-    Samples,
-    SampleSource,
-    SampleStream,
-    Stream,
-    encode_given_picture,
-    encode_picture,
-)
+from fastgen.data.base import DataError, Stream
 from fastgen.data.images import picture_fills, read_image
 from fastgen.data.order import permutation
 from fastgen.data.pictures import picture_size
+from fastgen.data.samples import Samples, SampleSource, SampleStream, encode_given_picture, encode_picture
 from fastgen.data.sizes import check_sizes, resolution
 from fastgen.data.tables import check_text, choose_column, import_extra
 from fastgen.registry import MOST_BATCH

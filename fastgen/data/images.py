@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.data.base import DataError, Samples, SampleSource
+from fastgen.data.base import DataError
 from fastgen.data.captioned import read_captioned
 from fastgen.data.media import IMAGES
 from fastgen.data.pictures import PictureError, picture_size, read_picture
+from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.sizes import Side, check_buckets, check_sizes, placed, resolution
 from fastgen.registry import here_or_shipped
 

@@ -32,9 +32,10 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
-from fastgen.data.base import DataSource, Samples, SampleStream, Stream
+from fastgen.data.base import DataSource, Stream
 from fastgen.data.files import is_sealed
 from fastgen.data.pairs import Pairs, PairSettings
+from fastgen.data.samples import Samples, SampleStream
 from fastgen.data.shard_rows import ShardRows, latents_of
 
 FORMAT = 1

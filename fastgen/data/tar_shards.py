@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.data.base import DataError, Samples, SampleSource
+from fastgen.data.base import DataError
 from fastgen.data.clips import Header, read_header
 from fastgen.data.images import picture_fills, read_image
 from fastgen.data.media import IMAGES, VIDEOS, Medium
 from fastgen.data.pictures import picture_size
+from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.section import section
 from fastgen.data.sizes import Side, check_buckets, check_sizes, placed, resolution
 from fastgen.data.tables import check_text, choose_column, unique

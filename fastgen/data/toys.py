@@ -11,8 +11,9 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
+from fastgen.data.base import DataSource, Stream
 from fastgen.data.pairs import PairSettings, pair_noise
+from fastgen.data.samples import Samples, SampleSource, SampleStream
 from fastgen.registry import MOST_STEPS
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.data.base import READERS, DataError, Samples, SampleSource
+from fastgen.data.base import DataError
 from fastgen.data.captioned import read_captioned
 from fastgen.data.clips import Header, Source, VideoError, check_reader, read_clip, read_header, shortest
 from fastgen.data.images import fitted
 from fastgen.data.media import VIDEOS
+from fastgen.data.samples import READERS, Samples, SampleSource
 from fastgen.data.sizes import check_sizes
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped

@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.config.stored import to_dict
-from fastgen.data.base import SampleSource
 from fastgen.data.files import sealed
 from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import (
@@ -39,6 +38,7 @@ from fastgen.data.prepared import (
     stamp,
 )
 from fastgen.data.prompts import read_prompts
+from fastgen.data.samples import SampleSource
 from fastgen.metrics.reference import open_reference
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.run.lock import LOCK, locked
@@ -99,12 +99,15 @@ def prepare_locked(
     assert isinstance(backbone, PipelineBackbone)
     samples = source.samples(backbone)
     prompts = list(dict.fromkeys(["", backbone.negative_prompt, *samples.prompts, *evaluation_prompts(recipe.eval)]))
+    data = to_dict(source.settled(config))
+    if not samples.sizes:
+        data.pop("buckets", None)  # as in folders of before it was a key
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],
         "source": config.path,
         "identity": identity(config, samples.num_pictures > 0, known, pairs is not None),
-        "data": to_dict(source.settled(config)),
+        "data": data,
         "dtype": dtype,
         "shard_size": shard_size,
         "num_samples": len(samples.prompts),

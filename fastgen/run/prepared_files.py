@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
-from fastgen.data.base import Samples, encode_given_picture, encode_picture
 from fastgen.data.pair_sampling import sample_pairs
 from fastgen.data.pairs import PairSettings
+from fastgen.data.samples import Samples, encode_given_picture, encode_picture
 from fastgen.data.shard_rows import fold, latents_of, packed, shard_name
 from fastgen.sampling.sampler import teacher_sampler
 
