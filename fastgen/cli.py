@@ -40,6 +40,7 @@ app = typer.Typer(
 
 
 app.callback(invoke_without_command=True)(commands.version)
+app.command()(commands.new)
 app.command()(commands.recipes)
 app.command()(commands.schema)
 
@@ -313,10 +314,11 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
+        typer.Option(help="What to compare with: a folder of real images, 'teacher' for its samples, or 'digits'."),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="The network whose features are compared: 'digits', 'inception' or 'clip'.")
+        str | None,
+        typer.Option(help="The network whose features are compared: 'digits', 'inception', 'clip' or 'latents'."),
     ] = None,
     inception_weights: Annotated[
         str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")
@@ -480,6 +482,21 @@ def demo(
 
     try:
         serve(pipeline, host, port)
+    except ValueError as error:
+        raise refuse(error) from None
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an export.")],
+    repository: Annotated[str, typer.Argument(help="The repository on the hub, NAME/REPOSITORY.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees a repository that is made.")] = False,
+) -> None:
+    """Upload an export with its model card to the hub."""
+    from fastgen.run.push import push as push_export
+
+    try:
+        print(f"uploaded to {push_export(run, repository, private)}")
     except ValueError as error:
         raise refuse(error) from None
 

@@ -29,6 +29,22 @@ class Reference:
         return len(self.prompts)
 
 
+TEACHER = "teacher"  # names the teacher's own samples, which a sampler makes
+
+
+def drawn_reference(name: str, prompts: Sequence[str], draw: Callable[[int, int], Tensor]) -> Reference:
+    """A reference whose images are made when they are first asked for: draw(start, stop) gives pixels in [0, 1]. They
+    are kept as 8-bit values."""
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def read(start: int, stop: int) -> Tensor:
+        if (start, stop) not in kept:
+            kept[start, stop] = (draw(start, stop) * 255).round().to("cpu", torch.uint8)
+        return kept[start, stop].float() / 255
+
+    return Reference(name, tuple(prompts), read)
+
+
 def open_reference(name: str) -> Reference:
     """The images of a name. "digits" gives the 599 held-out digits, with prompts such as "a handwritten three". Any
     other name is a folder, whose images are sorted by name, with the prompts of `captions`.

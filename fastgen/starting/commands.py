@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import fastgen
+from fastgen.run.options import ScorerOption
 from fastgen.run.refusal import refuse
 
 
@@ -52,3 +53,41 @@ def schema(
         print(text, end="")
     else:
         replace_file(output, text)
+
+
+def new(
+    pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder, or a hub id.")],
+    steps: Annotated[int, typer.Option(min=1, help="The number of steps of the student.")] = 4,
+    objective: Annotated[str, typer.Option(help="The method.")] = "dmd2",
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: txt, csv, tsv, jsonl or parquet.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="A folder of pictures with captions, for methods that train on pictures.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of one GPU. By default those of the GPU here, or else 80.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
+    scorer: ScorerOption = None,
+    output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for everything that was not given.")] = False,
+) -> None:
+    """Write a complete recipe for a pipeline, with a comment for every choice."""
+    from fastgen.data.files import check_output, replace_file
+
+    try:
+        check_output(output, overwrite=False)
+        if interactive:
+            steps, objective = typer.prompt("steps", steps, type=int), typer.prompt("method", objective)
+            prompts = typer.prompt("a file of prompts (nothing: those that ship)", prompts or "") or None
+            gpus = typer.prompt("number of GPUs", gpus, type=int)
+        from fastgen.evaluation.config import scorer_keys
+        from fastgen.starting.new import Wishes, first_recipe, next_commands
+
+        wishes = Wishes(pipeline, steps, objective, prompts, images, memory, gpus, scorer_keys(scorer or []))
+        text, plan = first_recipe(wishes)
+    except ValueError as error:
+        raise refuse(error) from None
+    replace_file(output, text)
+    print(f"wrote {output}; by its plan, {plan.peak / 1e9:.1f} GB on each of {gpus} GPU(s). Then:")
+    for command in next_commands(output, str(plan.recipe.output_dir)):
+        print(f"  {command}")
