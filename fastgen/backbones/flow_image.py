@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.folder import read_scheduler
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, check_multiples
 from fastgen.denoiser import Denoiser
 from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler, passed_levels
 from fastgen.registry import MOST_WIDTH
@@ -81,7 +81,11 @@ class FlowImage(PipelineBackbone):
         unit = self.pixels_per_latent * self.patch_size
         if size % unit:
             raise ValueError(f"backbone.resolution must be a multiple of {unit}, got {size}")
-        return (self.latent_channels, size // self.pixels_per_latent, size // self.pixels_per_latent)
+        return self.latent_shape_of((size, size))
+
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        check_multiples(size, self.pixels_per_latent * self.patch_size)
+        return (self.latent_channels, *(side // self.pixels_per_latent for side in size))
 
     @property
     def image_size(self) -> int:  # type: ignore[override]
