@@ -318,9 +318,9 @@ def test_a_signal_while_the_student_is_exported(
 ) -> None:
     """Without checkpoints, the export is all that a run leaves."""
 
-    def signalled(*arguments: Any) -> None:
+    def signalled(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        export(*arguments)
+        export(*arguments, **options)
 
     monkeypatch.setattr("fastgen.train.export", signalled)
     assert main(continued(tmp_path / "run", "train.checkpoint_every=0")) == EXIT_CODES[signal.SIGTERM]
