@@ -227,6 +227,8 @@ COUNTS = {
     "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": {"transformer": 1_610_237_472},
     "facebook/DiT-XL-2-256": {"transformer": 749_826_464, "vae": 83_653_863},
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": {"transformer": 610_856_096, "text_encoder": 4_762_310_656},
+    "THUDM/CogVideoX-2b": {"transformer": 1_693_783_872, "text_encoder": 4_762_310_656, "vae": 215_583_907},
+    "THUDM/CogVideoX-5b": {"transformer": 5_570_283_072},
     "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
