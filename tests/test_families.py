@@ -216,6 +216,19 @@ def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backb
         assert not torch.equal(student(x, t, cond, inputs), before)
 
 
+def test_a_network_in_bfloat16_computes_the_same_but_for_its_rounding(pipeline: Any) -> None:
+    cond, t, x = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(pipeline, "x")
+    student, half = (
+        pipeline.config.build(torch.device("cpu"), dtype, 0).load("student")
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    kind = student.prediction_type
+    with torch.no_grad():
+        exact, rounded = student(x, t, cond, predict=kind), half(x, t, cond.to(torch.bfloat16), predict=kind)
+    assert half.weight_dtype == torch.bfloat16 and rounded.dtype == torch.float32
+    assert float((exact - rounded).norm() / exact.norm()) < 0.1
+
+
 def test_images_go_through_the_vae_and_back(family: Family, backbone: Any) -> None:
     pixels = torch.rand(2, *[family.num_frames] * bool(family.num_frames), 3, SIDE, SIDE)
     latents = backbone.encode(pixels)

@@ -87,7 +87,7 @@ class HunyuanVideo15Denoiser(FlowDenoiser):
         x = x_t.transpose(1, 2).to(self.weight_dtype)
         return self.network(
             hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
-            timestep=self.timestep(t, inputs),
+            timestep=self.timestep(t, inputs).to(x.dtype),  # in which the time embedding is computed
             encoder_hidden_states=cond["prompt_embeds"].to(x.dtype),
             encoder_attention_mask=known_mask(cond["prompt_mask"]),
             encoder_hidden_states_2=cond["glyph_embeds"].to(x.dtype),
