@@ -25,23 +25,24 @@ from fastgen.run.options import (
     torch_dtype,
 )
 from fastgen.run.quiet import quiet_libraries
+from fastgen.run.refusal import refuse
+from fastgen.starting import commands
 
 app = typer.Typer(
     name="fastgen",
     help="Turn a diffusers pipeline into a few-step one, and know that it worked.",
     no_args_is_help=True,
-    add_completion=False,
-    # Without this, typer imports pydantic for `fastgen train --help`: to convert the value of fastgen's own --help,
-    # which is not given. It converts no bool.
-    context_settings={"default_map": {"help": False}},
+    # Without this, typer imports pydantic for `fastgen train --help`: to convert the values of fastgen's own --help,
+    # --version and so on, which are not given. It converts no bool.
+    context_settings={"default_map": dict.fromkeys(("help", "asked", "install_completion", "show_completion"), False)},
     pretty_exceptions_enable=False,
 )
 
 
-def refuse(message: object) -> typer.Exit:
-    """Prints why an argument or a recipe is refused. The caller raises what this returns: exit code 2."""
-    print(f"refused: {message}", file=sys.stderr)
-    return typer.Exit(2)
+app.callback(invoke_without_command=True)(commands.version)
+app.command()(commands.new)
+app.command()(commands.recipes)
+app.command()(commands.schema)
 
 
 def read(recipe: Path, overrides: list[str] | None) -> Any:
@@ -313,10 +314,11 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="What to compare with: a folder of real images, or 'digits' for the held-out ones."),
+        typer.Option(help="What to compare with: a folder of real images, 'teacher' for its samples, or 'digits'."),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="The network whose features are compared: 'digits', 'inception' or 'clip'.")
+        str | None,
+        typer.Option(help="The network whose features are compared: 'digits', 'inception', 'clip' or 'latents'."),
     ] = None,
     inception_weights: Annotated[
         str | None, typer.Option(help="The weights of inception: a local file, or ORG/NAME/FILE.pth on the hub.")
@@ -480,6 +482,21 @@ def demo(
 
     try:
         serve(pipeline, host, port)
+    except ValueError as error:
+        raise refuse(error) from None
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an export.")],
+    repository: Annotated[str, typer.Argument(help="The repository on the hub, NAME/REPOSITORY.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees a repository that is made.")] = False,
+) -> None:
+    """Upload an export with its model card to the hub."""
+    from fastgen.run.push import push as push_export
+
+    try:
+        print(f"uploaded to {push_export(run, repository, private)}")
     except ValueError as error:
         raise refuse(error) from None
 

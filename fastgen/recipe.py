@@ -77,6 +77,7 @@ class TrainConfig:
     tf32: bool = False  # float32 matrix products of a GPU in TensorFloat-32; convolutions are, by torch's default
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     ema_device: Literal["train", "cpu"] = "train"  # where the moving average is kept; cpu: on the device to sample
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     log_every: int = Field(default=10, ge=1, le=MOST_UPDATES)
     sample_every: int = Field(default=100, ge=0, le=MOST_UPDATES)
     num_samples: int = Field(default=16, ge=1, le=MOST_STEPS)
@@ -100,9 +101,11 @@ class EvalConfig:
     metrics: names in METRICS.
     num_samples: samples per evaluation; quick_num_samples: samples per evaluation during training.
     seed: sample i has seed `seed + i`.
-    reference: "digits" (the 599 held-out digits) or a folder of images, each with an optional caption in a .txt file
-        of the same name. Mixtures need none, because their law is known exactly.
-    features: the network for fid, mmd, diversity and precision_recall.
+    reference: a folder of images, with captions in a table or in .txt files; "digits", the 599 held-out ones; or
+        "teacher", its samples of the same prompts with the most of teacher_steps (or 50) and teacher_guidance_scale,
+        whose seeds come behind those of the evaluation. Mixtures need none, because their law is known exactly.
+    features: the network for fid, mmd, diversity and precision_recall. latents: the pipeline's VAE, which needs no
+        download and sees colours and coarse shapes only.
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
     clip: for features: clip, a transformers CLIPModel with its tokenizer, as a folder or a hub id.
     scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
@@ -119,7 +122,7 @@ class EvalConfig:
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     batch_size: int = Field(default=64, ge=1, le=MOST_BATCH)
     reference: str | None = None
-    features: Literal["digits", "inception", "clip"] = "digits"
+    features: Literal["digits", "inception", "clip", "latents"] = "digits"
     inception_weights: str | None = None
     clip: str | None = None
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -181,9 +184,11 @@ class EvalConfig:
         real images where the section says that they are. Loads no weights."""
         from fastgen.data.prompts import read_prompts
         from fastgen.metrics.features import check_clip, check_inception
-        from fastgen.metrics.reference import given_files, given_prompts, open_reference
+        from fastgen.metrics.reference import TEACHER, given_files, given_prompts, open_reference
 
-        folder = None if self.reference == "digits" else self.reference  # those ship with fastgen
+        if self.reference == TEACHER and self.prompts is None:
+            raise ValueError("prompts: reference: teacher has none of its own; give a file or a list of prompts")
+        folder = None if self.reference in ("digits", TEACHER) else self.reference  # digits ship with fastgen
         for key, value, read in (
             ("prompts", self.prompts, read_prompts),
             ("reference", folder, open_reference),

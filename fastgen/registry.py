@@ -129,6 +129,7 @@ METRICS: dict[str, str] = {
     "fid": "fastgen.metrics.fid:FID",
     "accuracy": "fastgen.metrics.accuracy:Accuracy",
     "mmd": "fastgen.metrics.mmd:MMD",
+    "clip_retrieval": "fastgen.metrics.clip_retrieval:ClipRetrieval",
     "diversity": "fastgen.metrics.diversity:Diversity",
     "precision_recall": "fastgen.metrics.precision_recall:PrecisionRecall",
     "energy_distance": "fastgen.metrics.energy_distance:EnergyDistance",

@@ -51,6 +51,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from fastgen.config.stored import to_dict
 from fastgen.data import DataError
 from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
@@ -67,9 +68,10 @@ from fastgen.run.build import (
     set_aside,
     start_from,
 )
+from fastgen.run.card import write_card
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import start
-from fastgen.run.export import export, export_sharded, write_card
+from fastgen.run.export import export, export_sharded
 from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
@@ -84,6 +86,7 @@ from fastgen.run.watching import (
     set_anchor,
     show,
     show_teacher,
+    shown_prompts,
     teacher_metrics,
     watch,
     weight_marks,
@@ -125,9 +128,10 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
         console.print(f"warning: {warning}", style="yellow", markup=False)
     progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
     set_anchor(run)
-    with run_log(folder, progress.step, accelerator.is_main_process) as log:
+    with run_log(folder, progress.step, accelerator.is_main_process, recipe.train.trackers) as log:
         if not resumed:
-            log.picture(0, "teacher", folder / TEACHER)
+            log.describe(to_dict(recipe))
+            log.picture(0, "teacher", folder / TEACHER, shown_prompts(run))
         with Interruption(says=accelerator.is_main_process) as interruption:
             with contextlib.closing(run.batches):
                 train_networks(run, folder, progress, log, interruption, moved, console)
@@ -213,7 +217,7 @@ def train_networks(
                 picture = folder / "samples" / f"step_{step:08d}.png"
                 with run.ema.on(run.accelerator.device):
                     show(run, run.student, picture)
-                log.picture(step, "student", picture)
+                log.picture(step, "student", picture, shown_prompts(run))
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
             if due(step, config.checkpoint_every, config.steps):
@@ -262,9 +266,9 @@ def export_student(run: TrainingRun, folder: Path, step: int, console: Console) 
     Returns the export's folder."""
     main, exported = run.accelerator.is_main_process, folder / "export"
     if run.strategy == "fsdp":
-        export_sharded(run.ema.module, run.recipe, exported, step, writer=main)
+        export_sharded(run.ema.module, run.recipe, exported, step, writer=main, run=folder)
     elif main:
-        export(run.ema.module, run.backbone, run.recipe, exported, step)
+        export(run.ema.module, run.backbone, run.recipe, exported, step, run=folder)
     console.print(f"exported to {exported}", markup=False)
     run.accelerator.wait_for_everyone()
     return exported

@@ -440,6 +440,7 @@ def test_impossible_chunks_are_refused(chunks: dict[str, Any], words: str) -> No
         CONFIG.check_chunks(RolloutPolicy((1.0,), chunks=ChunkSchedule(**chunks)))
 
 
+@pytest.mark.slow
 def test_the_analytic_backbone_imports_no_diffusers(tmp_path: Path, run_fresh: RunFresh) -> None:
     code = "import sys, fastgen.backbones.ar1_video; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
     done = run_fresh(code, tmp_path)

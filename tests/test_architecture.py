@@ -13,7 +13,7 @@ PACKAGE = Path(fastgen.__file__).parent
 LAYERS = (
     (
         *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.captions"),
-        *("sampling.pictures", "run.terminal", "run.quiet"),
+        *("sampling.pictures", "run.terminal", "run.quiet", "run.refusal"),
     ),
     ("streaming.schedule", "streaming.context"),
     ("batch", "policy"),
@@ -34,6 +34,7 @@ LAYERS = (
     ("run",),
     ("exporting",),
     ("planning",),
+    ("starting",),
     ("train",),
     ("api",),
     ("cli", "__main__"),

@@ -214,6 +214,7 @@ def test_an_image_cut_short_is_named_when_it_is_read(backbone: SD3, tmp_path: Pa
         source.open(backbone, 0).pixels(torch.arange(1))
 
 
+@pytest.mark.slow
 def test_the_gan_trains_on_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
     overrides = [
         "train.steps=1",

@@ -28,6 +28,7 @@ from oracles import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from variants import mostly_slow
 
 from fastgen import signals
 from fastgen.batch import Batch
@@ -656,6 +657,7 @@ def test_the_path_is_made_of_the_fake_score() -> None:
     assert touched(networks) == {"student"} and student == PathTurn("student", ("student",), point=2)
 
 
+@pytest.mark.slow
 def test_the_student_follows_the_path_to_the_teacher() -> None:
     """A path of Gaussians with means -2, -1 and then the teacher's 0.7, and the exact fake: the student's mean is at
     each point at the end of its interval. Fails if the path is left out or taken from the other end."""
@@ -771,7 +773,7 @@ LOOPS: Mapping[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", mostly_slow(LOOPS, ["disback"]))
 def test_the_loop_trains_and_resumes_it(
     name: str, mixture_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -795,6 +797,7 @@ def test_the_loop_trains_and_resumes_it(
     assert "student is not learning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_turns_of_later_updates_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     overrides = ["objective.name=disback", *LOOPS["disback"], "train.batch_size=2", "train.steps=10"]

@@ -94,6 +94,7 @@ def test_offloaded_encoders_are_on_the_device_only_while_they_encode(
     assert turns == 2
 
 
+@pytest.mark.slow
 def test_a_plan_counts_encoders_when_they_are_there(folder: Path) -> None:
     """Held, halved, or beside the gradients while prompts are encoded; and the changes that it advises are these."""
     base = [f"backbone.path={folder}", "train.accumulate=2"]

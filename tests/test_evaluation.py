@@ -181,6 +181,31 @@ def test_folder_of_images(tmp_path: Path) -> None:
         evaluation.evaluate_path(tmp_path / "nowhere", progress=False)
 
 
+def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
+    """In the latents of the pipeline's own VAE, without a download: more steps are nearer to the teacher at 8."""
+    options = {
+        "metrics": "fid",
+        "features": "latents",
+        "reference": "teacher",
+        "teacher_steps": (8,),
+        "prompts": ("a handwritten three", "a handwritten seven"),
+        "num_samples": 64,
+        "progress": False,
+    }
+    teacher = project / "assets/teachers/digits"
+    found = [evaluation.evaluate_path(teacher, num_steps=steps, **options) for steps in (1, 8)]
+    assert found[0]["metrics"]["fid"] > 1.5 * found[1]["metrics"]["fid"] > 0
+    assert found[0]["reference"] == "teacher" and found[0]["features"] == "latents"
+    with pytest.raises(ValueError, match="has none of its own"):
+        evaluation.evaluate_path(teacher, **{**options, "prompts": None})
+    with pytest.raises(ValueError, match="for runs, exports and pipelines"):
+        evaluation.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1})
+    with pytest.raises(ValueError, match="here is no pipeline"):
+        evaluation.evaluate_path(
+            project / "assets/first_frames", **{**options, "num_samples": 1, "reference": "digits"}
+        )
+
+
 def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:
     ring = Path(__file__).parent.parent / "recipes" / "mixture_dmd2_4step.yaml"
     recipe = load_recipe(ring, ["backbone.fit_steps=5", "eval.num_samples=300", "eval.metrics=[energy_distance]"])
@@ -230,6 +255,7 @@ def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
         results.compare([tmp_path / "c.json"], tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the pages beside the result files, and of no other result that such a page may show."""
     sampler, pages = CopyingSampler(), []

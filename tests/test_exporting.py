@@ -12,6 +12,7 @@ from diffusers.loaders import single_file_model
 from exported_students import CASES, TRANSFORMERS, Written
 from safetensors import safe_open
 from safetensors.torch import load_file
+from variants import mostly_slow
 
 from fastgen.backbones.pipeline import CONFIGS
 from fastgen.exporting.files import of_tensors
@@ -21,7 +22,7 @@ from fastgen.exporting.transformers import in_original_layout
 # --- LoRA
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, ["sd", "flux-dev", "wan-experts"]))
 def test_comfyui_reads_an_adapter_whole(name: str, written: Callable[[str], Written]) -> None:
     """What it adds to the authors' tensors, converted by diffusers, is what the adapter adds; no key is left over."""
     case = written(name)

@@ -12,6 +12,7 @@ from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, SIDE, Family, draws
 from torch import Tensor
+from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
@@ -29,7 +30,7 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 STORED = [
-    pytest.param(name, times, options, id=f"{name}-{i}")
+    pytest.param(name, times, options, id=f"{name}-{i}", marks=pytest.mark.slow if i else ())
     for name, family in FAMILIES.items()
     for i, (times, options) in enumerate(family.lists)
 ]
@@ -64,7 +65,7 @@ def test_tokens_are_those_of_diffusers() -> None:
     assert torch.equal(from_tokens(packed, latents.shape), latents)
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (5, 3.0)])
+@pytest.mark.parametrize(("steps", "scale"), [slow((1, 1.0)), slow((4, 1.0)), (5, 3.0)])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     family: Family, folder: Path, backbone: Any, steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from torch import Tensor
+from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.sd3 import SD3, SD3Config
@@ -80,9 +81,9 @@ def plain_pixels(folder: Path, backbone: SD3, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("boundaries", "rollout", "own"),
     [
-        ((), CPS, ["scheduler"]),
-        ((0.625,), ODE, ["transformer"]),
-        ((0.9, 0.3), RENOISE, ["transformer"]),
+        slow(((), CPS, ["scheduler"])),
+        slow(((0.625,), ODE, ["transformer"])),
+        slow(((0.9, 0.3), RENOISE, ["transformer"])),
         ((0.65,), CPS, ["scheduler", "transformer"]),
     ],
     ids=["cps", "two experts", "three experts", "cps, two experts"],

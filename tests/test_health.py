@@ -120,6 +120,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, fit_once: None) -> Path:
     return train(load_recipe(RING, [*SHORT, *looks, "backbone.fit_batch_size=128", f"output_dir={folder}"]))
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_quiet(healthy: Path) -> None:
     assert warnings_of(healthy) == ""
     looks = [row for row in map(json.loads, (healthy / "log.jsonl").open()) if "health/std" in row]

@@ -21,6 +21,7 @@ from fastgen.metrics.mode_share import nearest_component
 from fastgen.metrics.moments import exact_moments
 from fastgen.metrics.reference import Reference, open_reference
 from fastgen.recipe import EvalConfig
+from fastgen.rewards.clip import load_clip
 from fastgen.rewards.images import normalise
 from fastgen.sampling.pictures import save_grid
 
@@ -292,6 +293,39 @@ def test_features_of_a_clip(tmp_path: Path) -> None:
         EvalConfig(metrics=("mmd",), features="clip", clip=str(tmp_path / "pictures")).check()
     with pytest.raises(ValueError, match="needs clip"):
         FeatureNetwork("clip")
+
+
+def test_clip_retrieval_counts_the_pictures_whose_own_prompt_is_nearest(tmp_path: Path) -> None:
+    """Every picture's prompt is the one nearest to it, until two of them exchange theirs."""
+    folder = tiny_clip_score(tmp_path / "clip")
+    clip = load_clip(str(folder), str(folder), torch.device("cpu"))
+    words = [f"a picture of {word}" for word in ("one", "two", "three", "four", "five", "six")]
+    torch.manual_seed(0)
+    drawn = torch.rand(300, 3, clip.size, clip.size) * torch.rand(300, 3, 1, 1)
+    with torch.no_grad():
+        nearest = (clip.image(drawn) @ clip.text(words).T).argmax(1)
+    known = nearest.unique().tolist()
+    assert len(known) > 1
+    own, pixels = [words[i] for i in known], torch.stack([drawn[nearest == i][0] for i in known])
+    context = MetricContext(len(own), 0, features=FeatureNetwork("clip", str(folder)))
+    assert run("clip_retrieval", context, pixels, own, 2) == {"clip_retrieval": 1.0, "clip_retrieval_5": 1.0}
+    wrong = run("clip_retrieval", context, pixels, [own[1], own[0], *own[2:]])
+    assert wrong["clip_retrieval"] == pytest.approx(1 - 2 / len(own)) and wrong["clip_retrieval_5"] == 1.0
+    assert (
+        run("clip_retrieval", context, pixels, [own[0]] * len(own))["clip_retrieval"] == 1.0
+    )  # equal prompts are one
+    with pytest.raises(ValueError, match="needs a CLIP"):
+        METRICS["clip_retrieval"](MetricContext(2, 0, features=FeatureNetwork("digits")))
+
+
+def test_a_reference_takes_its_prompts_from_a_table(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_grid(torch.rand(1, 3, 8, 8), tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nb.png,second\na.png,first\n")
+    assert open_reference(str(tmp_path)).prompts == ("first", "second")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nb.png,second\n")
+    with pytest.raises(ValueError, match="does not list 1 image"):
+        open_reference(str(tmp_path))
 
 
 class Attack:

@@ -116,7 +116,8 @@ def streaming(backbones: Any, chunks: dict[str, Any], frames: int = 21, **extra:
     return recipe_of(backbone, 2, rollout=rollout, **extra)
 
 
-@pytest.mark.parametrize("name", [n if n == "replay" else pytest.param(n, marks=pytest.mark.slow) for n in CHUNKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHUNKS)
 def test_self_forcing_is_planned_within_ten_percent(backbones, name: str) -> None:
     """The graph of all chunks' executed steps, or of one with replay, beside the context."""
     quick = name == "replay"  # the one that is not slow
@@ -172,6 +173,7 @@ def middle_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_lora_run_takes_at_most_1_15_of_the_least(middle_sized: Path) -> None:
     """The least: base weights, the adapters' gradients and moments, and one student pass's activations."""
     recipe = recipe_of({"name": "sd3", "path": str(middle_sized)}, 2, lora=LORA)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.sd3 import SD3, SD3Config
@@ -43,7 +44,7 @@ def plain_pixels(pipeline: StableDiffusion3Pipeline, steps: int, scale: float) -
     return torch.from_numpy(images.images).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 1.0), (4, 3.0), (12, 1.5)])
+@pytest.mark.parametrize(("steps", "scale"), [slow((1, 1.0)), slow((4, 1.0)), (4, 3.0), slow((12, 1.5))])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(backbone: SD3, steps: int, scale: float) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(TEACHER)
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)

@@ -58,6 +58,7 @@ def largest_difference(run: Path, folder: Path) -> float:
     return max((found[name] - value).abs().max().item() for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_advice_for_a_few_step_teacher_can_be_followed(turbo: Path, tmp_path: Path) -> None:
     edit_json(turbo / "transformer/config.json", sample_size=64, _name_or_path="elsewhere")  # nothing that counts
     warned = load_recipe(DIGITS, [f"backbone.path={turbo}"]).backbone.build(torch.device("cpu"), torch.float32, 0)

@@ -176,6 +176,7 @@ def test_a_video_is_replaced_only_when_there_are_pictures(
     assert output.read_bytes() == b"an earlier video" and list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_a_refusal_imports_nothing_heavy(run_folder: Path, tmp_path: Path, run_fresh: RunFresh) -> None:
     from test_cli import SLOW_TO_IMPORT
 

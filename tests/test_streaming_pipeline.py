@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_streaming_training import recipe
 from tiny_wan import CHANNELS, TEXT_WIDTH, autoencoder, tiny_wan, transformer
 from torch import Tensor
+from variants import slow
 
 from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser
 from fastgen.batch import Conditioning, Draws
@@ -199,7 +200,7 @@ def test_calls_that_are_refused(call: dict[str, Any], words: str, pipeline: Stre
         pipeline("a cat", **call)
 
 
-@pytest.mark.parametrize("attention", [ChunkAttention(), ChunkAttention(layout="top_k", density=0.5, tile=16)])
+@pytest.mark.parametrize("attention", [slow(ChunkAttention()), ChunkAttention(layout="top_k", density=0.5, tile=16)])
 def test_no_chunk_reads_a_number_back_from_the_device(attention: ChunkAttention) -> None:
     """On the meta device, which has no numbers, reading one raises. On a GPU, the host would wait for it."""
     with torch.device("meta"):

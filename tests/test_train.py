@@ -23,7 +23,8 @@ from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
 from fastgen.run.build import TrainingError
 from fastgen.run.export import export_run
-from fastgen.run.log import MOST_PIXELS, RunLog
+from fastgen.run.log import RunLog
+from fastgen.run.trackers import MOST_PIXELS
 from fastgen.run.watching import bit_sum
 from fastgen.sampling.sampler import load_sampler, teacher_sampler
 from fastgen.train import main, train

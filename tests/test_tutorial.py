@@ -72,6 +72,7 @@ def test_the_tutorial_trains_and_continues(recipe: Path) -> None:
         assert error == 0
 
 
+@pytest.mark.slow
 def test_its_state_does_not_depend_on_accumulation(recipe: Path) -> None:
     whole = run(recipe, "whole", 3)
     halves = run(recipe, "halves", 3, "train.batch_size=16", "train.accumulate=2")

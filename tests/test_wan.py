@@ -121,6 +121,7 @@ def test_per_token_timesteps_of_the_stock_pipeline_change_nothing(tmp_path: Path
     assert error_between(ours, plain_frames(folder, backbone, 4, guidance_scale=3.0)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_unipc_folder_is_sampled_with_euler_at_its_levels(tmp_path: Path) -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     backbone = open_wan(tiny_wan(tmp_path / "wan", scheduler=scheduler, time_scale=0.0))

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_wan import tiny_wan
 from tiny_wan_i2v import KINDS, tiny_wan_i2v
 from torch import Tensor
+from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
@@ -112,7 +113,7 @@ def plain_frames(folder: Path, backbone: Any, steps: int, **call: Any) -> tuple[
     return torch.cat(videos).permute(0, 1, 4, 2, 3), visited[: len(visited) // 2]
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 4.0)])
+@pytest.mark.parametrize(("steps", "scale"), [slow((1, 1.0)), (4, 4.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_frames(
     folders: dict[str, Path], backbones: dict[str, Any], kind: str, steps: int, scale: float
@@ -145,7 +146,9 @@ def test_the_frames_depend_on_the_image_and_the_prompt(backbones: dict[str, Any]
     assert float((other[:, 1:] - first[:, 1:]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("policy", [RolloutPolicy((1.0, 0.9375, 5 / 6, 0.625)), RolloutPolicy((1.0, 0.7), "ode")])
+@pytest.mark.parametrize(
+    "policy", [RolloutPolicy((1.0, 0.9375, 5 / 6, 0.625)), slow(RolloutPolicy((1.0, 0.7), "ode"))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_gives_the_same_frames_in_plain_diffusers(
     backbones: dict[str, Any], tmp_path: Path, kind: str, policy: RolloutPolicy, monkeypatch: pytest.MonkeyPatch

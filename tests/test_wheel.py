@@ -47,7 +47,9 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(whe
         for kind in ("teachers", "classifiers", "first_frames")
         for name in files_under(project / "assets" / kind)
     }
-    recipes = {f"fastgen/recipes/{path.name}" for path in (project / "recipes").glob("*.yaml")}
+    recipes = {
+        f"fastgen/recipes/{path.name}" for path in (project / "recipes").iterdir() if path.suffix in (".yaml", ".json")
+    }
     assert held == package | weights | recipes | {"fastgen/assets/moving_digits_prompts.txt"}
     assert {
         "fastgen/backbones/configs/stabilityai/stable-diffusion-xl-base-1.0/unet/config.json",

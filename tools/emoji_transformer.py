@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from emoji_clip import LENGTH, tokenizer_of
+from emoji_clip import tokenizer_of
 from emoji_pictures import WORDINGS, every_prompt, split, vocabulary, weights
 from emoji_vae import CHANNELS, encode_raw, read_vae
 from make_digits_teacher import begun_at_zero, t5_tokenizer
@@ -21,9 +21,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-T5_LENGTH = 256  # tokens that the stock pipeline gives T5, the rest of which are padding
+CLIP_LENGTH = 16  # tokens that the CLIP encoders read of a prompt; longer ones are cut, as in Stable Diffusion 3
+T5_LENGTH = 256  # tokens that the stock pipeline gives T5
+T5_READ = 18  # tokens of the longest caption; the rest are padding
 CLIP_WIDTH, T5_WIDTH = 64, 128
-LAYERS, HEADS, HEAD_DIM = 5, 6, 32
+LAYERS, HEADS, HEAD_DIM = 5, 4, 32
 SHIFT = 1.0
 UNPROMPTED = 0.12
 BATCH = 64
@@ -35,18 +37,19 @@ class Network(nn.Module):
     def __init__(self, work: Path):
         super().__init__()
         self.tokenizer, self.tokenizer_3 = tokenizer_of(work), t5_tokenizer(vocabulary(every_prompt(work)))
+        self.tokenizer.model_max_length = CLIP_LENGTH
         self.text_encoder, self.text_encoder_2 = clip_encoder(self.tokenizer), clip_encoder(self.tokenizer)
         self.text_encoder_3 = t5_encoder(self.tokenizer_3)
         self.transformer = new_transformer()
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """[N, LENGTH] for CLIP and for T5. Raises ValueError for a prompt that is longer."""
-        arguments = {"padding": "max_length", "max_length": LENGTH, "return_tensors": "pt"}
-        clip = self.tokenizer(prompts, **arguments).input_ids
-        t5 = self.tokenizer_3(prompts, **arguments).input_ids
-        if clip.shape[1] > LENGTH or t5.shape[1] > LENGTH or bool((t5[:, -1] != self.tokenizer_3.pad_token_id).any()):
-            raise ValueError(f"a prompt has more than {LENGTH - 1} tokens")
-        return clip, t5
+        """[N, CLIP_LENGTH] and [N, T5_READ + 1], whose last is padding. Raises ValueError for a longer prompt."""
+        arguments = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = self.tokenizer(prompts, max_length=CLIP_LENGTH, **arguments).input_ids
+        t5 = self.tokenizer_3(prompts, max_length=T5_LENGTH, **arguments).input_ids
+        if bool((t5[:, T5_READ:] != self.tokenizer_3.pad_token_id).any()):
+            raise ValueError(f"a prompt has more than {T5_READ} tokens")
+        return clip, t5[:, : T5_READ + 1]
 
     def conditioning(self, clip: Tensor, t5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the stock pipeline's encode_prompt gives for these tokens, with its padding of T5 folded into the last
@@ -57,7 +60,7 @@ class Network(nn.Module):
         words = F.pad(words, (0, T5_WIDTH - words.shape[-1]))
         context = torch.cat([words, self.text_encoder_3(t5)[0]], 1)
         log_repeats = context.new_zeros(context.shape[:2])
-        log_repeats[:, -1] = math.log(T5_LENGTH - LENGTH + 1)
+        log_repeats[:, -1] = math.log(T5_LENGTH - T5_READ)
         return context, pooled, log_repeats
 
     def forward(self, noisy: Tensor, t: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
             projection_dim=CLIP_WIDTH,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=CLIP_LENGTH,
             **special,
         )
     )

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from emoji_clip import train_clip
+from emoji_measure import measure
 from emoji_pictures import make_pictures
+from emoji_reference import write_reference
 from emoji_transformer import train_transformer
 from emoji_vae import train_vae
 
-STAGES = ("pictures", "clip", "vae", "transformer")
+STAGES = ("pictures", "clip", "vae", "transformer", "reference", "measure")
 
 
 def main() -> None:
@@ -38,6 +40,8 @@ def main() -> None:
         "clip": lambda: train_clip(clip, work, seed, args.clip_steps, args.bf16),
         "vae": lambda: train_vae(teacher, clip, work, seed, args.vae_steps, args.bf16),
         "transformer": lambda: train_transformer(teacher, work, seed, args.steps, args.bf16),
+        "reference": lambda: write_reference(args.output, work),
+        "measure": lambda: measure(args.output, work, seed),
     }
     for stage in STAGES:
         if stage in args.stages:

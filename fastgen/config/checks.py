@@ -1,5 +1,6 @@
 """Whether the sections of a recipe fit each other."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastgen.config.problems import Problems
@@ -36,6 +37,8 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     if files:
         with problems.noting():
             check_init(recipe)
+        with problems.noting():
+            check_trackers(recipe)
         with problems.noting("data"):
             recipe.data.check(recipe.backbone)
         with problems.noting("eval"):
@@ -52,6 +55,13 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Checks that the packages of the trackers are installed."""
+    for name in recipe.train.trackers:
+        if find_spec(name) is None:
+            raise RecipeError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
 def check_roles(recipe: Recipe) -> None:
@@ -149,7 +159,7 @@ def check_evaluation(recipe: Recipe) -> None:
             )
         if metric.needs_reference and config.reference is None:
             raise RecipeError(
-                f"eval.reference: {name} compares with real images; set it to digits or to a folder of images"
+                f"eval.reference: {name} compares with other images; set it to their folder, to teacher or to digits"
             )
     if config.reference is not None and output != "pixels":
         raise RecipeError(

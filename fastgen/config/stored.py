@@ -16,6 +16,7 @@ MUTABLE_KEYS = (
     "output_dir",
     "train.steps",
     "train.log_every",
+    "train.trackers",
     "train.sample_every",
     "train.num_samples",
     "train.eval_every",

@@ -63,10 +63,8 @@ class ImageData(SampleSource):
     def read(self) -> tuple[list[Path], list[str]]:
         """The image files and their captions. Raises ValueError if either are missing."""
         folder = here_or_shipped(self.folder)
-        tables = [folder / name for name in METADATA if (folder / name).is_file()]
-        if len(tables) > 1:
-            raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
-        return read_metadata(tables[0], self.column) if tables else self.read_beside(folder)
+        table = metadata_table(folder)
+        return read_metadata(table, self.column) if table else self.read_beside(folder)
 
     def read_beside(self, folder: Path) -> tuple[list[Path], list[str]]:
         """The image files, and their captions from the text files next to them."""
@@ -80,6 +78,14 @@ class ImageData(SampleSource):
                 "each caption in a .txt file with the image's name, or all captions in a metadata.csv"
             )
         return files, [read_text(f.with_suffix(".txt")) for f in files]
+
+
+def metadata_table(folder: Path) -> Path | None:
+    """The table with the captions of a folder's images, if there is one. Raises ValueError for two."""
+    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"folder: {folder} has {' and '.join(t.name for t in tables)}; keep only one of them")
+    return tables[0] if tables else None
 
 
 def read_metadata(table: Path, column: str | None) -> tuple[list[Path], list[str]]:

@@ -5,6 +5,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial as bound
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +28,10 @@ from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
+    TEACHER,
     Reference,
     check_one_size,
+    drawn_reference,
     given_files,
     given_prompts,
     hash_files,
@@ -39,21 +42,28 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.sampling.sampler import Sampler, load_sampler
+from fastgen.sampling.original import export_folder, original
+from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 
 T = TypeVar("T")
 
 
-def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True) -> Row:
+def evaluate(sampler: Sampler, config: EvalConfig, progress: bool = True, reference: Reference | None = None) -> Row:
     """The result of evaluate_with_samples, without the samples."""
-    return evaluate_with_samples(sampler, config, progress)[0]
+    return evaluate_with_samples(sampler, config, progress, reference=reference)[0]
 
 
 def evaluate_with_samples(
-    sampler: Sampler, config: EvalConfig, progress: bool = True, partial: Path | None = None
+    sampler: Sampler,
+    config: EvalConfig,
+    progress: bool = True,
+    partial: Path | None = None,
+    reference: Reference | None = None,
 ) -> tuple[Row, Tensor]:
     """Draws num_samples samples and measures them. Returns the result, in plain JSON values, and the first samples (at
     most 64 images, a few frames of 8 videos, or 2,000 points) for a report.
+
+    reference: given where the config says "teacher" (`teacher_reference`).
 
     The same machine, configuration and weights give the same result to the bit, except for throughput's seconds. The
     batch size changes no prompt and no seed. partial: a file for what an interrupted call has gathered, from which a
@@ -61,7 +71,7 @@ def evaluate_with_samples(
     not fit the backbone or lack a reference. Raises ValueError too for samples that are not finite."""
     config.check()
     backbone = sampler.backbone
-    reference = find_reference(backbone.output, config)
+    reference = reference or find_reference(backbone.output, config)
     prompts = find_prompts(sampler, config, reference)
     images = find_images(sampler, config)
     timing = Timing(sampler.network_evaluations)
@@ -69,7 +79,7 @@ def evaluate_with_samples(
         config.num_samples,
         config.seed,
         reference,
-        make_features(config, backbone.output, backbone.device),
+        make_features(config, backbone.output, backbone.device, backbone),
         backbone.law,
         timing,
         config.rewards(),
@@ -77,10 +87,8 @@ def evaluate_with_samples(
     )
 
     def draw(start: int, stop: int) -> Tensor:
-        seeds = range(config.seed + start, config.seed + stop)
         began = time.perf_counter()
-        given = {} if images is None else {"images": encode_files(backbone, images[start:stop])}
-        samples = sampler.sample(prompts[start:stop], seeds, **given)
+        samples = draw_samples(sampler, config.seed, prompts, images, start, stop)
         timing.batches.append((stop - start, time.perf_counter() - began))
         return samples
 
@@ -106,6 +114,21 @@ def evaluate_with_samples(
     unfinished = Partial(partial, facts) if partial else None
     values, kept = measure(draw, prompts, metrics, config.batch_size, progress, unfinished)
     return {"metrics": values, **facts}, kept
+
+
+def draw_samples(
+    sampler: Sampler, seed: int, prompts: Sequence[str], images: Sequence[Path] | None, start: int, stop: int
+) -> Tensor:
+    """Samples start to stop; sample i has the seed `seed + i`."""
+    given = {} if images is None else {"images": encode_files(sampler.backbone, images[start:stop])}
+    return sampler.sample(prompts[start:stop], range(seed + start, seed + stop), **given)
+
+
+def teacher_reference(teacher: Sampler, config: EvalConfig) -> Reference:
+    """The teacher's samples of the evaluation's prompts, as a reference. Their seeds come behind the evaluation's."""
+    prompts, images = find_prompts(teacher, config, None), find_images(teacher, config)
+    seed = config.seed + config.num_samples
+    return drawn_reference(TEACHER, prompts, bound(draw_samples, teacher, seed, prompts, images))
 
 
 def evaluate_images_with_samples(
@@ -151,6 +174,8 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
     if output != "pixels" and config.reference is not None:
         instead = "; points are compared with their exact distribution" if output == "points" else ""
         raise ValueError(f"eval.reference is for images, but the samples here are {output}; leave it out{instead}")
+    if config.reference == TEACHER:
+        raise ValueError("reference: teacher is for runs, exports and pipelines; give a folder of images")
     return None if config.reference is None else open_reference(config.reference)
 
 
@@ -191,12 +216,20 @@ def repeat(values: Sequence[T], count: int) -> list[T]:
     return [values[i % len(values)] for i in range(count)]
 
 
-def make_features(config: EvalConfig, output: Output, device: torch.device | str) -> FeatureNetwork | None:
-    """The digits network stays on the CPU, where it is fast enough and always gives the same numbers."""
+def make_features(
+    config: EvalConfig,
+    output: Output,
+    device: torch.device | str,
+    backbone: Backbone | None = None,
+) -> FeatureNetwork | None:
+    """backbone: whose VAE gives latents. The digits network stays on the CPU, where it is fast enough
+    and always gives the same numbers."""
     if output != "pixels":
         return None
     weights = config.inception_weights or config.clip
-    return FeatureNetwork(config.features, weights, "cpu" if weights is None else device, config.batch_size)
+    chosen = "cpu" if config.features == "digits" else device
+    encode = backbone.encode if backbone and config.features == "latents" else None
+    return FeatureNetwork(config.features, weights, chosen, config.batch_size, encode)
 
 
 def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> list[Metric]:
@@ -306,8 +339,11 @@ def evaluate_path(
             and {config.reference, config.prompts, config.images} == {None}
         ):
             config = dataclasses.replace(config, reference="digits")
-        result, samples[name] = evaluate_with_samples(sampler, config, progress, partial)
-        captions[name] = find_prompts(sampler, config, find_reference(sampler.backbone.output, config))
+        reference = None
+        if config.reference == TEACHER:
+            reference = teacher_reference(teacher_of(path, sampler, config), config)
+        result, samples[name] = evaluate_with_samples(sampler, config, progress, partial, reference)
+        captions[name] = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
         if sampler.backbone.law is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result}
@@ -320,6 +356,19 @@ def evaluate_path(
     if partial is not None:
         partial.unlink(missing_ok=True)
     return result
+
+
+def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
+    """The teacher of a run or an export, as its stock pipeline samples. Any other pipeline is its own teacher."""
+    given, folder = config.teacher_guidance_scale, export_folder(path)
+    if folder is None:
+        backbone, teacher, scale = sampler.backbone, sampler.denoiser, sampler.guidance_scale
+    else:
+        section, recipe = original(folder)
+        backbone = section.build(sampler.backbone.device, sampler.backbone.dtype, 0)
+        teacher, scale = backbone.load("teacher"), recipe.teacher_guidance
+    steps = max(config.teacher_steps, default=50)
+    return teacher_sampler(backbone, steps, scale if given is None else given, teacher)
 
 
 def is_image_folder(path: Path) -> bool:

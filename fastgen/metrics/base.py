@@ -90,12 +90,14 @@ class Metric(ABC):
 
     def need_features(self) -> FeatureNetwork:
         if self.context.features is None:
-            raise ValueError(f"{self.name} needs a feature network; set eval.features to digits, inception or clip")
+            raise ValueError(
+                f"{self.name} needs a feature network; set eval.features to digits, inception, clip or latents"
+            )
         return self.context.features
 
     def need_reference(self) -> Reference:
         if self.context.reference is None:
             raise ValueError(
-                f"{self.name} compares with real images; set eval.reference to digits or a folder of images"
+                f"{self.name} compares with other images; set eval.reference to their folder, to teacher or to digits"
             )
         return self.context.reference

@@ -2,18 +2,21 @@
 
 import pickle
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.data.digits import IMAGE_SIZE, DigitsClassifier, load_classifier
 from fastgen.metrics.reference import Reference
 
 HUB_FILE = r"[\w-][\w.-]*/[\w.-]+/[\w./-]+\.pth"
-FeatureName = Literal["digits", "inception", "clip"]
+FeatureName = Literal["digits", "inception", "clip", "latents"]
+REGIONS = 4  # rows and columns of regions over which latents are averaged
 
 
 class DigitsFeatures(nn.Module):
@@ -50,6 +53,20 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network((pixels * 255).round().to(torch.uint8))
+
+
+class LatentFeatures(nn.Module):
+    """The latents of the pipeline's own VAE, averaged over 4 x 4 regions: [B, 3, H, W] -> [B, 16 C]. They need no
+    download. They see colours and shapes of the size of a region, and no meaning.
+
+    encode: pixels to latents [B, C, h, w]."""
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.encode(pixels).float(), REGIONS).flatten(1)
 
 
 class ClipFeatures(nn.Module):
@@ -120,8 +137,8 @@ class FeatureNetwork:
     """Maps pixels [B, 3, H, W] in [0, 1] to features [B, D] float32 on the CPU. The network is loaded at first use.
 
     The features of the last batch are cached, so that metrics updated with the same tensor share one forward pass. The
-    features of a reference are cached, too. name: digits; inception, with the file of its weights; or clip, with its
-    folder or hub id."""
+    features of a reference are cached, too. name: digits; inception, with the file of its weights; clip, with its
+    folder or hub id; or latents, with `encode`."""
 
     def __init__(
         self,
@@ -129,11 +146,15 @@ class FeatureNetwork:
         source: str | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 64,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ):
         if name == "inception" and source is None:
             raise ValueError("features: inception needs inception_weights, a file with its weights")
         if name == "clip" and source is None:
             raise ValueError("features: clip needs clip, the folder or hub id of a CLIPModel")
+        if name == "latents" and encode is None:
+            raise ValueError("features: latents are those of a pipeline's VAE, and here is no pipeline; choose others")
+        self.encode = encode
         self.name, self.source, self.device, self.batch_size = name, source, device, batch_size
         self._network: nn.Module | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -146,6 +167,8 @@ class FeatureNetwork:
         return self._network
 
     def load(self) -> nn.Module:
+        if self.encode is not None:
+            return LatentFeatures(self.encode)
         if self.source is None:
             return DigitsFeatures()
         return ClipFeatures(self.source, self.device) if self.name == "clip" else InceptionFeatures(self.source)

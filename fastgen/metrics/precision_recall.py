@@ -1,53 +1,35 @@
 """Fidelity and coverage, as two numbers."""
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fastgen.metrics.base import Directions, Metric, MetricContext
+from fastgen.metrics.base import Directions, MetricContext
 from fastgen.metrics.energy_distance import distances
+from fastgen.metrics.gathered import Compared
 
 NEIGHBOURS = 3  # "k = 3", Sec. 3.1 of the paper
 
 
-class PrecisionRecall(Metric):
+class PrecisionRecall(Compared):
     """Improved precision and recall, in [0, 1]    (Kynkaanniemi et al., arXiv 1904.06991, eqs. 1-3)
 
     The manifold of a set is the union of balls around its features. Each ball reaches to the k-th nearest other
     feature of the set, k = 3. precision: the share of generated features in the real manifold. recall: the share of
-    real features in the generated manifold. Both sides have n = min(num_samples, len(reference)) images, the first n
-    of each."""
+    real features in the generated manifold."""
 
     name = "precision_recall"
-    needs_reference = True
     fewest_samples = NEIGHBOURS + 1
-    output = "pixels"
     directions: ClassVar[Directions] = {"precision": "higher", "recall": "higher"}
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
-        self.features, self.reference = self.need_features(), self.need_reference()
-        self.count = min(context.num_samples, len(self.reference))
         if self.count <= NEIGHBOURS:
             raise ValueError(f"precision_recall needs more than {NEIGHBOURS} images per side, got {self.count}")
-        self.generated: list[Tensor] = []
-
-    def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
-        self.generated.append(self.features(samples))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"generated": torch.cat(self.generated)}
-
-    def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
-        self.generated = [state["generated"]]
 
     def compute(self) -> dict[str, float]:
-        real = self.features.of_reference(self.reference, self.count).double()
-        fake = torch.cat(self.generated)[: self.count].double()
-        if len(fake) != self.count:
-            raise ValueError(f"precision_recall expected {self.count} samples, got {len(fake)}")
+        real, fake = self.both()
         return {"precision": share_inside(fake, real), "recall": share_inside(real, fake)}
 
 

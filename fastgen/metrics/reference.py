@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data.digits import load_digits, prompt_for
+from fastgen.data.images import metadata_table, read_metadata
 from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
@@ -27,17 +28,32 @@ class Reference:
         return len(self.prompts)
 
 
+TEACHER = "teacher"  # names the teacher's own samples, which a sampler makes
+
+
+def drawn_reference(name: str, prompts: Sequence[str], draw: Callable[[int, int], Tensor]) -> Reference:
+    """A reference whose images are made when they are first asked for: draw(start, stop) gives pixels in [0, 1]. They
+    are kept as 8-bit values."""
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def read(start: int, stop: int) -> Tensor:
+        if (start, stop) not in kept:
+            kept[start, stop] = (draw(start, stop) * 255).round().to("cpu", torch.uint8)
+        return kept[start, stop].float() / 255
+
+    return Reference(name, tuple(prompts), read)
+
+
 def open_reference(name: str) -> Reference:
     """The images of a name. "digits" gives the 599 held-out digits, with prompts such as "a handwritten three". Any
-    other name is a folder, whose images are sorted by name. The prompt of a.png is the text of a.txt; if no image has
-    a text, all prompts are empty.
+    other name is a folder, whose images are sorted by name, with the prompts of `captions`.
 
     Raises ValueError if the folder has no images, or captions for only some of them."""
     if name == "digits":
         pixels, labels = load_digits("test")
         prompts = tuple(prompt_for(int(label)) for label in labels)
         return Reference("digits", prompts, lambda start, stop: pixels[start:stop])
-    files = sample_files(Path(name))
+    files = sample_files(here_or_shipped(name))
     check_one_size(files)
     return Reference(name, captions(files), lambda start, stop: read_images(files[start:stop]))
 
@@ -70,8 +86,11 @@ def given_prompts(folder: str) -> tuple[str, ...]:
 
 
 def captions(files: Sequence[Path]) -> tuple[str, ...]:
-    """The texts next to the images (a.txt for a.png); all are empty if no image has a text. Raises ValueError if only
-    some have one."""
+    """The texts of images of one folder: those of its table (metadata.csv or the like, docs/data.md), or else those
+    next to them (a.txt for a.png). All are empty if no image has a text. Raises ValueError if only some have one."""
+    if table := metadata_table(files[0].parent):
+        listed = dict(zip(*read_metadata(table, None), strict=True))
+        return tuple(listed[file] for file in files)
     texts = [f.with_suffix(".txt") for f in files]
     missing = [t for t in texts if not t.is_file()]
     if len(missing) == len(texts):

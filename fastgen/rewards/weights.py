@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.registry import here_or_shipped
+
 
 def check_path(value: str, key: str, example: str) -> Path | None:
-    """The local folder or file that a key names, or None for a hub id `org/name`. Only a hub id leads to downloads.
-    Raises ValueError if the value is neither."""
-    path = Path(value)
+    """The local folder or file that a key names, which may be one that ships with fastgen, or None for a hub id
+    `org/name`. Only a hub id leads to downloads. Raises ValueError if the value is neither."""
+    path = here_or_shipped(value)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
@@ -50,7 +52,7 @@ def check_package(package: str, reward: str, extra: str) -> None:
 
 def find(value: str, *names: str) -> Path:
     """The first of these files in a local folder or a hub repository. A file of the hub is downloaded once."""
-    folder = Path(value)
+    folder = here_or_shipped(value)
     if folder.is_dir():
         return next(found for name in names for found in sorted(folder.glob(name)))
     from huggingface_hub import hf_hub_download, list_repo_files
@@ -64,8 +66,8 @@ def find(value: str, *names: str) -> Path:
 
 def snapshot(value: str, *patterns: str) -> Path:
     """A local folder as it is, or a folder with the matching files of a hub repository, which are downloaded once."""
-    if Path(value).is_dir():
-        return Path(value)
+    if (folder := here_or_shipped(value)).is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(value, allow_patterns=list(patterns)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fastgen.data.ahead import Ahead
 from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
 from fastgen.denoiser import Denoiser
+from fastgen.evaluation.evaluate import teacher_reference
+from fastgen.metrics.reference import TEACHER, Reference
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import is_sharded, local, own_slice
@@ -83,6 +86,15 @@ class TrainingRun:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
         return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+
+    @cached_property
+    def teacher_reference(self) -> Reference | None:
+        """The teacher's samples, if the evaluation compares with them; they are made once."""
+        config = self.recipe.eval.quick()
+        if config.reference != TEACHER:
+            return None
+        steps = max(config.teacher_steps, default=50)
+        return teacher_reference(self.teacher(steps), config)
 
     @property
     def sharded(self) -> list[nn.Module]:

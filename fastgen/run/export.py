@@ -13,11 +13,12 @@ import fastgen
 from fastgen.backbones.base import Backbone
 from fastgen.config import load_stored
 from fastgen.config.stored import dump_recipe, to_dict
-from fastgen.data.files import check_place, replace_file, unused_sibling
+from fastgen.data.files import check_place, unused_sibling
 from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import gathered
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
+from fastgen.run.card import copy_pictures, write_card
 from fastgen.run.leftovers import REPLACED, restore
 from fastgen.sampling.sampler import METADATA
 
@@ -32,13 +33,15 @@ def export(
     values: Iterable[tuple[str, Tensor]] | None = None,
     merge: bool = False,
     dtype: torch.dtype | None = None,
+    run: Path | None = None,
 ) -> None:
     """Writes an export folder. It is written under a name that nothing else has and takes its place when it is
     complete; an earlier export is removed only then, and put back if that fails. A folder in its place that is no
     export is kept, as NAME.kept-<random>.
 
     step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with. values:
-    name in the student's state_dict -> tensor, instead of the student's own. merge, dtype: see `export_run`."""
+    name in the student's state_dict -> tensor, instead of the student's own. merge, dtype: see `export_run`.
+    run: the run's folder, for its pictures."""
     restore(folder)
     partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
     if stranger := folder.exists() and not (folder / METADATA).is_file():
@@ -55,6 +58,8 @@ def export(
         }
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
         (partial / "recipe.yaml").write_text(dump_recipe(recipe))
+        if run is not None:
+            copy_pictures(run, partial)
         write_card(backbone, recipe, partial, step, rows or {})
         if folder.exists():
             folder.rename(old)
@@ -68,61 +73,6 @@ def export(
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_card(
-    backbone: Backbone, recipe: Recipe, folder: Path, step: int, rows: Mapping[str, Mapping[str, float]]
-) -> None:
-    """Writes the model card of an export, in place of the one it has."""
-    adapter = json.loads((folder / METADATA).read_text())["lora"]
-    usage = backbone.usage(recipe.rollout, folder, adapter)
-    replace_file(folder / "README.md", model_card(backbone, recipe, step, rows, usage))
-
-
-def model_card(
-    backbone: Backbone, recipe: Recipe, step: int, rows: Mapping[str, Mapping[str, float]], usage: str
-) -> str:
-    """The model card in Markdown: what the student is, how to call it, its metrics, and its recipe."""
-    source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
-    negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
-    away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
-    plain = backbone.plain_call(recipe.rollout, "student" in recipe.lora)
-    warning = f"{plain}\n\n" if plain else ""
-    return f"""---
-library_name: {backbone.library}
-tags: [distillation, few-step, {recipe.objective.name}]
----
-
-# A {recipe.rollout.num_steps}-step student of {source}
-
-{warning}Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates.
-The weights are the moving average of the student's weights.{away}
-
-## How to call it
-
-{usage}
-
-## Numbers
-
-{number_table(recipe, rows)}
-
-## Recipe
-
-```yaml
-{dump_recipe(recipe)}```
-"""
-
-
-def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """How the metrics were measured, then a table with one line per row and one column per metric."""
-    if not rows:
-        return "Not measured at this checkpoint; `fastgen eval` measures it."
-    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
-    scale = recipe.teacher_guidance
-    note = f"Measured on {recipe.eval.quick().num_samples} samples; the teacher is at guidance scale {scale}."
-    return "\n".join([note, "", *head, *body])
 
 
 def export_run(
@@ -154,18 +104,20 @@ def export_run(
     values = checkpoint.stored_tensors(checkpoints[-1] / "ema.safetensors", student.state_dict())
     if merge and student.is_adapter:
         recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
-    export(student, backbone, recipe, folder, step, rows, values, merge, dtype)
+    export(student, backbone, recipe, folder, step, rows, values, merge, dtype, run)
     return folder
 
 
-def export_sharded(average: Denoiser, recipe: Recipe, folder: Path, step: int, writer: bool) -> None:
+def export_sharded(
+    average: Denoiser, recipe: Recipe, folder: Path, step: int, writer: bool, run: Path | None = None
+) -> None:
     """Exports an average that is sharded over processes. All of them call this and gather one tensor at a time; the
     `writer` writes it."""
     values = gathered(average)
     try:
         if writer:
             student, backbone = empty_student(recipe)
-            export(student, backbone, recipe, folder, step, values=values)
+            export(student, backbone, recipe, folder, step, values=values, run=run)
     finally:
         for _ in values:  # gathering needs every process, even one that does not write or whose write failed
             pass

@@ -1,29 +1,26 @@
-"""What a run logs: log.jsonl, TensorBoard events, warnings.log, and the few numbers of the progress bar."""
+"""What a run logs: log.jsonl, its trackers, warnings.log, and the few numbers of the progress bar."""
 
 import json
 import resource
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from fastgen.data.files import replace_file
-
-MOST_PIXELS = 1600  # of a picture's longer side in TensorBoard, where every picture is kept in one file
+from fastgen.run.trackers import Trackers
 
 
 class RunLog:
     """Averages the terms of every turn between two writes. A run that continues from `step` first drops the rows that
     were logged after that step, and rows that a kill or a full disk has torn, so that the file has one consistent
-    history. Disabled on all processes but the first."""
+    history. Disabled on all processes but the first. trackers: those of `train.trackers`."""
 
-    def __init__(self, folder: Path, step: int, enabled: bool):
+    def __init__(self, folder: Path, step: int, enabled: bool, trackers: Sequence[str] = ("tensorboard",)):
         self.enabled = enabled
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._path = folder / "log.jsonl"
@@ -34,7 +31,7 @@ class RunLog:
             kept = [row for row in rows if 0 <= step_of(row) <= step]
             if kept != rows:
                 replace_file(self._path, "".join(row + "\n" for row in kept))
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._trackers = Trackers(trackers, folder, step)
 
     def add(self, turn: str, terms: Mapping[str, Tensor]) -> None:
         """Adds the terms of one update. They stay on their device until they are written."""
@@ -78,32 +75,32 @@ class RunLog:
         return {name: f"{row[name]:.3g}" for name in row if name.endswith(("/loss", "/fake_lag"))}
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a row as given to log.jsonl and TensorBoard."""
+        """Writes a row as given to log.jsonl and the trackers."""
         if not self.enabled:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step} | dict(values)) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._trackers.record(step, values)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Copies a picture, a PNG file, to TensorBoard, where it is at most 1600 pixels wide and high."""
-        if not self.enabled:
-            return
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+    def describe(self, recipe: Mapping[str, Any]) -> None:
+        """Tells the trackers what is trained."""
+        if self.enabled:
+            self._trackers.describe(recipe)
+
+    def picture(self, step: int, name: str, path: Path, prompts: Sequence[str] = ()) -> None:
+        """Gives a picture, a PNG file, to the trackers, with the prompts of its parts."""
+        if self.enabled:
+            self._trackers.picture(step, name, path, prompts)
 
     def close(self) -> None:
         if self.enabled:
-            self._board.close()
+            self._trackers.finish()
 
 
 @contextmanager
-def run_log(folder: Path, step: int, enabled: bool) -> Iterator[RunLog]:
-    """A log that is closed, with all its rows in TensorBoard, however the block ends."""
-    log = RunLog(folder, step, enabled)
+def run_log(folder: Path, step: int, enabled: bool, trackers: Sequence[str]) -> Iterator[RunLog]:
+    """A log that is closed, with all its rows in the trackers, however the block ends."""
+    log = RunLog(folder, step, enabled, trackers)
     try:
         yield log
     except BaseException:

@@ -39,7 +39,7 @@ from fastgen.data.prepared import (
     stamp,
 )
 from fastgen.data.prompts import read_prompts
-from fastgen.metrics.reference import open_reference
+from fastgen.metrics.reference import TEACHER, open_reference
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.run.lock import LOCK, locked
 from fastgen.run.prepared_files import (
@@ -201,7 +201,7 @@ def evaluation_prompts(config: EvalConfig) -> Sequence[str]:
     """The prompts of the recipe's evaluation. With them prepared, evaluation needs no text encoders either."""
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    return () if config.reference is None else open_reference(config.reference).prompts
+    return () if config.reference in (None, TEACHER) else open_reference(config.reference).prompts
 
 
 def verified(path: Path, entry: Mapping[str, Any]) -> bool:

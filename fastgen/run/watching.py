@@ -160,6 +160,11 @@ def show(run: TrainingRun, sampler: Sampler, path: Path) -> None:
         save_video(side_by_side(samples), path.with_suffix(".mp4"), sampler.backbone.fps)
 
 
+def shown_prompts(run: TrainingRun) -> list[str]:
+    """The prompts of all the run's pictures, in their order; none for a picture of points."""
+    return [] if run.backbone.output == "points" else run.prompts[: run.recipe.train.num_samples]
+
+
 def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     """Samples the teacher through our own wrapper before anything is trained, and saves a picture, and in prompts.txt
     the prompts of all the run's pictures. If this one looks wrong, the run should be stopped here. The statistics that
@@ -167,8 +172,7 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
     if run.samples_here:
         show(run, sampler, path)
-        if run.accelerator.is_main_process and run.backbone.output != "points":
-            prompts = run.prompts[: run.recipe.train.num_samples]
+        if run.accelerator.is_main_process and (prompts := shown_prompts(run)):
             replace_file(path.with_name("prompts.txt"), "".join(f"{prompt}\n" for prompt in prompts))
     if run.recipe.health.every:
         run.watch.memory.reference = statistics(fixed_latents(run, sampler, run.recipe.health.num_samples))
@@ -178,13 +182,13 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
 
 def quick_metrics(run: TrainingRun) -> dict[str, float]:
     with run.ema.on(run.accelerator.device):
-        return evaluate(run.student, run.recipe.eval.quick(), progress=False)["metrics"]
+        return measured(run, run.student)
 
 
 def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:
     """The teacher's metrics at each of `eval.teacher_steps`, measured as the student's are, for the model card."""
-    config = run.recipe.eval
-    return {
-        f"teacher, {k} steps": evaluate(run.teacher(k), config.quick(), progress=False)["metrics"]
-        for k in config.teacher_steps
-    }
+    return {f"teacher, {k} steps": measured(run, run.teacher(k)) for k in run.recipe.eval.teacher_steps}
+
+
+def measured(run: TrainingRun, sampler: Sampler) -> dict[str, float]:
+    return evaluate(sampler, run.recipe.eval.quick(), progress=False, reference=run.teacher_reference)["metrics"]

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.config import load_stored
 from fastgen.denoiser import Denoiser
-from fastgen.registry import build_section
-from fastgen.sampling.sampler import METADATA, Sampler, load_sampler, read_metadata, teacher_sampler
+from fastgen.sampling.original import export_folder, original
+from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
 from fastgen.sampling.video import check_writer, save_video
 
 SMALLEST = 256  # side of a picture on the page
@@ -59,19 +57,17 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     """The student of a run or an export with its teacher, which share one VAE and one set of text encoders. Raises
     ValueError if `path` is neither of these nor a pipeline folder, if its samples are no pictures and no videos, and
     if they are made from images."""
-    folder = path / "export" if (path / "export" / METADATA).is_file() else path
-    if not (folder / METADATA).is_file():
+    folder = export_folder(path)
+    if folder is None:
         plain = load_sampler(path, device=device, dtype=dtype)
         check_prompts_alone(path, plain.backbone.config)
         return Pair(plain, None, plain.policy.num_steps, plain.guidance_scale)
-    metadata, recipe = read_metadata(folder), load_stored(folder / "recipe.yaml")
-    config = build_section("backbone", metadata["backbone"], BACKBONES, BackboneConfig)
+    config, recipe = original(folder)
     if config.output not in ("pixels", "frames"):
         raise ValueError(f"{path} makes {config.output}; the demo shows pictures and videos")
     check_prompts_alone(path, config)
     if recipe.rollout.chunks is not None:
         raise ValueError(f"{path} makes videos chunk by chunk; fastgen stream shows them")
-    config.check()
     backbone: Any = config.build(torch.device(device), dtype, 0)
     student = Sampler(backbone, backbone.load_exported(folder), recipe.rollout, 1.0, folder)
     teacher_steps = max(recipe.eval.teacher_steps, default=backbone.stock_call[0])

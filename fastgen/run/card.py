@@ -1,0 +1,117 @@
+"""The model card of an export: what the student is, how to call it, its pictures, its numbers and its recipe."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+import fastgen
+from fastgen.backbones.base import Backbone
+from fastgen.backbones.folder import local_folder
+from fastgen.config.stored import dump_recipe, to_dict
+from fastgen.data.files import replace_file
+from fastgen.recipe import Recipe
+from fastgen.sampling.sampler import METADATA
+
+PICTURES = {"teacher.png": "The teacher", "student.png": "The student"}  # in samples/ of the export
+TAGS = {("pixels", False): "text-to-image", ("frames", False): "text-to-video", ("frames", True): "image-to-video"}
+
+
+def write_card(
+    backbone: Backbone, recipe: Recipe, folder: Path, step: int, rows: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes the model card of an export, in place of the one it has. Its pictures are those in `samples/`."""
+    adapter = json.loads((folder / METADATA).read_text())["lora"]
+    usage = backbone.usage(recipe.rollout, folder, adapter)
+    shown = [name for name in PICTURES if (folder / "samples" / name).is_file()]
+    text = model_card(backbone, recipe, step, rows, usage, shown)
+    card = ModelCard(f"---\n{card_data(backbone, recipe, adapter).to_yaml()}\n---\n\n{text}")
+    replace_file(folder / "README.md", str(card))
+
+
+def copy_pictures(run: Path, folder: Path) -> None:
+    """Copies the run's picture of the teacher and the last one of the student into an export."""
+    samples = run / "samples"
+    found = {"teacher.png": samples / "teacher.png", "student.png": max(samples.glob("step_*.png"), default=None)}
+    for name, source in found.items():
+        if source is not None and source.is_file():
+            (folder / "samples").mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / "samples" / name)
+
+
+def card_data(backbone: Backbone, recipe: Recipe, adapter: bool) -> ModelCardData:
+    """What a hub reads: the teacher, if it has a hub id, and its licence, if its own card says it."""
+    source = str(to_dict(recipe.backbone).get("path", ""))
+    folder = local_folder(source) if source else None
+    base: dict[str, Any] = {}
+    if source and folder is None:
+        base = {"base_model": source, "base_model_relation": "adapter" if adapter else "finetune"}
+    return ModelCardData(
+        library_name=backbone.library,
+        license=licence(folder),
+        pipeline_tag=TAGS.get((backbone.output, backbone.takes_image)),
+        tags=["distillation", "few-step", recipe.objective.name],
+        ignore_metadata_errors=False,
+        **base,
+    )
+
+
+def licence(folder: Path | None) -> str | None:
+    """That of the teacher's own card. A student is made from its teacher's weights and stays under its licence."""
+    if folder is None or not (folder / "README.md").is_file():
+        return None
+    try:
+        found: Any = ModelCard.load(folder / "README.md").data.to_dict().get("license")
+    except ValueError:  # a card whose metadata cannot be read
+        return None
+    return found if isinstance(found, str) else None
+
+
+def model_card(
+    backbone: Backbone,
+    recipe: Recipe,
+    step: int,
+    rows: Mapping[str, Mapping[str, float]],
+    usage: str,
+    shown: list[str],
+) -> str:
+    """The model card in Markdown, without its metadata."""
+    source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
+    negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
+    away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
+    plain = backbone.plain_call(recipe.rollout, "student" in recipe.lora)
+    warning = f"{plain}\n\n" if plain else ""
+    pictures = "".join(f"{PICTURES[name]}:\n\n![{PICTURES[name]}](samples/{name})\n\n" for name in shown)
+    return f"""# A {recipe.rollout.num_steps}-step student of {source}
+
+{warning}Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates.
+The weights are the moving average of the student's weights.{away}
+
+## How to call it
+
+{usage}
+
+{f"## Pictures{chr(10)}{chr(10)}{pictures}" if pictures else ""}## Numbers
+
+{number_table(recipe, rows)}
+
+## Recipe
+
+```yaml
+{dump_recipe(recipe)}```
+"""
+
+
+def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """How the metrics were measured, then a table with one line per row and one column per metric."""
+    if not rows:
+        return "Not measured at this checkpoint; `fastgen eval` measures it."
+    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
+    scale = recipe.teacher_guidance
+    note = f"Measured on {recipe.eval.quick().num_samples} samples; the teacher is at guidance scale {scale}."
+    return "\n".join([note, "", *head, *body])

@@ -1,0 +1,93 @@
+"""The commands that help with a first recipe. Like fastgen.cli, it imports nothing heavy before a command runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastgen
+from fastgen.run.options import ScorerOption
+from fastgen.run.refusal import refuse
+
+
+def version(asked: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Turn a diffusers pipeline into a few-step one, and know that it worked."""
+    if asked:
+        print(f"fastgen {fastgen.__version__}")
+        raise typer.Exit
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One that ships, to copy it here.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The file to write. By default NAME.yaml.")] = None,
+) -> None:
+    """List the recipes that ship with fastgen, or copy one of them to change it."""
+    from fastgen.starting import shipped
+
+    if name is not None:
+        try:
+            print(f"copied to {shipped.copy_recipe(name, output)}")
+        except ValueError as error:
+            raise refuse(error) from None
+        return
+    from rich.table import Table
+
+    from fastgen.run.terminal import console
+
+    table = Table("recipe", "what it does", "run to its end")
+    for file in shipped.recipe_files():
+        text = file.read_text()
+        table.add_row(file.stem, shipped.summary(text), "" if shipped.is_unverified(text) else "yes")
+    console().print(table)
+
+
+def schema(
+    output: Annotated[Path | None, typer.Option(help="The file to write. By default it is printed.")] = None,
+) -> None:
+    """Write the JSON schema of recipes, with which an editor completes and checks them."""
+    from fastgen.config.schema import recipe_schema_text
+    from fastgen.data.files import replace_file
+
+    text = recipe_schema_text()
+    if output is None:
+        print(text, end="")
+    else:
+        replace_file(output, text)
+
+
+def new(
+    pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder, or a hub id.")],
+    steps: Annotated[int, typer.Option(min=1, help="The number of steps of the student.")] = 4,
+    objective: Annotated[str, typer.Option(help="The method.")] = "dmd2",
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: txt, csv, tsv, jsonl or parquet.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="A folder of pictures with captions, for methods that train on pictures.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of one GPU. By default those of the GPU here, or else 80.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
+    scorer: ScorerOption = None,
+    output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for everything that was not given.")] = False,
+) -> None:
+    """Write a complete recipe for a pipeline, with a comment for every choice."""
+    from fastgen.data.files import check_output, replace_file
+
+    try:
+        check_output(output, overwrite=False)
+        if interactive:
+            steps, objective = typer.prompt("steps", steps, type=int), typer.prompt("method", objective)
+            prompts = typer.prompt("a file of prompts (nothing: those that ship)", prompts or "") or None
+            gpus = typer.prompt("number of GPUs", gpus, type=int)
+        from fastgen.evaluation.config import scorer_keys
+        from fastgen.starting.new import Wishes, first_recipe, next_commands
+
+        wishes = Wishes(pipeline, steps, objective, prompts, images, memory, gpus, scorer_keys(scorer or []))
+        text, plan = first_recipe(wishes)
+    except ValueError as error:
+        raise refuse(error) from None
+    replace_file(output, text)
+    print(f"wrote {output}; by its plan, {plan.peak / 1e9:.1f} GB on each of {gpus} GPU(s). Then:")
+    for command in next_commands(output, str(plan.recipe.output_dir)):
+        print(f"  {command}")

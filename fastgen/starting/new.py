@@ -1,0 +1,92 @@
+"""`fastgen new`: a complete recipe for a pipeline, with a comment for every choice.
+
+The pipeline gives its guidance, its numbers of steps and the shift of its noise levels (facts.py); the other values
+come from shipped recipes and published ones (values.py); `fastgen plan`'s own count gives the batch size."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.config import build_recipe
+from fastgen.config.sections import SECTIONS
+from fastgen.config.text import apply_override
+from fastgen.planning.plan import Plan, plan
+from fastgen.planning.report import HEADROOM, advise
+from fastgen.recipe import Recipe
+from fastgen.registry import RecipeError, build_section
+from fastgen.starting.comments import written
+from fastgen.starting.facts import Wishes, look_at
+from fastgen.starting.values import IMAGES, first_values
+
+TEMPLATES = (
+    *("dmd2", "phased_dmd", "gndm", "adm", "rtdmd"),
+    *("consistency", "scm", "flow_map", "mean_flow", "ode_regression"),
+)  # the objectives that have a recipe for the digits
+MEMORY = 80.0  # GB, assumed for a large network where there is no GPU
+
+
+def first_recipe(wishes: Wishes) -> tuple[str, Plan]:
+    """The text of the recipe, and its plan. Raises ValueError, in words, for a pipeline or an objective that is not
+    supported, and RecipeError for a combination that is not."""
+    if wishes.objective not in TEMPLATES:
+        raise ValueError(f"objective {wishes.objective}: `fastgen new` writes recipes for {', '.join(TEMPLATES)}")
+    facts = look_at(wishes.pipeline)
+    values = first_values(wishes, facts)
+    check_data(wishes, values)
+    recipe = built(values)
+    memory = wishes.memory or memory_here() or (MEMORY if facts.large else None)
+    found = plan(recipe, wishes.gpus) if facts.large else plan(recipe, wishes.gpus, gpu=memory is not None)
+    if memory is not None and facts.large:
+        values, found = fitted(values, found, memory * 1e9 * (1 - HEADROOM), wishes.gpus)
+    return written(wishes, facts, values, memory), found
+
+
+def check_data(wishes: Wishes, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for an objective that trains on pictures, if none are given."""
+    objective = build_section("objective", values["objective"], *SECTIONS["objective"])
+    if objective.needs & {"latents", "pixels"} and wishes.images is None:
+        raise ValueError(f"objective {wishes.objective} trains on pictures: give --images FOLDER, or choose dmd2")
+
+
+def built(values: Mapping[str, Any]) -> Recipe:
+    try:
+        return build_recipe(values)
+    except RecipeError as error:
+        raise RecipeError(f"the recipe would not run: {error}") from None
+
+
+def memory_here() -> float | None:
+    """GB of the first GPU; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None
+
+
+def fitted(values: dict[str, Any], found: Plan, memory: float, gpus: int) -> tuple[dict[str, Any], Plan]:
+    """The values with the largest batch size that fits, or else with the lines that make one sample fit."""
+    if found.peak > memory:
+        for line in advise(found, memory).lines or ():
+            apply_override(values, line)
+        return values, plan(built(values), gpus)
+    most = max(1, IMAGES // gpus)
+    if most == 1:
+        return values, found
+    two = plan(built(with_batch(values, 2, most)), gpus)
+    each = max(1, two.peak - found.peak)  # activations grow in proportion to the batch
+    size = 1 << max(0, min(most, 1 + int((memory - found.peak) / each)).bit_length() - 1)
+    while size > 1:
+        chosen = with_batch(values, size, most)
+        tried = two if size == 2 else plan(built(chosen), gpus)
+        if tried.peak <= memory:
+            return chosen, tried
+        size //= 2
+    return values, found
+
+
+def with_batch(values: Mapping[str, Any], size: int, images: int) -> dict[str, Any]:
+    """The values with this batch size, and as many micro-batches as make an update of `images` on each GPU."""
+    return {**values, "train": {**values["train"], "batch_size": size, "accumulate": max(1, images // size)}}
+
+
+def next_commands(output: Path, run: str) -> Sequence[str]:
+    return (f"fastgen train {output}", f"fastgen eval {run}", f"fastgen demo {run}")

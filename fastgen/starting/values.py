@@ -1,0 +1,123 @@
+"""The values of a first recipe.
+
+Those that were tuned on a small teacher come from the recipe of the same objective for the shipped digits. Those of
+large networks are of DMD2's adapter for SDXL, or ours, as the comments say."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastgen.registry import shipped
+from fastgen.starting.facts import Facts, Wishes
+
+IMAGES = 64  # of an update of a large network, over all GPUs and micro-batches
+COPIES = ("student", "fake_score")  # roles that can be adapters of the teacher
+
+
+def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
+    template = read_template(wishes.objective)
+    objective, large = dict(template["objective"]), facts.large
+    if "guidance_scale" in objective:
+        objective["guidance_scale"] = facts.guidance
+    if "phases" in objective:
+        objective["phases"] = phases(wishes.steps, template["train"]["steps"])
+    if large:
+        for key in ("condition_on_stop", "stops"):
+            objective.pop(key, None)
+    name = f"{Path(wishes.pipeline).name.lower().replace('-', '_')}_{wishes.objective}_{wishes.steps}step"
+    roles = list(template["optimizers"])
+    copies = [role for role in COPIES if role in roles] if large else []
+    values: dict[str, Any] = {
+        "output_dir": f"runs/{name}",
+        "seed": 0,
+        "backbone": {"name": facts.config.name, "path": wishes.pipeline},
+        "rollout": {**template["rollout"], "timesteps": levels(wishes.steps, facts.shift)},
+        "data": data_of(wishes),
+        "objective": objective,
+        **({"lora": {role: {"rank": 64, "alpha": 8} for role in copies}} if copies else {}),
+        "optimizers": {role: optimizer(template["optimizers"][role], role in copies) for role in roles},
+        "train": train_of(template["train"], large, wishes.gpus),
+        "eval": eval_of(wishes, facts),
+    }
+    return values
+
+
+def read_template(objective: str) -> dict[str, Any]:
+    return yaml.safe_load((shipped("recipes") / f"digits_{objective}_4step.yaml").read_text())
+
+
+def phases(steps: int, updates: int) -> list[dict[str, int]]:
+    """Two phases of Phased DMD, the second longer, as in the recipe for the digits; one where there is one step."""
+    if steps == 1:
+        return [{"first": 0, "last": 1, "updates": updates}]
+    first = round(0.3 * updates)
+    middle = steps // 2
+    return [
+        {"first": 0, "last": middle, "updates": first},
+        {"first": middle, "last": steps, "updates": updates - first},
+    ]
+
+
+def data_of(wishes: Wishes) -> dict[str, Any]:
+    if wishes.images is not None:
+        return {"name": "images", "folder": wishes.images}
+    return {"name": "prompts", "prompts": prompts_of(wishes)}
+
+
+def prompts_of(wishes: Wishes) -> str:
+    """The file that was given, or prompts.txt in the pipeline's folder or beside it, or those that ship."""
+    if wishes.prompts is not None:
+        return wishes.prompts
+    places = (Path(wishes.pipeline) / "prompts.txt", Path(wishes.pipeline).parent / "prompts.txt")
+    return next((str(p) for p in places if p.is_file() or shipped(p).is_file()), "neutral")
+
+
+def optimizer(tuned: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
+    if not adapter:
+        return dict(tuned)
+    return {"lr": 5e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "max_grad_norm": 10.0, "warmup": 100}
+
+
+def train_of(tuned: Mapping[str, Any], large: bool, gpus: int) -> dict[str, Any]:
+    if not large:
+        return {**tuned, "batch_size": tuned["batch_size"]}
+    return {
+        "steps": 5000,
+        "batch_size": 1,
+        "accumulate": max(1, IMAGES // gpus),
+        "mixed_precision": "bf16",
+        "frozen_dtype": "bfloat16",
+        "gradient_checkpointing": True,
+        "ema_decay": 0.99,
+        "sample_every": 250,
+        "checkpoint_every": 250,
+        "num_samples": 4,
+    }
+
+
+def eval_of(wishes: Wishes, facts: Facts) -> dict[str, Any]:
+    count = 128 if facts.large else 1024
+    values: dict[str, Any] = {
+        "metrics": ["throughput"],
+        "num_samples": count,
+        "quick_num_samples": min(count, 256),
+        "batch_size": 4 if facts.large else 64,
+        "prompts": prompts_of(wishes),
+        "teacher_steps": list(dict.fromkeys((facts.steps, wishes.steps))),
+        "teacher_guidance_scale": facts.guidance,
+    }
+    if facts.config.output == "pixels":
+        clip = wishes.scorers.get("clip_score", {}).get("path")
+        features = {"features": "clip", "clip": clip} if clip else {"features": "latents"}
+        metrics = ["fid", "diversity", *(["clip_retrieval"] if clip else []), *wishes.scorers, "throughput"]
+        values |= {"metrics": metrics, "reference": "teacher", **features}
+    if wishes.scorers:
+        values["scorers"] = {name: dict(keys) for name, keys in wishes.scorers.items()}
+    return values
+
+
+def levels(steps: int, shift: float) -> list[float]:
+    uniform = [1 - i / steps for i in range(steps)]
+    return [round(shift * u / (1 + (shift - 1) * u), 4) for u in uniform]

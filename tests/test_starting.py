@@ -1,0 +1,168 @@
+"""What a first recipe begins with: the schema, and the recipes that ship."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import fastgen
+from fastgen.cli import app
+from fastgen.config import load_recipe
+from fastgen.config.schema import recipe_schema, recipe_schema_text
+from fastgen.config.text import read_recipe
+from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
+from fastgen.starting.facts import Wishes
+from fastgen.starting.new import first_recipe
+from fastgen.starting.shipped import MODELINE, SCHEMA, copy_recipe, is_unverified, recipe_files, summary
+from fastgen.starting.values import levels
+from fastgen.train import train
+
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def as_an_editor_reads(value: Any) -> Any:
+    """1e-4 is a number in YAML 1.2, which editors read, and a text in YAML 1.1."""
+    if isinstance(value, dict):
+        return {key: as_an_editor_reads(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [as_an_editor_reads(part) for part in value]
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+@pytest.fixture(scope="module")
+def editor() -> jsonschema.Draft202012Validator:
+    jsonschema.Draft202012Validator.check_schema(recipe_schema())
+    return jsonschema.Draft202012Validator(json.loads(recipe_schema_text()))
+
+
+def test_the_shipped_schema_is_the_current_one(project: Path) -> None:
+    """`fastgen schema --output recipes/recipe.schema.json` writes it again."""
+    assert (project / "recipes" / SCHEMA).read_text() == recipe_schema_text()
+
+
+def test_every_recipe_names_the_schema_and_fits_it(editor: jsonschema.Draft202012Validator) -> None:
+    for file in recipe_files():
+        assert f"\n{MODELINE}{SCHEMA}\n" in file.read_text(), file
+        errors = [error.message for error in editor.iter_errors(as_an_editor_reads(read_recipe(file, file)))]
+        assert not errors, f"{file}: {errors[:3]}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"stepz": 3}}, "stepz"),
+        ({"objective": {"fake_update": 3}}, "fake_update"),
+        ({"backbone": {"means": "near"}}, "near"),
+        ({"objective": {"name": "dmd3"}}, "dmd3"),
+        ({"seed": -1}, "-1"),
+    ],
+)
+def test_mistakes_are_underlined(
+    editor: jsonschema.Draft202012Validator, raw_recipe: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    raw = as_an_editor_reads(copy.deepcopy(raw_recipe))
+    assert editor.is_valid(raw)
+    for key, value in change.items():
+        raw[key] = raw[key] | value if isinstance(value, dict) else value
+    assert any(words in error.message for error in editor.iter_errors(raw))
+
+
+def test_every_name_has_its_keys_and_its_page() -> None:
+    found = recipe_schema()["$defs"]
+    for section, names in (("backbone", BACKBONES), ("data", DATA), ("objective", OBJECTIVES), ("rewards", REWARDS)):
+        for name in names:
+            assert found[f"{section}.{name}"]["description"] and not found[f"{section}.{name}"]["additionalProperties"]
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in recipe_files():
+        assert summary(file.read_text()).endswith("."), file
+    listed = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"}).stdout
+    assert "mixture_dmd2_4step" in listed
+    unverified = next(file for file in recipe_files() if is_unverified(file.read_text()))
+    assert "yes" not in next(line for line in listed.splitlines() if unverified.stem in line)
+    copied = copy_recipe("mixture_dmd2_4step", None)
+    assert copied == Path("mixture_dmd2_4step.yaml") and load_recipe(copied) == load_recipe(
+        recipe_files()[0].parent / copied
+    )
+    assert Path(copied.read_text().partition(MODELINE)[2].splitlines()[0]).is_file()
+    with pytest.raises(ValueError, match="exists"):
+        copy_recipe("mixture_dmd2_4step", None)
+    with pytest.raises(ValueError, match="did you mean 'sdxl_dmd2_4step'"):
+        copy_recipe("sdxl_dmd_4step", None)
+
+
+def test_the_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"fastgen {fastgen.__version__}\n"
+
+
+def write_new(pipeline: str, **wishes: Any) -> dict[str, Any]:
+    """What `fastgen new` writes, read again; its text fits the schema."""
+    text, _ = first_recipe(Wishes(pipeline, **wishes))
+    return yaml.safe_load(text)
+
+
+def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validator, project: Path) -> None:
+    """The pipeline gives guidance, steps and prompts.txt, the recipe of the same objective the rest."""
+    raw = write_new("assets/teachers/digits")
+    assert not list(editor.iter_errors(as_an_editor_reads(raw)))
+    assert raw["rollout"]["timesteps"] == [1.0, 0.75, 0.5, 0.25] and raw["objective"]["guidance_scale"] == 7.0
+    assert raw["data"] == {"name": "prompts", "prompts": "assets/teachers/digits/prompts.txt"}
+    assert raw["eval"]["teacher_steps"] == [28, 4] and raw["eval"]["reference"] == "teacher"
+    tuned = yaml.safe_load((project / "recipes/digits_dmd2_4step.yaml").read_text())
+    assert raw["optimizers"] == tuned["optimizers"] and raw["train"] == tuned["train"]
+    phased = write_new("assets/teachers/digits", objective="phased_dmd", steps=2, prompts="neutral")
+    assert [p["last"] for p in phased["objective"]["phases"]] == [1, 2]
+    assert sum(p["updates"] for p in phased["objective"]["phases"]) == phased["train"]["steps"]
+    assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"objective": "dmd3"}, "writes recipes for dmd2"),
+        ({"objective": "consistency"}, "give --images FOLDER"),
+        ({"prompts": "nowhere.txt"}, "no prompt file at nowhere.txt"),
+        ({"pipeline": "org/unknown"}, "do not ship with fastgen"),
+        ({"pipeline": "assets"}, "not a diffusers pipeline"),
+        ({"scorers": {"clip_score": {"path": "nowhere"}}}, "clip"),
+    ],
+)
+def test_a_new_recipe_is_refused_in_words(wishes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        first_recipe(Wishes(**{"pipeline": "assets/teachers/digits"} | wishes))
+
+
+@pytest.mark.slow
+def test_a_new_recipe_trains_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an empty folder: new, train, eval, with nothing edited but the number of updates and samples."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["new", "assets/teachers/digits", "--steps", "2"])
+    assert done.exit_code == 0, done.output
+    refused = CliRunner().invoke(app, ["new", "assets/teachers/digits"])
+    assert refused.exit_code == 2  # recipe.yaml is there
+    few = ["train.steps=2", "train.batch_size=4", "eval.num_samples=16", "eval.quick_num_samples=16"]
+    run = train(load_recipe("recipe.yaml", [*few, "eval.teacher_steps=[2]", "train.num_samples=4"]))
+    metrics = evaluate_path(run, progress=False)["metrics"]
+    assert {"fid", "diversity", "images_per_second"} <= metrics.keys()
+    card = (run / "export/README.md").read_text()
+    assert "teacher, 2 steps" in card
+
+
+@pytest.mark.slow
+def test_a_new_recipe_of_a_large_pipeline_fits() -> None:
+    """Adapters in bfloat16, in the largest batch that fits by the plan; configs of the hub id ship with fastgen."""
+    text, found = first_recipe(Wishes("stable-diffusion-v1-5/stable-diffusion-v1-5", memory=24, gpus=8))
+    raw = yaml.safe_load(text)
+    train = raw["train"]
+    assert raw["lora"].keys() == {"student", "fake_score"} and train["mixed_precision"] == "bf16"
+    assert train["batch_size"] * train["accumulate"] == 8 and found.peak <= 0.95 * 24e9
+    assert found.recipe.train.batch_size == train["batch_size"]
