@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from tiny_cogvideox import NOISE, tiny_cogvideox
 from tiny_families import FAMILIES, PROMPTS, draws
+from variants import slow
 
 from fastgen.backbones.cogvideox import CogVideoXConfig
 from fastgen.backbones.discrete import noise_schedule
@@ -20,7 +21,7 @@ FAMILY = FAMILIES["cogvideox"]
 
 @pytest.mark.parametrize(
     ("options", "frames"),
-    [({"five": True, "sample_height": 8, "sample_width": 6}, 9), ({"five": True, "patch_size_t": 2}, 9)],
+    [({"five": True, "sample_height": 8, "sample_width": 6}, 9), slow(({"five": True, "patch_size_t": 2}, 9))],
     ids=["5b", "1.5"],
 )
 def test_rotary_positions_are_those_of_the_pipeline(tmp_path: Path, options: dict[str, Any], frames: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from diffusers.schedulers import scheduling_lcm
 from tiny_families import draws
 from tiny_pipelines import tiny_sd, tiny_sdxl
+from variants import slow
 
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.sd import SD, SDConfig, guidance_waves
@@ -23,7 +24,7 @@ from fastgen.sampling.sampler import Sampler, teacher_sampler
 PROMPTS, SEEDS = ["a red cat", "two green dogs"], [3, 1]
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", slow("sdxl")])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline with another UNet."""
     folder = (tiny_sd if request.param == "sd" else tiny_sdxl)(tmp_path_factory.mktemp("told"))

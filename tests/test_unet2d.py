@@ -11,6 +11,7 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_lcm
 from tiny_families import draws
 from torch import Tensor
+from variants import slow
 
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.unet2d import UNet2D, UNet2DConfig
@@ -25,7 +26,7 @@ from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 PROMPTS, SEEDS = ["", ""], [3, 1]
-STORED = [((1.0, 0.75, 0.5, 0.25), "renoise"), ((1.0, 0.5), "ode"), ((0.4,), "renoise")]
+STORED = [((1.0, 0.75, 0.5, 0.25), "renoise"), slow(((1.0, 0.5), "ode")), slow(((0.4,), "renoise"))]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def plain_pixels(
     return torch.from_numpy(images).movedim(-1, -3), visited
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [slow(1), 5])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     folder: Path, backbone: UNet2D, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def set_key(path: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
+@pytest.mark.slow
 def test_glyphs_and_full_padding_give_the_pipelines_own_pixels(tmp_path: Path) -> None:
     """The stock call pads to 1000 tokens, and has 729 masked tokens of an image; what stands in quotation marks is
     read by the second encoder. The negative prompt has glyphs of its own."""

@@ -93,8 +93,10 @@ def numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     of the result is known."""
     found: list[Tensor | None] = []
     for index in indices:
-        is_mask = type(index) is Tensor and index.dtype == torch.bool
-        found += list(index.nonzero().unbind(1)) if is_mask else [index]
+        if type(index) is Tensor and index.dtype == torch.bool:
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
     return found
 
 
