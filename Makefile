@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install dev test test-fast slow style quickstart accept clean
+.PHONY: install dev test test-fast slow style quickstart site accept clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ style: $(VENV)/.dev
 # Distils the embedded digits teacher to four steps; one table, one picture.
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
+
+# The documentation as a website, in build/site. A link that leads nowhere ends it.
+site: $(VENV)/.dev
+	$(BIN)/python tools/make_site.py
 
 # The full acceptance, all seeds and rows; resumable. Then runs that are killed again and again, and other faults.
 accept: $(VENV)/.dev

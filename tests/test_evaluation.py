@@ -195,6 +195,7 @@ def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
     teacher = project / "assets/teachers/digits"
     found = [evaluation.evaluate_path(teacher, num_steps=steps, **options) for steps in (1, 8)]
     assert found[0]["metrics"]["fid"] > 1.5 * found[1]["metrics"]["fid"] > 0
+    assert found[0]["reference_sampler"].startswith("8 steps, guidance scale 7")
     assert found[0]["reference"] == "teacher" and found[0]["features"] == "latents"
     with pytest.raises(ValueError, match="has none of its own"):
         evaluation.evaluate_path(teacher, **{**options, "prompts": None})

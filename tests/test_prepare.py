@@ -115,6 +115,7 @@ def test_the_same_batches_without_the_text_encoders(prepared: Path, images: Path
     assert "text_pipeline" in vars(there)
 
 
+@pytest.mark.slow
 def test_a_run_on_it_never_loads_the_text_encoders(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from tiny_pipelines import PROMPTS, TEXT_WIDTH, tiny_sd, tiny_sdxl, with_scheduler
 from torch import Tensor, nn
+from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.sd import SD, SDConfig
@@ -90,7 +91,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (4, 7.5), (13, 1.0)])
+@pytest.mark.parametrize(("steps", "scale"), [slow((1, 1.0)), (4, 7.5), slow((13, 1.0))])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     folders: dict[str, Path], backbones: dict[str, SD], family: str, steps: int, scale: float
 ) -> None:
@@ -194,15 +195,15 @@ def another(backbone: SD) -> Any:
     ("family", "options", "rollout"),
     [
         ("sd", {}, FOUR),
-        ("sd", {}, "{timesteps: [1.0, 0.75, 0.5, 0.25], transition: ode}"),
-        ("sd", {}, "{timesteps: [0.4]}"),
-        ("sd", {}, "{timesteps: [0.9, 0.6, 0.3]}"),
+        slow(("sd", {}, "{timesteps: [1.0, 0.75, 0.5, 0.25], transition: ode}")),
+        slow(("sd", {}, "{timesteps: [0.4]}")),
+        slow(("sd", {}, "{timesteps: [0.9, 0.6, 0.3]}")),
         ("sd", {}, "{timesteps: [0.9, 0.6, 0.3], transition: ode}"),
-        ("sd", {}, "{timesteps: [1.0, 0.667, 0.334]}"),
-        ("sd", {"prediction_type": "v_prediction"}, FOUR),
+        slow(("sd", {}, "{timesteps: [1.0, 0.667, 0.334]}")),
+        slow(("sd", {"prediction_type": "v_prediction"}, FOUR)),
         ("sd", TRAILING | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, FOUR),
         ("sdxl", {}, FOUR),
-        ("sdxl", {}, "{timesteps: [1.0]}"),
+        slow(("sdxl", {}, "{timesteps: [1.0]}")),
     ],
 )
 def test_an_export_gives_the_same_pixels_in_plain_diffusers(
@@ -232,9 +233,9 @@ def test_an_export_gives_the_same_pixels_in_plain_diffusers(
     ("family", "options", "timesteps"),
     [
         ("sd", {}, (1.0, 0.75, 0.5, 0.25)),
-        ("sdxl", {}, (1.0, 0.75, 0.5, 0.25)),
-        ("sd", {}, (0.9, 0.6, 0.3)),
-        ("sd", {}, (1.0, 0.667, 0.334)),
+        slow(("sdxl", {}, (1.0, 0.75, 0.5, 0.25))),
+        slow(("sd", {}, (0.9, 0.6, 0.3))),
+        slow(("sd", {}, (1.0, 0.667, 0.334))),
         ("sd", TRAILING | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, (1.0, 0.5)),
     ],
 )

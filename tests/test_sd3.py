@@ -78,8 +78,8 @@ def student_recipe(tmp_path: Path, rollout: str) -> Recipe:
     [
         "{timesteps: [1.0, 0.75, 0.5, 0.25]}",
         "{timesteps: [1.0, 0.9, 0.75, 0.5], transition: ode}",
-        "{timesteps: [1.0, 0.4]}",
-        "{timesteps: [1.0]}",
+        slow("{timesteps: [1.0, 0.4]}"),
+        slow("{timesteps: [1.0]}"),
         "{timesteps: [1.0], conditioning_time: 0.6}",
     ],
 )

@@ -98,7 +98,10 @@ def blocks(stream: Stream) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["Wan 2.1", "Wan 2.2"])
-@pytest.mark.parametrize("split", [(3, 3, 3), (1, 2, 6), (1,) * 9])
+@pytest.mark.parametrize(
+    "split",
+    [pytest.param((3, 3, 3), marks=pytest.mark.slow), (1, 2, 6), pytest.param((1,) * 9, marks=pytest.mark.slow)],
+)
 def test_decoding_in_parts_is_decoding_the_whole(kind: str, split: tuple[int, ...]) -> None:
     """For two streams at a time on one VAE, which decodes whole videos in between."""
     torch.manual_seed(0)
@@ -138,7 +141,12 @@ def test_a_stored_decoder_goes_on(kind: str, first: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks", [{}, {"first": 2, "frames": 2, "sink": 2, "window": 6, "sink_decay": 0.5}, {"context_noise": 0.1}]
+    "chunks",
+    [
+        slow({}),
+        {"first": 2, "frames": 2, "sink": 2, "window": 6, "sink_decay": 0.5},
+        slow({"context_noise": 0.1}),
+    ],
 )
 def test_stream_pipeline_and_sampler_give_the_same_video(
     chunks: dict[str, Any], teacher: Path, pipeline: StreamingWanPipeline
@@ -200,7 +208,7 @@ def test_calls_that_are_refused(call: dict[str, Any], words: str, pipeline: Stre
         pipeline("a cat", **call)
 
 
-@pytest.mark.parametrize("attention", [slow(ChunkAttention()), ChunkAttention(layout="top_k", density=0.5, tile=16)])
+@pytest.mark.parametrize("attention", [ChunkAttention(), slow(ChunkAttention(layout="top_k", density=0.5, tile=16))])
 def test_no_chunk_reads_a_number_back_from_the_device(attention: ChunkAttention) -> None:
     """On the meta device, which has no numbers, reading one raises. On a GPU, the host would wait for it."""
     with torch.device("meta"):
@@ -296,7 +304,7 @@ def test_an_averaged_sink_cannot_be_computed_again(pipeline: StreamingWanPipelin
 # --- saving
 
 
-@pytest.mark.parametrize("made", [0, 1, 2, 5])
+@pytest.mark.parametrize("made", [slow(0), slow(1), 2, slow(5)])
 @pytest.mark.parametrize(
     "chunks",
     [{}, {"first": 2, "sink": 2, "window": 6, "sink_decay": 0.5, "context_noise": 0.1}, {"order": "step"}],

@@ -15,6 +15,7 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from PIL import Image
 from tiny_wan import tiny_wan
 from torch import Tensor
+from variants import slow
 
 from fastgen import noise, signals
 from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser, latent_size
@@ -144,8 +145,8 @@ def test_a_unipc_folder_is_sampled_with_euler_at_its_levels(tmp_path: Path) -> N
     "policy",
     [
         RolloutPolicy(SHIFTED),
-        RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode"),
-        RolloutPolicy((1.0,)),
+        slow(RolloutPolicy((1.0, 0.9, 0.75, 0.5), "ode")),
+        slow(RolloutPolicy((1.0,))),
         RolloutPolicy((1.0,), conditioning_time=0.6),
     ],
     ids=["renoise", "ode", "one step", "told time"],
@@ -623,7 +624,8 @@ def read_video(path: Path) -> Tensor:
     return torch.from_numpy(imageio.v3.imread(path)).float() / 255
 
 
-@pytest.mark.parametrize("experts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [1, 2])
 def test_a_run_its_export_its_samples_and_its_evaluation(
     folders: dict[int, Path], tmp_path: Path, experts: int
 ) -> None:

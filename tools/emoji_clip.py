@@ -81,7 +81,8 @@ def text_features(clip: CLIPModel, ids: Tensor) -> Tensor:
 
 
 def train_clip(folder: Path, work: Path, seed: int, steps: int, bf16: bool) -> None:
-    """Train CLIP on the pictures that are not held out; write it with its tokenizer into `folder`."""
+    """Train CLIP on the pictures that are not held out; write it, in float16, with its tokenizer into
+    `folder`."""
     torch.manual_seed(seed)
     emoji, pixels = split(work, held=False)
     tokenizer = tokenizer_of(work)
@@ -104,7 +105,7 @@ def train_clip(folder: Path, work: Path, seed: int, steps: int, bf16: bool) -> N
     averaged = train(clip, losses, optimizers(matrices, others, 0.01, 2e-3), steps, seed, work / "clip", 0.998)
     with torch.no_grad():
         averaged.logit_scale.clamp_(max=math.log(100))
-    averaged.save_pretrained(folder)
+    averaged.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -107,6 +107,7 @@ def evaluate_with_samples(
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
         **({"images_sha256": hash_files(list(dict.fromkeys(images)))} if images else {}),
+        **({"reference_sampler": reference.name} if reference and config.reference == TEACHER else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
@@ -128,7 +129,8 @@ def teacher_reference(teacher: Sampler, config: EvalConfig) -> Reference:
     """The teacher's samples of the evaluation's prompts, as a reference. Their seeds come behind the evaluation's."""
     prompts, images = find_prompts(teacher, config, None), find_images(teacher, config)
     seed = config.seed + config.num_samples
-    return drawn_reference(TEACHER, prompts, bound(draw_samples, teacher, seed, prompts, images))
+    name = f"{teacher.policy.num_steps} steps, guidance scale {teacher.guidance_scale}"
+    return drawn_reference(name, prompts, bound(draw_samples, teacher, seed, prompts, images))
 
 
 def evaluate_images_with_samples(

@@ -12,7 +12,7 @@ import torch
 from fastgen.config import build_recipe
 from fastgen.config.sections import SECTIONS
 from fastgen.config.text import apply_override
-from fastgen.planning.plan import Plan, plan
+from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.planning.report import HEADROOM, advise
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError, build_section
@@ -39,7 +39,7 @@ def first_recipe(wishes: Wishes) -> tuple[str, Plan]:
     memory = wishes.memory or memory_here() or (MEMORY if facts.large else None)
     found = plan(recipe, wishes.gpus) if facts.large else plan(recipe, wishes.gpus, gpu=memory is not None)
     if memory is not None and facts.large:
-        values, found = fitted(values, found, memory * 1e9 * (1 - HEADROOM), wishes.gpus)
+        values, found = fitted(values, found, memory * 1e9 * (1 - HEADROOM) - CONTEXT, wishes.gpus)
     return written(wishes, facts, values, memory), found
 
 
