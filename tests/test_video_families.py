@@ -49,8 +49,14 @@ def test_an_export_of_hunyuan_is_called_once_a_step_by_its_own_guider(tmp_path: 
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tmp_path / "student")
     assert pipeline.guider.guidance_scale == 1 and pipeline.guider.num_conditions == 1
     assert "guidance" not in backbone.plain_call(policy, False)
+    assert backbone.vae.use_tiling and backbone.vae.use_slicing
     text = backbone.usage(policy, tmp_path / "student", False)
-    assert "tokenizer_max_length = 24" in text and "num_frames=5" in text and "guidance_scale=" not in text
+    assert (
+        "enable_tiling()" in text
+        and "tokenizer_max_length = 24" in text
+        and "num_frames=5" in text
+        and "guidance_scale=" not in text
+    )
 
 
 def test_what_hunyuans_pipeline_would_not_do_so_is_refused(tmp_path: Path) -> None:

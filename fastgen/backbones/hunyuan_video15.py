@@ -137,9 +137,16 @@ class HunyuanVideo15(Video, FlowLevels):
         shorter = "" if length == STOCK_LENGTH else f"\npipeline.tokenizer_max_length = {length}"
         return f"""from diffusers.utils import export_to_video
 
-torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`{shorter}
+torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
+pipeline.vae.enable_tiling(){shorter}
 video = pipeline("a prompt", {self.call_sizes}, num_inference_steps={{num_steps}}).frames[0]
 export_to_video(video, "video.mp4", fps={self.config.fps})"""
+
+    def set_up_vae(self, vae: Any) -> None:
+        """In tiles of 256 x 256 pixels, as diffusers' documentation has it: at 480p, the mask of the VAE's attention
+        would have 49,290 rows and columns."""
+        super().set_up_vae(vae)
+        vae.enable_tiling()
 
     @property
     def stock_call(self) -> tuple[int, float]:

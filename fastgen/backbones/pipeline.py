@@ -329,7 +329,12 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def vae(self) -> Any:
         vae = read_component(diffusers_class(self.vae_class), self.source, "vae", self.options)
+        self.set_up_vae(vae)
         return vae.to(self.device).requires_grad_(False).eval()
+
+    def set_up_vae(self, vae: Any) -> None:
+        """Sets how the VAE goes through samples: all at once, one by one, or in tiles."""
+        return None
 
     # --- prompts
 

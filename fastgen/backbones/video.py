@@ -99,12 +99,9 @@ class Video(PipelineBackbone):
 
     # --- frames
 
-    @cached_property
-    def vae(self) -> Any:
-        """The VAE. It processes one video at a time."""
-        vae = super().vae
+    def set_up_vae(self, vae: Any) -> None:
+        """One video at a time."""
         vae.enable_slicing()
-        return vae
 
     def latent_moments(self) -> tuple[Any, Any]:
         """Mean and standard deviation of the VAE's latents: numbers, or tensors that broadcast over

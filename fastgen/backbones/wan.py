@@ -190,10 +190,10 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @cached_property
     def vae(self) -> Any:
-        """The VAE, in float32, as the stock pipeline asks for. It processes one video at a time."""
+        """The VAE, in float32, as the stock pipeline asks for."""
         options = self.options | {"torch_dtype": torch.float32}
         vae = read_component(diffusers_class(self.vae_class), self.source, "vae", options)
-        vae.enable_slicing()
+        self.set_up_vae(vae)
         return vae.to(self.device).requires_grad_(False).eval()
 
     def latent_moments(self) -> tuple[Tensor, Tensor]:
