@@ -29,7 +29,7 @@ from benchmarks.rows import append_row, sort_rows
 from fastgen.backbones.flow_image import FlowImage
 from fastgen.backbones.sd3 import SD3
 from fastgen.config import load_recipe
-from fastgen.data import base, images
+from fastgen.data import images, samples
 from fastgen.data.digits import load_digits, prompt_for
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.run.log import RunLog
@@ -117,7 +117,7 @@ def measure(folder: Path, prefetch: int, updates: int, sleep: float) -> tuple[fl
         replaced(images, "read_image", slowed(sleep)),
         replaced(SD3, "encode_chunk", slowed(sleep)),
         replaced(FlowImage, "encode", slowed(sleep)),
-        replaced(base, "LATENT_BYTES", lambda _: 0),
+        replaced(samples, "LATENT_BYTES", lambda _: 0),
         replaced(DMD2, "loss", clocked(total, "loss")),
         replaced(torch.Tensor, "backward", clocked(total, "backward")),
         replaced(RunLog, "took", noted),

@@ -68,7 +68,8 @@ def plain(recipe: Recipe, updates: int) -> Callable[[int], None]:
     same_stops = [stops_of(recipe, index) for index in range(updates)]
     backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
     objective, times = recipe.objective, torch.tensor(recipe.rollout.timesteps)
-    stream, size = recipe.data.open(backbone, 0), recipe.train.batch_size
+    size = recipe.train.batch_size
+    stream = recipe.data.open(backbone, 0, size // recipe.objective.group_size)
     batch = make_batch(stream, backbone, torch.arange(size), 0, frozenset())
     both = Conditioning.cat([batch.cond, batch.uncond])
     student, teacher = backbone.load("student").network, backbone.load("teacher").network

@@ -90,7 +90,7 @@ class Batch:
     cond, uncond   conditioning with the prompt, and with the negative one (empty by default), both of batch size B
              and both with the image that a sample is made from, if the backbone takes one.
     latents  [B, *latent_shape] real data, normalised as the backbone's `encode` returns it.
-    pixels   [B, 3, H, W] real images in [0, 1].
+    pixels   [B, 3, H, W] real images in [0, 1], or [B, F, 3, H, W] videos.
     pairs    (noise, x0), each [B, *latent_shape]: both ends of the teacher's ODE.
     group    [B] int64, the prompt-group id. Samples of a group share their prompt and are all in this batch.
     frames   for a part of a video (`chunk`), which frames it has; None for whole samples.

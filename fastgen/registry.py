@@ -64,6 +64,7 @@ PIPELINES = (
 DATA: dict[str, str] = {
     "prompts": "fastgen.data.prompts:PromptData",
     "images": "fastgen.data.images:ImageData",
+    "videos": "fastgen.data.videos:VideoData",
     "webdataset": "fastgen.data.tar_shards:WebDatasetData",
     "hub": "fastgen.data.hub:HubData",
     "prepared": "fastgen.data.prepared:PreparedData",

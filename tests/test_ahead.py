@@ -14,8 +14,8 @@ from fastgen.batch import Batch, Conditioning
 from fastgen.config import load_recipe
 from fastgen.data import DataError
 from fastgen.data.ahead import Ahead
-from fastgen.data.base import Samples, SampleStream
 from fastgen.data.images import read_image
+from fastgen.data.samples import Samples, SampleStream
 from fastgen.run.checkpoint import complete
 from fastgen.train import train
 

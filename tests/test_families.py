@@ -79,6 +79,23 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if not family.num_frames], indirect=True, scope="module"
+)
+def test_pictures_of_another_size_are_the_pipelines_own(
+    family: Family, folder: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What buckets of other sizes rely on: a network gives latents of any shape the positions of the stock call."""
+    wide = family.make(folder)
+    wide.prompts = backbone.prompts  # its text encoders are copies
+    vars(wide).update(latent_shape=wide.latent_shape_of((32, 64)), text_pipeline=backbone.text_pipeline)
+    ours = teacher_sampler(wide, 2, 1.0).sample(PROMPTS, SEEDS)
+    give_our_noise(family, wide, 2, monkeypatch)
+    theirs, _ = family.plain_pixels(folder, wide, 2, **family.guided(1.0), height=32, width=64)
+    assert ours.shape[-2:] == (32, 64) and float((ours - theirs).abs().max()) < 1e-4
+
+
 def give_our_noise(family: Family, backbone: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the stock schedulers, which draw their own noise, draw what our sampler draws."""
     drawn = family.drawn or family.packed

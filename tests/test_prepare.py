@@ -83,7 +83,7 @@ def no_encoders(_: SD3) -> None:
 
 def test_what_is_written(prepared: Path, images: Path) -> None:
     manifest = json.loads((prepared / "manifest.json").read_text())
-    assert manifest["complete"]
+    assert manifest["complete"] and "buckets" not in manifest["data"]  # as in folders of before it was a key
     assert (manifest["num_samples"], manifest["num_prompts"], manifest["num_pictures"]) == (COUNT, COUNT + 2, COUNT)
     assert manifest["identity"]["resolution"] == 32 and manifest["identity"]["latent_shape"] == [2, 8, 8]
     assert manifest["identity"]["vae_config"]["scaling_factor"] == build().vae.config.scaling_factor

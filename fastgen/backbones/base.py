@@ -131,6 +131,15 @@ class Backbone(ABC):
         else real data. None if it has no use for pictures."""
         return None if self.image_size is None else (self.image_size, self.image_size)
 
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of the latents of pictures of another size, (height, width). Raises ValueError if the networks do
+        not take it."""
+        raise ValueError(f"the networks of backbone {self.config.name} take pictures of one size")
+
+    def told_size(self, cond: Conditioning, size: tuple[int, int]) -> Conditioning:
+        """The conditioning of prompts for pictures of another size, where networks are told the size."""
+        return cond
+
     @abstractmethod
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         """A new module with the pretrained weights. role: student, teacher, fake_score, or an objective's own name."""

@@ -114,6 +114,9 @@ class DiT(SD):
     subfolder = "transformer"
     stores_adapters = False  # the stock pipeline loads none
 
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        raise ValueError("DiTPipeline makes images of one size")
+
     def check(self) -> None:
         """Also raises ValueError for a null class, a size or a scheduler that DiTPipeline's call does not have."""
         classes = self.network_config.get("num_embeds_ada_norm", NULL_CLASS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import Output
 from fastgen.backbones.flow_levels import FlowLevels, FlowLevelsConfig
+from fastgen.backbones.pipeline import check_multiples
 from fastgen.denoiser import Denoiser
 from fastgen.registry import MOST_WIDTH
 from fastgen.schedule import FlowSchedule, PredictionType, Schedule
@@ -56,7 +57,11 @@ class FlowImage(FlowLevels):
         unit = self.pixels_per_latent * self.patch_size
         if size % unit:
             raise ValueError(f"backbone.resolution must be a multiple of {unit}, got {size}")
-        return (self.latent_channels, size // self.pixels_per_latent, size // self.pixels_per_latent)
+        return self.latent_shape_of((size, size))
+
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        check_multiples(size, self.pixels_per_latent * self.patch_size)
+        return (self.latent_channels, *(side // self.pixels_per_latent for side in size))
 
     @property
     def image_size(self) -> int:  # type: ignore[override]

@@ -151,6 +151,12 @@ class PipelineConfig(BackboneConfig):
         return dataclasses.replace(self, path=str(folder))
 
 
+def check_multiples(size: tuple[int, int], unit: int) -> None:
+    """Raises ValueError unless height and width of pictures are multiples of `unit`."""
+    if size[0] % unit or size[1] % unit:
+        raise ValueError(f"height and width must be multiples of {unit}, got {size[0]} x {size[1]}")
+
+
 def other_family(class_name: str) -> str:
     """The end of a message: '; backbone ... does', if another family loads this pipeline."""
     name = next((n for n, c in family_configs() if class_name in c.pipelines), None)

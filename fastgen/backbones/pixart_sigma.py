@@ -92,6 +92,10 @@ class PixArtSigma(SD):
         return super().call.replace("generator=generator", f"{more}generator=generator")
 
     @property
+    def size_unit(self) -> int:
+        return self.pixels_per_latent * self.network_config.get("patch_size", 2)
+
+    @property
     def time_dim(self) -> int:  # type: ignore[override]
         return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.discrete import Discrete, DiscreteConfig
+from fastgen.backbones.pipeline import check_multiples
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
@@ -218,6 +219,22 @@ image = pipeline("a prompt", **options).images[0]"""
         if not isinstance(size, int):
             raise ValueError(f"the UNet's sample_size is {size}, not one number; give backbone.resolution")
         return (self.network_config["in_channels"], size, size)
+
+    @property
+    def size_unit(self) -> int:
+        """What the sides of pictures are multiples of."""
+        return self.pixels_per_latent
+
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        check_multiples(size, self.size_unit)
+        return (self.latent_shape[0], *(side // self.pixels_per_latent for side in size))
+
+    def told_size(self, cond: Conditioning, size: tuple[int, int]) -> Conditioning:
+        """SDXL is told the size before and after cropping, as in the stock call."""
+        if not self.is_xl:
+            return cond
+        sizes = cond["time_ids"].new_tensor([*size, 0, 0, *size])
+        return Conditioning({**cond, "time_ids": sizes.expand_as(cond["time_ids"])})
 
     @property
     def image_size(self) -> int:  # type: ignore[override]

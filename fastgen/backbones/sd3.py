@@ -97,6 +97,14 @@ class SD3(FlowImage):
     def patch_size(self) -> int:
         return self.network_config["patch_size"]
 
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Also raises ValueError for a side of which the network's table of positions has too few."""
+        shape, most = super().latent_shape_of(size), self.network_config.get("pos_embed_max_size", 96)
+        if max(shape[1:]) > most * self.patch_size:
+            side = most * self.patch_size * self.pixels_per_latent
+            raise ValueError(f"this network knows positions up to {side} pixels, got {size[0]} x {size[1]}")
+        return shape
+
     def wrap(self, network: Any) -> SD3Denoiser:
         network.set_attn_processor(FoldedJointAttnProcessor())
         return SD3Denoiser(network)

@@ -1,23 +1,13 @@
 """The interface of a data source. Samples are addressed by their global position in a stream, so that a run resumes at
 the sample where it stopped, and ranks and micro-batches split one stream."""
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Batch, Conditioning
-from fastgen.data.order import shuffled
-from fastgen.data.pairs import Pairs
-
-READERS = 4  # threads that read pictures
-LATENT_BYTES = 1 << 30  # of latents that a stream caches; pictures beyond that are read and encoded every time
 
 
 class DataError(RuntimeError):
@@ -43,9 +33,19 @@ class DataSource(ABC):
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
 
+    def settled(self, backbone: BackboneConfig) -> "DataSource":
+        """This source with the settings that it takes from the backbone filled in."""
+        return self
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes (H, W) of pictures, if there are several; one update sees one of them."""
+        return ()
+
     @abstractmethod
-    def open(self, backbone: Backbone, seed: int) -> "Stream":
-        """The stream of this source. Its order depends on the seed alone. Called once."""
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> "Stream":
+        """The stream of this source. Its order depends on the seed alone, and with pictures of several sizes on
+        `unit`, the number of prompts of an update. Called once."""
 
 
 class Stream(ABC):
@@ -54,6 +54,10 @@ class Stream(ABC):
     @abstractmethod
     def prompts(self, positions: Tensor) -> list[str]:
         """One prompt per position."""
+
+    def size(self, positions: Tensor) -> tuple[int, int] | None:
+        """Height and width of the pictures of these positions, if the source has several sizes."""
+        return None
 
     def images(self, positions: Tensor) -> Conditioning | None:
         """The images from which the samples at the same positions are made, as `Backbone.encode_images` gives them,
@@ -65,114 +69,14 @@ class Stream(ABC):
         return None
 
     def pixels(self, positions: Tensor) -> Tensor | None:
-        """Real images [B, 3, H, W] in [0, 1] for the same positions; None if the source has no images."""
+        """Real images [B, 3, H, W] in [0, 1] for the same positions, or videos [B, F, 3, H, W]; None if the source has
+        neither."""
         return None
 
     def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """The teacher's ODE pairs (noise, x0), [B, *latent_shape] each, for the prompts of the same positions; None if
         the source has no pairs."""
         return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """A finite data set, by row. Row i has the prompt prompts[i] and, if there are images, the picture number
-    pictures[i] (pictures: [N] int64). read(number) gives that picture's pixels, [3, H, W] in [0, 1], at the backbone's
-    `picture_size`, or those of a video, [F, 3, H, W]. Several rows may share a picture.
-
-    A backbone that makes its samples from images is given the pictures, or the first ones of the videos."""
-
-    prompts: Sequence[str]
-    pictures: Tensor | None = None
-    read: Callable[[int], Tensor] | None = None
-
-    @property
-    def num_pictures(self) -> int:
-        return 0 if self.pictures is None else int(self.pictures.max()) + 1
-
-
-class SampleSource(DataSource):
-    """A source with random access to its rows. `fastgen prepare` can store its prompts and latents."""
-
-    @abstractmethod
-    def samples(self, backbone: Backbone) -> Samples:
-        """All rows. An image is read only when it is needed."""
-
-    def open(self, backbone: Backbone, seed: int) -> Stream:
-        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"))
-
-
-class SampleStream(Stream):
-    """The rows of a data set, in a different random order in each epoch. With ODE pairs, the pairs are shuffled
-    instead, and each pair gives the row of its prompt. Up to a gigabyte of latents, and of what is told of images, is
-    cached in memory."""
-
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None):
-        self._samples, self._backbone, self._key, self._pairs = samples, backbone, key, pairs
-        self._latents, self._images = dict[int, Tensor](), dict[int, Conditioning]()
-        self._readers = ThreadPoolExecutor(READERS, "pictures")
-
-    def rows(self, positions: Tensor) -> Tensor:
-        """The row of each position, [B] int64."""
-        if self._pairs is not None:
-            return self._pairs.sample_of[self._pairs.index(positions, self._key)]
-        return shuffled(positions, len(self._samples.prompts), self._key)
-
-    def pairs(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if self._pairs is None else self._pairs[self._pairs.index(positions, self._key)]
-
-    def prompts(self, positions: Tensor) -> list[str]:
-        return [self._samples.prompts[i] for i in self.rows(positions).tolist()]
-
-    def pixels(self, positions: Tensor) -> Tensor | None:
-        if self._samples.pictures is None or self._samples.read is None:
-            return None
-        return torch.stack(list(self.read(self._samples.pictures[self.rows(positions)].tolist())))
-
-    def images(self, positions: Tensor) -> Conditioning | None:
-        if self._samples.pictures is None or not self._backbone.takes_image:
-            return None
-        return Conditioning.cat(self.picture_images(self._samples.pictures[self.rows(positions)].tolist()))
-
-    def latents(self, positions: Tensor) -> Tensor | None:
-        if self._samples.pictures is None:
-            return None
-        return torch.stack(self.picture_latents(self._samples.pictures[self.rows(positions)].tolist()))
-
-    def picture_latents(self, pictures: list[int]) -> list[Tensor]:
-        """The latent of each picture, [*latent_shape], on the CPU."""
-        return self.encoded(pictures, self._latents, encode_picture)
-
-    def picture_images(self, pictures: list[int]) -> list[Conditioning]:
-        """What networks are told of each picture, one row, on the CPU."""
-        return self.encoded(pictures, self._images, encode_given_picture)
-
-    def encoded(self, pictures: list[int], kept: dict[int, Any], encode: Callable[[Backbone, Tensor], Any]) -> Any:
-        """What `encode` makes of each picture. Those that are new are kept, up to a gigabyte."""
-        new = [i for i in dict.fromkeys(pictures) if i not in kept]
-        fresh = {i: encode(self._backbone, pixels) for i, pixels in zip(new, self.read(new), strict=True)}
-        found = [fresh[i] if i in fresh else kept[i] for i in pictures]
-        for picture, value in fresh.items():
-            if (len(kept) + 1) * value.nbytes <= LATENT_BYTES:
-                kept[picture] = value
-        return found
-
-    def read(self, pictures: list[int]) -> Iterator[Tensor]:
-        """The pixels of each picture, [3, H, W] in [0, 1]. Several files are read and decoded at a time."""
-        assert self._samples.read is not None
-        return self._readers.map(self._samples.read, pictures)
-
-
-def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Every image is encoded alone. In a batch, the last
-    bits of its latent would depend on the other images, and so, in a resumed run, on where the run was stopped."""
-    return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
-
-
-def encode_given_picture(backbone: Backbone, pixels: Tensor) -> Conditioning:
-    """One row, on the CPU: what networks are told of a picture [3, H, W], or of the first one of a video
-    [F, 3, H, W]."""
-    return backbone.encode_image((pixels[0] if pixels.dim() == 4 else pixels).to(backbone.device)).to("cpu")
 
 
 def make_batch(
@@ -188,8 +92,11 @@ def make_batch(
             f"positions {int(positions[0])} to {int(positions[-1])} split a prompt group of {group_size}"
             "; make train.batch_size a multiple of objective.group_size"
         )
-    prompts = stream.prompts(group)
+    prompts, size, shape = stream.prompts(group), stream.size(group), backbone.latent_shape
     cond, uncond = backbone.encode_both(prompts, stream.images(group))
+    if size is not None:
+        cond, uncond = backbone.told_size(cond, size), backbone.told_size(uncond, size)
+        shape = backbone.latent_shape_of(size)
     latents = stream.latents(group) if "latents" in needs else None
     pixels = stream.pixels(group) if "pixels" in needs else None
     pairs = stream.pairs(group) if "pairs" in needs else None
@@ -199,7 +106,7 @@ def make_batch(
         key=key,
         cond=cond,
         uncond=uncond,
-        latent_shape=backbone.latent_shape,
+        latent_shape=shape,
         prompts=tuple(prompts),
         latents=None if latents is None else latents.to(device, backbone.dtype),
         pixels=None if pixels is None else pixels.to(device, backbone.dtype),

@@ -14,18 +14,12 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Conditioning
-from fastgen.data.base import (
-    DataError,
-    Samples,
-    SampleSource,
-    SampleStream,
-    Stream,
-    encode_given_picture,
-    encode_picture,
-)
-from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
+from fastgen.data.base import DataError, Stream
+from fastgen.data.images import picture_fills, read_image
 from fastgen.data.order import permutation
 from fastgen.data.pictures import picture_size
+from fastgen.data.samples import Samples, SampleSource, SampleStream, encode_given_picture, encode_picture
+from fastgen.data.sizes import check_sizes, resolution
 from fastgen.data.tables import check_text, choose_column, import_extra
 from fastgen.registry import MOST_BATCH
 
@@ -131,7 +125,7 @@ class HubData(SampleSource):
             captions, torch.arange(len(captions)), lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size)
         )
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
         key = noise.make_key(seed, "data")
         return (
             BlockStream(self, backbone, key) if self.streaming else SampleStream(self.samples(backbone), backbone, key)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import Samples, SampleSource
 from fastgen.data.digits import DIGIT_WORDS, load_digits
+from fastgen.data.samples import Samples, SampleSource
 from fastgen.registry import MOST_SAMPLES, MOST_SEED
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # rows down, columns right

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from fastgen.data.media import IMAGES
 
 
 class PictureError(ValueError):
@@ -69,11 +69,4 @@ def check_regular(source: Path | BytesIO, where: str) -> None:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name. Raises ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no image folder at {folder}")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
-    if not files:
-        raise ValueError(f"{folder} contains no png, jpg, jpeg or webp image")
-    if odd := next((f for f in files if not f.is_file()), None):
-        raise ValueError(f"{odd} is not a file; remove it")
-    return files
+    return IMAGES.files(folder)

@@ -2,9 +2,11 @@
 
 manifest.json                       what the tensors depend on, and the rows, size and sha256 of every file
 prompts.jsonl                       the prompts, one JSON string per line; first the empty and the negative one
-samples.safetensors                 prompt [N] and, if there are images, picture [N], int64: the rows of every sample
+samples.safetensors                 prompt [N] and, if there are images, picture [N], int64: the rows of every sample;
+                                    with buckets, bucket [P], that of each picture
 prompts-00000.safetensors ...       rows of conditioning, as the stock pipeline encodes them
-latents-00000.safetensors ...       latents [n, *latent_shape], normalised
+latents-00000.safetensors ...       latents [n, *latent_shape], normalised; with buckets, those of each size in shards
+                                    of its own (latents-512x768-00000.safetensors), in the order of the pictures
 pairs-00000.safetensors ...         x0 [n, *latent_shape] of ODE pairs; the manifest fixes their noise and prompts
 
 Each of the last three also holds a checksum of every row; see `shard_rows`.
@@ -12,6 +14,7 @@ Each of the last three also holds a checksum of every row; see `shard_rows`.
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,10 +32,11 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.batch import Conditioning
-from fastgen.data.base import DataSource, Samples, SampleStream, Stream
+from fastgen.data.base import DataSource, Stream
 from fastgen.data.files import is_sealed
 from fastgen.data.pairs import Pairs, PairSettings
-from fastgen.data.shard_rows import ShardRows
+from fastgen.data.samples import Samples, SampleStream
+from fastgen.data.shard_rows import ShardRows, latents_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,6 +75,10 @@ class PreparedData(DataSource):
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
         return given - {"latents"} if manifest.get("only_images") else given
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return bucket_sizes(read_manifest(Path(self.folder)))
+
     def check(self, backbone: Any) -> None:
         folder = Path(self.folder)
         manifest = read_manifest(folder)
@@ -86,23 +94,28 @@ class PreparedData(DataSource):
                 f"folder: {folder} was prepared with another backbone: {'; '.join(changed)}. Prepare "
                 "a new folder with this recipe, or train with the backbone that this folder was prepared with"
             )
+        for size in bucket_sizes(manifest):
+            backbone.build(torch.device("cpu"), torch.float32, 0).latent_shape_of(size)
         for name, entry in manifest["files"].items():
             check_file(folder / name, entry)
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
         assert isinstance(backbone, PipelineBackbone)
         folder = Path(self.folder)
         manifest, prompts = read_manifest(folder), read_prompt_lines(folder)
         rows = load_file(folder / TABLES[1])
         backbone.prompts.stored = PreparedPrompts(folder, manifest, prompts)
-        samples = Samples([prompts[i] for i in rows["prompt"].tolist()], rows.get("picture"))
+        texts, views = [prompts[i] for i in rows["prompt"].tolist()], manifest.get("views", 1)
+        sizes = bucket_sizes(manifest)
+        samples = Samples(texts, rows.get("picture"), views=views, sizes=sizes, bucket_of=rows.get("bucket"))
         pairs = None
         if manifest.get("pairs"):
             shards = shard_rows(folder, manifest, "pairs")
             settings = PairSettings(**manifest["pairs"])
             pairs = Pairs(settings, len(samples.prompts), backbone, lambda rows: shards.read(rows)["x0"])
-        stored = {kind: shard_rows(folder, manifest, kind) for kind in ("latents", "images")}
-        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), stored, pairs)
+        kinds = ("latents", "images", *map(latents_of, sizes))
+        stored = {kind: shard_rows(folder, manifest, kind) for kind in kinds}
+        return PreparedStream(samples, backbone, noise.make_key(seed, "data"), stored, pairs, unit)
 
 
 class PreparedStream(SampleStream):
@@ -115,12 +128,19 @@ class PreparedStream(SampleStream):
         key: int,
         stored: Mapping[str, ShardRows],
         pairs: Pairs | None = None,
+        unit: int = 1,
     ):
-        super().__init__(samples, backbone, key, pairs)
+        super().__init__(samples, backbone, key, pairs, unit)
         self._stored = stored
+        self._members = [members.tolist() for members in samples.of_buckets()]
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
-        return list(self._stored["latents"].read(pictures)["latents"])
+        if not self._members:
+            return list(self._stored["latents"].read(pictures)["latents"])
+        assert self._samples.bucket_of is not None
+        bucket = int(self._samples.bucket_of[pictures[0]])  # of all, as they are of one update
+        rows = [bisect_left(self._members[bucket], picture) for picture in pictures]
+        return list(self._stored[latents_of(self._samples.sizes[bucket])].read(rows)["latents"])
 
     def picture_images(self, pictures: list[int]) -> list[Conditioning]:
         return [self._stored["images"].read(pictures).to(self._backbone.dtype)]
@@ -139,6 +159,10 @@ class PreparedPrompts:
     def read(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts' rows, as `encode_chunk` gave them, on the CPU. Raises KeyError if a prompt is not stored."""
         return self._stored.read([self._rows[p] for p in prompts])
+
+
+def bucket_sizes(manifest: Manifest) -> tuple[tuple[int, int], ...]:
+    return tuple((high, wide) for high, wide in manifest.get("buckets", ()))
 
 
 def shard_rows(folder: Path, manifest: Manifest, kind: str) -> ShardRows:

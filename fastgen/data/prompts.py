@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import Samples, SampleSource
+from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.tables import TABLES, read_captions, read_lines
 from fastgen.registry import shipped
 

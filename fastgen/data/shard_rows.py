@@ -57,6 +57,11 @@ def shard_name(kind: str, number: int) -> str:
     return f"{kind}-{number:05d}.safetensors"
 
 
+def latents_of(size: tuple[int, int]) -> str:
+    """The kind of shard that has the latents of pictures of this size (H, W), where there are several."""
+    return f"latents-{size[0]}x{size[1]}"
+
+
 def packed(rows: Mapping[str, Tensor]) -> bytes:
     """The bytes of a shard: the rows, one tensor [n, ...] per key, and their checksums."""
     count = len(next(iter(rows.values())))

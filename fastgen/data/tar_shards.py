@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from glob import glob
 from io import BytesIO
@@ -17,20 +18,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.data.base import DataError, Samples, SampleSource
-from fastgen.data.images import check_sizes, picture_fills, read_image, resolution
-from fastgen.data.pictures import IMAGE_SUFFIXES, picture_size
+from fastgen.data.base import DataError
+from fastgen.data.clips import Header, read_header
+from fastgen.data.images import picture_fills, read_image
+from fastgen.data.media import IMAGES, VIDEOS, Medium
+from fastgen.data.pictures import picture_size
+from fastgen.data.samples import Samples, SampleSource
+from fastgen.data.section import section
+from fastgen.data.sizes import Side, check_buckets, check_sizes, placed, resolution
 from fastgen.data.tables import check_text, choose_column, unique
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: its image's name, place in the file, and width and height; and its caption."""
+    """One sample of a shard: the name of its image or video, the place in the file, and the width and height; its
+    caption; and all that the header of a video says."""
 
     name: str
     offset: int
     length: int
     size: tuple[int, int] | None
     caption: str
+    header: Header | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -41,11 +49,12 @@ class WebDatasetData(SampleSource):
     A sample consists of the members that share a name up to its first dot: an image (png, jpg, jpeg, webp) and its
     caption. The caption is a .txt member, or the entry `column` (by default `prompt`, `caption` or `text`) of a .json
     member. The shards are scanned once at the start to locate every image; a damaged shard is refused, so that no
-    sample is lost. Images are resized and cropped as in ImageData."""
+    sample is lost. Images are resized and cropped as in ImageData, also to `buckets`."""
 
     shards: str | tuple[str, ...]
     column: str | None = None
     allow_upscaling: bool = False
+    buckets: tuple[tuple[Side, Side], ...] = ()
     name: Literal["webdataset"] = "webdataset"
 
     @property
@@ -56,32 +65,50 @@ class WebDatasetData(SampleSource):
         return picture_fills(super().fills(backbone))
 
     def check(self, backbone: Any) -> None:
-        sizes = ((f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries())
-        check_sizes(sizes, resolution(backbone), self.allow_upscaling)
+        sizes = [(f"{entry.name} in {shard}", entry.size) for shard, entry in self.entries()]
+        if self.buckets:
+            check_buckets(backbone, self.buckets, sizes, self.allow_upscaling)
+        else:
+            check_sizes(sizes, resolution(backbone), self.allow_upscaling)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.buckets
 
     def samples(self, backbone: Backbone) -> Samples:
-        entries, size = self.entries(), backbone.picture_size
-        assert size is not None
+        entries = self.entries()
+        size_of, bucket_of = placed(backbone, self.buckets, lambda: [entry.size for _, entry in entries])
 
         def read(i: int) -> Tensor:
             shard, entry = entries[i]
-            try:
-                with shard.open("rb") as file:
-                    file.seek(entry.offset)
-                    data = BytesIO(file.read(entry.length))
-            except OSError as error:
-                raise DataError(f"cannot read {shard}: {error}") from None
-            return read_image(data, size, f"{entry.name} in {shard}", self.allow_upscaling)
+            with member(shard, entry) as file:
+                return read_image(BytesIO(file.read()), size_of(i), f"{entry.name} in {shard}", self.allow_upscaling)
 
-        return Samples([entry.caption for _, entry in entries], torch.arange(len(entries)), read)
+        captions, numbers = [entry.caption for _, entry in entries], torch.arange(len(entries))
+        return Samples(captions, numbers, read, sizes=self.buckets, bucket_of=bucket_of)
 
     def entries(self) -> list[tuple[Path, Entry]]:
         """Every sample of every shard, in order."""
-        files = shard_files([self.shards] if isinstance(self.shards, str) else self.shards)
-        result = list[tuple[Path, Entry]]()
-        for shard in tqdm(files, desc="indexing shards", disable=len(files) < 10):
-            result.extend((shard, entry) for entry in index_shard(shard, shard.stat().st_mtime_ns, self.column))
-        return result
+        return shard_entries(self.shards, self.column, IMAGES)
+
+
+def shard_entries(shards: str | Sequence[str], column: str | None, medium: Medium) -> list[tuple[Path, Entry]]:
+    """Every sample of every shard, in order."""
+    files = shard_files([shards] if isinstance(shards, str) else shards)
+    result = list[tuple[Path, Entry]]()
+    for shard in tqdm(files, desc="indexing shards", disable=len(files) < 10):
+        result.extend((shard, entry) for entry in index_shard(shard, shard.stat().st_mtime_ns, column, medium))
+    return result
+
+
+@contextmanager
+def member(shard: Path, entry: Entry) -> Iterator[BinaryIO]:
+    """The image or video of a sample, as a file of its own. Raises DataError if the shard cannot be read."""
+    try:
+        with shard.open("rb") as file:
+            yield section(file, entry.offset, entry.length)
+    except OSError as error:
+        raise DataError(f"cannot read {shard}: {error}") from None
 
 
 def shard_files(patterns: Sequence[str]) -> list[Path]:
@@ -117,31 +144,31 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 @cache
-def index_shard(shard: Path, modified: int, column: str | None) -> tuple[Entry, ...]:
+def index_shard(shard: Path, modified: int, column: str | None, medium: Medium = IMAGES) -> tuple[Entry, ...]:
     """The samples of a shard, in its order. modified: the shard's time stamp, so that a changed file is read again.
 
-    Raises ValueError if the file is damaged, has no image, has a member twice, or if an image has no caption or a
-    caption no image."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> its members: image, .txt, .json
+    Raises ValueError if the file is damaged, has no image (or video), has a member twice, or if an image has no
+    caption or a caption no image."""
+    word, listed = medium.word, f"{medium.endings} {medium.word}"
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> its members: image or video, .txt, .json
     for member in read_members(shard):
         key, suffix = key_and_suffix(member.name)
-        part = "image" if suffix in IMAGE_SUFFIXES else suffix
-        if not member.isfile() or part not in ("image", ".txt", ".json"):
+        part = word if suffix in medium.suffixes else suffix
+        if not member.isfile() or part not in (word, ".txt", ".json"):
             continue
         if part in samples.setdefault(key, {}):
             raise ValueError(f"{shard} has two {part} members named {key}; give each sample its own name")
         samples[key][part] = member
-    if not any("image" in parts for parts in samples.values()):
-        raise ValueError(f"{shard} contains no png, jpg, jpeg or webp image")
-    if alone := next((key for key, parts in samples.items() if "image" not in parts), None):
+    if not any(word in parts for parts in samples.values()):
+        raise ValueError(f"{shard} contains no {listed}")
+    if alone := next((key for key, parts in samples.items() if word not in parts), None):
         raise ValueError(
-            f"{shard} has a caption of {alone}, but no png, jpg, jpeg or webp image of that name; add the image or "
-            "remove the caption"
+            f"{shard} has a caption of {alone}, but no {listed} of that name; add the {word} or remove the caption"
         )
     try:
         with shard.open("rb") as file:
-            in_order = sorted(samples.values(), key=lambda parts: parts["image"].offset)
-            return tuple(read_entry(shard, file, parts, column) for parts in in_order)
+            in_order = sorted(samples.values(), key=lambda parts: parts[word].offset)
+            return tuple(read_entry(shard, file, parts, column, medium) for parts in in_order)
     except OSError as error:
         raise ValueError(f"cannot read {shard}: {error}") from None
 
@@ -179,18 +206,25 @@ def read_members(shard: Path) -> list[tarfile.TarInfo]:
     return members
 
 
-def read_entry(shard: Path, file: BinaryIO, parts: Mapping[str, tarfile.TarInfo], column: str | None) -> Entry:
-    """One sample, from its members. Of the image, only as much is read as tells its size."""
-    image = parts["image"]
-    where = f"{image.name} in {shard}"
+def read_entry(
+    shard: Path, file: BinaryIO, parts: Mapping[str, tarfile.TarInfo], column: str | None, medium: Medium
+) -> Entry:
+    """One sample, from its members. Of the image or video, only as much is read as tells its size."""
+    shown = parts[medium.word]
+    where = f"{shown.name} in {shard}"
 
     def read(member: tarfile.TarInfo, most: int | None = None) -> bytes:
         file.seek(member.offset_data)
         return file.read(member.size if most is None else min(member.size, most))
 
-    size = picture_size(BytesIO(read(image, 1 << 16)), where) or picture_size(BytesIO(read(image)), where)
-    texts = {part: read(member) for part, member in parts.items() if part != "image"}
-    return Entry(image.name, image.offset_data, image.size, size, read_caption(texts, column, where))
+    texts = {part: read(member) for part, member in parts.items() if part != medium.word}
+    entry = Entry(shown.name, shown.offset_data, shown.size, None, read_caption(texts, column, where))
+    if medium is VIDEOS:
+        ending = key_and_suffix(shown.name)[1]
+        header = read_header(section(file, entry.offset, entry.length), ending, where)
+        return entry._replace(size=(header.width, header.height), header=header)
+    size = picture_size(BytesIO(read(shown, 1 << 16)), where) or picture_size(BytesIO(read(shown)), where)
+    return entry._replace(size=size)
 
 
 def read_caption(texts: Mapping[str, bytes], column: str | None, where: str) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.base import Backbone
-from fastgen.data.base import DataSource, Samples, SampleSource, SampleStream, Stream
+from fastgen.data.base import DataSource, Stream
 from fastgen.data.pairs import PairSettings, pair_noise
+from fastgen.data.samples import Samples, SampleSource, SampleStream
 from fastgen.registry import MOST_STEPS
 
 
@@ -29,7 +30,7 @@ class DigitsData(SampleSource):
     def provides(self) -> frozenset[str]:
         return frozenset({"latents", "pixels"} | ({"pairs"} if self.pairs else set()))
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
         samples, pairs = self.samples(backbone), None
         if self.pairs is not None:
             from fastgen.data.pair_sampling import made_pairs  # imports diffusers
@@ -63,7 +64,7 @@ class MixtureData(DataSource):
         if backbone.name != "gaussian_mixture":
             raise ValueError(f"mixture data needs the gaussian_mixture backbone, not {backbone.name}")
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
         return MixtureStream(backbone, noise.make_key(seed, "data"), self)
 
 
@@ -118,7 +119,7 @@ class AR1Data(DataSource):
         if backbone.name != "ar1_video":
             raise ValueError(f"ar1_video data needs the ar1_video backbone, not {backbone.name}")
 
-    def open(self, backbone: Backbone, seed: int) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
         return AR1Stream(backbone.law, noise.make_key(seed, "data"), self.pairs == "causal")
 
 

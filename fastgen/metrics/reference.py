@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.data.captioned import metadata_table, read_metadata
 from fastgen.data.digits import load_digits, prompt_for
-from fastgen.data.images import metadata_table, read_metadata
+from fastgen.data.media import IMAGES
 from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
@@ -89,7 +90,7 @@ def captions(files: Sequence[Path]) -> tuple[str, ...]:
     """The texts of images of one folder: those of its table (metadata.csv or the like, docs/data.md), or else those
     next to them (a.txt for a.png). All are empty if no image has a text. Raises ValueError if only some have one."""
     if table := metadata_table(files[0].parent):
-        listed = dict(zip(*read_metadata(table, None), strict=True))
+        listed = dict(zip(*read_metadata(table, None, IMAGES), strict=True))
         return tuple(listed[file] for file in files)
     texts = [f.with_suffix(".txt") for f in files]
     missing = [t for t in texts if not t.is_file()]

@@ -54,6 +54,7 @@ from fastgen.networks import Networks
 from fastgen.objectives import replay
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_BATCH, MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, step_log_prob, trajectory
 from fastgen.schedule import PredictionType, TimeSampler, expand
@@ -127,6 +128,13 @@ class GNDM(Objective):
     def check(self, policy: RolloutPolicy) -> None:
         if self.form == "score" and (policy.num_steps == 1 or not policy.transition_eta):
             raise ValueError("form: score needs stochastic steps: several timesteps, transition renoise or cps")
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        if recipe.data.sizes and self.replay_updates > 1:
+            raise ValueError(
+                "replay_updates: trajectories are replayed in updates whose pictures have other sizes (data.buckets); "
+                "set it to 1, or leave out the buckets"
+            )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}

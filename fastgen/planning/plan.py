@@ -31,6 +31,7 @@ of the greatest length.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -249,20 +250,30 @@ def make_batch(
     def data(*shape: int) -> Tensor:
         return empty(count, *shape, dtype=backbone.dtype)
 
-    latents, side = data(*backbone.latent_shape), backbone.image_size
+    size, shape = largest(recipe, backbone)
+    latents = data(*shape)
     return kind(
         ids=ids,
         key=key,
         cond=prompt(count),
         uncond=prompt(count),
-        latent_shape=backbone.latent_shape,
+        latent_shape=shape,
         prompts=("",) * count,
         latents=latents if "latents" in needs else None,
-        pixels=data(3, side, side) if "pixels" in needs and side else None,
-        pairs=(latents, data(*backbone.latent_shape)) if "pairs" in needs else None,
+        pixels=data(3, *size) if "pixels" in needs and size else None,
+        pairs=(latents, data(*shape)) if "pairs" in needs else None,
         group=ids // recipe.objective.group_size,
         dtype=backbone.dtype,
     )
+
+
+def largest(recipe: Recipe, backbone: Backbone) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """The size of the pictures that need most memory, (H, W), and the shape of their latents."""
+    if not recipe.data.sizes:
+        side = backbone.image_size
+        return (side, side) if side else None, backbone.latent_shape
+    size = max(recipe.data.sizes, key=math.prod)
+    return size, backbone.latent_shape_of(size)
 
 
 # --- one turn

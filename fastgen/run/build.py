@@ -191,7 +191,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
     networks = Networks(built.modules, recipe.rollout, scorer)
     roles = recipe.objective.trained_roles
-    stream = recipe.data.open(backbone, recipe.seed)
+    per_update = recipe.train.batch_size * recipe.train.accumulate * accelerator.num_processes
+    stream = recipe.data.open(backbone, recipe.seed, per_update // recipe.objective.group_size)
     shown = 2000 if backbone.output == "points" else max(recipe.train.num_samples, recipe.health.num_samples)
     return TrainingRun(
         recipe=recipe,

@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 import fastgen
 from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 from fastgen.config.stored import to_dict
-from fastgen.data.base import SampleSource
 from fastgen.data.files import sealed
 from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import (
@@ -39,6 +38,7 @@ from fastgen.data.prepared import (
     stamp,
 )
 from fastgen.data.prompts import read_prompts
+from fastgen.data.samples import SampleSource
 from fastgen.metrics.reference import TEACHER, open_reference
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.run.lock import LOCK, locked
@@ -71,7 +71,7 @@ def prepare(
     if not isinstance(source, SampleSource) or getattr(source, "streaming", False):
         raise ValueError(
             "data.name: prepare needs a source with random access to its rows: prompts, images, "
-            "webdataset, or hub with streaming: false"
+            "videos, webdataset, or hub with streaming: false"
         )
     if config.encodes_together:
         raise ValueError(
@@ -80,6 +80,8 @@ def prepare(
         )
     if config.takes_image and "images" not in source.fills(config):
         raise ValueError(f"data.name: backbone {config.name} makes its samples from images; choose data with pictures")
+    if source.sizes and pairs is not None:
+        raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     begun(folder)
     with locked(folder, accelerator, "--output", "is preparing"):
@@ -97,12 +99,15 @@ def prepare_locked(
     assert isinstance(backbone, PipelineBackbone)
     samples = source.samples(backbone)
     prompts = list(dict.fromkeys(["", backbone.negative_prompt, *samples.prompts, *evaluation_prompts(recipe.eval)]))
+    data = to_dict(source.settled(config))
+    if not samples.sizes:
+        data.pop("buckets", None)  # as in folders of before it was a key
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],
         "source": config.path,
         "identity": identity(config, samples.num_pictures > 0, known, pairs is not None),
-        "data": to_dict(source),
+        "data": data,
         "dtype": dtype,
         "shard_size": shard_size,
         "num_samples": len(samples.prompts),
@@ -111,6 +116,10 @@ def prepare_locked(
         "pairs": None if pairs is None else to_dict(pairs),
         "samples_sha256": hashlib.sha256(prompt_lines(prompts) + sample_rows(samples, prompts)).hexdigest(),
     }
+    if samples.views > 1:
+        manifest["views"] = samples.views
+    if samples.sizes:
+        manifest["buckets"] = [list(size) for size in samples.sizes]
     if config.takes_image:
         manifest |= {"num_images": samples.num_pictures, "only_images": "latents" not in source.fills(config)}
     if known is not None:

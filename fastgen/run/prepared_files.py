@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
-from fastgen.data.base import Samples, encode_given_picture, encode_picture
 from fastgen.data.pair_sampling import sample_pairs
 from fastgen.data.pairs import PairSettings
-from fastgen.data.shard_rows import fold, packed, shard_name
+from fastgen.data.samples import Samples, encode_given_picture, encode_picture
+from fastgen.data.shard_rows import fold, latents_of, packed, shard_name
 from fastgen.sampling.sampler import teacher_sampler
 
 ENCODED_AT_ONCE = 32  # prompts in one batch, as in PipelineBackbone
@@ -48,10 +48,15 @@ def picture_files(
     """The files of the pictures, as in `prompt_files`. kind: "latents", or "images" for what networks are told of
     them."""
     encode = {"latents": encode_pictures, "images": encode_given_pictures}[kind]
-    spanned = enumerate(spans(samples.num_pictures, shard_size))
-    return {
-        shard_name(kind, i): (len(rows), partial(encode, backbone, samples, rows, dtype, bar)) for i, rows in spanned
-    }
+    groups: dict[str, Sequence[int]] = {kind: range(samples.num_pictures)}
+    if samples.sizes:
+        groups = dict(zip(map(latents_of, samples.sizes), (m.tolist() for m in samples.of_buckets()), strict=True))
+    files: dict[str, tuple[int, Make]] = {}
+    for name, pictures in groups.items():
+        for i, rows in enumerate(spans(len(pictures), shard_size)):
+            of_shard = pictures[rows.start : rows.stop]
+            files[shard_name(name, i)] = (len(rows), partial(encode, backbone, samples, of_shard, dtype, bar))
+    return files
 
 
 def pair_files(
@@ -67,8 +72,8 @@ def pair_files(
     def images(rows: range) -> Conditioning | None:
         if not backbone.takes_image:
             return None
-        assert samples.pictures is not None and samples.read is not None
-        pictures = samples.pictures[sample_of[list(rows)]].tolist()
+        assert samples.read is not None
+        pictures = samples.shown(sample_of[list(rows)], torch.tensor(rows) // len(samples.prompts))
         return Conditioning.cat([encode_given_picture(backbone, samples.read(i)) for i in pictures])
 
     def make(rows: range) -> bytes:
@@ -88,6 +93,8 @@ def sample_rows(samples: Samples, prompts: Sequence[str]) -> bytes:
     tensors = {"prompt": torch.tensor([row[p] for p in samples.prompts])}
     if samples.pictures is not None:
         tensors["picture"] = samples.pictures
+    if samples.bucket_of is not None:
+        tensors["bucket"] = samples.bucket_of
     return save(tensors)
 
 

@@ -1,0 +1,170 @@
+"""Videos with captions: a folder of files, or tar shards."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen import noise
+from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.data.base import DataError
+from fastgen.data.captioned import read_captioned
+from fastgen.data.clips import Header, Source, VideoError, check_reader, read_clip, read_header, shortest
+from fastgen.data.images import fitted
+from fastgen.data.media import VIDEOS
+from fastgen.data.samples import READERS, Samples, SampleSource
+from fastgen.data.sizes import check_sizes
+from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
+from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped
+
+LOWEST_RATE = 0.9  # of a file, as a share of the stated one; ours. 23.976 for 24 and 15 for 16 are near enough
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class VideoData(SampleSource):
+    """Videos (mp4, webm, gif) with captions. folder: of files, with captions as in ImageData. shards: tar files, as in
+    WebDatasetData. One of the two is given. column: the caption column.
+
+    A sample is a clip of `backbone.num_frames` pictures, `fps` of them per second (by default `backbone.fps`),
+    whatever the file's own frame rate is; see `clips`. They are resized to cover the backbone's size and
+    centre-cropped. Smaller videos are refused unless allow_upscaling is set, those with a much lower frame rate, in
+    which pictures would repeat, unless allow_repeats is set, and shorter ones always.
+
+    clips: how many clips are taken of each video: epoch e of a run shows clip e % clips. Where clip k of video i
+    begins is a uniform draw that depends on (seed, i, k) alone.
+
+    They are real data. A backbone that makes its samples from images is also given their first pictures."""
+
+    folder: str | None = None
+    shards: str | tuple[str, ...] | None = None
+    column: str | None = None
+    fps: float | None = Field(default=None, gt=0, le=MOST_STEPS)
+    clips: int = Field(default=1, ge=1, le=MOST_STEPS)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
+    allow_upscaling: bool = False
+    allow_repeats: bool = False
+    name: Literal["videos"] = "videos"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"latents", "pixels", "images"})
+
+    def settled(self, backbone: BackboneConfig) -> "VideoData":
+        return dataclasses.replace(self, fps=self.rate(backbone))
+
+    def rate(self, backbone: Any) -> float:
+        """Pictures per second."""
+        return float(self.fps or backbone.fps)
+
+    def check(self, backbone: Any) -> None:
+        check_reader()
+        if backbone.output != "frames":
+            raise ValueError(f"name: video data needs a backbone that makes videos, and {backbone.name} does not")
+        headers = [(video.where, header) for video, header in self.headers()]
+        check_sizes(
+            ((where, (header.width, header.height)) for where, header in headers),
+            (backbone.height, backbone.width),
+            self.allow_upscaling,
+            VIDEOS,
+        )
+        check_lengths(headers, backbone.num_frames, self.rate(backbone))
+        if not self.allow_repeats:
+            check_rates(headers, self.rate(backbone))
+
+    def samples(self, backbone: Backbone) -> Samples:
+        config, videos = backbone.config, self.videos()
+        size, rate = (config.height, config.width), self.rate(config)
+
+        def read(number: int) -> Tensor:
+            index, clip = divmod(number, self.clips)
+            video = videos[index]
+            key = noise.make_key(self.seed, "clip", clip)
+            place = float(noise.uniform(torch.tensor([index]), (), key, torch.float64))
+            try:
+                with video.open() as source:
+                    pixels = read_clip(
+                        source,
+                        video.ending,
+                        video.where,
+                        place,
+                        config.num_frames,
+                        rate,
+                        lambda image: fitted(image, size, video.where, self.allow_upscaling),
+                    )
+            except VideoError as error:
+                raise DataError(str(error)) from None
+            return pixels.float().div_(255)
+
+        return Samples([video.caption for video in videos], torch.arange(len(videos)), read, self.clips)
+
+    def videos(self) -> list["Video"]:
+        """Every video, in order. Raises ValueError if one has no caption."""
+        if (self.folder is None) == (self.shards is None):
+            raise ValueError("folder: give either a folder of videos or shards, and not both")
+        if self.shards is not None:
+            return [
+                Video(shard, entry.caption, entry) for shard, entry in shard_entries(self.shards, self.column, VIDEOS)
+            ]
+        assert self.folder is not None
+        files, captions = read_captioned(here_or_shipped(self.folder), self.column, VIDEOS)
+        return [Video(file, caption) for file, caption in zip(files, captions, strict=True)]
+
+    def headers(self) -> Iterator[tuple["Video", Header]]:
+        """Every video with what its header says; several files are read at a time."""
+        with ThreadPoolExecutor(READERS, "headers") as readers:
+            videos = self.videos()
+            yield from zip(videos, readers.map(Video.header, videos), strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A file, or a member of a shard, with its caption."""
+
+    file: Path
+    caption: str
+    entry: Entry | None = None
+
+    @property
+    def where(self) -> str:
+        return str(self.file) if self.entry is None else f"{self.entry.name} in {self.file}"
+
+    @property
+    def ending(self) -> str:
+        return self.file.suffix if self.entry is None else key_and_suffix(self.entry.name)[1]
+
+    def open(self) -> AbstractContextManager[Source]:
+        return nullcontext(self.file) if self.entry is None else member(self.file, self.entry)
+
+    def header(self) -> Header:
+        if self.entry is not None and self.entry.header is not None:
+            return self.entry.header
+        return read_header(self.file, self.ending, self.where)
+
+
+def check_lengths(headers: Iterable[tuple[str, Header]], count: int, fps: float) -> None:
+    """Raises ValueError if videos are too short for a clip."""
+    short = [(where, header.seconds) for where, header in headers if header.seconds < shortest(count, fps)]
+    if short:
+        (where, seconds), number = short[0], "1 video is" if len(short) == 1 else f"{len(short)} videos are"
+        raise ValueError(
+            f"{number} shorter than {count} pictures at {fps:g} per second ({count / fps:.2f} s), the first is "
+            f"{where} with {seconds:.2f} s; remove them, or lower backbone.num_frames or raise data.fps"
+        )
+
+
+def check_rates(headers: Iterable[tuple[str, Header]], fps: float) -> None:
+    """Raises ValueError if videos have much fewer pictures per second than a clip."""
+    slow = [(where, header.rate) for where, header in headers if header.rate and header.rate < LOWEST_RATE * fps]
+    if slow:
+        (where, rate), number = slow[0], "1 video has" if len(slow) == 1 else f"{len(slow)} videos have"
+        raise ValueError(
+            f"{number} fewer than {fps:g} pictures per second, some of which would repeat; the first is {where} with "
+            f"{rate:g}. Remove them, lower data.fps, or set data.allow_repeats: true"
+        )
