@@ -120,6 +120,7 @@ def test_a_batch_has_the_size_of_its_pictures(folder: Path, pictures: Path, tmp_
         make_batch(stream, backbone, torch.arange(24), 1, LATENTS)
 
 
+@pytest.mark.slow
 def test_prepared_latents_are_the_same_to_the_bit(folder: Path, pictures: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder, images(pictures))
     prepare(recipe, tmp_path / "prepared", shard_size=2)

@@ -118,7 +118,7 @@ def opened(source: Source, ending: str, where: str) -> Iterator[tuple[Any, Any]]
             source.open("rb") if isinstance(source, Path) else nullcontext(source) as file,
             av.open(file, format=kind, options={"err_detect": "explode"}, metadata_errors="ignore") as container,
         ):
-            stream = container.streams.best("video")
+            stream: Any = container.streams.best("video")  # a VideoStream, which its type does not say
             context = None if stream is None else stream.codec_context
             if context is None:
                 raise VideoError("it has no pictures that FFmpeg knows")
