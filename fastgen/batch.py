@@ -50,6 +50,12 @@ def ragged(rows: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[:length] for row, length in zip(rows.unbind(), mask.bool().sum(1).tolist(), strict=True)]
 
 
+def known_mask(mask: Tensor) -> Tensor:
+    """The mask; for one without values, as `fastgen plan` gives it, one of the same shape that hides nothing. For
+    networks that take out the rows that it hides."""
+    return mask if type(mask) is Tensor else torch.ones(mask.shape, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Draws:
     """Standard normal draws of some samples by name: draws(name) is [B, *shape], and each name is independent.

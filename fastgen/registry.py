@@ -19,10 +19,13 @@ PACKAGE = Path(__file__).resolve().parent
 
 BACKBONES: dict[str, str] = {
     "ar1_video": "fastgen.backbones.ar1_video:AR1VideoConfig",
+    "cogvideox": "fastgen.backbones.cogvideox:CogVideoXConfig",
     "dit": "fastgen.backbones.dit:DiTConfig",
     "flux": "fastgen.backbones.flux:FluxConfig",
     "flux2": "fastgen.backbones.flux2:Flux2Config",
     "gaussian_mixture": "fastgen.backbones.gaussian_mixture:GaussianMixtureConfig",
+    "hunyuan_video15": "fastgen.backbones.hunyuan_video15:HunyuanVideo15Config",
+    "ltx": "fastgen.backbones.ltx:LTXConfig",
     "pixart_sigma": "fastgen.backbones.pixart_sigma:PixArtSigmaConfig",
     "qwen_image": "fastgen.backbones.qwen_image:QwenImageConfig",
     "qwen_image_edit": "fastgen.backbones.qwen_image_edit:QwenImageEditConfig",
@@ -30,6 +33,7 @@ BACKBONES: dict[str, str] = {
     "sana_sprint": "fastgen.backbones.sana_sprint:SanaSprintConfig",
     "sd": "fastgen.backbones.sd:SDConfig",
     "sd3": "fastgen.backbones.sd3:SD3Config",
+    "unet2d": "fastgen.backbones.unet2d:UNet2DConfig",
     "wan": "fastgen.backbones.wan:WanConfig",
     "wan_i2v": "fastgen.backbones.wan_i2v:WanI2VConfig",
     "wan_vace": "fastgen.backbones.wan_vace:WanVACEConfig",
@@ -37,9 +41,12 @@ BACKBONES: dict[str, str] = {
 }
 # the backbones whose `path` is a diffusers pipeline
 PIPELINES = (
+    "cogvideox",
     "dit",
     "flux",
     "flux2",
+    "hunyuan_video15",
+    "ltx",
     "pixart_sigma",
     "qwen_image",
     "qwen_image_edit",
@@ -47,6 +54,7 @@ PIPELINES = (
     "sana_sprint",
     "sd",
     "sd3",
+    "unet2d",
     "wan",
     "wan_i2v",
     "wan_vace",

@@ -1,4 +1,4 @@
-"""Every family of flow-matching images: the stock pipeline's own pixels, roles and adapters, and exports."""
+"""Every family of pipelines: the stock pipeline's own pixels, roles and adapters, and exports."""
 
 import json
 from functools import partial
@@ -10,15 +10,14 @@ import pytest
 import torch
 from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
-from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, Family, draws
+from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, SIDE, Family, draws
 from torch import Tensor
 from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.flow_image import FlowImage, from_tokens, to_tokens
+from fastgen.backbones.flow_image import from_tokens, to_tokens
 from fastgen.backbones.pipeline import family_configs
-from fastgen.backbones.pixart_sigma import PixArtSigma
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs
@@ -48,13 +47,13 @@ def folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbone(family: Family, folder: Path) -> FlowImage:
+def backbone(family: Family, folder: Path) -> Any:
     """Its text encoders load once, and what they encoded is kept."""
     return family.make(folder)
 
 
 @pytest.fixture(scope="module")
-def pipeline(backbone: FlowImage) -> FlowImage:
+def pipeline(backbone: Any) -> Any:
     """The same, for tests that make backbones of their own."""
     return backbone
 
@@ -68,7 +67,7 @@ def test_tokens_are_those_of_diffusers() -> None:
 
 @pytest.mark.parametrize(("steps", "scale"), [slow((1, 1.0)), slow((4, 1.0)), (5, 3.0)])
 def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
-    family: Family, folder: Path, backbone: FlowImage, steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    family: Family, folder: Path, backbone: Any, steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, scale = max(steps, family.fewest_steps), scale if family.two_calls else 1.0
     ours = teacher_sampler(backbone, steps, scale).sample(PROMPTS, SEEDS)
@@ -81,8 +80,11 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pixels(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if not family.num_frames], indirect=True, scope="module"
+)
 def test_pictures_of_another_size_are_the_pipelines_own(
-    family: Family, folder: Path, backbone: FlowImage, monkeypatch: pytest.MonkeyPatch
+    family: Family, folder: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What buckets of other sizes rely on: a network gives latents of any shape the positions of the stock call."""
     wide = family.make(folder)
@@ -94,7 +96,7 @@ def test_pictures_of_another_size_are_the_pipelines_own(
     assert ours.shape[-2:] == (32, 64) and float((ours - theirs).abs().max()) < 1e-4
 
 
-def give_our_noise(family: Family, backbone: FlowImage, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def give_our_noise(family: Family, backbone: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the stock schedulers, which draw their own noise, draw what our sampler draws."""
     drawn = family.drawn or family.packed
     fresh = iter([drawn(draws(backbone, f"step{i}")) for i in range(1, steps + 1)])
@@ -106,7 +108,7 @@ def give_our_noise(family: Family, backbone: FlowImage, steps: int, monkeypatch:
 @pytest.mark.parametrize(("family", "timesteps", "options"), STORED, indirect=["family"], scope="module")
 def test_a_plain_call_of_an_export_visits_the_stored_levels(
     family: Family,
-    backbone: FlowImage,
+    backbone: Any,
     tmp_path: Path,
     timesteps: tuple[float, ...],
     options: dict[str, Any],
@@ -131,7 +133,7 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_a_turn_of_each_role_moves_its_weights_and_no_others(pipeline: FlowImage, adapters: bool) -> None:
+def test_a_turn_of_each_role_moves_its_weights_and_no_others(pipeline: Any, adapters: bool) -> None:
     roles = RoleOptions({role: LoraConfig(4) for role in ("student", "fake_score")} if adapters else {})
     backbone: Any = pipeline.config.build(torch.device("cpu"), torch.float32, 0, roles)
     policy, objective = RolloutPolicy((1.0, 0.5)), DMD2(guidance_scale=2.0)
@@ -157,7 +159,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(pipeline: FlowImage
             module.zero_grad()
 
 
-def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipeline: FlowImage) -> None:
+def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipeline: Any) -> None:
     backbone = pipeline.config.build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)}))
     student, teacher = backbone.load("student"), backbone.load("teacher")
     cond, t = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3])
@@ -172,10 +174,13 @@ def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipelin
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name != "pixart-sigma"], indirect=True, scope="module"
+    "family",
+    [name for name, family in FAMILIES.items() if hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")],
+    indirect=True,
+    scope="module",
 )
 def test_an_adapters_file_gives_the_same_network_in_plain_diffusers(
-    family: Family, pipeline: FlowImage, tmp_path: Path
+    family: Family, pipeline: Any, tmp_path: Path
 ) -> None:
     backbone = pipeline.config.build(torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)}))
     student, (timesteps, options) = backbone.load("student"), family.lists[0]
@@ -193,12 +198,11 @@ def test_an_adapters_file_gives_the_same_network_in_plain_diffusers(
         assert torch.equal(theirs(x, t, cond), student(x, t, cond))
 
 
-def test_pixart_has_no_adapters_in_plain_diffusers() -> None:
-    assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
-    assert not PixArtSigma.stores_adapters
+def test_a_family_stores_adapters_where_plain_diffusers_loads_them(family: Family, backbone: Any) -> None:
+    assert backbone.stores_adapters == hasattr(backbone.pipeline_class, "load_lora_weights")
 
 
-def test_recomputing_activations_changes_no_gradient_and_features_have_their_width(backbone: FlowImage) -> None:
+def test_recomputing_activations_changes_no_gradient_and_features_have_their_width(backbone: Any) -> None:
     student = backbone.load("student")
     cond, t, x = backbone.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(backbone, "x")
     found = []
@@ -213,7 +217,7 @@ def test_recomputing_activations_changes_no_gradient_and_features_have_their_wid
     assert torch.equal(*found)
 
 
-def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backbone: FlowImage) -> None:
+def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backbone: Any) -> None:
     student, x, t = backbone.load("student"), draws(backbone, "x"), torch.tensor([0.7, 0.3])
     cond, inputs = backbone.encode_prompts(PROMPTS), Inputs(s=torch.tensor([0.2, 0.0]), stop=torch.tensor([3, 1]))
     seen: dict[str, Tensor] = {}
@@ -230,25 +234,38 @@ def test_extra_inputs_change_nothing_at_first_and_arrive_in_their_own_unit(backb
         assert not torch.equal(student(x, t, cond, inputs), before)
 
 
-def test_images_go_through_the_vae_and_back(family: Family, backbone: FlowImage) -> None:
-    pixels = torch.rand(2, 3, backbone.image_size, backbone.image_size)
+def test_a_network_in_bfloat16_computes_the_same_but_for_its_rounding(pipeline: Any) -> None:
+    cond, t, x = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(pipeline, "x")
+    student, half = (
+        pipeline.config.build(torch.device("cpu"), dtype, 0).load("student")
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    kind = student.prediction_type
+    with torch.no_grad():
+        exact, rounded = student(x, t, cond, predict=kind), half(x, t, cond.to(torch.bfloat16), predict=kind)
+    assert half.weight_dtype == torch.bfloat16 and rounded.dtype == torch.float32
+    assert float((exact - rounded).norm() / exact.norm()) < 0.1
+
+
+def test_images_go_through_the_vae_and_back(family: Family, backbone: Any) -> None:
+    pixels = torch.rand(2, *[family.num_frames] * bool(family.num_frames), 3, SIDE, SIDE)
     latents = backbone.encode(pixels)
     assert latents.shape[1:] == backbone.latent_shape
     frames = (pixels * 2 - 1)[:, :, None] if family.video else pixels * 2 - 1
-    code = backbone.vae.encode(frames)
+    code = backbone.vae.encode(frames.transpose(1, 2) if family.num_frames else frames)
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
-    z = family.arranged(z[:, :, 0] if family.video else z)
+    z = z.transpose(1, 2) if family.num_frames else family.arranged(z[:, :, 0] if family.video else z)
     mean, std = backbone.latent_moments()
     assert torch.allclose(latents * std + mean, z, atol=1e-5)
     assert backbone.decode(latents).shape == pixels.shape
 
 
-def test_shapes_of_prompts_are_known_without_weights(backbone: FlowImage) -> None:
+def test_shapes_of_prompts_are_known_without_weights(backbone: Any) -> None:
     cond = backbone.encode_prompts(PROMPTS)
     assert {key: tuple(value.shape[1:]) for key, value in cond.items()} == backbone.prompt_shapes()
 
 
-def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: FlowImage) -> None:
+def test_each_prompt_of_a_batch_gives_what_it_gives_alone(backbone: Any) -> None:
     prompts, t = ["a", "a red cat", "", "two green dogs"], torch.tensor([0.7, 0.3, 0.9, 0.5])
     student, x = backbone.load("student"), noise.normal(torch.arange(4), backbone.latent_shape, 0)
     output = partial(student, predict=student.prediction_type)

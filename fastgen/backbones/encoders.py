@@ -14,10 +14,13 @@ from fastgen.modules.sharding import WeightsError
 NETWORKS = ("transformer", "transformer_2", "unet", "vae")  # that encoding prompts does not need
 
 
-def load_text_pipeline(cls: Any, source: str, components: Mapping[str, Any], options: dict[str, Any]) -> Any:
+def load_text_pipeline(
+    cls: Any, source: str, components: Mapping[str, Any], options: dict[str, Any], parts: Mapping[str, Any]
+) -> Any:
     """The stock pipeline, of class `cls`, without the parts that make or check images. Raises WeightsError if a text
-    encoder, a tokenizer or the scheduler cannot be loaded."""
-    given: dict[str, Any] = {name: None for name in (*NETWORKS, *OPTIONAL) if name in components}
+    encoder, a tokenizer or the scheduler cannot be loaded. parts: those that its constructor asks for all the same,
+    without weights; they are taken away afterwards."""
+    given: dict[str, Any] = {name: None for name in (*NETWORKS, *OPTIONAL) if name in components} | dict(parts)
     if "safety_checker" in given:
         given["requires_safety_checker"] = False  # it makes no images
     import transformers
@@ -26,9 +29,12 @@ def load_text_pipeline(cls: Any, source: str, components: Mapping[str, Any], opt
         if name.startswith("text_encoder") and isinstance(entry, list) and entry[0] == "transformers":
             given[name] = read_component(getattr(transformers, entry[1]), source, name, options)
     try:
-        return cls.from_pretrained(source, **given, **options)
+        pipeline = cls.from_pretrained(source, **given, **options)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise WeightsError(f"path: cannot load the text encoders and the scheduler of {source}: {error}") from None
+    for name in parts:
+        setattr(pipeline, name, None)
+    return pipeline
 
 
 @contextmanager

@@ -1,63 +1,39 @@
-"""What flow-matching text-to-image families share: sizes, the VAE, the levels of the stock pipeline, and the export.
+"""What flow-matching text-to-image families share: sizes and the VAE.
 
 A family states what is its own: its pipeline and network classes, how prompts are encoded, how the network is called
 (packing, position ids, masks), and which levels its pipeline asks the scheduler for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.folder import read_scheduler
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, check_multiples
+from fastgen.backbones.base import Output
+from fastgen.backbones.flow_levels import FlowLevels, FlowLevelsConfig
+from fastgen.backbones.pipeline import check_multiples
 from fastgen.denoiser import Denoiser
-from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler, passed_levels
 from fastgen.registry import MOST_WIDTH
-from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, PredictionType, Schedule
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class FlowImageConfig(PipelineConfig):
+class FlowImageConfig(FlowLevelsConfig):
     """resolution: side of an image in pixels; the default is that of the family's stock pipeline."""
 
     resolution: int | None = Field(default=None, ge=16, le=MOST_WIDTH)
 
     output: ClassVar[Output] = "pixels"
-    passes_levels: ClassVar[bool] = True  # whether the pipeline gives its scheduler (K-i)/K, i = 0 ... K-1
-
-    def check(self) -> None:
-        """Also raises ValueError for a scheduler whose steps are not those of our sampler."""
-        super().check()
-        folder = self.local_folder()
-        if folder is not None:
-            self.check_scheduler(read_scheduler(folder))
-
-    def check_scheduler(self, config: Mapping[str, Any]) -> None:
-        """Raises ValueError for a scheduler with this config that does not fit."""
-        check_flow_scheduler(config, dynamic=True, multistep=False)
-
-    def check_export(self, policy: RolloutPolicy) -> None:
-        super().check_export(policy)
-        flow_match_scheduler(policy, self.passes_levels)
 
 
-class FlowImage(PipelineBackbone):
+class FlowImage(FlowLevels):
     """The part of a backbone that families of flow-matching images have in common."""
 
     config: Any
     default_size: ClassVar[int] = 1024  # of the stock pipeline, in pixels
-
-    def __init__(
-        self, config: FlowImageConfig, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES
-    ):
-        super().__init__(config, device, dtype, roles)
-        self.schedule = FlowSchedule()
 
     # --- sizes
 
@@ -95,6 +71,10 @@ class FlowImage(PipelineBackbone):
     def time_dim(self) -> int:  # type: ignore[override]
         return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
 
+    @property
+    def num_tokens(self) -> int:
+        return self.latent_shape[-2] * self.latent_shape[-1] // self.patch_size**2
+
     # --- images
 
     def latent_moments(self) -> tuple[Any, Any]:
@@ -122,39 +102,6 @@ class FlowImage(PipelineBackbone):
     def vae_decode(self, z: Tensor) -> Tensor:
         """The pixels of the VAE's own latents, [B, 3, H, W], in [-1, 1] up to overshoot."""
         return self.vae.decode(z, return_dict=False)[0]
-
-    # --- levels
-
-    def scheduler_arguments(self, num_steps: int, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What the stock pipeline gives its scheduler for this many steps. config: the scheduler's."""
-        passed: dict[str, Any] = {"sigmas": passed_levels(num_steps)}
-        arguments = passed if self.config.passes_levels else {"num_inference_steps": num_steps}
-        return arguments | ({"mu": self.level_shift(config, num_steps)} if config.get("use_dynamic_shifting") else {})
-
-    def level_shift(self, config: Mapping[str, Any], num_steps: int) -> float:
-        """mu: a scheduler with use_dynamic_shifting shifts the levels by exp(mu). Linear in the number of tokens."""
-        tokens = self.latent_shape[-2] * self.latent_shape[-1] // self.patch_size**2
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return low + (high - low) * (tokens - few) / (many - few)
-
-    def teacher_policy(self, num_steps: int) -> RolloutPolicy:
-        scheduler = self.scheduler()
-        config = scheduler.config
-        self.config.check_scheduler(config | {"_class_name": type(scheduler).__name__})
-        if num_steps == 1 and config.get("shift_terminal"):
-            raise ValueError(
-                f"the pipeline's scheduler cannot make one step: its last level is {config.shift_terminal} "
-                "(shift_terminal), and its first is 1; sample the teacher with 2 steps or more"
-            )
-        scheduler.set_timesteps(**self.scheduler_arguments(num_steps, config))
-        transition: Literal["renoise", "ode"] = "renoise" if config.get("stochastic_sampling") else "ode"
-        time = config.num_train_timesteps / 1000
-        time = time if num_steps == 1 and time != 1 else None
-        return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
-
-    def student_scheduler(self, policy: RolloutPolicy) -> Any:
-        return flow_match_scheduler(policy, self.config.passes_levels)
 
 
 class TransformerDenoiser(Denoiser):

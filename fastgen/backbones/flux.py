@@ -13,7 +13,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.flow_image import FlowDenoiser, from_tokens, grid_ids, to_tokens
+from fastgen.backbones.flow_image import (
+    FlowDenoiser,
+    FlowImage,
+    FlowImageConfig,
+    from_tokens,
+    grid_ids,
+    to_tokens,
+)
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
@@ -22,7 +29,7 @@ from fastgen.modules.inputs import ThousandfoldInputs
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class FluxConfig(ToldGuidanceConfig):
+class FluxConfig(ToldGuidanceConfig, FlowImageConfig):
     """max_sequence_length: number of T5 tokens. guidance: as in `ToldGuidanceConfig`; the stock pipeline tells 3.5."""
 
     name: Literal["flux"] = "flux"
@@ -70,7 +77,7 @@ class FluxDenoiser(FlowDenoiser):
         return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
 
 
-class Flux(ToldGuidance):
+class Flux(ToldGuidance, FlowImage):
     """The backbone of recipes with `backbone: {name: flux, path: ...}`."""
 
     config: FluxConfig

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.flow_image import grid_ids
+from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, grid_ids
 from fastgen.backbones.flux import FluxDenoiser
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
@@ -25,7 +25,7 @@ DEV, KLEIN = "Flux2Pipeline", "Flux2KleinPipeline"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Flux2Config(ToldGuidanceConfig):
+class Flux2Config(ToldGuidanceConfig, FlowImageConfig):
     """max_sequence_length: number of text tokens. The network sees their padding, so that another number gives other
     pictures. guidance: for dev, as in `ToldGuidanceConfig`; the stock pipeline tells 4."""
 
@@ -65,7 +65,7 @@ class Flux2Denoiser(FluxDenoiser):
         self.network.time_guidance_embed = module
 
 
-class Flux2(ToldGuidance):
+class Flux2(ToldGuidance, FlowImage):
     """The backbone of recipes with `backbone: {name: flux2, path: ...}`."""
 
     config: Flux2Config

@@ -13,6 +13,7 @@ from fastgen.registry import nearest, shipped
 
 WEIGHTLESS = (
     "scheduler",
+    "guider",
     "tokenizer",
     "feature_extractor",
     "image_processor",

@@ -335,7 +335,12 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     @cached_property
     def vae(self) -> Any:
         vae = read_component(diffusers_class(self.vae_class), self.source, "vae", self.options)
+        self.set_up_vae(vae)
         return vae.to(self.device).requires_grad_(False).eval()
+
+    def set_up_vae(self, vae: Any) -> None:
+        """Sets how the VAE goes through samples: all at once, one by one, or in tiles."""
+        return None
 
     # --- prompts
 
@@ -345,8 +350,14 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         `with self.encoding()`."""
         dtype = self.config.encoder_dtype
         options = self.options | ({"torch_dtype": getattr(torch, dtype)} if dtype else {})
-        pipeline = load_text_pipeline(self.pipeline_class, self.source, self.components, options)
+        parts = self.constructor_parts()
+        pipeline = load_text_pipeline(self.pipeline_class, self.source, self.components, options, parts)
         return pipeline if self.config.encoders == "offload" else pipeline.to(self.device)
+
+    def constructor_parts(self) -> dict[str, Any]:
+        """Components that the stock pipeline's constructor cannot do without, though encoding prompts can, without
+        weights."""
+        return {}
 
     def encoding(self) -> AbstractContextManager[None]:
         """The text encoders are on the device inside, if they are not there all the time (`encoders: offload`)."""

@@ -1,8 +1,9 @@
 """Stable Diffusion 1.5, 2.1 and XL: a variance-preserving discrete diffusion, a UNet, epsilon or v prediction.
 
-We apply guidance to x0 predictions. This equals guidance on the network's outputs, as in the stock pipelines: at a
-fixed x_t the conversion is affine, and the two weights of guidance sum to one."""
+A UNet that was distilled from guidance, as a latent consistency model is (`time_cond_proj_dim`), is told a scale and
+called once a step. `guidance` says which scale each role is told, by default that of the stock pipeline's call."""
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -13,54 +14,43 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, check_multiples, diffusers_class
+from fastgen.backbones.discrete import Discrete, DiscreteConfig
+from fastgen.backbones.pipeline import check_multiples
+from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inputs import UNetExtraInputs
-from fastgen.pipelines.schedulers import (
-    deterministic_policy,
-    discrete_steps,
-    few_step_scheduler,
-    is_plain_euler,
-    stock_noise,
-)
 from fastgen.registry import MOST_WIDTH
-from fastgen.rollout import RolloutPolicy, TeacherPolicy
+from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import PredictionType, VPSchedule
 
 CLIP_TOKENS = 77
-NUM_TRAIN_TIMESTEPS = 1000  # of every published Stable Diffusion; a hub id is not read before weights load
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class SDConfig(PipelineConfig):
+class SDConfig(ToldGuidanceConfig, DiscreteConfig):
     """resolution: side of an image in pixels, by default that of the UNet. SDXL is conditioned on it as original and
-    target size, without cropping, as in the stock pipeline."""
+    target size, without cropping, as in the stock pipeline. guidance: of a UNet that is told a scale, as in
+    `ToldGuidanceConfig`; the stock pipelines tell 7.5 and, of SDXL, 5."""
 
     name: Literal["sd"] = "sd"
     resolution: int | None = Field(default=None, ge=8, le=MOST_WIDTH)
 
     output: ClassVar[Output] = "pixels"
-    flow_matching: ClassVar[bool] = False
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prompt_keys: ClassVar[tuple[str, ...]] = ("resolution",)  # it is in SDXL's time_ids
 
-    def check(self) -> None:
-        super().check()
-        if self.local_folder() is not None:
-            self.read().check()
-
     def check_export(self, policy: RolloutPolicy) -> None:
+        """Also raises ValueError for inputs added to a UNet that is told a guidance scale."""
         super().check_export(policy)
-        total = NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
-        discrete_steps(policy, total)
+        if policy.inputs and self.local_folder() is not None and self.read().is_told:
+            raise ValueError(
+                f"no pipeline gives {' and '.join(policy.inputs)} to a UNet that is told a guidance scale "
+                "(time_cond_proj_dim); leave out rollout.two_time and rollout.embedded_guidance"
+            )
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD":
         return SD(self, device, dtype, roles)
-
-    def read(self) -> "SD":
-        """The backbone, to read its small files."""
-        return self.build(torch.device("cpu"), torch.float32, 0)
 
 
 class SDDenoiser(Denoiser):
@@ -75,13 +65,17 @@ class SDDenoiser(Denoiser):
         self.feature_dim = network.config.block_out_channels[-1]
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        guidance, inputs = self.told_guidance(t, inputs)
         timestep, extended = self.timestep(t, inputs), self.is_extended
+        conditions = [timestep[:, 1:]] if extended else []
+        if guidance is not None:
+            conditions.append(guidance_waves(guidance, self.network.config.time_cond_proj_dim).to(self.weight_dtype))
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if "pooled" in cond else None
         return self.network(
             x_t.to(self.weight_dtype),
             timestep[:, 0] if extended else timestep,
             encoder_hidden_states=cond["prompt_embeds"].to(self.weight_dtype),
-            timestep_cond=timestep[:, 1:] if extended else None,
+            timestep_cond=torch.cat(conditions, dim=1) if conditions else None,
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
@@ -111,34 +105,43 @@ class SDDenoiser(Denoiser):
         return [*(m for m in inside if isinstance(m, BasicTransformerBlock | ResnetBlock2D)), *stages]
 
 
-class SD(PipelineBackbone):
+def guidance_waves(scale: Tensor, width: int) -> Tensor:
+    """[B, width] float32: sines, then cosines, of 1000 (w - 1) f_j for the scales w [B], with frequencies f_j from 1
+    to 1/10000 in equal ratios, as the stock pipelines' get_guidance_scale_embedding makes them."""
+    half = width // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)  # in float32, as there: angles are in the thousands
+    frequencies = torch.exp(torch.arange(half, device=scale.device, dtype=torch.float32) * -step)
+    angles = 1000 * (scale.float() - 1)[:, None] * frequencies
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+class SD(ToldGuidance, Discrete):
     """The backbone of recipes with `backbone: {name: sd, path: ...}`."""
 
     config: SDConfig
     network_class = "UNet2DConditionModel"
     subfolder = "unet"
 
-    def check(self) -> None:
-        """Raises ValueError if the small files show that this pipeline cannot be used. Loads no weights."""
-        if self.network_config.get("time_cond_proj_dim") is not None:
-            raise ValueError(
-                "path: this UNet has guidance embedded (time_cond_proj_dim); load the model that it was distilled from"
-            )
-        _ = self.schedule, self.latent_shape  # each raises ValueError if it cannot be made
-
     @property
     def call(self) -> str:  # type: ignore[override]
-        """Unlike the flow-matching schedulers, LCMScheduler draws from the generator that it is given."""
+        """Unlike the flow-matching schedulers, LCMScheduler draws from the generator that it is given. The scale is
+        what the student was told; it is no guidance in the sense of two network calls."""
+        told = self.guidance_told("student") or 1.0
         size = f"height={self.image_size}, width={self.image_size}, " if self.config.resolution else ""
         return f"""generator = torch.manual_seed(0)
-options = dict(num_inference_steps={{num_steps}}, guidance_scale=1, {size}generator=generator{{eta}})
+options = dict(num_inference_steps={{num_steps}}, guidance_scale={told:g}, {size}generator=generator{{eta}})
 image = pipeline("a prompt", **options).images[0]"""
 
-    # --- noise
+    @property
+    def stock_guidance(self) -> float:  # type: ignore[override]
+        return inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
 
-    @cached_property
-    def schedule(self) -> VPSchedule:  # type: ignore[override]
-        return noise_schedule(self.scheduler())
+    @property
+    def stock_call(self) -> tuple[int, float]:
+        """A UNet that is told a scale is called once a step."""
+        return super().stock_call[0], 1.0 if self.is_told else self.stock_guidance
+
+    # --- noise
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler, with the settings that StableDiffusionPipeline forces on every scheduler."""
@@ -147,30 +150,6 @@ image = pipeline("a prompt", **options).images[0]"""
             return scheduler
         forced = {"steps_offset": 1, "clip_sample": False}
         return scheduler.from_config(scheduler.config, **{k: v for k, v in forced.items() if k in scheduler.config})
-
-    def teacher_scheduler(self) -> Any:
-        """The stock scheduler that samples the teacher. This is the pipeline's own if it takes DDIM's steps. Otherwise
-        (PNDM and the other multistep solvers) it is a DDIMScheduler with the same noise. If the solver's spacing is
-        linspace, the spacing becomes trailing: with linspace, DDIMScheduler steps to other levels than those at which
-        it calls the network."""
-        scheduler = self.scheduler()
-        if isinstance(scheduler, diffusers_class("DDIMScheduler")) or is_plain_euler(scheduler):
-            return scheduler
-        config = scheduler.config
-        spacing = config.get("timestep_spacing", "leading")
-        return diffusers_class("DDIMScheduler").from_config(
-            config,
-            **stock_noise(config),
-            clip_sample=False,
-            thresholding=False,
-            timestep_spacing="trailing" if spacing == "linspace" else spacing,
-        )
-
-    def teacher_policy(self, num_steps: int) -> TeacherPolicy:
-        return deterministic_policy(self.teacher_scheduler(), num_steps)
-
-    def student_scheduler(self, policy: RolloutPolicy) -> Any:
-        return few_step_scheduler(policy, self.scheduler().config)
 
     # --- network
 
@@ -285,22 +264,3 @@ image = pipeline("a prompt", **options).images[0]"""
             return like.new_tensor(0.0), like.new_tensor(1 / config.scaling_factor)
         mean, std = (like.new_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
         return mean, std / config.scaling_factor
-
-
-def noise_schedule(scheduler: Any) -> VPSchedule:
-    """The noise schedule of a discrete diffusion's scheduler. Raises ValueError for any other scheduler."""
-    config, name = scheduler.config, type(scheduler).__name__
-    if not hasattr(scheduler, "betas") or config.get("timestep_type") == "continuous":
-        raise ValueError(f"path: {name} is not a discrete variance-preserving diffusion, which backbone sd needs")
-    kind = config.get("prediction_type")
-    if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(
-            f"path: backbone sd needs epsilon, v_prediction or sample; the scheduler says {kind} ({name})"
-        )
-    schedule = VPSchedule(diffusers_class("DDIMScheduler")(**stock_noise(config)).alphas_cumprod)
-    if kind == "epsilon" and schedule.table[-1] <= 0:
-        raise ValueError(
-            "path: rescale_betas_zero_snr leaves no signal at t = 1, where the output of an epsilon network says "
-            "nothing about x0; such a schedule needs v_prediction"
-        )
-    return schedule

@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from fastgen.backbones.flow_image import FlowImage, FlowImageConfig
-from fastgen.backbones.folder import read_json
+from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
 
 Role = Literal["student", "teacher", "fake_score"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class ToldGuidanceConfig(FlowImageConfig):
+class ToldGuidanceConfig(PipelineConfig):
     """guidance: role -> the guidance scale that its network is told, by default the one of the stock pipeline's call.
     Copies of the student are told what it is told, the network of features what the teacher is told, and the recorded
     path of disback what the fake score is told."""
@@ -24,25 +24,34 @@ class ToldGuidanceConfig(FlowImageConfig):
     def check(self) -> None:
         """Also raises ValueError for guidance of a network that is told none."""
         super().check()
-        folder = self.local_folder()
-        if self.guidance and folder is not None and not is_told(read_json(folder / "transformer/config.json")):
-            raise ValueError(f"guidance: the network of {folder} is told no guidance scale; leave this key out")
+        if self.guidance and self.local_folder() is not None:
+            self.build(torch.device("cpu"), torch.float32, 0).guidance_told("student")
 
 
 def is_told(network: Mapping[str, Any]) -> bool:
-    """Whether a network with this config is told a guidance scale."""
-    return bool(network.get("guidance_embeds", False))
+    """Whether a network with this config is told a guidance scale: a transformer with guidance_embeds, or a UNet with
+    time_cond_proj_dim."""
+    return bool(network.get("guidance_embeds", False)) or network.get("time_cond_proj_dim") is not None
 
 
-class ToldGuidance(FlowImage):
+class ToldGuidance(PipelineBackbone):
     """The part of a backbone that follows from it. stock_guidance: the guidance_scale of the stock call."""
 
     config: Any
-    stock_guidance: ClassVar[float]
+    stock_guidance: float
+
+    @property
+    def is_told(self) -> bool:
+        return is_told(self.network_config)
 
     def guidance_told(self, role: str) -> float | None:
-        """The guidance scale for a role; None for a network that is told none."""
-        if not is_told(self.network_config):
+        """The guidance scale for a role; None for a network that is told none. Raises ValueError if the recipe gives
+        one for such a network."""
+        if not self.is_told:
+            if self.config.guidance:
+                raise ValueError(
+                    f"guidance: the network of {self.source} is told no guidance scale; leave this key out"
+                )
             return None
         like = "teacher" if role == "features" else "fake_score" if role.startswith("path") else role
         told: Role = like if like in ("teacher", "fake_score") else "student"  # type: ignore[assignment]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.folder import read_index, read_json, read_scheduler
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class, read_component
+from fastgen.backbones.pipeline import PipelineConfig, diffusers_class, read_component
+from fastgen.backbones.video import Video, latent_grid
 from fastgen.backbones.wan_network import WanDenoiser
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
@@ -122,18 +123,7 @@ def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str,
 
     Raises ValueError for sizes that cannot be divided into the VAE's latents and the network's patches."""
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    _, *patch = network.get("patch_size", (1, 2, 2))
-    if (config.num_frames - 1) % temporal:
-        below = (config.num_frames - 1) // temporal * temporal + 1
-        near = f"the nearest are {below} and {below + temporal}"
-        raise ValueError(f"num_frames must be {temporal} k + 1, got {config.num_frames}; {near}")
-    for side, pixels, unit in (
-        ("height", config.height, spatial * patch[0]),
-        ("width", config.width, spatial * patch[1]),
-    ):
-        if pixels % unit:
-            raise ValueError(f"{side} must be a multiple of {unit}, got {pixels}")
-    return (config.num_frames - 1) // temporal + 1, config.height // spatial, config.width // spatial
+    return latent_grid(config, temporal, spatial, network.get("patch_size", (1, 2, 2))[1:])
 
 
 def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
@@ -148,14 +138,14 @@ def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> No
             )
 
 
-class Wan(PipelineBackbone):
+class Wan(Video):
     """The backbone of recipes with `backbone: {name: wan, path: ...}`.
 
     A folder's own UniPC scheduler is a multi-step method, which our sampler does not have. Instead, the teacher is
-    sampled with Euler steps at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler."""
+    sampled with Euler steps at the same levels. Students are exported with a FlowMatchEulerDiscreteScheduler. The VAE
+    itself clamps what it decodes, so that there is no gradient at saturated pixels, whatever `decode` is asked."""
 
     config: WanConfig
-    image_size = None
     network_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
 
@@ -164,18 +154,16 @@ class Wan(PipelineBackbone):
     ):
         super().__init__(config, device, dtype, roles)
         self.schedule = FlowSchedule()
-        self.fps = config.fps
 
     @property
     def call(self) -> str:  # type: ignore[override]
         config = self.config
-        size = f"height={config.height}, width={config.width}, num_frames={config.num_frames}"
         text = "" if config.max_sequence_length == 512 else f" max_sequence_length={config.max_sequence_length},"
         return f"""from diffusers.utils import export_to_video
 
 torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
 video = pipeline(
-    "a prompt", {size},{text}
+    "a prompt", {self.call_sizes},{text}
     num_inference_steps={{num_steps}}, guidance_scale=1,
 ).frames[0]
 export_to_video(video, "video.mp4", fps={config.fps})"""
@@ -200,21 +188,19 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         frames, height, width = latent_size(self.config, self.vae_config, self.network_config)
         return (frames, self.network_config["out_channels"], height, width)
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
-
     @cached_property
     def vae(self) -> Any:
-        """The VAE, in float32, as the stock pipeline asks for. It processes one video at a time."""
+        """The VAE, in float32, as the stock pipeline asks for."""
         options = self.options | {"torch_dtype": torch.float32}
         vae = read_component(diffusers_class(self.vae_class), self.source, "vae", options)
-        vae.enable_slicing()
+        self.set_up_vae(vae)
         return vae.to(self.device).requires_grad_(False).eval()
 
-    def latent_statistic(self, name: Literal["latents_mean", "latents_std"]) -> Tensor:
-        """[C, 1, 1] float32, from the config of the VAE."""
-        return torch.tensor(self.vae.config[name], device=self.device)[:, None, None]
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Each [C, 1, 1] float32, from the config of the VAE."""
+        values = self.vae.config.latents_mean, self.vae.config.latents_std
+        mean, std = (torch.tensor(value, device=self.device)[:, None, None] for value in values)
+        return mean, std
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, max_sequence_length, D], zero after the last token."""
@@ -228,29 +214,6 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.config.max_sequence_length, self.network_config["text_dim"])}
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Frames [B, F, 3, H, W] in [0, 1] to the mode of the posterior, (z - mean) / std: [B, F', C, h, w] float32.
-
-        Raises ValueError for images."""
-        if pixels.dim() != 5:
-            raise ValueError(
-                f"a video model encodes frames [B, F, 3, H, W], got {list(pixels.shape)}; images do not fit"
-            )
-        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
-            video = pixels.to(self.device, torch.float32).transpose(1, 2) * 2 - 1
-            z = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
-        return (z - self.latent_statistic("latents_mean")) / self.latent_statistic("latents_std")
-
-    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """In float32, also under autocast. The VAE itself clamps, so that there is no gradient at saturated pixels,
-        whatever `clamp` says."""
-        with torch.autocast(self.device.type, enabled=False), self.vae_lock:
-            z = latents.float() * self.latent_statistic("latents_std") + self.latent_statistic("latents_mean")
-            video = self.vae.decode(z.transpose(1, 2), return_dict=False)[0].transpose(1, 2)
-        video = video / 2 + 0.5
-        return video.clamp(0, 1) if clamp else video
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it gives the network whole numbers."""

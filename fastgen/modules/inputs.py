@@ -82,10 +82,13 @@ class LevelInput(nn.Linear):
 
 
 class UNetExtraInputs(ExtraInputs):
-    """For UNets: their time embedding gets the projected timestep and, as `timestep_cond`, the scalars [B, n]."""
+    """For UNets: their time embedding gets the projected timestep and, as `timestep_cond`, the scalars [B, n], and
+    after them what the stock UNet is given there, if it is one that is told a guidance scale."""
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
-        return self.add(self.embedding(timestep), rest[0])
+        scalars, own = rest[0].tensor_split([len(self.tables)], dim=1)
+        conditions = (own.to(timestep.dtype).contiguous(),) if own.shape[1] else ()
+        return self.add(self.embedding(timestep, *conditions), scalars)
 
 
 class WanExtraInputs(ExtraInputs):
@@ -102,6 +105,13 @@ class WanExtraInputs(ExtraInputs):
         embedding, _, *others = embedder(times.flatten(), *rest, timestep_seq_len=tokens)
         embedding = self.add(embedding, packed[..., 1:])
         return embedding, embedder.time_proj(embedder.act_fn(embedding)), *others
+
+
+class FlatInputs(ExtraInputs):
+    """For networks that flatten the timesteps they are given: [B (1 + n)] instead of [B, 1 + n]."""
+
+    def forward(self, timestep: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        return super().forward(timestep.unflatten(0, (-1, 1 + len(self.tables))), *rest, **options)
 
 
 class SprintInputs(ExtraInputs):

@@ -242,6 +242,19 @@ def stock_noise(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in keys if key in config}
 
 
+def table_noise(alphas_cumprod: Any, prediction_type: str) -> dict[str, Any]:
+    """The config of a stock scheduler with this noise, alphas_cumprod [N], whatever made it: its betas are
+    1 - alphas_cumprod_i / alphas_cumprod_(i - 1). The last alpha may be 0."""
+    table = [1.0, *alphas_cumprod.double().tolist()]
+    betas = [1 - after / before for before, after in itertools.pairwise(table)]
+    return {
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas,
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": False,
+    }
+
+
 def is_plain_euler(scheduler: Any) -> bool:
     """Whether this is an EulerDiscreteScheduler with the steps of DDIM: the sigmas of training steps, then 0."""
     config = scheduler.config

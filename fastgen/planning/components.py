@@ -61,8 +61,7 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
         held, turn = size(tensors(module)), 0
         if name == "vae":
             vars(backbone)["vae"] = weightless(module).requires_grad_(False).eval()
-            if isinstance(module, diffusers.AutoencoderKLWan):
-                module.enable_slicing()
+            backbone.set_up_vae(module)
         elif not recipe.data.encodes_prompts:
             use, held = f"not loaded: prepared {what}", 0
         elif backbone.config.encoders == "offload" and name != "image_encoder":

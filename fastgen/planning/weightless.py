@@ -70,6 +70,8 @@ class Operation:
         """The result, and its floating-point operations."""
         if self.kind == "in place":
             return args[0] if self.returns else None, 0
+        if self.func is aten.index.Tensor:
+            args = (args[0], numbered(args[1]))
         if self.kind == "like" and args[0].numel() <= SMALL:
             return self.func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs), 0
         if self.kind == "new constant" and torch.Size(args[1]).numel() <= SMALL:
@@ -84,6 +86,18 @@ class Operation:
         if isinstance(found, Layout):
             return found.make(memory), count
         return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found), count
+
+
+def numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices in which each mask [N, ...] with values is the numbers of the places that it selects, so that the layout
+    of the result is known."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if type(index) is Tensor and index.dtype == torch.bool:
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
 
 
 _operations: dict[Any, Operation] = {}
