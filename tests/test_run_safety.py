@@ -103,7 +103,7 @@ def test_an_export_keeps_what_is_in_its_place_and_no_export(run: Path) -> None:
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {p.name: p.read_bytes() for p in (run / "export").iterdir()}
+    before = {p.relative_to(run): p.read_bytes() for p in (run / "export").rglob("*") if p.is_file()}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -111,16 +111,16 @@ def test_an_export_that_fails_leaves_the_earlier_one(run: Path, monkeypatch: pyt
     monkeypatch.setattr("fastgen.run.export.dump_recipe", full)
     with pytest.raises(OSError, match="No space left"):
         export_run(run)
-    assert {p.name: p.read_bytes() for p in (run / "export").iterdir()} == before
+    assert {p.relative_to(run): p.read_bytes() for p in (run / "export").rglob("*") if p.is_file()} == before
     assert not [p for p in run.iterdir() if p.name.startswith(".export")]
 
 
 def test_an_export_is_put_back_after_a_kill_between_two_renames(run: Path) -> None:
     folder = run / "export"
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     folder.rename(run / f".export.{REPLACED}-0123456789ab")
     restore(folder)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_what_kills_have_left_is_removed_and_nothing_else(run: Path) -> None:
@@ -431,7 +431,7 @@ def test_pictures_need_prompts_and_a_reference() -> None:
         load_recipe(digits, ["eval.reference=no/images"])
     with pytest.raises(RecipeError, match=r"eval: prompts: there is no prompt file at no/prompts\.txt"):
         load_recipe(digits, ["eval.prompts=no/prompts.txt"])
-    with pytest.raises(RecipeError, match="fid compares with real images"):
+    with pytest.raises(RecipeError, match="fid compares with other images"):
         load_recipe(digits, ["eval.reference=null"])
     with pytest.raises(RecipeError, match="there are no prompts to sample"):
         load_recipe(digits, ["eval.reference=null", "eval.metrics=[throughput]"])
