@@ -31,13 +31,8 @@ KEPT = (".md", ".png", ".py", ".yaml", ".json", ".jsonl")  # what documents link
 FOLDERS = ("docs", "benchmarks", "recipes", "fastgen")
 PAGES: dict[str, list[Any]] = {
     "Use it": [
-        "docs/running.md",
-        "docs/multi_node.md",
-        "docs/troubleshooting.md",
-        "docs/data.md",
-        "docs/rewards.md",
-        "docs/exporting.md",
-        "recipes/index.md",
+        *("docs/running.md", "docs/multi_node.md", "docs/troubleshooting.md", "docs/data.md", "docs/rewards.md"),
+        *("docs/exporting.md", "recipes/index.md"),
     ],
     "Methods": ["objectives/index.md", "docs/dmd2_family.md", "docs/flow_maps.md", "docs/streaming.md"],
     "Extend it": ["docs/new_objective.md", "docs/contracts.md", "docs/architecture.md", "api.md", "CONTRIBUTING.md"],
