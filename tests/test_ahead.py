@@ -98,6 +98,7 @@ def test_pictures_are_read_side_by_side_and_stay_in_order(tmp_path: Path) -> Non
     assert sorted(rows.tolist()) == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_how_many_batches_are_made_ahead(mixture_recipe: Path, tmp_path: Path) -> None:
     """With real data, micro-batches and one rollout for several updates: its weights and its log are the same."""
     ended = []

@@ -273,6 +273,7 @@ class LawDenoiser(Denoiser):
         return to_latents(self.mean + gains @ (to_complex(x_t.double()) - alpha * self.mean), x_t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [slow(False), True], ids=["whole graph", "replay"])
 def test_the_gradient_of_the_rollout_is_f6_in_expectation(replay: bool) -> None:
     """Line 15: DMD2 through the engine for a student of one step, with the exact scores and no normaliser, on 200,000

@@ -215,6 +215,7 @@ def halves(layout: BlockLayout) -> list[BlockLayout]:
     return [static_layout(part, layout.q_tiles, layout.k_tiles).to(DEVICE) for part in maps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [naive_attention, triton_attention])
 def test_merged_results_equal_the_joint_one(function: Callable[..., Result]) -> None:
     """Forward and every gradient, also through lse."""
@@ -306,6 +307,7 @@ def compare_half(layout: BlockLayout, inputs: list[Tensor], dtype: torch.dtype) 
     assert all(0.98 <= value <= 1.02 for value in norms.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_major", [False, True], ids=["heads in a row", "heads apart"])
 def test_tensor_descriptors_load_what_pointers_do(head_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full tiles by descriptors, ragged ones by pointers, tiles that start anywhere; a batch, bfloat16."""

@@ -17,6 +17,7 @@ import torch
 from mutations import draws, mutated
 from safetensors.torch import load_file, save_file
 from torch import nn
+from variants import slow
 
 from fastgen import cli
 from fastgen.config import load_recipe
@@ -83,7 +84,7 @@ def test_rotation_keeps_the_newest_and_the_last_good_one(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no counters"])
+@pytest.mark.parametrize("damage", ["cut", slow("gone"), slow("no counters")])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Never step 0 instead, and never silently an earlier one."""
     folder = train(load_recipe(RING, [*TINY, "train.steps=4", f"output_dir={tmp_path / 'run'}"]))

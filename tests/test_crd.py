@@ -605,6 +605,7 @@ CHEAP = [
 ]
 
 
+@pytest.mark.slow
 def test_the_averages_and_their_count_survive_a_restart(tmp_path: Path) -> None:
     """Four updates, and two, a restart and two more, end with the same bits in every file."""
 

@@ -529,6 +529,7 @@ def run_recipe(values: dict[str, Any], *overrides: str) -> Path:
     return sorted([folder, *folder.glob("checkpoints/step_*")])[-1]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_of_a_replay_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Checkpointed after 3 updates of trajectories that serve 4, and continued to 6: every tensor, and the state, is
     the uninterrupted run's; and what is stored are the trajectories, not leftovers."""

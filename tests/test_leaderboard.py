@@ -139,6 +139,7 @@ def test_runs_wait_for_their_start_and_end_in_time(tmp_path: Path, capsys: pytes
     assert not multiprocessing.active_children() and order.read_text().split() == done
 
 
+@pytest.mark.slow
 def test_a_row_is_what_the_single_recipe_gives(tmp_path: Path) -> None:
     run = make_runs(2, TINY)["ring_dmd2_2step_seed0"]
     perform(run, tmp_path / "runs", tmp_path / "rows.jsonl", "cpu", 1)

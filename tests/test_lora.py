@@ -127,6 +127,7 @@ def test_a_role_with_a_further_input_leaves_the_others_alone(backbone: Backbone)
         fake(x_t, t, cond)
 
 
+@pytest.mark.slow
 def test_a_run_moves_the_adapters_and_nothing_else(tmp_path: Path) -> None:
     folder = train(digits(tmp_path / "run"))
     first, last = checkpoint.complete(folder / "checkpoints")
@@ -161,6 +162,7 @@ def plain_pixels(pipeline: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyP
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 def test_the_export_is_a_lora_that_plain_diffusers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """alpha 8 at rank 4: the factor of 2 must arrive. The merged export gives the same pixels."""
     recipe = digits(tmp_path / "run", "lora.student.alpha=8", "optimizers.student.lr=1e-2")

@@ -483,6 +483,7 @@ def last_weights(folder: Path) -> dict[str, Tensor]:
     return {f"{f.stem}.{k}": v for f in sorted(last.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed right before the second phase begins, at 3, and in its middle, and continued from the last checkpoint."""

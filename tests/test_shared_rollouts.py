@@ -64,6 +64,7 @@ def test_only_the_first_fake_update_runs_the_student(name: str, project: Path, t
     assert 1 / 3 - 1e-6 <= student <= 4 / 3 + 1e-6
 
 
+@pytest.mark.slow
 def test_micro_batches_keep_a_rollout_each(mixture_recipe: Path, tmp_path: Path) -> None:
     """Two micro-batches of eight samples give the update of sixteen, to rounding."""
     whole, _ = ended(mixture_recipe, tmp_path / "whole")
@@ -73,6 +74,7 @@ def test_micro_batches_keep_a_rollout_each(mixture_recipe: Path, tmp_path: Path)
     assert farthest_apart(whole, halves) < 1e-4 and farthest_apart(whole, apart) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_bits(mixture_recipe: Path, tmp_path: Path) -> None:
     constant = ("optimizers.student.decay=constant", "optimizers.fake_score.decay=constant")
     whole, _ = ended(mixture_recipe, tmp_path / "whole", *constant)

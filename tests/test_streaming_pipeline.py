@@ -208,6 +208,7 @@ def test_calls_that_are_refused(call: dict[str, Any], words: str, pipeline: Stre
         pipeline("a cat", **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [ChunkAttention(), slow(ChunkAttention(layout="top_k", density=0.5, tile=16))])
 def test_no_chunk_reads_a_number_back_from_the_device(attention: ChunkAttention) -> None:
     """On the meta device, which has no numbers, reading one raises. On a GPU, the host would wait for it."""

@@ -195,6 +195,7 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_keys(tmp_path: Path) -> 
         train(tiny(tmp_path / "other"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], pytest.param(GAN, marks=pytest.mark.slow)], ids=["plain", "gan"])
 def test_accumulating_two_halves_equals_one_batch(tmp_path: Path, extra: list[str]) -> None:
     """2 x 1 equals 1 x 2, in float64, over 20 student updates."""

@@ -46,6 +46,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
+@pytest.mark.slow
 def test_the_tutorial_trains_and_continues(recipe: Path) -> None:
     early = run(recipe, "run", 3)
     settings = load_recipe(recipe, TINY)

@@ -225,6 +225,7 @@ def short_run(raw: dict[str, Any], folder: Path, **sections: Any) -> Path:
     return train(build_recipe(raw))
 
 
+@pytest.mark.slow
 def test_runs_start_from_each_other(raw_recipe: dict[str, Any], tmp_path: Path) -> None:
     """A plain student becomes a two-time one with its new branch at zero, from its run or from its export alone; a
     two-time one starts another; the way back is refused before anything loads."""
