@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.pipelines.dit import pipeline_dit
 from diffusers.schedulers import scheduling_lcm
+from role_turns import check_turns
 from tiny_dit import LABELS, tiny_dit
 from tiny_families import draws
 from torch import Tensor
@@ -106,17 +107,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(folder: Path, adapt
     cond, uncond = backbone.encode_both(PROMPTS)
     assert cond["label"].tolist() == CLASSES and uncond["label"].tolist() == [1000, 1000]
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
-    for turn in objective.turns(0, {}):
-        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
-        optimizer = torch.optim.SGD([p for role in turn.roles for p in networks[role].parameters()], lr=0.1)
-        loss: Any = objective.loss(turn, networks, batch, {})
-        loss.total.backward()
-        optimizer.step()
-        for role, module in networks.items():
-            pairs = zip(before[role], module.parameters(), strict=True)
-            assert any(not torch.equal(old, new) for old, new in pairs) == (role in turn.roles), (turn.name, role)
-        for module in networks.values():
-            module.zero_grad()
+    check_turns(objective, networks, batch, backbone)
 
 
 def test_a_trained_network_drops_no_labels_and_recomputing_changes_no_gradient(backbone: DiT) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
+from role_turns import check_turns
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, SIDE, Family, draws
 from torch import Tensor
 from variants import slow
@@ -141,22 +142,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(pipeline: Any, adap
     networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
     cond, uncond = pipeline.encode_both(PROMPTS)
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
-    for turn in objective.turns(0, {}):
-        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
-        frozen = [p.detach().clone() for p in backbone.shared.base_parameters()] if adapters else []
-        parameters = [p for role in turn.roles for p in networks[role].parameters()]
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        loss: Any = objective.loss(turn, networks, batch, {})
-        loss.total.backward()
-        optimizer.step()
-        for role, module in networks.items():
-            pairs = zip(before[role], module.parameters(), strict=True)
-            moved = any(not torch.equal(old, new) for old, new in pairs)
-            assert moved == (role in turn.roles), (turn.name, role)
-        if adapters:
-            assert all(torch.equal(*pair) for pair in zip(frozen, backbone.shared.base_parameters(), strict=True))
-        for module in networks.values():
-            module.zero_grad()
+    check_turns(objective, networks, batch, backbone)
 
 
 def test_an_adapter_starts_as_the_teacher_and_merges_to_the_same_network(pipeline: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock_module
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from role_turns import check_turns
 from tiny_qwen import tiny_qwen_edit
 from torch import Tensor
 
@@ -149,21 +150,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(folder: Path, adapt
     networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
     cond, uncond = backbone.encode_both(PROMPTS, backbone.encode_images(pictures()))
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
-    for turn in objective.turns(0, {}):
-        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
-        frozen = [p.detach().clone() for p in backbone.shared.base_parameters()] if backbone.shared else []
-        optimizer = torch.optim.SGD([p for role in turn.roles for p in networks[role].parameters()], lr=0.1)
-        loss: Any = objective.loss(turn, networks, batch, {})
-        loss.total.backward()
-        optimizer.step()
-        for role, module in networks.items():
-            pairs = zip(before[role], module.parameters(), strict=True)
-            moved = any(not torch.equal(old, new) for old, new in pairs)
-            assert moved == (role in turn.roles), (turn.name, role)
-        if backbone.shared:
-            assert all(torch.equal(*pair) for pair in zip(frozen, backbone.shared.base_parameters(), strict=True))
-        for module in networks.values():
-            module.zero_grad()
+    check_turns(objective, networks, batch, backbone)
 
 
 def test_the_image_matters_by_its_latents_and_by_its_prompt(backbone: QwenImageEdit) -> None:

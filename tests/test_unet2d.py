@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_lcm
+from role_turns import check_turns
 from tiny_families import draws
 from torch import Tensor
 from variants import slow
@@ -116,17 +117,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(folder: Path, adapt
     networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
     cond, uncond = backbone.encode_both(PROMPTS)
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
-    for turn in objective.turns(0, {}):
-        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
-        optimizer = torch.optim.SGD([p for role in turn.roles for p in networks[role].parameters()], lr=0.1)
-        loss: Any = objective.loss(turn, networks, batch, {})
-        loss.total.backward()
-        optimizer.step()
-        for role, module in networks.items():
-            pairs = zip(before[role], module.parameters(), strict=True)
-            assert any(not torch.equal(old, new) for old, new in pairs) == (role in turn.roles), (turn.name, role)
-        for module in networks.values():
-            module.zero_grad()
+    check_turns(objective, networks, batch, backbone)
 
 
 def test_pictures_go_to_latents_and_back_and_features_have_their_width(backbone: UNet2D) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanVACEPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from PIL import Image
+from role_turns import check_turns
 from tiny_wan import tiny_wan
 from tiny_wan_i2v import KINDS, tiny_wan_i2v
 from torch import Tensor
@@ -192,21 +193,7 @@ def test_a_turn_of_each_role_moves_its_weights_and_no_others(
     networks = Networks({"student": student, "teacher": teacher, **objective.auxiliary(backbone, policy)}, policy)
     cond, uncond = backbone.encode_both(PROMPTS, backbone.encode_images(list(pictures(backbone))))
     batch = Batch(torch.arange(2), 0, cond, uncond, backbone.latent_shape)
-    for turn in objective.turns(0, {}):
-        before = {role: [p.detach().clone() for p in module.parameters()] for role, module in networks.items()}
-        frozen = [p.detach().clone() for p in backbone.shared.base_parameters()] if backbone.shared else []
-        optimizer = torch.optim.SGD([p for role in turn.roles for p in networks[role].parameters()], lr=0.1)
-        loss: Any = objective.loss(turn, networks, batch, {})
-        loss.total.backward()
-        optimizer.step()
-        for role, module in networks.items():
-            pairs = zip(before[role], module.parameters(), strict=True)
-            moved = any(not torch.equal(old, new) for old, new in pairs)
-            assert moved == (role in turn.roles), (turn.name, role)
-        if backbone.shared:
-            assert all(torch.equal(*pair) for pair in zip(frozen, backbone.shared.base_parameters(), strict=True))
-        for module in networks.values():
-            module.zero_grad()
+    check_turns(objective, networks, batch, backbone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
