@@ -18,10 +18,10 @@ from fastgen.config.schema import recipe_schema, recipe_schema_text
 from fastgen.config.text import read_recipe
 from fastgen.evaluation.evaluate import evaluate_path
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
-from fastgen.starting.facts import Wishes
-from fastgen.starting.new import first_recipe
+from fastgen.starting.facts import Wishes, look_at
+from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe
 from fastgen.starting.shipped import MODELINE, SCHEMA, copy_recipe, is_unverified, recipe_files, summary
-from fastgen.starting.values import levels
+from fastgen.starting.values import first_values, levels
 from fastgen.train import train
 
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -100,8 +100,27 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.Monke
         copy_recipe("sdxl_dmd_4step", None)
 
 
+def test_what_is_asked_for_is_what_is_written_or_refused(tmp_path: Path) -> None:
+    command = ["new", "assets/teachers/digits", "--interactive", "--output", str(tmp_path / "r.yaml")]
+    done = CliRunner().invoke(app, command, input="2\ndmd3\n\n1\n")
+    assert done.exit_code == 2 and "objective dmd3" in done.output and not (tmp_path / "r.yaml").exists()
+
+
 def test_the_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == f"fastgen {fastgen.__version__}\n"
+
+
+@pytest.mark.parametrize("pipeline", ["assets/teachers/digits", "stable-diffusion-v1-5/stable-diffusion-v1-5"])
+def test_every_method_has_a_first_recipe_of_small_and_of_large_networks(pipeline: str) -> None:
+    """Checked as a recipe, at 4 steps and at 1."""
+    facts = look_at(pipeline)
+    assert facts.large == (pipeline != "assets/teachers/digits")
+    for objective in PROMPTED:
+        built(first_values(Wishes(pipeline, objective=objective), facts))
+    for objective in () if facts.large else TEMPLATES:  # pictures need the size of a pipeline whose files are there
+        built(first_values(Wishes(pipeline, objective=objective, images="assets/first_frames"), facts))
+    for objective in ("dmd2", "phased_dmd"):
+        built(first_values(Wishes(pipeline, steps=1, objective=objective), facts))
 
 
 def write_new(pipeline: str, **wishes: Any) -> dict[str, Any]:
@@ -160,9 +179,19 @@ def test_a_new_recipe_trains_as_it_is_written(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_a_new_recipe_of_a_large_pipeline_fits() -> None:
     """Adapters in bfloat16, in the largest batch that fits by the plan; configs of the hub id ship with fastgen."""
-    text, found = first_recipe(Wishes("stable-diffusion-v1-5/stable-diffusion-v1-5", memory=24, gpus=8))
+    source = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    text, found = first_recipe(Wishes(source, memory=24, gpus=8, objective="phased_dmd"))
     raw = yaml.safe_load(text)
     train = raw["train"]
     assert raw["lora"].keys() == {"student", "fake_score"} and train["mixed_precision"] == "bf16"
     assert train["batch_size"] * train["accumulate"] == 8 and found.peak <= 0.95 * 24e9
     assert found.recipe.train.batch_size == train["batch_size"]
+    assert f"{8 * train['batch_size'] * train['accumulate']} samples an update, on 8 GPUs" in text
+    assert sum(phase["updates"] for phase in raw["objective"]["phases"]) == train["steps"] == 5000
+
+
+@pytest.mark.slow
+def test_a_new_recipe_says_when_nothing_makes_it_fit() -> None:
+    """Of a small pipeline, too: the memory that is given is never ignored."""
+    with pytest.raises(ValueError, match="with every change that saves memory it takes"):
+        first_recipe(Wishes("assets/teachers/digits", memory=1.06))

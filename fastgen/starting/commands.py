@@ -69,7 +69,9 @@ def new(
     gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
     scorer: ScorerOption = None,
     output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),
-    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for everything that was not given.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask for steps, method, prompts and GPUs.")
+    ] = False,
 ) -> None:
     """Write a complete recipe for a pipeline, with a comment for every choice."""
     from fastgen.data.files import check_output, replace_file

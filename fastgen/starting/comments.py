@@ -8,12 +8,17 @@ import yaml
 
 from fastgen.starting.facts import Facts, Wishes
 from fastgen.starting.shipped import modeline
-from fastgen.starting.values import IMAGES
+
+BETWEEN = {
+    "renoise": "Between steps the student's clean prediction is noised again.",
+    "ode": "From step to step the student follows its own ODE.",
+    "cps": "Between steps a share of the noise is drawn again, and the rest is kept.",
+}
 
 
-def written(wishes: Wishes, facts: Facts, values: Mapping[str, Any], memory: float | None) -> str:
-    """The recipe with its comments."""
-    said, lines = reasons(wishes, facts, values, memory), comment(headline(wishes, facts))
+def written(wishes: Wishes, facts: Facts, values: Mapping[str, Any], peak: int) -> str:
+    """The recipe with its comments. peak: bytes on one GPU, by the plan."""
+    said, lines = reasons(wishes, facts, values, peak), comment(headline(wishes, facts))
     lines.append(modeline())
     for key, value in values.items():
         lines += comment(said[key]) if key in said else []
@@ -30,8 +35,8 @@ def headline(wishes: Wishes, facts: Facts) -> str:
     )
 
 
-def reasons(wishes: Wishes, facts: Facts, values: Mapping[str, Any], memory: float | None) -> dict[str, str]:
-    """section -> why it is as it is."""
+def reasons(wishes: Wishes, facts: Facts, values: Mapping[str, Any], peak: int) -> dict[str, str]:
+    """section -> why it is as it is. peak: bytes on one GPU, by the plan."""
     tuned = f"recipes/digits_{wishes.objective}_4step.yaml, where they were tuned on a network of 2 million parameters"
     uniform = "The levels of noise at which the student works are uniform"
     shift = uniform if facts.shift == 1 else f"{uniform} ones, shifted by the teacher's {facts.shift:g}"
@@ -41,7 +46,7 @@ def reasons(wishes: Wishes, facts: Facts, values: Mapping[str, Any], memory: flo
         if values["data"].get("prompts") == "neutral"
         else "What the student trains on."
     )
-    guided = facts.guidance != 1
+    guided = facts.guidance != 1 and "guidance_scale" in values["objective"]
     guidance = f"The teacher's guidance, {facts.guidance:g}, is that of the pipeline's own call; " if guided else ""
     clip = "clip" in values["eval"]
     features = "CLIP's features" if clip else "the latents of its VAE, which needs no download"
@@ -51,21 +56,26 @@ def reasons(wishes: Wishes, facts: Facts, values: Mapping[str, Any], memory: flo
         else "Videos have no reference here; add video_reward with its weights to measure quality."
     )
     found = {
-        "rollout": f"{shift}. Between steps the student's picture is noised again (renoise) or follows its ODE.",
+        "rollout": f"{shift}. {BETWEEN[values['rollout']['transition']]}",
         "data": data,
-        "objective": f"{guidance}{'the' if guided else 'The'} other values are those of {tuned}.",
+        "objective": (
+            f"{guidance}{'the' if guided else 'The'} other values are those of {tuned}"
+            f"{', without its conditioning on the step' if facts.large else ''}"
+            f"{', and with one adapter for all phases' if values['objective'].get('experts') is False else ''}."
+        ),
         "optimizers": (
-            "Learning rate, rank and alpha are of DMD2's adapter for SDXL (tianweiy/DMD2, experiments/)."
-            if facts.large
+            "Learning rate, rank and alpha of adapters are those of DMD2's for SDXL (tianweiy/DMD2, experiments/). "
+            f"Another role has the values of {tuned}."
+            if "lora" in values
             else f"As in {tuned}."
         ),
         "eval": f"The teacher is measured at {facts.steps} steps and at the student's number. {quality}",
     }
     if facts.large:
+        images = values["train"]["batch_size"] * values["train"]["accumulate"] * wishes.gpus
         found["train"] = (
-            f"{IMAGES} images an update, on {wishes.gpus} GPU{'s' * (wishes.gpus > 1)}; the batch size is the largest "
-            f"that fits into {memory:.0f} GB by `fastgen plan`. 5,000 updates are ours: end the run when its samples "
-            "stop getting better."
+            f"{images} samples an update, on {wishes.gpus} GPU{'s' * (wishes.gpus > 1)}, with {peak / 1e9:.1f} GB on "
+            "each by `fastgen plan`. 5,000 updates are ours: end the run when its samples stop getting better."
         )
     return found
 

@@ -20,10 +20,9 @@ from fastgen.starting.comments import written
 from fastgen.starting.facts import Wishes, look_at
 from fastgen.starting.values import IMAGES, first_values
 
-TEMPLATES = (
-    *("dmd2", "phased_dmd", "gndm", "adm", "rtdmd"),
-    *("consistency", "scm", "flow_map", "mean_flow", "ode_regression"),
-)  # the objectives that have a recipe for the digits
+PROMPTED = ("dmd2", "phased_dmd", "gndm", "adm", "rtdmd")  # objectives that need no data but prompts
+# those that have a recipe for the digits; ode_regression is left out, whose pairs `fastgen prepare` makes first
+TEMPLATES = (*PROMPTED, "consistency", "scm", "flow_map", "mean_flow")
 MEMORY = 80.0  # GB, assumed for a large network where there is no GPU
 
 
@@ -35,12 +34,11 @@ def first_recipe(wishes: Wishes) -> tuple[str, Plan]:
     facts = look_at(wishes.pipeline)
     values = first_values(wishes, facts)
     check_data(wishes, values)
-    recipe = built(values)
     memory = wishes.memory or memory_here() or (MEMORY if facts.large else None)
-    found = plan(recipe, wishes.gpus) if facts.large else plan(recipe, wishes.gpus, gpu=memory is not None)
-    if memory is not None and facts.large:
-        values, found = fitted(values, found, memory * 1e9 * (1 - HEADROOM) - CONTEXT, wishes.gpus)
-    return written(wishes, facts, values, memory), found
+    found = plan(built(values), wishes.gpus, gpu=memory is not None)
+    if memory is not None:
+        values, found = fitted(values, found, memory, wishes.gpus, facts.large)
+    return written(wishes, facts, values, found.peak), found
 
 
 def check_data(wishes: Wishes, values: Mapping[str, Any]) -> None:
@@ -62,14 +60,25 @@ def memory_here() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None
 
 
-def fitted(values: dict[str, Any], found: Plan, memory: float, gpus: int) -> tuple[dict[str, Any], Plan]:
-    """The values with the largest batch size that fits, or else with the lines that make one sample fit."""
+def fitted(
+    values: dict[str, Any], found: Plan, gigabytes: float, gpus: int, large: bool
+) -> tuple[dict[str, Any], Plan]:
+    """The values with the fewest lines that make them fit; those of a large network that fits as it is, with the
+    largest batch size that still does. Raises ValueError if nothing makes them fit."""
+    memory = gigabytes * 1e9 * (1 - HEADROOM) - CONTEXT
     if found.peak > memory:
-        for line in advise(found, memory).lines or ():
+        advice = advise(found, memory)
+        if advice.lines is None:
+            enough = f"; {advice.gpus} GPUs would hold it, sharded" if advice.gpus else ""
+            raise ValueError(
+                f"with every change that saves memory it takes {advice.peak / 1e9:.1f} GB on each GPU, and "
+                f"{gigabytes:g} GB leave {max(memory, 0) / 1e9:.1f}{enough}"
+            )
+        for line in advice.lines:
             apply_override(values, line)
-        return values, plan(built(values), gpus)
+        return values, plan(built(values), gpus, gpu=True)
     most = max(1, IMAGES // gpus)
-    if most == 1:
+    if most == 1 or not large:
         return values, found
     two = plan(built(with_batch(values, 2, most)), gpus)
     each = max(1, two.peak - found.peak)  # activations grow in proportion to the batch

@@ -17,15 +17,17 @@ COPIES = ("student", "fake_score")  # roles that can be adapters of the teacher
 
 
 def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
-    template = read_template(wishes.objective)
-    objective, large = dict(template["objective"]), facts.large
+    template, large = read_template(wishes.objective), facts.large
+    objective, train = dict(template["objective"]), train_of(template["train"], large, wishes.gpus)
     if "guidance_scale" in objective:
         objective["guidance_scale"] = facts.guidance
     if "phases" in objective:
-        objective["phases"] = phases(wishes.steps, template["train"]["steps"])
+        objective["phases"] = phases(wishes.steps, train["steps"])
     if large:
         for key in ("condition_on_stop", "stops"):
             objective.pop(key, None)
+        if "phases" in objective:
+            objective["experts"] = False  # adapters of several experts need a pipeline that has them
     name = f"{Path(wishes.pipeline).name.lower().replace('-', '_')}_{wishes.objective}_{wishes.steps}step"
     roles = list(template["optimizers"])
     copies = [role for role in COPIES if role in roles] if large else []
@@ -38,7 +40,7 @@ def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
         "objective": objective,
         **({"lora": {role: {"rank": 64, "alpha": 8} for role in copies}} if copies else {}),
         "optimizers": {role: optimizer(template["optimizers"][role], role in copies) for role in roles},
-        "train": train_of(template["train"], large, wishes.gpus),
+        "train": train,
         "eval": eval_of(wishes, facts),
     }
     return values
@@ -82,7 +84,7 @@ def optimizer(tuned: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
 
 def train_of(tuned: Mapping[str, Any], large: bool, gpus: int) -> dict[str, Any]:
     if not large:
-        return {**tuned, "batch_size": tuned["batch_size"]}
+        return dict(tuned)
     return {
         "steps": 5000,
         "batch_size": 1,
