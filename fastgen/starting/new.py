@@ -77,18 +77,19 @@ def fitted(
         for line in advice.lines:
             apply_override(values, line)
         return values, plan(built(values), gpus, gpu=True)
-    most = max(1, IMAGES // gpus)
-    if most == 1 or not large:
+    least = values["train"]["batch_size"]
+    most = max(least, IMAGES // gpus)
+    if not large or 2 * least > most:
         return values, found
-    two = plan(built(with_batch(values, 2, most)), gpus)
-    each = max(1, two.peak - found.peak)  # activations grow in proportion to the batch
-    size = 1 << max(0, min(most, 1 + int((memory - found.peak) / each)).bit_length() - 1)
-    while size > 1:
-        chosen = with_batch(values, size, most)
-        tried = two if size == 2 else plan(built(chosen), gpus)
+    twice = plan(built(with_batch(values, 2 * least, most)), gpus)
+    each = max(1, twice.peak - found.peak)  # activations grow in proportion to the batch
+    times = 1 << (min(most // least, 1 + int((memory - found.peak) / each)).bit_length() - 1)
+    while times > 1:
+        chosen = with_batch(values, times * least, most)
+        tried = twice if times == 2 else plan(built(chosen), gpus)
         if tried.peak <= memory:
             return chosen, tried
-        size //= 2
+        times //= 2
     return values, found
 
 

@@ -18,7 +18,10 @@ COPIES = ("student", "fake_score")  # roles that can be adapters of the teacher
 
 def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
     template, large = read_template(wishes.objective), facts.large
-    objective, train = dict(template["objective"]), train_of(template["train"], large, wishes.gpus)
+    objective, train = dict(template["objective"]), train_of(template["train"], large)
+    if large:  # as few samples at a time as the objective takes; fitted() raises it
+        train["batch_size"] = objective.get("group_size", 1)
+        train["accumulate"] = max(1, IMAGES // wishes.gpus // train["batch_size"])
     if "guidance_scale" in objective:
         objective["guidance_scale"] = facts.guidance
     if "phases" in objective:
@@ -82,13 +85,13 @@ def optimizer(tuned: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
     return {"lr": 5e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "max_grad_norm": 10.0, "warmup": 100}
 
 
-def train_of(tuned: Mapping[str, Any], large: bool, gpus: int) -> dict[str, Any]:
+def train_of(tuned: Mapping[str, Any], large: bool) -> dict[str, Any]:
     if not large:
         return dict(tuned)
     return {
         "steps": 5000,
         "batch_size": 1,
-        "accumulate": max(1, IMAGES // gpus),
+        "accumulate": 1,
         "mixed_precision": "bf16",
         "frozen_dtype": "bfloat16",
         "gradient_checkpointing": True,
