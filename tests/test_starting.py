@@ -116,7 +116,12 @@ def test_every_method_has_a_first_recipe_of_small_and_of_large_networks(pipeline
     facts = look_at(pipeline)
     assert facts.large == (pipeline != "assets/teachers/digits")
     for objective in PROMPTED:
-        built(first_values(Wishes(pipeline, objective=objective), facts))
+        values = first_values(Wishes(pipeline, objective=objective), facts)
+        if facts.large and objective == "rtdmd":  # whose steps no stock scheduler of this family can store
+            with pytest.raises(ValueError, match="transition: cps cannot be stored"):
+                built(values)
+        else:
+            built(values)
     for objective in () if facts.large else TEMPLATES:  # pictures need the size of a pipeline whose files are there
         built(first_values(Wishes(pipeline, objective=objective, images="assets/first_frames"), facts))
     for objective in ("dmd2", "phased_dmd"):
