@@ -193,7 +193,7 @@ class EvalConfig:
         from fastgen.metrics.features import check_clip, check_inception
         from fastgen.metrics.reference import TEACHER, given_files, given_prompts, open_reference
 
-        if self.reference == TEACHER and self.prompts is None:
+        if self.reference == TEACHER and self.prompts is None and self.images is None:
             raise ValueError("prompts: reference: teacher has none of its own; give a file or a list of prompts")
         folder = None if self.reference in ("digits", TEACHER) else self.reference  # digits ship with fastgen
         for key, value, read in (

@@ -63,12 +63,11 @@ def evaluate_with_samples(
     """Draws num_samples samples and measures them. Returns the result, in plain JSON values, and the first samples (at
     most 64 images, a few frames of 8 videos, or 2,000 points) for a report.
 
-    reference: given where the config says "teacher" (`teacher_reference`).
-
     The same machine, configuration and weights give the same result to the bit, except for throughput's seconds. The
     batch size changes no prompt and no seed. partial: a file for what an interrupted call has gathered, from which a
-    later call continues. The caller must remove it. Raises ValueError, before the first sample, for metrics that do
-    not fit the backbone or lack a reference. Raises ValueError too for samples that are not finite."""
+    later call continues. The caller must remove it. reference: given where the config says "teacher". Raises
+    ValueError, before the first sample, for metrics that do not fit the backbone or lack a reference; and for samples
+    that are not finite."""
     config.check()
     backbone = sampler.backbone
     reference = reference or find_reference(backbone.output, config)

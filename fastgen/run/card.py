@@ -54,7 +54,6 @@ def card_data(backbone: Backbone, recipe: Recipe, adapter: bool) -> ModelCardDat
         license=licence(folder),
         pipeline_tag=TAGS.get((backbone.output, backbone.takes_image)),
         tags=["distillation", "few-step", recipe.objective.name],
-        ignore_metadata_errors=False,
         **base,
     )
 

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Trackers:
             if kind == "tensorboard":
                 tracker.log_images({name: reduced(path)[None]}, step=step, dataformats="NHWC")
             else:
-                tracker.log({name: library(kind).Image(str(path), caption=caption)}, step=step)
+                tracker.log({name: import_module(kind).Image(str(path), caption=caption)}, step=step)
 
     def finish(self) -> None:
         for tracker in self.kinds.values():
@@ -52,13 +53,13 @@ class Trackers:
 
 
 def opened(name: str, folder: Path, step: int) -> GeneralTracker:
-    cls = LOGGER_TYPE_TO_CLASS[name]
+    """A run that is continued has the name or the id that it had before."""
+    cls, run = LOGGER_TYPE_TO_CLASS[name], folder.resolve().name
     if name == "tensorboard":
         return cls("tensorboard", str(folder), purge_step=step + 1)
-    known = {"name": folder.resolve().name, "resume": "allow"}
-    if name == "trackio":  # it continues the run of this name
-        return cls(PROJECT, **{**known, "name": f"{known['name']}-{run_id(folder)[:8]}"})
-    return cls(PROJECT, **known, id=run_id(folder), dir=str(folder))
+    if name == "trackio":
+        return cls(PROJECT, name=f"{run}-{run_id(folder)[:8]}", resume="allow")
+    return cls(PROJECT, name=run, id=run_id(folder), resume="allow", dir=str(folder))
 
 
 def run_id(folder: Path) -> str:
@@ -67,10 +68,6 @@ def run_id(folder: Path) -> str:
     if not path.is_file():
         path.write_text(uuid.uuid4().hex)
     return path.read_text()
-
-
-def library(name: str) -> Any:
-    return __import__(name)
 
 
 def reduced(path: Path) -> np.ndarray:
