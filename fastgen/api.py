@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgen.config import build_recipe
 from fastgen.config import load_recipe as read
 from fastgen.config.text import apply_override
-from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.evaluation.scoring import batches, choose, match
 from fastgen.evaluation.scoring import score as score_batch
 from fastgen.metrics.reference import read_images
@@ -80,7 +80,7 @@ def load(path: str | Path, **options: Any) -> Any:
 
 def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:
     """Measures a run, an export, a pipeline or a folder of images; the result has the numbers in `metrics`. options:
-    those of `fastgen.evaluation.evaluate.evaluate_path`, such as metrics="fid,clip_score", num_samples or output."""
+    those of `fastgen.evaluation.folders.evaluate_path`, such as metrics="fid,clip_score", num_samples or output."""
     return evaluate_path(Path(path), **options)
 
 

@@ -345,7 +345,7 @@ def evaluate(
 
     The command can be interrupted. Started again, it goes on where it was."""
     from fastgen.evaluation.config import scorer_keys
-    from fastgen.evaluation.evaluate import evaluate_path
+    from fastgen.evaluation.folders import evaluate_path
     from fastgen.evaluation.results import compare
     from fastgen.registry import RecipeError
 

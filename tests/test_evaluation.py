@@ -18,7 +18,7 @@ from fastgen.config import load_recipe
 from fastgen.config.stored import dump_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
-from fastgen.evaluation import results
+from fastgen.evaluation import folders, results
 from fastgen.evaluation.report import pictures_in
 from fastgen.metrics.reference import read_images
 from fastgen.recipe import EvalConfig
@@ -162,7 +162,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     save_grid(pixels[:60], folder / "grid.png")  # as `fastgen sample` does; no sample
     output = tmp_path / "out" / "results.json"
     metrics = ("fid", "accuracy", "precision_recall")
-    result = evaluation.evaluate_path(folder, metrics=",".join(metrics), output=output, progress=False)
+    result = folders.evaluate_path(folder, metrics=",".join(metrics), output=output, progress=False)
     print(result["metrics"])
     assert result["num_samples"] == 60 and result["metrics"]["fid"] < 0.01 and result["metrics"]["accuracy"] > 0.9
     assert json.loads(output.read_text()) == result and sorted(f.name for f in output.parent.iterdir()) == [
@@ -171,14 +171,14 @@ def test_folder_of_images(tmp_path: Path) -> None:
     ]
     assert_self_contained(output.with_suffix(".html").read_text())
     with pytest.raises(ValueError, match="fewer than num_samples"):
-        evaluation.evaluate_path(folder, metrics=metrics, num_samples=61, progress=False)
+        folders.evaluate_path(folder, metrics=metrics, num_samples=61, progress=False)
     (folder / "007.txt").unlink()
     with pytest.raises(ValueError, match="have no caption"):
-        evaluation.evaluate_path(folder, metrics=metrics, progress=False)
+        folders.evaluate_path(folder, metrics=metrics, progress=False)
     with pytest.raises(ValueError, match="--metrics"):
-        evaluation.evaluate_path(folder, progress=False)
+        folders.evaluate_path(folder, progress=False)
     with pytest.raises(ValueError, match="there is no folder"):
-        evaluation.evaluate_path(tmp_path / "nowhere", progress=False)
+        folders.evaluate_path(tmp_path / "nowhere", progress=False)
 
 
 def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
@@ -193,18 +193,16 @@ def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
         "progress": False,
     }
     teacher = project / "assets/teachers/digits"
-    found = [evaluation.evaluate_path(teacher, num_steps=steps, **options) for steps in (1, 6)]
+    found = [folders.evaluate_path(teacher, num_steps=steps, **options) for steps in (1, 6)]
     assert found[0]["metrics"]["fid"] > 1.5 * found[1]["metrics"]["fid"] > 0
     assert found[0]["reference_sampler"].startswith("6 steps, guidance scale 7")
     assert found[0]["reference"] == "teacher" and found[0]["features"] == "latents"
     with pytest.raises(ValueError, match="has none of its own"):
-        evaluation.evaluate_path(teacher, **{**options, "prompts": None})
+        folders.evaluate_path(teacher, **{**options, "prompts": None})
     with pytest.raises(ValueError, match="for runs, exports and pipelines"):
-        evaluation.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1})
+        folders.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1})
     with pytest.raises(ValueError, match="here is no pipeline"):
-        evaluation.evaluate_path(
-            project / "assets/first_frames", **{**options, "num_samples": 1, "reference": "digits"}
-        )
+        folders.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1, "reference": "digits"})
 
 
 def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:
@@ -215,11 +213,11 @@ def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     export(backbone.load("student"), backbone, recipe, run / "export", 0, {})
-    result = evaluation.evaluate_path(run, output=tmp_path / "results.json", device="cpu", progress=False)
+    result = folders.evaluate_path(run, output=tmp_path / "results.json", device="cpu", progress=False)
     assert set(result["metrics"]) == {"energy_distance", "energy_distance_floor"} and result["num_samples"] == 300
     assert result["policy"]["timesteps"] == list(recipe.rollout.timesteps) and len(result["weights"]) == 1
     assert_self_contained((tmp_path / "results.html").read_text())
-    other = evaluation.evaluate_path(run, num_samples=100, metrics="mean_error", seed=3, device="cpu", progress=False)
+    other = folders.evaluate_path(run, num_samples=100, metrics="mean_error", seed=3, device="cpu", progress=False)
     assert other["num_samples"] == 100 and other["seed"] == 3 and set(other["metrics"]) == {"mean_error"}
 
 
@@ -232,7 +230,7 @@ def test_page_with_points_is_self_contained_and_repeatable(tmp_path: Path) -> No
         result, samples[name] = evaluation.evaluate_with_samples(sampler, config, progress=False)
         rows.append({"name": name, **result, "seconds": 1.0})
     assert isinstance(sampler.backbone, GaussianMixture)
-    samples["exact"] = evaluation.exact_points(sampler.backbone, config, sampler)
+    samples["exact"] = folders.exact_points(sampler.backbone, config, sampler)
     results.write_results(tmp_path / "a.json", rows, samples)
     results.write_results(tmp_path / "b.json", rows, samples)
     page = (tmp_path / "a.html").read_text()
@@ -246,7 +244,7 @@ def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
     sampler = CopyingSampler()
     for name, count in (("a", 50), ("b", 40)):
         result = evaluation.evaluate(sampler, pixel_config(num_samples=count), progress=False)  # type: ignore[arg-type]
-        evaluation.write_json(tmp_path / f"{name}.json", {"name": "student", **result})
+        folders.write_json(tmp_path / f"{name}.json", {"name": "student", **result})
     results.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "differ in num_samples, prompts_sha256" in page and "a.json)" in page and "b.json)" in page
@@ -264,7 +262,7 @@ def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: 
     for name in ("first", "<second>"):
         row, kept = evaluation.evaluate_with_samples(sampler, pixel_config(num_samples=20, seed=len(name)), False)  # type: ignore[arg-type]
         path = tmp_path / f"{len(name)}.json"
-        evaluation.write_json(path, {"name": name, **row})
+        folders.write_json(path, {"name": name, **row})
         results.write_page(path.with_suffix(".html"), [row | {"name": name}], {name: kept}, {name: ["a two"] * 20})
         pages += pictures_in(path.with_suffix(".html"), [name])
     assert len(pages) == 2 and pages[0].png != pages[1].png
@@ -284,7 +282,7 @@ def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: 
 def test_a_comparison_of_points_shows_them(tmp_path: Path) -> None:
     for name in ("a", "b"):
         row, kept = evaluation.evaluate_with_samples(mixture_teacher(2), EvalConfig(("mean_error",), 50), False)
-        evaluation.write_json(tmp_path / f"{name}.json", {"name": "run", **row})
+        folders.write_json(tmp_path / f"{name}.json", {"name": "run", **row})
         results.write_page(tmp_path / f"{name}.html", [row | {"name": "run"}], {"run": kept, "exact": kept}, {})
     results.compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -21,7 +21,7 @@ from fastgen.data import make_batch
 from fastgen.data.images import encode_files
 from fastgen.data.pairs import PairSettings
 from fastgen.data.prepared import PreparedData
-from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.planning.plan import plan
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError

@@ -34,7 +34,7 @@ from fastgen import signals
 from fastgen.backbones.gaussian_mixture import AnalyticDenoiser
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
-from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2, GNDM, Loss, State, Turn, replay
 from fastgen.registry import RecipeError

@@ -19,7 +19,7 @@ from benchmarks.leaderboard.entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASK
 from benchmarks.leaderboard.leaderboard import Pool, main, needed, perform, run_all, run_updates
 from benchmarks.rows import append_row, read_rows
 from fastgen.config import load_recipe
-from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.objectives import OBJECTIVES
 from fastgen.recipe import Recipe
 from fastgen.run.checkpoint import complete

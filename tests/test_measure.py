@@ -20,6 +20,7 @@ from fastgen.cli import app
 from fastgen.data import read_prompts
 from fastgen.data.digits import load_digits
 from fastgen.evaluation import evaluate as evaluation
+from fastgen.evaluation import folders
 from fastgen.evaluation.config import scorer_keys
 from fastgen.evaluation.scoring import score_folder, score_table
 from fastgen.metrics.features import check_inception
@@ -155,7 +156,7 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
         ({"metrics": "fid", "features": "inception", "inception_weights": "nowhere.pth"}, "there is no file"),
     ):
         with pytest.raises(ValueError, match=words):
-            evaluation.evaluate_path(pictures, progress=False, **options)
+            folders.evaluate_path(pictures, progress=False, **options)
     for text in ("clip_score", "=x", "clip_score="):
         with pytest.raises(ValueError, match="write NAME=PATH"):
             scorer_keys([text])

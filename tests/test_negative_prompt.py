@@ -22,7 +22,8 @@ from fastgen.backbones.wan import WanConfig
 from fastgen.config import load_recipe
 from fastgen.data import make_batch
 from fastgen.data.pairs import PairSettings
-from fastgen.evaluation.evaluate import evaluate, evaluate_path
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.planning.plan import components_of, prompt_rows
 from fastgen.recipe import EvalConfig, Recipe
 from fastgen.registry import RecipeError

@@ -16,7 +16,7 @@ from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.config.schema import recipe_schema, recipe_schema_text
 from fastgen.config.text import read_recipe
-from fastgen.evaluation.evaluate import evaluate_path
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
 from fastgen.starting.facts import Wishes, look_at
 from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe

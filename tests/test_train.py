@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastgen.config import load_recipe
-from fastgen.evaluation.evaluate import evaluate, evaluate_path
+from fastgen.evaluation.evaluate import evaluate
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint

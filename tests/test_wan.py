@@ -22,7 +22,8 @@ from fastgen.backbones.wan import Wan, WanConfig, WanDenoiser, latent_size
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe
 from fastgen.denoiser import Inputs
-from fastgen.evaluation.evaluate import evaluate_path, evaluate_with_samples
+from fastgen.evaluation.evaluate import evaluate_with_samples
+from fastgen.evaluation.folders import evaluate_path
 from fastgen.evaluation.report import draw_pictures, sample_section
 from fastgen.modules.experts import Experts
 from fastgen.modules.heads import TokenHeads

@@ -276,7 +276,7 @@ def run_row(row: Row, teacher: dict[str, Any], device: str) -> dict[str, Any]:
 
 def evaluate(run: Path, num_steps: int | None = None) -> dict[str, float]:
     """What `fastgen eval RUN` gives, with --num-steps where it is not the recipe's."""
-    from fastgen.evaluation.evaluate import evaluate_path
+    from fastgen.evaluation.folders import evaluate_path
 
     return dict(evaluate_path(run, num_steps=num_steps, progress=False)["metrics"])
 

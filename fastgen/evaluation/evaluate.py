@@ -1,6 +1,5 @@
 """Evaluation: draws samples from prompts and seeds, measures them, and records what repeating the numbers needs."""
 
-import dataclasses
 import hashlib
 import platform
 import time
@@ -11,22 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import exact_data, read_prompts
-from fastgen.data.files import check_output, write_json
 from fastgen.data.images import encode_files
-from fastgen.evaluation.config import merged_scorers
-from fastgen.evaluation.measure import KEPT, Partial, measure
-from fastgen.evaluation.results import Row, print_results, write_page
+from fastgen.evaluation.measure import Partial, measure
+from fastgen.evaluation.results import Row
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
-from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
     TEACHER,
     Reference,
@@ -41,9 +35,7 @@ from fastgen.metrics.reference import (
 )
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
-from fastgen.rewards import SCORERS
-from fastgen.sampling.original import export_folder, original
-from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.sampling.sampler import Sampler
 
 T = TypeVar("T")
 
@@ -266,137 +258,3 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
         **({"scorers": networks} if networks else {}),
         "versions": {"fastgen": fastgen.__version__, "python": platform.python_version(), **versions},
     }
-
-
-def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
-    """Exact samples with the labels of the first evaluated samples, which are drawn behind those."""
-    prompts = find_prompts(sampler, config, None)[: KEPT[2]]
-    key = noise.make_key(config.seed, "exact", 0)
-    labels = labels_of(backbone.law, prompts)
-    return backbone.law.sample(torch.arange(len(prompts)), labels, key).flatten(1).float()
-
-
-def evaluate_path(
-    path: Path,
-    *,
-    output: Path | None = None,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool = True,
-    overwrite: bool = True,
-    **options: Any,
-) -> Row:
-    """`fastgen eval`: measures a run folder, an export, a diffusers pipeline folder or a folder of images.
-
-    options: fields of EvalConfig; None means not given. metrics may be one text, "a,b". If the folder has a
-    recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
-    with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
-    device: by default a GPU if there is one.
-
-    Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. An interrupted
-    evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
-    Raises ValueError for anything that does not fit."""
-    path = Path(path)
-    if output is not None:
-        if Path(output).suffix == ".html":
-            raise ValueError(
-                f"--output is the results file, such as {Path(output).with_suffix('.json')}; the page is made"
-            )
-        for file in (Path(output), Path(output).with_suffix(".html")):
-            check_output(file, overwrite)
-    if not path.is_dir():
-        raise ValueError(f"there is no folder {path}")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    config, own = path_config(path, given)
-    config.check()
-    samples, captions = dict[str, Tensor](), dict[str, list[str]]()
-    name, started = path.resolve().name, time.perf_counter()
-    partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if is_image_folder(path):
-        if (num_steps, guidance_scale, negative_prompt) != (None, None, None):
-            raise ValueError(
-                f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
-                "scale and the negative prompt"
-            )
-        result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
-        captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
-    else:
-        sampler = load_sampler(
-            path,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            image=config.images is not None,
-            device=chosen,
-            dtype=dtype,
-        )
-        if (
-            not own
-            and sampler.backbone.output == "pixels"
-            and {config.reference, config.prompts, config.images} == {None}
-        ):
-            config = dataclasses.replace(config, reference="digits")
-        reference = None
-        if config.reference == TEACHER:
-            reference = teacher_reference(teacher_of(path, sampler, config), config)
-        result, samples[name] = evaluate_with_samples(sampler, config, progress, partial, reference)
-        captions[name] = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
-        if sampler.backbone.law is not None:
-            samples["exact"] = exact_points(sampler.backbone, config, sampler)
-    result = {"name": name, **result}
-    print_results([result])
-    counted = "; images_per_second leaves out loading and the first batch" if "throughput" in config.metrics else ""
-    print(f"{config.num_samples} samples in {time.perf_counter() - started:.0f} seconds, with loading{counted}")
-    if output is not None:
-        write_json(Path(output), result)
-        write_page(Path(output).with_suffix(".html"), [result], samples, captions)
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-    return result
-
-
-def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
-    """The teacher of a run or an export, as its stock pipeline samples. Any other pipeline is its own teacher."""
-    given, folder = config.teacher_guidance_scale, export_folder(path)
-    if folder is None:
-        backbone, teacher, scale = sampler.backbone, sampler.denoiser, sampler.guidance_scale
-    else:
-        section, recipe = original(folder)
-        backbone = section.build(sampler.backbone.device, sampler.backbone.dtype, 0)
-        teacher, scale = backbone.load("teacher"), recipe.teacher_guidance
-    steps = max(config.teacher_steps, default=50)
-    return teacher_sampler(backbone, steps, scale if given is None else given, teacher)
-
-
-def is_image_folder(path: Path) -> bool:
-    return not any((path / name).is_file() for name in ("model_index.json", "fastgen.json", "recipe.yaml"))
-
-
-def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]:
-    """The evaluation config of a folder, and whether the folder has a recipe.yaml."""
-    values: dict[str, Any] = {}
-    own = (path / "recipe.yaml").is_file()
-    if own:
-        # Only this section is read, because files that only training needs may be missing.
-        values = (yaml.safe_load((path / "recipe.yaml").read_text()) or {}).get("eval") or {}
-    elif is_image_folder(path):
-        values = {"num_samples": len(sample_files(path))}
-    values |= {**given, "scorers": merged_scorers(values.get("scorers", {}), given.get("scorers", {}))}
-    if isinstance(values.get("metrics"), str):
-        values["metrics"] = tuple(name.strip() for name in values["metrics"].split(",") if name.strip())
-    if not own and is_image_folder(path) and not set(values.get("metrics", ())) <= set(SCORERS):
-        values = {"reference": "digits"} | values
-    if "metrics" not in values:
-        raise ValueError(
-            f"no metrics are given, neither as --metrics a,b nor by a recipe.yaml in {path}; choose from "
-            f"{', '.join(METRICS)}"
-        )
-    try:
-        return TypeAdapter(EvalConfig).validate_python(values), own
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise ValueError("\n".join(line.removeprefix(": ") for line in lines)) from None
