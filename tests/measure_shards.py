@@ -51,9 +51,9 @@ def main() -> None:
     peaks: list[int] = []
     open_data = type(recipe.data).open
 
-    def measured_open(self: Any, backbone: Any, seed: int) -> Any:  # the networks are there, images are not yet
+    def measured_open(*arguments: Any) -> Any:  # the networks are there, images are not yet
         peaks.append(loading.peak)
-        return open_data(self, backbone, seed)
+        return open_data(*arguments)
 
     type(recipe.data).open = measured_open
     with AllocatedBytes() as loading:
