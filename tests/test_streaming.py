@@ -30,6 +30,8 @@ POLICIES = {
     "sink, absolute": ChunkSchedule(frames=2, window=6, sink=2, positions="absolute"),
     "EMA sink": ChunkSchedule(frames=2, window=6, sink=2, sink_decay=0.5),
     "context noise": ChunkSchedule(frames=2, window=4, context_noise=0.1),
+    "slow memory": ChunkSchedule(frames=2, window=6, sink=1, slow=2, slow_similarity=0.2),
+    "8 bits": ChunkSchedule(frames=2, window=4, cache_dtype="int8"),
 }
 
 
@@ -93,6 +95,13 @@ def test_chunks_and_what_they_see() -> None:
     ("options", "words"),
     [
         ({"frames": 3, "window": 5, "sink": 3}, "set window to at least 6"),
+        (
+            {"frames": 3, "window": 7, "sink": 3, "slow": 2},
+            "a slow memory of 2 and a chunk of 3; set window to at least 8",
+        ),
+        ({"frames": 3, "slow": 2}, "give a window"),
+        ({"frames": 3, "sink": 3, "window": 12, "slow": 3, "sink_decay": 0.9}, "leave out sink_decay"),
+        ({"frames": 3, "window": 9, "slow": 3, "positions": "absolute"}, "positions: absolute"),
         ({"frames": 3, "sink": 3, "sink_decay": 0.9}, "give a window"),
         ({"frames": 3, "sink": 2, "window": 9, "sink_decay": 0.9}, "sink = frames = first"),
         ({"frames": 3, "sink": 3, "window": 10, "sink_decay": 0.9}, "multiple"),
@@ -123,7 +132,7 @@ def test_cached_chunks_equal_the_teacher_forcing_mask(name: str, network: WanDen
     frames = chunks.split(7 if chunks.first else 8)[-1].stop
     x, clean, t = draws(frames)("x"), draws(frames)("clean"), torch.tensor([0.9, 0.3], dtype=torch.float64)
     inputs = Inputs(causal=chunks, clean=clean)
-    if chunks.sink and chunks.positions == "relative":
+    if chunks.cache_dtype or (chunks.sink + chunks.slow and chunks.positions == "relative"):
         with pytest.raises(ValueError, match="go chunk by chunk"):
             network(x, t, conditioning(), inputs)
         return
@@ -303,7 +312,7 @@ def test_memory_stays_flat(network: WanDenoiser) -> None:
 # --- draws
 
 
-@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise"])
+@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits"])
 def test_the_same_seed_gives_the_same_video(name: str, network: WanDenoiser) -> None:
     """Whole, streamed, and as the beginning of a longer video: the same bits, also in training."""
     chunks = POLICIES[name]
@@ -397,7 +406,7 @@ def gradients(student: WanDenoiser, sampler: RolloutPolicy, frames: int, to: flo
     return list(torch.autograd.grad((rollout.x * weight).sum(), list(student.parameters())))
 
 
-@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise"])
+@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits"])
 def test_replay_and_checkpointing_give_the_gradient_of_the_whole_graph(name: str) -> None:
     student, chunks = wan(), POLICIES[name]
     whole = gradients(student, policy(chunks), 8, to=0.2)

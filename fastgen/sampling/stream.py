@@ -48,8 +48,11 @@ class StreamRequest:
         policy = RolloutPolicy(**current_names("rollout", read_metadata(folder)["policy"]))
         policy = with_window(policy, self.window, self.sink, self.force)
         assert policy.chunks is not None
-        if self.recache and policy.chunks.sink_decay is not None:
-            raise ValueError("--recache: the sink of this student is an average, which cannot be computed again")
+        if self.recache:
+            try:
+                policy.chunks.check_recache()
+            except ValueError as error:
+                raise ValueError(f"--recache: {error}") from None
         check_changes(self.changes, self.seconds)
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")

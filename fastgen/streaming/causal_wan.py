@@ -245,13 +245,15 @@ def chunk_layout(
 @functools.lru_cache(maxsize=64)
 def video_layout(chunks: ChunkSchedule, tokens: int, frames: int, clean: bool, device: torch.device) -> BlockLayout:
     """A whole video at once, or its clean and noisy frames. Raises ValueError for a schedule that no mask can express:
-    one whose sink changes or, in relative positions, moves."""
-    sink_moves = chunks.sink > 0 and chunks.evicts(frames)
-    if sink_moves and (chunks.sink_decay is not None or chunks.positions == "relative"):
+    one whose sink or slow memory changes or, in relative positions, moves; and one that keeps its past in 8 bits."""
+    stays_moves = chunks.sink + chunks.slow > 0 and chunks.evicts(frames)
+    if stays_moves and (chunks.sink_decay is not None or chunks.positions == "relative"):
         raise ValueError(
-            f"{frames} frames are more than the window of {chunks.window}, and then the sink of this schedule moves "
+            f"{frames} frames are more than the window of {chunks.window}, and then what stays of this schedule moves "
             "or changes from chunk to chunk, which no mask expresses; go chunk by chunk (form: chunks)"
         )
+    if chunks.cache_dtype is not None:
+        raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk (form: chunks)")
     if chunks.attention.layout != "dense":
         raise ValueError("a mask over whole videos is dense; go chunk by chunk (form: chunks) with attention top_k")
     mask = VideoMask(tokens, tuple(len(c) for c in chunks.split(frames)), chunks.window, chunks.sink)

@@ -3,30 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.streaming import precision, retention
+from fastgen.streaming.block import Block
 from fastgen.streaming.schedule import ChunkSchedule
-
-
-class Block(NamedTuple):
-    """Keys and values of some consecutive frames, [layers, B, frames x tokens, heads, D]. Keys are normalised but not
-    rotated: their position is decided anew for each chunk."""
-
-    frames: range
-    keys: Tensor
-    values: Tensor
-
-    def part(self, frames: range) -> "Block | None":
-        """The block of those of its frames that are in the given range, sharing its memory; None if there are none."""
-        first, last = max(self.frames.start, frames.start), min(self.frames.stop, frames.stop)
-        if first >= last:
-            return None
-        tokens = self.keys.shape[2] // len(self.frames)
-        begin, count = (first - self.frames.start) * tokens, (last - first) * tokens
-        return Block(range(first, last), self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +34,7 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        """The size of what is kept. Snapshots that share blocks share this memory."""
+        """The size of what is kept, in bytes. Snapshots that share blocks share this memory."""
         return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.keys, block.values))
 
     def memoised(self) -> "Context":
@@ -64,22 +48,18 @@ class Context:
         """Keys and values [B, tokens, heads, D] of all visible frames, in order; None if there are none."""
         if not self.blocks:
             return None
-        keys = torch.cat([block.keys[layer] for block in self.blocks], dim=1)
-        return keys, torch.cat([block.values[layer] for block in self.blocks], dim=1)
+        keys = torch.cat([precision.unpack(block.keys[layer]) for block in self.blocks], dim=1)
+        return keys, torch.cat([precision.unpack(block.values[layer]) for block in self.blocks], dim=1)
 
     def committed(self, memory: Sequence[tuple[Tensor, Tensor]]) -> "Context":
         """The context after the next chunk. memory: the chunk's keys and values, [B, tokens, heads, D], per layer.
 
-        What the chunk after it does not see leaves, or is averaged into the sink (`ChunkSchedule.sink_decay`)."""
-        keys, values = (torch.stack([pair[i] for pair in memory]) for i in (0, 1))
+        What the chunk after it does not see leaves, or goes into what stays of it (`streaming.retention`)."""
+        pack = precision.packed_as(self.chunks.cache_dtype)
+        keys, values = (torch.stack([pack(pair[i]) for pair in memory]) for i in (0, 1))
         blocks = [*self.blocks, Block(self.chunk, keys, values)]
         following = self.chunks.chunk_at(self.chunk.stop)
-        kept = self.chunks.past(following)
-        if self.chunks.sink_decay is not None:
-            for evicted in (b for b in blocks[1:] if all(b.part(frames) is None for frames in kept)):
-                blocks[0] = averaged(blocks[0], evicted, self.chunks.sink_decay)
-        parts = [block.part(frames) for frames in kept for block in blocks]
-        return Context(self.chunks, tuple(part for part in parts if part is not None), self.chunk.stop)
+        return Context(self.chunks, retention.kept(self.chunks, blocks, following), self.chunk.stop)
 
     def select(self, rows: Tensor | slice) -> "Context":
         """The context of some rows of the batch."""
@@ -121,10 +101,3 @@ class Context:
         if held != [frame for frames in chunks.past(context.chunk) for frame in frames]:
             raise ValueError("the stored frames are not those that this schedule keeps; it was saved with another one")
         return context
-
-
-def averaged(sink: Block, chunk: Block, decay: float) -> Block:
-    """decay sink + (1 - decay) chunk, in the sink's place. 1 and 0 are exact."""
-    pairs = ((sink.keys, chunk.keys), (sink.values, chunk.values))
-    keys, values = (decay * a + (1 - decay) * b for a, b in pairs)
-    return Block(sink.frames, keys, values)

@@ -45,10 +45,15 @@ class ChunkSchedule:
     A chunk that ends before frame e sees itself, the frames from e - (W - S) on, and the first S frames.
 
     frames: of a chunk.  first: of the first chunk; None: as many.
-    window: W, the number of frames that a chunk sees: sink, past and itself. None: the whole past.
+    window: W, the number of frames that a chunk sees: sink, slow memory, past and itself. None: the whole past.
     sink: S, the number of first frames that stay visible for ever. Without a window, the past includes them.
     sink_decay: a. When a chunk leaves the window, sink <- a sink + (1 - a) chunk, keys and values token by token
         (Reward Forcing's EMA sink, arXiv 2512.04678). 1 is a frozen sink; 0 is a plain window of the same W.
+    slow: L, the number of frames of a slow memory between the sink and the last frames (Context Forcing, arXiv
+        2602.06028, whose abstract names it; the rule is ours, `streaming.retention.renewed`). The first L frames that
+        leave fill it. Later ones take the place of its oldest, if they are new to it.
+    slow_similarity: c. A frame is new if the cosine between its keys and those of the newest frame in the slow memory
+        is below c. 1 takes every frame, which is a plain window of the same W; -1 takes none, which is a longer sink.
     positions: relative counts the visible frames from 0 in every chunk, which is exact at any length: without a sink,
         it equals absolute positions, because rotary attention depends on differences only. absolute keeps the sink at
         the position that it had, ever farther away.
@@ -57,6 +62,8 @@ class ChunkSchedule:
     order: chunk finishes a chunk before the next one begins, which sees it clean. With step, a chunk sees the earlier
         ones at the level that its own step goes to: every step is a pass over the video with a context of its own, and
         the last pass sees clean frames (HiAR, https://github.com/Jacky-hate/HiAR). One step is the same in both.
+    cache_dtype: int8 keeps what finished frames leave behind in 8 bits, with a scale for each token and head
+        (`streaming.precision`), in training and in sampling. None: as it was computed. An averaged sink stays so.
     first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
     replay: whether training holds the graph of one chunk at a time. The gradient is the same; the student's last step
         and the commits are computed twice. Not for sharded networks.
@@ -67,8 +74,11 @@ class ChunkSchedule:
     window: int | None = Field(default=None, ge=1, le=MOST_FRAMES)
     sink: int = Field(default=0, ge=0, le=MOST_FRAMES)
     sink_decay: float | None = Field(default=None, ge=0, le=1)
+    slow: int = Field(default=0, ge=0, le=MOST_FRAMES)
+    slow_similarity: float = Field(default=0.95, ge=-1, le=1)
     positions: Literal["relative", "absolute"] = "relative"
     context_noise: float = Field(default=0.0, ge=0, lt=1)
+    cache_dtype: Literal["int8"] | None = None
     order: Literal["chunk", "step"] = "chunk"
     first_timesteps: tuple[float, ...] | None = Field(default=None, min_length=1)
     replay: bool = False
@@ -77,10 +87,23 @@ class ChunkSchedule:
     @model_validator(mode="after")
     def _window(self) -> "ChunkSchedule":
         largest = max(self.frames, self.first or 0)
-        if self.window is not None and self.window < self.sink + largest:
+        least = self.sink + self.slow + largest
+        if self.window is not None and self.window < least:
+            memory = f", a slow memory of {self.slow}" if self.slow else ""
             raise ValueError(
-                f"window: {self.window} frames cannot hold a sink of {self.sink} and a chunk of {largest}; "
-                f"set window to at least {self.sink + largest}"
+                f"window: {self.window} frames cannot hold a sink of {self.sink}{memory} and a chunk of {largest}; "
+                f"set window to at least {least}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _slow(self) -> "ChunkSchedule":
+        if self.slow and self.window is None:
+            raise ValueError("slow keeps some of what leaves the window, and there is none: give a window")
+        if self.slow and (self.sink_decay is not None or self.positions == "absolute"):
+            raise ValueError(
+                "slow keeps frames that differ from sample to sample, at positions relative to the chunk: leave out "
+                "sink_decay, and positions: absolute"
             )
         return self
 
@@ -107,6 +130,16 @@ class ChunkSchedule:
             )
         return self
 
+    def check_recache(self) -> None:
+        """Raises ValueError if what a context holds cannot be computed again from the frames that are still there."""
+        averaged, slow = self.sink_decay is not None, self.slow > 0
+        for there, what in ((averaged, "an averaged sink (chunks.sink_decay)"), (slow, "a slow memory (chunks.slow)")):
+            if there:
+                raise ValueError(
+                    f"{what} is made of frames that are gone, so it cannot be computed again with "
+                    "another prompt; change the prompt without recache"
+                )
+
     def chunk_at(self, start: int) -> range:
         """The frames of the chunk that begins at frame `start`. A stream has no end, so any chunk exists."""
         return range(start, start + (self.frames if start else self.first or self.frames))
@@ -131,14 +164,15 @@ class ChunkSchedule:
         return chunks
 
     def past(self, chunk: range) -> tuple[range, ...]:
-        """The earlier frames that a chunk sees, in order: the sink and the window, or one range if they touch."""
+        """The earlier frames that a chunk sees, in order: those that stay and the window, or one range if they touch.
+        The slow memory goes by the numbers of the frames that filled it first."""
         if self.window is None:
             return (range(chunk.start),) if chunk.start else ()
-        sink = min(self.sink, chunk.start)
-        begin = max(chunk.stop - (self.window - self.sink), sink)
-        if begin == sink:
+        old = min(self.sink + self.slow, chunk.start)
+        begin = max(chunk.stop - (self.window - self.sink - self.slow), old)
+        if begin == old:
             return (range(chunk.start),) if chunk.start else ()
-        return tuple(frames for frames in (range(sink), range(begin, chunk.start)) if frames)
+        return tuple(frames for frames in (range(old), range(begin, chunk.start)) if frames)
 
     def evicts(self, num_frames: int) -> bool:
         """Whether a video of this length is longer than the window."""

@@ -147,14 +147,10 @@ class Stream:
 
         The frames that it holds, those of the sink included, are committed once more in order, each at the place where
         the next chunk sees it, and each sees those before it. While no frame has left the window, and with the same
-        prompt, this gives the context that is there. Raises ValueError for a sink that averages frames."""
+        prompt, this gives the context that is there. Raises ValueError as `ChunkSchedule.check_recache` does."""
         self.commit()
         chunks = self.context.chunks
-        if chunks.sink_decay is not None:
-            raise ValueError(
-                "the sink of this schedule is an average over frames that are gone, so it cannot be computed again "
-                "with another prompt; change the prompt without recache"
-            )
+        chunks.check_recache()
         again = Context(chunks)
         for block in self.context.blocks:
             own = replace(chunks, frames=len(block.frames), first=None, window=None)

@@ -1,0 +1,75 @@
+"""What stays of the frames that leave the window of a context."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgen.streaming.block import Block
+from fastgen.streaming.precision import unpack
+from fastgen.streaming.schedule import ChunkSchedule
+
+
+def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tuple[Block, ...]:
+    """The blocks that the following chunk sees, in order, of those that there are.
+
+    A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one, and is gone if not."""
+    ranges = chunks.past(following)
+    if chunks.sink_decay is not None:
+        sink, *rest = blocks
+        for block in rest:
+            if all(block.part(frames) is None for frames in ranges):
+                sink = averaged(sink, block, chunks.sink_decay)
+        blocks = [sink, *rest]
+    if chunks.slow and ranges[0].stop < following.start:
+        blocks = absorbed(chunks, blocks, ranges[1].start if len(ranges) > 1 else following.start)
+    parts = [block.part(frames) for frames in ranges for block in blocks]
+    return tuple(part for part in parts if part is not None)
+
+
+def averaged(sink: Block, chunk: Block, decay: float) -> Block:
+    """decay sink + (1 - decay) chunk, in the sink's place. 1 and 0 are exact. It is not packed: in 8 bits, changes as
+    small as those of a decay near 1 would be rounded away."""
+    pairs = ((sink.keys, chunk.keys), (sink.values, chunk.values))
+    keys, values = (decay * unpack(a) + (1 - decay) * unpack(b) for a, b in pairs)
+    return Block(sink.frames, keys, values)
+
+
+def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], begin: int) -> list[Block]:
+    """The blocks [sink, slow memory, window], where the frames before `begin` have gone into the slow memory."""
+    first, last = chunks.sink, chunks.sink + chunks.slow
+    sink, slow, window = (joined(blocks, frames) for frames in (range(first), range(first, last), range(last, begin)))
+    assert slow is not None
+    if window is not None:
+        for frame in window.frames:
+            part = window.part(range(frame, frame + 1))
+            assert part is not None
+            slow = renewed(slow, part, chunks.slow_similarity)
+    rest = (block.part(range(begin, block.frames.stop)) for block in blocks)
+    return [block for block in (sink, slow, *rest) if block is not None]
+
+
+def joined(blocks: Sequence[Block], frames: range) -> Block | None:
+    """One block of those of these frames that there are; None if there are none."""
+    parts = [part for block in blocks if (part := block.part(frames)) is not None]
+    if not parts:
+        return None
+    keys, values = (torch.cat(tensors, dim=2) for tensors in ([p.keys for p in parts], [p.values for p in parts]))
+    return Block(range(parts[0].frames.start, parts[-1].frames.stop), keys, values)
+
+
+def renewed(slow: Block, frame: Block, similarity: float) -> Block:
+    """The slow memory after a frame has left the window, [layers, B, tokens of all frames, heads, D].
+
+    In samples where the frame is new, it becomes the newest of the memory, whose oldest leaves. It is new if the mean
+    over layers of cos(keys of the frame, keys of the newest in the memory), each taken as one vector, is below
+    `similarity`. (Ours. Context Forcing, arXiv 2602.06028, moves what is surprising from a fast to a slow memory.)"""
+    tokens = frame.keys.shape[2]
+    newest = unpack(slow.keys[:, :, -tokens:]).flatten(2)
+    cosine = torch.cosine_similarity(unpack(frame.keys).flatten(2).float(), newest.float(), dim=2).mean(0)
+    new = (cosine < similarity).view(1, -1, 1, 1, 1)
+
+    def shifted(old: Tensor, latest: Tensor) -> Tensor:
+        return torch.where(new, torch.cat([old[:, :, tokens:], latest], dim=2), old)
+
+    return Block(slow.frames, shifted(slow.keys, frame.keys), shifted(slow.values, frame.values))
