@@ -1,7 +1,7 @@
 """The networks of a run by role, and what is done to them: freezing, counting calls, and moving averages."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,20 @@ class Networks(Mapping[str, nn.Module]):
     """role -> module. `student` and `teacher` always exist; an objective adds its own (fake_score, discriminator).
 
     Modules are not wrapped and keep their attributes: the loop itself averages gradients over processes.
-    scorer: decodes samples and computes the recipe's rewards; None if the recipe has none."""
+    scorer: decodes samples and computes the recipe's rewards; None if the recipe has none.
+    restart: `Backbone.restart`; None where videos do not go on."""
 
-    def __init__(self, modules: dict[str, nn.Module], policy: RolloutPolicy, scorer: Scorer | None = None):
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        policy: RolloutPolicy,
+        scorer: Scorer | None = None,
+        restart: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.modules = modules
         self.policy = policy
         self.scorer = scorer
+        self.restart = restart
 
     def __getitem__(self, role: str) -> nn.Module:
         return self.modules[role]

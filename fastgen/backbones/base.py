@@ -236,6 +236,11 @@ class Backbone(ABC):
         """Normalised latents to what `output` says: pixels or frames in [0, 1], or points. Gradient flows to latents.
         clamp: False leaves out the clamp, which has no gradient outside [0, 1]; pixels may then be outside."""
 
+    def restart(self, latents: Tensor) -> Tensor:
+        """The last picture of a video [B, F, ...], as the first latent frame [B, 1, ...] of a video that goes on from
+        there. The first latent frame of a video VAE stands for one picture, and later ones for several."""
+        return latents[:, -1:]
+
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:
         """The network that save_pipeline wrote into this folder, frozen and in evaluation mode."""

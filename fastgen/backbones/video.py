@@ -133,6 +133,9 @@ class Video(PipelineBackbone):
         video = video / 2 + 0.5
         return video.clamp(0, 1) if clamp else video
 
+    def restart(self, latents: Tensor) -> Tensor:
+        return self.encode(self.decode(latents)[:, -1:]).to(latents.dtype)
+
     def vae_decode(self, z: Tensor) -> Tensor:
         """The frames of the VAE's own latents, [B, 3, F, H, W], in [-1, 1] up to overshoot."""
         return self.vae.decode(z, return_dict=False)[0]

@@ -220,7 +220,10 @@ class DMD2(Objective):
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
         """The denoising loss on the student's samples, plus the discriminator's side of the GAN."""
-        rollout = self.rollout(networks, batch, grad=False)
+        return self.critic_loss(networks, batch, self.rollout(networks, batch, grad=False))
+
+    def critic_loss(self, networks: Networks, batch: Batch, rollout: Rollout) -> Loss:
+        """`fake_loss` at these samples."""
         inputs = stop_input(rollout.stop, self.condition_on_stop)
         within = self.level_range(networks.policy, rollout)
         denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs, within)

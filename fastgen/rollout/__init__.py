@@ -7,7 +7,7 @@ data.py        one step from noised data, in the place of a simulated input"""
 
 from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.data import step_from_data
-from fastgen.rollout.passes import commit
+from fastgen.rollout.passes import commit, recommitted
 from fastgen.rollout.simulation import (
     Rollout,
     backward_simulation,
@@ -42,6 +42,7 @@ __all__ = [
     "next_levels",
     "policy_law",
     "predict_x0",
+    "recommitted",
     "sample",
     "sample_chunks",
     "step_from_data",

@@ -5,6 +5,7 @@ the video, with a context of its own that shows it the earlier chunks at the lev
 of the passes are kept together, as layers of one (`Context.layers`)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,6 +56,33 @@ def commit(
             x = student.schedule.add_noise(x, noise("context"), t)
         memory += student.remember(x, t, cond, context.layers(i, len(left)), network_inputs(policy, t), grad)
     return context.committed(memory)
+
+
+def recommitted(
+    student: Denoiser,
+    policy: RolloutPolicy,
+    held: Sequence[range],
+    left: Callable[[range], Sequence[Tensor]],
+    cond: Conditioning,
+    noise: Callable[[range], Noise],
+    frames: int,
+) -> Context:
+    """The context after `frames` frames, computed again with this student and conditioning (LongLive's recache, arXiv
+    2509.22622).
+
+    The frames that it holds are committed once more in order, each part of `held` at the place where the next chunk
+    sees it, and each sees those before it. While no frame has left the window, the same student and conditioning give
+    the context that was there. left(part), noise(part): what `commit` takes for these frames. Raises ValueError as
+    `ChunkSchedule.check_recache` does."""
+    assert policy.chunks is not None
+    chunks = policy.chunks
+    chunks.check_recache()
+    again = Context(chunks)
+    for part in held:
+        own = replace(chunks, frames=len(part), first=None, window=None)
+        again = replace(again, chunks=own, frames=part.start)
+        again = commit(student, policy, left(part), cond, noise(part), again)
+    return Context(chunks, again.blocks, frames)
 
 
 @torch.no_grad()

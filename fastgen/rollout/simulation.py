@@ -101,7 +101,13 @@ def denoise(
 
 
 def backward_simulation(
-    student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool = True, to: Tensor | None = None
+    student: Denoiser,
+    policy: RolloutPolicy,
+    batch: Batch,
+    stop: Tensor,
+    grad: bool = True,
+    to: Tensor | None = None,
+    context: Context | None = None,
 ) -> Rollout:
     """DMD2's backward simulation: the student is trained on inputs that it made itself   (arXiv 2405.14867 Sec. 4.4)
 
@@ -112,13 +118,14 @@ def backward_simulation(
     step is independent of the initial noise, as in DMD2.
     to: [B], the level that the executed step goes to, by the policy's transition with noise of its own ("exit"); x is
     then x_s at s = to. None: x is the clean prediction, and s = 0.
-    A policy with chunks makes the video chunk by chunk, as `simulate_chunks` says.
+    A policy with chunks makes the video chunk by chunk, as `simulate_chunks` says. context: what came before it, for
+    a batch of later frames of a video; None: nothing.
     With `batch.shared`, rollouts without gradient are made once; the stops are then those of the first call."""
 
     def run() -> Rollout:
         if policy.chunks is None:
             return simulate(student, policy, batch, stop, grad, to)[0]
-        return simulate_chunks(student, policy, batch, stop, grad, to)
+        return simulate_chunks(student, policy, batch, stop, grad, to, context or Context(policy.chunks))
 
     return kept(batch, grad, run)
 
@@ -182,7 +189,13 @@ def stepped(
 
 
 def simulate_chunks(
-    student: Denoiser, policy: RolloutPolicy, batch: Batch, stop: Tensor, grad: bool, to: Tensor | None
+    student: Denoiser,
+    policy: RolloutPolicy,
+    batch: Batch,
+    stop: Tensor,
+    grad: bool,
+    to: Tensor | None,
+    context: Context,
 ) -> Rollout:
     """Self Forcing's rollout: each chunk is simulated given the chunks that the student made before it.
 
@@ -191,8 +204,8 @@ def simulate_chunks(
     `order: step` they see in each pass what the sampler would show them there (HiAR).
     The executed steps of all chunks are one Step of the whole video; its t is that of the last chunk."""
     assert policy.chunks is not None
-    context, parts, left = Context(policy.chunks), list[Rollout](), list[list[Tensor]]()
-    chunks = policy.chunks.split(batch.latent_shape[0])
+    begin, parts, left = context, list[Rollout](), list[list[Tensor]]()
+    chunks = policy.chunks.after(context.frames, batch.latent_shape[0])
     replay = grad and policy.chunks.replay
     if replay and student.is_sharded:
         raise ValueError("sharded networks cannot replay: FSDP reduces gradients once per backward pass")
@@ -206,7 +219,7 @@ def simulate_chunks(
             context = commit(student, policy, left[-1], batch.cond, part.normal, context)
     steps = [part.steps[-1] for part in parts]
     if replay:
-        exits = replayed(student, policy, batch, stop, steps, left, to)
+        exits = replayed(student, policy, batch, stop, steps, left, to, begin)
         steps = [replace(step, x0=x0, x_next=x) for step, (x0, x) in zip(steps, exits, strict=True)]
     x_t, x0, x = (torch.cat([getattr(step, name) for step in steps], dim=1) for name in ("x_t", "x0", "x_next"))
     return Rollout(x, parts[-1].s, stop, (Step(x_t, steps[-1].t, x0, x),))
@@ -220,18 +233,19 @@ def replayed(
     steps: Sequence[Step],
     left: Sequence[Sequence[Tensor]],
     to: Tensor | None,
+    begin: Context,
 ) -> list[tuple[Tensor, Tensor]]:
     """(x0, x) of each chunk with the gradient of its executed step, at the memory of one chunk's graph.
 
-    steps: the executed steps, computed without gradient.  left: what the chunks left for `commit`. The backward pass
+    steps: the executed steps, computed without gradient.  left: what the chunks left for `commit`.  begin: the context
+    of the first chunk. The backward pass
     makes the chunks again in order. It executes each step with gradient, passes back what has arrived for its x0, and
     commits the chunk. As contexts carry no gradient, this is the gradient of the whole graph  (replayed
     back-propagation, RELIC, arXiv 2512.04040; derived)"""
-    assert policy.chunks is not None
-    chunks = policy.chunks.split(batch.latent_shape[0])
+    chunks = begin.chunks.after(begin.frames, batch.latent_shape[0])
 
     def replay(grads: Sequence[Tensor]) -> None:
-        context = Context(policy.chunks)  # type: ignore[arg-type]
+        context = begin
         for frames, step, states, grad in zip(chunks, steps, left, grads, strict=True):
             seen = context_of_stop(policy, context, stop, len(states) - 1)
             with torch.enable_grad():

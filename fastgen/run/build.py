@@ -198,7 +198,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
         built.average.to("cpu" if recipe.train.ema_device == "cpu" else accelerator.device)
     start_networks(recipe, built)
     scorer = Scorer(recipe.rewards, backbone.decode) if recipe.rewards else None
-    networks = Networks(built.modules, recipe.rollout, scorer)
+    networks = Networks(built.modules, recipe.rollout, scorer, backbone.restart)
     roles = recipe.objective.trained_roles
     per_update = recipe.train.batch_size * recipe.train.accumulate * accelerator.num_processes
     stream = recipe.data.open(backbone, recipe.seed, per_update // recipe.objective.group_size)

@@ -18,9 +18,9 @@ def pack(x: Tensor) -> Tensor:
 
         scale = max|x| / 127,   q = round(x / scale),   x' = scale q,   |x' - x| <= scale / 2
 
-    One scale for each token and head, symmetric, with zero kept exact. All axes but the last can be indexed, sliced and
-    joined as those of x. Where x carries gradient, the result is x' itself, with the gradient of x (straight-through),
-    so that training sees the values that sampling sees."""
+    One scale for each token and head, symmetric, with zero kept exact. All axes but the last can be indexed, sliced
+    and joined as those of x. Where x carries gradient, the result is x' itself, with the gradient of x
+    (straight-through), so that training sees the values that sampling sees."""
     scale = x.detach().float().abs().amax(-1, keepdim=True) / 127
     codes = (x.detach().float() / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
     if x.requires_grad:

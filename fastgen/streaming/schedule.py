@@ -174,6 +174,20 @@ class ChunkSchedule:
             return (range(chunk.start),) if chunk.start else ()
         return tuple(frames for frames in (range(old), range(begin, chunk.start)) if frames)
 
+    def after(self, start: int, num_frames: int) -> tuple[range, ...]:
+        """The chunks of the next `num_frames` frames after the first `start`. Raises ValueError as `split` does."""
+        if not start:
+            return self.split(num_frames)
+        rest = ChunkSchedule(frames=self.frames).split(num_frames)
+        return tuple(range(start + chunk.start, start + chunk.stop) for chunk in rest)
+
+    def held(self, start: int) -> tuple[range, ...]:
+        """The frames that a context holds after `start` frames, in order and chunk by chunk."""
+        chunks = itertools.takewhile(lambda chunk: chunk.start < start, self.chunks())
+        past, every = self.past(self.chunk_at(start)), tuple(chunks)
+        parts = (range(max(c.start, p.start), min(c.stop, p.stop)) for p in past for c in every)
+        return tuple(part for part in parts if part)
+
     def evicts(self, num_frames: int) -> bool:
         """Whether a video of this length is longer than the window."""
         return self.window is not None and num_frames > self.window

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import Denoiser
 from fastgen.registry import current_names
-from fastgen.rollout import RolloutPolicy, commit
+from fastgen.rollout import RolloutPolicy, commit, recommitted
 from fastgen.rollout.simulation import denoise
 from fastgen.streaming.context import Context
 
@@ -145,19 +145,17 @@ class Stream:
     def recache(self) -> None:
         """Computes the context again with the present prompt, so that nothing in it remembers the prompts before.
 
-        The frames that it holds, those of the sink included, are committed once more in order, each at the place where
-        the next chunk sees it, and each sees those before it. While no frame has left the window, and with the same
-        prompt, this gives the context that is there. Raises ValueError as `ChunkSchedule.check_recache` does."""
+        See `rollout.recommitted`. While no frame has left the window, and with the same prompt, this gives the context
+        that is there. Raises ValueError as `ChunkSchedule.check_recache` does."""
         self.commit()
-        chunks = self.context.chunks
-        chunks.check_recache()
-        again = Context(chunks)
-        for block in self.context.blocks:
-            own = replace(chunks, frames=len(block.frames), first=None, window=None)
-            again = replace(again, chunks=own, frames=block.frames.start)
-            left = torch.stack([self.kept[frame] for frame in block.frames], dim=2).unbind()
-            again = commit(self.denoiser, self.policy, left, self.cond, self.draws.chunk(block.frames), again)
-        self.context = replace(self.context, blocks=again.blocks)
+
+        def left(frames: range) -> Sequence[Tensor]:
+            return torch.stack([self.kept[frame] for frame in frames], dim=2).unbind()
+
+        held = [block.frames for block in self.context.blocks]
+        self.context = recommitted(
+            self.denoiser, self.policy, held, left, self.cond, self.draws.chunk, self.context.frames
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that continues the video to the same bits, but the weights, as tensors for safetensors."""

@@ -1,0 +1,146 @@
+"""Streaming long tuning: Self Forcing on videos that are longer than the teacher's (LongLive, arXiv 2509.22622).
+
+    paper              here                   what it is
+    -                  state["past.latents"]  the frames of the running videos that the next chunk sees, [N, F', ...]
+    -                  state["frames"]        how many latent frames the running videos have; 0: they begin anew
+    KV recache         rollout.recommitted    the context, computed again from these frames
+    prompt switch      switch                 the running videos go on with another prompt
+
+A teacher of F frames cannot judge a video of 4 F. So a video is kept running over the updates: each update makes the
+next F - 1 frames, given what the student sees of those before them, and matches this part alone,
+
+    y = [r(x_past), x_new],   r = `Backbone.restart`: the last picture before it, as a first latent frame
+
+to the teacher with DMD2's loss. r(x_past) carries no gradient. After `longest` frames the videos begin anew. The
+student thus meets its own errors after many chunks, at the cost of a short video an update.
+
+Departures. What is kept over an update are clean latents, not keys and values: the context is computed again with the
+present weights, so that it is never stale, and a state of a few frames is checkpointed instead of gigabytes. This is
+also what LongLive does where a prompt switches, and here a switch needs nothing else. All inner updates of the fake
+score see the same past, and the student's update moves the videos on, with the frames of its own rollout. LongLive
+trains LoRA adapters in this stage; here that is a matter of the recipe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fastgen.batch import Batch, Conditioning
+from fastgen.networks import Networks
+from fastgen.objectives.base import Loss, State, Turn
+from fastgen.objectives.dmd2 import DMD2
+from fastgen.objectives.replay import append, rows_of
+from fastgen.registry import MOST_STEPS
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, recommitted
+
+PAST, NEXT = "past.", "next."  # rows of the state: of the running videos, and of what this update made of them
+LATENTS, COND = "latents", "cond."  # their names
+PARTS = 10_000  # of the probability of a switch
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class LongTuning(DMD2):
+    name: Literal["long_tuning"] = "long_tuning"  # type: ignore[assignment]
+    # latent frames after which the videos begin anew; 240 in LongLive's code, whose first stage has 21
+    longest: int = Field(default=240, ge=2, le=MOST_STEPS)
+    # the probability that the videos of an update go on with each other's prompts. LongLive switches once in a video
+    switch: float = Field(default=0.0, ge=0, le=1)
+
+    def check(self, policy: RolloutPolicy) -> None:
+        super().check(policy)
+        chunks = policy.chunks
+        if chunks is None:
+            raise ValueError("long_tuning is for students that work in chunks: give rollout.chunks, or use dmd2")
+        if (chunks.first or chunks.frames) != 1:
+            raise ValueError(
+                "long_tuning judges later parts of a video with their first latent frame given, so that the first "
+                f"chunk must be one frame: set rollout.chunks.first: 1 (it is {chunks.first or chunks.frames})"
+            )
+        if chunks.order == "step":
+            raise ValueError(
+                "long_tuning keeps clean frames between updates, and with rollout.chunks.order: step later chunks see "
+                "noisy ones: leave order out"
+            )
+        chunks.check_recache()
+
+    def init_state(self) -> State:
+        return {name: torch.zeros((), dtype=torch.int64) for name in ("frames", "next_frames", "switches")}
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
+        frames, length, grad = int(state["frames"]), batch.latent_shape[0], turn.name == "student"
+        if length >= self.longest:
+            raise ValueError(
+                f"objective.longest: {self.longest} latent frames are not more than the teacher's {length}, so that "
+                "no video would ever go on; raise it, or use dmd2"
+            )
+        past, cond = past_of(batch, state)
+        batch = replace(batch, cond=cond)
+        part = self.part(networks, batch, past, frames, grad)
+        if not grad:
+            return self.critic_loss(networks, batch, part)
+        self.keep(networks.policy, batch, past, part, state)
+        loss = self.matching_loss(networks, batch, part)
+        return Loss(loss.total, loss.terms | {"frames": loss.total.new_tensor(float(frames))})
+
+    def part(self, networks: Networks, batch: Batch, past: Tensor | None, frames: int, grad: bool) -> Rollout:
+        """A video of the teacher's length: a new one, or what comes after the first `frames` frames, of which `past`
+        are those that the context holds."""
+        student, policy = networks.student, networks.policy
+        stop = draw_stops(batch, policy.num_steps, shared=self.stops == "shared")
+        if past is None:
+            return backward_simulation(student, policy, batch, stop, grad)
+        assert policy.chunks is not None and networks.restart is not None
+        held = policy.chunks.held(frames)
+        kept = dict(zip(held, past.split([len(part) for part in held], dim=1), strict=True))
+        noise = lambda part: batch.chunk(part).normal  # noqa: E731
+        context = recommitted(student, policy, held, lambda part: [kept[part]], batch.cond, noise, frames)
+        later = replace(batch, latent_shape=(batch.latent_shape[0] - 1, *batch.latent_shape[1:]))
+        rollout = backward_simulation(student, policy, later, stop, grad, context=context)
+        with torch.no_grad():
+            first = networks.restart(past).to(rollout.x)
+        return replace(rollout, x=torch.cat([first, rollout.x], dim=1))
+
+    def keep(self, policy: RolloutPolicy, batch: Batch, past: Tensor | None, part: Rollout, state: State) -> None:
+        """Adds the micro-batch's rows of what the next update goes on from."""
+        assert policy.chunks is not None
+        new = part.x.detach() if past is None else part.x.detach()[:, 1:]
+        before = int(state["frames"])
+        after = before + new.shape[1]
+        known = [*frames_of(policy.chunks.held(before)), *range(before, after)]
+        latents = new if past is None else torch.cat([past, new], dim=1)
+        rows = [known.index(frame) for frame in frames_of(policy.chunks.held(after))]
+        cond = {COND + name: value for name, value in batch.cond.items()}
+        append(state, NEXT, {LATENTS: latents[:, rows], **cond})
+        state["next_frames"].fill_(after)
+        state["switches"].fill_(batch.integer("switch", PARTS) < self.switch * PARTS)
+
+    def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        super().finish(turn, networks, state)
+        if turn.name != "student":
+            return
+        rows, frames = rows_of(state, NEXT), int(state["next_frames"])
+        for name in [name for name in state if name.startswith((PAST, NEXT))]:
+            del state[name]
+        goes_on = frames < self.longest
+        state["frames"].fill_(frames if goes_on else 0)
+        for name, value in rows.items() if goes_on else ():
+            switched = bool(state["switches"]) and name != LATENTS
+            state[PAST + name] = value.roll(1, 0) if switched else value
+
+
+def past_of(batch: Batch, state: State) -> tuple[Tensor | None, Conditioning]:
+    """The kept frames [B, F', ...] of this micro-batch's videos, and their conditioning; None and the batch's own if
+    they begin anew."""
+    rows = {name: value[batch.ids % len(value)] for name, value in rows_of(state, PAST).items()}
+    if not rows:
+        return None, batch.cond
+    return rows.pop(LATENTS), Conditioning({name.removeprefix(COND): value for name, value in rows.items()})
+
+
+def frames_of(parts: Sequence[range]) -> list[int]:
+    return [frame for part in parts for frame in part]
