@@ -11,7 +11,6 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.schedule import Schedule
 from fastgen.streaming.context import Context
-from fastgen.streaming.schedule import ChunkSchedule
 
 
 class FrameDenoiser(Denoiser):
@@ -95,7 +94,9 @@ class AR1Denoiser(Denoiser):
             remember(inputs, x_t)
             past = past_frames(context, x_t)
             known = levels.new_full((len(t), past.shape[1]), context.chunks.context_noise)
-            return self.conditional(x_t, levels, label, past, known, context.chunks, context.chunk)
+            held = tuple(block.frames for block in context.blocks)
+            positions = context.chunks.positions_of(context.called(x_t.shape[1]), held)
+            return self.conditional(x_t, levels, label, past, known, positions)
         if causal is None:
             return self.law.posterior_mean(x_t, levels, label)
         parts = []
@@ -104,7 +105,8 @@ class AR1Denoiser(Denoiser):
             past, known = x_t[:, rows], levels[:, rows]
             if inputs.clean is not None:
                 past, known = inputs.clean[:, rows], torch.full_like(known, causal.context_noise)
-            parts.append(self.conditional(x_t[:, own], levels[:, own], label, past, known, causal, chunk))
+            positions = causal.positions_of(chunk)
+            parts.append(self.conditional(x_t[:, own], levels[:, own], label, past, known, positions))
         return torch.cat(parts, dim=1)
 
     def conditional(
@@ -114,14 +116,13 @@ class AR1Denoiser(Denoiser):
         label: Tensor,
         past: Tensor,
         known: Tensor,
-        chunks: ChunkSchedule,
-        chunk: range,
+        positions: tuple[tuple[range, ...], range],
     ) -> Tensor:
-        """E[chunk | chunk at `levels`, past at levels `known`], each [B, frames]."""
-        earlier, own = chunks.positions_of(chunk)
-        positions = [*frames_of(earlier), *own]
+        """E[chunk | chunk at `levels`, past at levels `known`], each [B, frames]. positions: of the past and the chunk
+        (`ChunkSchedule.positions_of`)."""
+        earlier, own = positions
         whole = torch.cat([past.to(x_t.dtype), x_t], dim=1)
-        mean = self.law.posterior_mean(whole, torch.cat([known, levels], dim=1), label, positions)
+        mean = self.law.posterior_mean(whole, torch.cat([known, levels], dim=1), label, [*frames_of(earlier), *own])
         return mean[:, past.shape[1] :]
 
     @property

@@ -81,6 +81,11 @@ class WanConfig(PipelineConfig):
             return
         vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
         check_causal(network)
+        if policy.chunks.order == "rolling" and self.own_boundaries():
+            raise ValueError(
+                "chunks.order: rolling makes chunks of several levels in one call, and this pipeline's experts have a "
+                "level each; use order: chunk"
+            )
         try:
             policy.chunks.split(latent_size(self, vae, network)[0])
         except ValueError as error:

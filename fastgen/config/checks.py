@@ -196,6 +196,12 @@ def check_chunks(recipe: Recipe) -> None:
             f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
             "levels for all chunks; leave it out"
         )
+    if chunks.order == "rolling" and not objective.takes_rolling:
+        raise RecipeError(
+            "rollout.chunks.order: with rolling the chunks of a video stop at different steps, and objective "
+            f"{objective.name}, with these options, needs one step for all; use order: chunk, or dmd2 with "
+            "stops: shared"
+        )
 
 
 def check_evaluation(recipe: Recipe) -> None:

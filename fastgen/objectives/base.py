@@ -89,6 +89,11 @@ class Objective:
         return False
 
     @property
+    def takes_rolling(self) -> bool:
+        """Whether the chunks of a video may be in the making together (`ChunkSchedule.order: rolling`)."""
+        return self.takes_first_timesteps and vars(self).get("stops", "shared") == "shared"
+
+    @property
     def trained_roles(self) -> tuple[str, ...]:
         """Roles that need an optimizer. They are known before any weight loads, so that a recipe can be checked."""
         raise NotImplementedError

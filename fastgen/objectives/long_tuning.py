@@ -61,10 +61,10 @@ class LongTuning(DMD2):
                 "long_tuning judges later parts of a video with their first latent frame given, so that the first "
                 f"chunk must be one frame: set rollout.chunks.first: 1 (it is {chunks.first or chunks.frames})"
             )
-        if chunks.order == "step":
+        if chunks.order != "chunk":
             raise ValueError(
-                "long_tuning keeps clean frames between updates, and with rollout.chunks.order: step later chunks see "
-                "noisy ones: leave order out"
+                "long_tuning keeps clean frames between updates, and with rollout.chunks.order: "
+                f"{chunks.order} later chunks see noisy ones: leave order out"
             )
         chunks.check_recache()
 

@@ -3,13 +3,13 @@
 steps.py       one step: the clean prediction, and the laws of the transitions
 passes.py      what chunks see of those before them, and leave for those after them
 simulation.py  the loops over steps and chunks, for sampling and for training
+rolling.py     several chunks in the making at once
 data.py        one step from noised data, in the place of a simulated input"""
 
 from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.data import step_from_data
 from fastgen.rollout.passes import commit, recommitted
 from fastgen.rollout.simulation import (
-    Rollout,
     backward_simulation,
     draw_stops,
     sample,
@@ -17,6 +17,7 @@ from fastgen.rollout.simulation import (
     trajectory,
 )
 from fastgen.rollout.steps import (
+    Rollout,
     Step,
     jump_law,
     network_inputs,

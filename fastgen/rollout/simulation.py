@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.batch import Batch, Conditioning, Draws
@@ -17,20 +15,10 @@ from fastgen.denoiser import Denoiser
 from fastgen.modules.recomputation import Replay
 from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.passes import Noise, commit, context_of_stop, contexts_of, left_by_passes
-from fastgen.rollout.steps import Step, policy_law, predict_x0, step_to, transition
+from fastgen.rollout.rolling import Making, roll, rolled
+from fastgen.rollout.steps import Rollout, Step, policy_law, predict_x0, step_to, transition
 from fastgen.signals import transition_log_prob
 from fastgen.streaming.context import Context
-
-
-@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
-class Rollout:
-    """Samples x [B, ...] at noise level s [B] (0 if clean), and the steps that were kept, in order.
-    stop: [B], the index into policy.timesteps of the step that made each sample."""
-
-    x: Tensor
-    s: Tensor
-    stop: Tensor
-    steps: tuple[Step, ...] = ()
 
 
 class Chunk(NamedTuple):
@@ -68,13 +56,23 @@ def sample_chunks(
     With `order: step` this is the diagonal of the passes over the video: chunk b has made step s when chunk b + 1
     needs it, and as every pass has a context of its own, the result is that of one pass after the other."""
     assert policy.chunks is not None
-    context = context or Context(policy.chunks)
+    context, making = context or Context(policy.chunks), Making()
     while True:
         frames = context.chunk
-        noise = draws.chunk(frames)
-        left = denoise(student, policy.of_chunk(frames), cond, noise, context)
+        left, making = next_chunk(student, policy, cond, draws, context, making)
         yield Chunk(frames, left[-1], context)
-        context = commit(student, policy, left, cond, noise, context)
+        context = commit(student, policy, left, cond, draws.chunk(frames), context)
+
+
+def next_chunk(
+    student: Denoiser, policy: RolloutPolicy, cond: Conditioning, draws: Draws, context: Context, making: Making
+) -> tuple[Sequence[Tensor], Making]:
+    """All steps that the next chunk still needs. Returns what `commit` takes, the last entry the finished chunk, and
+    the later chunks that are in the making; there are some with `order: rolling` only."""
+    if context.chunks.order == "rolling":
+        return roll(student, policy, cond, draws, context, making)
+    frames = context.chunk
+    return denoise(student, policy.of_chunk(frames), cond, draws.chunk(frames), context), making
 
 
 def denoise(
@@ -125,6 +123,8 @@ def backward_simulation(
     def run() -> Rollout:
         if policy.chunks is None:
             return simulate(student, policy, batch, stop, grad, to)[0]
+        if policy.chunks.order == "rolling":
+            return rolled(student, policy, batch, stop, grad)
         return simulate_chunks(student, policy, batch, stop, grad, to, context or Context(policy.chunks))
 
     return kept(batch, grad, run)

@@ -31,6 +31,17 @@ class Step:
     log_prob: Tensor | None = None
 
 
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Rollout:
+    """Samples x [B, ...] at noise level s [B] (0 if clean), and the steps that were kept, in order.
+    stop: [B], the index into policy.timesteps of the step that made each sample."""
+
+    x: Tensor
+    s: Tensor
+    stop: Tensor
+    steps: tuple[Step, ...] = ()
+
+
 def network_inputs(policy: RolloutPolicy, t: Tensor, t_next: Tensor | None = None) -> Inputs:
     """The inputs that a policy gives the student at level t [B]. t_next: as in `predict_x0`."""
 

@@ -170,9 +170,7 @@ def place_of(network: Any, x: Tensor, inputs: Inputs) -> Place:
     dims = (rope.t_dim, rope.h_dim, rope.w_dim)
     turn: Callable[[Sequence[range]], Rotation] = lambda ranges: rotation(tuple(ranges), grid, dims, x.device)  # noqa: E731
     if inputs.context is not None:
-        chunks, chunk = inputs.context.chunks, inputs.context.chunk
-        if frames != len(chunk):
-            raise ValueError(f"the next chunk has {len(chunk)} frames, frames {chunk}, and x has {frames}")
+        chunks, chunk = inputs.context.chunks, inputs.context.called(frames)
         past, own = chunks.positions_of(chunk, tuple(block.frames for block in inputs.context.blocks))
         seen = sum(len(part) for part in past)
         layout = chunk_layout(chunks.attention, tokens, seen, min(chunks.sink, seen), frames, x.device)

@@ -32,6 +32,16 @@ class Context:
         """The frames of the next chunk."""
         return self.chunks.chunk_at(self.frames)
 
+    def called(self, frames: int) -> range:
+        """The frames of a call of the network with so many frames: those of the next chunk or, with `order: rolling`,
+        of all chunks in the making. Raises ValueError if they are no such number."""
+        chunk = self.chunk
+        most = self.chunks.following(chunk.start, 1 + frames // self.chunks.frames)
+        ends = [part.stop for part in (most if self.chunks.order == "rolling" else (chunk,))]
+        if chunk.start + frames not in ends:
+            raise ValueError(f"the next chunk has {len(chunk)} frames, frames {chunk}, and x has {frames}")
+        return range(chunk.start, chunk.start + frames)
+
     @property
     def nbytes(self) -> int:
         """The size of what is kept, in bytes. Snapshots that share blocks share this memory."""

@@ -61,7 +61,9 @@ class ChunkSchedule:
         training and in sampling.
     order: chunk finishes a chunk before the next one begins, which sees it clean. With step, a chunk sees the earlier
         ones at the level that its own step goes to: every step is a pass over the video with a context of its own, and
-        the last pass sees clean frames (HiAR, https://github.com/Jacky-hate/HiAR). One step is the same in both.
+        the last pass sees clean frames (HiAR, https://github.com/Jacky-hate/HiAR). With rolling, as many chunks as
+        there are steps are in the making, each one step behind the one before it, and one call of the network sees
+        and moves them all (`rollout.rolling`; Rolling Forcing, arXiv 2509.25161). One step is the same in all.
     cache_dtype: int8 keeps what finished frames leave behind in 8 bits, with a scale for each token and head
         (`streaming.precision`), in training and in sampling. None: as it was computed. An averaged sink stays so.
     first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
@@ -79,7 +81,7 @@ class ChunkSchedule:
     positions: Literal["relative", "absolute"] = "relative"
     context_noise: float = Field(default=0.0, ge=0, lt=1)
     cache_dtype: Literal["int8"] | None = None
-    order: Literal["chunk", "step"] = "chunk"
+    order: Literal["chunk", "step", "rolling"] = "chunk"
     first_timesteps: tuple[float, ...] | None = Field(default=None, min_length=1)
     replay: bool = False
     attention: ChunkAttention = ChunkAttention()
@@ -109,11 +111,13 @@ class ChunkSchedule:
 
     @model_validator(mode="after")
     def _order(self) -> "ChunkSchedule":
-        if self.order == "step" and self.first_timesteps is not None:
+        if self.order != "chunk" and self.first_timesteps is not None:
             raise ValueError(
-                "with order: step each step is a pass over all chunks, so that all have the same levels: leave out "
-                "first_timesteps, or set order: chunk"
+                f"with order: {self.order} several chunks are in the making at once, and all have the same levels: "
+                "leave out first_timesteps, or set order: chunk"
             )
+        if self.order == "rolling" and self.replay:
+            raise ValueError("order: rolling makes several chunks in one call, which replay cannot take apart")
         return self
 
     @model_validator(mode="after")
@@ -143,6 +147,13 @@ class ChunkSchedule:
     def chunk_at(self, start: int) -> range:
         """The frames of the chunk that begins at frame `start`. A stream has no end, so any chunk exists."""
         return range(start, start + (self.frames if start else self.first or self.frames))
+
+    def following(self, start: int, count: int) -> tuple[range, ...]:
+        """The next chunks after the first `start` frames."""
+        found = list[range]()
+        for _ in range(count):
+            found.append(self.chunk_at(found[-1].stop if found else start))
+        return tuple(found)
 
     def chunks(self) -> Iterator[range]:
         """All chunks, without end."""

@@ -14,7 +14,8 @@ from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import Denoiser
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, commit, recommitted
-from fastgen.rollout.simulation import denoise
+from fastgen.rollout.rolling import Making
+from fastgen.rollout.simulation import next_chunk
 from fastgen.streaming.context import Context
 
 Encode = Callable[[str], Conditioning]
@@ -93,6 +94,7 @@ class Stream:
         self.context = Context(policy.chunks)
         # frame -> what was committed of it [passes, 1, C, h, w], its clean latents last, of all frames in the context
         self.kept: dict[int, Tensor] = {}
+        self.making: Making = ()  # later chunks that have been begun, with `order: rolling`
         # a chunk to commit, and what it was made with
         self.finished: tuple[Sequence[Tensor], Conditioning] | None = None
         self.prompt = prompt
@@ -120,9 +122,7 @@ class Stream:
         """The latents of the next chunk, [1, frames, C, h, w]. The chunk before it must be committed."""
         if self.finished is not None:
             raise RuntimeError("commit the last chunk before the next one is made")
-        frames = self.context.chunk
-        noise = self.draws.chunk(frames)
-        left = denoise(self.denoiser, self.policy.of_chunk(frames), self.cond, noise, self.context)
+        left, self.making = next_chunk(self.denoiser, self.policy, self.cond, self.draws, self.context, self.making)
         self.finished = (left, self.cond)
         return left[-1]
 
@@ -163,6 +163,7 @@ class Stream:
         parts = {"context": self.context.state_dict(), "decoder": self.decoder.state_dict()}
         state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         state |= {f"kept.{frame}": value for frame, value in self.kept.items()}
+        state |= {f"making.{i}": value for i, value in enumerate(self.making)}
         about = self.about | {"policy": dataclasses.asdict(self.policy)}
         about |= {"prompt": self.prompt, "seed": int(self.draws.ids)}
         state["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
@@ -178,6 +179,8 @@ class Stream:
         try:
             self.context = Context.load(self.context.chunks, part_of(state, "context."))
             self.kept = {int(frame): value for frame, value in part_of(state, "kept.").items()}
+            making = part_of(state, "making.")
+            self.making = tuple(making[str(i)] for i in range(len(making)))
             self.decoder.load_state_dict(part_of(state, "decoder."))
         except KeyError as error:
             raise ValueError(f"this is no stream: {error} is missing") from None
