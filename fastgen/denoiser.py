@@ -224,6 +224,10 @@ class Denoiser(nn.Module):
         values. levels: continuous inputs, any of `modules.inputs.LEVELS`. dim: the width of the time embedding."""
         self.set_time_embedding(self.extra_inputs(self.time_embedding, dim, counts, levels))
 
+    def add_linear_memory(self) -> None:
+        """Gives a causal network what `ChunkSchedule.linear` needs, without changing what it computes."""
+        raise ValueError(f"chunks.linear: {type(self).__name__} has no linear memory; leave it out")
+
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
         """The value to use at level t of a setting that may differ by expert, such as a guidance scale. A single
         network has a single value: raises ValueError for several."""

@@ -15,7 +15,9 @@ LAYERS = (
         *("registry", "noise", "schedule", "data.digits", "data.files", "sampling.video", "sampling.captions"),
         *("sampling.pictures", "run.terminal", "run.quiet", "run.refusal"),
     ),
-    tuple(f"streaming.{module}" for module in ("schedule", "precision", "block", "retention", "context")),
+    tuple(
+        f"streaming.{module}" for module in ("schedule", "precision", "block", "linear_state", "retention", "context")
+    ),
     ("batch", "policy"),
     ("signals",),
     ("denoiser", "modules"),  # the network contract, and what implements, wraps and extends it

@@ -32,18 +32,25 @@ POLICIES = {
     "context noise": ChunkSchedule(frames=2, window=4, context_noise=0.1),
     "slow memory": ChunkSchedule(frames=2, window=6, sink=1, slow=2, slow_similarity=0.2),
     "8 bits": ChunkSchedule(frames=2, window=4, cache_dtype="int8"),
+    "linear memory": ChunkSchedule(frames=2, window=5, sink=1, linear=True),
 }
 
 
-def wan(layers: int = 2, seed: int = 0) -> WanDenoiser:
+def wan(layers: int = 2, seed: int = 0, linear: bool = False) -> WanDenoiser:
+    """linear: with a linear memory that is not zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return WanDenoiser(transformer(layers, 1e-3).double())
+        denoiser = WanDenoiser(transformer(layers, 1e-3).double())
+        if linear:
+            denoiser.add_linear_memory()
+            for branch in denoiser.network.memory:
+                torch.nn.init.normal_(branch.project.weight)
+        return denoiser
 
 
 @pytest.fixture(scope="module")
 def network() -> WanDenoiser:
-    return wan().requires_grad_(False)
+    return wan(linear=True).requires_grad_(False)
 
 
 def conditioning(rows: int = 2, seed: int = 0) -> Conditioning:
@@ -100,6 +107,8 @@ def test_chunks_and_what_they_see() -> None:
             "a slow memory of 2 and a chunk of 3; set window to at least 8",
         ),
         ({"frames": 3, "slow": 2}, "give a window"),
+        ({"frames": 3, "linear": True}, "give a window"),
+        ({"frames": 3, "window": 9, "slow": 3, "linear": True}, "one place to go"),
         ({"frames": 3, "sink": 3, "window": 12, "slow": 3, "sink_decay": 0.9}, "leave out sink_decay"),
         ({"frames": 3, "window": 9, "slow": 3, "positions": "absolute"}, "positions: absolute"),
         ({"frames": 3, "sink": 3, "sink_decay": 0.9}, "give a window"),
@@ -132,7 +141,7 @@ def test_cached_chunks_equal_the_teacher_forcing_mask(name: str, network: WanDen
     frames = chunks.split(7 if chunks.first else 8)[-1].stop
     x, clean, t = draws(frames)("x"), draws(frames)("clean"), torch.tensor([0.9, 0.3], dtype=torch.float64)
     inputs = Inputs(causal=chunks, clean=clean)
-    if chunks.cache_dtype or (chunks.sink + chunks.slow and chunks.positions == "relative"):
+    if chunks.cache_dtype or chunks.linear or (chunks.sink + chunks.slow and chunks.positions == "relative"):
         with pytest.raises(ValueError, match="go chunk by chunk"):
             network(x, t, conditioning(), inputs)
         return
@@ -312,7 +321,7 @@ def test_memory_stays_flat(network: WanDenoiser) -> None:
 # --- draws
 
 
-@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits"])
+@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits", "linear memory"])
 def test_the_same_seed_gives_the_same_video(name: str, network: WanDenoiser) -> None:
     """Whole, streamed, and as the beginning of a longer video: the same bits, also in training."""
     chunks = POLICIES[name]
@@ -406,9 +415,10 @@ def gradients(student: WanDenoiser, sampler: RolloutPolicy, frames: int, to: flo
     return list(torch.autograd.grad((rollout.x * weight).sum(), list(student.parameters())))
 
 
-@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits"])
+@pytest.mark.parametrize("name", ["whole past", "EMA sink", "context noise", "slow memory", "8 bits", "linear memory"])
 def test_replay_and_checkpointing_give_the_gradient_of_the_whole_graph(name: str) -> None:
-    student, chunks = wan(), POLICIES[name]
+    chunks = POLICIES[name]
+    student = wan(linear=chunks.linear)
     whole = gradients(student, policy(chunks), 8, to=0.2)
     part = batch(8)
     replay = policy(dataclasses.replace(chunks, replay=True))

@@ -1,17 +1,29 @@
 """What a context keeps of frames that left the window, and in how many bits."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import pytest
 import torch
-from test_streaming import POLICIES, SHAPE, conditioning, draws, forced, network, policy, wan
+from safetensors.torch import load_file
+from test_streaming import POLICIES, conditioning, draws, forced, network, policy, wan
+from test_streaming_training import recipe
+from tiny_wan import tiny_wan
 from torch import Tensor
 
 from fastgen.backbones.wan import WanDenoiser
+from fastgen.denoiser import Inputs
+from fastgen.pipelines.streaming import StreamingWanPipeline
+from fastgen.registry import RecipeError
 from fastgen.rollout import sample_chunks
+from fastgen.sampling.sampler import load_sampler
 from fastgen.streaming.context import Context
+from fastgen.streaming.linear_state import linear_attention, linear_state
+from fastgen.streaming.memory_file import MEMORY
 from fastgen.streaming.precision import pack, unpack
 from fastgen.streaming.schedule import ChunkSchedule
+from fastgen.train import train
 
 __all__ = ["network"]  # the fixture
 
@@ -73,7 +85,7 @@ def test_the_slow_memory_decides_for_all_layers_together() -> None:
 
 
 def test_a_schedule_whose_past_is_gone_refuses_to_compute_it_again() -> None:
-    for name in ("EMA sink", "slow memory"):
+    for name in ("EMA sink", "slow memory", "linear memory"):
         with pytest.raises(ValueError, match="without recache"):
             POLICIES[name].check_recache()
     POLICIES["sink"].check_recache()
@@ -128,6 +140,97 @@ def test_an_averaged_sink_is_not_rounded() -> None:
     torch.testing.assert_close(sink, torch.full_like(sink, 2 - 0.999**400), rtol=1e-4, atol=0)
 
 
-def test_shapes_of_the_latents_are_what_the_tests_assume() -> None:
-    assert draws(2)("x").shape == (2, 2, *SHAPE)
-    assert dataclasses.replace(POLICIES["8 bits"], cache_dtype=None) == POLICIES["window"]
+# --- the linear memory
+
+
+def test_a_new_linear_memory_changes_nothing() -> None:
+    network, plain = wan(linear=True).requires_grad_(False), ChunkSchedule(frames=2, window=5, sink=1)
+    network.add_linear_memory()  # zeros again
+    pairs = zip(outputs(network, POLICIES["linear memory"]), outputs(network, plain), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_it_adds_is_linear_attention_over_all_frames_that_are_gone() -> None:
+    """One layer, whose keys depend on their own frame alone. What the memory adds to the attention of a late chunk is
+    that of the keys and values of every frame between the sink and the window, in whatever order they left."""
+    network, chunks = wan(layers=1, linear=True).requires_grad_(False), POLICIES["linear memory"]
+    frames, t = 14, torch.tensor([0.9, 0.3], dtype=torch.float64)
+    clean, cond = draws(frames)("clean"), conditioning()
+    context, every = Context(chunks), Context(ChunkSchedule(frames=2))
+    for part in chunks.split(frames):
+        own = clean[:, part.start : part.stop]
+        context, every = (network.commit(own, 0 * t, cond, c) for c in (context, every))
+    gone = chunks.gone(context.chunk)
+    assert gone == range(1, 12) and context.absorbed is not None
+    keys, values = every.past(0) or (torch.empty(0), torch.empty(0))
+    rows = slice(*(keys.shape[1] // frames * edge for edge in (gone.start, gone.stop)))
+    expected = linear_state(keys[:, rows].flip(1), values[:, rows].flip(1))
+    for mine, theirs in zip(context.absorbed, expected, strict=True):
+        assert (mine[0] - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+    seen: dict[str, Tensor] = {}
+    branch, attn = network.network.memory[0], network.network.blocks[0].attn1
+    branch.register_forward_hook(lambda _, given, out: seen.update(query=given[0], added=out))
+    attn.to_out[0].register_forward_pre_hook(lambda _, given: seen.update(out=given[0]))
+    network(draws(2)("x"), t, cond, Inputs(context=context))
+    with_memory = seen["out"]
+    network(draws(2)("x"), t, cond, Inputs(context=dataclasses.replace(context, absorbed=None)))
+    added = branch.project(linear_attention(seen["query"], expected))
+    assert (seen["added"] - added).abs().max() < 1e-12
+    assert (with_memory - seen["out"] - added.flatten(2)).abs().max() < 1e-9 < added.abs().max()
+
+
+def test_a_stored_context_without_its_sums_is_refused(network: WanDenoiser) -> None:
+    clips = sample_chunks(network, policy(POLICIES["linear memory"]), conditioning(), draws(1))
+    state = [next(clips).context.state_dict() for _ in range(5)][-1]
+    assert Context.load(POLICIES["linear memory"], state).absorbed is not None
+    for name in ("products", "keys"):
+        del state[f"absorbed.{name}"]
+    with pytest.raises(ValueError, match="saved with another"):
+        Context.load(POLICIES["linear memory"], state)
+
+
+def test_a_network_without_memory_says_so() -> None:
+    network = wan()
+    with pytest.raises(ValueError, match="no linear memory"):
+        network(
+            draws(2)("x"), torch.ones(2).double(), conditioning(), Inputs(context=Context(POLICIES["linear memory"]))
+        )
+
+
+@pytest.mark.parametrize("objective", ["dmd2", "phased_dmd"])
+def test_training_and_export_of_a_linear_memory(objective: str, tmp_path: Path) -> None:
+    """A dense student first, then one with a memory that starts from it (Hybrid Forcing's two stages). Its weights are
+    trained, the export has them, the pipeline gives the sampler's video, and a folder without them is refused."""
+    folder, section = tiny_wan(tmp_path / "wan", layers=2), {"name": objective, "fake_updates": 1}
+    settings = {"batch_size": 2, "num_samples": 2, "sample_every": 0, "checkpoint_every": 1}
+    if objective == "phased_dmd":
+        section["phases"] = [{"first": 0, "last": 1, "updates": 1}, {"first": 1, "last": 2, "updates": 1}]
+    made = functools.partial(recipe, folder, objective=section)
+    dense = made(tmp_path / "dense", train=settings | {"steps": 2})
+    start = train(dense)
+    rollout = {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, "window": 2, "linear": True}}
+    run = train(made(tmp_path / "hybrid", rollout=rollout, init_from=str(start), train=settings | {"steps": 2}))
+    weights = load_file(run / "export" / MEMORY)
+    experts = 2 if objective == "phased_dmd" else 1
+    assert len(weights) == 2 * experts and all(w.abs().max() > 0 for w in weights.values())
+    pipeline = StreamingWanPipeline.from_pretrained(run / "export")
+    sampler = load_sampler(run / "export")
+    latents = sampler.latents(["a cat"], [4])
+    mine = pipeline("a cat", seed=4, output_type="latent").frames.transpose(1, 2)
+    assert (mine - latents).abs().max() < 1e-5
+    (run / "export" / MEMORY).unlink()
+    with pytest.raises(ValueError, match=r"was trained with rollout\.chunks\.linear"):
+        StreamingWanPipeline.from_pretrained(run / "export")
+
+
+def test_an_adapter_has_no_linear_memory(tmp_path: Path) -> None:
+    rollout = {"timesteps": [1.0], "chunks": {"frames": 1, "window": 2, "linear": True}}
+    with pytest.raises(RecipeError, match="no adapter has"):
+        recipe(
+            tiny_wan(tmp_path / "wan"),
+            tmp_path / "run",
+            {"name": "dmd2"},
+            rollout=rollout,
+            lora={"student": {"rank": 2}, "fake_score": {"rank": 2}},
+        )

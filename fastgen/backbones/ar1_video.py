@@ -98,6 +98,8 @@ class AR1VideoConfig(BackboneConfig):
             raise ValueError(f"chunks: {error}; change backbone.num_frames or the chunks") from None
         if policy.chunks.sink_decay is not None:
             raise ValueError("chunks.sink_decay: the average of two frames is no frame of an ar1_video; leave it out")
+        if policy.chunks.linear:
+            raise ValueError("chunks.linear: the networks of ar1_video have no attention; leave it out")
         if policy.chunks.order == "rolling":
             raise ValueError(
                 "chunks.order: the networks of ar1_video take one level for all frames; rolling has several"

@@ -18,6 +18,7 @@ from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
+from fastgen.streaming.memory_file import MEMORY, load_memory, save_memory
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -77,6 +78,8 @@ def save_student(
         flow_map.save_inputs(tables, policy, backbone.schedule, folder)
         rename_class(folder, FLOW_MAP)
     elif policy.chunks is not None:
+        if tables:
+            save_memory(tables, folder)
         rename_class(folder, STREAMING)
 
 
@@ -94,7 +97,8 @@ def save_whole(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Saves a whole pipeline, and returns the weights of the student's added inputs, which have no place in it."""
+    """Saves a whole pipeline, and returns the weights that have no place in it: of the student's added inputs, and of
+    its linear memory."""
     components, tables = backbone.student_components(base_of(student)), dict[str, Tensor]()
     source, own = backbone.folder(), backbone.subfolders
     networks = [name for name, value in components.items() if isinstance(value, nn.Module)]
@@ -153,6 +157,8 @@ def load_student(backbone: Pipeline, folder: Path) -> Denoiser:
         for part, tables in zip(student.members, weights, strict=True):
             part.time_embedding.tables.load_state_dict(tables)
         student.to(backbone.device, backbone.dtype)
+    if (folder / MEMORY).is_file():
+        load_memory([part.network for part in student.members], folder)
     return student.requires_grad_(False).eval()
 
 

@@ -16,7 +16,7 @@ from fastgen.modules.sharding import WeightMap
 from fastgen.modules.tensor_file import TensorFile
 
 PLACE = re.compile(r"(?:experts\.(\d+)\.)?network\.(.+)")  # of a tensor in a denoiser: its expert, and its name there
-TABLES = re.compile(r".*\.tables\.(.+)")  # of the weights of added inputs
+TABLES = re.compile(r"(?:.*\.tables|memory)\.(.+)")  # of the weights of added inputs, and of a linear memory
 
 
 class Named(NamedTuple):
@@ -38,8 +38,8 @@ def whole_tensors(
 
     values: name in `student.state_dict()` -> tensor, in any order. student: says which networks there are; its own
     values are not read. components: what the student replaces in its pipeline (`student_components`). weights: where
-    the pretrained tensors are stored. tables: takes the weights of added inputs, "<expert>.<name>", which no stock
-    network has; it is complete when the stream ends."""
+    the pretrained tensors are stored. tables: takes the weights of added inputs or of a linear memory,
+    "<expert>.<name>", which no stock network has; it is complete when the stream ends."""
     places = places_of(components, [part.network for part in base_of(student).members])
     stream = merged(student, values, weights, tables) if isinstance(student, LoraDenoiser) else plain(student, values)
     for name, tensor in stream:

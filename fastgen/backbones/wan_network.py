@@ -12,7 +12,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inputs import WanExtraInputs
 from fastgen.schedule import FlowSchedule, expand
-from fastgen.streaming.causal_wan import make_causal, place_of, placed
+from fastgen.streaming.causal_wan import add_linear_memory, make_causal, place_of, placed
 
 LOWEST = 1e-4  # the level below which no prediction is divided by it
 
@@ -81,6 +81,9 @@ class WanDenoiser(Denoiser):
 
     def set_time_embedding(self, module: nn.Module) -> None:
         self.network.condition_embedder = module
+
+    def add_linear_memory(self) -> None:
+        add_linear_memory(self.network)
 
     @property
     def feature_modules(self) -> Sequence[nn.Module]:

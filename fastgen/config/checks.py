@@ -196,6 +196,10 @@ def check_chunks(recipe: Recipe) -> None:
             f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
             "levels for all chunks; leave it out"
         )
+    if chunks.linear and "student" in recipe.lora:
+        raise RecipeError(
+            "rollout.chunks.linear: the student gets weights that no adapter has; leave lora.student out, or linear"
+        )
     if chunks.order == "rolling" and not objective.takes_rolling:
         raise RecipeError(
             "rollout.chunks.order: with rolling the chunks of a video stop at different steps, and objective "

@@ -123,6 +123,10 @@ class Experts(Denoiser):
         for expert in self.members:
             expert.add_inputs(counts, dim, levels)
 
+    def add_linear_memory(self) -> None:
+        for expert in self.members:
+            expert.add_linear_memory()
+
     @property
     def feature_modules(self) -> Sequence[nn.Module]:
         """Those of the first expert; each of the others has as many."""

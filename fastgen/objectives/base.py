@@ -119,10 +119,7 @@ class Objective:
     def make_student(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
         """A freshly made student: a run starts from it, and its export is read into it. The inputs that the policy
         adds are present, but do not change what the network computes yet."""
-        student = backbone.load("student")
-        if policy.inputs:
-            student.add_inputs({}, backbone.time_dim, policy.inputs)
-        return student
+        return extended(backbone.load("student"), backbone, policy)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """The networks besides student and teacher, freshly made: {role: module}."""
@@ -150,6 +147,15 @@ class Objective:
         """Called once after every optimizer step, however many micro-batches it had. References, samplers and other
         moving averages are updated here, in place, and sums collected over micro-batches are added to the running
         statistics."""
+
+
+def extended(student: Denoiser, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
+    """The student with what the policy adds to its network, which does not change what it computes yet."""
+    if policy.inputs:
+        student.add_inputs({}, backbone.time_dim, policy.inputs)
+    if policy.chunks is not None and policy.chunks.linear:
+        student.add_linear_memory()
+    return student
 
 
 def feature_network(backbone: Backbone) -> dict[str, nn.Module]:

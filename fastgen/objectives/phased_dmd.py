@@ -47,7 +47,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.experts import Experts
 from fastgen.networks import Networks
-from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn, extended
 from fastgen.objectives.fake_score import make_fake_score, stop_input
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
@@ -179,6 +179,9 @@ class PhasedDMD(Objective):
 
     def make_student(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
         """The pipeline's own experts, where it has some; otherwise one copy of its network per phase."""
+        return extended(self.make_experts(backbone, policy), backbone, policy)
+
+    def make_experts(self, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
         student = backbone.load("student")
         if not self.experts or len(self.phases) == 1:
             return student

@@ -28,6 +28,7 @@ from fastgen.modules.experts import Experts
 from fastgen.pipelines.few_step import ChunkScheduler
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.streaming.memory_file import load_memory
 from fastgen.streaming.stream import Stream, VideoDecoder, read_about, with_window
 
 SEEDS = 1 << 62  # how many there are
@@ -59,6 +60,15 @@ class StreamingWanPipeline(WanPipeline):
         super().__init__(
             tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
         )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
+        """Loads a pipeline. One with a linear memory is loaded from a local folder."""
+        pipeline = super().from_pretrained(folder, **options)
+        chunks = pipeline.policy.chunks
+        if chunks is not None and chunks.linear:
+            load_memory(pipeline.networks, Path(folder))
+        return pipeline
 
     @property
     def policy(self) -> RolloutPolicy:

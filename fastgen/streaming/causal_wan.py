@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.denoiser import Inputs
 from fastgen.ops.block_sparse_attention import (
     BlockLayout,
     Cache,
+    LinearBranch,
+    LinearState,
     Selection,
     TopK,
     VideoMask,
@@ -42,7 +44,8 @@ class Place:
     own, past: rotations of the call's own tokens and of the visible past's.
     context: the memory of the past; None without one.
     layout: which tokens see which; a rule chooses by content.
-    memory: the list that gets each layer's keys and values."""
+    memory: the list that gets each layer's keys and values.
+    branches: of every layer, what reads the sums over the frames that are gone (`add_linear_memory`); None without."""
 
     frames: int
     own: Rotation
@@ -51,6 +54,7 @@ class Place:
     layout: BlockLayout | Selection
     attention: ChunkAttention
     memory: list[tuple[Tensor, Tensor]] | None
+    branches: Any = None
 
 
 class CausalAttention:
@@ -86,6 +90,7 @@ class CausalAttention:
         All that differs from chunk to chunk is used here, so that what is around it compiles once."""
         if place.memory is not None:
             place.memory.append((key, value))
+        gone = self.gone(place, query)
         query, key = rotated(query, place.own), rotated(key, place.own)
         cache = self.past(place, key)
         layout, rows = place.layout, 0 if cache is None else cache.key.shape[1]
@@ -94,7 +99,15 @@ class CausalAttention:
         all_learn = not torch.is_grad_enabled() or (cache is not None and cache.key.requires_grad)
         learns = None if all_learn else (rows, rows + key.shape[1])
         named = {"cache": cache, "grad_keys": learns, "backend": place.attention.backend}
-        return attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
+        out = attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
+        return out if gone is None else out + gone
+
+    def gone(self, place: Place, query: Tensor) -> Tensor | None:
+        """What the query, which is not rotated, reads of the frames that left the window; None if there are none."""
+        if place.context is None or place.context.absorbed is None:
+            return None
+        state = LinearState(*(kept[self.layer] for kept in place.context.absorbed))
+        return place.branches[self.layer](query, state).type_as(query)
 
     def past(self, place: Place, like: Tensor) -> Cache | None:
         """Keys and values of the visible past, with the keys at their positions; None if there are none."""
@@ -151,6 +164,15 @@ def make_causal(network: Any) -> None:
             block.attn2.set_processor(FoldedCrossAttention(block.attn2.processor))
 
 
+def add_linear_memory(network: Any) -> None:
+    """Gives a WanTransformer3DModel a branch for each layer, `network.memory`, that reads the sums over the frames
+    that are gone. They start at zero, so that the network computes what it did before."""
+    head = network.config.attention_head_dim
+    like = network.blocks[0].attn1.to_q.weight
+    branches = [LinearBranch(head) for _ in network.blocks]
+    network.memory = nn.ModuleList(branches).to(dtype=like.dtype, device=None if like.is_meta else like.device)
+
+
 @contextmanager
 def placed(network: Any, place: Place) -> Iterator[None]:
     """Calls of the network inside hand this place to their blocks. What checkpointing recomputes later keeps it."""
@@ -174,9 +196,11 @@ def place_of(network: Any, x: Tensor, inputs: Inputs) -> Place:
         past, own = chunks.positions_of(chunk, tuple(block.frames for block in inputs.context.blocks))
         seen = sum(len(part) for part in past)
         layout = chunk_layout(chunks.attention, tokens, seen, min(chunks.sink, seen), frames, x.device)
-        return Place(
-            frames, turn([own]), turn(past) if past else None, inputs.context, layout, chunks.attention, inputs.memory
-        )
+        branches = getattr(network, "memory", None)
+        if chunks.linear and branches is None:
+            raise ValueError("chunks.linear: this network has no linear memory; it is that of another student")
+        turned = turn(past) if past else None
+        return Place(frames, turn([own]), turned, inputs.context, layout, chunks.attention, inputs.memory, branches)
     if inputs.causal is not None:
         chunks = inputs.causal
         video = frames if inputs.clean is None else frames // 2
@@ -252,6 +276,8 @@ def video_layout(chunks: ChunkSchedule, tokens: int, frames: int, clean: bool, d
         )
     if chunks.cache_dtype is not None:
         raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk (form: chunks)")
+    if chunks.linear and chunks.evicts(frames):
+        raise ValueError("a mask over whole videos has no linear memory; go chunk by chunk (form: chunks)")
     if chunks.attention.layout != "dense":
         raise ValueError("a mask over whole videos is dense; go chunk by chunk (form: chunks) with attention top_k")
     mask = VideoMask(tokens, tuple(len(c) for c in chunks.split(frames)), chunks.window, chunks.sink)

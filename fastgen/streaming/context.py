@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.streaming import precision, retention
 from fastgen.streaming.block import Block
+from fastgen.streaming.linear_state import LinearState
 from fastgen.streaming.schedule import ChunkSchedule
 
 
@@ -18,6 +19,7 @@ class Context:
     """The memory of the frames that the next chunk sees. No forward changes it: `committed` returns a new one.
 
     chunks: the schedule that decides what is kept.  blocks: what is kept, in order.  frames: how many were committed.
+    absorbed: of every layer, the sums over the frames that left the window, with `linear`; None before any did.
     What is stored has no gradient, unless `Denoiser.commit` was asked for it.
     memo: layer -> what it computes of this context for every step of a chunk alike (`memoised`); None: it is computed
     anew. No other context shares it."""
@@ -25,6 +27,7 @@ class Context:
     chunks: ChunkSchedule
     blocks: tuple[Block, ...] = ()
     frames: int = 0
+    absorbed: LinearState | None = None
     memo: dict[int, Any] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
@@ -45,7 +48,8 @@ class Context:
     @property
     def nbytes(self) -> int:
         """The size of what is kept, in bytes. Snapshots that share blocks share this memory."""
-        return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.keys, block.values))
+        tensors = [t for block in self.blocks for t in (block.keys, block.values)]
+        return sum(t.numel() * t.element_size() for t in (*tensors, *(self.absorbed or ())))
 
     def memoised(self) -> "Context":
         """The same context for the steps of one chunk without gradient. What layers compute of it once is freed with
@@ -69,12 +73,16 @@ class Context:
         keys, values = (torch.stack([pack(pair[i]) for pair in memory]) for i in (0, 1))
         blocks = [*self.blocks, Block(self.chunk, keys, values)]
         following = self.chunks.chunk_at(self.chunk.stop)
-        return Context(self.chunks, retention.kept(self.chunks, blocks, following), self.chunk.stop)
+        absorbed = self.absorbed
+        if self.chunks.linear and (leaving := retention.leaving(self.chunks, blocks, following)) is not None:
+            absorbed = leaving if absorbed is None else absorbed + leaving
+        return Context(self.chunks, retention.kept(self.chunks, blocks, following), self.chunk.stop, absorbed)
 
     def select(self, rows: Tensor | slice) -> "Context":
         """The context of some rows of the batch."""
         blocks = tuple(Block(b.frames, b.keys[:, rows], b.values[:, rows]) for b in self.blocks)
-        return dataclasses.replace(self, blocks=blocks)
+        absorbed = self.absorbed and LinearState(*(kept[:, rows] for kept in self.absorbed))
+        return dataclasses.replace(self, blocks=blocks, absorbed=absorbed)
 
     def layers(self, part: int | Tensor, parts: int) -> "Context":
         """One of several contexts of equal depth that are kept together: those of experts (`modules.experts.Experts`)
@@ -87,7 +95,8 @@ class Context:
             return split[part, :, torch.arange(len(part), device=part.device)].movedim(0, 1)
 
         blocks = tuple(Block(b.frames, own(b.keys), own(b.values)) for b in self.blocks)
-        return dataclasses.replace(self, blocks=blocks)
+        absorbed = self.absorbed and LinearState(*(own(kept) for kept in self.absorbed))
+        return dataclasses.replace(self, blocks=blocks, absorbed=absorbed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the schedule, as tensors for safetensors."""
@@ -95,19 +104,26 @@ class Context:
         for i, block in enumerate(self.blocks):
             state[f"{i}.frames"] = torch.tensor([block.frames.start, block.frames.stop])
             state[f"{i}.keys"], state[f"{i}.values"] = block.keys.contiguous(), block.values.contiguous()
+        if self.absorbed is not None:
+            state |= {f"absorbed.{name}": kept.contiguous() for name, kept in self.absorbed._asdict().items()}
         return state
 
     @classmethod
     def load(cls, chunks: ChunkSchedule, state: Mapping[str, Tensor]) -> "Context":
         """The inverse of `state_dict`. Raises ValueError if it is not the state of such a context."""
         try:
-            count = sum(name.endswith(".keys") for name in state)
+            count = sum(name.endswith(".values") for name in state)
             ranges = [range(*state[f"{i}.frames"].tolist()) for i in range(count)]
             blocks = tuple(Block(r, state[f"{i}.keys"], state[f"{i}.values"]) for i, r in enumerate(ranges))
-            context = cls(chunks, blocks, int(state["frames"]))
+            sums = [state.get(f"absorbed.{name}") for name in LinearState._fields]
+            absorbed = None if sums[0] is None or sums[1] is None else LinearState(sums[0], sums[1])
+            context = cls(chunks, blocks, int(state["frames"]), absorbed)
         except KeyError as error:
             raise ValueError(f"this is no context of a stream: {error} is missing") from None
         held = [frame for block in blocks for frame in block.frames]
-        if held != [frame for frames in chunks.past(context.chunk) for frame in frames]:
+        sums_there = absorbed is not None
+        if held != [frame for frames in chunks.past(context.chunk) for frame in frames] or sums_there != (
+            chunks.linear and bool(chunks.gone(context.chunk))
+        ):
             raise ValueError("the stored frames are not those that this schedule keeps; it was saved with another one")
         return context

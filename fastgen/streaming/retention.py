@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.streaming.block import Block
+from fastgen.streaming.linear_state import LinearState, linear_state
 from fastgen.streaming.precision import unpack
 from fastgen.streaming.schedule import ChunkSchedule
 
@@ -13,7 +14,7 @@ from fastgen.streaming.schedule import ChunkSchedule
 def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tuple[Block, ...]:
     """The blocks that the following chunk sees, in order, of those that there are.
 
-    A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one, and is gone if not."""
+    A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one."""
     ranges = chunks.past(following)
     if chunks.sink_decay is not None:
         sink, *rest = blocks
@@ -25,6 +26,16 @@ def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tu
         blocks = absorbed(chunks, blocks, ranges[1].start if len(ranges) > 1 else following.start)
     parts = [block.part(frames) for frames in ranges for block in blocks]
     return tuple(part for part in parts if part is not None)
+
+
+def leaving(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> LinearState | None:
+    """The sums over the frames that the following chunk no longer sees, [layers, B, ...]; None if there are none."""
+    gone = joined(blocks, chunks.gone(following))
+    if gone is None:
+        return None
+    keys, values = (unpack(kept) for kept in (gone.keys, gone.values))
+    state = linear_state(keys.flatten(0, 1), values.flatten(0, 1))
+    return LinearState(*(kept.unflatten(0, keys.shape[:2]) for kept in state))
 
 
 def averaged(sink: Block, chunk: Block, decay: float) -> Block:

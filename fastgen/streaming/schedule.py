@@ -54,6 +54,9 @@ class ChunkSchedule:
         leave fill it. Later ones take the place of its oldest, if they are new to it.
     slow_similarity: c. A frame is new if the cosine between its keys and those of the newest frame in the slow memory
         is below c. 1 takes every frame, which is a plain window of the same W; -1 takes none, which is a longer sink.
+    linear: whether the frames that leave the window are summed into a state of one size, which later chunks read by
+        linear attention (`streaming.linear_state`; Hybrid Forcing's memory). What is read is added to the output of
+        each self-attention, through a projection that starts at zero and is trained and exported with the student.
     positions: relative counts the visible frames from 0 in every chunk, which is exact at any length: without a sink,
         it equals absolute positions, because rotary attention depends on differences only. absolute keeps the sink at
         the position that it had, ever farther away.
@@ -78,6 +81,7 @@ class ChunkSchedule:
     sink_decay: float | None = Field(default=None, ge=0, le=1)
     slow: int = Field(default=0, ge=0, le=MOST_FRAMES)
     slow_similarity: float = Field(default=0.95, ge=-1, le=1)
+    linear: bool = False
     positions: Literal["relative", "absolute"] = "relative"
     context_noise: float = Field(default=0.0, ge=0, lt=1)
     cache_dtype: Literal["int8"] | None = None
@@ -110,6 +114,14 @@ class ChunkSchedule:
         return self
 
     @model_validator(mode="after")
+    def _linear(self) -> "ChunkSchedule":
+        if self.linear and self.window is None:
+            raise ValueError("linear sums what leaves the window, and there is none: give a window")
+        if self.linear and (self.slow or self.sink_decay is not None):
+            raise ValueError("what leaves the window has one place to go: give one of linear, slow and sink_decay")
+        return self
+
+    @model_validator(mode="after")
     def _order(self) -> "ChunkSchedule":
         if self.order != "chunk" and self.first_timesteps is not None:
             raise ValueError(
@@ -136,8 +148,12 @@ class ChunkSchedule:
 
     def check_recache(self) -> None:
         """Raises ValueError if what a context holds cannot be computed again from the frames that are still there."""
-        averaged, slow = self.sink_decay is not None, self.slow > 0
-        for there, what in ((averaged, "an averaged sink (chunks.sink_decay)"), (slow, "a slow memory (chunks.slow)")):
+        kinds = {
+            "an averaged sink (chunks.sink_decay)": self.sink_decay is not None,
+            "a slow memory (chunks.slow)": self.slow > 0,
+            "a linear memory (chunks.linear)": self.linear,
+        }
+        for what, there in kinds.items():
             if there:
                 raise ValueError(
                     f"{what} is made of frames that are gone, so it cannot be computed again with "
@@ -177,13 +193,16 @@ class ChunkSchedule:
     def past(self, chunk: range) -> tuple[range, ...]:
         """The earlier frames that a chunk sees, in order: those that stay and the window, or one range if they touch.
         The slow memory goes by the numbers of the frames that filled it first."""
+        gone = self.gone(chunk)
+        parts = (range(gone.start), range(gone.stop, chunk.start)) if gone else (range(chunk.start),)
+        return tuple(frames for frames in parts if frames)
+
+    def gone(self, chunk: range) -> range:
+        """The earlier frames that a chunk does not see."""
         if self.window is None:
-            return (range(chunk.start),) if chunk.start else ()
+            return range(0)
         old = min(self.sink + self.slow, chunk.start)
-        begin = max(chunk.stop - (self.window - self.sink - self.slow), old)
-        if begin == old:
-            return (range(chunk.start),) if chunk.start else ()
-        return tuple(frames for frames in (range(old), range(begin, chunk.start)) if frames)
+        return range(old, max(chunk.stop - (self.window - self.sink - self.slow), old))
 
     def after(self, start: int, num_frames: int) -> tuple[range, ...]:
         """The chunks of the next `num_frames` frames after the first `start`. Raises ValueError as `split` does."""
