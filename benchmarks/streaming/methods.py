@@ -1,0 +1,228 @@
+"""Streaming methods side by side: each trains a student of moving digits under one budget, and is measured alike.
+
+    python benchmarks/streaming/methods.py runs/moving_digits_teacher_forcing --plan    # what is left to run
+    python benchmarks/streaming/methods.py runs/moving_digits_teacher_forcing           # started again, it goes on
+    python benchmarks/streaming/methods.py runs/moving_digits_teacher_forcing --only rolling --seeds 0
+    python benchmarks/streaming/methods.py --report                                     # the table, from the rows
+
+The start is a finished run of recipes/moving_digits_teacher_forcing.yaml. Every method is the recipe
+moving_digits_self_forcing_4step with the overrides in METHODS: 80 updates of 32 videos, and for the seeds and numbers
+of steps that are asked for. Each run adds two rows to methods.jsonl, as benchmarks/streaming/moving_digits.py measures
+them: "NAME, N steps, seed S whole", and "... long", four times as many chunks."""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.rows import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).resolve().with_name("methods.jsonl")
+PAGE = ROOT / "docs" / "streaming_methods.md"
+RECIPE = "recipes/moving_digits_self_forcing_4step.yaml"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+BASE = "Self Forcing"  # what the others are compared with
+LEVELS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
+# a reward for motion as the prompt says, which needs no network
+MOTION = "rewards={parts: [{name: function, function: 'benchmarks.streaming.rewards:told_motion', input: frames, "
+
+
+class Method(NamedTuple):
+    """name: of the row.  chunks: the keys of rollout.chunks besides `frames: 1`.  overrides: other keys.
+    steps: the numbers of steps it makes sense for.  start: the method whose student it starts from."""
+
+    name: str
+    chunks: str = "window: 4, sink: 1"
+    overrides: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (4,)
+    start: str | None = None
+
+
+METHODS = (
+    Method(BASE, steps=(4, 2, 1)),
+    Method("without a sink", "window: 4"),
+    Method("EMA sink", "window: 4, sink: 1, sink_decay: 0.99"),
+    Method(
+        "Reward Forcing: EMA sink, Re-DMD",
+        "window: 4, sink: 1, sink_decay: 0.99",
+        ("objective.name=re_dmd", MOTION + "differentiable: false}]}"),
+    ),
+    Method("slow memory of 2", "window: 6, sink: 1, slow: 2, slow_similarity: 0.9"),
+    Method("the same window without it", "window: 6, sink: 1"),
+    Method("8-bit context", "window: 4, sink: 1, cache_dtype: int8"),
+    Method("context noise 0.1", "window: 4, sink: 1, context_noise: 0.1"),
+    Method("top_k at density 0.5", "window: 4, sink: 1, attention: {layout: top_k, density: 0.5, tile: 16}"),
+    Method(
+        "Hybrid Forcing: linear memory, top_k at density 0.5",
+        "window: 4, sink: 1, linear: true, attention: {layout: top_k, density: 0.5, tile: 16}",
+        start=BASE,
+    ),
+    Method("step first (HiAR)", "window: 4, sink: 1, order: step", steps=(4, 2)),
+    Method("rolling (Rolling Forcing)", "window: 4, sink: 1, order: rolling", steps=(4, 2)),
+    Method(
+        "8 steps on the first frame",
+        "window: 4, sink: 1, first_timesteps: [1.0, 0.95, 0.9, 0.83, 0.75, 0.63, 0.5, 0.3]",
+        steps=(4, 2, 1),
+    ),
+    Method(
+        "long tuning (LongLive)",
+        overrides=("objective.name=long_tuning", "objective.longest=28"),
+        start=BASE,
+    ),
+    Method("Self Forcing, twice as long", start=BASE),
+)
+
+
+class Run(NamedTuple):
+    method: Method
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}, {self.steps} steps, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        words = "".join(c if c.isalnum() else " " for c in self.method.name.lower()).split()
+        return "_".join([*words, f"{self.steps}", f"seed{self.seed}"])
+
+    def overrides(self, start: Path, runs: Path) -> list[str]:
+        """What `fastgen train` gets."""
+        first = start
+        if self.method.start is not None:
+            first = runs / Run(by_name(self.method.start), self.steps, self.seed).folder
+        return [
+            f"output_dir={runs / self.folder}",
+            f"init_from={first}",
+            f"seed={self.seed}",
+            f"rollout.timesteps={LEVELS[self.steps]}",
+            f"rollout.chunks={{frames: 1, {self.method.chunks}}}",
+            "train.eval_every=0",
+            "train.sample_every=0",
+            "eval.teacher_steps=[]",
+            *self.method.overrides,
+        ]
+
+
+def by_name(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
+
+
+def every_run(seeds: list[int], steps: list[int], only: str) -> Iterator[Run]:
+    """In an order in which each run comes after the one that it starts from."""
+    for seed in seeds:
+        for count in steps:
+            for method in METHODS:
+                if count in method.steps and only in method.name:
+                    yield Run(method, count, seed)
+
+
+def perform(run: Run, start: Path, runs: Path) -> None:
+    """Trains the student if its export is not there, and measures it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    folder = runs / run.folder
+    if not (folder / "export" / "fastgen.json").is_file():
+        command = [sys.executable, "-m", "fastgen", "train", RECIPE, *run.overrides(start, runs)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    tool = str(Path(__file__).with_name("moving_digits.py"))
+    command = [
+        sys.executable,
+        tool,
+        str(folder),
+        "--name",
+        run.name,
+        "--parts",
+        "whole",
+        "long",
+        "--table",
+        str(TABLE),
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+COLUMNS = {  # heading -> the part and the number of its row
+    "accuracy": ("whole", "video_accuracy"),
+    "first frame": ("whole", "video_accuracy_first"),
+    "direction": ("whole", "direction_accuracy"),
+    "speed error": ("whole", "speed_error"),
+    "long: accuracy, last quarter": ("long", "accuracy_last_quarter"),
+    "long: speed error": ("long", "speed_error"),
+    "long: brightness, late / early": ("long", "mass_ratio"),
+    "long: frozen": ("long", "freeze_share"),
+    "seconds a chunk": ("long", "seconds_a_chunk"),
+}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A markdown table: means over the seeds, with the standard error of the mean where there are several."""
+    lines = [f"| method | steps | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
+    for method in METHODS:
+        for steps in method.steps:
+            found: dict[str, list[float]] = {}
+            for seed in range(100):
+                name = Run(method, steps, seed).name
+                if f"{name} whole" in rows and f"{name} long" in rows:
+                    for heading, (part, key) in COLUMNS.items():
+                        found.setdefault(heading, []).append(value_of(rows[f"{name} {part}"], key))
+            if found:
+                cells = [cell(values) for values in found.values()]
+                count = len(next(iter(found.values())))
+                lines.append(f"| {method.name} | {steps} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def value_of(row: Mapping[str, Any], key: str) -> float:
+    """seconds_a_chunk: CPU seconds of one chunk of one video, decoding included."""
+    return row["cpu_seconds"] / row["videos"] / row["chunks"] if key == "seconds_a_chunk" else row[key]
+
+
+def cell(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def write_page(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts the table between the marks of docs/streaming_methods.md."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"{PAGE} has no {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", type=Path, nargs="?", help="the run of moving_digits_teacher_forcing")
+    parser.add_argument("--runs", type=Path, default=Path("runs/streaming_methods"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 2, 1])
+    parser.add_argument("--only", default="", help="a part of the names of the methods")
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    if not options.report:
+        left = [
+            r
+            for r in every_run(options.seeds, options.steps, options.only)
+            if f"{r.name} long" not in read_rows(TABLE)
+        ]
+        print(f"{len(left)} runs are left: {'; '.join(run.name for run in left)}")
+        if not options.plan:
+            if options.start is None or not (options.start / "checkpoints").is_dir():
+                parser.error("give the finished run of moving_digits_teacher_forcing that the students start from")
+            for run in left:
+                perform(run, options.start.resolve(), options.runs.resolve())
+    write_page(read_rows(TABLE))
+
+
+if __name__ == "__main__":
+    main()
