@@ -81,6 +81,7 @@ OBJECTIVES: dict[str, str] = {
     "f_distill": "fastgen.objectives.f_distill:FDistill",
     "re_dmd": "fastgen.objectives.re_dmd:ReDMD",
     "sc_dmd": "fastgen.objectives.sc_dmd:SCDMD",
+    "context_forcing": "fastgen.objectives.context_forcing:ContextForcing",
     "long_tuning": "fastgen.objectives.long_tuning:LongTuning",
     "disback": "fastgen.objectives.disback:DisBack",
     "gndm": "fastgen.objectives.gndm:GNDM",

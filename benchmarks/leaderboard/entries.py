@@ -290,6 +290,7 @@ ENTRIES = (
 )
 ABSENT: dict[str, str] = {  # registered objectives without an entry, and the reason
     "teacher_forcing": "it trains on videos, which neither teacher makes",
+    "context_forcing": "it trains on videos, which neither teacher makes",
     "long_tuning": "it trains on videos that go on, which neither teacher makes",
 }
 
