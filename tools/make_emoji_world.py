@@ -1,4 +1,5 @@
-"""Make the emoji world: pictures, a CLIP, a text-to-image teacher, and held-out references, from two npm packages.
+"""Make the emoji world: pictures, a CLIP, a preference model, a text-to-image teacher, and held-out references, from
+two npm packages.
 
     python tools/make_emoji_world.py --work build/emoji
 
@@ -12,11 +13,12 @@ import torch
 from emoji_clip import train_clip
 from emoji_measure import measure
 from emoji_pictures import make_pictures
+from emoji_preference import train_preference
 from emoji_reference import write_reference
 from emoji_transformer import train_transformer
 from emoji_vae import train_vae
 
-STAGES = ("pictures", "clip", "vae", "transformer", "reference", "measure")
+STAGES = ("pictures", "clip", "preference", "vae", "transformer", "reference", "measure")
 
 
 def main() -> None:
@@ -25,9 +27,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for checkpoints, outside the repository")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in their usual order")
-    parser.add_argument("--clip-steps", type=int, default=2400)
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=40_000, help="training steps of the transformer")
+    parser.add_argument("--clip-steps", type=int, default=1500)
+    parser.add_argument("--preference-steps", type=int, default=400)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="faster on a processor that multiplies bfloat16")
     args = parser.parse_args()
@@ -38,6 +41,9 @@ def main() -> None:
     run = {
         "pictures": lambda: make_pictures(work, seed),
         "clip": lambda: train_clip(clip, work, seed, args.clip_steps, args.bf16),
+        "preference": lambda: train_preference(
+            args.output / "preference", clip, work, seed, args.preference_steps, args.bf16
+        ),
         "vae": lambda: train_vae(teacher, clip, work, seed, args.vae_steps, args.bf16),
         "transformer": lambda: train_transformer(teacher, work, seed, args.steps, args.bf16),
         "reference": lambda: write_reference(args.output, work),
