@@ -70,8 +70,10 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            return frozenset({"latents", "pixels", "pairs", "images"})  # check() reports what is wrong with the folder
-        counts = {"latents": "num_pictures", "pairs": "pairs", "images": "num_images"}
+            given = {"latents", "pixels", "pairs", "images", "controls"}
+            return frozenset(given)  # check() reports what is wrong with the folder
+        made_from = "controls" if "control" in manifest["identity"] else "images"
+        counts = {"latents": "num_pictures", "pairs": "pairs", made_from: "num_images"}
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
         return given - {"latents"} if manifest.get("only_images") else given
 
@@ -255,6 +257,8 @@ def identity(
                 "picture_size": list(backbone.picture_size or ()),
                 "image_encoder": fingerprint(config, IMAGE_FILES, known),
             }
+        if images and config.takes_control:
+            result["control"] = {"num_frames": config.num_frames, "references": config.references}
         if pairs:
             teacher = fingerprint(config, TEACHER_FILES, known)
             result |= {"teacher": teacher, "latent_shape": list(backbone.latent_shape)}

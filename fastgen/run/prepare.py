@@ -78,8 +78,8 @@ def prepare(
             f"backbone.name: {config.name} encodes every prompt together with its image, and prepare stores prompts "
             "by themselves; train on the data as they are"
         )
-    if config.takes_image and "images" not in source.fills(config):
-        raise ValueError(f"data.name: backbone {config.name} makes its samples from images; choose data with pictures")
+    if missing := config.given - source.fills(config):
+        raise ValueError(f"data.name: backbone {config.name} makes its samples from {', '.join(missing)}; choose others")
     if source.sizes and pairs is not None:
         raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
