@@ -43,6 +43,11 @@ class WanVACEConfig(GivenFrameConfig):
     def takes_control(self) -> bool:
         return self.control == "video"
 
+    @property
+    def encodes_data(self) -> bool:  # type: ignore[override]
+        """Real videos have no latent frames of reference pictures."""
+        return self.references == 0
+
     def with_control(self, references: int) -> "WanVACEConfig":
         return replace(self, control="video", references=references)
 

@@ -28,7 +28,8 @@ class DataSource(ABC):
 
     def fills(self, backbone: BackboneConfig) -> frozenset[str]:
         """What of this a backbone gets."""
-        return self.provides - ({"images", "controls"} - backbone.given)
+        unused = {"images", "controls"} - backbone.given
+        return self.provides - (unused if backbone.encodes_data else unused | {"latents"})
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""

@@ -41,7 +41,7 @@ from fastgen.data.shard_rows import ShardRows, latents_of
 FORMAT = 1
 MANIFEST = "manifest.json"
 TABLES = ("prompts.jsonl", "samples.safetensors")
-ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
+ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*", "connectors/*")
 VAE_FILES = ("vae/*.safetensors",)
 IMAGE_FILES = ("image_encoder/*", "image_processor/*")
 TEACHER_FILES = ("transformer*/*", "unet/*", "scheduler/*")

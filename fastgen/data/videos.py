@@ -64,10 +64,6 @@ class VideoData(SampleSource):
         real = {"latents", "pixels", "images"} if self.has_videos else set()
         return frozenset(real | ({"controls"} if self.controls else set()))
 
-    def fills(self, backbone: BackboneConfig) -> frozenset[str]:
-        """Real data have no latent frames of reference pictures."""
-        return super().fills(backbone) - ({"latents"} if getattr(backbone, "references", 0) else set())
-
     @property
     def has_videos(self) -> bool:
         """Whether there are videos besides the controls."""

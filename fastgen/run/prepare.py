@@ -80,6 +80,8 @@ def prepare(
         )
     if missing := config.given - source.fills(config):
         raise ValueError(f"data.name: backbone {config.name} makes its samples from {', '.join(missing)}; choose others")
+    if not (config.encodes_data or config.given) and source.provides - {"pairs"}:
+        raise ValueError(f"data.name: data have not all that the latents of {config.name} hold; prepare prompts alone")
     if source.sizes and pairs is not None:
         raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
