@@ -98,6 +98,15 @@ def test_our_sampler_with_the_teacher_gives_the_pipelines_own_pictures_and_sound
     assert error < 1e-4
 
 
+@pytest.mark.slow
+def test_the_newer_networks_give_the_pipelines_own_pictures_and_sound(tmp_path: Path) -> None:
+    """Those of 2.3: the level reaches the text, and the text of each part has a width of its own."""
+    backbone = make(tiny_ltx2(tmp_path, newer=True))
+    assert compared(teacher_sampler(backbone, 3, 3.0), tmp_path, 3, 3.0) < 1e-4
+    cond, _ = backbone.encode_both(PROMPTS)
+    assert {key: tuple(value.shape[1:]) for key, value in cond.items()} == backbone.prompt_shapes()
+
+
 def test_the_latents_are_those_of_the_stock_call(folder: Path) -> None:
     """Before the VAEs: the tokens of the video and of the sound."""
     sampler = teacher_sampler(make(folder), 2, 1.0)
@@ -140,7 +149,10 @@ def test_an_export_gives_the_same_in_plain_diffusers(
     backbone.save_pipeline(student, policy, tmp_path)
     sampler, again = Sampler(backbone, student, policy), make(tmp_path)
     exported = Sampler(again, again.load_exported(tmp_path), policy)
-    assert torch.equal(sampler.latents(PROMPTS, SEEDS), exported.latents(PROMPTS, SEEDS))
+    weights = exported.denoiser.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+    change = exported.latents(PROMPTS, SEEDS) - sampler.latents(PROMPTS, SEEDS)
+    assert float(change.abs().max()) < 5e-5  # not 0: rounding depends on where weights lie in memory
     steps = [draws(f"step{i}").split([TOKENS, MOMENTS], dim=1) for i in range(1, policy.num_steps + 1)]
     order = iter([part for step in steps for part in step])  # the pipeline steps the video, then the sound
     monkeypatch.setattr(

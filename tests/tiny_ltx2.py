@@ -17,9 +17,9 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 CHANNELS, TEXT_WIDTH, LAYERS, REGISTERS = 4, 16, 2, 4
 
 
-def tiny_ltx2(folder: Path, seed: int = 0) -> Path:
+def tiny_ltx2(folder: Path, newer: bool = False, seed: int = 0) -> Path:
     """Writes the folder and returns it; videos of 32 x 32 x 9 at 24 frames per second make 5 x 4 x 4 tokens of 4
-    numbers, and 9 of their sound."""
+    numbers, and 9 of their sound. newer: as 2.3, whose text is told the level, and its attention gated."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = gemma_tokenizer()
@@ -36,15 +36,15 @@ def tiny_ltx2(folder: Path, seed: int = 0) -> Path:
             audio_vae=sound_vae(),
             text_encoder=gemma3(len(tokenizer)),
             tokenizer=tokenizer,
-            connectors=connectors(),
-            transformer=ltx2_transformer(),
+            connectors=connectors(newer),
+            transformer=ltx2_transformer(newer),
             vocoder=vocoder(),
         )
     pipeline.save_pretrained(folder)
     return folder
 
 
-def ltx2_transformer() -> LTX2VideoTransformer3DModel:
+def ltx2_transformer(newer: bool) -> LTX2VideoTransformer3DModel:
     """Its outputs are made as large as a velocity, and its text and its other part matter."""
     network = LTX2VideoTransformer3DModel(
         in_channels=CHANNELS,
@@ -60,7 +60,13 @@ def ltx2_transformer() -> LTX2VideoTransformer3DModel:
         num_layers=4,
         caption_channels=TEXT_WIDTH,
         vae_scale_factors=(2, 8, 8),
-        rope_double_precision=False,
+        rope_type="split",
+        gated_attn=newer,
+        audio_gated_attn=newer,
+        cross_attn_mod=newer,
+        audio_cross_attn_mod=newer,
+        use_prompt_embeddings=not newer,
+        perturbed_attn=newer,
     ).eval()
     with torch.no_grad():
         for projection in (network.proj_out, network.audio_proj_out):
@@ -97,7 +103,7 @@ def gemma3(vocabulary: int) -> Gemma3ForConditionalGeneration:
     return Gemma3ForConditionalGeneration(config).eval()
 
 
-def connectors() -> LTX2TextConnectors:
+def connectors(newer: bool) -> LTX2TextConnectors:
     return LTX2TextConnectors(
         caption_channels=TEXT_WIDTH,
         text_proj_in_factor=LAYERS + 1,
@@ -106,10 +112,16 @@ def connectors() -> LTX2TextConnectors:
         video_connector_num_layers=1,
         video_connector_num_learnable_registers=REGISTERS,
         audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=8,
+        audio_connector_attention_head_dim=4 if newer else 8,
         audio_connector_num_layers=1,
         audio_connector_num_learnable_registers=REGISTERS,
-        rope_double_precision=False,
+        rope_type="split",
+        video_gated_attn=newer,
+        audio_gated_attn=newer,
+        per_modality_projections=newer,
+        video_hidden_dim=16,
+        audio_hidden_dim=8,
+        proj_bias=newer,
     ).eval()
 
 
