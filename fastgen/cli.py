@@ -310,7 +310,9 @@ def evaluate(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="A folder of pictures, or of control videos, to make the samples from, for a pipeline that takes one."),
+        typer.Option(
+            help="A folder of pictures, or of control videos, to make the samples from, for a pipeline that takes one."
+        ),
     ] = None,
     reference: Annotated[
         str | None,

@@ -63,7 +63,9 @@ class LTX2Config(VideoConfig, FlowLevelsConfig):
         for part in ("video", "audio"):
             registers = connectors.get(f"{part}_connector_num_learnable_registers", 128)
             if registers and self.max_sequence_length % registers:
-                raise ValueError(f"max_sequence_length must be a multiple of {registers}, got {self.max_sequence_length}")
+                raise ValueError(
+                    f"max_sequence_length must be a multiple of {registers}, got {self.max_sequence_length}"
+                )
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "LTX2":
         return LTX2(self, device, dtype, roles)
@@ -267,7 +269,8 @@ encode_video(
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length, config = self.config.max_sequence_length, self.component_config("LTX2TextConnectors", "connectors")
         widths = [
-            config.get(f"{part}_connector_num_attention_heads", 30) * config.get(f"{part}_connector_attention_head_dim", 128)
+            config.get(f"{part}_connector_num_attention_heads", 30)
+            * config.get(f"{part}_connector_attention_head_dim", 128)
             for part in ("video", "audio")
         ]
         return {"prompt_embeds": (length, widths[0]), "sound_embeds": (length, widths[1]), "mask": (length,)}

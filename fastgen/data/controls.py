@@ -1,9 +1,9 @@
 """Control videos in files: what a video is to look like, such as depth, poses, edges or a grey copy.
 
-    depth/a.mp4              a control video (mp4, webm, gif)
-    depth/masks/a.mp4        its mask, a video or a picture (a.png) for all of it: white where pixels are to be made,
-                             black where those of the control are kept. Without one, all are to be made
-    depth/references/a.png   a picture of what is to be seen, or a folder references/a with several, sorted by name
+depth/a.mp4              a control video (mp4, webm, gif)
+depth/masks/a.mp4        its mask, a video or a picture (a.png) for all of it: white where pixels are to be made,
+                         black where those of the control are kept. Without one, all are to be made
+depth/references/a.png   a picture of what is to be seen, or a folder references/a with several, sorted by name
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -64,7 +63,6 @@ class ControlFiles(NamedTuple):
         except (VideoError, PictureError) as error:
             raise DataError(str(error)) from None
 
-
     @property
     def files(self) -> list[Path]:
         return [self.video, *([] if self.mask is None else [self.mask]), *self.references]
@@ -95,7 +93,9 @@ def control_of(video: Path) -> ControlFiles:
     several = video.parent / "references" / video.stem
     if len(masks) > 1 or len(references) + several.is_dir() > 1:
         raise ValueError(f"{video} has more than one mask, or more than one file or folder of references; keep one")
-    return ControlFiles(video, masks[0] if masks else None, tuple(IMAGES.files(several) if several.is_dir() else references))
+    return ControlFiles(
+        video, masks[0] if masks else None, tuple(IMAGES.files(several) if several.is_dir() else references)
+    )
 
 
 def named(video: Path, folder: str, suffixes: Sequence[str]) -> list[Path]:

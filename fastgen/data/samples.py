@@ -34,8 +34,8 @@ class Samples:
     sizes: if pictures have several sizes (H, W), these, and picture p is read at sizes[bucket_of[p]] (bucket_of: [P]
     int64) instead of `picture_size`.
 
-    A backbone that makes its samples from images is given the pictures, or the first ones of the videos; one that takes
-    control videos, read_control(number). Without real data, there is only this."""
+    A backbone that makes its samples from images is given the pictures, or the first ones of the videos; one that
+    takes control videos, read_control(number). Without real data, there is only this."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None

@@ -99,9 +99,7 @@ class VideoData(SampleSource):
         if not self.allow_repeats:
             check_rates(headers, self.rate(backbone))
 
-    def check_controls(
-        self, backbone: Any, headers: Sequence[tuple["Video", Header]]
-    ) -> list[tuple["Video", Header]]:
+    def check_controls(self, backbone: Any, headers: Sequence[tuple["Video", Header]]) -> list[tuple["Video", Header]]:
         """The videos and their controls, with their headers. Raises ValueError if a control is missing or shows
         another time than its video."""
         controls = self.control_files([video for video, _ in headers], backbone.references)

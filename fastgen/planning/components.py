@@ -70,7 +70,7 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
 
 def dtype_of(name: str, class_name: str, backbone: PipelineBackbone) -> torch.dtype:
     """The dtype in which a run loads a component."""
-    chosen = backbone.config.encoder_dtype if name.startswith("text_encoder") else None
+    chosen = backbone.config.encoder_dtype if name.startswith(("text_encoder", "connectors")) else None
     if chosen is not None:
         return getattr(torch, chosen)
     return torch.float32 if class_name == "AutoencoderKLWan" else backbone.dtype

@@ -79,7 +79,9 @@ def prepare(
             "by themselves; train on the data as they are"
         )
     if missing := config.given - source.fills(config):
-        raise ValueError(f"data.name: backbone {config.name} makes its samples from {', '.join(missing)}; choose others")
+        raise ValueError(
+            f"data.name: backbone {config.name} makes its samples from {', '.join(missing)}; choose others"
+        )
     if not (config.encodes_data or config.given) and source.provides - {"pairs"}:
         raise ValueError(f"data.name: data have not all that the latents of {config.name} hold; prepare prompts alone")
     if source.sizes and pairs is not None:
