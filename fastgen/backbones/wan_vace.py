@@ -114,7 +114,7 @@ class WanVACE(GivenFrame):
         imports, given = "from diffusers.utils import load_image\nfrom PIL import Image\n", "video=frames, mask=mask, "
         if config.takes_control:
             imports = f"from diffusers.utils import load_{'image, load_' if config.references else ''}video\n"
-            lines = f"""# with a mask: mask=[...], as many pictures, white where pixels are to be made and black where they are kept
+            lines = f"""# mask=[...] may have as many pictures: white where pixels are made, black where they are kept
 frames = [frame.resize({size}) for frame in load_video("control.mp4")[:{config.num_frames}]]
 """
             given = "video=frames, "
