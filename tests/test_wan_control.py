@@ -279,19 +279,23 @@ def test_what_lacks_a_control_is_refused_before_weights_load(folder: Path, clips
     with pytest.raises(ValueError, match="takes no control videos"):
         load_sampler(tmp_path / "wan", references=0)
 
-    def refused(message: str, name: str = "a", count: int = 12, **files: str) -> None:
+    def refused(message: str, name: str = "a", count: int = 12, side: int = 64, **files: str) -> None:
         root = tmp_path / str(len(list(tmp_path.iterdir())))
         (root / "masks").mkdir(parents=True)
         write_video(root / f"{name}.mp4", count, size=(32, 64))
         (root / f"{name}.txt").write_text("a cat")
         for where, kind in files.items():
-            write_video(root / "masks" / f"{where}.mp4", int(kind), size=(32, 64))
+            write_video(root / "masks" / f"{where}.mp4", int(kind), size=(min(side, 32), side))
         changes = {"backbone": control | {"references": 0}, "eval": {"metrics": ["throughput"], "prompts": ["a cat"]}}
+        if "ending" in message:
+            (root / "masks/a.avi").write_bytes(b"")
         with pytest.raises(RecipeError, match=message):
             real = {"folder": str(clips / "clips")} if "videos" in message else {}
             recipe_of(folder, clips, data={"name": "videos", "controls": str(root), **real}, **changes)
 
+    refused("masks/a.avi has an ending that fastgen does not read there")
     refused("b.mp4 belongs to no control video", b="12")
+    refused("smaller than the backbone's 32x16 pixels, the first is .*masks/a.mp4 with 16x16", a="12", side=16)
     refused("masks/a.mp4 lasts 0.50 s and .*a.mp4 0.75 s", a="8")
     refused("is shorter than 5 pictures at 16 per second", count=3)
     refused("2 of 3 videos have no control of their name in .*, the first is b")

@@ -254,8 +254,8 @@ encode_video(
     # --- prompts
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
-        """prompt_embeds and sound_embeds [B, L, D], what the connectors make of Gemma's hidden states, and mask [B, L],
-        1 where there is a token or a register."""
+        """prompt_embeds and sound_embeds [B, L, D], which the connectors make of Gemma's hidden states, and mask
+        [B, L], 1 where there is a token or a register."""
         pipeline = self.text_pipeline
         states, tokens, _, _ = pipeline.encode_prompt(
             prompts,

@@ -8,7 +8,6 @@ depth/references/a.png   a picture of what is to be seen, or a folder references
 
 from collections.abc import Sequence
 from glob import escape
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +61,14 @@ class ControlFiles(NamedTuple):
             return Control(frames, mask, tuple(read_whole(file) for file in self.references))
         except (VideoError, PictureError) as error:
             raise DataError(str(error)) from None
+
+    def mask_size(self) -> tuple[int, int] | None:
+        """Width and height of the mask, which there is."""
+        assert self.mask is not None
+        if is_video(self.mask):
+            header = read_header(self.mask, self.mask.suffix, str(self.mask))
+            return header.width, header.height
+        return picture_size(self.mask, str(self.mask))
 
     @property
     def files(self) -> list[Path]:
@@ -120,9 +127,12 @@ def controls_like(folder: Path, names: Sequence[str], references: int) -> list[C
     if missing:
         number = f"{len(missing)} of {len(names)} videos have"
         raise ValueError(f"{number} no control of their name in {folder}, the first is {missing[0]}")
-    parts = chain(*((folder / part).glob("*") for part in ("masks", "references")))
-    if odd := sorted(part for part in parts if part.stem not in of_name and part.name not in of_name):
-        raise ValueError(f"{odd[0]} belongs to no control video: none in {folder} has its name")
+    parts = [part for name in ("masks", "references") for part in sorted((folder / name).glob("[!.]*"))]
+    if odd := next((part for part in parts if part.stem not in of_name and part.name not in of_name), None):
+        raise ValueError(f"{odd} belongs to no control video: none in {folder} has its name")
+    known = {part for video in videos for part in control_of(video).files}
+    if odd := next((part for part in parts if part.is_file() and part not in known), None):
+        raise ValueError(f"{odd} has an ending that fastgen does not read there; convert or remove it")
     found = [control_of(of_name[name]) for name in names]
     if other := next((files for files in found if len(files.references) != references), None):
         raise ValueError(

@@ -70,8 +70,8 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            given = {"latents", "pixels", "pairs", "images", "controls"}
-            return frozenset(given)  # check() reports what is wrong with the folder
+            # check() reports what is wrong with the folder
+            return frozenset({"latents", "pixels", "pairs", "images", "controls"})
         made_from = "controls" if "control" in manifest["identity"] else "images"
         counts = {"latents": "num_pictures", "pairs": "pairs", made_from: "num_images"}
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
@@ -258,7 +258,7 @@ def identity(
                 "image_encoder": fingerprint(config, IMAGE_FILES, known),
             }
         if images and config.takes_control:
-            result["control"] = {"num_frames": config.num_frames, "references": config.references}
+            result["control"] = {key: getattr(config, key) for key in ("num_frames", "references")}
         if pairs:
             teacher = fingerprint(config, TEACHER_FILES, known)
             result |= {"teacher": teacher, "latent_shape": list(backbone.latent_shape)}

@@ -107,6 +107,8 @@ class VideoData(SampleSource):
             read = list(readers.map(ControlFiles.header, controls))
         for (video, header), files, own in zip(headers, controls, read, strict=True):
             check_length(own, header, files.video, Path(video.where))
+        masks = [(str(files.mask), files.mask_size()) for files in controls if files.mask is not None]
+        check_sizes(masks, (backbone.height, backbone.width), self.allow_upscaling)
         found = [(Video(files.video, ""), own) for files, own in zip(controls, read, strict=True)]
         return [*headers, *found] if self.has_videos else found
 

@@ -106,6 +106,8 @@ def prepare_locked(
     data = to_dict(source.settled(config))
     if not samples.sizes:
         data.pop("buckets", None)  # as in folders of before it was a key
+    if data.get("controls") is None:
+        data.pop("controls", None)  # likewise
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],

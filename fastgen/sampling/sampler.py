@@ -176,10 +176,10 @@ def load_sampler(
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    config: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
-    config = config if references is None else config.with_control(references)
-    config.check()
-    backbone = config.build(device, dtype or stored_dtype(config), 0)
+    section: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
+    section = section if references is None else section.with_control(references)
+    section.check()
+    backbone = section.build(device, dtype or stored_dtype(section), 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
     if negative_prompt and scale == 1:
