@@ -154,8 +154,8 @@ def sample(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A picture to make the sample from, for a pipeline that takes one. Give one for all prompts, or one "
-            "for each."
+            help="A picture, or a control video, to make the sample from, for a pipeline that takes one. Give one for "
+            "all prompts, or one for each."
         ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
@@ -310,7 +310,9 @@ def evaluate(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="A folder of pictures to make the samples from, for a pipeline that takes one."),
+        typer.Option(
+            help="A folder of pictures, or of control videos, to make the samples from, for a pipeline that takes one."
+        ),
     ] = None,
     reference: Annotated[
         str | None,

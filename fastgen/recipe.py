@@ -116,8 +116,9 @@ class EvalConfig:
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.
     clip: for features: clip, a transformers CLIPModel with its tokenizer, as a folder or a hub id.
     scorers: for metrics that are rewards with networks, name -> keys as in `rewards.parts`: {clip_score: {path: ...}}.
-    images: a folder of pictures, for a backbone that makes its samples from images. Sample i is made from
-        `images[i % len(images)]`, sorted by name. If there are no prompts, they are the texts next to the pictures.
+    images: a folder of pictures, for a backbone that makes its samples from images, or of control videos, for one that
+        takes such (`data.controls`). Sample i is made from `images[i % len(images)]`, sorted by name. If there are no
+        prompts, they are the texts next to these files.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
         `prompts[i % len(prompts)]`.

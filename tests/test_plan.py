@@ -13,14 +13,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformers
 from diffusers import SD3Transformer2DModel
-from diffusers.models.modeling_utils import ModelMixin
 from rich.console import Console
 from tiny_pipelines import tiny_sd
 from tiny_wan import tiny_wan
 
 from fastgen.backbones.folder import read_index
+from fastgen.backbones.loading import component_class
 from fastgen.backbones.pipeline import CONFIGS
 from fastgen.config import build_recipe, load_recipe
 from fastgen.planning import plan as plan_module
@@ -241,6 +240,13 @@ COUNTS = {
         "vae": 1_260_634_115,
     },
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": {"transformer": 8_326_608_160},
+    "Lightricks/LTX-2": {
+        "transformer": 18_876_174_592,
+        "text_encoder": 12_187_325_040,
+        "connectors": 1_431_475_200,
+        "vae": 1_222_479_601,
+        "audio_vae": 53_248_146,
+    },
     "Lightricks/LTX-Video": {"transformer": 1_923_385_472, "vae": 419_193_649},
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": {"transformer": 610_856_096, "text_encoder": 4_762_310_656},
     "THUDM/CogVideoX-2b": {"transformer": 1_693_783_872, "text_encoder": 4_762_310_656, "vae": 215_583_907},
@@ -266,13 +272,11 @@ def test_shipped_configs_have_the_published_parameter_counts(checkpoint: str) ->
     for name, expected in COUNTS[checkpoint].items():
         library, class_name = index[name]
         with torch.device("meta"):
-            if library == "diffusers":
-                cls: type[ModelMixin] = getattr(diffusers, class_name)
+            cls = component_class(library, class_name)
+            if library != "transformers":
                 module = cls.from_config(cls.load_config(folder / name))
             else:
-                module = getattr(transformers, class_name)(
-                    getattr(transformers, class_name).config_class.from_pretrained(folder / name)
-                )
+                module = cls(cls.config_class.from_pretrained(folder / name))
         count = sum(p.numel() for p in module.parameters())
         print(f"{checkpoint} {name}: {count:,}")
         assert count == expected

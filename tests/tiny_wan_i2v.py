@@ -86,6 +86,8 @@ def vace_transformer() -> WanVACETransformer3DModel:
         network.proj_out.weight.mul_(3)
         for block in network.blocks:
             block.attn2.to_out[0].weight.mul_(10)
+        for block in (*network.blocks, *network.vace_blocks):
+            block.attn1.to_out[0].weight.mul_(10)
         for block in network.vace_blocks:
             block.proj_out.weight.normal_(std=0.3)
     return network

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastgen.backbones.given_image import Control
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
@@ -44,10 +45,25 @@ class BackboneConfig(ABC):
     output: ClassVar[Output]
     can_checkpoint: ClassVar[bool] = True  # whether its networks can recompute activations in the backward pass
     flow_matching: ClassVar[bool] = True  # whether x_t = (1 - t) x0 + t noise; else another noise schedule
+    encodes_data: ClassVar[bool] = True  # whether real data have all that its latents hold
     has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
     takes_image: ClassVar[bool] = False  # whether every sample is made from a given image, besides its prompt
 
     takes_added_inputs: ClassVar[bool] = True  # whether inputs can be added to its networks
+
+    @property
+    def takes_control(self) -> bool:
+        """Whether the given image is instead a control video, with its mask and reference pictures."""
+        return False
+
+    @property
+    def given(self) -> frozenset[str]:
+        """What data give, besides prompts, for every sample to be made from: images, controls, or nothing."""
+        return frozenset({"controls" if self.takes_control else "images"} if self.takes_image else ())
+
+    def with_control(self, references: int) -> "BackboneConfig":
+        """This section for samples that are made from control videos with this number of reference pictures."""
+        raise ValueError(f"backbone {self.name} takes no control videos")
 
     @property
     def num_dims(self) -> int | None:
@@ -199,6 +215,11 @@ class Backbone(ABC):
         """What networks are told of a given image [3, H, W] in [0, 1] of `picture_size`: one row, whose keys begin
         with image_."""
         raise ValueError(f"backbone {self.config.name} takes no images")
+
+    def encode_control(self, control: Control) -> Conditioning:
+        """What networks are told of a given control video, as `encode_image` of an image. Its frames have the size of
+        the backbone's videos."""
+        raise ValueError(f"backbone {self.config.name} takes no control videos")
 
     def encode_images(self, pictures: Sequence[Tensor]) -> Conditioning:
         """One row for each picture. Each is encoded alone, so that its bits do not depend on the others."""

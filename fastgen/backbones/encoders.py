@@ -11,7 +11,14 @@ from fastgen.backbones.folder import OPTIONAL
 from fastgen.backbones.loading import read_component
 from fastgen.modules.sharding import WeightsError
 
-NETWORKS = ("transformer", "transformer_2", "unet", "vae")  # that encoding prompts does not need
+NETWORKS = (
+    "transformer",
+    "transformer_2",
+    "unet",
+    "vae",
+    "audio_vae",
+    "vocoder",
+)  # that encoding prompts does not need
 
 
 def load_text_pipeline(

@@ -21,6 +21,7 @@ WEIGHTLESS = (
 )  # components without weights
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # that the stock pipelines do without
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # library -> how its weight files begin
+OF_PIPELINES = ("ltx2",)  # libraries of an index that are modules of diffusers.pipelines
 VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
 FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
@@ -98,7 +99,7 @@ def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[st
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         if (folder / name).is_dir():
-            found[name] = (str(entry[0]), str(entry[1]))
+            found[name] = ("diffusers" if entry[0] in OF_PIPELINES else str(entry[0]), str(entry[1]))
         elif name not in OPTIONAL:
             raise ValueError(f"path: {folder} is incomplete: it has no folder {name}; download it again")
     return found

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.folder import variant_of
+from fastgen.backbones.folder import OF_PIPELINES, variant_of
 from fastgen.modules.sharding import WeightsError
 
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
@@ -19,6 +19,20 @@ def diffusers_class(name: str) -> Any:
         raise WeightsError(
             f"path: diffusers {diffusers.__version__} has no class {name}, which the pipeline names"
         ) from None
+
+
+def component_class(library: str, name: str) -> Any:
+    """The class of a component that model_index.json names: of transformers, of diffusers, or of one of its pipelines.
+    Raises WeightsError if diffusers has no such class."""
+    if library in OF_PIPELINES:
+        from importlib import import_module
+
+        return getattr(import_module(f"diffusers.pipelines.{library}"), name)
+    if library == "transformers":
+        import transformers
+
+        return getattr(transformers, name)
+    return diffusers_class(name)
 
 
 def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:

@@ -2,11 +2,15 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastgen.config.problems import Problems
 from fastgen.config.text import read_recipe
+from fastgen.data.controls import controls_like, is_video
 from fastgen.data.prompts import read_prompts
+from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
+from fastgen.metrics.reference import given_files
 from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
 from fastgen.policy import RolloutPolicy
@@ -46,6 +50,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
             recipe.data.check(recipe.backbone)
         with problems.noting("eval"):
             recipe.eval.check()
+            check_given(recipe)
         if recipe.eval.prompts is not None:
             with problems.noting("eval.prompts"):
                 recipe.backbone.check_prompts(read_prompts(recipe.eval.prompts))
@@ -58,6 +63,22 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
+
+
+def check_given(recipe: Recipe) -> None:
+    """Checks that the files which the samples of an evaluation are made from are of the backbone's kind, and that
+    control videos are long enough."""
+    config: Any = recipe.backbone
+    if recipe.eval.images is None or not config.takes_image:
+        return
+    files, wanted = given_files(recipe.eval.images), config.takes_control
+    if is_video(files[0]) != wanted:
+        kind = "control videos, a folder without pictures," if wanted else "pictures"
+        raise RecipeError(f"images: backbone {config.name} makes its samples from {kind} here")
+    if wanted:
+        controls = controls_like(files[0].parent, [file.stem for file in files], config.references)
+        headers = [(str(control.video), control.header()) for control in controls]
+        check_lengths(headers, config.num_frames, config.fps)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -166,10 +187,14 @@ def check_inputs(recipe: Recipe) -> None:
         keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
     given = recipe.data.fills(recipe.backbone)
-    if recipe.backbone.takes_image and "images" not in given:
+    for kind in recipe.backbone.given - given:
+        remedy = {
+            "images": "choose data with pictures, such as images",
+            "controls": "choose data videos and set data.controls, a folder of control videos",
+        }[kind]
         raise RecipeError(
-            f"data.name: backbone {recipe.backbone.name} makes its samples from images, which data {recipe.data.name} "
-            "does not provide; choose data with pictures, such as images"
+            f"data.name: backbone {recipe.backbone.name} makes its samples from {kind}, which data {recipe.data.name} "
+            f"does not provide; {remedy}"
         )
     if missing := objective.needs - given:
         as_images = " but as images to make samples from" if missing <= recipe.data.provides else ""
@@ -230,8 +255,10 @@ def check_evaluation(recipe: Recipe) -> None:
             f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
         )
     if (config.images is not None) != recipe.backbone.takes_image:
+        kind = "control videos" if recipe.backbone.takes_control else "pictures"
         raise RecipeError(
-            f"eval.images: backbone {backbone} makes its samples from images; give a folder of pictures"
+            f"eval.images: backbone {backbone} makes its samples from {', '.join(recipe.backbone.given)}; give a "
+            f"folder of {kind}"
             if recipe.backbone.takes_image
             else f"eval.images: backbone {backbone} makes its samples from prompts alone; leave it out"
         )

@@ -23,12 +23,13 @@ class DataSource(ABC):
     @property
     def provides(self) -> frozenset[str]:
         """What the source has in addition to the prompts: any of latents, pixels and pairs, which are fields of Batch,
-        and images, from which a backbone may make its samples."""
+        and images or controls, from which a backbone may make its samples."""
         return frozenset()
 
     def fills(self, backbone: BackboneConfig) -> frozenset[str]:
         """What of this a backbone gets."""
-        return self.provides if backbone.takes_image else self.provides - {"images"}
+        unused = {"images", "controls"} - backbone.given
+        return self.provides - (unused if backbone.encodes_data else unused | {"latents"})
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
         """Raises ValueError, before weights load, if files are missing or the backbone's config does not fit."""
@@ -60,8 +61,8 @@ class Stream(ABC):
         return None
 
     def images(self, positions: Tensor) -> Conditioning | None:
-        """The images from which the samples at the same positions are made, as `Backbone.encode_images` gives them,
-        on the CPU; None if the backbone takes none."""
+        """The images or control videos from which the samples at the same positions are made, as
+        `Backbone.encode_images` gives them, on the CPU; None if the backbone takes none."""
         return None
 
     def latents(self, positions: Tensor) -> Tensor | None:

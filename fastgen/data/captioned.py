@@ -63,7 +63,8 @@ def read_metadata(table: Path, column: str | None, medium: Medium) -> tuple[list
 
 
 def unlisted(listed: Sequence[Path], root: Path, medium: Medium) -> list[Path]:
-    """The files of this kind in a folder, and in the folders below it, that are not listed; sorted by name."""
+    """The files of this kind in a folder, and in the folders below it, that are not listed; sorted by name. Those in a
+    folder `masks` belong to other files (`data.controls`)."""
     known = {os.path.normpath(file) for file in listed}
     found = (f for f in root.rglob("*") if f.suffix.lower() in medium.suffixes and os.path.normpath(f) not in known)
-    return sorted(f for f in found if not f.is_dir())
+    return sorted(f for f in found if not f.is_dir() and f.parent != root / "masks")

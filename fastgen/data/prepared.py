@@ -41,7 +41,7 @@ from fastgen.data.shard_rows import ShardRows, latents_of
 FORMAT = 1
 MANIFEST = "manifest.json"
 TABLES = ("prompts.jsonl", "samples.safetensors")
-ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*")
+ENCODER_FILES = ("text_encoder*/*", "tokenizer*/*", "connectors/*")
 VAE_FILES = ("vae/*.safetensors",)
 IMAGE_FILES = ("image_encoder/*", "image_processor/*")
 TEACHER_FILES = ("transformer*/*", "unet/*", "scheduler/*")
@@ -70,8 +70,10 @@ class PreparedData(DataSource):
         try:
             manifest = read_manifest(Path(self.folder))
         except ValueError:
-            return frozenset({"latents", "pixels", "pairs", "images"})  # check() reports what is wrong with the folder
-        counts = {"latents": "num_pictures", "pairs": "pairs", "images": "num_images"}
+            # check() reports what is wrong with the folder
+            return frozenset({"latents", "pixels", "pairs", "images", "controls"})
+        made_from = "controls" if "control" in manifest["identity"] else "images"
+        counts = {"latents": "num_pictures", "pairs": "pairs", made_from: "num_images"}
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
         return given - {"latents"} if manifest.get("only_images") else given
 
@@ -255,6 +257,8 @@ def identity(
                 "picture_size": list(backbone.picture_size or ()),
                 "image_encoder": fingerprint(config, IMAGE_FILES, known),
             }
+        if images and config.takes_control:
+            result["control"] = {key: getattr(config, key) for key in ("num_frames", "references")}
         if pairs:
             teacher = fingerprint(config, TEACHER_FILES, known)
             result |= {"teacher": teacher, "latent_shape": list(backbone.latent_shape)}

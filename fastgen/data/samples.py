@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
+from fastgen.backbones.given_image import Control
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.order import bucketed, shuffled
@@ -33,7 +34,8 @@ class Samples:
     sizes: if pictures have several sizes (H, W), these, and picture p is read at sizes[bucket_of[p]] (bucket_of: [P]
     int64) instead of `picture_size`.
 
-    A backbone that makes its samples from images is given the pictures, or the first ones of the videos."""
+    A backbone that makes its samples from images is given the pictures, or the first ones of the videos; one that
+    takes control videos, read_control(number). Without real data, there is only this."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
@@ -41,6 +43,14 @@ class Samples:
     views: int = 1
     sizes: tuple[tuple[int, int], ...] = ()
     bucket_of: Tensor | None = None
+    read_control: Callable[[int], Control] | None = None
+
+    @property
+    def read_given(self) -> Callable[[int], Tensor | Control]:
+        """What a sample is made from."""
+        found = self.read_control or self.read
+        assert found is not None
+        return found
 
     @property
     def num_pictures(self) -> int:
@@ -118,7 +128,7 @@ class SampleStream(Stream):
     def pixels(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None or self._samples.read is None:
             return None
-        return torch.stack(list(self.read(self.pictures(positions))))
+        return torch.stack(list(self._readers.map(self._samples.read, self.pictures(positions))))
 
     def images(self, positions: Tensor) -> Conditioning | None:
         if self._samples.pictures is None or not self._backbone.takes_image:
@@ -132,26 +142,30 @@ class SampleStream(Stream):
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
         """The latent of each picture, [*latent_shape], on the CPU."""
-        return self.encoded(pictures, self._latents, encode_picture)
+        assert self._samples.read is not None
+        return self.encoded(pictures, self._latents, self._samples.read, encode_picture)
 
     def picture_images(self, pictures: list[int]) -> list[Conditioning]:
         """What networks are told of each picture, one row, on the CPU."""
-        return self.encoded(pictures, self._images, encode_given_picture)
+        return self.encoded(pictures, self._images, self._samples.read_given, encode_given_picture)
 
-    def encoded(self, pictures: list[int], kept: dict[int, Any], encode: Callable[[Backbone, Tensor], Any]) -> Any:
-        """What `encode` makes of each picture. Those that are new are kept, up to a gigabyte."""
+    def encoded(
+        self,
+        pictures: list[int],
+        kept: dict[int, Any],
+        read: Callable[[int], Any],
+        encode: Callable[[Backbone, Any], Any],
+    ) -> Any:
+        """What `encode` makes of what is read of each picture, several files at a time. Those that are new are kept,
+        up to a gigabyte."""
         new = [i for i in dict.fromkeys(pictures) if i not in kept]
-        fresh = {i: encode(self._backbone, pixels) for i, pixels in zip(new, self.read(new), strict=True)}
+        values = zip(new, self._readers.map(read, new), strict=True)
+        fresh = {i: encode(self._backbone, value) for i, value in values}
         found = [fresh[i] if i in fresh else kept[i] for i in pictures]
         for picture, value in fresh.items():
             if (len(kept) + 1) * value.nbytes <= LATENT_BYTES:
                 kept[picture] = value
         return found
-
-    def read(self, pictures: list[int]) -> Iterator[Tensor]:
-        """The pixels of each picture, [3, H, W] in [0, 1]. Several files are read and decoded at a time."""
-        assert self._samples.read is not None
-        return self._readers.map(self._samples.read, pictures)
 
 
 def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
@@ -160,7 +174,9 @@ def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
     return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
 
 
-def encode_given_picture(backbone: Backbone, pixels: Tensor) -> Conditioning:
-    """One row, on the CPU: what networks are told of a picture [3, H, W], or of the first one of a video
-    [F, 3, H, W]."""
-    return backbone.encode_image((pixels[0] if pixels.dim() == 4 else pixels).to(backbone.device)).to("cpu")
+def encode_given_picture(backbone: Backbone, given: Tensor | Control) -> Conditioning:
+    """One row, on the CPU: what networks are told of a picture [3, H, W], of the first one of a video [F, 3, H, W], or
+    of a control video."""
+    if isinstance(given, Control):
+        return backbone.encode_control(given.to(backbone.device)).to("cpu")
+    return backbone.encode_image((given[0] if given.dim() == 4 else given).to(backbone.device)).to("cpu")

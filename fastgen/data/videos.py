@@ -1,7 +1,7 @@
 """Videos with captions: a folder of files, or tar shards."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.backbones.given_image import Control
 from fastgen.data.base import DataError
 from fastgen.data.captioned import read_captioned
 from fastgen.data.clips import Header, Source, VideoError, check_reader, read_clip, read_header, shortest
+from fastgen.data.controls import ControlFiles, check_length, controls_like
 from fastgen.data.images import fitted
 from fastgen.data.media import VIDEOS
 from fastgen.data.samples import READERS, Samples, SampleSource
@@ -30,7 +32,7 @@ LOWEST_RATE = 0.9  # of a file, as a share of the stated one; ours. 23.976 for 2
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class VideoData(SampleSource):
     """Videos (mp4, webm, gif) with captions. folder: of files, with captions as in ImageData. shards: tar files, as in
-    WebDatasetData. One of the two is given. column: the caption column.
+    WebDatasetData. One of the two is given, unless there are controls alone. column: the caption column.
 
     A sample is a clip of `backbone.num_frames` pictures, `fps` of them per second (by default `backbone.fps`),
     whatever the file's own frame rate is; see `clips`. They are resized to cover the backbone's size and
@@ -40,10 +42,15 @@ class VideoData(SampleSource):
     clips: how many clips are taken of each video: epoch e of a run shows clip e % clips. Where clip k of video i
     begins is a uniform draw that depends on (seed, i, k) alone.
 
-    They are real data. A backbone that makes its samples from images is also given their first pictures."""
+    They are real data. A backbone that makes its samples from images is also given their first pictures.
+
+    controls: a folder of control videos, for a backbone that makes its samples from such; see `data.controls`. The
+    control of clips/a.mp4 has its name and shows the same time. Without folder, samples are the control videos of this
+    folder with their own captions, and there is no real data."""
 
     folder: str | None = None
     shards: str | tuple[str, ...] | None = None
+    controls: str | None = None
     column: str | None = None
     fps: float | None = Field(default=None, gt=0, le=MOST_STEPS)
     clips: int = Field(default=1, ge=1, le=MOST_STEPS)
@@ -54,7 +61,13 @@ class VideoData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels", "images"})
+        real = {"latents", "pixels", "images"} if self.has_videos else set()
+        return frozenset(real | ({"controls"} if self.controls else set()))
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether there are videos besides the controls."""
+        return self.controls is None or not (self.folder is None and self.shards is None)
 
     def settled(self, backbone: BackboneConfig) -> "VideoData":
         return dataclasses.replace(self, fps=self.rate(backbone))
@@ -67,7 +80,15 @@ class VideoData(SampleSource):
         check_reader()
         if backbone.output != "frames":
             raise ValueError(f"name: video data needs a backbone that makes videos, and {backbone.name} does not")
-        headers = [(video.where, header) for video, header in self.headers()]
+        if self.controls is not None and not backbone.takes_control:
+            raise ValueError(
+                f"controls: backbone {backbone.name} takes none here; leave controls out, or for wan_vace set "
+                "backbone.control: video"
+            )
+        found = list(self.headers())
+        if self.controls is not None:
+            found = self.check_controls(backbone, found)
+        headers = [(video.where, header) for video, header in found]
         check_sizes(
             ((where, (header.width, header.height)) for where, header in headers),
             (backbone.height, backbone.width),
@@ -78,15 +99,42 @@ class VideoData(SampleSource):
         if not self.allow_repeats:
             check_rates(headers, self.rate(backbone))
 
+    def check_controls(self, backbone: Any, headers: Sequence[tuple["Video", Header]]) -> list[tuple["Video", Header]]:
+        """The videos and their controls, with their headers. Raises ValueError if a control is missing or shows
+        another time than its video."""
+        controls = self.control_files([video for video, _ in headers], backbone.references)
+        with ThreadPoolExecutor(READERS, "headers") as readers:
+            read = list(readers.map(ControlFiles.header, controls))
+        for (video, header), files, own in zip(headers, controls, read, strict=True):
+            check_length(own, header, files.video, Path(video.where))
+        masks = [(str(files.mask), files.mask_size()) for files in controls if files.mask is not None]
+        check_sizes(masks, (backbone.height, backbone.width), self.allow_upscaling)
+        found = [(Video(files.video, ""), own) for files, own in zip(controls, read, strict=True)]
+        return [*headers, *found] if self.has_videos else found
+
+    def control_files(self, videos: Sequence["Video"], references: int) -> list[ControlFiles]:
+        assert self.controls is not None
+        if self.shards is not None:
+            raise ValueError("controls: they belong to a folder of videos; give folder instead of shards")
+        return controls_like(here_or_shipped(self.controls), [video.file.stem for video in videos], references)
+
     def samples(self, backbone: Backbone) -> Samples:
         config, videos = backbone.config, self.videos()
         size, rate = (config.height, config.width), self.rate(config)
+        controls = self.control_files(videos, config.references) if self.controls is not None else []
+
+        def place_of(number: int) -> tuple[int, float]:
+            index, clip = divmod(number, self.clips)
+            key = noise.make_key(self.seed, "clip", clip)
+            return index, float(noise.uniform(torch.tensor([index]), (), key, torch.float64))
+
+        def read_control(number: int) -> Control:
+            index, place = place_of(number)
+            return controls[index].read(place, config.num_frames, rate, size, self.allow_upscaling)
 
         def read(number: int) -> Tensor:
-            index, clip = divmod(number, self.clips)
+            index, place = place_of(number)
             video = videos[index]
-            key = noise.make_key(self.seed, "clip", clip)
-            place = float(noise.uniform(torch.tensor([index]), (), key, torch.float64))
             try:
                 with video.open() as source:
                     pixels = read_clip(
@@ -102,18 +150,25 @@ class VideoData(SampleSource):
                 raise DataError(str(error)) from None
             return pixels.float().div_(255)
 
-        return Samples([video.caption for video in videos], torch.arange(len(videos)), read, self.clips)
+        return Samples(
+            [video.caption for video in videos],
+            torch.arange(len(videos)),
+            read if self.has_videos else None,
+            self.clips,
+            read_control=read_control if controls else None,
+        )
 
     def videos(self) -> list["Video"]:
         """Every video, in order. Raises ValueError if one has no caption."""
-        if (self.folder is None) == (self.shards is None):
+        if self.has_videos and (self.folder is None) == (self.shards is None):
             raise ValueError("folder: give either a folder of videos or shards, and not both")
         if self.shards is not None:
             return [
                 Video(shard, entry.caption, entry) for shard, entry in shard_entries(self.shards, self.column, VIDEOS)
             ]
-        assert self.folder is not None
-        files, captions = read_captioned(here_or_shipped(self.folder), self.column, VIDEOS)
+        folder = self.folder or self.controls
+        assert folder is not None
+        files, captions = read_captioned(here_or_shipped(folder), self.column, VIDEOS)
         return [Video(file, caption) for file, caption in zip(files, captions, strict=True)]
 
     def headers(self) -> Iterator[tuple["Video", Header]]:

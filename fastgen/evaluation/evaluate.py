@@ -16,7 +16,7 @@ import fastgen
 from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import exact_data, read_prompts
-from fastgen.data.images import encode_files
+from fastgen.data.controls import all_files, encode_given
 from fastgen.evaluation.measure import Partial, measure
 from fastgen.evaluation.results import Row
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
@@ -97,7 +97,7 @@ def evaluate_with_samples(
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
-        **({"images_sha256": hash_files(list(dict.fromkeys(images)))} if images else {}),
+        **({"images_sha256": hash_files(all_files(images))} if images else {}),
         **({"reference_sampler": reference.name} if reference and config.reference == TEACHER else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
@@ -112,7 +112,7 @@ def draw_samples(
     sampler: Sampler, seed: int, prompts: Sequence[str], images: Sequence[Path] | None, start: int, stop: int
 ) -> Tensor:
     """Samples start to stop; sample i has the seed `seed + i`."""
-    given = {} if images is None else {"images": encode_files(sampler.backbone, images[start:stop])}
+    given = {} if images is None else {"images": encode_given(sampler.backbone, images[start:stop])}
     return sampler.sample(prompts[start:stop], range(seed + start, seed + stop), **given)
 
 
@@ -191,9 +191,9 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
     """The picture that each sample is made from; None for a backbone that takes none."""
     if (config.images is not None) != sampler.backbone.takes_image:
-        name = sampler.backbone.config.name
+        name, kind = sampler.backbone.config.name, ", ".join(sampler.backbone.config.given)
         raise ValueError(
-            f"backbone {name} makes its samples from images: give eval.images, a folder of pictures"
+            f"backbone {name} makes its samples from {kind}: give eval.images, their folder"
             if sampler.backbone.takes_image
             else f"backbone {name} makes its samples from prompts alone; leave out eval.images"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
+from fastgen.data.controls import references_of
 from fastgen.data.files import check_output, write_json
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.evaluate import (
@@ -29,6 +30,7 @@ from fastgen.metrics import METRICS
 from fastgen.metrics.points import labels_of
 from fastgen.metrics.reference import (
     TEACHER,
+    given_files,
     sample_files,
 )
 from fastgen.recipe import EvalConfig
@@ -100,6 +102,7 @@ def evaluate_path(
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             image=config.images is not None,
+            references=None if config.images is None else references_of(given_files(config.images)),
             device=chosen,
             dtype=dtype,
         )

@@ -25,6 +25,7 @@ OTHERWISE = {  # (form, backbone) -> why it has not, and what to do
     ("", "unet2d"): "other readers need prompts, and it has none; plain diffusers reads the ordinary export",
     ("", "hunyuan_video15"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
     ("", "ltx"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
+    ("", "ltx2"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",
     ("", "sana"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "sana_sprint"): "ComfyUI has no network of Sana; plain diffusers reads the ordinary export",
     ("", "pixart_sigma"): "fastgen does not write its layout of ComfyUI; plain diffusers reads the ordinary export",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgen.data.captioned import metadata_table, read_metadata
+from fastgen.data.controls import control_of, holds_controls, is_video
 from fastgen.data.digits import load_digits, prompt_for
-from fastgen.data.media import IMAGES
+from fastgen.data.media import IMAGES, VIDEOS
 from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
@@ -70,9 +71,15 @@ def sample_files(folder: Path) -> list[Path]:
 
 
 def given_files(folder: str) -> list[Path]:
-    """The pictures that samples are made from, sorted by name. Raises ValueError if there are none, or if one is not
-    an image; from their headers alone."""
-    files = sample_files(here_or_shipped(folder))
+    """The pictures that samples are made from, or the control videos, sorted by name. Raises ValueError if there are
+    none, or if one cannot be read; from their headers alone."""
+    where = here_or_shipped(folder)
+    if holds_controls(where):
+        videos = VIDEOS.files(where)
+        for video in videos:
+            control_of(video).header()
+        return videos
+    files = sample_files(where)
     if broken := next((file for file in files if picture_size(file, str(file)) is None), None):
         raise ValueError(f"{broken} is not a readable image; replace or remove it")
     return files
@@ -90,7 +97,8 @@ def captions(files: Sequence[Path]) -> tuple[str, ...]:
     """The texts of images of one folder: those of its table (metadata.csv or the like, docs/data.md), or else those
     next to them (a.txt for a.png). All are empty if no image has a text. Raises ValueError if only some have one."""
     if table := metadata_table(files[0].parent):
-        listed = dict(zip(*read_metadata(table, None, IMAGES), strict=True))
+        medium = VIDEOS if is_video(files[0]) else IMAGES
+        listed = dict(zip(*read_metadata(table, None, medium), strict=True))
         return tuple(listed[file] for file in files)
     texts = [f.with_suffix(".txt") for f in files]
     missing = [t for t in texts if not t.is_file()]

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import diffusers
 import torch
-import transformers
 from torch import nn
 
 from fastgen.backbones.base import Backbone
+from fastgen.backbones.loading import component_class
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.planning.weightless import size, tensors, weightless
 from fastgen.recipe import Recipe
@@ -43,17 +42,16 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
     if not isinstance(backbone, PipelineBackbone):
         return ()
     found = []
-    kinds = ("text_encoder", "vae", *(("image_encoder",) if backbone.takes_image else ()))
+    kinds = ("text_encoder", "connectors", "vae", *(("image_encoder",) if backbone.takes_image else ()))
     for name, entry in backbone.components.items():
         if not isinstance(entry, list) or entry[0] is None or not name.startswith(kinds):
             continue
         dtype = dtype_of(name, entry[1], backbone)
         with torch.device("meta"):
-            if entry[0] == "diffusers":
-                cls = getattr(diffusers, entry[1])
+            cls = component_class(*entry)
+            if entry[0] != "transformers":
                 module = cls.from_config(cls.load_config(backbone.source, subfolder=name, local_files_only=True))
             else:
-                cls = getattr(transformers, entry[1])
                 module = cls(cls.config_class.from_pretrained(f"{backbone.source}/{name}"))
         module = nn.Module.to(module, dtype)  # diffusers' own warns against casting weights, and there are none
         what = "images" if name == "image_encoder" else "prompts"
@@ -72,7 +70,7 @@ def components_of(recipe: Recipe, backbone: Backbone) -> tuple[Component, ...]:
 
 def dtype_of(name: str, class_name: str, backbone: PipelineBackbone) -> torch.dtype:
     """The dtype in which a run loads a component."""
-    chosen = backbone.config.encoder_dtype if name.startswith("text_encoder") else None
+    chosen = backbone.config.encoder_dtype if name.startswith(("text_encoder", "connectors")) else None
     if chosen is not None:
         return getattr(torch, chosen)
     return torch.float32 if class_name == "AutoencoderKLWan" else backbone.dtype

@@ -78,8 +78,12 @@ def prepare(
             f"backbone.name: {config.name} encodes every prompt together with its image, and prepare stores prompts "
             "by themselves; train on the data as they are"
         )
-    if config.takes_image and "images" not in source.fills(config):
-        raise ValueError(f"data.name: backbone {config.name} makes its samples from images; choose data with pictures")
+    if missing := config.given - source.fills(config):
+        raise ValueError(
+            f"data.name: backbone {config.name} makes its samples from {', '.join(missing)}; choose others"
+        )
+    if not (config.encodes_data or config.given) and source.provides - {"pairs"}:
+        raise ValueError(f"data.name: data have not all that the latents of {config.name} hold; prepare prompts alone")
     if source.sizes and pairs is not None:
         raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
@@ -102,6 +106,8 @@ def prepare_locked(
     data = to_dict(source.settled(config))
     if not samples.sizes:
         data.pop("buckets", None)  # as in folders of before it was a key
+    if data.get("controls") is None:
+        data.pop("controls", None)  # likewise
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],

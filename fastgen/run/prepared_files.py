@@ -72,9 +72,8 @@ def pair_files(
     def images(rows: range) -> Conditioning | None:
         if not backbone.takes_image:
             return None
-        assert samples.read is not None
         pictures = samples.shown(sample_of[list(rows)], torch.tensor(rows) // len(samples.prompts))
-        return Conditioning.cat([encode_given_picture(backbone, samples.read(i)) for i in pictures])
+        return Conditioning.cat([encode_given_picture(backbone, samples.read_given(i)) for i in pictures])
 
     def make(rows: range) -> bytes:
         return packed({"x0": sample_pairs(teacher(), prompts, rows, pairs.key, bar, images).to(dtype)})
@@ -146,11 +145,10 @@ def encode_pictures(
 def encode_given_pictures(
     backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
 ) -> bytes:
-    """Encodes the pictures of one shard: the rows of `Backbone.encode_images`."""
-    assert samples.read is not None
+    """Encodes the pictures or control videos of one shard: the rows of `Backbone.encode_images`."""
     rows = []
     for picture in pictures:
-        rows.append(encode_given_picture(backbone, samples.read(picture)).to(dtype))
+        rows.append(encode_given_picture(backbone, samples.read_given(picture)).to(dtype))
         bar.update()
     return packed(Conditioning.cat(rows))
 

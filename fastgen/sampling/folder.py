@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastgen.backbones.base import Backbone
 from fastgen.data import read_prompts
+from fastgen.data.controls import encode_given, references_of
 from fastgen.data.files import check_place
-from fastgen.data.images import encode_files
 from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
@@ -32,8 +32,8 @@ def sample_folder(
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
-    + i. images: the pictures that a pipeline makes its samples from, one for each prompt or one for all. dtype: see
-    `load_sampler`. Returns the number of samples.
+    + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
+    all. dtype: see `load_sampler`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -48,6 +48,7 @@ def sample_folder(
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         image=bool(images),
+        references=references_of(images),
         device=device,
         dtype=dtype,
     )
@@ -62,7 +63,7 @@ def sample_folder(
     bar = progress_bar(len(everything), "sampling", "sample")
     for start in range(0, len(everything), batch_size):
         chunk = range(start, min(start + batch_size, len(everything)))
-        rows = None if given is None else encode_files(sampler.backbone, [given[i // num_images] for i in chunk])
+        rows = None if given is None else encode_given(sampler.backbone, [given[i // num_images] for i in chunk])
         samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk], rows)
         if not bool(samples.isfinite().all()):
             raise ValueError(
@@ -91,7 +92,7 @@ def prompt_images(backbone: Backbone, images: Sequence[Path], count: int) -> lis
     pictures that is neither 1 nor that of the prompts, and if pictures are given exactly where none are taken."""
     if bool(images) != backbone.takes_image:
         raise ValueError(
-            "this pipeline makes its samples from images: give --image"
+            f"this pipeline makes its samples from {', '.join(backbone.config.given)}: give --image"
             if backbone.takes_image
             else "this pipeline makes its samples from prompts alone; leave out --image"
         )

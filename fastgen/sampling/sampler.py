@@ -145,6 +145,7 @@ def load_sampler(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     image: bool = False,
+    references: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Sampler:
@@ -154,7 +155,8 @@ def load_sampler(
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
     of steps. So does a negative prompt without guidance, and a folder that is none of these. image: whether samples
-    are to be made from images, for a plain pipeline that can do both."""
+    are to be made from images, for a plain pipeline that can do both. references: the number of reference pictures of
+    the control videos that samples are to be made from, for a plain pipeline that takes some; None if from none."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
@@ -174,9 +176,10 @@ def load_sampler(
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
-    config = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
-    config.check()
-    backbone = config.build(device, dtype or stored_dtype(config), 0)
+    section: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
+    section = section if references is None else section.with_control(references)
+    section.check()
+    backbone = section.build(device, dtype or stored_dtype(section), 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
     if negative_prompt and scale == 1:
