@@ -1,0 +1,44 @@
+"""The emoji world: its CLIP on pictures that nobody trained on, through the project's own metrics."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgen
+from fastgen.data.tables import read_captions
+
+EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
+CLIP = str(EMOJI / "clip")
+
+
+def test_captions_fit_their_own_held_out_pictures_best() -> None:
+    """Twelve pictures in both styles: each is nearer to its caption than to the next one's, on the mean by far."""
+    captions = read_captions(EMOJI / "reference" / "metadata.csv", "caption")[:120:10]
+    pictures = [EMOJI / "reference" / f"{number:03}.webp" for number in range(0, 120, 10)]
+    own, other = (
+        torch.tensor(fastgen.score(pictures, said, "clip_score", path=CLIP))
+        for said in (captions, captions[1:] + captions[:1])
+    )
+    assert (own - other).mean() > 0.3 and (own > other).float().mean() > 0.9
+
+
+def test_no_prompt_of_training_is_a_held_out_caption() -> None:
+    """Pairs of an emoji and a skin tone are held out whole; other emoji in one of their styles."""
+    held = set(read_captions(EMOJI / "reference" / "metadata.csv", "caption"))
+    prompts = set((EMOJI / "prompts.txt").read_text().splitlines())
+    assert len(held) > 500 and not held & prompts
+
+
+@pytest.mark.slow
+def test_held_out_captions_are_found() -> None:
+    """Among 693 pictures."""
+    found = fastgen.evaluate(
+        EMOJI / "reference",
+        metrics="clip_retrieval",
+        features="clip",
+        clip=CLIP,
+        reference=str(EMOJI / "reference"),
+    )["metrics"]
+    print(found)
+    assert found["clip_retrieval"] > 0.55 and found["clip_retrieval_5"] > 0.78
