@@ -91,6 +91,7 @@ class TrainConfig:
     eval_every: int = Field(default=0, ge=0, le=MOST_UPDATES)
     checkpoint_every: int = Field(default=200, ge=0, le=MOST_UPDATES)
     keep_checkpoints: int = Field(default=2, ge=1, le=MOST_UPDATES)
+    checkpoint_async: bool = True  # written from a copy on the host, while training goes on
     resume_from: str | None = None  # a checkpoint such as step_00000200; None: the newest complete one
 
     def autocast(self, device: str) -> AbstractContextManager[Any]:
