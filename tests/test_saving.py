@@ -23,11 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgen.config import load_recipe
 from fastgen.modules.sharding import whole
 from fastgen.modules.stored import Stored, offsets_entry
 from fastgen.run import checkpoint, saving
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.saving import Checkpoints
+from fastgen.train import train
 
 CPU = torch.device("cpu")
 
@@ -67,7 +69,9 @@ def write(folder: Path, module: nn.Module, step: int, background: bool = True, s
 def contents(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole."""
     roles = sorted({name.split(".safetensors")[0].split(".0")[0] for name in os.listdir(path)} - {"counters.json"})
-    return {f"{role}/{name}": f.whole(name) for role in roles for f in [checkpoint.stored(path, role)] for name in f.shapes}
+    return {
+        f"{role}/{name}": f.whole(name) for role in roles for f in [checkpoint.stored(path, role)] for name in f.shapes
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -278,8 +282,37 @@ def test_a_missing_part_is_seen(tmp_path: Path) -> None:
         Stored([tmp_path / "0", tmp_path / "4"])
     save_file({"w": torch.ones(2, 3)}, tmp_path / "2", offsets_entry({"w": (2, 0)}))
     stored = Stored(tmp_path / name for name in "024")
-    assert stored.shapes == {"w": (6, 3)} and torch.equal(stored.box("w", (slice(1, 5), slice(0, 2))), torch.ones(4, 2))
+    assert stored.shapes == {"w": (6, 3)} and torch.equal(
+        stored.box("w", (slice(1, 5), slice(0, 2))), torch.ones(4, 2)
+    )
 
 
 def test_the_files_of_one_process_are_plain(alone: Path) -> None:
     assert load_file(alone / "a.safetensors").keys() == network().state_dict().keys()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_continues_to_the_same_bits(mixture_recipe: Path, tmp_path: Path) -> None:
+    """On two processes to the bit, and on one, which adds in another order, to rounding."""
+    small = ("train.dtype=float64", "train.sample_every=0", "train.eval_every=0", "train.checkpoint_every=2")
+    sizes = ("health.num_samples=4", "eval.quick_num_samples=20", "eval.metrics=[throughput]", "train.device=cpu")
+    fit = ("backbone.fit_steps=2", "objective.fake_updates=1", "eval.teacher_steps=[2]", "train.keep_checkpoints=9")
+    steady = ("optimizers.student.decay=constant", "optimizers.fake_score.decay=constant")
+
+    def run(folder: Path, processes: int, steps: int) -> None:
+        options = [f"train.steps={steps}", f"output_dir={folder}", f"train.batch_size={4 // processes}"]
+        if processes > 1:
+            options.append("train.strategy=fsdp")
+        recipe = load_recipe(mixture_recipe, [*small, *sizes, *fit, *steady, *options])
+        in_processes(tmp_path, processes, train, recipe)
+
+    run(tmp_path / "whole", 2, 4)
+    run(tmp_path / "parts", 2, 2)
+    shutil.copytree(tmp_path / "parts", tmp_path / "alone")
+    run(tmp_path / "parts", 2, 4)
+    run(tmp_path / "alone", 1, 4)
+    expected, again, one = (contents(tmp_path / f / "checkpoints/step_00000004") for f in ("whole", "parts", "alone"))
+    assert same(expected, again) and expected.keys() == one.keys()
+    error = max(float((expected[k].double() - one[k].double()).abs().max()) for k in expected)
+    print(f"largest difference of one process {error:.2g}")
+    assert error < 1e-12

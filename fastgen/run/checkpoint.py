@@ -258,4 +258,3 @@ def check_shape(name: str, stored: Sequence[int], like: Tensor) -> None:
         raise CheckpointError(
             f"{name} is stored with shape {list(stored)}, but this recipe needs shape {list(like.shape)}"
         )
-
