@@ -69,9 +69,8 @@ def write(folder: Path, module: nn.Module, step: int, background: bool = True, s
 def contents(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole."""
     roles = sorted({name.split(".safetensors")[0].split(".0")[0] for name in os.listdir(path)} - {"counters.json"})
-    return {
-        f"{role}/{name}": f.whole(name) for role in roles for f in [checkpoint.stored(path, role)] for name in f.shapes
-    }
+    found = {role: checkpoint.stored(path, role) for role in roles}
+    return {f"{role}/{name}": stored.whole(name) for role, stored in found.items() for name in stored.shapes}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -79,7 +78,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that an operation of this thread takes or returns, of sharded ones their parts."""
+    """Bytes of the largest tensor that an operation of this thread takes or returns; of a sharded one, of its part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,9 +229,10 @@ def test_every_process_learns_that_one_could_not_write(background: bool, tmp_pat
     def fails() -> None:
         module = shared(2)
         write(tmp_path, module, 1)
-        with largest_file(1000) if dist.get_rank() else largest_file(1 << 40):
-            with pytest.raises(CheckpointError, match=r"cannot write .*step_00000002: .*step_00000001, is intact"):
-                write(tmp_path, module, 2, background)
+        words = r"cannot write .*step_00000002: .*step_00000001, is intact"
+        limit = 1000 if dist.get_rank() else 1 << 40
+        with largest_file(limit), pytest.raises(CheckpointError, match=words):
+            write(tmp_path, module, 2, background)
         dist.barrier()
         assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
