@@ -236,6 +236,7 @@ def train_networks(
                 if progress.saved < step:
                     save(run, checkpoints, progress)
                 checkpoints.wait()
+                run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has ended
                 raise Interrupted(
                     f"{signal.Signals(number).name} ended the run after update {step} of {config.steps}; it is saved, "
                     "and the same command continues it",
@@ -254,6 +255,7 @@ def measure(run: TrainingRun, step: int, log: RunLog) -> None:
 
 
 def writing(run: TrainingRun, folder: Path) -> Checkpoints:
+    """What writes the checkpoints of this run."""
     config = run.recipe.train
     sharded = run.strategy == "fsdp"
     return Checkpoints(folder / "checkpoints", config.keep_checkpoints, sharded, background=config.checkpoint_async)
