@@ -64,7 +64,9 @@ class TrainConfig:
     reduce_gradients: for fsdp with accumulate > 1, when gradients are reduced to shards. update: in the last
     micro-batch; until then each process holds whole gradients of the turn's roles. micro_batch: in each one, which
     needs no memory and communicates `accumulate` times as much.
-    prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are."""
+    prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are.
+    checkpoint_async: checkpoints are written in a thread, from a copy that takes as many bytes of the host. False:
+    training waits, and one tensor at a time is on the host. On by default (ours): GPUs' hosts mostly have the room."""
 
     steps: int = Field(ge=1, le=MOST_UPDATES)
     batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
@@ -91,6 +93,7 @@ class TrainConfig:
     eval_every: int = Field(default=0, ge=0, le=MOST_UPDATES)
     checkpoint_every: int = Field(default=200, ge=0, le=MOST_UPDATES)
     keep_checkpoints: int = Field(default=2, ge=1, le=MOST_UPDATES)
+    checkpoint_async: bool = True
     resume_from: str | None = None  # a checkpoint such as step_00000200; None: the newest complete one
 
     def autocast(self, device: str) -> AbstractContextManager[Any]:

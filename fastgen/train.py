@@ -58,7 +58,7 @@ from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
-from fastgen.run import checkpoint, terminal
+from fastgen.run import terminal
 from fastgen.run.build import (
     TrainingError,
     TrainingRun,
@@ -77,6 +77,7 @@ from fastgen.run.interruption import EXIT_CODES, Interrupted, Interruption
 from fastgen.run.lock import locked
 from fastgen.run.log import RunLog, run_log
 from fastgen.run.machines import check_alike
+from fastgen.run.saving import Checkpoints
 from fastgen.run.stalls import attended
 from fastgen.run.summary import role_table, summary
 from fastgen.run.turns import reset_roles, set_rates
@@ -187,7 +188,10 @@ def train_networks(
     Raises Interrupted, after saving a checkpoint, if a signal asked the run to end."""
     recipe, config, main = run.recipe, run.recipe.train, run.accelerator.is_main_process
     marks = weight_marks(run)
-    with terminal.progress_bar(config.steps, "training", initial=progress.step, enabled=main, in_logs=True) as bar:
+    with (
+        writing(run, folder) as checkpoints,
+        terminal.progress_bar(config.steps, "training", initial=progress.step, enabled=main, in_logs=True) as bar,
+    ):
         while progress.step < config.steps:
             step, student_moved, began = progress.step, False, time.perf_counter()
             for turn in recipe.objective.turns(step, run.state):
@@ -225,11 +229,14 @@ def train_networks(
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
             if due(step, config.checkpoint_every, config.steps):
-                save(run, folder, progress)
+                save(run, checkpoints, progress)
+            checkpoints.check()
             run.accelerator.wait_for_everyone()
             if step < config.steps and (number := interruption.agreed(run.accelerator)):
                 if progress.saved < step:
-                    save(run, folder, progress)
+                    save(run, checkpoints, progress)
+                checkpoints.wait()
+                run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has ended
                 raise Interrupted(
                     f"{signal.Signals(number).name} ended the run after update {step} of {config.steps}; it is saved, "
                     "and the same command continues it",
@@ -247,8 +254,15 @@ def measure(run: TrainingRun, step: int, log: RunLog) -> None:
         tqdm.write(f"warning at step {step}: {error}", file=sys.stderr)
 
 
-def save(run: TrainingRun, folder: Path, progress: Progress) -> None:
-    """Writes a checkpoint of the whole run. All processes call this together."""
+def writing(run: TrainingRun, folder: Path) -> Checkpoints:
+    """What writes the checkpoints of this run."""
+    config = run.recipe.train
+    sharded = run.strategy == "fsdp"
+    return Checkpoints(folder / "checkpoints", config.keep_checkpoints, sharded, background=config.checkpoint_async)
+
+
+def save(run: TrainingRun, checkpoints: Checkpoints, progress: Progress) -> None:
+    """Starts to write a checkpoint of the whole run. All processes call this together."""
     progress.good = progress.good if run.watch.alarmed else progress.step
     progress.saved = progress.step
     counters = {
@@ -259,10 +273,7 @@ def save(run: TrainingRun, folder: Path, progress: Progress) -> None:
         "samples_per_update": samples_per_update(run),
         "watch": dataclasses.asdict(run.watch.memory),
     }
-    main = run.accelerator.is_main_process
-    if main or run.strategy == "fsdp":
-        keep = run.recipe.train.keep_checkpoints
-        checkpoint.save(folder / "checkpoints", run.saved, run.optimizers, run.state, counters, keep, writer=main)
+    checkpoints.save(run.saved, run.optimizers, run.state, counters)
 
 
 def export_student(run: TrainingRun, folder: Path, step: int, console: Console) -> Path:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from processes import in_processes
 from test_tar_shards import archive
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
@@ -26,6 +27,7 @@ from fastgen.objectives import GNDM
 from fastgen.planning.plan import plan
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
+from fastgen.run import checkpoint
 from fastgen.run.prepare import prepare
 from fastgen.train import train
 
@@ -197,3 +199,38 @@ def test_a_student_trains_on_them(folder: Path, pictures: Path, tmp_path: Path) 
     """Six updates of both roles, with the GAN, whose heads see tokens of three sizes."""
     train(recipe_of(folder, images(pictures), output_dir=str(tmp_path / "run")))
     assert (tmp_path / "run/export/model_index.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose updates have two micro-batches of two pictures, to be read only."""
+    return train(shared_recipe(folder, pictures, tmp_path_factory.mktemp("one") / "run", accumulate=2))
+
+
+def shared_recipe(folder: Path, pictures: Path, run: Path, **options: Any) -> Recipe:
+    sizes = {"steps": 3, "batch_size": 2, "num_samples": 2, "checkpoint_every": 3, "sample_every": 0, "eval_every": 0}
+    return recipe_of(
+        folder, images(pictures), output_dir=str(run), train=sizes | {"dtype": "float64", "device": "cpu"} | options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_have_pictures_of_one_size_in_every_update(
+    strategy: str, one_process: Path, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Two processes end with the weights of one: though the sizes change between updates, and the discriminator's
+    tokens with them, both processes have the same size at once."""
+    recipe = shared_recipe(folder, pictures, tmp_path / "two", strategy=strategy)
+    stream = recipe.data.open(build(recipe), recipe.seed, UNIT)
+    seen = {stream.size(torch.arange(first, first + UNIT)) for first in range(0, 6 * UNIT, UNIT)}
+    assert len(seen) > 1, seen
+    in_processes(tmp_path, 2, train, recipe)
+    one, two = (checkpoint.complete(f / "checkpoints")[-1] for f in (one_process, tmp_path / "two"))
+    error = 0.0
+    for role in ("student", "fake_score", "discriminator", "ema", "student.optimizer"):
+        a, b = checkpoint.stored(one, role), checkpoint.stored(two, role)
+        assert a.shapes == b.shapes
+        error = max(error, *(float((a.whole(k).double() - b.whole(k).double()).abs().max()) for k in a.shapes))
+    print(f"{strategy}: largest difference {error:.2g} with sizes {seen}")
+    assert error < 1e-9

@@ -25,6 +25,7 @@ from fastgen.run import checkpoint
 from fastgen.run.build import build, resume
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import start
+from fastgen.run.saving import Checkpoints
 from fastgen.train import main, train
 
 ROOT = Path(__file__).parents[1]
@@ -57,11 +58,25 @@ def trained() -> tuple[nn.Module, torch.optim.AdamW]:
     return module, optimizer
 
 
+def save(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, torch.Tensor],
+    counters: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint whose one role is called a."""
+    with Checkpoints(folder, keep) as checkpoints:
+        checkpoints.save({"a": module}, {"a": optimizer}, state, counters)
+    return folder / f"step_{counters['step']:08d}"
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     """Also scalars, integers, bools and half precision; the files are ordinary safetensors, and nothing is pickled."""
     module, optimizer = trained()
     state = {"count": torch.tensor(3), "flags": torch.tensor([True, False]), "half": torch.ones(3).bfloat16()}
-    path = checkpoint.save(tmp_path, {"a": module}, {"a": optimizer}, state, {"step": 7}, keep=1)
+    path = save(tmp_path, module, optimizer, state, {"step": 7}, keep=1)
     assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json"}
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in load_file(path / "a.safetensors").items())
     other = network()
@@ -79,7 +94,7 @@ def test_rotation_keeps_the_newest_and_the_last_good_one(tmp_path: Path) -> None
     module, optimizer = trained()
     for step in range(1, 6):
         counters = {"step": step, "last_good": 2}
-        checkpoint.save(tmp_path, {"a": module}, {"a": optimizer}, {}, counters, keep=2)
+        save(tmp_path, module, optimizer, {}, counters, keep=2)
     assert [c.name for c in checkpoint.complete(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -149,7 +164,7 @@ def test_a_full_disk_stops_with_words_and_the_last_checkpoint_loads(
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     module, optimizer = trained()
-    path = checkpoint.save(tmp_path, {"a": module}, {"a": optimizer}, {}, {"step": 1}, keep=1)
+    path = save(tmp_path, module, optimizer, {}, {"step": 1}, keep=1)
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.load(path, {"a": nn.Linear(3, 4).double()}, {}, {}, torch.device("cpu"))
     save_file({k: v[:1].clone() for k, v in load_file(path / "a.safetensors").items() if v.dim()}, path / "b")
@@ -160,7 +175,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_changed_counters_are_found(old: str, new: str, tmp_path: Path) -> None:
     """Also where they are counters still: nothing but their hash can tell."""
     module, optimizer = trained()
-    path = checkpoint.save(tmp_path, {"a": module}, {"a": optimizer}, {}, {"step": 2, "watch": {}}, keep=1)
+    path = save(tmp_path, module, optimizer, {}, {"step": 2, "watch": {}}, keep=1)
     text = (path / "counters.json").read_text()
     (path / "counters.json").write_text(text.replace(old, new, 1))
     with pytest.raises(CheckpointError, match=r"step_00000002 .*counters\.json"):

@@ -56,14 +56,14 @@ def run(folder: Path, processes: int, *overrides: str, recipe: str = DIGITS, sma
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of any tensor of the two newest checkpoints."""
+    """The largest difference of any tensor of the two newest checkpoints. one: of a run of one process."""
     first, second = (checkpoint.complete(folder / "checkpoints")[-1] for folder in (one, other))
     assert first.name == second.name
     largest = 0.0
     for file in sorted(first.glob("*.safetensors")):
-        a, b = load_file(file), load_file(second / file.name)
-        assert a.keys() == b.keys()
-        largest = max([largest, *((a[k].double() - b[k].double()).abs().max().item() for k in a)])
+        a, b = load_file(file), checkpoint.stored(second, file.name.removesuffix(".safetensors"))
+        assert a.keys() == b.shapes.keys()
+        largest = max([largest, *((a[k].double() - b.whole(k).double()).abs().max().item() for k in a)])
     return largest
 
 

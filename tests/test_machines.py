@@ -79,7 +79,7 @@ def test_two_machines_write_one_run(mixture_recipe: Path, tmp_path: Path) -> Non
         with pytest.raises(checkpoint.CheckpointError, match=r"the contents of ema\.safetensors"):
             run(2, rank)
 
-    on_two_machines(tmp_path, damaged)  # though the first process alone reads all files
+    on_two_machines(tmp_path, damaged)  # though one process alone reads this file
     changed.write_bytes(intact)
     other = tmp_path / "one machine"
     recipe = load_recipe(mixture_recipe, [*SMALL, "train.steps=2", f"output_dir={other}"])

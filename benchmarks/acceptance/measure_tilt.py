@@ -113,7 +113,7 @@ def energy(samples: Tensor, law: Law) -> float:
 def student_samples(run: Path, recipe: Recipe, backbone: Any) -> Tensor:
     """Samples [SAMPLES], float64, of the moving average in the last checkpoint."""
     student, ids = backbone.load("student"), torch.arange(SAMPLES)
-    checkpoint.read_into(checkpoint.complete(run / "checkpoints")[-1] / "ema.safetensors", student.state_dict())
+    checkpoint.read_into(checkpoint.complete(run / "checkpoints")[-1], "ema", student.state_dict())
     cond = Conditioning({"label": torch.zeros_like(ids)})
     with torch.no_grad():
         x = sample(student, recipe.rollout, cond, lambda name: noise.normal(ids, (1,), noise.make_key("tilt", name)))

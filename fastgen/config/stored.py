@@ -22,6 +22,7 @@ MUTABLE_KEYS = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.checkpoint_async",
     "train.resume_from",
     "train.strategy",
     "train.shard_group",

@@ -312,12 +312,12 @@ def start_from(run: TrainingRun) -> list[str]:
     path, networks, missing = Path(run.recipe.init_from), run.networks, list[str]()
     if checkpoints := checkpoint.complete(path / "checkpoints"):
         verify_once(run.accelerator, checkpoints[-1])
-        checkpoint.read_student(checkpoints[-1] / "ema.safetensors", networks.student.state_dict())
+        checkpoint.read_student(checkpoints[-1], networks.student.state_dict())
         for role in run.recipe.objective.trained_roles:
             if role == "student":
                 continue
-            if (checkpoints[-1] / f"{role}.safetensors").is_file():
-                checkpoint.read_into(checkpoints[-1] / f"{role}.safetensors", networks[role].state_dict())
+            if checkpoint.holds(checkpoints[-1], role):
+                checkpoint.read_into(checkpoints[-1], role, networks[role].state_dict())
             else:
                 missing.append(role)
     else:
@@ -342,15 +342,14 @@ def copy_student(given: nn.Module, student: nn.Module, path: Path) -> None:
 
 
 def verify_once(accelerator: Accelerator, path: Path) -> None:
-    """Compares the files of a checkpoint with their hashes. The first process reads them all, so that others read no
-    more than their own slices, and all processes raise its CheckpointError."""
+    """Compares the files of a checkpoint with their hashes. Every process reads some of them, and all processes raise
+    the CheckpointError of any."""
     failed = ""
-    if accelerator.is_main_process:
-        try:
-            checkpoint.verify(path)
-        except CheckpointError as error:
-            failed = str(error)
-    if failed := gather_object([failed])[0]:
+    try:
+        checkpoint.verify(path, share=(accelerator.process_index, accelerator.num_processes))
+    except CheckpointError as error:
+        failed = str(error)
+    if failed := next(filter(None, gather_object([failed])), ""):
         raise CheckpointError(failed)
 
 

@@ -98,10 +98,10 @@ def export_run(
         raise ValueError(f"{folder} exists and is not an export; choose another folder")
     check_place(folder)
     recipe = load_stored(run / "recipe.yaml")
-    checkpoint.verify(checkpoints[-1], only="ema.safetensors")
+    checkpoint.verify(checkpoints[-1], only="ema")
     step = int(checkpoints[-1].name.removeprefix(checkpoint.PREFIX))
     student, backbone = empty_student(recipe)
-    values = checkpoint.stored_tensors(checkpoints[-1] / "ema.safetensors", student.state_dict())
+    values = checkpoint.stored_tensors(checkpoints[-1], "ema", student.state_dict())
     if merge and student.is_adapter:
         recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
     export(student, backbone, recipe, folder, step, rows, values, merge, dtype, run)

@@ -15,3 +15,4 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is where one process trains
