@@ -20,7 +20,7 @@ def test_captions_fit_their_own_held_out_pictures_best() -> None:
         torch.tensor(fastgen.score(pictures, said, "clip_score", path=CLIP))
         for said in (captions, captions[1:] + captions[:1])
     )
-    assert (own - other).mean() > 0.3 and (own > other).float().mean() > 0.9
+    assert (own - other).mean() > 0.3 and (own > other).float().mean() > 0.8
 
 
 def test_no_prompt_of_training_is_a_held_out_caption() -> None:
