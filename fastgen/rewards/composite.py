@@ -85,10 +85,15 @@ class Composite:
         if not used:
             raise ValueError(f"no gradient: none of {', '.join(self.used(False))} is differentiable")
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            scores = {name: part(inputs[part.input], prompts) for name, part in used.items()}
-            valid = torch.stack([score.valid for score in scores.values()]).all(0)
-            values = [p.weight * self.calibrated(p, scores[n].value, valid, group) for n, p in used.items()]
-            total = self.aggregated(torch.stack(values))
+            return self.combined({name: part(inputs[part.input], prompts) for name, part in used.items()}, group)
+
+    def combined(self, scores: Mapping[str, Score], group: Tensor | None = None) -> Score:
+        """The composite of the scores of some parts, by their names in logs. It carries the gradient of their values,
+        except in its own parts."""
+        valid = torch.stack([score.valid for score in scores.values()]).all(0)
+        parts = self.used(grad=False)
+        values = [parts[n].weight * self.calibrated(parts[n], s.value, valid, group) for n, s in scores.items()]
+        total = self.aggregated(torch.stack(values))
         outer = {name: score.value.detach() for name, score in scores.items()}
         inner = {f"{name}_{key}": part for name, score in scores.items() for key, part in score.parts.items()}
         return Score(torch.where(valid, total, 0), valid, outer | inner)
