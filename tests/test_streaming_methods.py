@@ -2,7 +2,10 @@
 Wan what a chunk sees and what carries gradient."""
 
 import dataclasses
+import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from fastgen.backbones import ar1_formulas as f
 from fastgen.backbones.ar1_denoisers import past_frames, remember
 from fastgen.backbones.ar1_law import to_complex, to_latents
 from fastgen.batch import Batch, Conditioning, Draws
+from fastgen.config import load_recipe
 from fastgen.data import AR1Data
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.heads import StopHeads
@@ -31,13 +35,17 @@ from fastgen.objectives.causal import predict_beside
 from fastgen.objectives.salt import AlignTurn, relations
 from fastgen.objectives.step_lists import drawn_list
 from fastgen.objectives.stream_r1 import saliency, saliency_weight
-from fastgen.registry import RecipeError
+from fastgen.planning.plan import plan
+from fastgen.recipe import Recipe
+from fastgen.registry import OBJECTIVES, RecipeError, import_name
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.function import FunctionReward
 from fastgen.rollout import Rollout, RolloutPolicy, Step, backward_simulation
 from fastgen.schedule import FlowSchedule, TimeSampler
 from fastgen.streaming.schedule import ChunkSchedule
+from fastgen.train import train
 
+PAGE = Path(__file__).parents[1] / "docs/streaming_methods.md"
 STUDENT, DISCRIMINATOR = Turn("student", ("student",)), Turn("discriminator", ("discriminator",))
 LISTS = ((1.0, 0.8, 0.6, 0.3), (1.0, 0.6), (1.0,))
 
@@ -343,8 +351,12 @@ def test_the_first_step_is_taught_on_whole_videos() -> None:
     network, noise = wan(), videos(4).pairs[0]  # type: ignore[index]
     whole = network(noise, torch.ones(2, dtype=torch.float64), data.cond)
     expected = (whole - data.pairs[1]).square().mean()  # type: ignore[index]
-    found = HiAR().forward_kl(Networks({"student": network, "teacher": network}, sampler), data)
-    assert torch.allclose(found, expected)
+    networks = Networks({"student": network, "teacher": network}, sampler)
+    assert torch.allclose(HiAR().forward_kl(networks, data), expected)
+    causal = network(noise, torch.ones(2, dtype=torch.float64), data.cond, Inputs(causal=sampler.chunks))
+    expected = (causal - data.pairs[1]).square().mean()  # type: ignore[index]
+    found = HiAR(attention="causal").forward_kl(networks, data)
+    assert torch.allclose(found, expected) and found != HiAR().forward_kl(networks, data)
 
 
 # --- SC-DMD and Salt on chunks
@@ -474,6 +486,78 @@ def test_the_reference_has_the_next_longer_list_and_no_gradient() -> None:
     expected = backward_simulation(network, longer, batch(4), torch.full_like(data.ids, 2), grad=False).x
     assert torch.equal(found, expected) and not found.requires_grad
     assert isinstance(objective.turns(0, {})[1], AlignTurn)
+
+
+# --- whole runs
+
+
+def brightness(frames: Tensor, prompts: Any) -> Tensor:
+    return frames.flatten(1).mean(1)
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "stream_r1": (
+        {"window": 2},
+        {"rewards": {"parts": [{"name": f"{__name__}:brightness", "input": "frames", "differentiable": True}]}},
+    ),
+    "asd": ({"lists": [[1.0, 0.6], [1.0]]}, {}),
+    "hiar": ({"target": "path", "path_steps": 2}, {"chunks": {"order": "step"}}),
+    "sc_dmd": ({}, {"timesteps": [1.0, 0.8, 0.6]}),
+    "salt": ({"lists": [[1.0, 0.8, 0.4], [1.0, 0.6]], "align_start": 0}, {}),
+    "any_flow": (
+        {"on_policy": {"steps": [1, 2]}},
+        {"transition": "ode", "two_time": True, "data": {"name": "moving_digits", "videos": 4}},
+    ),
+}
+
+
+def run_of(name: str, folder: Path, output: Path, **more: Any) -> Recipe:
+    keys, changes = RUNS[name]
+    changes = dict(changes)
+    rollout = {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, "window": 2} | changes.pop("chunks", {})}
+    rollout |= {k: changes.pop(k) for k in ("timesteps", "transition", "two_time") if k in changes}
+    objective = {"name": name} | keys | ({} if name == "any_flow" else {"fake_updates": 1})
+    trained = import_name("objective", OBJECTIVES[name])(**keys).trained_roles
+    changes["optimizers"] = {role: {"lr": 1e-3} for role in trained}
+    changes["train"] = {"steps": 2, "batch_size": 2, "num_samples": 2, "sample_every": 0, "checkpoint_every": 1}
+    return recipe(folder, output, objective, rollout=rollout, **changes | more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_trains_is_planned_and_exports(name: str, folder: Path, tmp_path: Path) -> None:
+    """On a tiny Wan: the plan has all turns, and the log has the method's own term."""
+    made = run_of(name, folder, tmp_path / "run")
+    turns = [part.turn.name for part in plan(made, gpu=False).turns]
+    assert set(turns) >= {"student"} and all(part.evaluations for part in plan(made, gpu=False).turns)
+    run = train(made)
+    assert (run / "export/fastgen.json").is_file()
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    terms = {key for row in rows for key in row}
+    own = {"stream_r1": "saliency_peak", "hiar": "forward_kl", "sc_dmd": "semigroup", "any_flow": "map"}
+    assert name not in own or f"student/{own[name]}" in terms, terms
+    assert name != "asd" or "discriminator/logit_gap" in terms
+
+
+# --- what the documents say
+
+
+def commands() -> list[list[str]]:
+    """The arguments of each `fastgen train` of the page."""
+    text = "\n".join(re.findall(r"(?s)```bash\n(.*?)```", PAGE.read_text())).replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("fastgen train")]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[1].rpartition("/")[2])
+def test_a_documented_command_loads(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PAGE.parents[1])
+    made = load_recipe(Path(command[0]), [*command[1:], "init_from=null"])
+    assert made.rollout.chunks is not None
+
+
+def test_every_method_has_a_command() -> None:
+    names = {load_recipe(PAGE.parents[1] / c[0], [*c[1:], "init_from=null"]).objective.name for c in commands()}
+    assert names == {"stream_r1", "asd", "hiar", "salt", "sc_dmd", "any_flow"}
 
 
 # --- refusals

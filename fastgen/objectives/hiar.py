@@ -6,6 +6,8 @@ github.com/Jacky-hate/HiAR).
     pd_loss                kl_weight         weight of the regression at step 0
     pd_x0_target_mode      target            gt_x0 is pairs: the end of the teacher's ODE.  pred_x0 is path: where the
                                              chord of the ODE from t_0 = 1 to t_1 would end
+    single_forward         attention         causal: the frames of a chunk see those before it, as noisy as they are.
+                                             bidirectional: all frames see all others, as in the paper
     exit step              stop              that of distribution matching, from 1 on
 
 Distribution matching is a reverse KL, and videos that move little satisfy it. The first step, which decides how a
@@ -13,13 +15,16 @@ video moves, is therefore taught by the teacher's ODE, in bidirectional mode: on
 chunks. All other steps are left to distribution matching:
     student <- DMD2's loss at a step drawn from 1 ... n - 1
                + kl_weight mean |G(x_1, 1) - sg x0|^2,   x_1 the noise that the teacher's ODE takes to x0
-The second term is 0 if the student's first step, on a whole video, is the teacher's map (derived). It reaches the
-network that makes the chunks only through the weights that both modes share.
+The second term is 0 if the student's first step, on a whole video, is the teacher's map (derived). With `attention:
+causal` it cannot be, as the map of a bidirectional teacher also depends on later noise
+(`ar1_formulas.ode_initialisation_loss` says by how much). The term reaches the chunks of a rollout only through the
+weights that all modes share.
 
 `target: path` makes the targets during the update, with path_steps guided steps of the teacher, and needs no pairs:
     x0 = (x_{t_1} - t_1 x_1) / (1 - t_1),   for flow matching
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,7 +38,7 @@ from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.ode_regression import ode_state
 from fastgen.registry import MOST_STEPS
-from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, predict_x0
+from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, network_inputs
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -43,6 +48,7 @@ class HiAR(DMD2):
     name: Literal["hiar"] = "hiar"  # type: ignore[assignment]
     # of a mean square without a half, beside DMD2's half of one: the released config
     kl_weight: float = Field(default=0.1, gt=0)
+    attention: Literal["bidirectional", "causal"] = "bidirectional"  # the paper; causal in the released code
     target: Literal["pairs", "path"] = "pairs"  # ours: pairs are cheaper; path in the released config
     path_steps: int = Field(default=12, ge=1, le=MOST_STEPS)  # of the teacher, to t_1: the released config's 12 of 48
 
@@ -58,6 +64,8 @@ class HiAR(DMD2):
                 f"hiar's first step starts from the noise of the teacher's ODE, at level 1, and rollout.timesteps "
                 f"starts at {policy.timesteps[0]:g}: let it start at 1"
             )
+        if self.attention == "causal" and policy.chunks is None:
+            raise ValueError("attention: causal is for the chunks of a video, and there are none: leave it out")
         if self.student_input == "data":
             raise ValueError("student_input: data has no rollout to leave the first step out of: leave it out")
 
@@ -84,8 +92,11 @@ class HiAR(DMD2):
     def forward_kl(self, networks: Networks, batch: Batch) -> Tensor:
         """mean |G(x_1, 1) - sg x0|^2 over samples and their elements, on whole videos."""
         x1, x0 = self.ends(networks, batch)
-        t = torch.ones_like(x1[:, :1].flatten(1)[:, 0])
-        return (predict_x0(networks.student, x1, t, batch.cond, networks.policy) - x0).square().mean()
+        t = x1.new_ones(len(x1))
+        inputs = network_inputs(networks.policy, t)
+        if self.attention == "causal":
+            inputs = replace(inputs, causal=networks.policy.chunks)
+        return (networks.student(x1, t, batch.cond, inputs) - x0).square().mean()
 
     @torch.no_grad()
     def ends(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,9 @@ class StreamR1(ReDMD):
         """w W, [B, F, 1, H, W], and the terms to log."""
         assert networks.scorer is not None
         composite = networks.scorer.composite
-        scores, maps = self.scored(networks, batch, x0.detach())
+        scores, gradients = networks.scorer.gradients(x0.detach(), batch.prompts)
+        parts = composite.used(grad=True)
+        maps = {name: saliency(g, x0, parts[name].input == "frames") for name, g in gradients.items()}
         score = composite.combined(scores, batch.group)
         axes = axis_values(composite, scores, score.valid, batch.group)
         penalty = self.penalty(state).to(score.value)
@@ -99,23 +101,6 @@ class StreamR1(ReDMD):
             return torch.zeros(())
         half = len(axes) // 2
         return self.balance * (axes[half:].mean(0) - axes[:half].mean(0)).std()
-
-    def scored(self, networks: Networks, batch: Batch, x0: Tensor) -> tuple[dict[str, Score], dict[str, Tensor]]:
-        """The scores of all parts, and the saliency [B, F, H, W] of the differentiable ones, by name. x0 is decoded
-        once, and no gradient goes through the decoder: saliency is that of what the part reads."""
-        assert networks.scorer is not None
-        parts = networks.scorer.composite.used(grad=False)
-        seen = networks.scorer.seen(x0, parts.values(), grad=False)
-        scores, maps = dict[str, Score](), dict[str, Tensor]()
-        for name, part in parts.items():
-            read = seen[part.input].detach().requires_grad_(part.differentiable)
-            with torch.set_grad_enabled(part.differentiable):
-                score = part(read, batch.prompts)
-            scores[name] = Score(score.value.detach(), score.valid, score.parts)
-            if part.differentiable:
-                (grad,) = torch.autograd.grad(score.value.sum(), read)
-                maps[name] = saliency(grad, x0, pictures=part.input == "frames")
-        return scores, maps
 
 
 def axis_values(

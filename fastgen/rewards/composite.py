@@ -152,6 +152,20 @@ class Scorer:
         inputs = self.seen(x0, rewards.values(), grad=False)
         return {name: reward(inputs[reward.input], prompts) for name, reward in rewards.items()}
 
+    def gradients(self, x0: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Score], dict[str, Tensor]]:
+        """The scores of all parts, neither calibrated nor weighted, and of the differentiable ones the gradient with
+        respect to what the part reads, by name. x0 is decoded once, and no gradient goes through the decoder."""
+        parts = self.composite.used(grad=False)
+        seen, scores, gradients = self.seen(x0, parts.values(), grad=False), dict[str, Score](), dict[str, Tensor]()
+        for name, part in parts.items():
+            read = seen[part.input].detach().requires_grad_(part.differentiable)
+            with torch.set_grad_enabled(part.differentiable):
+                score = part(read, prompts)
+            if part.differentiable:
+                (gradients[name],) = torch.autograd.grad(score.value.sum(), read)
+            scores[name] = dataclasses.replace(score, value=score.value.detach())
+        return scores, gradients
+
     def seen(self, x0: Tensor, rewards: Iterable[Reward], grad: bool) -> dict[str, Tensor]:
         """What these rewards read, by their `input`. With `grad`, the decoder's activations are not stored but
         recomputed in the backward pass, so that they do not add to those of the student and of the rewards."""
