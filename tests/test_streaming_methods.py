@@ -145,6 +145,19 @@ def test_weak_axes_say_more_about_where() -> None:
         assert torch.allclose(found, shares[0] / shares[1], rtol=1e-3)
 
 
+def test_a_part_without_gradient_counts_in_the_reward_alone() -> None:
+    composite = rewards(("first", 0, 1.0))
+    value = FunctionReward(lambda x, _: torch.full((len(x),), 0.5), input="latents", differentiable=False)
+    networks, data = rewarded(Composite((*composite.parts, value)))
+    x, state = data.chunk(range(4)).normal("x"), StreamR1().init_state()
+    scores, gradients = networks.scorer.gradients(x, data.prompts)  # type: ignore[union-attr]
+    assert len(scores) == 2 and list(gradients) == ["first"] and gradients["first"][:, 1:].abs().max() == 0
+    weight, terms = StreamR1().reward_weight(networks, data, x, state)
+    assert float(terms["reward"]) == pytest.approx(float(x[:, 0].flatten(1).sum(1).mean()) + 0.5, rel=1e-5)
+    alone, _ = StreamR1().reward_weight(rewarded(composite)[0], data, x, StreamR1().init_state())
+    assert torch.equal(weight, alone)
+
+
 def test_axes_that_improve_at_different_speeds_lower_every_weight() -> None:
     """The penalty is lambda times the standard deviation of the improvements, once the window is full."""
     networks, data = rewarded(rewards(("first", 0, 1.0), ("last", 3, 1.0)))
@@ -241,6 +254,18 @@ def test_asd_adds_its_gan_to_dmd2_for_all_lists_but_the_longest() -> None:
         assert ("gan" in loss.terms) == (index == 1)
         added = 0.3 * loss.terms["gan"] if index else 0.0
         assert float(loss.total) == pytest.approx(float(plain.total + added), rel=1e-9)
+
+
+def test_the_discriminators_real_samples_are_those_of_more_steps() -> None:
+    """Its optimum tells the two apart in their favour, and its loss is that of this optimum."""
+    objective, data = ExactASD(lists=((1.0, 0.5), (1.0,))), point_batch(4000, dim=1, uncond=2)
+    networks = two_steps(0.7, 1.3, (0.9, 1.0))
+    loss = objective.discriminator_loss(networks, data)
+    more, fewer = (
+        objective.step_logits(networks, data, objective.whole(networks, data, i, grad=False).x, 1) for i in (0, 1)
+    )
+    assert torch.allclose(loss.total, signals.gan_discriminator_loss(more, fewer))
+    assert loss.total < 2 * math.log(2) and loss.terms["logit_gap"] > 0.01
 
 
 def test_the_discriminator_is_told_the_number_of_steps() -> None:
@@ -447,6 +472,10 @@ def test_salt_has_a_term_for_the_longest_and_one_for_the_shortest_list(index: in
         assert float(early.total) == pytest.approx(float(plain.total), rel=1e-9)
         assert ("semigroup" in late.terms) == (index == 0) and ("alignment" in late.terms) == (index == 2)
         added = 0.1 * late.terms["alignment"] if index == 2 else 0.0
+        if index == 2:
+            reference = objective.reference(networks, data, 1)
+            aligned = objective.alignment(networks, data, objective.rollout(own, data, grad=True), reference)
+            assert torch.allclose(late.terms["alignment"], aligned.detach())
         assert float(late.total) == pytest.approx(float(plain.total + added), rel=1e-6)
         fake = objective.loss(Turn("fake_score", ("fake_score",)), networks, data, {})
         assert float(fake.total) == pytest.approx(float(DMD2().fake_loss(own, data).total), rel=1e-9)
@@ -605,6 +634,20 @@ def test_what_cannot_be_is_refused(
     changes["optimizers"] = {role: {"lr": 1e-3} for role in roles}
     with pytest.raises(RecipeError, match=words):
         recipe(folder, tmp_path / "run", objective, **changes)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("{name: asd, lists: [[1.0, 0.6], [1.0]]}", "reads features.*choose dmd2"),
+        ("{name: salt, lists: [[1.0, 0.8, 0.4], [1.0, 0.6], [1.0]]}", "no features to align; set it to 0"),
+    ],
+)
+def test_networks_without_features_are_refused(objective: str, words: str) -> None:
+    changes = [f"objective={objective}", "rollout={timesteps: [1.0], chunks: {frames: 1}}"]
+    changes += ["optimizers.discriminator={lr: 1e-3}"] * ("asd" in objective)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(PAGE.parents[1] / "recipes/ar1_self_forcing_4step.yaml", changes)
 
 
 def test_stream_r1_weights_frames() -> None:

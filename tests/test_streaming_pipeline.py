@@ -417,7 +417,7 @@ def test_two_experts_stream(tmp_path: Path) -> None:
 
 
 def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tmp_path: Path) -> None:
-    """Its weights for the end of the jump lie beside the networks, and count. The folder alone gives the same video."""
+    """Its weights for the end of the jump lie beside the networks. The folder alone gives the same video."""
     policy, source = RolloutPolicy((1.0, 0.6), "ode", two_time=True, chunks=CHUNKS), backbone(teacher)
     student = source.load("student")
     student.add_inputs({}, source.time_dim, policy.inputs)

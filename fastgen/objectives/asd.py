@@ -38,6 +38,7 @@ from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.step_lists import StepLists, check_lists, drawn_list, levels_of, policies
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation
 
@@ -71,6 +72,14 @@ class ASD(DMD2):
         check_lists(self, policy)
         for own in policies(policy, self.lists):
             super().check(own)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        super().check_recipe(recipe)
+        if not recipe.backbone.has_features:
+            raise ValueError(
+                f"objective: the discriminator of asd reads features, and the networks of backbone "
+                f"{recipe.backbone.name} have none; choose dmd2"
+            )
 
     @property
     def learned_levels(self) -> tuple[float, ...]:

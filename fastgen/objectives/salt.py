@@ -91,10 +91,10 @@ class Salt(SCDMD):
 
     def check_recipe(self, recipe: Recipe) -> None:
         super().check_recipe(recipe)
-        if self.align_weight and recipe.backbone.name == "ar1_video":
+        if self.align_weight and not recipe.backbone.has_features:
             raise ValueError(
-                "objective.align_weight: the networks of ar1_video are linear and have no features to align; set it "
-                "to 0"
+                f"objective.align_weight: the networks of backbone {recipe.backbone.name} have no features to align; "
+                "set it to 0"
             )
 
     @property
