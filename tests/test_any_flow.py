@@ -138,6 +138,21 @@ def test_the_target_of_the_mean_flow_form_is_the_exact_map_in_the_mean() -> None
             assert (abs(z) < 4) == right
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_jumps_count_as_much_as_the_diagonal(power: float) -> None:
+    """Squares 1 and 9 on the diagonal, 20 and 45 off it: with power 1 the loss of each jump is the diagonal's mean, 5,
+    and its gradient that of 5 / 20 or 5 / 45 times its square."""
+    residual = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 4.0], [6.0, 3.0]], requires_grad=True)
+    on_diagonal = torch.tensor([True, True, False, False])
+    loss = AnyFlow(power=power, floor=1e-12).reduced(residual, on_diagonal)
+    loss.backward()
+    weight = torch.tensor([1.0, 1.0, 5 / 20, 5 / 45]) if power else torch.ones(4)
+    assert float(loss) == pytest.approx(5.0 if power else 75 / 4, rel=1e-6)
+    assert residual.grad is not None and torch.allclose(residual.grad, weight[:, None] * residual.detach() / 2)
+    alone = AnyFlow(power=power).reduced(residual[2:], on_diagonal[2:])
+    assert float(alone) == pytest.approx(65 / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_rollout_jumps_chunk_by_chunk(steps: int) -> None:
     """The exact maps give the exact videos, whatever the jumps are, and every chunk makes the same jumps. Contexts

@@ -12,7 +12,9 @@ whole sample is, with every chunk seeing real earlier frames (teacher forcing):
     x_t = (1 - t) x0 + t noise,   v = noise - x0
     s = t:   student <- |u(x_t, t, t) - v|^2
     s < t:   student <- |u(x_t, t, s) - sg[v - (t - s) Du]|^2,   Du = d_t u + grad u . v       (form: mean_flow)
-All frames of a video share t and s. The other forms are those of flow_map.py, with the student's own diagonal as the
+The square of a jump is multiplied by sg(mean |r|^2 of the diagonal / (|r|^2 + floor))^power, so that jumps, whose
+targets are the student's own, count as much as the diagonal and not more. With power: 0 they are not weighted. All
+frames of a video share t and s. The other forms are those of flow_map.py, with the student's own diagonal as the
 velocity: semigradient differentiates along s, and progressive needs no derivative.
 
 With `on_policy`, each chunk is then also made by the jumps 1 -> t_k -> t_{k+1} -> 0, given the chunks that the student
@@ -22,9 +24,9 @@ every chunk, and not from one chunk to another.
 `teach: teacher` is refused: the velocity of a bidirectional teacher is that of a whole video, not of a chunk given its
 past. On AR(1) videos the exact map of each chunk is known, and it satisfies every identity here.
 
-Departures. The code weights a jump's loss by the mean loss of the diagonal, and levels by t sqrt(1 - t); here all have
-the same weight. It fuses guidance into the map; here there is none in the map, and `on_policy.guidance_scale` in the
-teacher. Each fourth video of the code has a shorter, compressed context.
+Departures. The code weights levels by t sqrt(1 - t); here all have the same weight. Its mean over the diagonal is that
+of all processes, and here that of the micro-batch. It fuses guidance into the map; here there is none in the map, and
+`on_policy.guidance_scale` in the teacher. It also trains on long videos, whose oldest frames are compressed.
 """
 
 from dataclasses import replace
@@ -32,7 +34,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -62,6 +64,8 @@ class AnyFlow(FlowMap):
     source: Literal["data"] = "data"  # type: ignore[assignment]
     # shift 5; half of the samples on the diagonal, a quarter to 0: the released config
     pairs: TimePairs = TimePairs(time=ANY_FLOW_TIME, diagonal=0.5, to_zero=0.25)
+    power: float = Field(default=1.0, ge=0, le=1)  # of a jump's weight, see above: the released code
+    floor: float = Field(default=1e-5, gt=0)  # of |r|^2, here a sum over a sample, in the code a mean
     derivative: Backend = "difference"  # central differences of 5e-3: the released config
     causal: Causal = "packed"
 
@@ -86,6 +90,12 @@ class AnyFlow(FlowMap):
                 "rollout.chunks.replay repeats one step of each chunk, and on_policy has gradient in three: leave "
                 "it out"
             )
+
+    def reduced(self, residual: Tensor, on_diagonal: Tensor) -> Tensor:
+        square = residual.flatten(1).square().sum(1)
+        known, on = square.detach(), on_diagonal.to(square)
+        level = torch.where(on_diagonal.any(), (on * known).sum() / on.sum().clamp_min(1), known.mean())
+        return (square * torch.where(on_diagonal, 1.0, (level / (known + self.floor)) ** self.power)).mean()
 
     def map_of(self, networks: Networks, batch: Batch, rows: Tensor) -> AverageVelocity:
         assert batch.latents is not None

@@ -176,7 +176,7 @@ class FlowMap(Objective):
             return self.fake_loss(networks, batch, self.on_policy)
         assert isinstance(turn, GapTurn)
         residual, on_diagonal = self.residuals(networks, batch, turn.max_gap)
-        total = flow_maps.adaptive_loss(residual, self.power, self.floor)
+        total = self.reduced(residual, on_diagonal)
         terms = flow_maps.mean_squares(residual, on_diagonal)
         if self.on_policy is not None:
             residual_size = residual.detach().square().mean().sqrt()
@@ -208,6 +208,10 @@ class FlowMap(Objective):
                 values = torch.where(expand(mask[rows], values), values, 0.0).to(x.dtype)
                 residual = residual.index_add(0, rows, values)
         return residual, on_diagonal
+
+    def reduced(self, residual: Tensor, on_diagonal: Tensor) -> Tensor:
+        """The scalar loss of the residuals [B, ...]. on_diagonal: [B] bool."""
+        return flow_maps.adaptive_loss(residual, self.power, self.floor)
 
     def map_of(self, networks: Networks, batch: Batch, rows: Tensor) -> AverageVelocity:
         """The student's u(x, t, s) at samples x of these rows of the batch."""
