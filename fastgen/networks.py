@@ -60,6 +60,10 @@ class Networks(Mapping[str, nn.Module]):
         network that was fitted to it."""
         return self.modules.get("features", self.teacher)  # type: ignore[return-value]
 
+    def with_policy(self, policy: RolloutPolicy) -> "Networks":
+        """The same networks, with another sampler of the student."""
+        return Networks(self.modules, policy, self.scorer)
+
     def rewards(self, x0: Tensor, batch: Batch, grad: bool = False) -> Score:
         """The recipe's rewards for clean samples x0 [B, *latent_shape] of this batch's prompts. Decodes x0 once.
 

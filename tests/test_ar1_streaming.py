@@ -23,7 +23,7 @@ from fastgen.config import load_recipe
 from fastgen.data import AR1Data
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
-from fastgen.objectives import DMD2, RTDMD, Consistency, Objective, ODERegression, ReDMD, TeacherForcing
+from fastgen.objectives import DMD2, RTDMD, Consistency, Objective, ODERegression, ReDMD, StreamR1, TeacherForcing
 from fastgen.objectives.base import Loss
 from fastgen.recipe import OptimizerConfig
 from fastgen.rewards import Composite, Scorer
@@ -312,15 +312,17 @@ def test_the_gradient_of_the_rollout_is_f6_in_expectation(replay: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [1e-9, 0.5])
-def test_re_dmd_ends_where_dmd_does(beta: float) -> None:
-    """Line 16: with the exact fake score, weights exp(beta r) change the way from a wrong student and not its end,
-    F5's fixed point."""
+@pytest.mark.parametrize(
+    "objective", [ReDMD(beta=1e-9), ReDMD(beta=0.5), StreamR1(beta=0.5)], ids=["plain", "Re-DMD", "Stream-R1"]
+)
+def test_rewarded_weights_end_where_dmd_does(objective: ReDMD) -> None:
+    """Line 16: with the exact fake score, weights exp(beta r), by frame or not, change the way from a wrong student
+    and not its end, F5's fixed point."""
     made = backbone(copies=1, means=(0.0,))
     rho = made.law.rhos[0]
     student = one_step_student(made, 0.7 + 0.3j, (0.8, 0.3))
     given = {"student": student, "fake_score": LawDenoiser(student, 0.0)}
-    fit(ReDMD(beta=beta), made, ONE_STEP, {"student": 0.02}, 120, 512, reward=AR1Motion(0.5), given=given)
+    fit(objective, made, ONE_STEP, {"student": 0.02}, 120, 512, reward=AR1Motion(0.5), given=given)
     got = sampled(student.network, (1.0,))
     print(f"variances {got.variance[:7].tolist()}, lag off by {abs(got.lag - rho):.4f}")
     assert (got.variance[:7] - 1).abs().max() < 0.02 and abs(got.lag - rho) < 0.02

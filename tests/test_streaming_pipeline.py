@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from test_streaming_training import recipe
+from test_two_time import fill_inputs
 from tiny_wan import CHANNELS, TEXT_WIDTH, autoencoder, tiny_wan, transformer
 from torch import Tensor
 from variants import slow
@@ -415,10 +416,31 @@ def test_two_experts_stream(tmp_path: Path) -> None:
     assert torch.equal(latents, expected)
 
 
-def test_inputs_and_chunks_cannot_be_exported_together(teacher: Path) -> None:
-    policy = RolloutPolicy((1.0, 0.6), "ode", two_time=True, chunks=CHUNKS)
-    with pytest.raises(ValueError, match="cannot be exported with inputs"):
-        backbone(teacher).config.check_export(policy)
+def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tmp_path: Path) -> None:
+    """Its weights for the end of the jump lie beside the networks. The folder alone gives the same video."""
+    policy, source = RolloutPolicy((1.0, 0.6), "ode", two_time=True, chunks=CHUNKS), backbone(teacher)
+    student = source.load("student")
+    student.add_inputs({}, source.time_dim, policy.inputs)
+    fill_inputs(student)
+    source.config.check_export(policy)
+    source.save_pipeline(student, policy, tmp_path / "export")
+    pipeline = StreamingWanPipeline.from_pretrained(tmp_path / "export")
+    for steps in (2, 3):
+        expected = Sampler(source, student, policy.with_steps(steps)).latents(["a cat runs"], [3])
+        latents = pipeline("a cat runs", seed=3, output_type="latent", num_inference_steps=steps).frames
+        assert torch.allclose(latents.transpose(1, 2), expected, atol=1e-6)
+    stored = source.load_exported(tmp_path / "export")
+    assert torch.allclose(
+        Sampler(source, stored, policy).latents(["a cat"], [1]),
+        pipeline("a cat", seed=1, output_type="latent").frames.transpose(1, 2),
+        atol=1e-6,
+    )
+    plain = RolloutPolicy((1.0, 0.6), "ode", chunks=CHUNKS)
+    other = Sampler(source, source.load("teacher"), plain).latents(["a cat runs"], [3])
+    assert not torch.allclose(Sampler(source, student, policy).latents(["a cat runs"], [3]), other, atol=1e-3)
+    (tmp_path / "export/inputs.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"inputs\.safetensors cannot be read"):
+        StreamingWanPipeline.from_pretrained(tmp_path / "export")
 
 
 @pytest.mark.slow

@@ -21,7 +21,19 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch, Draws
 from fastgen.networks import Networks
-from fastgen.objectives import ADM, DMD2, GNDM, OBJECTIVES, RTDMD, DisBack, FDistill, Objective, ReDMD
+from fastgen.objectives import (
+    ADM,
+    ASD,
+    DMD2,
+    GNDM,
+    OBJECTIVES,
+    RTDMD,
+    DisBack,
+    FDistill,
+    Objective,
+    ReDMD,
+    StreamR1,
+)
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.disback import PathTurn
 from fastgen.registry import RecipeError, import_name
@@ -37,6 +49,8 @@ TERMS: dict[str, Objective] = {
     "GAN": DMD2(gan_weight=1.0),
     "GAN, f-distill": FDistill(gan_weight=1.0),
     "GAN, Re-DMD": ReDMD(gan_weight=1.0),
+    "GAN, Stream-R1": StreamR1(gan_weight=1.0),
+    "GAN, ASD": ASD(lists=((1.0, 0.6), (1.0,)), asd_weight=1.0),
     "GAN, DisBack": DisBack(gan_weight=1.0, path_length=2, path_every=1),
     "ADM": ADM(guidance_scale=1.0),
     "reward, GNDM": GNDM(reward_weight=1.0, group_size=2),
@@ -227,7 +241,6 @@ def test_an_objective_without_chunks_says_why(name: str) -> None:
         ({"name": "crd"}, "predicts a chunk from noise and clean earlier frames"),
         ({"name": "rtdmd", "stage": 2}, "also acts on the chunks after it.*set selected_steps: 0"),
         ({"name": "gndm", "form": "score"}, "without the frames that a chunk was given"),
-        ({"name": "sc_dmd"}, "without the frames that a chunk was given"),
         ({"name": "scm"}, "frames would see those after them"),
         (
             {"name": "consistency", "teach": "data", "grid": {"count": 4}, "gan": {"weight": 0.1}},

@@ -88,7 +88,6 @@ def test_objectives_that_train_a_causal_student(objective: dict[str, Any], folde
 @pytest.mark.parametrize(
     ("objective", "changes", "words"),
     [
-        ({"name": "sc_dmd"}, {"rollout": {"timesteps": [1.0, 0.6, 0.3], "chunks": {"frames": 1}}}, "cannot train a"),
         ({"name": "crd"}, {}, "cannot train a student that works chunk by chunk: its implicit reward.*dmd2"),
         (
             {"name": "dmd2", "condition_on_stop": True},

@@ -34,7 +34,10 @@ PAGES: dict[str, list[Any]] = {
         *("docs/running.md", "docs/multi_node.md", "docs/troubleshooting.md", "docs/data.md", "docs/rewards.md"),
         *("docs/exporting.md", "recipes/index.md"),
     ],
-    "Methods": ["objectives/index.md", "docs/dmd2_family.md", "docs/flow_maps.md", "docs/streaming.md"],
+    "Methods": [
+        *("objectives/index.md", "docs/dmd2_family.md", "docs/flow_maps.md", "docs/streaming.md"),
+        "docs/streaming_methods.md",
+    ],
     "Extend it": ["docs/new_objective.md", "docs/contracts.md", "docs/architecture.md", "api.md", "CONTRIBUTING.md"],
     "Evidence": [
         *("docs/faithfulness.md", "benchmarks/acceptance/report.md", "benchmarks/leaderboard/report.md"),

@@ -289,6 +289,11 @@ ENTRIES = (
     ),
 )
 ABSENT: dict[str, str] = {  # registered objectives without an entry, and the reason
+    "any_flow": "it trains the chunks of videos, which neither teacher makes; flow_map is its part for images",
+    "asd": "it trains one student for several numbers of steps, and a run here has one number",
+    "hiar": "it is for the chunks of videos, which neither teacher makes",
+    "salt": "it trains one student for several numbers of steps; sc_dmd is its part for one number",
+    "stream_r1": "it weights the frames of videos, which neither teacher makes; re_dmd is its part for images",
     "teacher_forcing": "it trains on videos, which neither teacher makes",
     "context_forcing": "it trains on videos, which neither teacher makes",
     "long_tuning": "it trains on videos that go on, which neither teacher makes",

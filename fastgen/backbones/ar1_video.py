@@ -58,6 +58,7 @@ class AR1VideoConfig(BackboneConfig):
     name: Literal["ar1_video"] = "ar1_video"
     output: ClassVar[Output] = "points"
     can_checkpoint: ClassVar[bool] = False
+    has_features: ClassVar[bool] = False
     has_exact_law: ClassVar[bool] = True
     num_frames: int = Field(default=7, ge=1, le=64)
     copies: int = Field(default=1, ge=1, le=MOST_WIDTH)

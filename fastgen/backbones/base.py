@@ -46,6 +46,7 @@ class BackboneConfig(ABC):
     can_checkpoint: ClassVar[bool] = True  # whether its networks can recompute activations in the backward pass
     flow_matching: ClassVar[bool] = True  # whether x_t = (1 - t) x0 + t noise; else another noise schedule
     encodes_data: ClassVar[bool] = True  # whether real data have all that its latents hold
+    has_features: ClassVar[bool] = True  # whether its networks have features for a discriminator to read
     has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
     takes_image: ClassVar[bool] = False  # whether every sample is made from a given image, besides its prompt
 

@@ -66,21 +66,18 @@ def save_student(
         save_lora(backbone, student, values, policy, folder, dtype)
         return
     name, added = backbone.components["_class_name"], list(base_inputs(student))
-    if added and policy.chunks is not None:
-        raise ValueError("a student that works in chunks cannot be exported with added inputs (rollout.two_time)")
     if added and added != list(policy.inputs):
         raise ValueError(
             f"a network with the extra time inputs {added} does not fit {name}, whose sampler gives it "
             f"{list(policy.inputs)}"
         )
     tables = save_whole(backbone, student, values, policy, folder, dtype)
+    if memory := {name: tables.pop(name) for name in list(tables) if name.split(".")[1].isdigit()}:  # of a layer
+        save_memory(memory, folder)
     if added:
         flow_map.save_inputs(tables, policy, backbone.schedule, folder)
-        rename_class(folder, FLOW_MAP)
-    elif policy.chunks is not None:
-        if tables:
-            save_memory(tables, folder)
-        rename_class(folder, STREAMING)
+    if added or policy.chunks is not None:
+        rename_class(folder, FLOW_MAP if policy.chunks is None else STREAMING)
 
 
 def base_inputs(student: Denoiser) -> Iterable[str]:

@@ -61,16 +61,15 @@ class WanDenoiser(Denoiser):
         make_causal(self.network)
         frames = x_t.shape[1]
         t = by_frame(t, frames)
-        if inputs.clean is not None and inputs.causal is not None:
-            if inputs.embedded:
-                raise ValueError(
-                    f"teacher forcing in one pass takes no inputs besides t, got {sorted(inputs.embedded)}"
-                )
-            x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
-            t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
         scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
-        values: dict[str, Any] = {name: by_frame(value, frames).flatten() for name, value in scalars.items()}
-        flat = Inputs(**values)
+        values: dict[str, Any] = {name: by_frame(value, frames) for name, value in scalars.items()}
+        if inputs.clean is not None and inputs.causal is not None:
+            x_t = torch.cat([inputs.clean.to(x_t.dtype), x_t], dim=1)
+            # the clean frames are told what they are told when they are committed: a jump that ends at 0
+            clean = values | {"s": torch.zeros_like(t)}
+            values = {name: torch.cat([clean[name], value], dim=1) for name, value in values.items()}
+            t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
+        flat = Inputs(**{name: value.flatten() for name, value in values.items()})
         with placed(self.network, place_of(self.network, x_t, inputs)):
             out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
         return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]

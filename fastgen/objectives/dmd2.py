@@ -206,7 +206,7 @@ class DMD2(Objective):
     def matching_loss(self, networks: Networks, batch: Batch, rollout: Rollout, weight: Tensor | None = None) -> Loss:
         """The surrogate of the score difference, plus the generator's side of the GAN.
 
-        weight: [B], the factor of each sample's g; None: 1."""
+        weight: the factor of each sample's g, [B], or of each element's, a tensor that broadcasts over g; None: 1."""
         grad, terms = self.score_gradient(networks, batch, rollout)
         grad = grad if weight is None else expand(weight, grad) * grad
         total = signals.surrogate(rollout.x, grad)

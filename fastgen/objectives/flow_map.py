@@ -36,6 +36,7 @@ Names such as flow_map_lsd beside a number are rows of docs/faithfulness.md, whi
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -175,7 +176,7 @@ class FlowMap(Objective):
             return self.fake_loss(networks, batch, self.on_policy)
         assert isinstance(turn, GapTurn)
         residual, on_diagonal = self.residuals(networks, batch, turn.max_gap)
-        total = flow_maps.adaptive_loss(residual, self.power, self.floor)
+        total = self.reduced(residual, on_diagonal)
         terms = flow_maps.mean_squares(residual, on_diagonal)
         if self.on_policy is not None:
             residual_size = residual.detach().square().mean().sqrt()
@@ -202,11 +203,19 @@ class FlowMap(Objective):
         for residual_of, mask in ((self.diagonal_residual, on_diagonal), (self.jump_residual, ~on_diagonal)):
             rows = flow_maps.rows_of(mask, networks.student)
             if len(rows):
-                u = average_velocity(networks.student, batch.cond.select(rows))
+                u = self.map_of(networks, batch, rows)
                 values = residual_of(networks, batch, rows, u, x[rows], t[rows], s[rows])
                 values = torch.where(expand(mask[rows], values), values, 0.0).to(x.dtype)
                 residual = residual.index_add(0, rows, values)
         return residual, on_diagonal
+
+    def reduced(self, residual: Tensor, on_diagonal: Tensor) -> Tensor:
+        """The scalar loss of the residuals [B, ...]. on_diagonal: [B] bool."""
+        return flow_maps.adaptive_loss(residual, self.power, self.floor)
+
+    def map_of(self, networks: Networks, batch: Batch, rows: Tensor) -> AverageVelocity:
+        """The student's u(x, t, s) at samples x of these rows of the batch."""
+        return average_velocity(networks.student, batch.cond.select(rows))
 
     def diagonal_residual(
         self, networks: Networks, batch: Batch, rows: Tensor, u: AverageVelocity, x: Tensor, t: Tensor, s: Tensor
@@ -245,18 +254,16 @@ class FlowMap(Objective):
     # --- distribution matching on the student's own samples
 
     def rollout(self, networks: Networks, batch: Batch, config: OnPolicy) -> Tensor:
-        """Clean samples by the jumps 1 -> t_k -> t_{k+1} -> 0 of a random grid. All samples share k and the grid."""
-        count = config.steps[batch.integer("grid", len(config.steps))]
-        levels = (*networks.policy.with_steps(count).timesteps, 0.0)
-        k = batch.integer("jump", count)
+        """Clean samples by the jumps of `stops`, with gradient through all of them."""
         u = average_velocity(networks.student, batch.cond)
-        x = batch.normal("initial")
-        stops = sorted({1.0, levels[k], levels[k + 1], 0.0}, reverse=True)
-        for start, end in itertools.pairwise(stops):
-            t = x.new_full((len(x),), start)
-            s = x.new_full((len(x),), end)
-            x = flow_maps.jump(u, x, t, s)
-        return x
+        return jumped(u, batch.normal("initial"), self.stops(networks.policy, batch, config))
+
+    def stops(self, policy: RolloutPolicy, batch: Batch, config: OnPolicy) -> list[float]:
+        """1, t_k, t_{k+1}, 0 of a random grid, without repetition. All samples share k and the grid."""
+        count = config.steps[batch.integer("grid", len(config.steps))]
+        levels = (*policy.with_steps(count).timesteps, 0.0)
+        k = batch.integer("jump", count)
+        return sorted({1.0, levels[k], levels[k + 1], 0.0}, reverse=True)
 
     def fake_loss(self, networks: Networks, batch: Batch, config: OnPolicy) -> Loss:
         """The denoising loss on the student's samples."""
@@ -286,3 +293,10 @@ class FlowMap(Objective):
             else:
                 grad = signals.score_difference(x0, fake, real)
         return x0[0].numel() * signals.surrogate(x0, grad), grad.abs().mean()
+
+
+def jumped(u: AverageVelocity, x: Tensor, stops: Sequence[float]) -> Tensor:
+    """The point x [B, ...] after jumps from each of the levels to the next."""
+    for start, end in itertools.pairwise(stops):
+        x = flow_maps.jump(u, x, x.new_full((len(x),), start), x.new_full((len(x),), end))
+    return x

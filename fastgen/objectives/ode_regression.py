@@ -37,8 +37,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen import signals
-from fastgen.batch import Batch
-from fastgen.denoiser import Inputs
+from fastgen.batch import Batch, Conditioning
+from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
@@ -110,17 +110,29 @@ class ODERegression(Objective):
             total = ((square + self.huber**2).sqrt() - self.huber).mean()
         return Loss(total, {"loss": total.detach(), "error": square.mean().sqrt().detach()})
 
-    @torch.no_grad()
     def path(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-        """The state at level t [B] on the teacher's ODE from noise x [B, ...], by path_steps equal Euler steps."""
-        teacher = networks.teacher
-        for i in range(self.path_steps):
-            start = 1 - (1 - t) * i / self.path_steps
-            end = 1 - (1 - t) * (i + 1) / self.path_steps
-            scale = teacher.per_expert(self.guidance_scale, start)
-            x0 = signals.guided(teacher, x, start, batch.cond, batch.uncond, scale)
-            x = transition(teacher.schedule, x0, x, start, end, None).to(x.dtype)
-        return x
+        """`ode_state` of this batch."""
+        return ode_state(networks.teacher, x, t, batch.cond, batch.uncond, self.guidance_scale, self.path_steps)
+
+
+@torch.no_grad()
+def ode_state(
+    teacher: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
+    guidance_scale: Guidance,
+    steps: int,
+) -> Tensor:
+    """The state at level t [B] on the guided teacher's ODE from noise x [B, ...], by equal Euler steps."""
+    for i in range(steps):
+        start = 1 - (1 - t) * i / steps
+        end = 1 - (1 - t) * (i + 1) / steps
+        scale = teacher.per_expert(guidance_scale, start)
+        x0 = signals.guided(teacher, x, start, cond, uncond, scale)
+        x = transition(teacher.schedule, x0, x, start, end, None).to(x.dtype)
+    return x
 
 
 def student_levels(policy: RolloutPolicy, batch: Batch, like: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
+from fastgen.rewards import Score
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -69,11 +70,14 @@ class ReDMD(DMD2):
 
         Invalid samples get the weight 0. The weights of the others are divided by the share of valid samples, so that
         the mean loss is over the valid samples."""
-        score = networks.rewards(x0, batch)
+        return self.weight_of(networks.rewards(x0, batch), state)
+
+    def weight_of(self, score: Score, state: State, penalty: Tensor | float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for given scores. penalty: scalar, what the whole update's rewards are lowered by."""
         valid = score.valid.to(score.value)
         total, count = state["reward"]
         centred = torch.where(count > 0, score.value - total / count.clamp_min(1e-12), 0.0)
-        weight = (self.beta * centred).clamp(-self.clip, self.clip).exp()
+        weight = (self.beta * (centred - penalty)).clamp(-self.clip, self.clip).exp()
         sums = torch.stack([(valid * score.value).sum(), valid.sum()])
         state["seen"] += summed(sums)  # over processes
         terms = score.terms() | {"effective_share": signals.effective_share(weight * valid)}

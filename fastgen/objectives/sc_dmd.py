@@ -11,12 +11,13 @@ with two short ones. All jumps are deterministic steps (Euler for flow matching)
     x_e(2): x_m = x + (t_m - t_s) sg(v_1), then x_m + (t_e - t_m) v(x_m, t_m), without gradient
     student <- DMD2's loss + lambda (1 - t_s) mean |x_e(1) - sg x_e(2)|^2
 The gradient reaches the student through v_1 alone. For a straight velocity field the term is 0, and at t_s = 1 its
-weight is 0.
+weight is 0. In a video that is made chunk by chunk, every chunk makes both jumps with the context that it had.
 
 t_e is drawn from the two levels after the next one, and t_m from the levels between t_s and t_e. From the last level
 but one the jump ends at 0, and from the last level there is no jump. The paper trains on a mixture of lists of 8, 4
-and 2 steps, and its t_e are every second level of the longest list. Here there is one list, and every level of it may
-be drawn. The paper reports that without mixed lists the term does not help autoregressive video.
+and 2 steps, which is objective `salt`, and its t_e are every second level of the longest list. Here there is one list,
+and every level of it may be drawn. The paper reports that without mixed lists the term does not help autoregressive
+video.
 """
 
 from typing import Literal
@@ -30,21 +31,24 @@ from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
+from fastgen.objectives.causal import check_order, predict_beside
 from fastgen.objectives.dmd2 import DMD2
-from fastgen.rollout import Rollout, RolloutPolicy, predict_x0, transition
+from fastgen.rollout import Rollout, RolloutPolicy, transition
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCDMD(DMD2):
-    takes_chunks = False
-    needs_whole_videos = "its jumps from the executed step are made without the frames that a chunk was given"
-
     name: Literal["sc_dmd"] = "sc_dmd"  # type: ignore[assignment]
     # lambda, of a mean square without a half against DMD2's half of one: the released configs (row sc_dmd_semigroup)
     semigroup_weight: float = Field(default=0.2, gt=0)
 
+    @property
+    def takes_first_timesteps(self) -> bool:
+        return False  # the jumps of all chunks are between the levels of one list
+
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)
+        check_order(policy)
         if all(t == 1 for t in policy.timesteps[:-1]):
             raise ValueError(
                 "sc_dmd needs a timestep below 1 that is not the last one, and rollout.timesteps "
@@ -71,7 +75,7 @@ class SCDMD(DMD2):
         direct = transition(student.schedule, step.x0, step.x_t, step.t, end, None)
         with torch.no_grad():
             x_m = transition(student.schedule, step.x0, step.x_t, step.t, middle, None)
-            x0_m = predict_x0(student, x_m, middle, batch.cond, policy)
+            x0_m = predict_beside(student, policy, batch, rollout, x_m, middle)
             composed = transition(student.schedule, x0_m, x_m, middle, end, None)
         return ((1 - step.t) * signals.per_sample_mean((direct - composed).square())).mean()
 

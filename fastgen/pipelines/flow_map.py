@@ -10,7 +10,7 @@ sample such a folder without its inputs. To load one:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,19 @@ def read_inputs(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     return settings, parts
 
 
+def extend(networks: Sequence[Any], embedder: str, wrapper: type[ExtraInputs], folder: Path) -> dict[str, Any]:
+    """Wraps the time embedders of a pipeline's networks with the branches that are stored in its folder. Returns how
+    the inputs are set. Raises ValueError as `read_inputs` does."""
+    settings, parts = read_inputs(folder)
+    for network, weights in zip(networks, parts, strict=True):
+        extended = wrapper(getattr(network, embedder), next(iter(weights.values())).shape[0], {}, settings["names"])
+        extended.tables.load_state_dict(weights)
+        parameter = next(network.parameters())
+        extended.tables.to(parameter.device, parameter.dtype)
+        setattr(network, embedder, extended)
+    return settings
+
+
 def told_columns(settings: Mapping[str, Any], scheduler: Any, timestep: float) -> list[float]:
     """What the branches read at a scheduler's timestep, by the level t of this step and the level s where it ends."""
     steps = [float(step) for step in scheduler.timesteps]
@@ -83,16 +96,9 @@ class FlowMap:
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
         """Loads a pipeline from a local folder."""
         pipeline = super().from_pretrained(folder, **options)  # type: ignore[misc]
-        settings, parts = read_inputs(Path(folder))
         networks = [network for name in cls.networks if (network := getattr(pipeline, name, None)) is not None]
-        for network, weights in zip(networks, parts, strict=True):
-            extended = cls.wrapper(
-                getattr(network, cls.embedder), next(iter(weights.values())).shape[0], {}, settings["names"]
-            )
-            extended.tables.load_state_dict(weights)
-            parameter = next(network.parameters())
-            extended.tables.to(parameter.device, parameter.dtype)
-            setattr(network, cls.embedder, extended)
+        settings = extend(networks, cls.embedder, cls.wrapper, Path(folder))
+        for network in networks:
             network.register_forward_pre_hook(partial(cls.tell, settings, pipeline), with_kwargs=True)
         return pipeline
 

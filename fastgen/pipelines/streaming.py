@@ -25,7 +25,9 @@ from fastgen.backbones.wan import WanDenoiser
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import Denoiser
 from fastgen.modules.experts import Experts
+from fastgen.modules.inputs import WanExtraInputs
 from fastgen.pipelines.few_step import ChunkScheduler
+from fastgen.pipelines.flow_map import extend
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.streaming.memory_file import load_memory
@@ -63,9 +65,12 @@ class StreamingWanPipeline(WanPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """Loads a pipeline. One with a linear memory is loaded from a local folder."""
+        """Loads a pipeline. One whose student has added inputs (`rollout.two_time`) or a linear memory is loaded from a
+        local folder, in which their weights lie beside the networks."""
         pipeline = super().from_pretrained(folder, **options)
         chunks = pipeline.policy.chunks
+        if pipeline.policy.inputs:
+            extend(pipeline.networks, "condition_embedder", WanExtraInputs, Path(folder))
         if chunks is not None and chunks.linear:
             load_memory(pipeline.networks, Path(folder))
         return pipeline
@@ -107,9 +112,11 @@ class StreamingWanPipeline(WanPipeline):
         not given. Without both, they come from torch's global generator.
         output_type: np [B, F, H, W, 3] or pt [B, F, 3, H, W], both in [0, 1]; pil; or latent [B, C, F, h, w].
         Raises ValueError for a length that is no number of chunks, for a size that does not divide into patches, and
-        for other steps or guidance than the student has."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if num_inference_steps not in (None, self.policy.num_steps) or guidance_scale != 1:
+        for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps."""
+        prompts, policy = [prompt] if isinstance(prompt, str) else list(prompt), self.policy
+        if num_inference_steps is not None and policy.any_step:
+            policy = policy.with_steps(num_inference_steps)
+        if num_inference_steps not in (None, policy.num_steps) or guidance_scale != 1:
             raise ValueError(
                 f"this student was distilled to {self.policy.num_steps} steps without guidance; leave out "
                 "num_inference_steps and guidance_scale"
@@ -117,7 +124,7 @@ class StreamingWanPipeline(WanPipeline):
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
         draws = self.draws(seeds_of(len(prompts), seed, generator), shape)
         cond = Conditioning.cat([self.encode(text) for text in prompts])
-        latents = sample(self.denoiser, self.policy, cond, draws)
+        latents = sample(self.denoiser, policy, cond, draws)
         video = latents.transpose(1, 2) if output_type == "latent" else self.pictures(latents, output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 

@@ -235,6 +235,13 @@ class StandInScorer(Scorer):
         value = seen if grad else made_up
         return Score(value, torch.ones(len(x0), dtype=torch.bool), dict.fromkeys(used, made_up))
 
+    def gradients(self, x0: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Score], dict[str, Tensor]]:
+        parts = self.composite.used(grad=False)
+        inputs = self.seen(x0, parts.values(), grad=False)
+        score = Score(torch.linspace(0, 1, len(x0)), torch.ones(len(x0), dtype=torch.bool))
+        reads = {name: inputs[part.input] for name, part in self.composite.used(grad=True).items()}
+        return dict.fromkeys(parts, score), {name: torch.empty_like(read) for name, read in reads.items()}
+
 
 def make_batch(
     recipe: Recipe,
@@ -342,8 +349,9 @@ class Counted(Denoiser):
         if inputs.memory is not None:
             token = x_t.new_zeros(*x_t.shape[:2], 1, 1)  # one per frame
             inputs.memory.append((token, token))
+        tokens = x_t.shape[1] if x_t.dim() == 5 else 1  # one per frame
         for features in self._features:
-            features += [x_t.new_zeros(len(x_t), 1, self.feature_dim) for _ in self.denoiser.feature_modules]
+            features += [x_t.new_zeros(len(x_t), tokens, self.feature_dim) for _ in self.denoiser.feature_modules]
         return x_t
 
     @contextmanager

@@ -85,10 +85,15 @@ class Composite:
         if not used:
             raise ValueError(f"no gradient: none of {', '.join(self.used(False))} is differentiable")
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            scores = {name: part(inputs[part.input], prompts) for name, part in used.items()}
-            valid = torch.stack([score.valid for score in scores.values()]).all(0)
-            values = [p.weight * self.calibrated(p, scores[n].value, valid, group) for n, p in used.items()]
-            total = self.aggregated(torch.stack(values))
+            return self.combined({name: part(inputs[part.input], prompts) for name, part in used.items()}, group)
+
+    def combined(self, scores: Mapping[str, Score], group: Tensor | None = None) -> Score:
+        """The composite of the scores of some parts, by their names in logs. It carries the gradient of their values,
+        except in its own parts."""
+        valid = torch.stack([score.valid for score in scores.values()]).all(0)
+        parts = self.used(grad=False)
+        values = [parts[n].weight * self.calibrated(parts[n], s.value, valid, group) for n, s in scores.items()]
+        total = self.aggregated(torch.stack(values))
         outer = {name: score.value.detach() for name, score in scores.items()}
         inner = {f"{name}_{key}": part for name, score in scores.items() for key, part in score.parts.items()}
         return Score(torch.where(valid, total, 0), valid, outer | inner)
@@ -146,6 +151,20 @@ class Scorer:
         rewards = self.composite.used(grad=False) | self.composite.watched
         inputs = self.seen(x0, rewards.values(), grad=False)
         return {name: reward(inputs[reward.input], prompts) for name, reward in rewards.items()}
+
+    def gradients(self, x0: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Score], dict[str, Tensor]]:
+        """The scores of all parts, neither calibrated nor weighted, and of the differentiable ones the gradient with
+        respect to what the part reads, by name. x0 is decoded once, and no gradient goes through the decoder."""
+        parts = self.composite.used(grad=False)
+        seen, scores, gradients = self.seen(x0, parts.values(), grad=False), dict[str, Score](), dict[str, Tensor]()
+        for name, part in parts.items():
+            read = seen[part.input].detach().requires_grad_(part.differentiable)
+            with torch.set_grad_enabled(part.differentiable):
+                score = part(read, prompts)
+            if part.differentiable:
+                (gradients[name],) = torch.autograd.grad(score.value.sum(), read)
+            scores[name] = dataclasses.replace(score, value=score.value.detach())
+        return scores, gradients
 
     def seen(self, x0: Tensor, rewards: Iterable[Reward], grad: bool) -> dict[str, Tensor]:
         """What these rewards read, by their `input`. With `grad`, the decoder's activations are not stored but

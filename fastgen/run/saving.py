@@ -57,7 +57,7 @@ class Checkpoints:
         self.writes = True
         if dist.is_initialized():  # a group of its own, as messages of two threads in one would be confused
             self.writes = sharded or dist.get_rank() == 0
-            self.group = dist.new_group(None if sharded else [0], timeout=LONGEST, backend="gloo")
+            self.group = dist.new_group(None if sharded else [0], timeout=LONGEST, backend="gloo")  # type: ignore[assignment]
         self.target = folder
         self.pending: Future[Any] | None = None
 
@@ -77,14 +77,14 @@ class Checkpoints:
         files["objective"] = state
         tensors = {f"{file}/{name}": t.detach() for file, of_file in files.items() for name, t in of_file.items()}
         self.target = self.folder / f"{PREFIX}{counters['step']:08d}"
-        how = {
+        how: dict[str, Any] = {
             "storage_writer": PartsWriter(self.target, list(files), counters, self.keep),
             "planner": dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             "process_group": self.group,
         }
         with said(self.target):
             if self.background:
-                self.pending = dcp.async_save(tensors, **how)
+                self.pending = dcp.async_save(tensors, **how)  # type: ignore[assignment]
             else:
                 dcp.save(tensors, **how)
 
@@ -187,11 +187,17 @@ class PartsWriter(dcp.StorageWriter):
 
 def write_parts(path: Path, items: Sequence[WriteItem], planner: SavePlanner, whole: bool) -> Entry:
     """Writes a safetensors file with one tensor in memory at a time, beside those it is given."""
-    chunks = {item.index.fqn.partition("/")[2]: item.tensor_data for item in items}
+    chunks: dict[str, Any] = {item.index.fqn.partition("/")[2]: item.tensor_data for item in items}
     specs = {name: Spec(data.properties.dtype, tuple(data.chunk.sizes)) for name, data in chunks.items()}
     starts = {name: tuple(data.chunk.offsets) for name, data in chunks.items()}
     start, _ = head(specs, None if whole else offsets_entry(starts))
-    return write_durably(path, itertools.chain([start], (raw(planner.resolve_data(item)) for item in items)))
+    return write_durably(path, itertools.chain([start], (raw(resolved(planner, item)) for item in items)))
+
+
+def resolved(planner: SavePlanner, item: WriteItem) -> Tensor:
+    value = planner.resolve_data(item)
+    assert isinstance(value, Tensor)  # bytes are what torch pickles, and there are none
+    return value
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
