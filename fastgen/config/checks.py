@@ -9,7 +9,7 @@ from fastgen.data.prompts import read_prompts
 from fastgen.metrics import METRICS
 from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
-from fastgen.policy import RolloutPolicy
+from fastgen.policy import INPUT_KEYS, RolloutPolicy
 from fastgen.recipe import Recipe
 from fastgen.registry import REWARDS, RecipeError, current_names, nearest, validated
 from fastgen.run import checkpoint
@@ -163,8 +163,13 @@ def check_inputs(recipe: Recipe) -> None:
             "set it to false"
         )
     if recipe.rollout.inputs and not objective.takes_inputs:
-        keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
+        keys = " and ".join(INPUT_KEYS[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
+    if recipe.rollout.step_counts and not objective.takes_step_counts:
+        raise RecipeError(
+            f"rollout.step_counts: objective {objective.name} trains a student for the steps of rollout.timesteps alone; "
+            "leave it out, or choose tdm or cdm"
+        )
     given = recipe.data.fills(recipe.backbone)
     if recipe.backbone.takes_image and "images" not in given:
         raise RecipeError(
@@ -304,7 +309,8 @@ def check_init(recipe: Recipe) -> None:
     if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(
             f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
-            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance if it is set there"
+            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they are "
+            "set there"
         )
     adapter = (raw.get("lora") or {}).get("student")
     before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")
