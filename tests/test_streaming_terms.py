@@ -228,6 +228,7 @@ def test_an_objective_without_chunks_says_why(name: str) -> None:
         ({"name": "rtdmd", "stage": 2}, "also acts on the chunks after it.*set selected_steps: 0"),
         ({"name": "gndm", "form": "score"}, "without the frames that a chunk was given"),
         ({"name": "sc_dmd"}, "without the frames that a chunk was given"),
+        ({"name": "cdm"}, "without the frames that a chunk was given"),
         ({"name": "scm"}, "frames would see those after them"),
         (
             {"name": "consistency", "teach": "data", "grid": {"count": 4}, "gan": {"weight": 0.1}},

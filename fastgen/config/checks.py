@@ -192,7 +192,7 @@ def check_chunks(recipe: Recipe) -> None:
     if not objective.takes_chunks:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
-            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, phased_dmd, rtdmd (stage: 1, or "
+            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, tdm, phased_dmd, rtdmd (stage: 1, or "
             "selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression (states: line) and consistency "
             "(teach: data) can"
         )
