@@ -144,7 +144,9 @@ class RolloutPolicy:
 
     def can_make(self, num_steps: int) -> bool:
         """Whether the student can be sampled with this number of steps (`with_steps`)."""
-        return num_steps == self.num_steps or num_steps in self.step_counts or (self.any_step and self.timesteps[0] == 1)
+        return (
+            num_steps == self.num_steps or num_steps in self.step_counts or (self.any_step and self.timesteps[0] == 1)
+        )
 
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its

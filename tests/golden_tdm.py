@@ -34,14 +34,18 @@ def setting(golden: Golden) -> tuple[Networks, Batch]:
     return networks, given_batch(given, golden["cond"], golden["uncond"])
 
 
-@comparison("tdm_fake_score", "tdm", "fake_target: clean with importance: loss of the fake score and its gradient", ENDS)
+@comparison(
+    "tdm_fake_score", "tdm", "fake_target: clean with importance: loss of the fake score and its gradient", ENDS
+)
 def tdm_fake_score(golden: Golden) -> tuple[Tensor, Tensor]:
     networks, batch = setting(golden)
     loss = Theirs(fake_target="clean", importance=True).fake_loss(networks, batch, STEPS).total
     return beside(loss, gradient(networks.fake_score, loss), golden)
 
 
-@comparison("tdm_generator", "tdm", "ode rollout, guided score difference and Huber distance: gradient of the student", ENDS)
+@comparison(
+    "tdm_generator", "tdm", "ode rollout, guided score difference and Huber distance: gradient of the student", ENDS
+)
 def tdm_generator(golden: Golden) -> tuple[Tensor, Tensor]:
     networks, batch = setting(golden)
     loss = Theirs(guidance_scale=4.5).student_loss(networks, batch, STEPS).total

@@ -161,7 +161,9 @@ def test_the_segment_target_alone_makes_the_fake_score_the_teacher() -> None:
     importance weights, whose mean is here a sum over one element, 0.1249, that of x0 noised to tau directly."""
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     t = torch.full((2,), 0.8, dtype=torch.float64)
-    exact, direct = (float(posterior_mean(x, t, torch.tensor(0.0), torch.tensor(v)).diff(dim=0)) for v in (STD**2, 0.0))
+    exact, direct = (
+        float(posterior_mean(x, t, torch.tensor(0.0), torch.tensor(v)).diff(dim=0)) for v in (STD**2, 0.0)
+    )
     found = [regressed(), regressed(fake_target="clean"), regressed(fake_target="clean", importance=True)]
     x0 = exact_student(HALF).b[0].item() ** 2  # the variance of the student's clean prediction
     direct = 0.2 * x0 / (0.2**2 * x0 + 0.8**2)
@@ -325,7 +327,10 @@ RECIPE = Path(__file__).parents[1] / "recipes/mixture_tdm_4step.yaml"
         (["objective.fake_target=clean", "objective.fake_space=null", "objective.fake_clamp=3"], "leave them out"),
         (["objective.renoise_range=above"], "set condition_on_stop: true"),
         (["objective.condition_on_stop=true"], "rollout.step_counts has several"),
-        (["objective.renoise_time={low: 0.3, high: 0.98}"], "renoise_time.* has no level in the segment from 0 to 0.25"),
+        (
+            ["objective.renoise_time={low: 0.3, high: 0.98}"],
+            "renoise_time.* has no level in the segment from 0 to 0.25",
+        ),
         (["objective.fake_time={low: 0.02, high: 0.5}"], "fake_time.* has no level in the segment from 0.5 to 1"),
         (["rollout.step_counts=[1, 2]"], "among them the 4 of timesteps"),
         (["rollout.step_counts=[4, 4]"], "different numbers"),
@@ -342,7 +347,13 @@ def test_wrong_settings_are_refused_before_anything_loads(overrides: list[str], 
 
 def test_the_loop_trains_resumes_and_samples_with_each_number_of_steps(tmp_path: Path) -> None:
     """Four updates at once equal two and two, to the bit. The export makes 1, 2 and 4 steps, told so, and no others."""
-    small = ["backbone.width=16", "backbone.depth=2", "backbone.fit_steps=5", "train.batch_size=8", "train.sample_every=0"]
+    small = [
+        "backbone.width=16",
+        "backbone.depth=2",
+        "backbone.fit_steps=5",
+        "train.batch_size=8",
+        "train.sample_every=0",
+    ]
     small += ["train.eval_every=0", "train.checkpoint_every=2", "eval.teacher_steps=[]", "eval.num_samples=20"]
     small += ["eval.quick_num_samples=20", "health.every=0"]
     small += [f"optimizers.{role}.decay=constant" for role in ("student", "fake_score")]

@@ -65,7 +65,9 @@ class CDM(DMD2):
     name: Literal["cdm"] = "cdm"  # type: ignore[assignment]
     # w: the code's SD3 and LongCat have 7 times (cond - uncond) beside cond (row cdm_student); 1, with ca_time: null, is off
     guidance_scale: Guidance = 8.0
-    fake_updates: int = Field(default=2, ge=1, le=MOST_STEPS)  # update_ratio 2 of both released configs; a count: no row
+    fake_updates: int = Field(
+        default=2, ge=1, le=MOST_STEPS
+    )  # update_ratio 2 of both released configs; a count: no row
     stops: Literal["shared", "per_sample"] = "per_sample"
     renoise_time: TimeSampler = UNIFORM
     fake_time: TimeSampler = UNIFORM
@@ -88,7 +90,9 @@ class CDM(DMD2):
                 "give ca_time"
             )
         if self.guidance_interval != (0, 1) or self.guidance_rescale:
-            raise ValueError("the guidance term is no guided prediction: leave out guidance_interval and guidance_rescale")
+            raise ValueError(
+                "the guidance term is no guided prediction: leave out guidance_interval and guidance_rescale"
+            )
         if self.ca_time is None and self.dm_weight != 1:
             raise ValueError("dm_weight weights the score difference against the guidance term: give ca_time too")
         return self

@@ -50,7 +50,9 @@ def main() -> None:
     known |= {"create_autocast_context": lambda _: contextlib.nullcontext()}
     for path, name in ((TRAIN, "extract_traj"), (TRAIN, "make_indices"), (COMMON, "sample_sigmas")):
         CHECKOUT.define(path, name, known)
-    known |= {"pipeline": types.SimpleNamespace(scheduler=types.SimpleNamespace(timesteps=1000 * levels, sigmas=levels))}
+    known |= {
+        "pipeline": types.SimpleNamespace(scheduler=types.SimpleNamespace(timesteps=1000 * levels, sigmas=levels))
+    }
     known |= {"all_xt": states, "all_v": velocities, "num_steps": len(LEVELS), "current_batch_size": BATCH}
     known |= {"shared_latent_indices_cpu": POINTS, "model_dtype": torch.float64, "batch_x0_final": states[-1]}
     known |= {"batch_model_kwargs": {"cond": cond}, "batch_neg_model_kwargs": {"cond": uncond}}
