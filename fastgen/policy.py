@@ -9,7 +9,6 @@ from pydantic.dataclasses import dataclass
 
 from fastgen.streaming.schedule import ChunkSchedule
 
-
 # input of the network (`RolloutPolicy.inputs`) -> the key that adds it
 INPUT_KEYS = {"s": "two_time", "guidance": "embedded_guidance", "num_steps": "embedded_steps"}
 
@@ -29,8 +28,8 @@ class RolloutPolicy:
     two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
                next call for ode, and 0 for renoise. As x0 = x_t - t u, the ode step is then the jump x_t - (t - s) u.
     embedded_guidance: the guidance scale given to a network that has it as an input, when it samples.
-    step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for objectives
-               that train one model for several; () for that of timesteps alone.
+    step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for
+               objectives that train one model for several; () for that of timesteps alone.
     embedded_steps: the network is also conditioned on the number of steps that it samples with (TDM-unify).
     chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`)."""
 
@@ -144,9 +143,7 @@ class RolloutPolicy:
 
     def can_make(self, num_steps: int) -> bool:
         """Whether the student can be sampled with this number of steps (`with_steps`)."""
-        return (
-            num_steps == self.num_steps or num_steps in self.step_counts or (self.any_step and self.timesteps[0] == 1)
-        )
+        return num_steps in (self.num_steps, *self.step_counts) or (self.any_step and self.timesteps[0] == 1)
 
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its

@@ -1,4 +1,5 @@
-"""CDM against closed forms: its schedules, its term off the trajectory, its reduction to Decoupled DMD, its fixed point.
+"""CDM against closed forms: its schedules, its term off the trajectory, its reduction to Decoupled DMD, and its fixed
+point.
 
 Straight lines from noise z to m + S z are a student whose prediction is the same at every point of a line, on any
 schedule and off it: E[x0] = m + S (x_t - (1 - t) m) / (t + (1 - t) S)."""
@@ -128,8 +129,8 @@ def test_on_the_trajectory_it_is_decoupled_dmd() -> None:
 
 
 def test_x_off_lies_on_the_students_own_line() -> None:
-    """x_k + (t_o - t_k) v_k for levels above and below t_k, clamped to [0.02, 0.98]; no gradient reaches it. For straight
-    lines the prediction there is that of the trajectory."""
+    """x_k + (t_o - t_k) v_k for levels above and below t_k, clamped to [0.02, 0.98]; no gradient reaches it. For
+    straight lines the prediction there is that of the trajectory."""
     objective, batch = CDM(**PLAIN), point_batch(500, dim=1)
     networks = lines(-0.3, 0.6)
     recorder = Recorder(networks.student)
@@ -197,8 +198,8 @@ def test_matching_ends_at_the_teacher(off_weight: float) -> None:
 
 
 def test_guidance_pulls_beyond_the_conditional_mean() -> None:
-    """Towards the conditional mean and away from the other, and less far than an undivided guided teacher would, as the
-    guidance term lies at lower levels than the matching terms."""
+    """Towards the conditional mean and away from the other, and less far than a guided teacher would, as the guidance
+    term lies at lower levels than the matching terms."""
     pair = guided_pair(MEAN, MEAN - 0.4)
     mean, _ = fitted(CDM(guidance_scale=2.0, most_steps=4), lines(MEAN, STD, pair))
     print(f"{mean:+.4f}")

@@ -93,8 +93,8 @@ class PipelineConfig(BackboneConfig):
         if policy.inputs and not set(self.pipelines) <= set(WITH_INPUTS):
             raise ValueError(
                 f"no pipeline can sample a student of backbone {self.name} with "
-                f"{' and '.join(INPUT_KEYS[name] for name in policy.inputs)}, which is added to its network; leave it out, "
-                "or use one of the backbones sd, sd3 and wan, whose exports have it"
+                f"{' and '.join(INPUT_KEYS[name] for name in policy.inputs)}, which is added to its network; leave it "
+                "out, or use one of the backbones sd, sd3 and wan, whose exports have it"
             )
 
     @classmethod

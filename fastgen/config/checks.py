@@ -167,8 +167,8 @@ def check_inputs(recipe: Recipe) -> None:
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
     if recipe.rollout.step_counts and not objective.takes_step_counts:
         raise RecipeError(
-            f"rollout.step_counts: objective {objective.name} trains a student for the steps of rollout.timesteps alone; "
-            "leave it out, or choose tdm or cdm"
+            f"rollout.step_counts: objective {objective.name} trains a student for the steps of rollout.timesteps "
+            "alone; leave it out, or choose tdm or cdm"
         )
     given = recipe.data.fills(recipe.backbone)
     if recipe.backbone.takes_image and "images" not in given:
@@ -192,9 +192,9 @@ def check_chunks(recipe: Recipe) -> None:
     if not objective.takes_chunks:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
-            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, tdm, phased_dmd, rtdmd (stage: 1, or "
-            "selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression (states: line) and consistency "
-            "(teach: data) can"
+            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, tdm, phased_dmd, rtdmd "
+            "(stage: 1, or selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression (states: line) and "
+            "consistency (teach: data) can"
         )
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(
@@ -309,8 +309,8 @@ def check_init(recipe: Recipe) -> None:
     if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(
             f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
-            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they are "
-            "set there"
+            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they "
+            "are set there"
         )
     adapter = (raw.get("lora") or {}).get("student")
     before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")

@@ -127,8 +127,8 @@ class SprintInputs(ExtraInputs):
 
 def level_column(name: str, value: Tensor, t: Tensor) -> Tensor:
     """The value that a branch reads; it is zero where the input is neutral. For s, the level where a jump ends, it is
-    t - s. For guidance, the embedded scale w, it is (w - 1) / 10. For num_steps it is 1 / num_steps (ours), which is zero
-    for the teacher's ODE."""
+    t - s. For guidance, the embedded scale w, it is (w - 1) / 10. For num_steps it is 1 / num_steps (ours): zero for
+    the teacher's ODE, which has infinitely many."""
     if name == "num_steps":
         return 1 / value
     return t - value if name == "s" else (value - 1) / 10

@@ -3,15 +3,15 @@
     paper, code      here                     what it is
     sigma schedule   drawn_policy             levels 1 > t_1 > ... > t_{N-1}, drawn for every update, as is N
     x_k, v_k         steps[-1].x_t, .x0       a random point of the student's ode trajectory, and its prediction there
-    L_cfg            guidance_gradient        guidance on the trajectory: (w - 1) (mu_real - mu_uncond) at t' < t_k
-    L_ddm            score_gradient           matching on the trajectory: mu_fake - mu_real, without guidance, at any level
-    L_cdm            off_loss                 matching off the trajectory, see below
-    x_off            -                        x_k + (t_o - t_k) sg(v_k): along the student's own velocity to any level t_o
+    cfg              guidance_gradient        guidance on the trajectory: (w - 1) (mu_real - mu_uncond) at t' < t_k
+    ddm              score_gradient           matching on the trajectory: mu_fake - mu_real, without guidance
+    cdm              off_loss                 matching off the trajectory, see below
+    x_off            -                        x_k + (t_o - t_k) sg(v_k): along the student's own velocity to level t_o
 
-The student is trained for no fixed list of levels. The trajectory of every update has 1 to 28 steps at random levels, so
-that its velocity field has to serve all of them. And it is matched at points that no trajectory visits: from a point of
-the trajectory its own velocity leads to x_off at an independent level t_o, above or below, and the prediction there is
-matched to the teacher as the other is. For every student update:
+The student is trained for no fixed list of levels. The trajectory of every update has 1 to 28 steps at random levels,
+so that its velocity field has to serve all of them. It is also matched at points that no trajectory visits: from a
+point of the trajectory its own velocity leads to x_off at an independent level t_o, above or below, and the prediction
+there is matched to the teacher like the other. For every student update:
     fake_updates times:
         x0          =  the student's prediction at a random point of a random trajectory, without gradient
         fake_score  <- denoising loss on x0;  fake_score <- 0.999 fake_score + 0.001 student
@@ -19,11 +19,11 @@ matched to the teacher as the other is. For every student update:
         student     <- surrogates of (mu_fake - mu_real) / n  and  -(w - 1) (mu_real - mu_uncond) / n  at x0
         student     <- off_weight times the surrogate of (mu_fake - mu_real) / n  at the prediction from x_off
 
-This is `dmd2` with `ca_time` (Decoupled DMD) on other rollouts, and one term more. n = mean|x0 - mu_real|, at least 0.1.
+On the trajectory this is `dmd2` with `ca_time` (Decoupled DMD) on other rollouts. n = mean|x0 - mu_real|, 0.1 or more.
 
-Departures. The code's losses are squares without a half: its gradient is twice ours. It trains fake score and student on
-one trajectory, and for a second fake update makes another one; here each update has its own. The off-trajectory term can
-be warmed up, as in LightX2V's code.
+Departures. The code's losses are squares without a half: its gradient is twice ours. There, the last fake update and
+the student's share a trajectory; here every update has its own, or the fake updates share one (`share_rollout`). The
+off-trajectory term can be warmed up, as in LightX2V's code.
 """
 
 from dataclasses import dataclass as plain_dataclass
@@ -63,11 +63,9 @@ class CDM(DMD2):
     takes_step_counts = True
 
     name: Literal["cdm"] = "cdm"  # type: ignore[assignment]
-    # w: the code's SD3 and LongCat have 7 times (cond - uncond) beside cond (row cdm_student); 1, with ca_time: null, is off
+    # w: the code's SD3 and LongCat have 7 times (cond - uncond) beside cond (row cdm_student). 1 and ca_time null: off
     guidance_scale: Guidance = 8.0
-    fake_updates: int = Field(
-        default=2, ge=1, le=MOST_STEPS
-    )  # update_ratio 2 of both released configs; a count: no row
+    fake_updates: int = Field(default=2, ge=1, le=MOST_STEPS)  # update_ratio of both released configs; a count: no row
     stops: Literal["shared", "per_sample"] = "per_sample"
     renoise_time: TimeSampler = UNIFORM
     fake_time: TimeSampler = UNIFORM
@@ -86,8 +84,8 @@ class CDM(DMD2):
         scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
         if (self.ca_time is None) != all(scale == 1 for scale in scales):
             raise ValueError(
-                "cdm guides by the term of ca_time alone: with guidance_scale 1 set ca_time: null, and with another scale "
-                "give ca_time"
+                "cdm guides by the term of ca_time alone: with guidance_scale 1 set ca_time: null, and with another "
+                "scale give ca_time"
             )
         if self.guidance_interval != (0, 1) or self.guidance_rescale:
             raise ValueError(
@@ -118,13 +116,14 @@ class CDM(DMD2):
             )
         if policy.two_time or policy.embedded_steps:
             raise ValueError(
-                "a student of cdm does not know how its trajectory goes on: leave out rollout.two_time and embedded_steps"
+                "a student of cdm does not know how its trajectory goes on: leave out rollout.two_time and "
+                "embedded_steps"
             )
         time, low = self.ca_time, self.inner_time.low if self.most_steps > 1 else 1.0
         if time is not None and time.ends == "stretch" and time.high * low <= time.low:
             raise ValueError(
-                f"ca_time leaves no noise level below {low:g}, the lowest of inner_time: low = {time.low} must be below "
-                f"high * {low:g} = {time.high * low:g}"
+                f"ca_time leaves no noise level below {low:g}, the lowest of inner_time: low = {time.low} must be "
+                f"below high * {low:g} = {time.high * low:g}"
             )
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
@@ -153,7 +152,7 @@ class CDM(DMD2):
         return backward_simulation(networks.student, policy, batch, stop, grad)
 
     def drawn_policy(self, batch: Batch, policy: RolloutPolicy) -> RolloutPolicy:
-        """The sampler of this update: N in [least_steps, most_steps], and levels 1 and N - 1 draws of inner_time, sorted.
+        """The sampler of this update: N in [least_steps, most_steps]; level 1, and N - 1 draws of inner_time, sorted.
 
         They are shared by all samples and processes. Draws that coincide, one pair in 2^24, are one step."""
         count = self.least_steps + batch.integer("num_steps", self.most_steps - self.least_steps + 1)
@@ -162,7 +161,7 @@ class CDM(DMD2):
         return replace(policy, timesteps=(1.0, *sorted(set(inner) - {1.0}, reverse=True)), step_counts=())
 
     def off_loss(self, networks: Networks, batch: Batch, rollout: Rollout) -> Tensor:
-        """The surrogate of the score difference at the student's prediction from x_off, with levels and noise of its own.
+        """The surrogate of the score difference at the student's prediction from x_off, at levels of its own.
 
         Gradient flows through this prediction alone, not through x_off."""
         student, teacher, step = networks.student, networks.teacher, rollout.steps[-1]

@@ -1,15 +1,15 @@
 """TDM: trajectory distribution matching (Luo et al., arXiv 2503.06674; its code, Luo-Yihong/TDM).
 
-    paper          here                      what it is
-    f_theta        networks.student          few-step generator with deterministic steps
-    s_phi, s_psi   teacher, fake_score       the frozen denoiser, guided, and that of the student's trajectory
-    segment i      (s, t_i]                  the levels of step i, which goes from t_i = timesteps[i] to s = timesteps[i + 1]
-    x_s            rollout.x                 the student's trajectory at the end of a segment
-    tau            t                         a level within the segment, to which x_s is renoised
-    K              policy.num_steps          the number of steps (TDM-unify: drawn for each update, and told)
+    paper          here                  what it is
+    f_theta        networks.student      few-step generator with deterministic steps
+    s_phi, s_psi   teacher, fake_score   the frozen denoiser, guided, and that of the student's trajectory
+    segment i      (s, t_i]              the levels of step i, from t_i = timesteps[i] to s = timesteps[i + 1], or 0
+    x_s            rollout.x             the student's trajectory at the end of a segment
+    tau            t                     a level within the segment, to which x_s is renoised
+    K              policy.num_steps      the number of steps (TDM-unify: drawn for each update, and told)
 
 The trajectory of the student is matched to the teacher's law at all its points, and not only at its end:
-    L = sum_i sum_{tau in segment i} KL(p_student(x_tau | segment i) || p_tau)                              (eq. 5)
+    L = sum_i sum_{tau in segment i} KL(p_student(x_tau | segment i) || p_tau)
 The algorithm, for every student update:
     fake_updates times:
         x_s = ode rollout to the end of a random segment, without gradient
@@ -18,21 +18,21 @@ The algorithm, for every student update:
         x_s = the same, with gradient through the clean prediction x0 of the last step
         student     <- mean distance(x0, sg(x0 - d)) / mean|x0 - mu_real^w|,   d = (mu_fake - mu_real^w)(x_tau)
 
-As the steps are deterministic and each segment ends in the law of its level, the student can be sampled as an ODE. With
+The student is sampled as an ODE, because its steps are deterministic and each ends in the law of its level. With
 `rollout.step_counts` one student learns several numbers of steps. With `rollout.embedded_steps` student and fake score
 are told which.
 
 The fake score has two losses. x_s is not clean, so that its renoised law is not that of x0 noised to tau.
-    segment   the unbiased target of Phased DMD (`signals.renoised_target`): the fake score is the denoiser of the law of
-              x_tau, so that the teacher's own ODE is a fixed point of the method. This is the default (derived).
-    clean     the released code's: the target is x0, the weight min(SNR, 5). With `importance` each sample has the factor
-              N(eta; 0, 1) / N(noise; 0, 1) of the noise eta that x_tau holds around x0, alpha_tau x0 + sigma_tau eta =
-              x_tau, with both exponents divided by the number of elements. Without that division the fake score would
-              become the denoiser of x0 noised to tau (derived); then, too, the ODE is no fixed point.
+    segment   the unbiased target of Phased DMD (`signals.renoised_target`). The fake score is then the denoiser of the
+              law of x_tau, and the teacher's own ODE is a fixed point of the method. This is the default (derived).
+    clean     the released code's: the target is x0, the weight min(SNR, 5). With `importance` each sample also has the
+              factor of `importance_weight`. Then the fake score is no denoiser of the law of x_tau, and the teacher's
+              ODE is no fixed point (derived).
 
-Departures. Our l2 distance has a half, as DMD2's. Levels are continuous, and the grid is rollout.timesteps: the code's is
-uniform, from step 899 of 1000. Its option to end a step at a random level of the segment is left out. `condition_on_stop`
-(ours) conditions the fake score on the segment, which `renoise_range: above` needs, where the segments overlap.
+Departures. Our l2 distance has a half, as DMD2's. Levels are continuous and the grid is rollout.timesteps; the code's
+grid is uniform, from step 899 of 1000. Its option to end a step at a random level of the segment is left out.
+`condition_on_stop` (ours) conditions the fake score on the segment. `renoise_range: above`, where the segments
+overlap, needs it.
 """
 
 from dataclasses import replace
@@ -82,7 +82,7 @@ class TDM(Objective):
     fake_target: Literal["segment", "clean"] = "segment"  # see above
     importance: bool = False  # the released code's, with fake_target: clean
     fake_space: PredictionType | None = None  # of the segment target's loss; None: the fake score's own type
-    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2 for the segment target, as in Phased DMD (row rtdmd_stage_1_fake)
+    # min(1 / sigma_ts^2, clamp) of |sigma_ts (v - v*)|^2, of the segment target, as in Phased DMD (rtdmd_stage_1_fake)
     fake_clamp: float = Field(default=10.0, gt=0)
     # huber: sqrt(d^2 + c^2) - c of every element, the released command (use_huber); l2: its other loss
     distance: Literal["huber", "l2"] = "huber"
@@ -94,13 +94,13 @@ class TDM(Objective):
     def _losses(self) -> "TDM":
         if self.fake_target == "segment" and self.importance:
             raise ValueError(
-                "importance reweighs the clean target, and the segment target needs no weights: set fake_target: clean, "
-                "or leave importance out"
+                "importance reweighs the clean target, and the segment target needs no weights: set fake_target: "
+                "clean, or leave importance out"
             )
         if self.fake_target == "clean" and (self.fake_space is not None or self.fake_clamp != 10):
             raise ValueError(
-                "fake_space and fake_clamp are of the segment target; the clean one has the released code's loss of x0: "
-                "leave them out"
+                "fake_space and fake_clamp are of the segment target; the clean one has the released code's loss of "
+                "x0: leave them out"
             )
         if self.renoise_range == "above" and not self.condition_on_stop:
             raise ValueError(
@@ -116,16 +116,16 @@ class TDM(Objective):
             )
         if self.condition_on_stop and policy.step_counts:
             raise ValueError(
-                "condition_on_stop numbers the segments of one list of timesteps, and rollout.step_counts has several: "
-                "leave one of them out"
+                "condition_on_stop numbers the segments of one list of timesteps, and rollout.step_counts has "
+                "several: leave out one of the two"
             )
         for steps in policies(policy):
             for t, s in zip(steps.timesteps, (*steps.timesteps[1:], 0.0), strict=True):
                 for name, time in (("renoise_time", self.renoise_time), ("fake_time", self.fake_time)):
                     if s + GAP >= time.high or self.top(t) <= max(time.low, s + GAP):
                         raise ValueError(
-                            f"{name}, from {time.low:g} to {time.high:g}, has no level in the segment from {s:g} to {t:g} "
-                            f"of the {steps.num_steps} steps; widen {name}, or change rollout.timesteps"
+                            f"{name}, from {time.low:g} to {time.high:g}, has no level in the segment from {s:g} to "
+                            f"{t:g} of the {steps.num_steps} steps; widen {name}, or change rollout.timesteps"
                         )
 
     def top(self, t: float) -> float:
@@ -235,7 +235,8 @@ def importance_weight(schedule: Schedule, x0: Tensor, x_t: Tensor, noise: Tensor
 
         eta = (x_t - alpha_t x0) / sigma_t = (alpha_ts sigma_s noise_hat + sigma_ts noise) / sigma_t,
 
-    where x_t was renoised from x_s = alpha_s x0 + sigma_s noise_hat with `noise` (TDM's code; its means, over a sample's
-    elements, stand where the ratio of the densities has sums). x0, x_t, noise: [B, ...]; t: [B]."""
+    where x_t was renoised from x_s = alpha_s x0 + sigma_s noise_hat with `noise` (TDM's code). Its means, over a
+    sample's elements, stand where the ratio of the two densities would have sums. With sums, the weighted fake score
+    would be the denoiser of x0 noised to t directly (derived). x0, x_t, noise: [B, ...]; t: [B]."""
     eta = schedule.from_sample(x0, x_t, t, "epsilon")
     return (0.5 * signals.per_sample_mean(noise.square() - eta.square())).exp()

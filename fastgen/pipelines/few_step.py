@@ -31,8 +31,8 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
     The velocity v gives x0 = x - s v and noise_hat = x + (1 - s) v. The last step goes to level 0.
 
     levels: decreasing in (0, 1]; any such list is stored exactly. eta: between 0 (Euler) and 1 (renoising). any_step:
-    for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`). step_counts: the
-    numbers of steps that another student was trained for."""
+    for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`). step_counts:
+    the numbers of steps that another student was trained for."""
 
     order = 1
 

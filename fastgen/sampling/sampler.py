@@ -153,8 +153,8 @@ def load_sampler(
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except for the numbers of steps that
-    `RolloutPolicy.can_make`. So does a negative prompt without guidance, and a folder that is none of these. image: whether samples
-    are to be made from images, for a plain pipeline that can do both."""
+    `RolloutPolicy.can_make`. So does a negative prompt without guidance, and a folder that is none of these. image:
+    whether samples are to be made from images, for a plain pipeline that can do both."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():

@@ -4,7 +4,8 @@ python tools/golden/cdm_student.py CHECKOUT
 
 The loop is part of `main`: the statements of the student's update are taken from scripts/train.py at run time, and
 executed with tensors of ours as their variables, in float64. The settings are those of the released SD3 config. The
-trajectory is an Euler rollout of the student at levels of ours; networks are GoldenNetworks that predict the velocity."""
+trajectory is an Euler rollout of the student at levels of ours. The networks are GoldenNetworks that predict the
+velocity."""
 
 import contextlib
 import types

@@ -3,9 +3,9 @@
 python tools/golden/tdm.py CHECKOUT
 
 The loop is part of `main`. Its class Predictor, the statements of the fake score's update and those of the generator's
-are taken from it at run time, and executed with tensors of ours as their variables, in float64. The trajectory is that of
-its generate_new. The networks are GoldenNetworks behind PixArt's calling convention, whose second half of channels is
-dropped; the noise scheduler is diffusers' with its table in float64."""
+are taken from it at run time, and executed with tensors of ours as their variables, in float64. The trajectory is that
+of its generate_new. The networks are GoldenNetworks behind PixArt's calling convention, whose second half of channels
+is dropped; the noise scheduler is diffusers' with its table in float64."""
 
 import types
 from typing import Any
