@@ -21,7 +21,7 @@ from fastgen.streaming.schedule import ChunkSchedule
 
 Memory = list[tuple[Tensor, Tensor]]  # keys and values of a chunk, [B, tokens, heads, D], per layer
 
-EMBEDDED = ("s", "guidance", "stop")  # the inputs that reach a network through its time embedder
+EMBEDDED = ("s", "guidance", "num_steps", "stop")  # the inputs that reach a network through its time embedder
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Inputs:
     from pure noise but is conditioned on a lower level).
     s: shaped like t, the level at which the jump of a two-time network ends.
     guidance: [B], the guidance scale, for a network that has it as an input.
+    num_steps: [B], floating-point, the number of steps that the student samples with.
     stop: [B] int64, the index of the rollout step that made the sample.
     context: x_t is the chunk of a video that comes next, and this is the memory of the frames before it.
     causal: x_t is a whole video, [B, F, ...], and each chunk of this schedule sees itself and its past.
@@ -44,6 +45,7 @@ class Inputs:
     time: Tensor | None = None
     s: Tensor | None = None
     guidance: Tensor | None = None
+    num_steps: Tensor | None = None
     stop: Tensor | None = None
     context: Context | None = None
     causal: ChunkSchedule | None = None

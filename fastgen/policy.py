@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from fastgen.streaming.schedule import ChunkSchedule
 
+# input of the network (`RolloutPolicy.inputs`) -> the key that adds it
+INPUT_KEYS = {"s": "two_time", "guidance": "embedded_guidance", "num_steps": "embedded_steps"}
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RolloutPolicy:
@@ -25,6 +28,9 @@ class RolloutPolicy:
     two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
                next call for ode, and 0 for renoise. As x0 = x_t - t u, the ode step is then the jump x_t - (t - s) u.
     embedded_guidance: the guidance scale given to a network that has it as an input, when it samples.
+    step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for
+               objectives that train one model for several; () for that of timesteps alone.
+    embedded_steps: the network is also conditioned on the number of steps that it samples with (TDM-unify).
     chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`)."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
@@ -34,6 +40,8 @@ class RolloutPolicy:
     two_time: bool = False
     embedded_guidance: float | None = Field(default=None, ge=0)
     chunks: ChunkSchedule | None = None
+    step_counts: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
+    embedded_steps: bool = False
 
     @field_validator("timesteps")
     @classmethod
@@ -78,6 +86,23 @@ class RolloutPolicy:
             )
         return self
 
+    @model_validator(mode="after")
+    def _counts(self) -> "RolloutPolicy":
+        if not self.step_counts:
+            if self.embedded_steps:
+                raise ValueError("embedded_steps tells the student one of step_counts: give step_counts too")
+            return self
+        if len(set(self.step_counts)) != len(self.step_counts) or self.num_steps not in self.step_counts:
+            raise ValueError(
+                f"step_counts must be different numbers of steps, among them the {self.num_steps} of timesteps, got "
+                f"{list(self.step_counts)}"
+            )
+        if self.transition != "ode" or self.timesteps[0] != 1 or self.conditioning_time is not None or self.chunks:
+            raise ValueError(
+                "step_counts needs transition: ode, timesteps that begin at 1, no conditioning_time and no chunks"
+            )
+        return self
+
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
@@ -108,24 +133,30 @@ class RolloutPolicy:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The continuous inputs that the student has besides its time, any of `modules.inputs.LEVELS`."""
-        return ("s",) * self.two_time + ("guidance",) * (self.embedded_guidance is not None)
+        guidance = ("guidance",) * (self.embedded_guidance is not None)
+        return ("s",) * self.two_time + guidance + ("num_steps",) * self.embedded_steps
 
     @property
     def any_step(self) -> bool:
         """Whether the student can sample with any number of steps, by the jumps of a flow map."""
         return self.two_time and self.transition == "ode"
 
+    def can_make(self, num_steps: int) -> bool:
+        """Whether the student can be sampled with this number of steps (`with_steps`)."""
+        return num_steps in (self.num_steps, *self.step_counts) or (self.any_step and self.timesteps[0] == 1)
+
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its
         shift k is the one that the first two of this policy's timesteps have, or 1 (a uniform grid) if there is only
-        one. With its own number of steps, this returns the policy itself. Raises ValueError if the student has a fixed
-        number of steps."""
+        one. With its own number of steps, this returns the policy itself. Raises ValueError if the student cannot make
+        that number of steps."""
         if num_steps == self.num_steps:
             return self
-        if not self.any_step or self.timesteps[0] != 1:
+        if not self.can_make(num_steps):
+            own = " or ".join(str(n) for n in self.step_counts or (self.num_steps,))
             raise ValueError(
-                f"this student was distilled to {self.num_steps} steps, and {num_steps} are asked for; leave out the "
-                "number of steps"
+                f"this student was distilled to {own} steps, and {num_steps} are asked for; leave out the number of "
+                "steps"
             )
         shift = 1.0
         if self.num_steps > 1:

@@ -93,6 +93,8 @@ OBJECTIVES: dict[str, str] = {
     "gndm": "fastgen.objectives.gndm:GNDM",
     "rtdmd": "fastgen.objectives.rtdmd:RTDMD",
     "crd": "fastgen.objectives.crd:CRD",
+    "tdm": "fastgen.objectives.tdm:TDM",
+    "cdm": "fastgen.objectives.cdm:CDM",
     "phased_dmd": "fastgen.objectives.phased_dmd:PhasedDMD",
     "ode_regression": "fastgen.objectives.ode_regression:ODERegression",
     "flow_map": "fastgen.objectives.flow_map:FlowMap",

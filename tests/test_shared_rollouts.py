@@ -29,7 +29,7 @@ SMALL = [
     "backbone.fit_steps=2",
 ]
 PHASES = "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 1}]"
-RECIPES = {"dmd2": [], "phased_dmd": [PHASES], "rtdmd": [], "gndm": [], "adm": []}
+RECIPES = {"dmd2": [], "tdm": [], "phased_dmd": [PHASES], "rtdmd": [], "gndm": [], "adm": []}
 SLOW = ("rtdmd", "adm")
 
 

@@ -241,6 +241,7 @@ def test_an_objective_without_chunks_says_why(name: str) -> None:
         ({"name": "crd"}, "predicts a chunk from noise and clean earlier frames"),
         ({"name": "rtdmd", "stage": 2}, "also acts on the chunks after it.*set selected_steps: 0"),
         ({"name": "gndm", "form": "score"}, "without the frames that a chunk was given"),
+        ({"name": "cdm"}, "without the frames that a chunk was given"),
         ({"name": "scm"}, "frames would see those after them"),
         (
             {"name": "consistency", "teach": "data", "grid": {"count": 4}, "gan": {"weight": 0.1}},

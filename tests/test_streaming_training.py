@@ -59,6 +59,7 @@ def recipe(folder: Path, output: Path, objective: dict[str, Any], **changes: Any
     [
         {"name": "dmd2", "fake_updates": 1},
         {"name": "adm", "fake_updates": 1},
+        {"name": "tdm", "distance": "l2"},
         pytest.param({"name": "rtdmd", "fake_updates": 1}, marks=pytest.mark.slow),
         pytest.param({"name": "gndm", "fake_updates": 1, "group_size": 1}, marks=pytest.mark.slow),
         {
@@ -78,6 +79,8 @@ def test_objectives_that_train_a_causal_student(objective: dict[str, Any], folde
     if objective["name"] == "adm":
         changes["rollout"] = {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, "order": "step", "replay": True}}
         changes["optimizers"] = {role: {"lr": 1e-3} for role in ("student", "fake_score", "discriminator")}
+    if objective["name"] == "tdm":
+        changes["rollout"] = {"timesteps": [1.0, 0.6], "transition": "ode", "chunks": {"frames": 1}}
     if objective["name"] == "phased_dmd":
         changes["train"] = {"steps": 2, "batch_size": 2, "num_samples": 2, "sample_every": 0, "checkpoint_every": 0}
     made = recipe(folder, tmp_path / "run", objective, **changes)

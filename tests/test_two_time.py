@@ -196,6 +196,39 @@ def test_an_exported_flow_map_gives_the_same_pixels(
         backbone.save_pipeline(student, FOUR_JUMPS, tmp_path / "other")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_an_exported_student_of_several_numbers_of_steps_gives_the_same_pixels(
+    configs: dict[str, PipelineConfig], told: bool, tmp_path: Path
+) -> None:
+    """With four steps and with two, which the network is told or not; it takes no other number."""
+    from diffusers import DiffusionPipeline
+
+    from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline
+
+    backbone: Any = configs["sd3"].build(CPU, torch.float32, 0)
+    policy = RolloutPolicy(FOUR_JUMPS.timesteps, "ode", step_counts=(2, 4), embedded_steps=told)
+    student = fill_inputs(DMD2().make_student(backbone, policy)).eval()
+    prompts = ["a handwritten two", "the digit five"]
+    backbone.save_pipeline(student, policy, tmp_path)
+    cls: Any = FlowMapStableDiffusion3Pipeline if told else DiffusionPipeline
+    pipeline = cls.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    again, samples = backbone.load_exported(tmp_path), []
+    for count in (4, 2):
+        expected = Sampler(backbone, student, policy.with_steps(count)).sample(prompts, range(2))
+        found = Sampler(backbone, again, policy.with_steps(count)).sample(prompts, range(2))
+        assert (found - expected).abs().max() < 1e-5
+        assert (call(pipeline, backbone, prompts, count) - expected).abs().max() < 1e-4
+        samples.append(expected)
+    unlike = dataclasses.replace(policy, timesteps=policy.with_steps(2).timesteps, embedded_steps=False)
+    if told:  # the number matters
+        untold = Sampler(backbone, DMD2().make_student(backbone, unlike).eval(), unlike).sample(prompts, range(2))
+        assert (untold - samples[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="2 or 4 steps"):
+        call(pipeline, backbone, prompts, 3)
+    assert "`num_inference_steps` may be 2, 4" in backbone.usage(policy, tmp_path, False)
+
+
 def test_plain_diffusers_refuses_the_folder(configs: dict[str, PipelineConfig], tmp_path: Path) -> None:
     import diffusers
 

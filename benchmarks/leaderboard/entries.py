@@ -232,6 +232,8 @@ ENTRIES = (
         least_steps=2,
     ),
     Entry("rtdmd", MATCHING, "rtdmd", "rtdmd_4step", (0.168, 1.84)),
+    Entry("tdm", MATCHING, "tdm", "tdm_4step", (0.08, 1.2), any_step=True),
+    Entry("cdm", MATCHING, "cdm", "cdm_4step", (0.1, 1.7), any_step=True),
     Entry("phased_dmd", MATCHING, "phased_dmd", "phased_dmd_4step", (0.088, 0.89), scaled=phases),
     Entry("adm", ADVERSARIAL, "adm", "adm_4step", (0.222, 2.22)),
     Entry("adp", ADVERSARIAL, "adp", "adp_1step", (0.075, 0.50), digits=PAIRS, any_step=True),

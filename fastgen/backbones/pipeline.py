@@ -39,6 +39,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import WeightMap, WeightsError, gathered
 from fastgen.modules.tensor_file import TensorFile
+from fastgen.policy import INPUT_KEYS
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
@@ -90,11 +91,10 @@ class PipelineConfig(BackboneConfig):
         """Raises ValueError for a student with added inputs, if no pipeline gives them to the network of this family.
         Families also check that a scheduler can store the levels."""
         if policy.inputs and not set(self.pipelines) <= set(WITH_INPUTS):
-            keys = {"s": "two_time", "guidance": "embedded_guidance"}
             raise ValueError(
                 f"no pipeline can sample a student of backbone {self.name} with "
-                f"{' and '.join(keys[name] for name in policy.inputs)}, which is added to its network; leave it out, "
-                "or use one of the backbones sd, sd3 and wan, whose exports have it"
+                f"{' and '.join(INPUT_KEYS[name] for name in policy.inputs)}, which is added to its network; leave it "
+                "out, or use one of the backbones sd, sd3 and wan, whose exports have it"
             )
 
     @classmethod

@@ -46,7 +46,7 @@ class SDConfig(ToldGuidanceConfig, DiscreteConfig):
         if policy.inputs and self.local_folder() is not None and self.read().is_told:
             raise ValueError(
                 f"no pipeline gives {' and '.join(policy.inputs)} to a UNet that is told a guidance scale "
-                "(time_cond_proj_dim); leave out rollout.two_time and rollout.embedded_guidance"
+                "(time_cond_proj_dim); leave out rollout.two_time, embedded_guidance and embedded_steps"
             )
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD":

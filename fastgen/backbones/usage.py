@@ -60,6 +60,10 @@ COMFYUI = """
 In ComfyUI, sample it with the sampler `{sampler}`, the sigmas `{sigmas}` (node `ManualSigmas`) and cfg 1.
 `fastgen export RUN --form ...` writes the file that ComfyUI reads, and a workflow."""
 
+STEP_COUNTS = """
+
+It was also trained for other numbers of steps on the same grid: `num_inference_steps` may be {counts}."""
+
 ANY_STEP = """ It is a flow map, so that other numbers of steps work as well, on the same grid."""
 
 
@@ -75,8 +79,11 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
         call += INPUTS + (ANY_STEP if policy.any_step else "")
     elif policy.chunks is None and backbone.config.name in comfyui.FAMILIES:
         call += comfyui_settings(backbone, policy)
+    if policy.step_counts:
+        call += STEP_COUNTS
     filled = {
         "{load}": load,
+        "{counts}": ", ".join(map(str, policy.step_counts)),
         "{streaming}": STREAMING + backbone.components["_class_name"],
         "{num_steps}": str(policy.num_steps),
         "{eta}": f", eta={policy.eta:g}" if policy.transition == "tcd" else "",

@@ -13,7 +13,7 @@ from fastgen.metrics import METRICS
 from fastgen.metrics.reference import given_files
 from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
-from fastgen.policy import RolloutPolicy
+from fastgen.policy import INPUT_KEYS, RolloutPolicy
 from fastgen.recipe import Recipe
 from fastgen.registry import REWARDS, RecipeError, current_names, nearest, validated
 from fastgen.run import checkpoint
@@ -184,8 +184,13 @@ def check_inputs(recipe: Recipe) -> None:
             "set it to false"
         )
     if recipe.rollout.inputs and not objective.takes_inputs:
-        keys = " and ".join({"s": "two_time", "guidance": "embedded_guidance"}[name] for name in recipe.rollout.inputs)
+        keys = " and ".join(INPUT_KEYS[name] for name in recipe.rollout.inputs)
         raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
+    if recipe.rollout.step_counts and not objective.takes_step_counts:
+        raise RecipeError(
+            f"rollout.step_counts: objective {objective.name} trains a student for the steps of rollout.timesteps "
+            "alone; leave it out, or choose tdm or cdm"
+        )
     given = recipe.data.fills(recipe.backbone)
     for kind in recipe.backbone.given - given:
         remedy = {
@@ -213,7 +218,7 @@ def check_chunks(recipe: Recipe) -> None:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
             f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, stream_r1, sc_dmd, salt, asd, hiar, disback, "
-            "adm, phased_dmd, rtdmd (stage: 1, or selected_steps: 0), gndm (form: path), any_flow, teacher_forcing, "
+            "adm, tdm, phased_dmd, rtdmd (stage: 1, or selected_steps: 0), gndm (form: path), any_flow, teacher_forcing, "
             "ode_regression (states: line) and consistency (teach: data) can"
         )
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
@@ -341,7 +346,8 @@ def check_init(recipe: Recipe) -> None:
     if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
         raise RecipeError(
             f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
-            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance if it is set there"
+            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they "
+            "are set there"
         )
     adapter = (raw.get("lora") or {}).get("student")
     before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LEVELS = ("s", "guidance")
+LEVELS = ("s", "guidance", "num_steps")
 FREQUENCIES = tuple(math.pi * 2 ** (-1 + 3 * i / 7) for i in range(8))  # pi / 2 to 4 pi
 
 
@@ -127,7 +127,10 @@ class SprintInputs(ExtraInputs):
 
 def level_column(name: str, value: Tensor, t: Tensor) -> Tensor:
     """The value that a branch reads; it is zero where the input is neutral. For s, the level where a jump ends, it is
-    t - s. For guidance, the embedded scale w, it is (w - 1) / 10."""
+    t - s. For guidance, the embedded scale w, it is (w - 1) / 10. For num_steps it is 1 / num_steps (ours): zero for
+    the teacher's ODE, which has infinitely many."""
+    if name == "num_steps":
+        return 1 / value
     return t - value if name == "s" else (value - 1) / 10
 
 

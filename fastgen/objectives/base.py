@@ -71,6 +71,7 @@ class Objective:
     needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
     takes_derivatives: bool = False  # whether it differentiates networks along directions, which needs float32
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
+    takes_step_counts: bool = False  # whether it trains a student for all numbers of RolloutPolicy.step_counts
 
     @property
     def teacher_guidance(self) -> Guidance:

@@ -74,7 +74,9 @@ class TeacherForcing(Objective):
         if self.past == "clean":
             check_order(policy)
         if policy.inputs:
-            raise ValueError("teacher_forcing trains a plain denoiser: leave out two_time and embedded_guidance")
+            raise ValueError(
+                "teacher_forcing trains a plain denoiser: leave out two_time, embedded_guidance and embedded_steps"
+            )
         if self.past == "noisy" and policy.chunks.context_noise:
             raise ValueError("with past: noisy the past has levels of its own: leave out rollout.chunks.context_noise")
 

@@ -31,7 +31,8 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
     The velocity v gives x0 = x - s v and noise_hat = x + (1 - s) v. The last step goes to level 0.
 
     levels: decreasing in (0, 1]; any such list is stored exactly. eta: between 0 (Euler) and 1 (renoising). any_step:
-    for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`)."""
+    for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`). step_counts:
+    the numbers of steps that another student was trained for."""
 
     order = 1
 
@@ -42,6 +43,7 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 0.9,
         num_train_timesteps: int = 1000,
         any_step: bool = False,
+        step_counts: Sequence[int] = (),
     ):
         self.set_timesteps(len(levels))
 
@@ -54,17 +56,18 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """sigmas, mu: what pipelines like FLUX's give every scheduler for their number of steps; only the number
         counts, because the stored levels are those that the student was trained at. Raises ValueError for a number of
-        steps other than that of the list, except for a flow map."""
+        steps that the student was not trained for."""
         if num_inference_steps is None:
             num_inference_steps = len(self.config.levels) if sigmas is None else len(sigmas)
         levels = self.config.levels
-        if self.config.any_step:
-            policy = RolloutPolicy(tuple(levels), "ode", two_time=True)
+        any_step, counts = self.config.any_step, tuple(self.config.step_counts)
+        if any_step or num_inference_steps in counts:
+            policy = RolloutPolicy(tuple(levels), "ode", two_time=any_step, step_counts=counts)
             levels = policy.with_steps(num_inference_steps).timesteps
         elif num_inference_steps != len(levels):
             raise ValueError(
-                f"this student has {len(levels)} steps, at {list(levels)}; set num_inference_steps to that, got "
-                f"{num_inference_steps}"
+                f"this student has {' or '.join(map(str, counts or (len(levels),)))} steps, at {list(levels)}; set "
+                f"num_inference_steps to that, got {num_inference_steps}"
             )
         self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps

@@ -1,5 +1,5 @@
 """diffusers pipelines for students with extra inputs: flow maps, which are conditioned on the level where their step
-ends, and students that are conditioned on a guidance scale.
+ends, and students that are conditioned on a guidance scale or on their number of steps.
 
 Each is a stock pipeline of stock networks. Next to them, `inputs.safetensors` holds the weights of the added inputs
 (`modules.inputs.ExtraInputs`). Plain diffusers does not know the class that model_index.json names, so that it cannot
@@ -81,7 +81,7 @@ def told_columns(settings: Mapping[str, Any], scheduler: Any, timestep: float) -
     else:
         clock = FlowSchedule().num_train_timesteps
         t, s = timestep / clock, after[0] / clock if after else 0.0
-    values = {"s": 0.0 if settings["to_zero"] else s, "guidance": settings["guidance"]}
+    values = {"s": 0.0 if settings["to_zero"] else s, "guidance": settings["guidance"], "num_steps": len(steps)}
     return [float(level_column(name, torch.tensor(values[name]), torch.tensor(t))) for name in settings["names"]]
 
 

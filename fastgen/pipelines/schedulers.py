@@ -54,14 +54,16 @@ def flow_match_sigmas(num_steps: int, config: dict[str, Any], passed: bool = Fal
 
 def flow_match_scheduler(policy: RolloutPolicy, passed: bool = False) -> Any:
     """The scheduler with which a flow-matching pipeline samples the policy at num_inference_steps = K: the stock one,
-    or fastgen's own for cps and flow maps. passed: whether the pipeline gives it `passed_levels`, which it then shifts
-    instead of its own. Raises ValueError if neither can represent the policy."""
+    or fastgen's own for cps, flow maps and students of several numbers of steps. passed: whether the pipeline gives it
+    `passed_levels`, which it then shifts instead of its own. Raises ValueError if neither can represent the policy."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from fastgen.pipelines.few_step import FlowMatchCPSScheduler
 
     if policy.any_step:
         return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, any_step=True)
+    if policy.step_counts:
+        return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, step_counts=list(policy.step_counts))
     if policy.transition != "cps":
         return FlowMatchEulerDiscreteScheduler(**flow_match_config(policy, passed))
     if policy.conditioning_time is not None:

@@ -65,8 +65,8 @@ class StreamingWanPipeline(WanPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """Loads a pipeline. One whose student has added inputs (`rollout.two_time`) or a linear memory is loaded from a
-        local folder, in which their weights lie beside the networks."""
+        """Loads a pipeline. One whose student has added inputs (`rollout.two_time`) or a linear memory is loaded from
+        a local folder, in which their weights lie beside the networks."""
         pipeline = super().from_pretrained(folder, **options)
         chunks = pipeline.policy.chunks
         if pipeline.policy.inputs:

@@ -53,6 +53,7 @@ def network_inputs(policy: RolloutPolicy, t: Tensor, t_next: Tensor | None = Non
         time=filled(policy.conditioning_time),
         s=end if policy.two_time else None,
         guidance=filled(policy.embedded_guidance),
+        num_steps=filled(policy.num_steps if policy.embedded_steps else None),
     )
 
 

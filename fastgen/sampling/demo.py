@@ -125,7 +125,7 @@ def make_page(pair: Pair, title: str) -> Any:
         raise ValueError(NO_GRADIO) from None
     video, policy = pair.backbone.output == "frames", pair.student.policy
     picture = gradio.Video if video else gradio.Image
-    free = policy.any_step or pair.teacher is None
+    free = policy.any_step or bool(policy.step_counts) or pair.teacher is None
 
     def compare(prompt: str, seed: float, steps: float, teacher_steps: float, guidance: float | None) -> Iterator[Any]:
         scale = pair.guidance if guidance is None else guidance

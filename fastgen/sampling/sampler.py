@@ -153,22 +153,24 @@ def load_sampler(
     all its networks, by default that in which the denoising network is stored.
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
-    diffusers. An export has its own, and asking for others raises ValueError, except that a flow map takes any number
-    of steps. So does a negative prompt without guidance, and a folder that is none of these. image: whether samples
-    are to be made from images, for a plain pipeline that can do both. references: the number of reference pictures of
-    the control videos that samples are to be made from, for a plain pipeline that takes some; None if from none."""
+    diffusers. An export has its own, and asking for others raises ValueError, except for the numbers of steps that
+    `RolloutPolicy.can_make`. So does a negative prompt without guidance, and a folder that is none of these. image:
+    whether samples are to be made from images, for a plain pipeline that can do both. references: the number of
+    reference pictures of the control videos that samples are to be made from, for a plain pipeline that takes some;
+    None if from none."""
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
         metadata = read_metadata(folder)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
-        other = num_steps not in (None, policy.num_steps)
-        if (other and not policy.any_step) or guidance_scale not in (None, 1.0) or negative_prompt:
+        num_steps = num_steps or policy.num_steps
+        if not policy.can_make(num_steps) or guidance_scale not in (None, 1.0) or negative_prompt:
+            own = " or ".join(str(n) for n in policy.step_counts or (policy.num_steps,))
             raise ValueError(
-                f"{folder} was distilled to {policy.num_steps} steps without guidance; leave out the number of steps, "
+                f"{folder} was distilled to {own} steps without guidance; leave out the number of steps, "
                 "the guidance scale and the negative prompt"
             )
-        policy = policy.with_steps(num_steps or policy.num_steps)
+        policy = policy.with_steps(num_steps)
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
         location = {"path": str(folder)} if whole else {}
         config = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig)

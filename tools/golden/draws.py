@@ -57,7 +57,7 @@ def shape_of(name: str, args: Any, options: dict[str, Any]) -> tuple[int, ...] |
 
 
 class Float64(TorchFunctionMode):
-    """Inside, casts to float32 are casts to float64, and a GPU is the CPU."""
+    """Inside, casts to float32 and to float16 are casts to float64, and a GPU is the CPU."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.cuda:
@@ -67,7 +67,7 @@ class Float64(TorchFunctionMode):
 
 
 def replaced(value: Any) -> Any:
-    if value is torch.float32:
+    if value is torch.float32 or value is torch.float16:
         return torch.float64
     is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
     return torch.device("cpu") if is_cuda else value
