@@ -290,6 +290,11 @@ ENTRIES = (
 )
 ABSENT: dict[str, str] = {  # registered objectives without an entry, and the reason
     "teacher_forcing": "it trains on videos, which neither teacher makes",
+    "self_e": "it trains from prompts, and the ring of this board has none",
+    "mdt": "newer than the last board",
+    "reflow": "newer than the last board",
+    "progressive": "newer than the last board",
+    "gdd": "newer than the last board",
 }
 
 
