@@ -57,6 +57,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/dmd2.py": DMD,
     "objectives/f_distill.py": ["dmd2_options", "golden", "streaming_terms"],
     "objectives/fake_score.py": DMD,
+    "objectives/flash_dmd.py": ["flash_dmd"],
     "objectives/flow_map.py": ["flow_map", "golden", "two_time"],
     "objectives/gdd.py": ["gdd", "golden"],
     "objectives/gndm.py": ["gndm", "golden", "streaming_terms"],

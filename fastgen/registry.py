@@ -96,6 +96,7 @@ OBJECTIVES: dict[str, str] = {
     "reflow": "fastgen.objectives.reflow:Reflow",
     "progressive": "fastgen.objectives.progressive:Progressive",
     "gdd": "fastgen.objectives.gdd:GDD",
+    "flash_dmd": "fastgen.objectives.flash_dmd:FlashDMD",
     "teacher_forcing": "fastgen.objectives.teacher_forcing:TeacherForcing",
 }
 

@@ -295,6 +295,7 @@ ABSENT: dict[str, str] = {  # registered objectives without an entry, and the re
     "reflow": "newer than the last board",
     "progressive": "newer than the last board",
     "gdd": "newer than the last board",
+    "flash_dmd": "newer than the last board",
 }
 
 

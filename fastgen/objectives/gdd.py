@@ -136,22 +136,31 @@ class GDD(Objective):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         if turn.name == "student":
             return self.student_loss(networks, batch)
-        return self.discriminator_loss(networks, batch, bool(int(state["updates"]) % self.r1_every == 0))
+        return self.discriminator_loss(networks, batch, self.is_due(state))
+
+    def is_due(self, state: State) -> bool:
+        """Whether R1 is due in this update of the discriminator."""
+        return int(state["updates"]) % self.r1_every == 0
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
+        return self.generator_loss(networks, batch, self.generated(networks, batch, grad=True))
+
+    def generator_loss(self, networks: Networks, batch: Batch, x: Tensor) -> Loss:
         """The sum over heads of mean softplus(-D(x)), or of -mean D(x), with gradient through the frozen networks."""
-        x = self.generated(networks, batch, grad=True)
         with frozen(*(module for role, module in networks.items() if role != "student")):
             logits = self.logits(networks, batch, x, "gan")
         total = per_head(F.softplus(-logits) if self.loss_type == "softplus" else -logits)
         return Loss(total, {"loss": total.detach()})
 
     def discriminator_loss(self, networks: Networks, batch: Batch, r1: bool) -> Loss:
-        """The loss of real and generated samples. r1: whether this update has the penalty, which is r1_every times as
-        large, so that its mean over updates does not depend on r1_every."""
+        return self.critic_loss(networks, batch, self.generated(networks, batch, grad=False), r1)
+
+    def critic_loss(self, networks: Networks, batch: Batch, x: Tensor, r1: bool) -> Loss:
+        """The discriminator's loss of real samples and of generated ones, x. r1: whether this update has the penalty,
+        which is r1_every times as large, so that its mean over updates does not depend on r1_every."""
         assert batch.latents is not None
         r1 = r1 and self.r1_weight > 0
-        fake = self.logits(networks, batch, self.generated(networks, batch, grad=False), "gan_fake")
+        fake = self.logits(networks, batch, x, "gan_fake")
         real = self.logits(networks, batch, batch.latents, "gan_real")
         if self.loss_type == "softplus":
             total = per_head(F.softplus(fake) + F.softplus(-real))
