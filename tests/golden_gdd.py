@@ -44,10 +44,9 @@ def gradients(golden: Golden, **settings: Any) -> tuple[Tensor, Tensor]:
     modules = {"student": GoldenDenoiser(GoldenNetwork()), "discriminator": Heads(golden["head"])}
     networks, objective = Networks(modules, RolloutPolicy((1.0,))), OnSamples(r1_weight=1e-2, **settings)
     (student,) = torch.autograd.grad(objective.student_loss(networks, batch).total, fake)
-    weight = modules["discriminator"].weight
+    weight: Any = modules["discriminator"].weight
     without, both = (
-        torch.autograd.grad(objective.discriminator_loss(networks, batch, r1).total, weight)[0]  # type: ignore[call-overload]
-        for r1 in (False, True)
+        torch.autograd.grad(objective.discriminator_loss(networks, batch, r1).total, weight)[0] for r1 in (False, True)
     )
     theirs = [golden[name].flatten() for name in ("student", "discriminator", "r1")]
     return torch.cat([part.flatten() for part in (student, without, both - without)]), torch.cat(theirs)

@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ONE_STEP, Recorder, gaussian_batch, one_loss, reached, tiny_backbone, tiny_batch, tiny_networks
+from oracles import (
+    ONE_STEP,
+    Recorder,
+    gaussian_batch,
+    one_loss,
+    reached,
+    tiny_backbone,
+    tiny_batch,
+    tiny_networks,
+    touched,
+)
 from torch import Tensor, nn
 
+from fastgen.backbones.sd3 import SD3Config
+from fastgen.batch import Batch
 from fastgen.config import load_recipe
-from fastgen.data.digits import load_digits
+from fastgen.data.digits import assets_dir, load_digits
 from fastgen.denoiser import Denoiser
 from fastgen.modules.heads import PictureHeads
 from fastgen.networks import Networks
@@ -26,7 +38,8 @@ class Linear(GDD):
     """GDD with given samples, which D sees as they are: D's heads are linear in them."""
 
     def generated(self, networks: Networks, batch: Any, grad: bool) -> Tensor:
-        return networks["student"].weight if grad else networks["student"].weight.detach()  # type: ignore[return-value]
+        weight: Any = networks["student"].weight
+        return weight if grad else weight.detach()
 
     def seen(self, networks: Networks, batch: Any, x0: Tensor, name: str) -> Tensor:
         return x0
@@ -163,6 +176,21 @@ def test_pictures_are_seen_decoded_and_r1_is_of_their_pixels() -> None:
     objective.student_loss(networks, batch).total.backward()
     assert student.pixels.grad is not None and float(student.pixels.grad.abs().max()) > 0
     assert not any(reached(heads).values())
+
+
+def test_the_features_of_a_transformer_are_differentiated_twice_for_r1() -> None:
+    """The digits teacher's own attention, with the prompt. R1 leaves gradient on the heads alone."""
+    backbone = SD3Config(path=str(assets_dir() / "teachers/digits")).build(torch.device("cpu"), torch.float32, 0)
+    objective = GDD(r1_weight=1.0)
+    modules: dict[str, nn.Module] = {"student": backbone.load("student"), "teacher": backbone.load("teacher")}
+    modules |= objective.auxiliary(backbone, ONE_STEP)
+    networks, cond = Networks(modules, ONE_STEP), backbone.encode_prompts(["a one", "a two", "", ""])
+    rows = (cond.select(slice(0, 2)), cond.select(slice(2, 4)))
+    latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(2), 0, *rows, backbone.latent_shape, latents=latents)
+    penalty = objective.r1_penalty(networks, batch)
+    penalty.backward()
+    assert float(penalty) > 0 and touched(networks) == {"discriminator"}
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from oracles import (
     tiny_batch,
     tiny_networks,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser, Inputs
@@ -44,7 +44,7 @@ def loss_of(objective: SelfE, networks: Networks, batch: Any, turn: SelfETurn = 
 
 
 def self_networks(student: Denoiser, evaluator: Denoiser, fake: Denoiser | None = None) -> Networks:
-    modules = {"student": student, "teacher": gaussian((M, M), (S, S)), "target": evaluator}
+    modules: dict[str, nn.Module] = {"student": student, "teacher": gaussian((M, M), (S, S)), "target": evaluator}
     return Networks(modules | ({} if fake is None else {"fake_score": fake}), FOUR_JUMPS)
 
 
@@ -90,7 +90,7 @@ class Plain(Denoiser):
     """A denoiser that is told a second level and does not read it."""
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__(torch.nn.Identity(), denoiser.schedule, "sample")
+        super().__init__(nn.Identity(), denoiser.schedule, "sample")
         self.denoiser = denoiser
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Any, inputs: Any) -> Tensor:
@@ -139,7 +139,8 @@ def test_the_target_has_the_norm_of_the_data() -> None:
     zero = Given(torch.zeros((), dtype=torch.float64))
     objective = SelfE(time=TimeSampler(low=0.5, high=0.5000001), diagonal=0.0)
     batch = gaussian_batch()
-    wanted = (batch.latents / 0.5).square().mean()  # type: ignore[operator]
+    assert batch.latents is not None
+    wanted = (batch.latents / 0.5).square().mean()
     found = loss_of(objective, self_networks(zero, zero), batch)
     assert torch.allclose(found, wanted, rtol=1e-5)
     assert not torch.allclose(
