@@ -48,9 +48,9 @@ def test_the_target_moves_by_the_rate_along_the_teacher() -> None:
     t = torch.full((64,), 0.6, dtype=torch.float64)
     x = networks.student.schedule.add_noise(batch.latents, batch.normal("noise"), t)  # type: ignore[arg-type]
     velocity = EXACT.velocity(networks, batch, 1.0)(x, t)
-    rate = EXACT.transport_rate(u, x, t, velocity)
+    rate = EXACT.transport_rate(u, x, t, velocity, u(x, t, t))
     assert torch.allclose(u(x, t, t) + 0.6 * rate, velocity)
-    short = dataclasses.replace(EXACT, normalise=True).transport_rate(u, x, t, velocity)
+    short = dataclasses.replace(EXACT, normalise=True).transport_rate(u, x, t, velocity, u(x, t, t))
     size = rate.norm(dim=1, keepdim=True)
     assert torch.allclose(short, rate / (size + 0.1))
 

@@ -20,7 +20,7 @@ The algorithm, for every student update:
 
 Each step has one task. High-noise steps decide the layout, for which a distribution has to be matched, and low-noise
 steps the texture, for which pictures can be compared directly. The fake score shares nothing with D and sees none of
-the sharpened samples. That is why it keeps up with fewer updates than DMD2's five, with the help of `ida_decay`.
+the sharpened samples. With `ida_decay`, it needs fewer updates than DMD2's five (the paper).
 
 The formulas are those of third-party notes on the paper, whose training code is not public. `gan` has the fields of
 `gdd`, which says what D sees without a pixel_network. The paper's second stage, reinforcement while distilling, is not
@@ -57,7 +57,7 @@ class FlashDMD(DMD2):
     split: float = Field(default=0.5, gt=0, lt=1)  # a level; ours, the paper's is not known to us
     gan: GDD = GDD(r1_weight=0.0)  # its weight of R1 is ours
     sharpening_weight: float = Field(default=1.0, gt=0)  # of the GAN's term, in the updates that have it; ours
-    fake_updates: int = Field(default=2, ge=1, le=MOST_STEPS)  # "TTUR 2" for SD3, 1 for SDXL
+    fake_updates: int = Field(default=2, ge=1, le=MOST_STEPS)  # 2 for SD3, the paper
 
     @model_validator(mode="after")
     def _routed(self) -> "FlashDMD":

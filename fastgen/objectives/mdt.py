@@ -108,7 +108,7 @@ class MDT(Objective):
         x_t = networks.student.schedule.add_noise(batch.latents, batch.normal("noise"), t).to(batch.dtype)
         value = u(x_t, t, t)
         velocity = self.velocity(networks, batch, self.guidance_scale)(x_t, t)
-        target = velocity - expand(t, x_t) * self.transport_rate(u, x_t, t, velocity)
+        target = velocity - expand(t, x_t) * self.transport_rate(u, x_t, t, velocity, value)
         matching = (value - target).square().mean()
         total, terms = self.matching_weight * matching, {"matching": matching.detach()}
         if self.distillation_weight:
@@ -126,8 +126,8 @@ class MDT(Objective):
             x_t = networks.student.schedule.add_noise(x0, batch.normal("noise"), t).to(z.dtype)
             scale = self.distillation_guidance_scale
             velocity = self.velocity(networks, batch, self.guidance_scale if scale is None else scale)(x_t, t)
-            implied = u(x_t, t, t) + expand(t, x_t) * self.transport_rate(u, x_t, t, velocity)
-            delta = implied - velocity
+            value = u(x_t, t, t)
+            delta = value + expand(t, x_t) * self.transport_rate(u, x_t, t, velocity, value) - velocity
         return (delta + one_step - one_step.detach()).square().mean(), delta.abs().mean()
 
     def velocity(self, networks: Networks, batch: Batch, scale: Guidance) -> Velocity:
@@ -135,14 +135,14 @@ class MDT(Objective):
         return flow_maps.guided_velocity(networks.teacher, batch.cond, batch.uncond, scale)
 
     @torch.no_grad()
-    def transport_rate(self, u: AverageVelocity, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+    def transport_rate(self, u: AverageVelocity, x: Tensor, t: Tensor, velocity: Tensor, value: Tensor) -> Tensor:
         """du/dt = d_t u + grad u . velocity [B, ...], without gradient.
 
-        By a JVP, or backward: (u(x, t) - u(x - i v, t - i)) / i, where i is `interval`."""
+        By a JVP, or backward: (u(x, t) - u(x - i v, t - i)) / i, where i is `interval` and `value` is u(x, t)."""
         if self.derivative == "jvp":
             _, rate = flow_maps.eulerian_derivative(u, x, t, torch.zeros_like(t), velocity, tangent)
         else:
-            rate = (u(x, t, t) - u(x - self.interval * velocity, t - self.interval, t)) / self.interval
+            rate = (value - u(x - self.interval * velocity, t - self.interval, t)) / self.interval
         if not self.normalise:
             return rate
         return rate / (expand(rate.flatten(1).square().sum(1).sqrt(), rate) + NORM_FLOOR)

@@ -4,7 +4,7 @@
     G_theta(x,t,s,c) networks.student      clean prediction at level t, told the level s where its step ends
     G_theta^-        networks["target"]    moving average of the student (target_decay), the conditional evaluator
     x_s^             x_s                   the prediction, renoised to s with fresh noise
-    x_self           self_target(...)      x0^ moved along the evaluation, without gradient
+    x_self           x0 - evaluation(...)  x0^ moved along the evaluation, without gradient
     lambda_{s,t}     pull_share(...)       sigma_t / alpha_t - sigma_s / alpha_s, written as w = lambda / (1 + lambda)
     tau              turn.max_gap          how far below t the level s may lie, as a share of t
     "fake" model     networks.fake_score   denoiser of the student's own predictions (option `fake`)
@@ -24,8 +24,7 @@ loss is flow matching. At t = 1, where lambda is infinite, the jump learns from 
 fake. The classifier's score is one part of the gradient of KL(student | data); it sharpens, and leaves the law of the
     samples too narrow. `fake` adds the other part from update `start` on: the evaluation is then
         G_fake(x_s^, s) - G^-(x_s^, s, s, c),
-    which is that of distribution matching, with the student as its own teacher. Without it, a one-step student of
-    data whose prompts say everything but a Gaussian's own spread ends at the mean of each prompt.
+    which is that of distribution matching, with the student as its own teacher.
 
 The student has guidance neither in training nor in sampling; the paper samples with a scale of 5.
 
@@ -176,8 +175,8 @@ class SelfE(Objective):
         return Loss(total, {"loss": total.detach(), "pull": pull.abs().mean()} | terms)
 
     def fake_loss(self, turn: SelfETurn, networks: Networks, batch: Batch) -> Loss:
-        """The denoising loss, as a velocity, on the student's predictions renoised to the level s of their jump. No
-        sample is on the diagonal."""
+        """The denoising loss on the student's predictions, renoised to the level s of their jump. No sample is on the
+        diagonal. The square is that of the velocity times s, which is 1 / s times that of x0 (ours)."""
         assert batch.latents is not None
         t, s = self.levels(batch, turn.max_gap, 0.0)
         cond, schedule = dropped(batch, self.drop), networks.student.schedule
@@ -186,7 +185,7 @@ class SelfE(Objective):
             x0 = networks.student(x_t, t, cond, Inputs(s=s))
             x_s = schedule.add_noise(x0, batch.normal("renoise"), s).to(x_t.dtype)
         prediction = networks.fake_score(x_s, s, cond, Inputs(s=t))
-        total = signals.denoising_loss(prediction, x0, x_s, s, schedule, "flow_prediction", weight=s.clamp(max=1))
+        total = signals.denoising_loss(prediction, x0, x_s, s, schedule, "flow_prediction", weight=s)
         return Loss(total, {"loss": total.detach()})
 
     def evaluation(
