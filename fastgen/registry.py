@@ -102,6 +102,12 @@ OBJECTIVES: dict[str, str] = {
     "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
     "consistency": "fastgen.objectives.consistency:Consistency",
     "scm": "fastgen.objectives.scm:SCM",
+    "self_e": "fastgen.objectives.self_e:SelfE",
+    "mdt": "fastgen.objectives.mdt:MDT",
+    "reflow": "fastgen.objectives.reflow:Reflow",
+    "progressive": "fastgen.objectives.progressive:Progressive",
+    "gdd": "fastgen.objectives.gdd:GDD",
+    "flash_dmd": "fastgen.objectives.flash_dmd:FlashDMD",
     "teacher_forcing": "fastgen.objectives.teacher_forcing:TeacherForcing",
 }
 

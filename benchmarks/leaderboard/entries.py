@@ -299,6 +299,12 @@ ABSENT: dict[str, str] = {  # registered objectives without an entry, and the re
     "teacher_forcing": "it trains on videos, which neither teacher makes",
     "context_forcing": "it trains on videos, which neither teacher makes",
     "long_tuning": "it trains on videos that go on, which neither teacher makes",
+    "self_e": "it trains from prompts, and the ring of this board has none",
+    "mdt": "newer than the last board",
+    "reflow": "newer than the last board",
+    "progressive": "newer than the last board",
+    "gdd": "newer than the last board",
+    "flash_dmd": "newer than the last board",
 }
 
 

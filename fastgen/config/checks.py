@@ -15,7 +15,7 @@ from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
 from fastgen.policy import INPUT_KEYS, RolloutPolicy
 from fastgen.recipe import Recipe
-from fastgen.registry import REWARDS, RecipeError, current_names, nearest, validated
+from fastgen.registry import OBJECTIVES, REWARDS, RecipeError, current_names, imported, nearest, validated
 from fastgen.run import checkpoint
 
 
@@ -209,6 +209,11 @@ def check_inputs(recipe: Recipe) -> None:
         )
 
 
+def chunked() -> list[str]:
+    """The objectives that can train a student that works chunk by chunk, some of them depending on their options."""
+    return [name for name, path in OBJECTIVES.items() if imported(path).takes_chunks is not False]
+
+
 def check_chunks(recipe: Recipe) -> None:
     """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one."""
     objective, chunks = recipe.objective, recipe.rollout.chunks
@@ -217,9 +222,7 @@ def check_chunks(recipe: Recipe) -> None:
     if not objective.takes_chunks:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
-            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, stream_r1, sc_dmd, salt, asd, hiar, disback, "
-            "adm, tdm, phased_dmd, rtdmd (stage: 1, or selected_steps: 0), gndm (form: path), any_flow, teacher_forcing, "
-            "ode_regression (states: line) and consistency (teach: data) can"
+            f"{objective.needs_whole_videos}. These can, some of them with the right options: {', '.join(chunked())}"
         )
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(

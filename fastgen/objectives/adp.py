@@ -78,14 +78,8 @@ class ADP(Objective):
                 "pixel_network (digits, or the folder of a vision model), or set pixel_weight: 0 and leave "
                 "pixel_network out"
             )
-        folder = Path(self.pixel_network or "digits")
-        if folder == Path("digits"):
-            return self
-        for name in ("config.json", "preprocessor_config.json"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"pixel_network: {folder} has no {name}; give digits, or the folder of a local vision model"
-                )
+        if self.pixel_network is not None:
+            check_pixel_network(self.pixel_network)
         return self
 
     @property
@@ -117,8 +111,8 @@ class ADP(Objective):
         modules: dict[str, nn.Module] = {"latent_discriminator": heads}
         modules |= feature_network(backbone)
         if self.pixel_network is not None:
-            network = DigitsNetwork() if self.pixel_network == "digits" else VisionNetwork(Path(self.pixel_network))
-            modules["pixel_features"] = PictureFeatures(network.requires_grad_(False).eval(), backbone.decode)
+            network = make_pixel_network(self.pixel_network)
+            modules["pixel_features"] = PictureFeatures(network, backbone.decode)
             modules["pixel_discriminator"] = PictureHeads(network.feature_dims, self.head_width)
         return modules
 
@@ -193,6 +187,23 @@ class ADP(Objective):
         return terms
 
 
+def check_pixel_network(name: str) -> None:
+    """Raises ValueError if this is neither `digits` nor the folder of a vision model."""
+    if name == "digits":
+        return
+    for file in ("config.json", "preprocessor_config.json"):
+        if not (Path(name) / file).is_file():
+            raise ValueError(
+                f"pixel_network: {name} has no {file}; give digits, or the folder of a local vision model"
+            )
+
+
+def make_pixel_network(name: str) -> "DigitsNetwork | VisionNetwork":
+    """The frozen network of this name, `digits` or a folder."""
+    network = DigitsNetwork() if name == "digits" else VisionNetwork(Path(name))
+    return network.requires_grad_(False).eval()
+
+
 class PictureFeatures(nn.Module):
     """Decodes latents and returns the features of the pictures in a frozen image network: one [B, N, dim] tensor per
     depth.
@@ -205,9 +216,18 @@ class PictureFeatures(nn.Module):
         self.network, self.decode = network, decode
 
     def forward(self, latents: Tensor) -> list[Tensor]:
+        return self.of_pixels(self.pixels(latents))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The decoded pictures [B, 3, H, W], in at least float32."""
         with torch.autocast(latents.device.type, enabled=False):
             pixels = self.decode(latents, clamp=False)
-            return self.network(pixels.to(torch.promote_types(pixels.dtype, torch.float32)))
+            return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+
+    def of_pixels(self, pixels: Tensor) -> list[Tensor]:
+        """The features of pictures [B, 3, H, W]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.network(pixels)
 
 
 class DigitsNetwork(nn.Module):
