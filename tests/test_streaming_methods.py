@@ -391,7 +391,7 @@ def test_the_first_step_is_taught_on_whole_videos() -> None:
 def test_another_state_of_a_chunk_sees_what_the_rollout_saw(name: str) -> None:
     """Called again at its own inputs, the student predicts what it did, to the bit, for every kind of schedule."""
     chunks = POLICIES[name]
-    data, network = batch(7 if chunks.first else 8), wan().requires_grad_(False)
+    data, network = batch(7 if chunks.first else 8), wan(linear=chunks.linear).requires_grad_(False)
     sampler = policy(chunks)
     rollout = backward_simulation(network, sampler, data, torch.ones_like(data.ids), grad=False)
     step = rollout.steps[-1]

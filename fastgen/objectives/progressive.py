@@ -26,7 +26,7 @@ in the first stage alone (the student is guided from then on), as in arXiv 2210.
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -40,7 +40,7 @@ from fastgen.flow.time_pairs import between
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.recipe import Recipe
-from fastgen.registry import MOST_STEPS
+from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy, transition
 from fastgen.schedule import Schedule
 
@@ -55,6 +55,9 @@ class StageTurn(Turn):
     begins: bool = False
 
 
+Updates = Annotated[int, Field(ge=1, le=MOST_UPDATES)]
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Progressive(Objective):
     trained_roles = ("student",)
@@ -63,7 +66,7 @@ class Progressive(Objective):
     name: Literal["progressive"] = "progressive"
     stages: int = Field(default=3, ge=1, le=12)  # how often the number of steps is halved; ours
     # updates of each stage; "50k" in the paper, and 100k for the stages of 2 and 1 steps
-    stage_updates: tuple[int, ...] | int = 50_000
+    stage_updates: tuple[Updates, ...] | Updates = 50_000
     # truncated: "truncated SNR", max(SNR, 1), the paper's choice; velocity: of flow matching
     weight: Literal["truncated", "velocity"] = "truncated"
     guidance_scale: Guidance = 1.0  # of the teacher, in the first stage
@@ -89,10 +92,10 @@ class Progressive(Objective):
             raise ValueError(f"stages: {self.stages} halvings of {policy.num_steps} steps are too many; lower it")
 
     def check_recipe(self, recipe: Recipe) -> None:
-        if len(self.lengths) != self.stages or min(self.lengths) < 1:
+        if len(self.lengths) != self.stages:
             raise ValueError(
-                f"stage_updates must be one number above 0, or one for each of the {self.stages} stages, got "
-                f"{self.stage_updates}"
+                f"stage_updates must be one number, or one for each of the {self.stages} stages, got "
+                f"{list(self.lengths)}"
             )
         if sum(self.lengths) != recipe.train.steps:
             raise ValueError(
