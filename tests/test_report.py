@@ -70,9 +70,9 @@ def test_bars_compare_and_the_best_is_marked() -> None:
     shown = charts.bars(ROWS)
     assert shown.count('class="panel"') == 2 and "num_samples" not in shown
     fid, accuracy = shown.split("<h3>")[1:3]
-    assert fid.startswith("fid ↓") and 'class="best"><span>student' in fid and "width:50.0%" in fid
+    assert fid.startswith("fid\N{NO-BREAK SPACE}↓") and 'class="best"><span>student' in fid and "width:50.0%" in fid
     assert 'class="floor" style="left:33.3%"' in fid and 'class="best"><span>&lt;teacher&gt;' in accuracy
-    assert charts.bars(ROWS[:1]) == ""
+    assert charts.bars(ROWS[:1]) == "" and 'class="best"' not in charts.bars([ROWS[0], ROWS[0]])
 
 
 def test_curves_go_through_their_points(tmp_path: Path) -> None:

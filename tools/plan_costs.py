@@ -109,11 +109,10 @@ def main() -> None:
     names = sys.argv[1:] or ["rates", *planned()]
     if "rates" in names:
         between(CHOOSING, rates_table())
-    rows = rows_of(PAGE.read_text())
     for name in (name for name in names if name != "rates"):
-        rows[name] = row(name)
-        print(rows[name], flush=True)
-        between(PAGE, table(rows))
+        line = row(name)
+        print(line, flush=True)
+        between(PAGE, table(rows_of(PAGE.read_text()) | {name: line}))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def arrow(name: str) -> str:
-    return ARROWS[DIRECTIONS.get(name, "neither")]
+def heading(name: str) -> str:
+    """A metric's name, with an arrow to where it is better that stays on its line."""
+    arrow = ARROWS[DIRECTIONS.get(name, "neither")]
+    return escape(name.replace("_", " ") + (f"\N{NO-BREAK SPACE}{arrow}" if arrow else ""))
 
 
 def metric_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -37,10 +39,10 @@ def format_value(value: float | None) -> str:
 
 
 def best_value(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The best value of a metric; None if neither direction is better, or if there is nothing to compare."""
+    """The best value of a metric; None if neither direction is better, or if there are no two values."""
     values = [row["metrics"][name] for row in results if name in row["metrics"]]
     direction = DIRECTIONS.get(name, "neither")
-    if len(values) < 2 or direction == "neither":
+    if len(set(values)) < 2 or direction == "neither":
         return None
     # The value closest to 0, not the smallest, because an unbiased estimate of a distance can be negative.
     return min(values, key=abs) if direction == "lower" else max(values)
@@ -68,7 +70,7 @@ def bar_panel(results: Sequence[Mapping[str, Any]], name: str) -> str:
             f'<div{mark}><span>{escape(row["name"])}</span><b class="track">'
             f'<i class="bar" style="width:{width}"></i>{line}</b><span>{format_value(value)}</span></div>'
         )
-    return f'<div class="panel"><h3>{escape(name)} {arrow(name)}</h3>{"".join(rows)}</div>'
+    return f'<div class="panel"><h3>{heading(name)}</h3>{"".join(rows)}</div>'
 
 
 def share(value: float, most: float) -> str:
@@ -113,7 +115,7 @@ def curve_panel(name: str, lines: Mapping[str, Curve]) -> str:
     )
     keys = "".join(f'<span class="key line{i % 4}">{escape(result)}</span>' for i, result in enumerate(lines))
     return (
-        f'<div class="panel"><h3>{escape(name)} {arrow(name)}</h3>'
+        f'<div class="panel"><h3>{heading(name)}</h3>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} over updates">'
         f"{axes}{''.join(drawn)}</svg><p>{keys}</p></div>"
     )

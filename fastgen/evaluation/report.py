@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen.data.files import replace_file
 from fastgen.evaluation.beside import TEACHER
-from fastgen.evaluation.charts import arrow, bars, best_value, curves, escape, format_value, metric_names
+from fastgen.evaluation.charts import bars, best_value, curves, escape, format_value, heading, metric_names
 from fastgen.sampling.pictures import EXACT, grid, png, scatter_figure
 
 LARGEST = 512  # pixels: larger pictures are made smaller, or a page of 64 would have hundreds of megabytes
@@ -33,13 +33,14 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .8rem } h3 { font-size: .95rem; margin: 0 0 .4rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
-th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; background: var(--good) }
+th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
+td.best { font-weight: 700; background: var(--good) }
 .facts td, .facts th { text-align: left } .facts td { font: .8rem ui-monospace, monospace; overflow-wrap: anywhere;
   min-width: 9rem; max-width: 28rem }
 .note { background: var(--note); padding: .6rem 1rem; border-left: 4px solid var(--best) }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem }
 .panel { background: var(--soft); border-radius: .5rem; padding: .7rem .9rem; min-width: 0 }
-.panel div { display: grid; grid-template-columns: minmax(0, 9rem) 1fr 3.6rem; gap: .5rem; align-items: center;
+.panel div { display: grid; grid-template-columns: minmax(0, 8rem) 1fr 3.6rem; gap: .5rem; align-items: center;
   font-size: .8rem } .panel div > span { overflow-wrap: anywhere } .panel div > span:last-child { text-align: right;
   font-variant-numeric: tabular-nums } .best > span { font-weight: 700 }
 .track { position: relative; height: .8rem } .bar { position: absolute; inset: 0 auto 0 0; background: var(--bar);
@@ -56,7 +57,8 @@ polyline { stroke: var(--c) } circle { fill: var(--c) } .key { margin-right: 1re
 .large { --size: 20rem } .strips { --size: 60rem }
 .sample { background: var(--soft); border-radius: .5rem; padding: .6rem; min-width: 0 }
 .sample > p { margin: 0 0 .4rem; overflow-wrap: anywhere } .sample small { opacity: .7; white-space: nowrap }
-.cells { display: grid; grid-template-columns: repeat(var(--results), minmax(0, 1fr)); gap: .5rem; align-items: end }
+.cells { display: grid; grid-template-columns: repeat(var(--results), minmax(7rem, 1fr)); gap: .5rem;
+  overflow-x: auto }
 .strips .cells { grid-template-columns: 1fr } figure { margin: 0; min-width: 0 } figcaption { font-size: .8rem;
   opacity: .85; overflow-wrap: anywhere } img { width: 100%; display: block; border-radius: 3px }
 .pixels { image-rendering: pixelated } .plot { width: auto; max-width: 100%; background: #fff; margin-bottom: 1rem }
@@ -105,7 +107,7 @@ def section(title: str, body: str) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     names = metric_names(results)
-    heads = "".join(f"<th>{escape(n.replace('_', ' '))} {arrow(n)}</th>" for n in names)
+    heads = "".join(f"<th>{heading(n)}</th>" for n in names)
     best = {name: best_value(results, name) for name in names}
     rows = []
     for row in results:
@@ -200,8 +202,8 @@ def samples(results: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -
 
 
 def sample(seeds: Mapping[str, int], index: int, prompt: str, pictures: Sequence[Picture]) -> str:
-    """A group. The seed is said where all results have the same one."""
-    own = {seeds.get(picture.result) for picture in pictures}
+    """A group. The seed is said where all results have the same one; a teacher has its student's."""
+    own = {seeds[picture.result] for picture in pictures if picture.result in seeds}
     seed = own.pop() if len(own) == 1 else None
     said = "" if seed is None else f" <small>seed {seed + index}</small>"
     cells = "".join(f"<figure>{image(p)}<figcaption>{escape(p.result)}</figcaption></figure>" for p in pictures)
