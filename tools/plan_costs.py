@@ -10,12 +10,14 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
 from fastgen.config import load_recipe
 from fastgen.planning.cost import Speed, operations
 from fastgen.planning.plan import CONTEXT, plan
 from fastgen.planning.report import HEADROOM, advise
+from fastgen.run.build import build_backbone
 from fastgen.starting.shipped import recipe_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,19 +72,17 @@ def figures(value: float) -> str:
 
 
 def rates(name: str) -> tuple[int, str]:
-    """The parameters of the student, and the recipe's row in the table of learning rates."""
+    """The parameters of the teacher's network, and the recipe's row in the table of learning rates."""
     recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
-    roles = {role.name: role for role in plan(recipe, activations=False).roles}
-    teacher, lora = roles["teacher"].parameters, recipe.lora.get("student")
+    backbone = build_backbone(recipe, torch.device("cpu"), deferred=True, section=recipe.backbone.unloaded())
+    parameters, lora = sum(p.numel() for p in backbone.load("teacher").parameters()), recipe.lora.get("student")
     trained = f"adapter, rank {lora.rank}" if lora else "whole network"
-    lrs = [
-        f"{recipe.optimizers[role].lr:.0e}".replace("e-0", "e-") if role in recipe.optimizers else "none"
-        for role in ("student", "fake_score")
-    ]
+    roles = (recipe.optimizers.get(role) for role in ("student", "fake_score"))
+    lrs = [f"{role.lr:.0e}".replace("e-0", "e-") if role else "none" for role in roles]
     samples = recipe.train.batch_size * recipe.train.accumulate * processes(name)
     steps = str(recipe.rollout.num_steps)
-    cells = [f"{teacher / 1e9:.2g} B", f"[{name}](../recipes/{name}.yaml)", steps, trained, *lrs, str(samples)]
-    return teacher, f"| {' | '.join(cells)} |"
+    cells = [f"{parameters / 1e9:.2g} B", f"[{name}](../recipes/{name}.yaml)", steps, trained, *lrs, str(samples)]
+    return parameters, f"| {' | '.join(cells)} |"
 
 
 def rates_table() -> str:
