@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastgen.config import load_recipe
 from fastgen.evaluation import charts, report
-from fastgen.evaluation.beside import PICTURES, TEACHER, training_curves
+from fastgen.evaluation.beside import PICTURES, training_curves
+from fastgen.evaluation.charts import TEACHER
 from fastgen.evaluation.folders import evaluate_path
 from fastgen.evaluation.results import compare
 from fastgen.train import train

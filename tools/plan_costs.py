@@ -75,7 +75,9 @@ def rates(name: str) -> tuple[int, str]:
     """The parameters of the teacher's network, and the recipe's row in the table of learning rates."""
     recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
     backbone = build_backbone(recipe, torch.device("cpu"), deferred=True, section=recipe.backbone.unloaded())
-    parameters, lora = sum(p.numel() for p in backbone.load("teacher").parameters()), recipe.lora.get("student")
+    teacher, lora = backbone.load("teacher"), recipe.lora.get("student")
+    network = teacher if backbone.shared is None else backbone.shared.denoiser  # the base of adapters is the teacher
+    parameters = sum(p.numel() for p in network.parameters())
     trained = f"adapter, rank {lora.rank}" if lora else "whole network"
     roles = (recipe.optimizers.get(role) for role in ("student", "fake_score"))
     lrs = [f"{role.lr:.0e}".replace("e-0", "e-") if role else "none" for role in roles]

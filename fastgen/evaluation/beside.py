@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastgen.evaluation.charts import TEACHER
 from fastgen.evaluation.evaluate import draw_samples, find_images
 from fastgen.metrics import DIRECTIONS
 from fastgen.recipe import EvalConfig
@@ -14,7 +15,6 @@ from fastgen.sampling.sampler import Sampler, teacher_sampler
 from fastgen.sampling.video import stills
 
 PICTURES = 8  # of the teacher on a page; each takes all of its steps
-TEACHER = "its teacher, "  # the beginning of the name that a page gives to the teacher's samples
 QUICK = "eval/"  # of the keys of log.jsonl that were measured during training
 
 

@@ -1,4 +1,4 @@
-"""Bars and curves of an evaluation's page, as HTML and SVG. Their colours are those of the page, light or dark."""
+"""Names, bars and curves of an evaluation's page, as HTML and SVG, in the colours of the page, light or dark."""
 
 import html
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 from fastgen.metrics import DIRECTIONS
 
+TEACHER = "its teacher, "  # the beginning of the name that a page gives to a teacher's samples
 ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
 WIDTH, HEIGHT = 320, 180  # of a curve's panel
 LEFT, BOTTOM, TOP, RIGHT = 46, 24, 10, 10  # its margins

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.data.files import replace_file
-from fastgen.evaluation.beside import TEACHER
-from fastgen.evaluation.charts import bars, best_value, curves, escape, format_value, heading, metric_names
+from fastgen.evaluation.charts import TEACHER, bars, best_value, curves, escape, format_value, heading, metric_names
 from fastgen.sampling.pictures import EXACT, grid, png, scatter_figure
 
 LARGEST = 512  # pixels: larger pictures are made smaller, or a page of 64 would have hundreds of megabytes
