@@ -89,8 +89,7 @@ def test_planned_costs_and_rates_are_those_of_the_recipes() -> None:
         assert int(row[1].replace(",", "")) == recipe_named(row[0])["train"]["steps"], row
     for row in made("docs/choosing.md"):
         recipe = recipe_named(row[1])
-        assert int(row[2]) == len(recipe["rollout"]["timesteps"]) and row[3].startswith("adapter") == (
-            "lora" in recipe
-        )
+        assert int(row[2]) == len(recipe["rollout"]["timesteps"]), row
+        assert row[3].startswith("adapter") == ("student" in recipe.get("lora", {})), row
         for cell, role in zip(row[4:6], ("student", "fake_score"), strict=True):
             assert cell == "none" or float(cell) == float(recipe["optimizers"][role]["lr"]), row
