@@ -42,6 +42,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(commands.version)
 app.command()(commands.new)
 app.command()(commands.recipes)
+app.command()(commands.objectives)
 app.command()(commands.schema)
 
 

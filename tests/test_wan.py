@@ -24,7 +24,7 @@ from fastgen.config import build_recipe
 from fastgen.denoiser import Inputs
 from fastgen.evaluation.evaluate import evaluate_with_samples
 from fastgen.evaluation.folders import evaluate_path
-from fastgen.evaluation.report import draw_pictures, sample_section
+from fastgen.evaluation.report import draw_pictures, samples
 from fastgen.modules.experts import Experts
 from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks
@@ -663,7 +663,7 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
     row = evaluate_path(run, output=tmp_path / "results.json", progress=False)
     assert row["metrics"].keys() == {"images_per_second", "network_evaluations"} and row["num_samples"] == 3
     page = (tmp_path / "results.html").read_text()
-    assert page.count('<img class="captioned"') == 1
+    assert page.count('<img class="frames"') == 3 and page.count('<div class="sample">') == 3
     with pytest.raises(ValueError, match="but the samples here are frames; choose from video_accuracy, "):
         evaluate_path(run, metrics="fid", progress=False)
     with pytest.raises(ValueError, match="reference is for images, but the samples here are frames"):
@@ -677,7 +677,7 @@ def test_a_teacher_is_measured_with_a_scale_an_expert(folders: dict[int, Path]) 
     )
     assert row["guidance_scale"] == [4.0, 3.0] and row["metrics"]["network_evaluations"] == 4
     assert kept.shape == (8, 4, 3, 32, 32)  # stills of the first videos
-    assert sample_section(draw_pictures({"teacher": kept}, {})).count('<img class="frames"') == 1
+    assert samples([], draw_pictures({"teacher": kept}, {})).count('<img class="frames"') == 8
     assert grid(torch.zeros(2, 9, 3, 480, 832)).size == (4 * 258 + 2, 2 * (147 + 2) + 2)  # made smaller
 
 

@@ -8,13 +8,13 @@ interface from its signatures. A link that leads nowhere ends the build. Needs t
 
 import argparse
 import inspect
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,23 @@ import yaml
 
 import fastgen
 from fastgen import api
-from fastgen.config.schema import page, recipe_schema
 from fastgen.registry import OBJECTIVES, imported
-from fastgen.starting.shipped import is_unverified, recipe_files, summary
+from fastgen.starting.objectives import COLUMNS, Summary, summary
+from fastgen.starting.pages import docstrings, keys
+from fastgen.starting.shipped import is_unverified, recipe_files
+from fastgen.starting.shipped import summary as recipe_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = (".md", ".png", ".py", ".yaml", ".json", ".jsonl")  # what documents link to
 FOLDERS = ("docs", "benchmarks", "recipes", "fastgen")
+OBJECTIVES_INTRODUCTION = """`fastgen objectives` prints this table, and `fastgen objectives NAME` a page.
+Networks held are those of the teacher's size, with the moving average of the student. Evaluations are those of
+networks for a sample in an update of a four-step student, with the defaults of the objective and a guided teacher.
+[choosing.md](../docs/choosing.md) says which one to take."""
 PAGES: dict[str, list[Any]] = {
     "Use it": [
-        *("docs/running.md", "docs/multi_node.md", "docs/troubleshooting.md", "docs/data.md", "docs/rewards.md"),
-        *("docs/exporting.md", "recipes/index.md"),
+        *("docs/choosing.md", "docs/cost.md", "docs/running.md", "docs/multi_node.md", "docs/troubleshooting.md"),
+        *("docs/faq.md", "docs/data.md", "docs/rewards.md", "docs/exporting.md", "recipes/index.md"),
     ],
     "Methods": [
         *("objectives/index.md", "docs/dmd2_family.md", "docs/flow_maps.md", "docs/streaming.md"),
@@ -117,7 +123,9 @@ def recipes_page() -> str:
     ]
     for file in recipe_files():
         text = file.read_text()
-        rows.append(f"| [{file.stem}]({file.name}) | {summary(text)} | {'no' if is_unverified(text) else 'yes'} |")
+        rows.append(
+            f"| [{file.stem}]({file.name}) | {recipe_summary(text)} | {'no' if is_unverified(text) else 'yes'} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -132,19 +140,35 @@ def api_page() -> str:
 
 
 def objective_pages() -> dict[str, str]:
-    """A page for every objective, and the list of them."""
-    schemas, pages = recipe_schema()["$defs"], dict[str, str]()
-    rows = ["# Objectives", "", "| objective | what it is |", "|---|---|"]
-    for name, path in OBJECTIVES.items():
-        cls = imported(path)
-        module = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
-        rows.append(f"| [{name}]({name}.md) | {' '.join(module.split(chr(10) * 2)[0].split())} |")
-        own = page(cls)
-        said = [as_markdown(text) for text in dict.fromkeys((module, own))]
-        parts = [f"# {name}", *said, "## Keys", keys(schemas[f"objective.{name}"])]
-        source = f"../{cls.__module__.replace('.', '/')}.py"
-        pages[f"objectives/{name}.md"] = "\n\n".join([*parts, f"Source: [{cls.__module__}]({source})"]) + "\n"
-    return {"objectives/index.md": "\n".join(rows) + "\n", **pages}
+    """A page for every objective, and the table of them."""
+    summaries, pages = [summary(name) for name in OBJECTIVES], dict[str, str]()
+    for row in summaries:
+        cls = imported(OBJECTIVES[row.name])
+        calls = ", ".join(f"{role} {n:.3g}" for role, n in row.evaluations.items())
+        cells = [(head, cell(row)) for head, cell in COLUMNS.items() if head not in ("objective", "page")]
+        facts = [f"| {head} | {calls if head == 'evaluations' else value} |" for head, value in cells]
+        more = f"\n\nMore: [{row.page}](../{row.page})" if row.page.endswith(".md") else ""
+        parts = [
+            f"# {row.name}",
+            "\n".join(["| | |", "|---|---|", *facts]) + more,
+            *map(as_markdown, docstrings(cls)),
+            "## Keys",
+            key_table(cls),
+            f"Source: [{cls.__module__}](../{cls.__module__.replace('.', '/')}.py)",
+        ]
+        pages[f"objectives/{row.name}.md"] = "\n\n".join(parts) + "\n"
+    return {"objectives/index.md": objectives_page(summaries), **pages}
+
+
+def objectives_page(summaries: Sequence[Summary]) -> str:
+    heads = [head for head in COLUMNS if head != "page"]
+    rows = ["# Objectives", "", OBJECTIVES_INTRODUCTION, "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in summaries:
+        cells = [COLUMNS[head](row) for head in heads[1:]]
+        rows.append(f"| [{row.name}]({row.name}.md) | {' | '.join(cells)} |")
+    rows += ["", "| objective | what it is |", "|---|---|"]
+    rows += [f"| [{row.name}]({row.name}.md) | {row.does} |" for row in summaries]
+    return "\n".join(rows) + "\n"
 
 
 def as_markdown(text: str) -> str:
@@ -158,27 +182,18 @@ def as_markdown(text: str) -> str:
     return "\n".join(lines)
 
 
-def keys(schema: Mapping[str, Any]) -> str:
-    """The keys of a section as a table."""
-    rows = ["| key | values | default |", "|---|---|---|"]
-    required = set(schema.get("required", ()))
-    for name, said in schema["properties"].items():
-        if name != "name":
-            default = "needed" if name in required else f"`{json.dumps(said.get('default'))}`"
-            rows.append(f"| `{name}` | {values(said)} | {default} |")
+def key_table(cls: type) -> str:
+    """The keys of a class, with their defaults and the comments beside them."""
+    rows = ["| key | values | default | |", "|---|---|---|---|"]
+    for key in keys(cls):
+        default = "needed" if key.default is None else f"`{key.default}`"
+        rows.append(f"| `{key.name}` | {key.values} | {default} | {escaped(key.comment)} |")
     return "\n".join(rows)
 
 
-def values(said: Mapping[str, Any]) -> str:
-    if "anyOf" in said:
-        return " or ".join(values(part) for part in said["anyOf"])
-    if "enum" in said or "const" in said:
-        return ", ".join(f"`{value}`" for value in said.get("enum", [said.get("const")]))
-    if "$ref" in said:
-        return said["$ref"].rpartition("/")[2]
-    limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    found = [f"{word} {said[key]:g}" for key, word in limits.items() if key in said]
-    return " ".join([str(said.get("type", "")), *found]).strip() or "see the page"
+def escaped(text: str) -> str:
+    """A comment in a cell of a table, where | and * mean themselves."""
+    return re.sub(r"([|*_<\[\]])", r"\\\1", text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ PROMPTS = ("a handwritten {}", "the digit {}", "a {}", "the number {}")
 
 IMAGE_SIZE = 32
 HELD_OUT = 599
-SPLIT_SEED = 0
+DATA = shipped("assets/digits/digits.safetensors")
 
 
 def assets_dir() -> Path:
@@ -27,24 +26,18 @@ def assets_dir() -> Path:
 
 @lru_cache(maxsize=4)
 def load_digits(split: str, size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor]:
-    """Scikit-learn's 1,797 handwritten digits, smoothly enlarged from 8x8 to `size` x `size`.
+    """1,797 handwritten digits (assets/digits), smoothly enlarged from 8x8 to `size` x `size`.
 
     `split` is "train" (1,198 digits) or "test" (599 digits, stratified by class; nothing is ever trained on these).
     Returns pixels [N, 3, size, size] float32 in [0, 1], white on black, and labels [N] int64. Do not write into them:
     the two tensors are shared between callers.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-    from sklearn.model_selection import train_test_split
-
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    data = sklearn_digits()
-    order = range(len(data.target))
-    train, test = train_test_split(order, test_size=HELD_OUT, stratify=data.target, random_state=SPLIT_SEED)
-    chosen = train if split == "train" else test
-    small = torch.tensor(data.images[chosen], dtype=torch.float32).unsqueeze(1) / 16
+    data = load_file(DATA)
+    small = data[f"{split}.images"].float().unsqueeze(1) / 16
     pixels = F.interpolate(small, size=(size, size), mode="bicubic").clamp(0, 1)
-    return pixels.repeat(1, 3, 1, 1), torch.tensor(data.target[chosen], dtype=torch.int64)
+    return pixels.repeat(1, 3, 1, 1), data[f"{split}.labels"].long()
 
 
 def prompt_for(label: int, wording: int = 0) -> str:

@@ -15,6 +15,7 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.controls import references_of
 from fastgen.data.files import check_output, write_json
+from fastgen.evaluation.beside import teacher_of, teacher_samples, training_curves
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.evaluate import (
     evaluate_images_with_samples,
@@ -35,8 +36,7 @@ from fastgen.metrics.reference import (
 )
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.sampling.original import export_folder, original
-from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.sampling.sampler import Sampler, load_sampler
 
 
 def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
@@ -67,8 +67,10 @@ def evaluate_path(
     with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
     device: by default a GPU if there is one.
 
-    Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. An interrupted
-    evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
+    Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. With
+    teacher_steps, the page of a student also shows samples of its teacher, of the same prompts and seeds. An
+    interrupted evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same
+    result.
     Raises ValueError for anything that does not fit."""
     path = Path(path)
     if output is not None:
@@ -83,7 +85,7 @@ def evaluate_path(
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
     config.check()
-    samples, captions = dict[str, Tensor](), dict[str, list[str]]()
+    samples, captions, curves = dict[str, Tensor](), dict[str, list[str]](), {}
     name, started = path.resolve().name, time.perf_counter()
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,9 +119,13 @@ def evaluate_path(
             reference = teacher_reference(teacher_of(path, sampler, config), config)
         result, samples[name] = evaluate_with_samples(sampler, config, progress, partial, reference)
         captions[name] = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
+        curves = training_curves(path)
+        if output is not None and config.teacher_steps:
+            beside = teacher_samples(path, sampler, config, captions[name])
+            samples, captions = samples | beside, captions | dict.fromkeys(beside, captions[name])
         if sampler.backbone.law is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
-    result = {"name": name, **result}
+    result = {"name": name, **result, **({"curves": curves} if curves else {})}
     print_results([result])
     counted = "; images_per_second leaves out loading and the first batch" if "throughput" in config.metrics else ""
     print(f"{config.num_samples} samples in {time.perf_counter() - started:.0f} seconds, with loading{counted}")
@@ -129,19 +135,6 @@ def evaluate_path(
     if partial is not None:
         partial.unlink(missing_ok=True)
     return result
-
-
-def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
-    """The teacher of a run or an export, as its stock pipeline samples. Any other pipeline is its own teacher."""
-    given, folder = config.teacher_guidance_scale, export_folder(path)
-    if folder is None:
-        backbone, teacher, scale = sampler.backbone, sampler.denoiser, sampler.guidance_scale
-    else:
-        section, recipe = original(folder)
-        backbone = section.build(sampler.backbone.device, sampler.backbone.dtype, 0)
-        teacher, scale = backbone.load("teacher"), recipe.teacher_guidance
-    steps = max(config.teacher_steps, default=50)
-    return teacher_sampler(backbone, steps, scale if given is None else given, teacher)
 
 
 def is_image_folder(path: Path) -> bool:

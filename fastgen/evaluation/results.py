@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fastgen.data.files import check_output, write_json
+from fastgen.evaluation.charts import format_value, metric_names
 from fastgen.run import terminal
 
 Row = dict[str, Any]
@@ -55,7 +56,8 @@ def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = 
     for file, rows in found.items():
         page = file.with_suffix(".html")
         shown = pictures_in(page, [row["name"] for row in rows])
-        pictures += [dataclasses.replace(picture, title=title(picture.title, file)) for picture in shown]
+        named = (dataclasses.replace(picture, result=title(picture.result, file)) for picture in shown)
+        pictures += [picture for picture in named if picture not in pictures]  # of a teacher that several have
         if not shown:
             print(f"{page}, which should show samples of {file}, is not there or has none; they are left out")
     rows = [row | {"name": title(row["name"], file)} for file, own in found.items() for row in own]
@@ -83,8 +85,6 @@ def results_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> 
     """A rich table with one result per row. A single result has one number per row, which fits any terminal.
 
     columns: names of numbers in `metrics`; all of them if left out."""
-    from fastgen.evaluation.report import format_value, metric_names
-
     columns = metric_names(rows) if columns is None else columns
     names = [Text(str(row["name"])) for row in rows]
     cells = [[format_value(row["metrics"].get(column)) for column in columns] for row in rows]

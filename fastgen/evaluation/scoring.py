@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen.data import read_prompts
 from fastgen.data.files import check_output, write_json
+from fastgen.evaluation.charts import format_value
 from fastgen.metrics.reference import captions, hash_files, read_images, sample_files
 from fastgen.rewards import REWARDS, Reward, make_reward
 from fastgen.run.terminal import progress_bar
@@ -132,8 +133,6 @@ def mean(values: Sequence[float | None]) -> float | None:
 def score_table(result: dict[str, Any]) -> Table:
     """A rich table of the first images and of the means."""
     from rich.text import Text
-
-    from fastgen.evaluation.report import format_value  # matplotlib takes a second to import
 
     columns = list(result["means"])
     table = Table("image", "prompt", title=f"{len(result['images'])} images")

@@ -53,6 +53,7 @@ class ADP(Objective):
     """pixel_network: `digits`, which is the shipped classifier, or a local folder with a vision model that
     transformers loads (SAM, DINOv2, CLIP, ViT, ...) and its preprocessor_config.json."""
 
+    examples = ({"pixel_weight": 0.0}, {"pixel_network": "digits"})
     needs_whole_videos = (
         "given real frames, as in its pairs, a right student makes chunks that do not continue each other, and a "
         "discriminator of whole videos would tell it from the teacher; use adm, on rollouts"

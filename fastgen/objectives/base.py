@@ -1,8 +1,8 @@
 """What an objective is: its fields are the hyper-parameters, its methods are the algorithm."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -62,6 +62,10 @@ class Objective:
     are checkpointed too, whether they are trained or not."""
 
     name: str
+    # Sets of keys with which it can be made, the usual one first, then one for each option that needs or trains
+    # something else. What `fastgen objectives` says of an objective is what these instances do.
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    guide: ClassVar[str] = ""  # the document that says more than the docstring, if there is one
     group_size: int = 1  # samples per prompt, all in one micro-batch; Batch.group holds the prompt group of each
     # score: uses the rewards' values; gradient: backpropagates through the differentiable rewards
     reward_use: Literal["none", "score", "gradient"] = "none"

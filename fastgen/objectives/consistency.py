@@ -110,6 +110,8 @@ class Endpoints:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Consistency(Objective):
+    examples = tuple({"grid": {"count": 40}, **keys} for keys in ({}, {"gan": {"weight": 0.1}}, {"teach": "data"}))
+    guide = "docs/flow_maps.md"
     takes_inputs = True
     takes_chunks = True
 

@@ -56,6 +56,8 @@ from fastgen.schedule import PredictionType, TimeSampler, expand
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
+    examples = ({}, {"gan_weight": 5e-3})
+    guide = "docs/dmd2_family.md"
     takes_inputs = True
     takes_chunks = True
 

@@ -100,6 +100,8 @@ class GapTurn(Turn):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class FlowMap(Objective):
+    examples = ({}, {"source": "prior"})
+    guide = "docs/flow_maps.md"
     takes_inputs = True
     takes_derivatives = True
 

@@ -73,6 +73,10 @@ class PhaseTurn(Turn):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class PhasedDMD(Objective):
+    examples = (
+        {"phases": [{"first": 0, "last": 2, "updates": 1}, {"first": 2, "last": 4, "updates": 1}]},
+        {"phases": [{"first": 0, "last": 1, "updates": 1}]},
+    )
     name: Literal["phased_dmd"] = "phased_dmd"
     phases: tuple[Phase, ...] = Field(min_length=1)  # the paper: 4 steps in 2 phases
     experts: bool = True  # one network per phase; False: one network for all, which later phases keep changing (ours)

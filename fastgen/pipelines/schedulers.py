@@ -3,7 +3,7 @@ samples a student as it was trained."""
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastgen.rollout import RolloutPolicy, TeacherPolicy
@@ -128,9 +128,17 @@ def solve_shift(times: tuple[float, ...], passed: bool = False) -> float:
     if not brackets:
         return 1.0
     low, high = min(brackets, key=lambda pair: abs(math.log(pair[0])))
-    from scipy.optimize import brentq  # takes a second to import
+    return root(second, low, high)
 
-    return float(brentq(second, low, high, xtol=1e-13))
+
+def root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that changes its sign between low and high is 0, by bisection, to the last bits of a float."""
+    below = function(low)
+    for _ in range(64):
+        middle = (low + high) / 2
+        value = function(middle)
+        low, high = (middle, high) if value * below > 0 else (low, middle)
+    return (low + high) / 2
 
 
 # --- variance-preserving families: integer steps i of N, at level (i + 1) / N

@@ -28,9 +28,10 @@ def png(picture: Figure | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def grid(pixels: Tensor, columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
+def grid(pixels: Tensor, columns: int = 8, captions: Sequence[str] = (), padding: int = PADDING) -> Image.Image:
     """Images in a grid. pixels: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W]. Each video becomes a row of a few
-    frames, at most 256 pixels wide each. captions: a text below each image or video, such as its prompt."""
+    frames, at most 256 pixels wide each. captions: a text below each image or video, such as its prompt. padding:
+    white pixels around each image that has no caption."""
     pixels = pixels.detach().float().cpu()
     samples = list(pixels.split(1))
     if pixels.dim() == 5:
@@ -42,11 +43,11 @@ def grid(pixels: Tensor, columns: int = 8, captions: Sequence[str] = ()) -> Imag
         samples = list(pixels.split(stack.shape[1]))
     if any(captions):
         return captioned([sheet(sample, len(sample)) for sample in samples], captions, columns)
-    return sheet(pixels, columns)
+    return sheet(pixels, columns, padding)
 
 
-def sheet(pixels: Tensor, columns: int) -> Image.Image:
-    grid = make_grid(pixels.clamp(0, 1), nrow=columns, padding=PADDING, pad_value=1.0)
+def sheet(pixels: Tensor, columns: int, padding: int = PADDING) -> Image.Image:
+    grid = make_grid(pixels.clamp(0, 1), nrow=columns, padding=padding, pad_value=1.0)
     return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
 
 

@@ -55,6 +55,37 @@ def schema(
         replace_file(output, text)
 
 
+def objectives(
+    name: Annotated[str | None, typer.Argument(help="One of them, to read its page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the table, or one row of it, as JSON.")] = False,
+) -> None:
+    """List what each objective needs, trains, gives and costs, or print the page of one.
+
+    networks held: those of the teacher's size, with the moving average. evaluations: of networks for a sample in an
+    update of a four-step student, with a guided teacher."""
+    from fastgen.registry import OBJECTIVES, nearest, resolve
+    from fastgen.run.terminal import console, print_table
+
+    try:
+        if name is not None and name not in OBJECTIVES and ":" not in name:
+            raise ValueError(f"there is no objective {name}{nearest(name, OBJECTIVES)}")
+        if name is not None and not json:
+            from fastgen.objectives.base import Objective
+            from fastgen.starting.pages import text_page
+
+            print(text_page(resolve("objective", name, OBJECTIVES, Objective)))
+            return
+        from fastgen.starting.objectives import as_json, as_table, summary
+
+        rows = [summary(chosen) for chosen in ([name] if name is not None else OBJECTIVES)]
+    except ValueError as error:
+        raise refuse(error) from None
+    if json:
+        print(as_json(rows))
+    else:
+        print_table(as_table(rows), console())
+
+
 def new(
     pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder, or a hub id.")],
     steps: Annotated[int, typer.Option(min=1, help="The number of steps of the student.")] = 4,
