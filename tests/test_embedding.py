@@ -63,9 +63,9 @@ def test_mmd_is_that_of_two_gaussians() -> None:
 
 def test_the_statistic_is_unbiased() -> None:
     """Zero on average for equal laws, even with three samples; with the diagonals it would be above 0.2."""
-    found = torch.stack([mmd(normal(3, 1), normal(3, 1), lambda _: lambda d: rbf(d, (1.0,))) for _ in range(2000)])
-    print(f"{found.mean():.4f} +- {found.std() / math.sqrt(2000):.4f}, least {found.min():.2f}")
-    assert abs(found.mean()) < 4 * found.std() / math.sqrt(2000) and found.min() < -0.1
+    found = torch.stack([mmd(normal(3, 1), normal(3, 1), lambda _: lambda d: rbf(d, (1.0,))) for _ in range(500)])
+    print(f"{found.mean():.4f} +- {found.std() / math.sqrt(500):.4f}, least {found.min():.2f}")
+    assert abs(found.mean()) < 4 * found.std() / math.sqrt(500) and found.min() < -0.1
 
 
 def test_the_linear_kernel_compares_means() -> None:
@@ -116,9 +116,9 @@ def test_one_network_is_not_enough_where_many_are(kernel: Any) -> None:
     for shift, stretch in ((0.0, 1.0), (0.5, 1.0), (0.0, 1.5)):
         values = [
             embedding.student_loss(networks, point_batch(64, k), shift + stretch * normal(64, 2), normal(64, 2))
-            for k in range(30)
+            for k in range(20)
         ]
-        found.append((torch.stack(values).mean().item(), torch.stack(values).std().item() / math.sqrt(30)))
+        found.append((torch.stack(values).mean().item(), torch.stack(values).std().item() / math.sqrt(20)))
     print(found)
     assert abs(found[0][0]) < 4 * found[0][1]
     assert all(mean > 4 * error for mean, error in found[1:])
@@ -206,9 +206,9 @@ def test_an_affine_student_ends_at_the_data() -> None:
         EmbeddingLoss(embedding=Embedding(networks=2, width=16)),
     )
     optimizer = torch.optim.Adam(student.parameters(), 0.05)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=250)
-    for step in range(250):
-        ids = torch.arange(256) + 256 * step
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=150)
+    for step in range(150):
+        ids = torch.arange(128) + 128 * step
         batch = point_batch(ids, step, dim=1)
         batch = dataclasses.replace(batch, latents=0.7 + 1.3 * batch.normal("data"))
         optimizer.zero_grad()

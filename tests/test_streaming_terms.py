@@ -21,9 +21,10 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.wan import WanConfig
 from fastgen.batch import Batch, Draws
 from fastgen.networks import Networks
-from fastgen.objectives import ADM, DMD2, GNDM, OBJECTIVES, RTDMD, DisBack, FDistill, Objective, ReDMD
+from fastgen.objectives import ADM, DMD2, GNDM, OBJECTIVES, RTDMD, DisBack, FDistill, Objective, ReDMD, SiD
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.disback import PathTurn
+from fastgen.objectives.embedding import Embedding
 from fastgen.registry import RecipeError, import_name
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.function import FunctionReward
@@ -38,6 +39,8 @@ TERMS: dict[str, Objective] = {
     "GAN, f-distill": FDistill(gan_weight=1.0),
     "GAN, Re-DMD": ReDMD(gan_weight=1.0),
     "GAN, DisBack": DisBack(gan_weight=1.0, path_length=2, path_every=1),
+    "GAN, SiD": SiD(gan_weight=1.0),
+    "embedding loss": DMD2(embedding=Embedding(networks=2, width=8)),
     "ADM": ADM(guidance_scale=1.0),
     "reward, GNDM": GNDM(reward_weight=1.0, group_size=2),
     "reward, RTDMD": RTDMD(stage=2, selected_steps=0, group_size=1, guidance_scale=1.0, reward_weight=1.0),

@@ -187,9 +187,9 @@ def check_chunks(recipe: Recipe) -> None:
     if not objective.takes_chunks:
         raise RecipeError(
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
-            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, adm, phased_dmd, rtdmd (stage: 1, or "
-            "selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression (states: line) and consistency "
-            "(teach: data) can"
+            f"{objective.needs_whole_videos}. dmd2, f_distill, re_dmd, disback, sid, sim, vdot, embedding_loss, adm, "
+            "phased_dmd, rtdmd (stage: 1, or selected_steps: 0), gndm (form: path), teacher_forcing, ode_regression "
+            "(states: line) and consistency (teach: data) can"
         )
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(

@@ -205,7 +205,7 @@ class DMD2(Objective):
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
-        if turn.name == "student" and self.ida_decay is not None:
+        if "student" in turn.roles and self.ida_decay is not None:
             blend(unextended(networks.fake_score), unextended(networks.student), self.ida_decay)
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:

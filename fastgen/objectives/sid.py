@@ -71,13 +71,6 @@ from fastgen.schedule import expand
 LARGEST_LOGIT = 10.0  # of the generator's side, SiDA's code
 
 
-@dataclasses.dataclass(frozen=True)
-class SiDTurn(Turn):
-    """adversarial: whether the student's loss has the GAN's term in it."""
-
-    adversarial: bool = True
-
-
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SiD(DMD2):
     name: Literal["sid"] = "sid"  # type: ignore[assignment]
@@ -93,7 +86,8 @@ class SiD(DMD2):
     gan_weight: float = Field(default=0.0, ge=0)
     # of the sum of two mean softplus against a mean over elements: 0.5 / d in SiDA's code, for samples of d elements
     discriminator_weight: float = Field(default=0.01, gt=0)
-    # the student's updates before it sees the GAN; SiDA: after 200,000 images, which are 781 updates of 256
+    # the student's updates before it sees the GAN, whose turns are called warm_up; 200,000 images in SiDA's code, which
+    # are 781 updates of 256
     gan_start: int = Field(default=0, ge=0, le=MOST_UPDATES)
 
     @model_validator(mode="after")
@@ -124,11 +118,11 @@ class SiD(DMD2):
         return modules
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        fake_turn, _ = super().turns(step, state)
-        return fake_turn, SiDTurn("student", ("student",), adversarial=step >= self.gan_start)
+        fake_turn, student_turn = super().turns(step, state)
+        return fake_turn, student_turn if step >= self.gan_start else Turn("warm_up", ("student",))
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
-        if isinstance(turn, SiDTurn) and not turn.adversarial:
+        if turn.name == "warm_up":
             return dataclasses.replace(self, gan_weight=0.0, gan_start=0).student_loss(networks, batch)
         return super().loss(turn, networks, batch, state)
 

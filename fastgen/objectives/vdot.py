@@ -19,7 +19,8 @@ token is drawn to the mean of b. `epsilon` is eps divided by the mean of C.
 The algorithm, for every student update:
     fake_updates times:  fake_score <- denoising loss of x,  D <- relative loss D(x_t) - D(real_t) + R1 penalty
     once, in even updates:  student <- surrogate of ot_weight * OT field + dmd_weight * DMD2's field
-    once, in odd updates:   student <- -gan_weight * (D(x_t) - D(real_t)); D(real_t) has no gradient and is left out
+    once, in odd updates (turn "adversarial"):  student <- -gan_weight * D(x_t), the part of the relative loss
+                            -(D(x_t) - D(real_t)) that has gradient
     the average of the student's weights is updated once.
 Without a GAN (gan_weight 0) every update is an even one, and no real data are needed.
 
@@ -45,13 +46,6 @@ from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout
 
 
-@dataclasses.dataclass(frozen=True)
-class VDOTTurn(Turn):
-    """adversarial: the student's loss of this update is the GAN's."""
-
-    adversarial: bool = False
-
-
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class VDOT(DMD2):
     name: Literal["vdot"] = "vdot"  # type: ignore[assignment]
@@ -73,16 +67,16 @@ class VDOT(DMD2):
         return self
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        fake_turn, _ = super().turns(step, state)
-        return fake_turn, VDOTTurn("student", ("student",), adversarial=bool(self.gan_weight) and step % 2 == 1)
+        fake_turn, student_turn = super().turns(step, state)
+        return fake_turn, Turn("adversarial", ("student",)) if self.gan_weight and step % 2 else student_turn
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
-        if not isinstance(turn, VDOTTurn):
+        if turn.name == "fake_score":
             return self.fake_loss(networks, batch)
-        if not turn.adversarial:
+        if turn.name == "student":
             return dataclasses.replace(self, gan_weight=0.0).student_loss(networks, batch)
         gan = self.generator_gan(networks, batch, self.rollout(networks, batch, grad=True))
-        return Loss(self.gan_weight * gan, {"gan": gan.detach()})
+        return Loss(self.gan_weight * gan, {"loss": self.gan_weight * gan.detach()})
 
     def field(self, x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
         """g [B, ...]: both fields, weighted. The OT field has no normaliser, as in the paper."""

@@ -3,8 +3,7 @@
 python tools/golden/sid_lsg.py CHECKOUT
 
 Denoisers are GoldenNetworks that predict the noise, behind diffusers' DDPMScheduler. A prompt is the number of a row
-of embeddings; the empty prompt is one row. The generator's loss is made of statements of their training loop, and the
-fake score's is the square of the error there."""
+of embeddings; the empty prompt is one row. The losses are statements of their training loop."""
 
 import types
 from typing import Any
@@ -79,8 +78,9 @@ def main() -> None:
     source = f"{PATH}, sid_sd_denoise; {LOOP}, training_loop (the generator's loss)"
     CHECKOUT.save("sid_lsg_generator", given | {"loss": loss, "gradient": grad}, source)
 
-    prediction = predict(fake, x, 2.5, predict_x0=False)
-    loss = (prediction - noise).square().sum()
+    known = {"noise_fake": predict(fake, x, 2.5, predict_x0=False), "noise": noise}
+    CHECKOUT.execute(LOOP, "loss = (noise_fake - noise) ** 2", None, known)
+    loss = known["loss"].sum()
     source = f"{PATH}, sid_sd_denoise; {LOOP}, training_loop (the fake score's loss)"
     CHECKOUT.save("sid_lsg_fake", given | {"loss": loss, "gradient": fake.gradient(loss)}, source)
 
