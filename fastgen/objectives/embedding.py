@@ -186,13 +186,14 @@ def random_features(x: Tensor, key: int, width: int, layers: int) -> Tensor:
     h, kernel = x, (3, 3) if x.dim() == 4 else ()
     for i in range(layers):
         shape = (h.shape[1], *kernel)
-        rows = torch.arange(width, device=x.device)
-        weight = noise.normal(rows, shape, noise.make_key(key, "weight", i), torch.float32).to(h)
+        channels = torch.arange(width, device=x.device)
+        weight = noise.normal(channels, shape, noise.make_key(key, "weight", i), torch.float32).to(h)
         weight = weight * (2 / weight[0].numel()) ** 0.5
-        bias = noise.normal(rows, (), noise.make_key(key, "bias", i), torch.float32).to(h)
+        bias = noise.normal(channels, (), noise.make_key(key, "bias", i), torch.float32).to(h)
         h = F.silu(F.conv2d(h, weight, bias, padding=1) if kernel else F.linear(h, weight, bias))
         if kernel and max(h.shape[2:]) > POOLED:
             h = F.avg_pool2d(h, 2, ceil_mode=True)
     if kernel and max(h.shape[2:]) > POOLED:
-        h = F.adaptive_avg_pool2d(h, tuple(min(side, POOLED) for side in h.shape[2:]))
+        rows, columns = (min(side, POOLED) for side in h.shape[2:])
+        h = F.adaptive_avg_pool2d(h, (rows, columns))
     return h.flatten(1)

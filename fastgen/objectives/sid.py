@@ -86,7 +86,7 @@ class SiD(DMD2):
     gan_weight: float = Field(default=0.0, ge=0)
     # of the sum of two mean softplus against a mean over elements: 0.5 / d in SiDA's code, for samples of d elements
     discriminator_weight: float = Field(default=0.01, gt=0)
-    # the student's updates before it sees the GAN, whose turns are called warm_up; 200,000 images in SiDA's code, which
+    # the student's updates before it sees the GAN, whose turns are called warm_up; SiDA's code: 200,000 images, which
     # are 781 updates of 256
     gan_start: int = Field(default=0, ge=0, le=MOST_UPDATES)
 
