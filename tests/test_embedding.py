@@ -86,6 +86,13 @@ def test_bandwidths_follow_the_median_distance() -> None:
     assert abs(one - other) < 1e-10
 
 
+def test_autocast_does_not_round_distances() -> None:
+    x, y, kernel_for = 10 + normal(20, 3).float(), 10 + normal(20, 3).float(), Embedding().kernel_for
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mmd(x, y, kernel_for)
+    assert torch.equal(inside, mmd(x, y, kernel_for))
+
+
 @pytest.mark.parametrize("shape", [(2,), (3, 8, 8), (3, 5, 9), (2, 3, 8, 8)], ids=["point", "image", "odd", "video"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_random_networks_of_all_shapes(shape: tuple[int, ...], layers: int) -> None:

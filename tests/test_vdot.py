@@ -111,6 +111,9 @@ def test_a_point_is_one_token() -> None:
 def test_bfloat16_and_wrong_numbers_stay_finite() -> None:
     fake, real = normal(2, 3, 4, 4).bfloat16(), normal(2, 3, 4, 4, seed=1).bfloat16()
     assert transport_field(fake, real, 0.05, 50).dtype == torch.float32
+    plain = transport_field(normal(2, 3, 4, 4).float(), real.float(), 0.05, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transport_field(normal(2, 3, 4, 4).float(), real.float(), 0.05, 50), plain)
     fake[0, 0, 0, 0] = float("nan")
     assert transport_field(fake, real, 0.05, 50).isfinite().all()
 

@@ -153,7 +153,8 @@ def mmd(x: Tensor, y: Tensor, kernel_for: Callable[[Tensor], Kernel]) -> Tensor:
 
     kernel_for: makes the kernel from the squared distances [n, m] of x to y, which are means over the D features."""
     n, both = len(x), torch.cat([x, y]).to(torch.promote_types(x.dtype, torch.float32))
-    gram = both @ both.T
+    with torch.autocast(x.device.type, enabled=False):  # distances are small differences of large products
+        gram = both @ both.T
     length = gram.diagonal()
     square = (length[:, None] + length[None] - 2 * gram).clamp_min(0) / both.shape[1]
     k = kernel_for(square[:n, n:])(square)

@@ -74,13 +74,13 @@ LARGEST_LOGIT = 10.0  # of the generator's side, SiDA's code
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SiD(DMD2):
     name: Literal["sid"] = "sid"  # type: ignore[assignment]
-    # of SiD-LSG, SiDA and SiD-DiT, and in part of the runs of SiD; the best of SiD's EDM runs have 1.2. Rows sid_*
+    # SiD-LSG, SiDA and SiD-DiT; 1.2 in SiD's EDM runs (rows sid_generator, sid_generator_alpha)
     alpha: float = Field(default=1.0, ge=0)
     fake_updates: int = Field(default=1, ge=1, le=MOST_STEPS)  # the two networks alternate, all papers
     normaliser_floor: float = Field(default=1e-5, gt=0)  # of mean|x - real|, their code (row sid_generator)
     fake_guidance: float = 1.0  # kappa_2 = kappa_3: 2 in SiD-LSG's runs, 4.5 in SiD-DiT's; see above
     fake_training_guidance: float = 1.0  # kappa_1: the same
-    # the share of samples that the fake score learns with the empty prompt; 0.1 in SiD-LSG's code with kappas above 1
+    # the share of samples that the fake score learns with the empty prompt; 0.1 in SiD-LSG's code, if a kappa is not 1
     prompt_dropout: float = Field(default=0.0, ge=0, lt=1)
     # lambda of SiDA: 0.01 in its EDM runs, beside 100 times SiD's loss, which is 1e-4 here (row sida_generator)
     gan_weight: float = Field(default=0.0, ge=0)

@@ -118,8 +118,9 @@ def tokens(x: Tensor) -> Tensor:
 def transport_field(fake: Tensor, real: Tensor, epsilon: float, steps: int) -> Tensor:
     """[B, ...]: a_i - n sum_j T*_ij b_j at every token a_i of fake, b_j of real; detached, in float32 or above.
 
-    epsilon: in units of the mean cost of a set of tokens. steps: of Sinkhorn's iteration."""
-    with torch.no_grad():
+    epsilon: in units of the mean cost of a set of tokens. steps: of Sinkhorn's iteration. Under autocast, too: in
+    bfloat16 the rounding of b would be as large as the field."""
+    with torch.no_grad(), torch.autocast(fake.device.type, enabled=False):
         a, b = (tokens(v.to(torch.promote_types(v.dtype, torch.float32))) for v in (fake, real))
         cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
         mean = cost.mean((-2, -1), keepdim=True).clamp_min(1e-12)
