@@ -50,7 +50,7 @@ def test_examples_are_keys_and_guides_exist(project: Path) -> None:
     for path in OBJECTIVES.values():
         cls = imported(path)
         assert cls.examples and all("name" not in keys for keys in cls.examples)
-        assert not cls.guide or (project / cls.guide).is_file()
+        assert not cls.page or (project / cls.page).is_file()
 
 
 def test_a_page_has_the_docstring_and_every_key_with_its_comment() -> None:

@@ -32,10 +32,12 @@ from fastgen.objectives import (
     FDistill,
     Objective,
     ReDMD,
+    SiD,
     StreamR1,
 )
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.disback import PathTurn
+from fastgen.objectives.embedding import Embedding
 from fastgen.registry import RecipeError, import_name
 from fastgen.rewards import Composite, Scorer
 from fastgen.rewards.function import FunctionReward
@@ -52,6 +54,8 @@ TERMS: dict[str, Objective] = {
     "GAN, Stream-R1": StreamR1(gan_weight=1.0),
     "GAN, ASD": ASD(lists=((1.0, 0.6), (1.0,)), asd_weight=1.0),
     "GAN, DisBack": DisBack(gan_weight=1.0, path_length=2, path_every=1),
+    "GAN, SiD": SiD(gan_weight=1.0),
+    "embedding loss": DMD2(embedding=Embedding(networks=2, width=8)),
     "ADM": ADM(guidance_scale=1.0),
     "reward, GNDM": GNDM(reward_weight=1.0, group_size=2),
     "reward, RTDMD": RTDMD(stage=2, selected_steps=0, group_size=1, guidance_scale=1.0, reward_weight=1.0),

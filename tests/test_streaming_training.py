@@ -60,6 +60,8 @@ def recipe(folder: Path, output: Path, objective: dict[str, Any], **changes: Any
         {"name": "dmd2", "fake_updates": 1},
         {"name": "adm", "fake_updates": 1},
         {"name": "tdm", "distance": "l2"},
+        pytest.param({"name": "sid", "fake_updates": 1}, marks=pytest.mark.slow),
+        pytest.param({"name": "vdot", "fake_updates": 1, "sinkhorn_steps": 5}, marks=pytest.mark.slow),
         pytest.param({"name": "rtdmd", "fake_updates": 1}, marks=pytest.mark.slow),
         pytest.param({"name": "gndm", "fake_updates": 1, "group_size": 1}, marks=pytest.mark.slow),
         {

@@ -221,6 +221,10 @@ ENTRIES = (
         ("objective.name=disback", "objective.condition_on_stop=false"),
         scaled=path,
     ),
+    Entry("sid", MATCHING, "sid", "sid_4step", (0.075, 1.0)),
+    Entry("sim", MATCHING, "sim", "sid_4step", (0.075, 1.0), ("objective.name=sim",)),
+    Entry("vdot", MATCHING, "vdot", "vdot_4step", (0.125, 1.2)),
+    Entry("embedding_loss", MATCHING, "embedding_loss", "embedding_loss_4step", (0.236, 0.3)),
     Entry("gndm_path", MATCHING, "gndm", "gndm_4step", (0.102, 1.15)),
     Entry(
         "gndm_score",

@@ -58,6 +58,8 @@ class AnyFlow(FlowMap):
 
     takes_chunks = True
 
+    page = "docs/streaming_methods.md"
+
     name: Literal["any_flow"] = "any_flow"  # type: ignore[assignment]
     form: Literal["mean_flow", "semigradient", "progressive"] = "mean_flow"  # type: ignore[assignment]
     teach: Literal["self"] = "self"  # type: ignore[assignment]

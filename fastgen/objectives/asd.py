@@ -47,6 +47,8 @@ from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation
 class ASD(DMD2):
     """lists: from many steps to few; rollout.timesteps, with which the student is exported, is one of them."""
 
+    page = "docs/streaming_methods.md"
+
     name: Literal["asd"] = "asd"  # type: ignore[assignment]
     lists: StepLists = ()
     asd_weight: float = Field(default=1e-2, gt=0)  # of a mean softplus, beside half a mean square; ours

@@ -65,7 +65,7 @@ class Objective:
     # Sets of keys with which it can be made, the usual one first, then one for each option that needs or trains
     # something else. What `fastgen objectives` says of an objective is what these instances do.
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    guide: ClassVar[str] = ""  # the document that says more than the docstring, if there is one
+    page: ClassVar[str] = ""  # the document that says more than the docstring, if there is one
     group_size: int = 1  # samples per prompt, all in one micro-batch; Batch.group holds the prompt group of each
     # score: uses the rewards' values; gradient: backpropagates through the differentiable rewards
     reward_use: Literal["none", "score", "gradient"] = "none"

@@ -75,6 +75,7 @@ from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
+from fastgen.objectives.embedding import Embedding, check_batch
 from fastgen.objectives.ladd import Ladd
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
@@ -111,7 +112,7 @@ class Endpoints:
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Consistency(Objective):
     examples = tuple({"grid": {"count": 40}, **keys} for keys in ({}, {"gan": {"weight": 0.1}}, {"teach": "data"}))
-    guide = "docs/flow_maps.md"
+    page = "docs/flow_maps.md"
     takes_inputs = True
     takes_chunks = True
 
@@ -142,6 +143,7 @@ class Consistency(Objective):
     # PCM: weight 0.1 of a mean, with elementwise_huber (row pcm_ratio), generator hinge, and time from 0 to 1. D
     # distinguishes the two points that are compared, both renoised within the phase
     gan: Ladd | None = None
+    embedding: Embedding | None = None  # of the student's points and real data noised to the same level
     form: Form = "packed"  # with rollout.chunks, see `objectives.causal`
 
     @model_validator(mode="after")
@@ -199,11 +201,13 @@ class Consistency(Objective):
             )
         time_pairs.check_told(policy, self.guidance_range)
         check_order(policy)
-        if policy.chunks is not None and (self.teach, self.phases, self.end, self.gan) != ("data", (1,), "edge", None):
+        if policy.chunks is not None and (
+            (self.teach, self.phases, self.end) != ("data", (1,), "edge") or self.gan or self.embedding
+        ):
             raise ValueError(
                 "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
-                "and leave out phases, end and gan (chunks that are predicted from real frames do not continue each "
-                "other, and a discriminator of whole videos would see that)"
+                "and leave out phases, end, gan and embedding (chunks that are predicted from real frames do not "
+                "continue each other, and what looks at whole videos would see that)"
             )
         if policy.chunks is None and self.form != "packed":
             raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
@@ -231,6 +235,7 @@ class Consistency(Objective):
     def check_recipe(self, recipe: Recipe) -> None:
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
+        check_batch(self.embedding, recipe)
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
         if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler" or self.weight == "gap"):
             raise ValueError(
@@ -242,6 +247,7 @@ class Consistency(Objective):
         """The discriminator and the target network, where they are used. The target network draws the same dropout
         as the student, so it stays in training mode."""
         modules = {} if self.gan is None else self.gan.networks(backbone)
+        modules |= {} if self.embedding is None else self.embedding.networks_needed(backbone)
         if self.target_decay is not None:
             modules["target"] = self.make_student(backbone, policy).requires_grad_(False)
         return modules
@@ -279,6 +285,11 @@ class Consistency(Objective):
             gan = self.gan.student_loss(networks, batch, points.student, points.end, points.upper)
             total = total + self.gan.weight * gan
             terms["gan"] = gan.detach()
+        if self.embedding is not None:
+            assert batch.latents is not None
+            distance = self.embedding.student_loss(networks, batch, points.student, batch.latents, points.end)
+            total = total + self.embedding.weight * distance
+            terms["embedding"] = distance.detach()
         return Loss(total, {"loss": total.detach()} | terms)
 
     def endpoints(self, turn: ConsistencyTurn, networks: Networks, batch: Batch, state: State) -> Endpoints:

@@ -20,6 +20,7 @@ From the paper's abstract and method section; formulas derived. Its first stage 
 teacher is trained to continue videos from imperfect context, and its slow and fast memory is `rollout.chunks.slow`.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,14 +32,12 @@ from torch import Tensor, nn
 
 from fastgen import signals
 from fastgen.backbones.base import Backbone
-from fastgen.batch import Batch, Conditioning
+from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser, Inputs
-from fastgen.modules.expert_levels import draw_levels
 from fastgen.networks import Networks
-from fastgen.objectives.base import Loss
 from fastgen.objectives.causal import check_order
 from fastgen.objectives.dmd2 import DMD2
-from fastgen.objectives.fake_score import make_fake_score
+from fastgen.objectives.fake_score import denoising_loss, make_fake_score
 from fastgen.recipe import Recipe
 from fastgen.rollout import Rollout, RolloutPolicy
 from fastgen.sampling.sampler import METADATA, read_metadata
@@ -50,6 +49,8 @@ class ContextForcing(DMD2):
     """teacher_from: a run of teacher_forcing, or its export, whose student is the causal teacher and the start of the
     fake score. None: the pipeline's own network, which must then be causal, as that of ar1_video is.
     teacher_window: how many frames the teacher sees, the chunk included; None: all."""
+
+    page = "docs/streaming.md"
 
     name: Literal["context_forcing"] = "context_forcing"  # type: ignore[assignment]
     teacher_from: str | None = None
@@ -64,7 +65,7 @@ class ContextForcing(DMD2):
         if policy.chunks is None:
             raise ValueError("context_forcing is for students that work in chunks: give rollout.chunks, or use dmd2")
         check_order(policy)
-        for key in ("gan_weight", "ca_time", "ida_decay"):
+        for key in ("gan_weight", "ca_time", "ida_decay", "embedding"):
             if getattr(self, key):
                 raise ValueError(f"{key} is a term on whole videos, and context_forcing compares chunks: leave it out")
         self.schedule(policy)
@@ -104,37 +105,29 @@ class ContextForcing(DMD2):
     @torch.no_grad()
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t = self.renoised(networks, batch, rollout)
-        fake = self.conditional(networks.fake_score, networks.policy, rollout, x_t, t, batch.cond)
+        fake = networks.fake_score(x_t, t, batch.cond, self.told(networks, rollout))
         teacher: Denoiser = networks.get("context_teacher", networks.teacher)  # type: ignore[assignment]
-        scale, clean = self.guidance_scale, rollout.x
-        if scale != 1:  # guidance doubles the rows of x_t, and those of its past with them
-            clean = torch.cat([clean, clean])
-        seen = Inputs(causal=self.schedule(networks.policy), clean=clean)
-        predict = partial(teacher, inputs=seen)
-        per_expert = teacher.per_expert(scale, t)
+        # guidance doubles the rows of x_t, and those of its past with them
+        past = rollout.x if self.guidance_scale == 1 else torch.cat([rollout.x, rollout.x])
+        predict = partial(teacher, inputs=self.seen(networks, past))
+        scale = teacher.per_expert(self.guidance_scale, t)
         interval, rescale = self.guidance_interval, self.guidance_rescale
-        real = signals.guided(predict, x_t, t, batch.cond, batch.uncond, per_expert, interval, rescale)
-        grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
-        return grad, signals.lag_terms(rollout.x, fake, real)
+        real = signals.guided(predict, x_t, t, batch.cond, batch.uncond, scale, interval, rescale)
+        return self.field(rollout.x, fake, real), signals.lag_terms(rollout.x, fake, real)
 
-    def critic_loss(self, networks: Networks, batch: Batch, rollout: Rollout) -> Loss:
+    def fake_denoising(self, networks: Networks, batch: Batch, rollout: Rollout) -> Tensor:
         """The denoising loss of every chunk of the student's videos, given the frames before it."""
-        schedule, fake_score = networks.teacher.schedule, networks.fake_score
-        within = self.level_range(networks.policy, rollout)
-        t = draw_levels(batch, "fake_time", partial(self.fake_time, within=within), fake_score)
-        x_t = schedule.add_noise(rollout.x, batch.normal("fake_noise"), t)
-        prediction = self.conditional(fake_score, networks.policy, rollout, x_t, t, batch.cond)
-        space = self.fake_space or fake_score.prediction_type
-        loss = signals.denoising_loss(prediction, rollout.x, x_t, t, schedule, space)
-        return Loss(loss, {"loss": loss.detach()})
+        within, inputs = self.level_range(networks.policy, rollout), self.told(networks, rollout)
+        return denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs, within)
 
-    def conditional(
-        self, network: Denoiser, policy: RolloutPolicy, rollout: Rollout, x_t: Tensor, t: Tensor, cond: Conditioning
-    ) -> Tensor:
-        """The clean prediction of every chunk of x_t at level t [B], given the frames of the rollout before it."""
+    def seen(self, networks: Networks, past: Tensor) -> Inputs:
+        """What makes a call on whole videos one on each of their chunks, given the frames of `past` before it."""
+        return Inputs(causal=self.schedule(networks.policy), clean=past.detach())
+
+    def told(self, networks: Networks, rollout: Rollout) -> Inputs:
+        """The inputs of the fake score."""
         stop = rollout.stop if self.condition_on_stop else None
-        seen = Inputs(causal=self.schedule(policy), clean=rollout.x.detach(), stop=stop)
-        return network(x_t, t, cond, seen)
+        return replace(self.seen(networks, rollout.x), stop=stop)
 
 
 def export_of(path: str) -> Path:

@@ -102,7 +102,7 @@ class CRD(Objective):
     that are means over samples and elements, without a half, and for A that is clipped at 5 and R in [0, 1]. Golden
     rows: crd_update (beta, clip, w, the anchor's weight, guidance and floor), crd_decays."""
 
-    guide = "docs/rewards.md"
+    page = "docs/rewards.md"
     needs_whole_videos = (
         "its implicit reward and its anchor compare predictions at a whole noised video, and a causal student "
         "predicts a chunk from noise and clean earlier frames"

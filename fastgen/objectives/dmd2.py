@@ -28,8 +28,9 @@ Two options take a few lines each, and are off by default:
                    g = lambda_DM (mu_fake - mu_real)(x_t) / n  -  (w - 1) (mu_real - mu_uncond)(x_t') / n'
     ida_decay  Implicit distribution alignment (SenseFlow, arXiv 2506.00523). After each student update
                    fake_score <- lambda fake_score + (1 - lambda) student
-Variants that weight samples or keep a state are separate objectives built from the methods here: f_distill, re_dmd,
-sc_dmd, disback.
+    embedding  Embedding Loss (arXiv 2604.22379). The student's loss gets weight * MMD(x, real data), see embedding.py
+Variants that weight samples, keep a state or use the two predictions otherwise are separate objectives built from the
+methods here: f_distill, re_dmd, sc_dmd, disback, sid, sim, vdot.
 """
 
 from functools import partial
@@ -48,7 +49,9 @@ from fastgen.modules.heads import TokenHeads
 from fastgen.modules.inputs import unextended
 from fastgen.networks import Networks, blend, frozen
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
+from fastgen.objectives.embedding import Embedding, check_batch, with_embedding
 from fastgen.objectives.fake_score import denoising_loss, make_fake_score, stop_input
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, step_from_data
 from fastgen.schedule import PredictionType, TimeSampler, expand
@@ -57,7 +60,7 @@ from fastgen.schedule import PredictionType, TimeSampler, expand
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
     examples = ({}, {"gan_weight": 5e-3})
-    guide = "docs/dmd2_family.md"
+    page = "docs/dmd2_family.md"
     takes_inputs = True
     takes_chunks = True
 
@@ -97,6 +100,7 @@ class DMD2(Objective):
     ca_time: TimeSampler | None = None
     dm_weight: float = Field(default=1.0, ge=0)  # lambda_DM, with ca_time; lambda_CA is guidance_scale - 1
     ida_decay: float | None = Field(default=None, ge=0, lt=1)  # lambda; 0.97 in LightX2V's code (row senseflow_ida)
+    embedding: Embedding | None = None
 
     @field_validator("guidance_interval")
     @classmethod
@@ -132,6 +136,9 @@ class DMD2(Objective):
                 f"ca_time leaves no noise level below that of the last step: low = {time.low} must be below "
                 f"high * {last} = {time.high * last:g}"
             )
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        check_batch(self.embedding, recipe)
 
     def check_input(self, policy: RolloutPolicy) -> None:
         """Raises ValueError where noised data cannot be the student's input."""
@@ -181,14 +188,15 @@ class DMD2(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"latents"}) if self.gan_weight or self.student_input == "data" else frozenset()
+        takes_data = self.gan_weight or self.student_input == "data" or self.embedding
+        return frozenset({"latents"}) if takes_data else frozenset()
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         fake_score = make_fake_score(backbone, policy, self.condition_on_stop)
         modules: dict[str, nn.Module] = {"fake_score": fake_score}
         if self.gan_weight:
             modules["discriminator"] = TokenHeads(fake_score.feature_dim, len(fake_score.feature_modules))
-        return modules
+        return modules | (self.embedding.networks_needed(backbone) if self.embedding else {})
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         roles = self.trained_roles[1:]
@@ -199,14 +207,14 @@ class DMD2(Objective):
         return self.student_loss(networks, batch) if turn.name == "student" else self.fake_loss(networks, batch)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
-        if turn.name == "student" and self.ida_decay is not None:
+        if "student" in turn.roles and self.ida_decay is not None:
             blend(unextended(networks.fake_score), unextended(networks.student), self.ida_decay)
 
     def student_loss(self, networks: Networks, batch: Batch) -> Loss:
         return self.matching_loss(networks, batch, self.rollout(networks, batch, grad=True))
 
     def matching_loss(self, networks: Networks, batch: Batch, rollout: Rollout, weight: Tensor | None = None) -> Loss:
-        """The surrogate of the score difference, plus the generator's side of the GAN.
+        """The surrogate of the score difference, plus the generator's side of the GAN and the embedding loss.
 
         weight: the factor of each sample's g, [B], or of each element's, a tensor that broadcasts over g; None: 1."""
         grad, terms = self.score_gradient(networks, batch, rollout)
@@ -214,11 +222,15 @@ class DMD2(Objective):
         total = signals.surrogate(rollout.x, grad)
         terms |= {"dm_grad": grad.abs().mean()}
         if self.gan_weight:
-            with frozen(networks.fake_score, networks["discriminator"]):
-                gan = signals.gan_generator_loss(self.logits(networks, batch, rollout.x, rollout.stop, "gan"))
+            gan = self.generator_gan(networks, batch, rollout)
             total = total + self.gan_weight * gan
             terms["gan"] = gan.detach()
-        return Loss(total, terms | {"loss": total.detach()})
+        return with_embedding(self.embedding, networks, batch, rollout.x, total, terms)
+
+    def generator_gan(self, networks: Networks, batch: Batch, rollout: Rollout) -> Tensor:
+        """The generator's side of the GAN, a scalar. Gradient flows to the samples alone."""
+        with frozen(networks.fake_score, networks["discriminator"]):
+            return signals.gan_generator_loss(self.logits(networks, batch, rollout.x, rollout.stop, "gan"))
 
     def fake_loss(self, networks: Networks, batch: Batch) -> Loss:
         """The denoising loss on the student's samples, plus the discriminator's side of the GAN."""
@@ -226,21 +238,28 @@ class DMD2(Objective):
 
     def critic_loss(self, networks: Networks, batch: Batch, rollout: Rollout) -> Loss:
         """`fake_loss` at these samples."""
-        inputs = stop_input(rollout.stop, self.condition_on_stop)
-        within = self.level_range(networks.policy, rollout)
-        denoising = denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs, within)
+        denoising = self.fake_denoising(networks, batch, rollout)
+        terms = {"loss": denoising.detach()}
         if not self.gan_weight:
-            return Loss(denoising, {"loss": denoising.detach()})
+            return Loss(denoising, terms)
+        gan, gan_terms = self.discriminator_gan(networks, batch, rollout)
+        return Loss(denoising + self.discriminator_weight * gan, terms | gan_terms)
+
+    def discriminator_gan(
+        self, networks: Networks, batch: Batch, rollout: Rollout
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's side of the GAN, a scalar, and its terms to log."""
         assert batch.latents is not None
         fake_logits = self.logits(networks, batch, rollout.x, rollout.stop, "gan_fake")
         real_logits = self.logits(networks, batch, batch.latents, rollout.stop, "gan_real")
         gan = signals.gan_discriminator_loss(real_logits, fake_logits)
-        terms = {
-            "loss": denoising.detach(),
-            "gan": gan.detach(),
-            "logit_gap": (real_logits - fake_logits).mean().detach(),
-        }
-        return Loss(denoising + self.discriminator_weight * gan, terms)
+        return gan, {"gan": gan.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
+
+    def fake_denoising(self, networks: Networks, batch: Batch, rollout: Rollout) -> Tensor:
+        """The denoising loss of the fake score on the student's samples."""
+        inputs = stop_input(rollout.stop, self.condition_on_stop)
+        within = self.level_range(networks.policy, rollout)
+        return denoising_loss(networks, batch, rollout.x, self.fake_time, self.fake_space, inputs, within)
 
     def rollout(self, networks: Networks, batch: Batch, grad: bool) -> Rollout:
         stop = draw_stops(batch, networks.policy.num_steps, shared=self.stops == "shared")
@@ -251,9 +270,21 @@ class DMD2(Objective):
     def score_gradient(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """g [B, ...] at the student's samples, and the terms of the fake score's lag (`signals.lag_terms`)."""
         x_t, t = self.renoised(networks, batch, rollout)
-        fake = networks.fake_score(x_t, t, batch.cond, stop_input(rollout.stop, self.condition_on_stop))
+        fake = self.fake_prediction(networks, batch, rollout.stop, x_t, t)
+        real = self.real_prediction(networks, batch, x_t, t)
+        grad = self.field(rollout.x, fake, real)
+        if self.ca_time is not None:
+            grad = self.dm_weight * grad + self.guidance_gradient(networks, batch, rollout, self.ca_time)
+        return grad, signals.lag_terms(rollout.x, fake, real)
+
+    def fake_prediction(self, networks: Networks, batch: Batch, stop: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """mu_fake at x_t, [B, ...]."""
+        return networks.fake_score(x_t, t, batch.cond, stop_input(stop, self.condition_on_stop))
+
+    def real_prediction(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+        """mu_real^w at x_t, [B, ...]; with ca_time, mu_real."""
         scale = self.guidance_scale if self.ca_time is None else 1.0
-        real = signals.guided(
+        return signals.guided(
             networks.teacher,
             x_t,
             t,
@@ -263,10 +294,10 @@ class DMD2(Objective):
             self.guidance_interval,
             self.guidance_rescale,
         )
-        grad = signals.score_difference(rollout.x, fake, real, self.normaliser_floor)
-        if self.ca_time is not None:
-            grad = self.dm_weight * grad + self.guidance_gradient(networks, batch, rollout, self.ca_time)
-        return grad, signals.lag_terms(rollout.x, fake, real)
+
+    def field(self, x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
+        """g [B, ...] at the samples x, from the two predictions."""
+        return signals.score_difference(x, fake, real, self.normaliser_floor)
 
     def guidance_gradient(self, networks: Networks, batch: Batch, rollout: Rollout, time: TimeSampler) -> Tensor:
         """-(w - 1) (mu_real - mu_uncond) / mean|x - mu_real| [B, ...], at x renoised with separate draws.

@@ -3,6 +3,7 @@
 Several objectives share it. With `condition_on_stop` (ours) it is conditioned on the step of the rollout that made its
 input, so that the samples of each step are matched by themselves, not only their mixture; see dmd2.py."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -38,15 +39,17 @@ def denoising_loss(
     space: PredictionType | None = None,
     inputs: Inputs = NO_INPUTS,
     within: tuple[Tensor, Tensor] | None = None,
+    predict: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Scalar: `signals.denoising_loss` of the fake score, at the student's clean samples x0 [B, ...] renoised to
     levels drawn from `time`.
 
     space: the prediction type in which the error is measured; None is the fake score's own.
     within: each sample's lowest and highest level, [B] each; None: the whole law.
+    predict: x0 from x_t and t; None: the fake score with the batch's prompts and these inputs.
     Gradient flows to the fake score."""
     schedule = networks.teacher.schedule
     t = draw_levels(batch, "fake_time", partial(time, within=within), networks.fake_score)
     x_t = schedule.add_noise(x0, batch.normal("fake_noise"), t)
-    prediction = networks.fake_score(x_t, t, batch.cond, inputs)
+    prediction = predict(x_t, t) if predict else networks.fake_score(x_t, t, batch.cond, inputs)
     return signals.denoising_loss(prediction, x0, x_t, t, schedule, space or networks.fake_score.prediction_type)

@@ -101,7 +101,7 @@ class GapTurn(Turn):
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class FlowMap(Objective):
     examples = ({}, {"source": "prior"})
-    guide = "docs/flow_maps.md"
+    page = "docs/flow_maps.md"
     takes_inputs = True
     takes_derivatives = True
 

@@ -55,6 +55,8 @@ class GDD(Objective):
     trained_roles = ("student", "discriminator")
     needs_whole_videos = "its discriminator compares whole samples, and its student makes them in one step from noise"
 
+    page = "docs/dmd2_family.md"
+
     name: Literal["gdd"] = "gdd"
     pixel_network: str | None = None
     time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # of renoised samples, without pixel_network; ours

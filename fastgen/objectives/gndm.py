@@ -68,7 +68,7 @@ FIELDS_OF_FORM = {
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class GNDM(Objective):
     examples = ({}, {"reward_weight": 1.0}, {"reward_weight": 1.0, "form": "score"})
-    guide = "docs/rewards.md"
+    page = "docs/rewards.md"
     name: Literal["gndm"] = "gndm"
     form: Literal["path", "score"] = "path"
     group_size: int = Field(default=8, ge=1, le=MOST_BATCH)

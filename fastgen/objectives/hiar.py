@@ -45,6 +45,8 @@ from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_st
 class HiAR(DMD2):
     takes_inputs = False
 
+    page = "docs/streaming_methods.md"
+
     name: Literal["hiar"] = "hiar"  # type: ignore[assignment]
     # of a mean square without a half, beside DMD2's half of one: the released config
     kl_weight: float = Field(default=0.1, gt=0)

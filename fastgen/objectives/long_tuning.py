@@ -45,6 +45,8 @@ PARTS = 10_000  # of the probability of a switch
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class LongTuning(DMD2):
+    page = "docs/streaming.md"
+
     name: Literal["long_tuning"] = "long_tuning"  # type: ignore[assignment]
     # latent frames after which the videos begin anew; 240 in LongLive's code, whose first stage has 21
     longest: int = Field(default=240, ge=2, le=MOST_STEPS)

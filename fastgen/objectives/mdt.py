@@ -53,6 +53,8 @@ class MDT(Objective):
     takes_derivatives = True
     trained_roles = ("student",)
 
+    page = "docs/flow_maps.md"
+
     name: Literal["mdt"] = "mdt"
     matching_weight: float = Field(default=1.0, ge=0)  # lambda_vm: "1.0", row mdt_matching
     distillation_weight: float = Field(default=1.0, ge=0)  # lambda_vd: "1.0", row mdt_distillation

@@ -92,7 +92,7 @@ class MeanFlowTurn(Turn):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class MeanFlow(Objective):
-    guide = "docs/flow_maps.md"
+    page = "docs/flow_maps.md"
     takes_inputs = True
     takes_derivatives = True
     trained_roles = ("student",)

@@ -51,7 +51,7 @@ class ODERegression(Objective):
     """guidance_scale: the teacher's guidance with states: path. Use the same scale for the pairs.
     past, form: with rollout.chunks, what a chunk sees; see `objectives.causal` for form."""
 
-    guide = "docs/flow_maps.md"
+    page = "docs/flow_maps.md"
     trained_roles = ("student",)
     takes_chunks = True
 

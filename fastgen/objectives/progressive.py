@@ -63,6 +63,8 @@ class Progressive(Objective):
     trained_roles = ("student",)
     full_roles = ("student",)  # its weights are copied into `previous`
 
+    page = "docs/flow_maps.md"
+
     name: Literal["progressive"] = "progressive"
     stages: int = Field(default=3, ge=1, le=12)  # how often the number of steps is halved; ours
     # updates of each stage; "50k" in the paper, and 100k for the stages of 2 and 1 steps

@@ -82,6 +82,8 @@ class Reflow(Objective):
     trained_roles = ("student",)
     needs_whole_videos = "the ends of its pairs are whole videos, and a straight path between them has no past"
 
+    page = "docs/flow_maps.md"
+
     name: Literal["reflow"] = "reflow"
     stage: Literal["straighten", "distill"] = "straighten"
     time: TimeSampler = TimeSampler(low=0.0, high=1.0)  # "t ~ U(0, 1)", of stage: straighten

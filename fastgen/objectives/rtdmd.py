@@ -111,7 +111,7 @@ NOTHING: Mapping[str, Tensor] = {}
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RTDMD(ACDMD):
     examples = ({}, {"stage": 2}, {"critic_weight": "inverse_tilt", "reward_temperature": 1.0})
-    guide = "docs/rewards.md"
+    page = "docs/rewards.md"
     name: Literal["rtdmd"] = "rtdmd"
     stage: Literal[1, 2] = 1
     group_size: int = Field(default=1, ge=1, le=MOST_BATCH)  # K; 16 in stage 2

@@ -56,6 +56,8 @@ class Salt(SCDMD):
     """lists: from many steps to few; rollout.timesteps, with which the student is exported, is one of them.
     shares: how often each is drawn."""
 
+    page = "docs/streaming_methods.md"
+
     name: Literal["salt"] = "salt"  # type: ignore[assignment]
     lists: StepLists = ()
     shares: tuple[float, ...] | None = None  # None: equal; .4, .4, .2 of 8, 4 and 2 steps in the released configs

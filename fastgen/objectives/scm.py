@@ -100,7 +100,7 @@ class States:
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCM(Objective):
     examples = ({}, {"source": "trajectory"}, {"gan": {"weight": 0.5}}, {"matching": {}})
-    guide = "docs/flow_maps.md"
+    page = "docs/flow_maps.md"
     takes_inputs = True
     takes_derivatives = True
 

@@ -81,6 +81,8 @@ class SelfETurn(Turn):
 class SelfE(Objective):
     takes_inputs = True
 
+    page = "docs/flow_maps.md"
+
     name: Literal["self_e"] = "self_e"
     # "logit-normal with a shift by resolution", Sec. 4; the numbers are those of SD3 (ours)
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0)

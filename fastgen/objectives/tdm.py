@@ -67,6 +67,8 @@ class TDM(Objective):
     takes_chunks = True
     takes_step_counts = True
 
+    page = "docs/dmd2_family.md"
+
     name: Literal["tdm"] = "tdm"
     # w of uncond + w (cond - uncond): 4.5 PixArt (the released command; row tdm_generator); 1 is off
     guidance_scale: Guidance = 1.0

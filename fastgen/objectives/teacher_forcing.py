@@ -45,7 +45,7 @@ class TeacherForcing(Objective):
 
     The loss is that of Self-Forcing's code without its weight of levels (teacher_forcing in docs/faithfulness.md)."""
 
-    guide = "docs/streaming.md"
+    page = "docs/streaming.md"
     trained_roles = ("student",)
     takes_chunks = True
 

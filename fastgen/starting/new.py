@@ -20,7 +20,7 @@ from fastgen.starting.comments import written
 from fastgen.starting.facts import Wishes, look_at
 from fastgen.starting.values import IMAGES, first_values
 
-PROMPTED = ("dmd2", "phased_dmd", "gndm", "adm", "rtdmd")  # objectives that need no data but prompts
+PROMPTED = ("dmd2", "sid", "vdot", "phased_dmd", "gndm", "adm", "rtdmd")  # objectives that need no data but prompts
 # those that have a recipe for the digits; ode_regression is left out, whose pairs `fastgen prepare` makes first
 TEMPLATES = (*PROMPTED, "consistency", "scm", "flow_map", "mean_flow")
 MEMORY = 80.0  # GB, assumed for a large network where there is no GPU

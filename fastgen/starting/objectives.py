@@ -44,7 +44,7 @@ class Summary:
 
 def summary(name: str) -> Summary:
     """Of a name in OBJECTIVES, or of my_module:MyObjective. Raises RecipeError for an unknown name."""
-    cls = resolve("objective", name, OBJECTIVES, Objective)
+    cls: type[Objective] = resolve("objective", name, OBJECTIVES, Objective)
     examples = [
         (keys, build_section("objective", {"name": name, **keys}, OBJECTIVES, Objective)) for keys in cls.examples
     ]
@@ -62,7 +62,7 @@ def summary(name: str) -> Summary:
         sampler=samplers(usual),
         export=export(probe, [objective for _, objective in examples]),
         evaluations=probe.evaluations,
-        page=cls.guide or f"fastgen objectives {name}",
+        page=cls.page or f"fastgen objectives {name}",
     )
 
 
