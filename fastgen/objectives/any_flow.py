@@ -58,6 +58,7 @@ class AnyFlow(FlowMap):
 
     takes_chunks = True
 
+    examples = ({}, {"on_policy": {}})
     page = "docs/streaming_methods.md"
 
     name: Literal["any_flow"] = "any_flow"  # type: ignore[assignment]

@@ -47,6 +47,7 @@ from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation
 class ASD(DMD2):
     """lists: from many steps to few; rollout.timesteps, with which the student is exported, is one of them."""
 
+    examples = ({"lists": [[1.0, 0.75, 0.5, 0.25], [1.0, 0.5]]},)
     page = "docs/streaming_methods.md"
 
     name: Literal["asd"] = "asd"  # type: ignore[assignment]

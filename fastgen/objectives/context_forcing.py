@@ -50,6 +50,7 @@ class ContextForcing(DMD2):
     fake score. None: the pipeline's own network, which must then be causal, as that of ar1_video is.
     teacher_window: how many frames the teacher sees, the chunk included; None: all."""
 
+    examples = ({},)
     page = "docs/streaming.md"
 
     name: Literal["context_forcing"] = "context_forcing"  # type: ignore[assignment]

@@ -47,6 +47,7 @@ from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class FlashDMD(DMD2):
+    examples = ({},)
     takes_chunks = False
     needs_whole_videos = (
         "it routes whole samples by the level of their step, and its discriminator of pictures would tell the chunks "

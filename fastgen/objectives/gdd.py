@@ -177,11 +177,14 @@ class GDD(Objective):
 
     def r1_penalty(self, networks: Networks, batch: Batch) -> Tensor:
         """mean |grad D(real)|^2 over samples: D summed over heads, the square over the elements of what D sees, which
-        are the pixels or the renoised sample. Attention uses the MATH backend, which can be differentiated twice."""
+        are the pixels or the renoised sample. Attention uses the MATH backend, which can be differentiated twice.
+        Where no gradient is recorded, as when `fastgen plan` counts calls, it is 0."""
         assert batch.latents is not None
         with math_attention():
             seen = self.seen(networks, batch, batch.latents, "gan_real").detach().requires_grad_()
             logits = self.logits_of(networks, batch, seen, "gan_real")
+            if not torch.is_grad_enabled():
+                return 0 * logits.sum()
             (grad,) = torch.autograd.grad(logits.sum(), seen, create_graph=True)
         return grad.flatten(1).square().sum(1).mean()
 

@@ -56,6 +56,7 @@ class Salt(SCDMD):
     """lists: from many steps to few; rollout.timesteps, with which the student is exported, is one of them.
     shares: how often each is drawn."""
 
+    examples = ({"lists": [[1.0, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25, 0.1], [1.0, 0.75, 0.5, 0.25]]},)
     page = "docs/streaming_methods.md"
 
     name: Literal["salt"] = "salt"  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from rich.table import Table
 from fastgen.objectives.base import Objective
 from fastgen.registry import OBJECTIVES, build_section, resolve
 from fastgen.starting.pages import first_paragraph
-from fastgen.starting.probing import CHUNKS, JUMPS, STEPWISE, Probe, accepts, samplers, steps
+from fastgen.starting.probing import CHUNKS, JUMPING_CHUNKS, JUMPS, ONE_STEP, STEPWISE, Probe, accepts, samplers, steps
 
 DATA = {"latents": "pictures or videos", "pixels": "pictures or videos", "pairs": "ODE pairs"}
 USES = {"none": "no", "score": "any", "gradient": "differentiable"}
@@ -94,9 +94,9 @@ def export(probe: Probe, objectives: Sequence[Objective]) -> str:
     """What the folder of an exported student is to diffusers, for every instance of the objective's class."""
     several = f", {probe.experts} experts" if probe.experts > 1 else ""
     forms = {
-        f"stock pipeline{several}": STEPWISE.values(),
+        f"stock pipeline{several}": [*STEPWISE.values(), ONE_STEP[0]],
         "flow map pipeline": [JUMPS],
-        "streaming pipeline": [CHUNKS],
+        "streaming pipeline": [CHUNKS, JUMPING_CHUNKS],
     }
     return ", ".join(
         form for form, policies in forms.items() if any(accepts(o, policy) for o in objectives for policy in policies)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from fastgen.config.sections import SECTIONS, build_rewards
 from fastgen.denoiser import Denoiser
@@ -31,6 +32,7 @@ STEPWISE = {
 JUMPS = RolloutPolicy(LEVELS, "ode", two_time=True)
 ONE_STEP = (RolloutPolicy((1.0,)), RolloutPolicy((1.0,), "ode", two_time=True))
 CHUNKS = RolloutPolicy(LEVELS, chunks=ChunkSchedule(frames=1))
+JUMPING_CHUNKS = dataclasses.replace(JUMPS, chunks=CHUNKS.chunks)
 FEATURES = "features"  # stands in for the teacher, where that is a formula and has no features
 UPDATES = 1_000_000  # of the planned run, whose last update comes after every warm-up
 GUIDANCE = 4.0  # with which the teacher is called twice
@@ -59,12 +61,16 @@ def accepts(objective: Objective, policy: RolloutPolicy) -> bool:
 
 def samplers(objective: Objective) -> tuple[str, ...]:
     """The transitions of a student that is not told where its step ends, of a whole sample or of a chunk, and `jumps`
-    for one that is."""
+    for one that is; one call for a student that can only have one step."""
     found = []
     for name, policy in STEPWISE.items():
         if any(accepts(objective, dataclasses.replace(policy, chunks=chunks)) for chunks in (None, CHUNKS.chunks)):
             found.append(name)
-    return (*found, *(["jumps"] if accepts(objective, JUMPS) else []))
+    return (*found, *(["jumps"] if jumps(objective) else [])) or ("one call",)
+
+
+def jumps(objective: Objective) -> bool:
+    return any(accepts(objective, policy) for policy in (JUMPS, JUMPING_CHUNKS))
 
 
 def steps(objectives: Sequence[Objective]) -> str:
@@ -72,36 +78,36 @@ def steps(objectives: Sequence[Objective]) -> str:
     one class, the usual one first."""
     usual = objectives[0]
     stepwise = any(accepts(usual, policy) for policy in STEPWISE.values())
-    if not stepwise and accepts(usual, JUMPS):
+    if not stepwise and not accepts(usual, CHUNKS) and jumps(usual):
         return "any number"
     if stepwise and usual.learned_levels != ():
         return "any of its levels"
     if not stepwise:
-        return "fixed, of a chunk"
+        return "fixed, of a chunk" if accepts(usual, CHUNKS) else "one"
     one_step = any(accepts(objective, policy) for objective in objectives for policy in ONE_STEP)
     return f"fixed, from {1 if one_step else 2}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """An objective with the networks of a run that trains a four-step student."""
+    """An objective with the networks of a run that trains a student of four steps or, where it trains no such, of
+    one."""
 
     objective: Objective
 
     @cached_property
     def policy(self) -> RolloutPolicy:
-        return next(p for p in (*STEPWISE.values(), JUMPS, CHUNKS) if accepts(self.objective, p))
+        every = (*STEPWISE.values(), JUMPS, CHUNKS, JUMPING_CHUNKS, *ONE_STEP)
+        return next(policy for policy in every if accepts(self.objective, policy))
 
     @cached_property
     def recipe(self) -> Recipe:
         section = POINTS if self.policy.chunks is None else VIDEOS
         data = {"name": "mixture" if self.policy.chunks is None else "ar1_video"}
-        fields = {field.name for field in dataclasses.fields(self.objective)}  # type: ignore[arg-type]
-        guided = {"guidance_scale": GUIDANCE} if "guidance_scale" in fields else {}
         return Recipe(
             output_dir=Path("unused"),
             backbone=build_section("backbone", section, *SECTIONS["backbone"]),
-            objective=dataclasses.replace(self.objective, **guided),  # type: ignore[type-var]
+            objective=guided(self.objective),
             rollout=self.policy,
             data=build_section("data", data, *SECTIONS["data"]),
             optimizers={},
@@ -141,6 +147,16 @@ class Probe:
                     share = rows * turn.updates / recipe.train.batch_size / DRAWS
                     total[role] = total.get(role, 0.0) + share
         return {role: n for role, n in total.items() if n}
+
+
+def guided(objective: Objective) -> Objective:
+    """The objective with a guided teacher, if it takes one."""
+    if "guidance_scale" not in {field.name for field in dataclasses.fields(objective)}:  # type: ignore[arg-type]
+        return objective
+    try:
+        return dataclasses.replace(objective, guidance_scale=GUIDANCE)  # type: ignore[type-var]
+    except ValidationError:
+        return objective
 
 
 def count(module: torch.nn.Module) -> int:
