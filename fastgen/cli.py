@@ -11,6 +11,7 @@ from fastgen.run.options import (
     BatchOption,
     Dtype,
     DtypeOption,
+    FirstOption,
     GuidanceOption,
     HeadroomOption,
     NegativeOption,
@@ -20,6 +21,8 @@ from fastgen.run.options import (
     RecipeArgument,
     ScorerOption,
     StepsOption,
+    TeacherGuidanceOption,
+    TeacherStepsOption,
     TflopsOption,
     UtilisationOption,
     torch_dtype,
@@ -168,6 +171,9 @@ def sample(
     negative_prompt: NegativeOption = None,
     dtype: DtypeOption = None,
     batch_size: BatchOption = 16,
+    teacher_first: FirstOption = 0,
+    teacher_steps: TeacherStepsOption = None,
+    teacher_guidance: TeacherGuidanceOption = None,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
 
@@ -188,6 +194,9 @@ def sample(
             negative_prompt,
             image or [],
             torch_dtype(dtype),
+            teacher_first,
+            teacher_steps,
+            teacher_guidance,
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -333,6 +342,9 @@ def evaluate(
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
     dtype: DtypeOption = None,
+    teacher_first: FirstOption = 0,
+    teacher_steps: TeacherStepsOption = None,
+    teacher_guidance: TeacherGuidanceOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -376,6 +388,9 @@ def evaluate(
             batch_size=batch_size,
             overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,
+            teacher_first=teacher_first,
+            teacher_steps=None if teacher_steps is None else (teacher_steps,),
+            teacher_guidance_scale=teacher_guidance,
         )
     except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None

@@ -50,6 +50,9 @@ class CopyingSampler:
         rows = [(labels == label_of(prompt)).nonzero().squeeze(1) for prompt in prompts]
         return torch.stack([pixels[row[seed % len(row)]] for row, seed in zip(rows, seeds, strict=True)])
 
+    def facts(self) -> dict[str, object]:
+        return {}
+
     def weight_hashes(self) -> dict[str, str]:
         return {"transformer/<script>.safetensors": "0" * 64}
 

@@ -96,6 +96,7 @@ def evaluate_with_samples(
             "conditioning_time": policy.conditioning_time,
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
+        **sampler.facts(),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
         **({"images_sha256": hash_files(all_files(images))} if images else {}),
         **({"reference_sampler": reference.name} if reference and config.reference == TEACHER else {}),

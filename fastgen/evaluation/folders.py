@@ -35,8 +35,9 @@ from fastgen.metrics.reference import (
 )
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
-from fastgen.sampling.original import export_folder, original
+from fastgen.sampling.original import export_folder, original_teacher, with_teacher_first
 from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.sampling.teacher_first import TeacherFirst
 
 
 def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
@@ -56,6 +57,7 @@ def evaluate_path(
     negative_prompt: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    teacher_first: int = 0,
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,
@@ -65,7 +67,8 @@ def evaluate_path(
     options: fields of EvalConfig; None means not given. metrics may be one text, "a,b". If the folder has a
     recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
     with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
-    device: by default a GPU if there is one.
+    device: by default a GPU if there is one. teacher_first: how many of a student's first steps its teacher makes
+    instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale.
 
     Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. An interrupted
     evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same result.
@@ -88,10 +91,10 @@ def evaluate_path(
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
-        if (num_steps, guidance_scale, negative_prompt) != (None, None, None):
+        if (num_steps, guidance_scale, negative_prompt) != (None, None, None) or teacher_first:
             raise ValueError(
                 f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
-                "scale and the negative prompt"
+                "scale, the negative prompt and the teacher's first steps"
             )
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
         captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
@@ -106,6 +109,9 @@ def evaluate_path(
             device=chosen,
             dtype=dtype,
         )
+        if teacher_first:
+            sampler = with_teacher_first(path, sampler, teacher_first, *teacher_settings(config))
+            name = f"{name}, teacher first {teacher_first}"
         if (
             not own
             and sampler.backbone.output == "pixels"
@@ -133,15 +139,19 @@ def evaluate_path(
 
 def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
     """The teacher of a run or an export, as its stock pipeline samples. Any other pipeline is its own teacher."""
-    given, folder = config.teacher_guidance_scale, export_folder(path)
-    if folder is None:
-        backbone, teacher, scale = sampler.backbone, sampler.denoiser, sampler.guidance_scale
-    else:
-        section, recipe = original(folder)
-        backbone = section.build(sampler.backbone.device, sampler.backbone.dtype, 0)
-        teacher, scale = backbone.load("teacher"), recipe.teacher_guidance
-    steps = max(config.teacher_steps, default=50)
-    return teacher_sampler(backbone, steps, scale if given is None else given, teacher)
+    steps, given = teacher_settings(config)
+    if isinstance(sampler, TeacherFirst):
+        return sampler.original
+    folder = export_folder(path)
+    if folder is not None:
+        return original_teacher(folder, sampler, steps, given)
+    scale = sampler.guidance_scale if given is None else given
+    return teacher_sampler(sampler.backbone, steps, scale, sampler.denoiser)
+
+
+def teacher_settings(config: EvalConfig) -> tuple[int, float | tuple[float, ...] | None]:
+    """The teacher's number of steps and guidance scale; None for the scale of the run's recipe."""
+    return max(config.teacher_steps, default=50), config.teacher_guidance_scale
 
 
 def is_image_folder(path: Path) -> bool:

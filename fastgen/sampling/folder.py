@@ -12,6 +12,7 @@ from fastgen.data import read_prompts
 from fastgen.data.controls import encode_given, references_of
 from fastgen.data.files import check_place
 from fastgen.run.terminal import progress_bar
+from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
 
@@ -29,11 +30,15 @@ def sample_folder(
     negative_prompt: str | None = None,
     images: Sequence[Path] = (),
     dtype: torch.dtype | None = None,
+    teacher_first: int = 0,
+    teacher_steps: int | None = None,
+    teacher_guidance: float | None = None,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
     + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
-    all. dtype: see `load_sampler`. Returns the number of samples.
+    all. dtype: see `load_sampler`. teacher_first, teacher_steps, teacher_guidance: see
+    `original.with_teacher_first`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -52,6 +57,7 @@ def sample_folder(
         device=device,
         dtype=dtype,
     )
+    sampler = with_teacher_first(path, sampler, teacher_first, teacher_steps, teacher_guidance)
     kind = sampler.backbone.output
     if not texts and kind != "points":
         raise ValueError("give --prompt or --prompts")

@@ -20,6 +20,7 @@ from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
 from fastgen.registry import build_section, current_names
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.rollout.passes import Noise
 from fastgen.streaming.context import Context
 
 METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
@@ -69,7 +70,7 @@ class Sampler:
         weights: Path | None = None,
     ):
         self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
-        self._weights = weights
+        self.weights_folder = weights
 
     @property
     def network_evaluations(self) -> int:
@@ -95,29 +96,45 @@ class Sampler:
     ) -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
         noise."""
-        backbone, gathered = self.backbone, self.denoiser.gathered_dtype
+        backbone = self.backbone
         cond, uncond = backbone.encode_both(prompts, images)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
+        return self.run(cond, uncond, Draws(ids, backbone.latent_shape, key, backbone.dtype))
 
-        draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
+    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise) -> Tensor:
+        """The same samples from conditioning with and without the prompts, and from draws of noise."""
+        gathered = self.denoiser.gathered_dtype
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        with torch.autocast(backbone.device.type, gathered, enabled=gathered is not None, cache_enabled=False):
-            return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
+        kind = self.backbone.device.type
+        with torch.autocast(kind, gathered, enabled=gathered is not None, cache_enabled=False):
+            return sample(network, self.policy, cond, noise)  # type: ignore[arg-type]
+
+    def with_policy(self, policy: RolloutPolicy) -> "Sampler":
+        """The same networks with another policy."""
+        return Sampler(self.backbone, self.denoiser, policy, self.guidance_scale, self.weights_folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how samples were made, besides policy, guidance scale and weights."""
+        return {}
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
-        if self._weights is None:
+        if self.weights_folder is None:
             return {}
-        files = sorted(self._weights.rglob("*.safetensors"))
-        return {str(f.relative_to(self._weights)): sha256(f) for f in files}
+        files = sorted(self.weights_folder.rglob("*.safetensors"))
+        return {str(f.relative_to(self.weights_folder)): sha256(f) for f in files}
 
 
 def teacher_sampler(
-    backbone: Backbone, num_steps: int, guidance_scale: float | Sequence[float], teacher: Denoiser | None = None
+    backbone: Backbone,
+    num_steps: int,
+    guidance_scale: float | Sequence[float],
+    teacher: Denoiser | None = None,
+    weights: Path | None = None,
 ) -> Sampler:
     """Samples the teacher as its stock pipeline does. The teacher is loaded if it is not given."""
     teacher = teacher or backbone.load("teacher")
-    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale)
+    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale, weights)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
