@@ -487,6 +487,23 @@ def export(
 
 
 @app.command()
+def combine(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, or exports, one for each part of the prompts (the key part)."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write several students, each distilled for its own prompts, as one pipeline that routes prompts to them."""
+    from fastgen.run.combine import combine as combine_runs
+
+    try:
+        print(f"combined in {combine_runs(runs, output)}")
+    except ValueError as error:
+        raise refuse(error) from None
+
+
+@app.command()
 def demo(
     pipeline: PipelineArgument,
     host: Annotated[

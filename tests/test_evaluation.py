@@ -43,7 +43,7 @@ class CopyingSampler:
 
     backbone = PixelBackbone()
     policy = RolloutPolicy(timesteps=(1.0, 0.5))
-    guidance_scale, network_evaluations = 1.0, 2
+    guidance_scale, network_evaluations, part = 1.0, 2, None
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         pixels, labels = load_digits("train")

@@ -89,7 +89,7 @@ def test_the_last_step_is_cut_at_the_students_level() -> None:
     teacher = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode")
     assert until(teacher, 0.6).timesteps == (1.0, 0.75) and until(teacher, 0.6).final_level == 0.6
     assert until(teacher, 0.5).timesteps == (1.0, 0.75)  # no step of length 0
-    with pytest.raises(ValueError, match="begins at level 0.5"):
+    with pytest.raises(ValueError, match="begins at level"):
         until(dataclasses.replace(teacher, timesteps=(0.5,)), 0.6)
 
 
@@ -102,6 +102,7 @@ def test_what_cannot_be_is_refused(backbone: GaussianMixture) -> None:
         TeacherFirst(*pair(backbone, chunks), 1)
 
 
+@pytest.mark.slow
 def test_eval_and_sample_of_a_run(tmp_path: Path, project: Path) -> None:
     """Rows say who made the first step; the commands refuse what has no teacher."""
     changes = ["backbone.fit_steps=5", "eval.num_samples=100", "eval.metrics=[energy_distance]"]

@@ -18,10 +18,10 @@ def export_folder(path: Path) -> Path | None:
     return next((folder for folder in (path / "export", path) if (folder / METADATA).is_file()), None)
 
 
-def original(folder: Path) -> tuple[BackboneConfig, Recipe]:
-    """The backbone section of an export's teacher, and the recipe of its run. Raises ValueError if the teacher's files
-    are gone."""
-    config = build_section("backbone", read_metadata(folder)["backbone"], BACKBONES, BackboneConfig)
+def original(folder: Path, several: bool = False) -> tuple[BackboneConfig, Recipe]:
+    """The backbone section of an export's teacher, and the recipe of its run. several: as in `read_metadata`. Raises
+    ValueError if the teacher's files are gone."""
+    config = build_section("backbone", read_metadata(folder, several)["backbone"], BACKBONES, BackboneConfig)
     config.check()
     return config, load_stored(folder / "recipe.yaml")
 
@@ -31,12 +31,12 @@ def original_teacher(
 ) -> Sampler:
     """The teacher of an export, as its stock pipeline samples, on the student's device and in its dtype. num_steps,
     guidance_scale: by default the most of `eval.teacher_steps` (or 50), and the scale of the run's recipe."""
-    section, recipe = original(folder)
+    section, recipe = original(folder, several=True)
     backbone = section.build(student.backbone.device, student.backbone.dtype, 0)
     steps = num_steps or max(recipe.eval.teacher_steps, default=50)
     scale = recipe.teacher_guidance if guidance_scale is None else guidance_scale
     weights = section.local_folder() if isinstance(section, PipelineConfig) else None
-    return teacher_sampler(backbone, steps, scale, weights=weights)
+    return teacher_sampler(backbone, steps, scale, weights=weights, part=student.part)
 
 
 def with_teacher_first(

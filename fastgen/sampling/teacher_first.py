@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.batch import Conditioning
 from fastgen.rollout import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.passes import Noise
-from fastgen.sampling.sampler import Sampler
+from fastgen.sampling.sampler import Routed, Sampler
 
 ROUNDING = 1e-6  # levels that differ by less are the same
 
@@ -26,12 +26,15 @@ class TeacherFirst(Sampler):
     those above t. The last one ends at t exactly (the authors' code ends at the teacher's level that is nearest to t).
     With first = 0 this is the student's sampler, and with first = student.policy.num_steps the teacher's.
 
-    Raises ValueError for another `first`, and for a student that works in chunks."""
+    Raises ValueError for another `first`, for a student that works in chunks, and for several students."""
 
     def __init__(self, student: Sampler, teacher: Sampler, first: int):
         policy = student.policy
         check_first(policy, first)
         super().__init__(student.backbone, student.denoiser, policy, student.guidance_scale, student.weights_folder)
+        if isinstance(student, Routed):
+            raise ValueError("the teacher cannot make the first steps of several students at once; name one of them")
+        self.part = student.part
         self.original, self.first, self.teacher, self.rest = teacher, first, teacher, student
         if 0 < first < policy.num_steps:
             self.teacher = teacher.with_policy(until(teacher.policy, policy.timesteps[first]))
@@ -53,9 +56,9 @@ class TeacherFirst(Sampler):
 
     def facts(self) -> dict[str, Any]:
         if not self.first:
-            return {}
+            return super().facts()
         scale = self.teacher.guidance_scale
-        return {
+        return super().facts() | {
             "teacher_first": {
                 "student_steps": self.first,
                 "timesteps": list(self.teacher.policy.timesteps),
