@@ -174,6 +174,10 @@ def sample(
     teacher_first: FirstOption = 0,
     teacher_steps: TeacherStepsOption = None,
     teacher_guidance: TeacherGuidanceOption = None,
+    views: Annotated[
+        bool,
+        typer.Option("--views", help="Also write views.png: the clean prediction of each step of the first samples."),
+    ] = False,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
 
@@ -197,6 +201,7 @@ def sample(
             teacher_first,
             teacher_steps,
             teacher_guidance,
+            views,
         )
     except ValueError as error:
         raise refuse(error) from None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from fastgen.run.export import export
 from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 from fastgen.sampling.teacher_first import TeacherFirst, until
+from fastgen.sampling.views import views
 from fastgen.streaming.schedule import ChunkSchedule
 
 MODES = GaussianMixtureConfig(
@@ -100,6 +102,31 @@ def test_what_cannot_be_is_refused(backbone: GaussianMixture) -> None:
     chunks = dataclasses.replace(POLICY, chunks=ChunkSchedule(frames=1))
     with pytest.raises(ValueError, match="chunk by chunk"):
         TeacherFirst(*pair(backbone, chunks), 1)
+
+
+def test_views_are_the_clean_predictions_of_each_step(backbone: GaussianMixture) -> None:
+    """Those of the collapsed student begin at one mode; with the teacher first they do not. The last is the sample."""
+    student, teacher = pair(backbone)
+    split = TeacherFirst(student, teacher, 1)
+    levels, seen = views(student, ["0"] * 6, range(6))
+    assert levels == list(POLICY.timesteps) and torch.equal(seen[-1], draw(student, 6))
+    assert torch.allclose(seen[0], torch.tensor(MODES.means[0]).expand(6, 2))
+    levels, seen = views(split, ["0"] * 6, range(6))
+    assert levels == [*split.teacher.policy.timesteps, 0.4, 0.2] and seen.shape == (len(levels), 6, 2)
+    assert torch.equal(seen[-1], draw(split, 6)) and not student.denoiser._forward_hooks
+    assert torch.equal(
+        views(Sampler(backbone, teacher.denoiser, POLICY, 3.0), ["0"], [0])[1][-1],
+        draw(Sampler(backbone, teacher.denoiser, POLICY, 3.0), 1),
+    )
+
+
+def test_the_sample_command_writes_views(project: Path, tmp_path: Path) -> None:
+    arguments = ["sample", str(project / "assets/teachers/digits"), "--prompt", "a handwritten three"]
+    arguments += ["--num-images", "2", "--num-steps", "3", "--views", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "out/views.png") as strip, Image.open(tmp_path / "out/00000.png") as one:
+        assert strip.width > 2.5 * one.width and strip.height > 2 * one.height
 
 
 @pytest.mark.slow

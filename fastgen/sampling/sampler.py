@@ -1,9 +1,10 @@
 """Sampling from a run, an export or any supported pipeline folder, with one seed per sample."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Guided(nn.Module):
         return self.denoiser.remember(torch.cat([x, x]), torch.cat([t, t]), both, context, inputs, grad)
 
 
+@contextlib.contextmanager
+def outputs_kept(network: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    """Appends what the network returns, inside the context, to a list."""
+    hook = network.register_forward_hook(lambda _network, _inputs, output: seen.append(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Sampler:
     """Maps prompts and seeds to pixels, frames or points, with a denoiser, its backbone and its policy.
     guidance_scale: one number, or one per expert, from high noise to low. part: the prompts that a student is for, if
@@ -97,20 +108,29 @@ class Sampler:
         seeds: Sequence[int],
         key: int | str = "sample",
         images: Conditioning | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
-        noise."""
+        noise. seen: a list that gets the clean prediction of each step."""
         backbone = self.backbone
         cond, uncond = backbone.encode_both(prompts, images)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
-        return self.run(cond, uncond, Draws(ids, backbone.latent_shape, key, backbone.dtype))
+        return self.run(cond, uncond, Draws(ids, backbone.latent_shape, key, backbone.dtype), seen)
 
-    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise) -> Tensor:
+    @property
+    def levels(self) -> list[float]:
+        """The noise level of each step."""
+        return list(self.policy.timesteps)
+
+    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise, seen: list[Tensor] | None = None) -> Tensor:
         """The same samples from conditioning with and without the prompts, and from draws of noise."""
         gathered = self.denoiser.gathered_dtype
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
         kind = self.backbone.device.type
-        with torch.autocast(kind, gathered, enabled=gathered is not None, cache_enabled=False):
+        with (
+            contextlib.nullcontext() if seen is None else outputs_kept(network, seen),
+            torch.autocast(kind, gathered, enabled=gathered is not None, cache_enabled=False),
+        ):
             return sample(network, self.policy, cond, noise)  # type: ignore[arg-type]
 
     def with_policy(self, policy: RolloutPolicy) -> "Sampler":
@@ -145,7 +165,10 @@ class Routed(Sampler):
         seeds: Sequence[int],
         key: int | str = "sample",
         images: Conditioning | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
+        if seen is not None:
+            raise ValueError("the steps of several students cannot be shown together; name one of them")
         parts = torch.tensor([self.router.route(prompt) for prompt in prompts])
         made: dict[int, Tensor] = {}
         for part in parts.unique().tolist():

@@ -49,9 +49,13 @@ class TeacherFirst(Sampler):
     def network_evaluations(self) -> int:
         return sum(part.network_evaluations for part in self.parts)
 
-    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise) -> Tensor:
+    @property
+    def levels(self) -> list[float]:
+        return [level for part in self.parts for level in part.levels]
+
+    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise, seen: list[Tensor] | None = None) -> Tensor:
         for part in self.parts:
-            noise = begun(part.run(cond, uncond, noise), noise)
+            noise = begun(part.run(cond, uncond, noise, seen), noise)
         return noise("initial")
 
     def facts(self) -> dict[str, Any]:
