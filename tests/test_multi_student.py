@@ -24,6 +24,7 @@ from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run.combine import combine
 from fastgen.run.export import export
+from fastgen.sampling.folder import sample_folder
 from fastgen.sampling.sampler import Routed, load_sampler, read_metadata
 from fastgen.sampling.teacher_first import TeacherFirst
 
@@ -150,11 +151,15 @@ def test_our_sampler_mixes_the_students_in_one_batch(digits: tuple[list[Path], P
         TeacherFirst(sampler, sampler, 1)
 
 
-def test_what_needs_one_student_refuses_several(digits: tuple[list[Path], Path], project: Path) -> None:
+def test_what_needs_one_student_refuses_several(
+    digits: tuple[list[Path], Path], project: Path, tmp_path: Path
+) -> None:
     from fastgen.sampling.demo import load_pair
 
     with pytest.raises(ValueError, match="holds several students"):
         load_pair(digits[1])
+    with pytest.raises(ValueError, match="of one student"):
+        sample_folder(digits[1], ["a three"], None, 1, 0, tmp_path / "no", None, None, 1, with_views=True)
     with pytest.raises(RecipeError, match="holds several students"):
         load_recipe(project / "recipes/digits_quickstart.yaml", [f"init_from={digits[1]}"])
 
@@ -199,7 +204,7 @@ def test_runs_of_parts_from_training_to_evaluation(tmp_path: Path, project: Path
     for k in (0, 1):
         part = [f"part={{index: {k}, of: 2, labels: 3}}", f"output_dir={tmp_path / str(k)}"]
         runs.append(fastgen.distill(load_recipe(project / "recipes/mixture_dmd2_4step.yaml", [*tiny, *part])))
-    options = {"metrics": "mean_error", "device": "cpu", "progress": False}
+    options: dict[str, Any] = {"metrics": "mean_error", "device": "cpu", "progress": False}
     row = folders.evaluate_path(runs[1], **options)
     assert row["part"]["index"] == 1 and row["num_samples"] == 200
     done = CliRunner().invoke(app, ["combine", *map(str, runs), "--output", str(tmp_path / "both")])

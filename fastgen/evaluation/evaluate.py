@@ -175,12 +175,13 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
 
 def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:
     """One prompt per sample; for one of several students, only prompts that it is for."""
+    found: Sequence[str]
     if config.prompts is not None:
         found = read_prompts(config.prompts)
     elif config.images is not None:
         found = given_prompts(config.images)
     elif reference is not None:
-        found = list(reference.prompts)
+        found = reference.prompts
     elif sampler.backbone.law is not None:
         seed = noise.make_key(config.seed, "eval prompts")
         found = exact_data(sampler.backbone).open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))

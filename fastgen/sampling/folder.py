@@ -13,7 +13,7 @@ from fastgen.data.controls import encode_given, references_of
 from fastgen.data.files import check_place
 from fastgen.run.terminal import progress_bar
 from fastgen.sampling.original import with_teacher_first
-from fastgen.sampling.sampler import load_sampler
+from fastgen.sampling.sampler import Routed, load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
 from fastgen.sampling.views import save_views, views
 
@@ -42,8 +42,8 @@ def sample_folder(
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
     + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
     all. dtype: see `load_sampler`. teacher_first, teacher_steps, teacher_guidance: see
-    `original.with_teacher_first`. with_views: whether to write the clean predictions of each step of the first 8
-    samples, views.png. Returns the number of samples.
+    `original.with_teacher_first`. with_views: whether to write the clean predictions of each step of the first
+    samples, of at most 8 and of one batch, views.png. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -68,8 +68,8 @@ def sample_folder(
         raise ValueError("give --prompt or --prompts")
     if kind == "frames":
         check_writer()
-    if with_views and (kind == "points" or sampler.policy.chunks is not None):
-        raise ValueError("views are of pictures and of whole videos; leave them out")
+    if with_views and (kind == "points" or sampler.policy.chunks is not None or isinstance(sampler, Routed)):
+        raise ValueError("views are of the pictures or whole videos of one student; leave them out")
     given = prompt_images(sampler.backbone, images, len(texts))
     everything = [t for t in texts or [""] for _ in range(num_images)]
     kept: list[Tensor] = []
@@ -97,9 +97,11 @@ def sample_folder(
         plot_points({path.name: first}, output / "grid.png")
     else:
         if with_views:
-            shown = range(min(len(everything), SHOWN))
+            shown = range(min(len(everything), SHOWN, batch_size))
             rows = None if given is None else encode_given(sampler.backbone, [given[i // num_images] for i in shown])
-            save_views(*views(sampler, everything[:SHOWN], [seed + i for i in shown], rows), output / "views.png")
+            save_views(
+                *views(sampler, everything[: len(shown)], [seed + i for i in shown], rows), output / "views.png"
+            )
         save_grid(first, output / "grid.png", columns=max(1, round(len(first) ** 0.5)), captions=everything)
     return len(first)
 
