@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from tiny_dit import tiny_dit
 from typer.testing import CliRunner
 
 import fastgen
@@ -130,6 +133,22 @@ def test_the_pipeline_of_all_students_gives_each_its_prompts(digits: tuple[list[
         pipeline(list(prompts), **call)
     with pytest.raises(ValueError, match="not only their embeddings"):
         pipeline(prompt_embeds=torch.zeros(1), **call)
+
+
+def test_a_pipeline_of_labels_routes_by_label(tmp_path: Path) -> None:
+    """DiT's call takes class_labels, which are numbers."""
+    folder, other = tiny_dit(tmp_path / "dit"), tiny_dit(tmp_path / "other", seed=1)
+    shutil.copytree(other / "transformer", folder / "student_1/transformer")
+    (folder / "fastgen.json").write_text(json.dumps({"router": {"of": 2, "labels": 1000}}))
+    pipeline = routed.RoutedDiTPipeline.from_pretrained(folder)
+    for label, source in ((499, folder), (500, other), (0, folder)):
+        pictures, network = [], diffusers.DiTTransformer2DModel.from_pretrained(source, subfolder="transformer")
+        for each in (diffusers.DiTPipeline.from_pretrained(folder, transformer=network), pipeline):
+            torch.manual_seed(3)
+            pictures.append(each([label], num_inference_steps=2, guidance_scale=1, output_type="np").images)
+        assert np.array_equal(*pictures)
+    with pytest.raises(ValueError, match=r"students \[0, 1\]"):
+        pipeline(class_labels=[0, 999])
 
 
 def test_plain_diffusers_refuses_it(digits: tuple[list[Path], Path]) -> None:

@@ -3,13 +3,13 @@
     from fastgen.pipelines.routed import RoutedStableDiffusion3Pipeline
     pipeline = RoutedStableDiffusion3Pipeline.from_pretrained(folder)
 
-There is such a class, Routed<name>, for every text-to-image, label-to-image and text-to-video pipeline <name> of
-diffusers. The folder is that of a stock pipeline with the first student; further students' networks lie in student_1,
-student_2, ..., and fastgen.json has the router. Plain diffusers does not know the class that model_index.json names,
-so that it does not give all prompts to the first student."""
+There is such a class, Routed<name>, for every pipeline <name> of diffusers that takes `prompt` or `class_labels`. The
+folder is that of a stock pipeline with the first student; further students' networks lie in student_1, student_2, ...,
+and fastgen.json has the router. Plain diffusers does not know the class that model_index.json names, so that it does
+not give all prompts to the first student."""
 
+import inspect
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,11 @@ class RoutedPipeline:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """That of the stock pipeline, by the student of the prompts. Raises ValueError if the prompts of a call belong
         to several students, or if there are only their embeddings."""
-        given = args[0] if args else options.get("prompt", options.get("class_labels"))
+        said = inspect.signature(super().__call__).bind_partial(*args, **options).arguments  # type: ignore[misc]
+        given = said.get("prompt", said.get("class_labels"))
         if given is None:
             raise ValueError("the prompts say which student works: give prompts, not only their embeddings")
-        prompts = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+        prompts = given if isinstance(given, list | tuple) else [given]
         parts = {self.router.route(str(prompt)) for prompt in prompts}
         if len(parts) > 1:
             raise ValueError(f"these prompts belong to students {sorted(parts)}; call the pipeline once for each")
