@@ -21,14 +21,15 @@ from fastgen.data import DataError, MixtureData
 from fastgen.data import part as data_part
 from fastgen.data.part import PartStream
 from fastgen.evaluation import folders
+from fastgen.evaluation.evaluate import find_prompts
 from fastgen.pipelines import routed
 from fastgen.pipelines.router import Part, Router
-from fastgen.recipe import Recipe
+from fastgen.recipe import EvalConfig, Recipe
 from fastgen.registry import RecipeError
 from fastgen.run.combine import combine
 from fastgen.run.export import export
 from fastgen.sampling.folder import sample_folder
-from fastgen.sampling.sampler import Routed, load_sampler, read_metadata
+from fastgen.sampling.sampler import Routed, load_sampler, read_metadata, teacher_sampler
 from fastgen.sampling.teacher_first import TeacherFirst
 
 LABELLED = GaussianMixtureConfig(
@@ -93,6 +94,25 @@ def test_a_part_without_prompts_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     few = PartStream(MixtureData().open(backbone, 5), Part(of=2, labels=2))
     with pytest.raises(DataError, match="part: the prompts of these students are labels 0 to 1"):
         few.prompts(torch.arange(4))
+
+
+def test_a_student_is_measured_on_its_own_prompts(project: Path) -> None:
+    backbone = GaussianMixture(LABELLED, torch.device("cpu"), torch.float32, 0)
+    sampler = teacher_sampler(backbone, 2, 1.0, part=Part(of=3, labels=3, index=2))
+    for config in (EvalConfig(("mean_error",), 100), EvalConfig(("mean_error",), 100, prompts=("0", "2", "1"))):
+        assert find_prompts(sampler, config, None) == ["2"] * 100
+    with pytest.raises(ValueError, match="belongs to student 2"):
+        find_prompts(sampler, EvalConfig(("mean_error",), 100, prompts=("0",)), None)
+    with pytest.raises(ValueError, match="cannot be divided"):
+        find_prompts(sampler, EvalConfig(("mean_error",), 100, images=str(project / "assets/first_frames")), None)
+
+
+@pytest.mark.parametrize(
+    "change", ["eval.images=assets/first_frames", "data={name: images, folder: assets, buckets: [[32, 32], [32, 48]]}"]
+)
+def test_what_cannot_be_divided_is_refused(change: str, project: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be divided by prompt"):
+        load_recipe(project / "recipes/digits_quickstart.yaml", [change, "part={of: 2}"])
 
 
 def written(recipe: Recipe, folder: Path, seed: int) -> Path:

@@ -190,6 +190,8 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
             "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
         )
     if sampler.part is not None:
+        if config.images is not None:
+            raise ValueError("the pictures of eval.images cannot be divided by prompt among several students")
         found = [prompt for prompt in found if sampler.part.has(prompt)]
         if not found:
             raise ValueError(f"none of the prompts belongs to student {sampler.part.index}; give others")

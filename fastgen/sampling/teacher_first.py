@@ -1,8 +1,8 @@
 """The teacher makes the first steps of a sample and the student the rest.
 
 A distilled student settles the layout of a sample in its first step, and that is where it has lost its teacher's
-diversity. With the teacher in the place of that step, samples are as diverse as the teacher's, and most of the speed
-stays  (Distilling Diversity and Control in Diffusion Models, arXiv 2503.10637). Nothing is trained."""
+diversity. With the teacher in the place of that step, diversity comes back, and most of the speed stays  (Distilling
+Diversity and Control in Diffusion Models, arXiv 2503.10637). Nothing is trained."""
 
 from dataclasses import fields, replace
 from typing import Any
