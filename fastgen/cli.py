@@ -11,6 +11,7 @@ from fastgen.run.options import (
     BatchOption,
     Dtype,
     DtypeOption,
+    FirstOption,
     GuidanceOption,
     HeadroomOption,
     NegativeOption,
@@ -20,6 +21,8 @@ from fastgen.run.options import (
     RecipeArgument,
     ScorerOption,
     StepsOption,
+    TeacherGuidanceOption,
+    TeacherStepsOption,
     TflopsOption,
     UtilisationOption,
     torch_dtype,
@@ -169,6 +172,13 @@ def sample(
     negative_prompt: NegativeOption = None,
     dtype: DtypeOption = None,
     batch_size: BatchOption = 16,
+    teacher_first: FirstOption = 0,
+    teacher_steps: TeacherStepsOption = None,
+    teacher_guidance: TeacherGuidanceOption = None,
+    views: Annotated[
+        bool,
+        typer.Option("--views", help="Also write views.png: the clean prediction of each step of the first samples."),
+    ] = False,
 ) -> None:
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
 
@@ -189,6 +199,10 @@ def sample(
             negative_prompt,
             image or [],
             torch_dtype(dtype),
+            teacher_first,
+            teacher_steps,
+            teacher_guidance,
+            views,
         )
     except ValueError as error:
         raise refuse(error) from None
@@ -334,6 +348,9 @@ def evaluate(
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
     dtype: DtypeOption = None,
+    teacher_first: FirstOption = 0,
+    teacher_steps: TeacherStepsOption = None,
+    teacher_guidance: TeacherGuidanceOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -377,6 +394,9 @@ def evaluate(
             batch_size=batch_size,
             overwrite=overwrite,
             scorers=scorer_keys(scorer) if scorer else None,
+            teacher_first=teacher_first,
+            teacher_steps=None if teacher_steps is None else (teacher_steps,),
+            teacher_guidance_scale=teacher_guidance,
         )
     except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None
@@ -469,6 +489,23 @@ def export(
             folder = export_form(run, form, output, merge, steps or ())
         print(f"exported to {folder}")
     except (RecipeError, ValueError) as error:
+        raise refuse(error) from None
+
+
+@app.command()
+def combine(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, or exports, one for each part of the prompts (the key part)."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write several students, each distilled for its own prompts, as one pipeline that routes prompts to them."""
+    from fastgen.run.combine import combine as combine_runs
+
+    try:
+        print(f"combined in {combine_runs(runs, output)}")
+    except ValueError as error:
         raise refuse(error) from None
 
 

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastgen.modules.lora_config import LoraConfig
+from fastgen.pipelines.router import Part
 from fastgen.policy import RolloutPolicy
 from fastgen.registry import METRICS, MOST_BATCH, MOST_SAMPLES, MOST_SEED, MOST_STEPS, MOST_UPDATES, SCORERS, nearest
 
@@ -269,6 +270,7 @@ class Recipe:
     lora: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)  # role -> its adapter; others train whole
     health: HealthConfig = HealthConfig()
     init_from: str | None = None  # a run, an export or a pipeline folder whose student this run starts from
+    part: Part | None = None  # the prompts that this student is for, if it is one of several
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @property

@@ -43,12 +43,15 @@ class CopyingSampler:
 
     backbone = PixelBackbone()
     policy = RolloutPolicy(timesteps=(1.0, 0.5))
-    guidance_scale, network_evaluations = 1.0, 2
+    guidance_scale, network_evaluations, part = 1.0, 2, None
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         pixels, labels = load_digits("train")
         rows = [(labels == label_of(prompt)).nonzero().squeeze(1) for prompt in prompts]
         return torch.stack([pixels[row[seed % len(row)]] for row, seed in zip(rows, seeds, strict=True)])
+
+    def facts(self) -> dict[str, object]:
+        return {}
 
     def weight_hashes(self) -> dict[str, str]:
         return {"transformer/<script>.safetensors": "0" * 64}

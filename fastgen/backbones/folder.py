@@ -24,7 +24,8 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # lib
 OF_PIPELINES = ("ltx2",)  # libraries of an index that are modules of diffusers.pipelines
 VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
-FLOW_MAP, STREAMING = "FlowMap", "Streaming"  # begin the names of our pipeline classes; a stock class's name follows
+# these begin the names of our pipeline classes; a stock class's name follows
+FLOW_MAP, STREAMING, ROUTED = "FlowMap", "Streaming", "Routed"
 # the stock pipelines of which pipelines.flow_map has a class that gives the network added inputs
 WITH_INPUTS = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline")
 # what published pipelines of DiT and PixArt call their networks, and the norm_type by which diffusers tells them apart
@@ -75,7 +76,7 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
 
 def stock_class(name: str) -> str:
     """The name of the stock pipeline class that one of our own is made of; any other name is returned as it is."""
-    return name.removeprefix(FLOW_MAP).removeprefix(STREAMING)
+    return name.removeprefix(FLOW_MAP).removeprefix(STREAMING).removeprefix(ROUTED)
 
 
 def read_json(path: Path) -> dict[str, Any]:

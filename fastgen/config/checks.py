@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastgen.backbones.folder import read_json
 from fastgen.config.problems import Problems
 from fastgen.config.text import read_recipe
 from fastgen.data.controls import controls_like, is_video
@@ -34,6 +35,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_inputs,
         check_chunks,
         check_evaluation,
+        check_part,
     ):
         with problems.noting():
             check(recipe)
@@ -63,6 +65,16 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
+
+
+def check_part(recipe: Recipe) -> None:
+    """Checks that the data and the evaluation of one of several students can be divided by prompt."""
+    if recipe.part is None:
+        return
+    if recipe.data.sizes:
+        raise ValueError("part: pictures of several sizes cannot be divided by prompt; leave out data.buckets")
+    if recipe.eval.images is not None:
+        raise ValueError("part: the pictures of eval.images cannot be divided by prompt; leave them out")
 
 
 def check_given(recipe: Recipe) -> None:
@@ -344,6 +356,8 @@ def check_init(recipe: Recipe) -> None:
             f"init_from: {path} is neither a run with a complete checkpoint, nor an export, nor the folder of a "
             "diffusers pipeline; give one"
         )
+    if (about := path / "fastgen.json").is_file() and "router" in read_json(about):
+        raise RecipeError(f"init_from: {path} holds several students; name the run or export of one of them")
     raw = read_recipe(stored, stored)  # its objective is not needed, and may be a module that is not installed here
     rollout = validated(RolloutPolicy, current_names("rollout", raw.get("rollout") or {}), "rollout.")
     if missing := set(rollout.inputs) - set(recipe.rollout.inputs):

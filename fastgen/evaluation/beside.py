@@ -10,8 +10,9 @@ from fastgen.evaluation.charts import TEACHER
 from fastgen.evaluation.evaluate import draw_samples, find_images
 from fastgen.metrics import DIRECTIONS
 from fastgen.recipe import EvalConfig
-from fastgen.sampling.original import export_folder, original
+from fastgen.sampling.original import export_folder, original_teacher
 from fastgen.sampling.sampler import Sampler, teacher_sampler
+from fastgen.sampling.teacher_first import TeacherFirst
 from fastgen.sampling.video import stills
 
 PICTURES = 8  # of the teacher on a page; each takes all of its steps
@@ -20,15 +21,19 @@ QUICK = "eval/"  # of the keys of log.jsonl that were measured during training
 
 def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
     """The teacher of a run or an export, as its stock pipeline samples. Any other pipeline is its own teacher."""
-    given, folder = config.teacher_guidance_scale, export_folder(path)
-    if folder is None:
-        backbone, teacher, scale = sampler.backbone, sampler.denoiser, sampler.guidance_scale
-    else:
-        section, recipe = original(folder)
-        backbone = section.build(sampler.backbone.device, sampler.backbone.dtype, 0)
-        teacher, scale = backbone.load("teacher"), recipe.teacher_guidance
-    steps = max(config.teacher_steps, default=50)
-    return teacher_sampler(backbone, steps, scale if given is None else given, teacher)
+    steps, given = teacher_settings(config)
+    if isinstance(sampler, TeacherFirst):
+        return sampler.original
+    folder = export_folder(path)
+    if folder is not None:
+        return original_teacher(folder, sampler, steps, given)
+    scale = sampler.guidance_scale if given is None else given
+    return teacher_sampler(sampler.backbone, steps, scale, sampler.denoiser)
+
+
+def teacher_settings(config: EvalConfig) -> tuple[int, float | tuple[float, ...] | None]:
+    """The teacher's number of steps and guidance scale; None for the scale of the run's recipe."""
+    return max(config.teacher_steps, default=50), config.teacher_guidance_scale
 
 
 def teacher_samples(path: Path, sampler: Sampler, config: EvalConfig, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -96,6 +96,7 @@ def evaluate_with_samples(
             "conditioning_time": policy.conditioning_time,
         },
         "guidance_scale": list(scale) if isinstance(scale, Sequence) else float(scale),
+        **sampler.facts(),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
         **({"images_sha256": hash_files(all_files(images))} if images else {}),
         **({"reference_sampler": reference.name} if reference and config.reference == TEACHER else {}),
@@ -173,19 +174,28 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
 
 
 def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:
-    """One prompt per sample."""
+    """One prompt per sample; for one of several students, only prompts that it is for."""
+    found: Sequence[str]
     if config.prompts is not None:
-        return repeat(read_prompts(config.prompts), config.num_samples)
-    if config.images is not None:
-        return repeat(given_prompts(config.images), config.num_samples)
-    if reference is not None:
-        return repeat(reference.prompts, config.num_samples)
-    if sampler.backbone.law is not None:
+        found = read_prompts(config.prompts)
+    elif config.images is not None:
+        found = given_prompts(config.images)
+    elif reference is not None:
+        found = reference.prompts
+    elif sampler.backbone.law is not None:
         seed = noise.make_key(config.seed, "eval prompts")
-        return exact_data(sampler.backbone).open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
-    raise ValueError(
-        "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
-    )
+        found = exact_data(sampler.backbone).open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
+    else:
+        raise ValueError(
+            "there are no prompts to sample: give eval.prompts, or eval.reference, whose prompts are then used"
+        )
+    if sampler.part is not None:
+        if config.images is not None:
+            raise ValueError("the pictures of eval.images cannot be divided by prompt among several students")
+        found = [prompt for prompt in found if sampler.part.has(prompt)]
+        if not found:
+            raise ValueError(f"none of the prompts belongs to student {sampler.part.index}; give others")
+    return repeat(found, config.num_samples)
 
 
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:

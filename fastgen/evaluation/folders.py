@@ -15,7 +15,7 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.controls import references_of
 from fastgen.data.files import check_output, write_json
-from fastgen.evaluation.beside import teacher_of, teacher_samples, training_curves
+from fastgen.evaluation.beside import teacher_of, teacher_samples, teacher_settings, training_curves
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.evaluate import (
     evaluate_images_with_samples,
@@ -36,6 +36,7 @@ from fastgen.metrics.reference import (
 )
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
+from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 
@@ -56,6 +57,7 @@ def evaluate_path(
     negative_prompt: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    teacher_first: int = 0,
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,
@@ -65,7 +67,8 @@ def evaluate_path(
     options: fields of EvalConfig; None means not given. metrics may be one text, "a,b". If the folder has a
     recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
     with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
-    device: by default a GPU if there is one.
+    device: by default a GPU if there is one. teacher_first: how many of a student's first steps its teacher makes
+    instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale.
 
     Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. With
     teacher_steps, the page of a student also shows samples of its teacher, of the same prompts and seeds. An
@@ -90,10 +93,10 @@ def evaluate_path(
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
-        if (num_steps, guidance_scale, negative_prompt) != (None, None, None):
+        if (num_steps, guidance_scale, negative_prompt) != (None, None, None) or teacher_first:
             raise ValueError(
                 f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
-                "scale and the negative prompt"
+                "scale, the negative prompt and the teacher's first steps"
             )
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
         captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
@@ -108,6 +111,9 @@ def evaluate_path(
             device=chosen,
             dtype=dtype,
         )
+        if teacher_first:
+            sampler = with_teacher_first(path, sampler, teacher_first, *teacher_settings(config))
+            name = f"{name}, teacher first {teacher_first}"
         if (
             not own
             and sampler.backbone.output == "pixels"

@@ -33,8 +33,9 @@ Variants that weight samples, keep a state or use the two predictions otherwise 
 methods here: f_distill, re_dmd, sc_dmd, disback, sid, sim, vdot.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -59,7 +60,7 @@ from fastgen.schedule import PredictionType, TimeSampler, expand
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class DMD2(Objective):
-    examples = ({}, {"gan_weight": 5e-3})
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"gan_weight": 5e-3})
     page = "docs/dmd2_family.md"
     takes_inputs = True
     takes_chunks = True

@@ -36,10 +36,10 @@ Names such as flow_map_lsd beside a number are rows of docs/faithfulness.md, whi
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -100,7 +100,7 @@ class GapTurn(Turn):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class FlowMap(Objective):
-    examples = ({}, {"source": "prior"})
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"source": "prior"})
     page = "docs/flow_maps.md"
     takes_inputs = True
     takes_derivatives = True

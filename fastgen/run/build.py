@@ -17,6 +17,7 @@ from fastgen.config.stored import changed_keys, dump_recipe
 from fastgen.data.ahead import Ahead
 from fastgen.data.base import Stream, make_batch
 from fastgen.data.files import replace_file
+from fastgen.data.part import PartStream
 from fastgen.denoiser import Denoiser
 from fastgen.evaluation.evaluate import teacher_reference
 from fastgen.metrics.reference import TEACHER, Reference
@@ -83,12 +84,12 @@ class TrainingRun:
     @property
     def student(self) -> Sampler:
         """The student's moving average, sampled as its export will be."""
-        return Sampler(self.backbone, self.ema.module, self.recipe.rollout)
+        return Sampler(self.backbone, self.ema.module, self.recipe.rollout, part=self.recipe.part)
 
     def teacher(self, num_steps: int) -> Sampler:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
         scale = self.recipe.teacher_guidance
-        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher)
+        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher, part=self.recipe.part)
 
     @cached_property
     def teacher_reference(self) -> Reference | None:
@@ -202,6 +203,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     roles = recipe.objective.trained_roles
     per_update = recipe.train.batch_size * recipe.train.accumulate * accelerator.num_processes
     stream = recipe.data.open(backbone, recipe.seed, per_update // recipe.objective.group_size)
+    if recipe.part is not None:
+        stream = PartStream(stream, recipe.part)
     shown = 2000 if backbone.output == "points" else max(recipe.train.num_samples, recipe.health.num_samples)
     return TrainingRun(
         recipe=recipe,

@@ -55,6 +55,7 @@ def export(
             "fastgen": fastgen.__version__,
             "backbone": to_dict(recipe.backbone),
             "policy": to_dict(recipe.rollout),
+            **({} if recipe.part is None else {"part": to_dict(recipe.part)}),
         }
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
         (partial / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -48,6 +48,21 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="The precision of all networks. By default that in which the denoising network is stored."),
 ]
+FirstOption = Annotated[
+    int,
+    typer.Option(
+        min=0, help="How many of a student's first steps its teacher makes instead, which gives its diversity back."
+    ),
+]
+TeacherStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="The teacher's steps for a whole sample. By default the most of the recipe's eval.teacher_steps."
+    ),
+]
+TeacherGuidanceOption = Annotated[
+    float | None, typer.Option(min=0, help="The teacher's guidance scale. By default that of the recipe.")
+]
 
 HeadroomOption = Annotated[
     float, typer.Option(min=0, max=0.9, help="The share of a GPU's memory that is to stay free, for fragmentation.")

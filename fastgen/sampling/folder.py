@@ -12,8 +12,12 @@ from fastgen.data import read_prompts
 from fastgen.data.controls import encode_given, references_of
 from fastgen.data.files import check_place
 from fastgen.run.terminal import progress_bar
-from fastgen.sampling.sampler import load_sampler
+from fastgen.sampling.original import with_teacher_first
+from fastgen.sampling.sampler import Routed, load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
+from fastgen.sampling.views import save_views, views
+
+SHOWN = 8  # samples whose steps are shown
 
 
 def sample_folder(
@@ -29,11 +33,17 @@ def sample_folder(
     negative_prompt: str | None = None,
     images: Sequence[Path] = (),
     dtype: torch.dtype | None = None,
+    teacher_first: int = 0,
+    teacher_steps: int | None = None,
+    teacher_guidance: float | None = None,
+    with_views: bool = False,
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
     + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
-    all. dtype: see `load_sampler`. Returns the number of samples.
+    all. dtype: see `load_sampler`. teacher_first, teacher_steps, teacher_guidance: see
+    `original.with_teacher_first`. with_views: whether to write the clean predictions of each step of the first
+    samples, of at most 8 and of one batch, views.png. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -52,11 +62,14 @@ def sample_folder(
         device=device,
         dtype=dtype,
     )
+    sampler = with_teacher_first(path, sampler, teacher_first, teacher_steps, teacher_guidance)
     kind = sampler.backbone.output
     if not texts and kind != "points":
         raise ValueError("give --prompt or --prompts")
     if kind == "frames":
         check_writer()
+    if with_views and (kind == "points" or sampler.policy.chunks is not None or isinstance(sampler, Routed)):
+        raise ValueError("views are of the pictures or whole videos of one student; leave them out")
     given = prompt_images(sampler.backbone, images, len(texts))
     everything = [t for t in texts or [""] for _ in range(num_images)]
     kept: list[Tensor] = []
@@ -83,6 +96,12 @@ def sample_folder(
         save_file({"points": first}, output / "points.safetensors")
         plot_points({path.name: first}, output / "grid.png")
     else:
+        if with_views:
+            shown = range(min(len(everything), SHOWN, batch_size))
+            rows = None if given is None else encode_given(sampler.backbone, [given[i // num_images] for i in shown])
+            save_views(
+                *views(sampler, everything[: len(shown)], [seed + i for i in shown], rows), output / "views.png"
+            )
         save_grid(first, output / "grid.png", columns=max(1, round(len(first) ** 0.5)), captions=everything)
     return len(first)
 

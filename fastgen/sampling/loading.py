@@ -8,9 +8,9 @@ import torch
 
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
-from fastgen.backbones.folder import FLOW_MAP, STREAMING, read_index, read_json
+from fastgen.backbones.folder import FLOW_MAP, ROUTED, STREAMING, read_index, read_json
 from fastgen.backbones.saving import LORA_WEIGHTS
-from fastgen.pipelines import few_step, flow_map, streaming
+from fastgen.pipelines import few_step, flow_map, routed, streaming
 from fastgen.registry import build_section
 from fastgen.sampling.sampler import METADATA, load_sampler, read_metadata
 
@@ -24,17 +24,17 @@ def load_pipeline(path: Path, options: Mapping[str, Any]) -> Any:
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
         return DiffusionPipeline.from_pretrained(folder, **options)
-    metadata = read_metadata(folder)
+    metadata = read_metadata(folder, several=True)
     if "path" not in metadata["backbone"]:
         if options:
             raise ValueError(f"{folder} is a student of points, which takes no options of diffusers")
         return load_sampler(folder)
     if metadata.get("lora"):
         return load_adapter(folder, metadata["backbone"], options)
-    kinds = ((STREAMING, streaming), (FLOW_MAP, flow_map))
+    kinds = ((STREAMING, streaming), (FLOW_MAP, flow_map), (ROUTED, routed))
     name = read_index(folder)["_class_name"]
     for prefix, module in kinds:
-        if hasattr(module, name) and name.startswith(prefix):
+        if name.startswith(prefix) and hasattr(module, name):
             return getattr(module, name).from_pretrained(folder, **options)
     return DiffusionPipeline.from_pretrained(folder, **options)
 

@@ -1,14 +1,16 @@
 """Sampling from a run, an export or any supported pipeline folder, with one seed per sample."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from fastgen import signals
@@ -18,8 +20,10 @@ from fastgen.backbones.folder import read_index
 from fastgen.backbones.pipeline import PipelineConfig, family_configs
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
+from fastgen.pipelines.router import Part, Router, student_folders
 from fastgen.registry import build_section, current_names
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.rollout.passes import Noise
 from fastgen.streaming.context import Context
 
 METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
@@ -56,9 +60,20 @@ class Guided(nn.Module):
         return self.denoiser.remember(torch.cat([x, x]), torch.cat([t, t]), both, context, inputs, grad)
 
 
+@contextlib.contextmanager
+def outputs_kept(network: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    """Appends what the network returns, inside the context, to a list."""
+    hook = network.register_forward_hook(lambda _network, _inputs, output: seen.append(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Sampler:
     """Maps prompts and seeds to pixels, frames or points, with a denoiser, its backbone and its policy.
-    guidance_scale: one number, or one per expert, from high noise to low."""
+    guidance_scale: one number, or one per expert, from high noise to low. part: the prompts that a student is for, if
+    it is one of several; an evaluation measures these."""
 
     def __init__(
         self,
@@ -67,9 +82,10 @@ class Sampler:
         policy: RolloutPolicy,
         guidance_scale: float | Sequence[float] = 1.0,
         weights: Path | None = None,
+        part: Part | None = None,
     ):
         self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
-        self._weights = weights
+        self.weights_folder, self.part = weights, part
 
     @property
     def network_evaluations(self) -> int:
@@ -92,37 +108,98 @@ class Sampler:
         seeds: Sequence[int],
         key: int | str = "sample",
         images: Conditioning | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
         """The same samples before decoding: [B, *latent_shape], on the backbone's device. Each key gives independent
-        noise."""
-        backbone, gathered = self.backbone, self.denoiser.gathered_dtype
+        noise. seen: a list that gets the clean prediction of each step."""
+        backbone = self.backbone
         cond, uncond = backbone.encode_both(prompts, images)
         ids = torch.tensor(list(seeds), dtype=torch.int64, device=backbone.device)
+        return self.run(cond, uncond, Draws(ids, backbone.latent_shape, key, backbone.dtype), seen)
 
-        draws = Draws(ids, backbone.latent_shape, key, backbone.dtype)
+    @property
+    def levels(self) -> list[float]:
+        """The noise level of each step."""
+        return list(self.policy.timesteps)
+
+    def run(self, cond: Conditioning, uncond: Conditioning, noise: Noise, seen: list[Tensor] | None = None) -> Tensor:
+        """The same samples from conditioning with and without the prompts, and from draws of noise."""
+        gathered = self.denoiser.gathered_dtype
         network = self.denoiser if self.guidance_scale == 1 else Guided(self.denoiser, uncond, self.guidance_scale)
-        with torch.autocast(backbone.device.type, gathered, enabled=gathered is not None, cache_enabled=False):
-            return sample(network, self.policy, cond, draws)  # type: ignore[arg-type]
+        kind = self.backbone.device.type
+        with (
+            contextlib.nullcontext() if seen is None else outputs_kept(network, seen),
+            torch.autocast(kind, gathered, enabled=gathered is not None, cache_enabled=False),
+        ):
+            return sample(network, self.policy, cond, noise)  # type: ignore[arg-type]
+
+    def with_policy(self, policy: RolloutPolicy) -> "Sampler":
+        """The same networks with another policy."""
+        return Sampler(self.backbone, self.denoiser, policy, self.guidance_scale, self.weights_folder, self.part)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how samples were made, besides policy, guidance scale and weights."""
+        return {} if self.part is None else {"part": dataclasses.asdict(self.part)}
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
-        if self._weights is None:
+        if self.weights_folder is None:
             return {}
-        files = sorted(self._weights.rglob("*.safetensors"))
-        return {str(f.relative_to(self._weights)): sha256(f) for f in files}
+        files = sorted(self.weights_folder.rglob("*.safetensors"))
+        return {str(f.relative_to(self.weights_folder)): sha256(f) for f in files}
+
+
+class Routed(Sampler):
+    """Several students, each of which makes the samples of the prompts that the router gives it. They have one
+    backbone and one policy. weights: the folder of all of them."""
+
+    def __init__(self, students: Sequence[Sampler], router: Router, weights: Path | None = None):
+        first = students[0]
+        super().__init__(first.backbone, first.denoiser, first.policy, first.guidance_scale, weights)
+        self.students, self.router = students, router
+
+    @torch.no_grad()
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        key: int | str = "sample",
+        images: Conditioning | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        if seen is not None:
+            raise ValueError("the steps of several students cannot be shown together; name one of them")
+        parts = torch.tensor([self.router.route(prompt) for prompt in prompts])
+        made: dict[int, Tensor] = {}
+        for part in parts.unique().tolist():
+            rows = (parts == part).nonzero()[:, 0]
+            own = [(prompts[i], seeds[i]) for i in rows.tolist()]
+            given = None if images is None else images.select(rows)
+            latents = self.students[part].latents([p for p, _ in own], [s for _, s in own], key, given)
+            made |= dict(zip(rows.tolist(), latents, strict=True))
+        return torch.stack([made[i] for i in range(len(prompts))])
+
+    def facts(self) -> dict[str, Any]:
+        return {"router": dataclasses.asdict(self.router)}
 
 
 def teacher_sampler(
-    backbone: Backbone, num_steps: int, guidance_scale: float | Sequence[float], teacher: Denoiser | None = None
+    backbone: Backbone,
+    num_steps: int,
+    guidance_scale: float | Sequence[float],
+    teacher: Denoiser | None = None,
+    weights: Path | None = None,
+    part: Part | None = None,
 ) -> Sampler:
     """Samples the teacher as its stock pipeline does. The teacher is loaded if it is not given."""
     teacher = teacher or backbone.load("teacher")
-    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale)
+    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale, weights, part)
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path, several: bool = False) -> dict[str, Any]:
     """What an export says of itself. The folder may come from anybody: a backbone that names a module to import is
-    refused. Raises ValueError for that, and for a file that is not such metadata."""
+    refused. several: whether it may hold several students with a router. Raises ValueError for both, and for a file
+    that is not such metadata."""
     path = folder / METADATA
     try:
         metadata = json.loads(path.read_text())
@@ -135,6 +212,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             f"{path} names the backbone {name!r}, which is not one of {', '.join(BACKBONES)}; an export may not name "
             "code to import"
         )
+    if "router" in metadata and not several:
+        raise ValueError(f"{folder} holds several students, and one is needed here; give that one's own export")
     return metadata
 
 
@@ -161,7 +240,7 @@ def load_sampler(
     device = torch.device(device)
     folder = path / "export" if (path / "export" / METADATA).is_file() else path
     if (folder / METADATA).is_file():
-        metadata = read_metadata(folder)
+        metadata = read_metadata(folder, several=True)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
         num_steps = num_steps or policy.num_steps
         if not policy.can_make(num_steps) or guidance_scale not in (None, 1.0) or negative_prompt:
@@ -175,7 +254,14 @@ def load_sampler(
         location = {"path": str(folder)} if whole else {}
         config = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig)
         backbone = config.build(device, dtype or stored_dtype(config), 0)
-        return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder)
+        if (said := metadata.get("router")) is not None:
+            router = TypeAdapter(Router).validate_python(said)
+            places = student_folders(folder, router.num_parts)
+            students = [Sampler(backbone, backbone.load_exported(place), policy) for place in places]
+            return Routed(students, router, folder)
+        part = metadata.get("part")
+        part = None if part is None else TypeAdapter(Part).validate_python(part)
+        return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder, part)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
     section: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
