@@ -75,7 +75,7 @@ def test_loaded_classifier_is_frozen():
 
 
 def test_teacher_is_a_small_plain_diffusers_folder():
-    files = [path for path in assets_dir().rglob("*") if path.is_file()]
+    files = [path for path in (assets_dir() / "teachers").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt", ".png"}
 

@@ -30,8 +30,13 @@ def test_no_prompt_of_training_is_a_held_out_caption() -> None:
     assert len(held) > 500 and not held & prompts
 
 
+def test_all_that_ships_of_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in EMOJI.rglob("*") if path.is_file()) < 25e6
+    assert (EMOJI / "NOTICE").is_file()
+
+
 @pytest.mark.slow
-def test_held_out_captions_are_found() -> None:
+def test_held_out_captions_are_found(tmp_path: Path) -> None:
     """Among 693 pictures."""
     found = fastgen.evaluate(
         EMOJI / "reference",
@@ -39,6 +44,7 @@ def test_held_out_captions_are_found() -> None:
         features="clip",
         clip=CLIP,
         reference=str(EMOJI / "reference"),
+        output=tmp_path / "results.json",
     )["metrics"]
     print(found)
     assert found["clip_retrieval"] > 0.55 and found["clip_retrieval_5"] > 0.78

@@ -28,7 +28,7 @@ FRAMES = 8
 
 @pytest.fixture(scope="module")
 def network() -> WanDenoiser:
-    return wan().requires_grad_(False)
+    return wan(linear=True).requires_grad_(False)
 
 
 def rolling(chunks: ChunkSchedule, *levels: float, **options: Any) -> RolloutPolicy:
