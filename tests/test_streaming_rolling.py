@@ -112,8 +112,11 @@ def test_gradient_reaches_every_chunk_through_its_own_step() -> None:
 
 
 def test_stops_that_differ_are_refused(network: WanDenoiser) -> None:
+    sampler = rolling(POLICIES["window"])
     with pytest.raises(ValueError, match="stops: shared"):
-        backward_simulation(network, rolling(POLICIES["window"]), batch(FRAMES), torch.tensor([0, 1]))
+        backward_simulation(network, sampler, batch(FRAMES), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="clean predictions"):
+        backward_simulation(network, sampler, batch(FRAMES), torch.ones(2).long(), to=torch.full((2,), 0.5))
 
 
 def test_a_call_of_half_a_chunk_is_refused(network: WanDenoiser) -> None:

@@ -124,6 +124,8 @@ def backward_simulation(
         if policy.chunks is None:
             return simulate(student, policy, batch, stop, grad, to)[0]
         if policy.chunks.order == "rolling":
+            if to is not None or context is not None:
+                raise ValueError("order: rolling makes whole videos, and clean predictions of them")
             return rolled(student, policy, batch, stop, grad)
         return simulate_chunks(student, policy, batch, stop, grad, to, context or Context(policy.chunks))
 
