@@ -271,7 +271,9 @@ def test_a_comparison_shows_the_samples_of_every_result(tmp_path: Path, capsys: 
     assert len(pages) == 40 and pages[0].data != pages[20].data
     files = [tmp_path / "5.json", tmp_path / "8.json"]
     results.compare(files, tmp_path / "both.html")
-    assert pictures_in(tmp_path / "both.html", ["first", "<second>"]) == pages
+    both = pictures_in(tmp_path / "both.html", ["first", "<second>"])  # those of one prompt side by side
+    assert [p.result for p in both[:4]] == ["first", "<second>", "first", "<second>"]
+    assert sorted(both, key=lambda p: (p.result != "first", p.index)) == pages
     assert_self_contained((tmp_path / "both.html").read_text())
     results.compare(files, tmp_path / "5.html")  # in place of the first one's own page
     results.compare(files[:1], tmp_path / "again.html")
