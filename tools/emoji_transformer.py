@@ -1,5 +1,6 @@
 """The text encoders and the transformer of the emoji teacher: a small Stable Diffusion 3, trained by flow matching."""
 
+import json
 import math
 from pathlib import Path
 
@@ -169,3 +170,6 @@ def write_pipeline(folder: Path, network: Network) -> None:
         text_encoder_3=network.text_encoder_3,
         tokenizer_3=network.tokenizer_3,
     ).save_pretrained(folder)
+    config = folder / "vae/config.json"
+    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
