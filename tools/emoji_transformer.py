@@ -1,6 +1,5 @@
 """The text encoders and the transformer of the emoji teacher: a small Stable Diffusion 3, trained by flow matching."""
 
-import json
 import math
 from pathlib import Path
 
@@ -159,10 +158,12 @@ def train_transformer(folder: Path, work: Path, seed: int, steps: int, bf16: boo
 def write_pipeline(folder: Path, network: Network) -> None:
     """The pipeline in `folder`, beside its vae. The transformer is stored in float16."""
     network.transformer.half()
+    vae = read_vae(folder).half()
+    vae.register_to_config(_name_or_path="")  # where it was read
     StableDiffusion3Pipeline(
         transformer=network.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=read_vae(folder).half(),
+        vae=vae,
         text_encoder=network.text_encoder,
         tokenizer=network.tokenizer,
         text_encoder_2=network.text_encoder_2,
@@ -170,6 +171,3 @@ def write_pipeline(folder: Path, network: Network) -> None:
         text_encoder_3=network.text_encoder_3,
         tokenizer_3=network.tokenizer_3,
     ).save_pretrained(folder)
-    config = folder / "vae/config.json"
-    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-    config.write_text(json.dumps(kept, indent=2) + "\n")
