@@ -7,6 +7,7 @@ z to x0 = a + b z and goes on deterministically to s has x_s = alpha_s a + (alph
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -30,7 +31,6 @@ from oracles import (
     tiny_networks,
     touched,
 )
-from safetensors.torch import load_file
 from tiny_wan import tiny_wan
 from torch import Tensor, nn
 
@@ -480,7 +480,9 @@ def test_a_run_resets_the_fake_score_and_its_optimizer_at_each_phase_and_only_th
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
     last = checkpoint.complete(folder / "checkpoints")[-1]
-    return {f"{f.stem}.{k}": v for f in sorted(last.glob("*.safetensors")) for k, v in load_file(f).items()}
+    roles = {re.sub(r"\.\d+-of-\d+$", "", file.stem) for file in last.glob("*.safetensors")}
+    found = {role: checkpoint.stored(last, role) for role in sorted(roles)}
+    return {f"{role}.{name}": tensors.whole(name) for role, tensors in found.items() for name in tensors.shapes}
 
 
 @pytest.mark.slow

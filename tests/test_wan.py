@@ -663,7 +663,8 @@ def test_a_run_its_export_its_samples_and_its_evaluation(
     row = evaluate_path(run, output=tmp_path / "results.json", progress=False)
     assert row["metrics"].keys() == {"images_per_second", "network_evaluations"} and row["num_samples"] == 3
     page = (tmp_path / "results.html").read_text()
-    assert page.count('<img class="frames"') == 3 and page.count('<div class="sample">') == 3
+    # the student's and the teacher's beside each other
+    assert page.count('<img class="frames"') == 6 and page.count('<div class="sample">') == 3
     with pytest.raises(ValueError, match="but the samples here are frames; choose from video_accuracy, "):
         evaluate_path(run, metrics="fid", progress=False)
     with pytest.raises(ValueError, match="reference is for images, but the samples here are frames"):
