@@ -10,6 +10,10 @@ from pathlib import Path
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from fastgen.registry import MOST_WIDTH
+
+MOST_STUDENTS = 1000
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Router:
@@ -25,8 +29,8 @@ class Router:
 
     The paper divides texts by clusters of their embeddings, which are not offered here; `words` is ours."""
 
-    of: int | None = Field(default=None, ge=2, le=1000)
-    labels: int | None = Field(default=None, ge=2)
+    of: int | None = Field(default=None, ge=2, le=MOST_STUDENTS)
+    labels: int | None = Field(default=None, ge=2, le=MOST_WIDTH)
     words: tuple[tuple[str, ...], ...] = ()
 
     @model_validator(mode="after")
@@ -66,7 +70,7 @@ class Part(Router):
 
     index: k. The run sees only prompts of part k. The other keys are those of the router, and the same in all runs."""
 
-    index: int = Field(default=0, ge=0)
+    index: int = Field(default=0, ge=0, le=MOST_STUDENTS)
 
     @model_validator(mode="after")
     def _index(self) -> "Part":
