@@ -16,8 +16,9 @@ chain rule (derived), up to the gradient through x_<j, which is left out. So its
 of any length. The teacher may see farther back than the student, which then learns to keep in its memory (window,
 sink, `slow`, `linear`) what the teacher uses; that is the paper's point.
 
-From the paper's abstract and method section; formulas derived. Its first stage is Self Forcing on short videos, its
-teacher is trained to continue videos from imperfect context, and its slow and fast memory is `rollout.chunks.slow`.
+From the paper's abstract and from summaries of the paper, which we have not read whole; the formulas are derived. By
+these, a first stage matches short videos, as Self Forcing does here, and the teacher is trained to continue videos
+from imperfect context, for which there is nothing here. Its slow memory is `rollout.chunks.slow`, by a rule of ours.
 """
 
 from dataclasses import replace

@@ -24,9 +24,8 @@ from fastgen.rollout.passes import Noise, commit
 from fastgen.rollout.steps import Rollout, Step, predict_x0, step_to
 from fastgen.streaming.context import Context
 
-Making = tuple[
-    Tensor, ...
-]  # the chunks in the making, the oldest first, each [B, frames, ...] at the level of its step
+# the chunks in the making, the oldest first, each [B, frames, ...] at the level of its step
+Making = tuple[Tensor, ...]
 
 
 def diagonal(

@@ -15,15 +15,15 @@ def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tu
     """The blocks that the following chunk sees, in order, of those that there are.
 
     A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one."""
-    ranges = chunks.past(following)
+    ranges, gone = chunks.past(following), chunks.gone(following)
     if chunks.sink_decay is not None:
         sink, *rest = blocks
         for block in rest:
             if all(block.part(frames) is None for frames in ranges):
                 sink = averaged(sink, block, chunks.sink_decay)
         blocks = [sink, *rest]
-    if chunks.slow and ranges[0].stop < following.start:
-        blocks = absorbed(chunks, blocks, ranges[1].start if len(ranges) > 1 else following.start)
+    if chunks.slow and gone:
+        blocks = absorbed(chunks, blocks, gone)
     parts = [block.part(frames) for frames in ranges for block in blocks]
     return tuple(part for part in parts if part is not None)
 
@@ -46,17 +46,17 @@ def averaged(sink: Block, chunk: Block, decay: float) -> Block:
     return Block(sink.frames, keys, values)
 
 
-def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], begin: int) -> list[Block]:
-    """The blocks [sink, slow memory, window], where the frames before `begin` have gone into the slow memory."""
-    first, last = chunks.sink, chunks.sink + chunks.slow
-    sink, slow, window = (joined(blocks, frames) for frames in (range(first), range(first, last), range(last, begin)))
+def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range) -> list[Block]:
+    """The blocks [sink, slow memory, window], where the frames in `gone` have been offered to the slow memory."""
+    parts = (range(chunks.sink), range(chunks.sink, gone.start), gone)
+    sink, slow, left = (joined(blocks, frames) for frames in parts)
     assert slow is not None
-    if window is not None:
-        for frame in window.frames:
-            part = window.part(range(frame, frame + 1))
+    if left is not None:
+        for frame in left.frames:
+            part = left.part(range(frame, frame + 1))
             assert part is not None
             slow = renewed(slow, part, chunks.slow_similarity)
-    rest = (block.part(range(begin, block.frames.stop)) for block in blocks)
+    rest = (block.part(range(gone.stop, block.frames.stop)) for block in blocks)
     return [block for block in (sink, slow, *rest) if block is not None]
 
 
