@@ -23,7 +23,6 @@ from oracles import (
     tiny_networks,
     touched,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
@@ -35,10 +34,7 @@ from fastgen.objectives import CDM, DMD2
 from fastgen.objectives.cdm import UNIFORM, CDMTurn
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation
-from fastgen.run.checkpoint import complete
-from fastgen.sampling.sampler import load_sampler
 from fastgen.schedule import FlowSchedule, expand
-from fastgen.train import train
 
 FOUR = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "ode")
 PLAIN: dict[str, Any] = {"guidance_scale": 1.0, "ca_time": None}
@@ -264,29 +260,3 @@ RECIPE = Path(__file__).parents[1] / "recipes/mixture_cdm_4step.yaml"
 def test_wrong_settings_are_refused_before_anything_loads(overrides: list[str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(RECIPE, overrides)
-
-
-def test_the_loop_trains_resumes_and_samples_with_each_number_of_steps(tmp_path: Path) -> None:
-    """Four updates at once equal two and two, to the bit."""
-    small = [
-        "backbone.width=16",
-        "backbone.depth=2",
-        "backbone.fit_steps=5",
-        "train.batch_size=8",
-        "train.sample_every=0",
-    ]
-    small += ["train.eval_every=0", "train.checkpoint_every=2", "eval.teacher_steps=[]", "eval.num_samples=20"]
-    small += ["eval.quick_num_samples=20", "health.every=0", "objective.ida_decay=0.9", "objective.off_warmup=3"]
-    small += [f"optimizers.{role}.decay=constant" for role in ("student", "fake_score")]
-
-    def run(folder: str, steps: int) -> Path:
-        return train(load_recipe(RECIPE, [*small, f"output_dir={tmp_path / folder}", f"train.steps={steps}"]))
-
-    whole = run("whole", 4)
-    run("parts", 2)
-    ends = [complete(folder / "checkpoints")[-1] for folder in (whole, run("parts", 4))]
-    for file in ("student.safetensors", "fake_score.safetensors"):
-        one, other = (load_file(end / file) for end in ends)
-        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    for count in (1, 2, 4):
-        assert load_sampler(whole, num_steps=count).sample([""] * 4, range(4)).isfinite().all()

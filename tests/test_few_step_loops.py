@@ -1,4 +1,5 @@
-"""The training loop with objectives that keep copies of the student, or a part of it frozen: they train and resume."""
+"""The training loop with objectives that keep copies of the student, freeze a part of it, or draw its number of steps:
+they train and resume."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from fastgen.config import load_recipe
 from fastgen.run.checkpoint import complete
+from fastgen.sampling.sampler import load_sampler
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,12 @@ SMALL = [
     "optimizers.student.decay=constant",
 ]
 LOOPS: Mapping[str, list[str]] = {
+    "mixture_tdm_4step": ["optimizers.fake_score.decay=constant"],
+    "mixture_cdm_4step": [
+        "objective.ida_decay=0.9",
+        "objective.off_warmup=3",
+        "optimizers.fake_score.decay=constant",
+    ],
     "mixture_self_e_4step": ["objective.fake.start=2", "optimizers.fake_score.decay=constant"],
     "mixture_mdt_4step": [],
     "mixture_reflow_4step": ["objective.stage=distill", "objective.guide={}", "rollout.timesteps=[1.0]"],
@@ -67,6 +75,20 @@ def test_four_updates_are_two_and_two(name: str, tmp_path: Path) -> None:
     for file in files:
         one, other = load_file(a / file), load_file(b / file)
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), file
+    if "tdm" in name:  # student and fake score are told the number of steps
+        roles = (load_file(a / f"{role}.safetensors") for role in ("student", "fake_score"))
+        assert all(any("num_steps" in key for key in weights) for weights in roles)
+    if "tdm" in name or "cdm" in name:
+        check_step_counts(whole)
+
+
+def check_step_counts(run: Path) -> None:
+    """The export makes 1, 2 and 4 steps, and no others."""
+    for count in (1, 2, 4):
+        sampler = load_sampler(run, num_steps=count)
+        assert sampler.policy.num_steps == count and sampler.sample([""] * 4, range(4)).isfinite().all()
+    with pytest.raises(ValueError, match="distilled to 1 or 2 or 4 steps"):
+        load_sampler(run, num_steps=3)
 
 
 def test_frozen_parameters_of_a_run_keep_the_values_that_it_began_with(tmp_path: Path) -> None:
