@@ -16,6 +16,7 @@ from fastgen.backbones import ar1_formulas as f
 from fastgen.config import load_recipe
 from fastgen.networks import Networks
 from fastgen.objectives import ContextForcing
+from fastgen.objectives.context_forcing import export_of
 from fastgen.registry import RecipeError
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation
 from fastgen.sampling.sampler import load_sampler
@@ -105,6 +106,7 @@ def test_a_whole_update_after_teacher_forcing(tmp_path: Path) -> None:
     data = {"data": {"name": "moving_digits", "videos": 4}, "optimizers": {"student": {"lr": 1e-3}}}
     start = train(recipe(folder, tmp_path / "forced", {"name": "teacher_forcing"}, **data)) / "export"
     objective = {"name": "context_forcing", "fake_updates": 1, "teacher_from": str(start.parent)}
+    assert export_of(str(start)) == export_of(str(start.parent)) == start
     run = train(recipe(folder, tmp_path / "run", objective, init_from=str(start)))
     assert (run / "export/fastgen.json").is_file()
 

@@ -108,6 +108,19 @@ def test_a_switch_goes_on_with_the_next_video_s_prompt(switch: float) -> None:
     assert torch.equal(went_on, same) != bool(switch)
 
 
+def test_what_was_before_carries_no_gradient() -> None:
+    """Neither what is kept for the next update, nor the frame that the judged part begins with."""
+    objective, made, videos = LongTuning(longest=100), networks(ChunkSchedule(frames=1)), batch(3)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    made.restart = lambda past: scale * past[:, -1:]
+    state = objective.init_state()
+    for _ in range(2):
+        objective.loss(STUDENT, made, videos, state).total.backward()
+        objective.finish(STUDENT, made, state)
+        assert not state["past.latents"].requires_grad
+    assert scale.grad is None and any(p.grad is not None for p in made.student.parameters())
+
+
 def test_an_update_does_not_depend_on_its_micro_batches() -> None:
     objective, made = LongTuning(longest=100), networks(ChunkSchedule(frames=1, window=3), 1.0, 0.6)
     states = [objective.init_state(), objective.init_state()]

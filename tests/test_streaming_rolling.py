@@ -103,6 +103,7 @@ def test_gradient_reaches_every_chunk_through_its_own_step() -> None:
     for b in range(4):
         network.zero_grad()
         rollout = backward_simulation(network, rolling(POLICIES["window"]), videos, torch.ones(2, dtype=torch.int64))
+        assert not rollout.steps[0].x_t.requires_grad, "an input that an earlier call made"
         rollout.x[:, 2 * b : 2 * b + 2].square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.network.blocks[0].ffn.parameters())
     with torch.no_grad():

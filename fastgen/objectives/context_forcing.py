@@ -124,7 +124,7 @@ class ContextForcing(DMD2):
 
     def seen(self, networks: Networks, past: Tensor) -> Inputs:
         """What makes a call on whole videos one on each of their chunks, given the frames of `past` before it."""
-        return Inputs(causal=self.schedule(networks.policy), clean=past.detach())
+        return Inputs(causal=self.schedule(networks.policy), clean=past)
 
     def told(self, networks: Networks, rollout: Rollout) -> Inputs:
         """The inputs of the fake score."""
