@@ -16,7 +16,7 @@ from fastgen.modules.lora import LoraConfig
 from fastgen.modules.sharding import gathered
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 from fastgen.rollout import RolloutPolicy
-from fastgen.sampling.sampler import load_sampler
+from fastgen.sampling.sampler import load_sampler, usual_dtype
 
 CPU = torch.device("cpu")
 POLICY = RolloutPolicy((1.0, 0.5))
@@ -88,6 +88,14 @@ def test_the_dtype_is_that_of_the_students_network_alone(teacher: Path, tmp_path
     assert backbone_of(tmp_path).stored_dtype == torch.bfloat16 and backbone.stored_dtype == torch.float16
     assert load_sampler(tmp_path).backbone.dtype == torch.bfloat16
     assert load_sampler(tmp_path, dtype=torch.float32).denoiser.weight_dtype == torch.float32
+
+
+def test_what_is_stored_in_float16_is_computed_in_float32_on_a_cpu(teacher: Path) -> None:
+    """Its convolutions in float16 are tens of times slower. On a GPU, the stored dtype stays."""
+    config = SDConfig(path=str(teacher))
+    assert backbone_of(teacher).stored_dtype == torch.float16
+    assert usual_dtype(config, torch.device("cpu")) == torch.float32
+    assert usual_dtype(config, torch.device("cuda")) == torch.float16
 
 
 def test_an_adapter_is_merged_without_loading_its_base(teacher: Path, tmp_path: Path) -> None:

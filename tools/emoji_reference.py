@@ -17,13 +17,20 @@ def write_reference(output: Path, work: Path) -> None:
     (output / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
 
 
-def write_pictures(folder: Path, emoji: list[Emoji], pixels: Tensor) -> None:
-    """Lossless pictures [N, 3, S, S] uint8 and a metadata.csv in the layout of ImageFolder."""
+def write_training(work: Path) -> None:
+    """Writes training/ into `work`, the pictures that are not held out: for recipes that train on pictures."""
+    if not (work / "training/metadata.csv").is_file():
+        write_pictures(work / "training", *split(work, held=False), effort=0)
+
+
+def write_pictures(folder: Path, emoji: list[Emoji], pixels: Tensor, effort: int = 6) -> None:
+    """Lossless pictures [N, 3, S, S] uint8 and a metadata.csv in the layout of ImageFolder. effort: 0 to 6, of the
+    compression; the most is a hundred times slower than the least."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [("file_name", "caption")]
+    for number, (e, picture) in enumerate(zip(emoji, pixels, strict=True)):
+        rows.append((f"{number:03}.webp", e.prompt(0)))
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        image.save(folder / rows[-1][0], lossless=True, quality=100, method=effort)
     with open(folder / "metadata.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("file_name", "caption"))
-        for number, (e, picture) in enumerate(zip(emoji, pixels, strict=True)):
-            name = f"{number:03}.webp"
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name, lossless=True, quality=100, method=6)
-            table.writerow((name, e.prompt(0)))
+        csv.writer(file, lineterminator="\n").writerows(rows)

@@ -14,7 +14,7 @@ from emoji_clip import train_clip
 from emoji_measure import measure
 from emoji_pictures import make_pictures
 from emoji_preference import train_preference
-from emoji_reference import write_reference
+from emoji_reference import write_reference, write_training
 from emoji_transformer import train_transformer
 from emoji_vae import train_vae
 
@@ -38,8 +38,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     work, seed = args.work, args.seed
     clip, teacher = args.output / "clip", args.output / "teacher"
+    def pictures() -> None:
+        make_pictures(work, seed)
+        write_training(work)
+
     run = {
-        "pictures": lambda: make_pictures(work, seed),
+        "pictures": pictures,
         "clip": lambda: train_clip(clip, work, seed, args.clip_steps, args.bf16),
         "preference": lambda: train_preference(
             args.output / "preference", clip, work, seed, args.preference_steps, args.bf16

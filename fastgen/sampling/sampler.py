@@ -229,7 +229,7 @@ def load_sampler(
     dtype: torch.dtype | None = None,
 ) -> Sampler:
     """The sampler of a run folder (its export), an exported folder, or a plain diffusers pipeline folder. dtype: of
-    all its networks, by default that in which the denoising network is stored.
+    all its networks, by default `usual_dtype`.
 
     num_steps, guidance_scale and negative_prompt are for a plain pipeline; by default they are those of its call in
     diffusers. An export has its own, and asking for others raises ValueError, except for the numbers of steps that
@@ -253,7 +253,7 @@ def load_sampler(
         whole = "path" in metadata["backbone"] and not metadata.get("lora")  # the export itself is a complete pipeline
         location = {"path": str(folder)} if whole else {}
         config = build_section("backbone", metadata["backbone"] | location, BACKBONES, BackboneConfig)
-        backbone = config.build(device, dtype or stored_dtype(config), 0)
+        backbone = config.build(device, dtype or usual_dtype(config, device), 0)
         if (said := metadata.get("router")) is not None:
             router = TypeAdapter(Router).validate_python(said)
             places = student_folders(folder, router.num_parts)
@@ -267,7 +267,7 @@ def load_sampler(
     section: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
     section = section if references is None else section.with_control(references)
     section.check()
-    backbone = section.build(device, dtype or stored_dtype(section), 0)
+    backbone = section.build(device, dtype or usual_dtype(section, device), 0)
     steps, scale = backbone.stock_call
     scale = scale if guidance_scale is None else guidance_scale
     if negative_prompt and scale == 1:
@@ -275,9 +275,11 @@ def load_sampler(
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
 
 
-def stored_dtype(config: BackboneConfig) -> torch.dtype:
-    """The dtype in which a backbone's denoising network is stored."""
-    return config.build(torch.device("cpu"), torch.float32, 0).stored_dtype
+def usual_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
+    """The dtype in which a backbone's denoising network is stored, but float32 instead of float16 on a CPU, where
+    convolutions in float16 are tens of times slower."""
+    stored = config.build(torch.device("cpu"), torch.float32, 0).stored_dtype
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
 
 
 def sha256(path: Path) -> str:
