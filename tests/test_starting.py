@@ -143,7 +143,8 @@ def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validato
     assert raw["eval"]["teacher_steps"] == [28, 4] and raw["eval"]["reference"] == "teacher"
     tuned = yaml.safe_load((project / "recipes/digits_dmd2_4step.yaml").read_text())
     assert raw["optimizers"] == tuned["optimizers"] and raw["train"] == tuned["train"]
-    phased = write_new("assets/teachers/digits", objective="phased_dmd", steps=2, prompts="neutral")
+    phased = write_new("assets/teachers/digits", objective="phased_dmd", steps=2, prompts="neutral", guidance=3.0)
+    assert phased["objective"]["guidance_scale"] == phased["eval"]["teacher_guidance_scale"] == 3.0
     assert [p["last"] for p in phased["objective"]["phases"]] == [1, 2]
     assert sum(p["updates"] for p in phased["objective"]["phases"]) == phased["train"]["steps"]
     assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]

@@ -9,12 +9,20 @@ from torch import Tensor
 
 
 def write_reference(output: Path, work: Path) -> None:
-    """Writes reference/, the held-out pictures in a table with captions, and prompts.txt, a prompt for every picture
-    that is trained on, its wordings in turn."""
-    write_pictures(output / "reference", *split(work, held=True))
+    """Writes reference/, the held-out pictures in a table with captions; prompts.txt, a prompt for every picture that
+    is trained on, its wordings in turn; and the names of both, which leave the style open: names.txt of the pictures
+    that are trained on, and held_out_names.txt."""
+    held, pixels = split(work, held=True)
     emoji, _ = split(work, held=False)
-    prompts = [e.prompt(i % len(WORDINGS)) for i, e in enumerate(emoji)]
-    (output / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
+    write_pictures(output / "reference", held, pixels)
+    write_lines(output / "prompts.txt", [e.prompt(i % len(WORDINGS)) for i, e in enumerate(emoji)])
+    write_lines(output / "names.txt", [e.name for e in emoji])
+    write_lines(output / "held_out_names.txt", [e.name for e in held])
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Each different line once."""
+    path.write_text("\n".join(dict.fromkeys(lines)) + "\n")
 
 
 def write_training(work: Path) -> None:

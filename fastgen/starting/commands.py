@@ -98,6 +98,9 @@ def new(
         float | None, typer.Option(min=1, help="GB of one GPU. By default those of the GPU here, or else 80.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="The teacher's. By default that of the pipeline's own call in diffusers.")
+    ] = None,
     scorer: ScorerOption = None,
     output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),
     interactive: Annotated[
@@ -116,7 +119,8 @@ def new(
         from fastgen.evaluation.config import scorer_keys
         from fastgen.starting.new import Wishes, first_recipe, next_commands
 
-        wishes = Wishes(pipeline, steps, objective, prompts, images, memory, gpus, scorer_keys(scorer or []))
+        keys = scorer_keys(scorer or [])
+        wishes = Wishes(pipeline, steps, objective, prompts, images, memory, gpus, keys, guidance_scale)
         text, plan = first_recipe(wishes)
     except ValueError as error:
         raise refuse(error) from None

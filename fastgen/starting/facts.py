@@ -29,11 +29,12 @@ class Wishes:
     memory: float | None = None
     gpus: int = 1
     scorers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    guidance: float | None = None  # the teacher's; None: that of the pipeline's own call
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the pipeline says. steps, guidance: of its stock call."""
+    """What the pipeline says. steps, guidance: of its stock call, unless another guidance was asked for."""
 
     config: PipelineConfig
     steps: int

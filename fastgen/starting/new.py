@@ -4,6 +4,7 @@ The pipeline gives its guidance, its numbers of steps and the shift of its noise
 come from shipped recipes and published ones (values.py); `fastgen plan`'s own count gives the batch size."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def first_recipe(wishes: Wishes) -> tuple[str, Plan]:
     if wishes.objective not in TEMPLATES:
         raise ValueError(f"objective {wishes.objective}: `fastgen new` writes recipes for {', '.join(TEMPLATES)}")
     facts = look_at(wishes.pipeline)
+    if wishes.guidance is not None:
+        facts = replace(facts, guidance=wishes.guidance)
     values = first_values(wishes, facts)
     check_data(wishes, values)
     memory = wishes.memory or memory_here() or (MEMORY if facts.large else None)
