@@ -39,6 +39,7 @@ LAYERS = (
     ("starting",),
     ("train",),
     ("api",),
+    ("commands",),
     ("cli", "__main__"),
 )
 MOST_FLAT_MODULES = 13

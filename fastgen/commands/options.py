@@ -46,7 +46,10 @@ BatchOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option(help="The precision of all networks. By default that in which the denoising network is stored."),
+    typer.Option(
+        help="The precision of all networks. By default that in which the denoising network is stored; on a CPU, "
+        "float32 instead of float16."
+    ),
 ]
 FirstOption = Annotated[
     int,

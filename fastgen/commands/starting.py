@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import fastgen
-from fastgen.run.options import ScorerOption
+from fastgen.commands.options import ScorerOption
 from fastgen.run.refusal import refuse
 
 
@@ -99,7 +99,8 @@ def new(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="The teacher's. By default that of the pipeline's own call in diffusers.")
+        float | None,
+        typer.Option(min=1, help="The teacher's. By default that of the pipeline's own call."),
     ] = None,
     scorer: ScorerOption = None,
     output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),
