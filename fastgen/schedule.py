@@ -184,13 +184,15 @@ class TimeSampler:
     uniform:       t = u
     logit_normal:  t = sigmoid(mean + std Phi^-1(u) - log sigma_data), so that sigma = sigma_data t / (1 - t) is
                    lognormal: log sigma ~ N(mean, std^2)    (EDM, arXiv 2206.00364)
+    log_student_t: (log sigma - mean) / std has Student's t distribution with df degrees of freedom, given that t lies
+                   in [low, high]    (TCM, arXiv 2410.14895). It takes neither shift nor ends.
     shift:         t' = shift t / (1 + (shift - 1) t), the resolution shift of flow models.
     sigma_data:    the standard deviation of the data for which mean and std are stated, where that of the latents is
                    1. With 0.5 (EDM, sCM, SANA-Sprint), published numbers are written as they are: at equal ratios of
                    signal to noise, the levels of unit latents are log 2 higher (derived).
     ends:          stretch: the level is low + (high - low) t';   clamp: it is t', clamped to [low, high]."""
 
-    law: Literal["uniform", "logit_normal"] = "uniform"
+    law: Literal["uniform", "logit_normal", "log_student_t"] = "uniform"
     low: float = Field(default=0.02, ge=0, lt=1)
     high: float = Field(default=0.98, gt=0, le=1)
     shift: float = Field(default=1.0, gt=0)
@@ -198,6 +200,7 @@ class TimeSampler:
     std: float = Field(default=1.0, gt=0)
     sigma_data: float = Field(default=1.0, gt=0)
     ends: Literal["stretch", "clamp"] = "stretch"  # clamp: Self-Forcing's and CausVid's code, with their shift
+    df: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "TimeSampler":
@@ -205,8 +208,15 @@ class TimeSampler:
             raise ValueError(f"low must be below high, got low = {self.low} and high = {self.high}")
         if self.law == "uniform" and self.sigma_data != 1:
             raise ValueError(
-                f"sigma_data is the unit of mean and std, which are for law: logit_normal, got {self.sigma_data:g}; "
-                "leave it out with law: uniform"
+                "sigma_data is the unit of mean and std, which are for law: logit_normal and log_student_t, got "
+                f"{self.sigma_data:g}; leave it out with law: uniform"
+            )
+        if (self.law == "log_student_t") != (self.df is not None):
+            raise ValueError("law: log_student_t needs df (0.01 in TCM), and the other laws take none")
+        if self.law == "log_student_t" and (self.low == 0 or self.high == 1 or self.shift != 1 or self.ends == "clamp"):
+            raise ValueError(
+                "law: log_student_t is cut off at low and high, which must lie inside (0, 1), and takes neither shift "
+                f"nor ends; got low {self.low:g}, high {self.high:g}, shift {self.shift:g} and ends {self.ends}"
             )
         return self
 
@@ -220,19 +230,51 @@ class TimeSampler:
 
     def shifted(self, u: Tensor) -> Tensor:
         """t' in (0, 1) of a uniform draw, any shape: the law and the shift, before the ends."""
-        mean = self.mean - math.log(self.sigma_data)
-        t = torch.sigmoid(mean + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
+        if self.df is not None:
+            y, share = self.student_t(self.df)
+            return torch.sigmoid(self.centre + self.std * self.df**0.5 * interpolated(u, share, y).sinh()).to(u)
+        t = torch.sigmoid(self.centre + self.std * torch.special.ndtri(u)) if self.law == "logit_normal" else u
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def ended(self, t: Tensor, top: Tensor | float = 1.0) -> Tensor:
         """The level of t' in (0, 1). top: a factor on the upper end (stretch) or on t' (clamp), shaped like t."""
-        if self.ends == "clamp":
+        if self.ends == "clamp" or self.df is not None:
             return (top * t).clamp(self.low, self.high)
         return self.low + (self.high * top - self.low) * t
 
     def rank(self, t: Tensor) -> Tensor:
         """The share of draws below level t: the inverse of __call__ inside [low, high]; any shape."""
+        if self.df is not None:
+            y, share = self.student_t(self.df)
+            place = (torch.logit(t.double()) - self.centre) / (self.std * self.df**0.5)
+            return interpolated(place.asinh(), y, share).to(t)
         t = ((t - self.low) / (self.high - self.low) if self.ends == "stretch" else t).clamp(0, 1)
         t = t / (self.shift - (self.shift - 1) * t)
-        mean = self.mean - math.log(self.sigma_data)
-        return torch.special.ndtr((torch.logit(t) - mean) / self.std) if self.law == "logit_normal" else t
+        return torch.special.ndtr((torch.logit(t) - self.centre) / self.std) if self.law == "logit_normal" else t
+
+    @property
+    def centre(self) -> float:
+        """`mean` for log t / (1 - t), that is, in the unit of the latents."""
+        return self.mean - math.log(self.sigma_data)
+
+    def student_t(self, df: float) -> tuple[Tensor, Tensor]:
+        """[1025] float64 each: values of y, and the share of draws below each, where Student's t is sqrt(df) sinh(y).
+
+        The density of y is proportional to cosh(y)^-df (derived), which hardly varies for a small df; t itself
+        spreads over many orders of magnitude then. Integrated by trapezoids."""
+        low, high = (
+            math.asinh((math.log(level / (1 - level)) - self.centre) / (self.std * df**0.5))
+            for level in (self.low, self.high)
+        )
+        y = torch.linspace(low, high, 1025, dtype=torch.float64)
+        share = torch.cumulative_trapezoid(y.cosh() ** -df, y)
+        return y, torch.cat([share.new_zeros(1), share / share[-1]])
+
+
+def interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """ys at x, linearly between the increasing points xs [n], in float64; x beyond them is at their ends. x: any
+    shape."""
+    xs, ys, x = xs.to(x.device), ys.to(x.device), x.double()
+    index = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    share = (x - xs[index - 1]) / (xs[index] - xs[index - 1])
+    return torch.lerp(ys[index - 1], ys[index], share.clamp(0, 1))

@@ -1,6 +1,7 @@
 """Noise schedules: definitions, conversions, renoising and laws of times, against closed forms and diffusers."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -259,12 +260,57 @@ def test_logit_normal_has_its_moments() -> None:
 
 
 @pytest.mark.parametrize(
+    ("df", "share"),
+    [(1.0, lambda x: math.atan(x) / math.pi), (2.0, lambda x: x / (2 * (2 + x * x) ** 0.5))],
+    ids=["Cauchy", "two"],
+)
+def test_log_student_t_is_that_law_between_its_ends(df: float, share: Callable[[float], float]) -> None:
+    """The shares of Student's t are closed forms for one and for two degrees of freedom; rank is the inverse, and
+    sigma_data moves the levels as those of logit_normal."""
+    sampler = TimeSampler(law="log_student_t", low=0.3, high=0.99, mean=-0.4, std=0.7, sigma_data=0.5, df=df)
+    t = sampler(U[::100])
+    place = ((t.logit() + math.log(0.5) + 0.4) / 0.7).tolist()
+    ends = [(math.log(0.5 * x / (1 - x)) + 0.4) / 0.7 for x in (0.3, 0.99)]
+    wanted = torch.tensor([(share(x) - share(ends[0])) / (share(ends[1]) - share(ends[0])) for x in place])
+    print(largest(wanted - U[::100]), largest(sampler.rank(t) - U[::100]))
+    assert largest(wanted - U[::100]) < 1e-5 and largest(sampler.rank(t) - U[::100]) < 1e-9
+    assert (t.diff() > 0).all() and t.min() >= 0.3 and t.max() <= 0.99
+    inside = sampler(U[::100], (torch.full_like(t, 0.4), torch.full_like(t, 0.5)))
+    assert inside.min() >= 0.4 - 1e-5 and inside.max() <= 0.5 + 1e-5
+
+
+def test_tcms_law_is_nearly_uniform_in_the_logarithm_of_log_sigma() -> None:
+    """df 0.01 and scale 0.2 from sigma = 1 to 80: scipy's stats.t gives these quantiles of sigma."""
+    from scipy import stats
+
+    sampler = TimeSampler(law="log_student_t", low=2 / 3, high=160 / 161, mean=0.0, std=0.2, sigma_data=0.5, df=0.01)
+    u = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    top = stats.t.cdf(math.log(80) / 0.2, 0.01)
+    wanted = torch.tensor(stats.t.ppf(0.5 + u.numpy() * (top - 0.5), 0.01) * 0.2).exp()
+    t = sampler(u)
+    assert torch.allclose(0.5 * t / (1 - t), wanted, rtol=1e-4), (0.5 * t / (1 - t), wanted)
+
+
+@pytest.mark.parametrize(
     "fields",
     [{"low": 0.5, "high": 0.5}, {"low": 0.9, "high": 0.2}, {"low": -0.1}, {"high": 1.1}, {"shift": 0}, {"std": 0}],
 )
 def test_impossible_time_laws_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         TimeSampler(**fields)
+
+
+def test_log_student_t_refuses_what_it_does_not_use() -> None:
+    for text, fields in {
+        "needs df": {"df": None},
+        "neither shift nor ends": {"shift": 2.0},
+        "inside": {"high": 1.0},
+        "and ends clamp": {"ends": "clamp"},
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            TimeSampler(**({"law": "log_student_t", "df": 0.01} | fields))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="other laws take none"):
+        TimeSampler(df=1.0)
 
 
 def test_renoising_from_pure_noise_is_refused() -> None:

@@ -46,13 +46,19 @@ class TimePairs:
         """t and s, [B] each. max_gap: replaces the field of that name, for curricula."""
         draws = [self.time(batch.uniform(f"{name}_{end}")) for end in "ts"]
         t, s = sorted_pair(*draws)
-        place = (batch.ids.double() * GOLDEN + batch.integer(f"{name}_kind", 1 << 20) / (1 << 20)) % 1
+        place = places(batch, f"{name}_kind")
         if self.diagonal_level == "single":
             t = torch.where(place < self.diagonal, draws[0], t)
         t = t.clamp_min(SHORTEST)
         s = torch.maximum(s, t - (self.max_gap if max_gap is None else max_gap))
         s = torch.where(place < self.diagonal, t, torch.minimum(s, t))
         return t, torch.where(place >= 1 - self.to_zero, torch.zeros_like(s), s)
+
+
+def places(batch: Batch, name: str) -> Tensor:
+    """[B] float64 in [0, 1): places of the samples, so evenly spread that each share of the interval has its share of
+    any run of sample numbers, up to a sample or two. All of them move together from update to update."""
+    return (batch.ids.double() * GOLDEN + batch.integer(name, 1 << 20) / (1 << 20)) % 1
 
 
 def sorted_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +193,14 @@ class ShrinkingPairs:
     ) -> tuple[Tensor, Tensor]:
         """t and s < t, [B, *shape] each."""
         t = self.time(batch.uniform(name, shape=shape)).double().clamp(SHORTEST, 1 - 1e-6)
+        return t.to(batch.dtype), self.below(t, update).to(batch.dtype)
+
+    def below(self, t: Tensor, update: int) -> Tensor:
+        """s of levels t below 1, any shape, in float64."""
+        t = t.double()
         sigma = self.sigma_data * t / (1 - t)
         r = torch.minimum(shrinking(sigma, update // self.period, self.q, self.k, self.b), self.cap * sigma)
-        return t.to(batch.dtype), (r / (self.sigma_data + r)).to(batch.dtype)
+        return r / (self.sigma_data + r)
 
     def end_ratios(self, update: int) -> tuple[float, float]:
         """The noise-to-signal ratios of levels 0 and 1; no pair begins at 1."""

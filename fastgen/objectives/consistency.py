@@ -41,6 +41,7 @@ The settings that correspond to each paper:
                              LCM-LoRA (2311.05556): lora.student, no target network, and no guidance input
     PCM    arXiv 2405.18407  grid {count: 100}, phases [4], rollout ode from edge to edge, elementwise_huber, gan
     TSCD   arXiv 2404.13686  phases [8, 4, 2, 1], end uniform, rollout tcd
+    TCM    arXiv 2410.14895  ECT, then truncation: a second stage at high noise, see objectives/truncation.py
 
 The optimum depends on the grid. With n intervals of Euler steps, or of data, the samples have too little variance: a
 Gaussian of std 0.5 ends at 0.34 with n = 4, 0.456 with 16 and 0.494 with 128. The heun solver and growing grids reduce
@@ -59,7 +60,7 @@ target network: levels in the paper, which is followed here, and intervals in th
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -77,6 +78,7 @@ from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
 from fastgen.objectives.embedding import Embedding, check_batch
 from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.truncation import Truncation
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS, MOST_UPDATES
 from fastgen.rollout import RolloutPolicy, transition
@@ -86,10 +88,11 @@ from fastgen.schedule import expand
 @plain_dataclass(frozen=True)
 class ConsistencyTurn(Turn):
     """update: the number of the update, on which the pairs of levels depend. phases: the number of phases in this
-    update."""
+    update. truncated: whether this update trains high noise alone."""
 
     update: int = 0
     phases: int = 1
+    truncated: bool = False
 
 
 @plain_dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Consistency(Objective):
     # distinguishes the two points that are compared, both renoised within the phase
     gan: Ladd | None = None
     embedding: Embedding | None = None  # of the student's points and real data noised to the same level
+    truncation: Truncation | None = None  # TCM's second stage
     form: Form = "packed"  # with rollout.chunks, see `objectives.causal`
 
     @model_validator(mode="after")
@@ -163,12 +167,17 @@ class Consistency(Objective):
                 "phases: several entries need phase_updates, the number of updates with each except the last; got "
                 f"{list(self.phases)} and phase_updates {self.phase_updates}"
             )
+        if self.truncation and (self.shrinking is None or (self.phases, self.end) != ((1,), "edge")):
+            raise ValueError(
+                "truncation goes on where a consistency model of one phase ends, with levels s that belong to any t: "
+                "give shrinking, and leave out phases and end"
+            )
         return self
 
     @property
     def learned_levels(self) -> tuple[float, ...] | None:
         """With one phase, those of the grid are sent to 0, and all where levels are drawn without one."""
-        if self.phases[-1] != 1 or self.end != "edge":
+        if self.phases[-1] != 1 or self.end != "edge" or self.truncation:
             return ()
         return None if self.grid is None else tuple(self.grid.levels(self.grid.updates)[1:].tolist())
 
@@ -178,7 +187,8 @@ class Consistency(Objective):
 
     @property
     def full_roles(self) -> tuple[str, ...]:
-        return ("discriminator",) if self.target_decay is None else ("discriminator", "student")
+        copied = self.target_decay is not None or self.truncation is not None
+        return ("discriminator", "student") if copied else ("discriminator",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -202,15 +212,20 @@ class Consistency(Objective):
         time_pairs.check_told(policy, self.guidance_range)
         check_order(policy)
         if policy.chunks is not None and (
-            (self.teach, self.phases, self.end) != ("data", (1,), "edge") or self.gan or self.embedding
+            (self.teach, self.phases, self.end) != ("data", (1,), "edge")
+            or self.gan
+            or self.embedding
+            or self.truncation
         ):
             raise ValueError(
                 "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
-                "and leave out phases, end, gan and embedding (chunks that are predicted from real frames do not "
-                "continue each other, and what looks at whole videos would see that)"
+                "and leave out phases, end, truncation, gan and embedding (chunks that are predicted from real frames "
+                "do not continue each other, and what looks at whole videos would see that)"
             )
         if policy.chunks is None and self.form != "packed":
             raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
+        if self.truncation:
+            self.truncation.check(policy)
         if policy.num_steps == 1 or self.end == "uniform":
             return
         count = self.phases[-1]
@@ -236,6 +251,8 @@ class Consistency(Objective):
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
         check_batch(self.embedding, recipe)
+        if self.truncation:
+            self.truncation.check_recipe(recipe)
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
         if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler" or self.weight == "gap"):
             raise ValueError(
@@ -244,23 +261,28 @@ class Consistency(Objective):
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        """The discriminator and the target network, where they are used. The target network draws the same dropout
-        as the student, so it stays in training mode."""
+        """The discriminator, the target network and the first stage, where they are used. The last two draw the same
+        dropout as the student, so they stay in training mode."""
         modules = {} if self.gan is None else self.gan.networks(backbone)
         modules |= {} if self.embedding is None else self.embedding.networks_needed(backbone)
         if self.target_decay is not None:
             modules["target"] = self.make_student(backbone, policy).requires_grad_(False)
+        if self.truncation is not None:
+            modules["first"] = self.make_student(backbone, policy).requires_grad_(False)
         return modules
 
     def init_state(self) -> State:
-        return {} if self.target_decay is None else {"updates": torch.zeros((), dtype=torch.int64)}
+        state = {} if self.target_decay is None else {"updates": torch.zeros((), dtype=torch.int64)}
+        return state | ({} if self.truncation is None else {"stored": torch.zeros((), dtype=torch.int64)})
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
         stage = len(self.phases) - 1
         if self.phase_updates:
             stage = min(step // self.phase_updates, stage)
         roles = ("discriminator", "student") if self.gan else ("student",)
-        return tuple(ConsistencyTurn(role, (role,), update=step, phases=self.phases[stage]) for role in roles)
+        common: Any = {"update": step, "phases": self.phases[stage]}
+        common["truncated"] = self.truncation is not None and step >= self.truncation.begin
+        return tuple(ConsistencyTurn(role, (role,), **common) for role in roles)
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         assert isinstance(turn, ConsistencyTurn)
@@ -281,6 +303,10 @@ class Consistency(Objective):
             elementwise = self.distance == "elementwise_huber"
             total = flow_maps.pseudo_huber(error, self.huber, weight, elementwise)
         terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": points.gap.mean()}
+        if turn.truncated and self.truncation is not None:
+            at_boundary = self.truncation.boundary(batch)
+            square = signals.per_sample_mean(error.detach().square())
+            terms["boundary"] = ((square * at_boundary).sum() / at_boundary.sum().clamp_min(1)).sqrt()
         if self.gan is not None:
             gan = self.gan.student_loss(networks, batch, points.student, points.end, points.upper)
             total = total + self.gan.weight * gan
@@ -296,6 +322,10 @@ class Consistency(Objective):
         """The two points that an update compares. Gradient flows to the student through `Endpoints.student` alone."""
         assert batch.latents is not None
         t, s = self.levels(batch, networks.policy, turn.update)
+        truncation = self.truncation if turn.truncated else None
+        if truncation is not None:
+            assert self.shrinking is not None
+            t, s = truncation.levels(batch, self.shrinking, turn.update)
         edge, upper = time_pairs.phase_edges(t, turn.phases, self.grid_shift)
         s = torch.maximum(s, edge)
         end = edge if self.end == "edge" else time_pairs.between(edge, s, batch.uniform("end"))
@@ -305,18 +335,24 @@ class Consistency(Objective):
         inputs = NO_INPUTS
         if self.guidance_range is not None and networks.policy.embedded_guidance is not None:
             inputs = Inputs(guidance=time_pairs.drawn_scale(batch, self.guidance_range))
-        with torch.no_grad(), torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):  # the same dropout twice
+        devices = [x_t.device] if x_t.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):  # the same dropout twice
             if self.teach == "data":
                 x_s = schedule.add_noise(batch.latents, noise, s).to(noise.dtype)
             else:
                 x_s = self.solver_step(networks, batch, x_t, t, s)
+            start = s.clamp_min(flow_maps.SHORTEST)
             target = self.target(networks, state)
-            from_s = self.step_to_end(
-                target, networks.policy, batch, x_s, s.clamp_min(flow_maps.SHORTEST), end, inputs
-            )
-            from_s = torch.where(expand(s > end, x_s), from_s, x_s)  # at s = end no step is left
+            from_s = self.step_to_end(target, networks.policy, batch, x_s, start, end, inputs)
+        weight = self.pair_weight(t, s, turn.update)
+        if truncation is not None:
+            first = self.first_stage(networks, state)
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                before = self.step_to_end(first, networks.policy, batch, x_s, start, end, inputs)
+            from_s, weight = truncation.target(s, before, from_s), weight * truncation.weights(batch)
+        from_s = torch.where(expand(s > end, x_s), from_s, x_s)  # at s = end no step is left
         from_t = self.step_to_end(networks.student, networks.policy, batch, x_t, t, end, inputs)
-        return Endpoints(from_t, from_s, end, upper, t - s, self.pair_weight(t, s, turn.update))
+        return Endpoints(from_t, from_s, end, upper, t - s, weight)
 
     def pair_weight(self, t: Tensor, s: Tensor, update: int) -> Tensor:
         """w of the pairs, in the shape of t."""
@@ -365,6 +401,13 @@ class Consistency(Objective):
         if not int(state["updates"]):
             move(networks["target"], networks.student, 0.0)
         return networks["target"]  # type: ignore[return-value]
+
+    def first_stage(self, networks: Networks, state: State) -> Denoiser:
+        """The student as truncated training began, whose weights are stored then."""
+        if not int(state["stored"]):
+            move(networks["first"], networks.student, 0.0)
+            state["stored"].fill_(1)
+        return networks["first"]  # type: ignore[return-value]
 
     def step_to_end(
         self,
