@@ -105,6 +105,7 @@ OBJECTIVES: dict[str, str] = {
     "any_flow": "fastgen.objectives.any_flow:AnyFlow",
     "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
     "consistency": "fastgen.objectives.consistency:Consistency",
+    "ctm": "fastgen.objectives.ctm:CTM",
     "scm": "fastgen.objectives.scm:SCM",
     "self_e": "fastgen.objectives.self_e:SelfE",
     "mdt": "fastgen.objectives.mdt:MDT",

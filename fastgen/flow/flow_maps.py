@@ -19,7 +19,7 @@ All functions take callables: a network, or the exact map of a Gaussian. x: [B, 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fastgen.schedule import FlowSchedule, expand
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(x, t, s)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t)
 Tangent = Callable[..., tuple[Tensor, Tensor]]
+Distance = Literal["huber", "elementwise_huber", "square"]
 
 SHORTEST = 1e-3  # the lowest level at which a velocity is evaluated: towards 0 it is 0 / 0
 
@@ -275,6 +276,15 @@ def adaptive_loss(residual: Tensor, power: float, floor: float, weight: Tensor |
     square = residual.flatten(1).square().sum(1)
     scaled = square / (square.detach() + floor) ** power
     return (scaled if weight is None else weight * scaled).mean()
+
+
+def weighted_distance(error: Tensor, distance: Distance, c: float, weight: Tensor) -> Tensor:
+    """mean w d(e): the mean square of a sample's elements, or one of the two forms of `pseudo_huber` with its c.
+
+    error: [B, ...]; weight: [B]."""
+    if distance == "square":
+        return (weight * signals.per_sample_mean(error.square())).mean()
+    return pseudo_huber(error, c, weight, distance == "elementwise_huber")
 
 
 def pseudo_huber(error: Tensor, c: float, weight: Tensor, elementwise: bool = False) -> Tensor:

@@ -92,6 +92,15 @@ def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 
     return t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t))).clamp_min(0)
 
 
+def karras(u: Tensor, sigma_data: float) -> Tensor:
+    """Levels t, any shape, whose sigma goes from 0.002 at u = 0 to 80 at u = 1 by the power 1/7   (EDM, arXiv 2206.00364)
+
+    sigma_data: the standard deviation of the data for which these ends are stated, where that of the latents is 1."""
+    low, high = (sigma ** (1 / 7) for sigma in KARRAS_ENDS)
+    ratio = (low + u * (high - low)) ** 7 / sigma_data
+    return ratio / (1 + ratio)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class GridPairs:
     """Neighbours on a grid of levels 0 = t_0 < ... < t_n = 1: t = t_i and s = t_{i - 1}.
@@ -143,9 +152,7 @@ class GridPairs:
         u = torch.linspace(0, 1, self.intervals(update) + 1, dtype=torch.float64)
         if self.spacing == "uniform":
             return shifted(u, self.shift)
-        low, high = (sigma ** (1 / 7) for sigma in KARRAS_ENDS)
-        ratio = (low + u * (high - low)) ** 7 / self.sigma_data
-        levels = ratio / (1 + ratio)
+        levels = karras(u, self.sigma_data)
         levels[0], levels[-1] = 0.0, 1.0
         return levels
 

@@ -72,6 +72,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs
 from fastgen.flow import flow_maps, time_pairs
+from fastgen.flow.flow_maps import Distance
 from fastgen.flow.time_pairs import GridPairs, ScaleRange, ShrinkingPairs
 from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
@@ -137,7 +138,7 @@ class Consistency(Objective):
     # CD on 40 levels, and LCM: 0.95; CT: mu_0 = 0.9, which rises as the grid grows; None: the current weights, as in
     # iCT, ECT, PCM. Rows cm_schedule, ict_schedule
     target_decay: float | None = Field(default=None, ge=0, lt=1)
-    distance: Literal["huber", "elementwise_huber", "square"] = "huber"
+    distance: Distance = "huber"
     # iCT's "c = 0.00054 sqrt(d)", of a sample's norm, for data of std 0.5, is twice that for latents of std 1. Row
     # ict_loss has the number, and nothing public this norm. With elementwise_huber, LCM's and PCM's c is 1e-3, for
     # latents of std 1 (rows lcm_loss, pcm_loss)
@@ -297,11 +298,7 @@ class Consistency(Objective):
         error, weight = points.student - points.target, points.weight
         if weight.dim() == 2:
             error, weight = error.flatten(0, 1), weight.flatten()
-        if self.distance == "square":
-            total = (weight * signals.per_sample_mean(error.square())).mean()
-        else:
-            elementwise = self.distance == "elementwise_huber"
-            total = flow_maps.pseudo_huber(error, self.huber, weight, elementwise)
+        total = flow_maps.weighted_distance(error, self.distance, self.huber, weight)
         terms = {"error": signals.per_sample_mean(error.detach().square()).mean().sqrt(), "gap": points.gap.mean()}
         if turn.truncated and self.truncation is not None:
             at_boundary = self.truncation.boundary(batch)

@@ -1,14 +1,13 @@
 """Truncated training: the second stage of a consistency model, at high noise alone (TCM, arXiv 2410.14895).
 
-    paper        here                what it is
-    t'           level               the lowest level that is trained, which is the lower end of `time`
-    f_theta_0    networks["first"]   the student at the end of the first stage, frozen
-    psi_t        time                the law of t
-    lambda_b     share               the share of the samples that have t = t'
-    w_b          weight              the weight of their mean loss
+    the authors     here                what it is
+    t'              level               the lowest level that is trained, which is the lower end of `time`
+    first stage     networks["first"]   the student at the end of the first stage, frozen
+    boundary_prob   share               the share of the samples that have t = t'
+    w_boundary      weight              the weight of their mean loss
 
 The algorithm, for every student update after the first stage:
-    t ~ psi_t in [t', T], or t = t' for a share of the samples;  s < t as in the first stage
+    t ~ `time` in [t', T], or t = t' for a share of the samples;  s < t as in the first stage
     target = first(x_s, s) where s < t',  else sg f(x_s, s)
     student <- mean of the loss over the other samples + weight * its mean over those at t'
 
