@@ -26,7 +26,8 @@ class RolloutPolicy:
     conditioning_time: for one-step students only, the level that the network is conditioned on while its input is pure
                noise (for DMD2's one-step SDXL student, step 399 of 1000).
     two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
-               next call for ode, and 0 for renoise. As x0 = x_t - t u, the ode step is then the jump x_t - (t - s) u.
+               next call for ode, the one below it that tcd jumps to, and 0 for renoise. As x0 = x_t - t u, the ode step
+               is then the jump x_t - (t - s) u.
     embedded_guidance: the guidance scale given to a network that has it as an input, when it samples.
     step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for
                objectives that train one model for several; () for that of timesteps alone.
@@ -79,10 +80,10 @@ class RolloutPolicy:
                 "transition: cps or tcd needs an eta (0.9 in RTDMD, 0.3 in TCD), and the others take none; got "
                 f"transition: {self.transition} and eta: {self.eta}"
             )
-        if self.two_time and (self.transition in ("cps", "tcd") or self.conditioning_time is not None):
+        if self.two_time and (self.transition == "cps" or self.conditioning_time is not None):
             raise ValueError(
-                "two_time needs transition: ode (or renoise, whose steps all end at 0) and no conditioning_time; got "
-                f"transition: {self.transition} and conditioning_time: {self.conditioning_time}"
+                "two_time needs transition: ode or tcd (or renoise, whose steps all end at 0) and no "
+                f"conditioning_time; got transition: {self.transition} and conditioning_time: {self.conditioning_time}"
             )
         return self
 
@@ -139,7 +140,7 @@ class RolloutPolicy:
     @property
     def any_step(self) -> bool:
         """Whether the student can sample with any number of steps, by the jumps of a flow map."""
-        return self.two_time and self.transition == "ode"
+        return self.two_time and self.transition in ("ode", "tcd")
 
     def can_make(self, num_steps: int) -> bool:
         """Whether the student can be sampled with this number of steps (`with_steps`)."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers.schedulers import scheduling_tcd
 from oracles import FOUR_JUMPS, GaussianMap, Recorder, point_batch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_sd, tiny_sdxl
@@ -32,8 +33,10 @@ from fastgen.objectives import DMD2, Objective
 from fastgen.pipelines.flow_map import INPUTS, read_inputs
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation, sample
+from fastgen.rollout.steps import jump_law
 from fastgen.run.export import export
 from fastgen.sampling.sampler import Sampler, load_sampler
+from fastgen.schedule import FlowSchedule
 from fastgen.train import train
 
 CPU = torch.device("cpu")
@@ -73,6 +76,25 @@ def test_the_sampler_tells_zero_where_each_step_is_renoised() -> None:
     policy = RolloutPolicy((1.0, 0.5), "renoise", two_time=True)
     sample(student, policy, Conditioning({}), lambda name: torch.ones(4, 2, dtype=torch.float64))
     assert ends(student) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.8])
+def test_a_jump_below_and_fresh_noise_keep_the_law(eta: float) -> None:
+    """CTM's gamma sampler: the student is told the level r that it jumps to. The fresh noise is gamma sigma_next in
+    sigma = t / (1 - t), where sigma_r = sqrt(1 - gamma^2) sigma_next."""
+    policy = RolloutPolicy((1.0, 0.75, 0.5, 0.25), "tcd", eta, two_time=True)
+    student, count = Recorder(GaussianMap()), 60_000
+    draws = iter(torch.randn(4, count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    found = sample(student, policy, Conditioning({}), lambda name: next(draws)).detach()
+    assert ends(student) == pytest.approx([(1 - eta) * t for t in (0.75, 0.5, 0.25)] + [0.0])
+    assert float(found.mean()) == pytest.approx(0.7, abs=0.008) and float(found.std()) == pytest.approx(0.5, abs=0.006)
+
+    x, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    _, std = jump_law(FlowSchedule(), x, x, one, 0.5 * one, eta)
+    r = (1 - eta) * 0.5
+    gamma = (1 - (r / (1 - r)) ** 2) ** 0.5
+    assert float(std) / (1 - 0.5) == pytest.approx(gamma)
+    assert policy.any_step and policy.with_steps(2).timesteps == pytest.approx((1.0, 0.5))
 
 
 def test_a_rollout_jumps_and_then_predicts_the_clean_sample() -> None:
@@ -145,10 +167,10 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PipelineConfi
     return families(tmp_path_factory.mktemp("families"))
 
 
-def call(pipeline: Any, backbone: Any, prompts: list[str], steps: int, scale: float = 1.0) -> Tensor:
+def call(pipeline: Any, backbone: Any, prompts: list[str], steps: int, **more: Any) -> Tensor:
     """What the exported pipeline gives from our noise: pixels [B, 3, H, W] or frames [B, F, 3, H, W]."""
     start = noise.normal(torch.arange(len(prompts)), backbone.latent_shape, noise.make_key("sample", "initial"))
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np"} | more
     if backbone.output == "frames":
         config = backbone.config
         frames = pipeline(
@@ -194,6 +216,33 @@ def test_an_exported_flow_map_gives_the_same_pixels(
     assert (six - before).abs().max() > 1e-3
     with pytest.raises(ValueError, match="does not fit"):
         backbone.save_pipeline(student, FOUR_JUMPS, tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_an_exported_flow_map_jumps_below_and_adds_noise(
+    configs: dict[str, PipelineConfig], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gamma sampler in fastgen's classes: with our noise in the place of what the scheduler draws, our pixels."""
+    from fastgen.pipelines import few_step, flow_map
+
+    backbone: Any = configs[family].build(CPU, torch.float32, 0)
+    policy = RolloutPolicy(FOUR_JUMPS.timesteps, "tcd", 0.3, two_time=True)
+    student, prompts = fill_inputs(DMD2().make_student(backbone, policy)).eval(), ["a handwritten two", "the digit five"]
+    ours = Sampler(backbone, student, policy).sample(prompts, range(2))
+    backbone.save_pipeline(student, policy, tmp_path)
+    cls = vars(flow_map)[json.loads((tmp_path / "model_index.json").read_text())["_class_name"]]
+    pipeline = cls.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    keys = [noise.make_key("sample", f"step{i}") for i in range(1, 5)]
+    fresh = iter([noise.normal(torch.arange(2), backbone.latent_shape, key) for key in keys])
+    for module in (few_step, scheduling_tcd):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh))
+    given = {"eta": 0.3} if family == "sd" else {}
+    found = call(pipeline, backbone, prompts, 4, **given)
+    print(f"{family}: {(found - ours).abs().max():.1e}")
+    assert (found - ours).abs().max() < 1e-4
+    ode = Sampler(backbone, student, FOUR_JUMPS).sample(prompts, range(2))
+    assert (ode - ours).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("told", [True, False])

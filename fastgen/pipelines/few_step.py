@@ -30,6 +30,11 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
 
     The velocity v gives x0 = x - s v and noise_hat = x + (1 - s) v. The last step goes to level 0.
 
+    lowered: TCD's step instead, for a flow map (CTM's gamma sampler): an Euler step to r = (1 - eta) s', then fresh
+    noise up to s',
+
+        x' = k (x - (s - r) v) + sqrt(s'^2 - k^2 r^2) fresh,    k = (1 - s') / (1 - r)
+
     levels: decreasing in (0, 1]; any such list is stored exactly. eta: between 0 (Euler) and 1 (renoising). any_step:
     for a flow map, which can take other numbers of steps on the same grid (`RolloutPolicy.with_steps`). step_counts:
     the numbers of steps that another student was trained for."""
@@ -44,6 +49,7 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         any_step: bool = False,
         step_counts: Sequence[int] = (),
+        lowered: bool = False,
     ):
         self.set_timesteps(len(levels))
 
@@ -90,8 +96,14 @@ class FlowMatchCPSScheduler(SchedulerMixin, ConfigMixin):
         sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
         self._step_index += 1
         x, v = sample.float(), model_output.float()
-        angle = self.config.eta * math.pi / 2
         fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if self.config.lowered:
+            r = (1 - self.config.eta) * sigma_next
+            kept = (1 - sigma_next) / (1 - r)
+            x_next = kept * (x - (sigma - r) * v) + (sigma_next**2 - (kept * r) ** 2).sqrt() * fresh
+            x_next = x_next.to(model_output.dtype)
+            return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+        angle = self.config.eta * math.pi / 2
         noise = math.cos(angle) * (x + (1 - sigma) * v) + math.sin(angle) * fresh
         x_next = ((1 - sigma_next) * (x - sigma * v) + sigma_next * noise).to(model_output.dtype)
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)

@@ -10,6 +10,7 @@ sample such a folder without its inputs. To load one:
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,8 @@ def save_inputs(weights: Mapping[str, Tensor], policy: RolloutPolicy, schedule: 
     total = len(schedule.table) - 1 if isinstance(schedule, VPSchedule) else 0
     settings = {
         "names": list(policy.inputs),
-        "to_zero": policy.transition != "ode",
+        "to_zero": policy.transition not in ("ode", "tcd"),
+        "eta": policy.eta if policy.transition == "tcd" else 0.0,
         "guidance": policy.embedded_guidance,
         "discrete": total,
     }
@@ -75,12 +77,12 @@ def extend(networks: Sequence[Any], embedder: str, wrapper: type[ExtraInputs], f
 def told_columns(settings: Mapping[str, Any], scheduler: Any, timestep: float) -> list[float]:
     """What the branches read at a scheduler's timestep, by the level t of this step and the level s where it ends."""
     steps = [float(step) for step in scheduler.timesteps]
-    after = steps[steps.index(timestep) + 1 :]
+    after, below = steps[steps.index(timestep) + 1 :], 1 - settings.get("eta", 0.0)
     if total := settings["discrete"]:  # as VPSchedule counts
-        t, s = (timestep + 1) / total, (after[0] + 1) / total if after else 0.0
+        t, s = (timestep + 1) / total, (math.floor(below * after[0]) + 1) / total if after else 0.0
     else:
         clock = FlowSchedule().num_train_timesteps
-        t, s = timestep / clock, after[0] / clock if after else 0.0
+        t, s = timestep / clock, below * after[0] / clock if after else 0.0
     values = {"s": 0.0 if settings["to_zero"] else s, "guidance": settings["guidance"], "num_steps": len(steps)}
     return [float(level_column(name, torch.tensor(values[name]), torch.tensor(t))) for name in settings["names"]]
 

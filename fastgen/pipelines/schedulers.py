@@ -61,7 +61,8 @@ def flow_match_scheduler(policy: RolloutPolicy, passed: bool = False) -> Any:
     from fastgen.pipelines.few_step import FlowMatchCPSScheduler
 
     if policy.any_step:
-        return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, any_step=True)
+        lowered = policy.transition == "tcd"
+        return FlowMatchCPSScheduler(list(policy.timesteps), policy.eta or 0.0, any_step=True, lowered=lowered)
     if policy.step_counts:
         return FlowMatchCPSScheduler(list(policy.timesteps), 0.0, step_counts=list(policy.step_counts))
     if policy.transition != "cps":

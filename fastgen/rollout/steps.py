@@ -43,12 +43,14 @@ class Rollout:
 
 
 def network_inputs(policy: RolloutPolicy, t: Tensor, t_next: Tensor | None = None) -> Inputs:
-    """The inputs that a policy gives the student at level t [B]. t_next: as in `predict_x0`."""
+    """The inputs that a policy gives the student at level t [B]. t_next: [B], the level that it jumps to for ode and
+    tcd; None: 0."""
 
     def filled(value: float | None) -> Tensor | None:
         return None if value is None else torch.full_like(t, value)
 
-    end = torch.zeros_like(t) if t_next is None or policy.transition != "ode" else t_next
+    jumps = policy.transition in ("ode", "tcd")
+    end = torch.zeros_like(t) if t_next is None or not jumps else t_next
     return Inputs(
         time=filled(policy.conditioning_time),
         s=end if policy.two_time else None,
@@ -69,6 +71,8 @@ def predict_x0(
     """The student's clean prediction, with the conditioning time and the inputs of the policy. t_next: [B], the level
     that the policy's step goes to from here; None: 0, or a prediction that is used on its own. context: where x_t is a
     chunk of a video, the memory of the frames before it."""
+    if t_next is not None and policy.transition == "tcd":
+        t_next = student.schedule.lowered(t_next, policy.eta or 0.0)
     inputs = network_inputs(policy, t, t_next)
     return student(x_t, t, cond, inputs if context is None else replace(inputs, context=context))
 
@@ -108,8 +112,9 @@ def jump_law(
 
         mean = alpha_{t_next|r} (alpha_r x0 + sigma_r noise_hat),   std = sigma_{t_next|r},   r = (1 - eta) t_next
 
-    This is TCD's step (arXiv 2402.19159). The law of x_{t_next} is right if the step to r gives the law of x_r. CTM's
-    gamma sampler is of this kind."""
+    This is TCD's step (arXiv 2402.19159). The law of x_{t_next} is right if the step to r gives the law of x_r, as the
+    jump of a flow map does, which is told r. CTM's gamma sampler (arXiv 2310.02279) is this step with another r:
+    sqrt(1 - gamma^2) is the ratio of r / (1 - r) to t_next / (1 - t_next) (derived)."""
     r = schedule.lowered(t_next, eta)
     ratio, std = schedule.renoise_coefficients(r, t_next, x0)
     return ratio * transition(schedule, x0, x_t, t, r, None), std
