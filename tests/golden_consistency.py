@@ -13,6 +13,7 @@ from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks
 from fastgen.objectives.consistency import Consistency, ConsistencyTurn
 from fastgen.objectives.ladd import Ladd
+from fastgen.objectives.truncation import Truncation
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler, VPSchedule
 
@@ -108,6 +109,26 @@ def ect_levels(golden: Golden) -> Pair:
     drawn = [pairs(batch, int(stage)) for stage in golden["stages"]]
     t, s = (pairs.sigma_data * level / (1 - level) for level in (drawn[0][0], torch.stack([s for _, s in drawn])))
     return join(t, s), join(golden["t"], golden["r"])
+
+
+# --- TCM
+
+
+@comparison(
+    "fastgen_tcm",
+    "consistency",
+    "TCM's second stage: its loss and parameter gradient at levels of its law, a quarter at the boundary, in stage 3",
+    "latents of std 1 instead of 0.5; the boundary is at t' instead of t' + 1e-8",
+)
+def fastgen_tcm(golden: Golden) -> Pair:
+    """The offset makes the samples 0 and 5, and no others, those at the boundary."""
+    objective = replace(ECT, truncation=Truncation(begin=1))
+    networks, state = networks_of("student", "first"), {"stored": torch.ones((), dtype=torch.int64)}
+    boundary = torch.tensor(int(0.05 * (1 << 20)))
+    batch = given_batch(golden.tensors | {"boundary": boundary}, golden["cond"], None, golden["latents"])
+    turn = ConsistencyTurn("student", ("student",), update=35, truncated=True)
+    loss: Any = objective.loss(turn, networks, batch, state)
+    return join(gradient(networks, loss.total), loss.total), join(golden["gradient"], golden["loss"])
 
 
 # --- iCT
