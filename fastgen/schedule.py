@@ -213,7 +213,9 @@ class TimeSampler:
             )
         if (self.law == "log_student_t") != (self.df is not None):
             raise ValueError("law: log_student_t needs df (0.01 in TCM), and the other laws take none")
-        if self.law == "log_student_t" and (self.low == 0 or self.high == 1 or self.shift != 1 or self.ends == "clamp"):
+        if self.law == "log_student_t" and (
+            self.low == 0 or self.high == 1 or self.shift != 1 or self.ends == "clamp"
+        ):
             raise ValueError(
                 "law: log_student_t is cut off at low and high, which must lie inside (0, 1), and takes neither shift "
                 f"nor ends; got low {self.low:g}, high {self.high:g}, shift {self.shift:g} and ends {self.ends}"

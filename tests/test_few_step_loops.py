@@ -40,6 +40,8 @@ LOOPS: Mapping[str, list[str]] = {
     ],
     "mixture_self_e_4step": ["objective.fake.start=2", "optimizers.fake_score.decay=constant"],
     "mixture_mdt_4step": [],
+    "mixture_ctm_4step": ["objective.gan={weight: 0.1}", "optimizers.discriminator={lr: 1e-3}"],
+    "mixture_tcm_2step": ["objective.truncation.begin=1"],
     "mixture_reflow_4step": ["objective.stage=distill", "objective.guide={}", "rollout.timesteps=[1.0]"],
     "mixture_progressive_4step": ["objective.stages=2", "objective.stage_updates=[2, 2]"],
     "mixture_gdd_1step": [

@@ -227,7 +227,10 @@ def test_an_exported_flow_map_jumps_below_and_adds_noise(
 
     backbone: Any = configs[family].build(CPU, torch.float32, 0)
     policy = RolloutPolicy(FOUR_JUMPS.timesteps, "tcd", 0.3, two_time=True)
-    student, prompts = fill_inputs(DMD2().make_student(backbone, policy)).eval(), ["a handwritten two", "the digit five"]
+    student, prompts = (
+        fill_inputs(DMD2().make_student(backbone, policy)).eval(),
+        ["a handwritten two", "the digit five"],
+    )
     ours = Sampler(backbone, student, policy).sample(prompts, range(2))
     backbone.save_pipeline(student, policy, tmp_path)
     cls = vars(flow_map)[json.loads((tmp_path / "model_index.json").read_text())["_class_name"]]

@@ -304,6 +304,7 @@ ABSENT: dict[str, str] = {  # registered objectives without an entry, and the re
     "context_forcing": "it trains on videos, which neither teacher makes",
     "long_tuning": "it trains on videos that go on, which neither teacher makes",
     "self_e": "it trains from prompts, and the ring of this board has none",
+    "ctm": "newer than the last board",
     "mdt": "newer than the last board",
     "reflow": "newer than the last board",
     "progressive": "newer than the last board",
