@@ -26,8 +26,8 @@ class RolloutPolicy:
     conditioning_time: for one-step students only, the level that the network is conditioned on while its input is pure
                noise (for DMD2's one-step SDXL student, step 399 of 1000).
     two_time: the network is also conditioned on the level s where its step ends (a flow map). This is the level of the
-               next call for ode, the one below it that tcd jumps to, and 0 for renoise. As x0 = x_t - t u, the ode step
-               is then the jump x_t - (t - s) u.
+               next call for ode, the one below it that tcd jumps to, and 0 for renoise. As x0 = x_t - t u, the ode
+               step is then the jump x_t - (t - s) u.
     embedded_guidance: the guidance scale given to a network that has it as an input, when it samples.
     step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for
                objectives that train one model for several; () for that of timesteps alone.

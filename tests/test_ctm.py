@@ -1,6 +1,7 @@
-"""The ctm objective on a Gaussian: the exact map, its third map, its solver, its denoising term, and what it refuses."""
+"""The ctm objective on a Gaussian: the exact map, the third map, the solver, the denoising term, and refusals."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_the_exact_map_is_a_fixed_point(exact_solver: None) -> None:
 
 
 def test_the_teachers_map_is_exact_up_to_its_solver() -> None:
-    """The residual of the exact map falls with the levels of the grid, and Heun's is hundreds of times below Euler's."""
+    """The residual of the exact map falls with the number of levels, and Heun's is hundreds of times below Euler's."""
     found = {}
     for solver in ("heun", "edm_heun", "euler"):
         for count in (4, 16):
@@ -145,7 +146,7 @@ def test_levels_are_on_the_grid_and_steps_have_their_weights() -> None:
         counts[steps] += 1
         places = [torch.searchsorted(grid, level) for level in path]
         assert all(torch.equal(grid[place], level) for place, level in zip(places, path, strict=True))
-        assert all(torch.equal(a - 1, b) for a, b in zip(places, places[1:], strict=False))
+        assert all(torch.equal(a - 1, b) for a, b in itertools.pairwise(places))
         end = torch.searchsorted(grid, s)
         assert torch.equal(grid[end], s) and bool((end <= places[-1]).all())
         if key < 8 and steps <= 2:
@@ -169,7 +170,7 @@ def test_the_solver_takes_one_step_of_the_guided_teacher_from_each_level_to_the_
     path, _ = next(found for key in range(9) if len((found := objective.levels(gaussian_batch(64, key)))[0]) == 4)
     x = batch.normal("x")
     wanted = x
-    for t, lower in zip(path, path[1:], strict=False):
+    for t, lower in itertools.pairwise(path):
         wanted = wanted - (t - lower)[:, None] * average_velocity(wanted, t, t, mean=2 * M)
     assert torch.allclose(objective.solved(networks, batch, x, path), wanted)
 

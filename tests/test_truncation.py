@@ -123,7 +123,7 @@ def test_each_network_is_asked_for_its_own_levels() -> None:
     student, first = Recorder(consistency_map(0.1)), Recorder(consistency_map(-0.2))
     batch = gaussian_batch(512)
     points = TCM.endpoints(SECOND, second_stage(student, first), batch, STORED)  # type: ignore[arg-type]
-    t, s = TCM.truncation.levels(batch, TCM.shrinking, 5)  # type: ignore[union-attr, arg-type]
+    _, s = TCM.truncation.levels(batch, TCM.shrinking, 5)  # type: ignore[union-attr, arg-type]
     x_s = FlowSchedule().add_noise(batch.latents, batch.normal("noise"), s)  # type: ignore[arg-type]
     with torch.no_grad():
         wanted = torch.where((s < LEVEL)[:, None], first(x_s, s, batch.cond), student(x_s, s, batch.cond))
@@ -134,7 +134,7 @@ def test_each_network_is_asked_for_its_own_levels() -> None:
 
 
 def test_pure_data_is_its_own_target() -> None:
-    """A level s of 0, as at the beginning of a shrinking law, is the data itself, not the first stage's value there."""
+    """At s = 0, as at the beginning of a shrinking law, the target is the data itself."""
     wide = dataclasses.replace(TCM, shrinking=ShrinkingPairs(period=10**6))
     networks, batch = second_stage(consistency_map(), consistency_map(0.5)), gaussian_batch(64)
     points = wide.endpoints(SECOND, networks, batch, STORED)  # type: ignore[arg-type]

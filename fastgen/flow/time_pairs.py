@@ -93,9 +93,10 @@ def shrinking(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 
 
 
 def karras(u: Tensor, sigma_data: float) -> Tensor:
-    """Levels t, any shape, whose sigma goes from 0.002 at u = 0 to 80 at u = 1 by the power 1/7   (EDM, arXiv 2206.00364)
+    """Levels t whose sigma goes from 0.002 at u = 0 to 80 at u = 1 by the power 1/7            (EDM, arXiv 2206.00364)
 
-    sigma_data: the standard deviation of the data for which these ends are stated, where that of the latents is 1."""
+    u: any shape. sigma_data: the standard deviation of the data for which these ends are stated, where that of the
+    latents is 1."""
     low, high = (sigma ** (1 / 7) for sigma in KARRAS_ENDS)
     ratio = (low + u * (high - low)) ** 7 / sigma_data
     return ratio / (1 + ratio)

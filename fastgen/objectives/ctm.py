@@ -13,29 +13,29 @@ The algorithm, for every student update:
     s uniform on the grid's levels from 0 to u;  x_t from data and noise
     x_u = h steps of the teacher from x_t
     estimate = G_sg(G(x_t, t, s), s, 0),   target = G_sg(sg G(x_u, u, s), s, 0)
-    student <- d(estimate, sg target) + denoising_weight * denoising    (+ gan.weight * generator loss at the estimate;
-               the discriminator, which compares estimates with data, has its own turn before the student's)
+    student <- d(estimate, sg target) + denoising_weight * denoising
+               (+ gan.weight * the generator's loss at the estimate; the discriminator, which compares estimates with
+               data, has its own turn before the student's)
     the target network, if there is one, and the average of the student's weights are updated once.
 The jumps from t and from u to s are compared at 0, where a third map takes both. Its weights are frozen, and gradient
-flows through its input alone. At s = u the target is the teacher's own step; at s = 0 it is a consistency model's.
-
-The error of the teacher's solver falls with the number of grid levels, whatever h is: it makes the same steps from t to
-u in one update or in several.
+flows through its input alone. At s = u the target is the teacher's own step; at s = 0 it is a consistency model's. The
+solver steps over the same levels whatever h is, so that its error depends on the grid alone.
 
 denoising: (t^2 + (1 - t)^2) |u(x_t, t, t) - v|^2, which is EDM's weight for the clean prediction in the unit of a
-velocity (derived). v is noise - x0 (denoise: data), or the guided teacher's velocity (denoise: teacher), which a guided
-map needs: that of data has no guidance. Half of the levels are lognormal in sigma, and half are from the upper 0.7 of
-EDM's spacing, as in the authors' code.
+velocity (derived). v is noise - x0 (denoise: data), or the guided teacher's velocity (denoise: teacher), which a
+guided map needs: that of data has no guidance. Half of the levels are lognormal in sigma, and half are from the upper
+0.7 of EDM's spacing, as in the authors' code.
 
-Sampling: rollout.transition ode is the paper's gamma = 0. tcd is its gamma sampler: a jump to below the next level, and
-fresh noise up to it. TCD's eta, the share of the level, gives gamma^2 = 1 - (sigma_r / sigma_next)^2 for a jump to
-r = (1 - eta) t_next, with sigma = t / (1 - t) (derived). gamma = 1 is renoise, with jumps to 0 alone.
+Sampling: rollout.transition ode is the paper's gamma = 0. tcd is its gamma sampler: a jump to r = (1 - eta) t_next,
+and fresh noise up to t_next. In sigma = t / (1 - t), gamma^2 = 1 - (sigma_r / sigma_next)^2 (derived). gamma = 1 is
+renoise, with jumps to 0 alone.
 
 Departures. Distances are those of the consistency objective, in place of LPIPS. The weights of the terms are fixed:
 the authors scale two of them by ratios of gradient norms at the network's last layer. The discriminator reads the
 teacher's features (ladd.py), not those of image classifiers. Paths end at exactly 0.
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -197,9 +197,10 @@ class CTM(Objective):
         return path, grid[index("end", 0, start - steps)].to(batch.dtype)
 
     def solved(self, networks: Networks, batch: Batch, x: Tensor, path: list[Tensor]) -> Tensor:
-        """x at the last level of the path, by one step of the solver along the guided teacher from each to the next."""
+        """x at the last level of the path, by one step of the solver from each level to the next, along the guided
+        teacher."""
         velocity = self.velocity(networks, batch)
-        for t, lower in zip(path, path[1:], strict=False):
+        for t, lower in itertools.pairwise(path):
             if self.solver == "euler":
                 x = (x - expand(t - lower, x) * velocity(x, t)).to(x.dtype)
             else:

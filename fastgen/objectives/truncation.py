@@ -11,15 +11,15 @@ The algorithm, for every student update after the first stage:
     target = first(x_s, s) where s < t',  else sg f(x_s, s)
     student <- mean of the loss over the other samples + weight * its mean over those at t'
 
-The student no longer spends capacity on levels below t', where it would only denoise. Its values there are whatever
-they come to be, and are never used: targets below t' are those of the first stage, and sampling begins and goes on at
-t' or above (`rollout.timesteps`). The samples at t' tie it to the first stage. Without them, s is nearly always above
-t', and a student that gives the same sample everywhere has next to no loss.
+The student no longer spends capacity on levels below t', where it would only denoise. What it predicts there is never
+used: targets below t' are those of the first stage, and the sampler calls it at t' or above (`rollout.timesteps`). The
+samples at t' tie it to the first stage. Without them, s is nearly always above t', and a student that gives the same
+sample everywhere has next to no loss.
 
-A part of the consistency objective, which has the loss, the laws of s and the weights of pairs. Each mean is taken with
-the expected number of its samples, so that an update of several micro-batches is the same as one of a single batch.
-Here a first stage of the same run leaves the student's weights as they are; the authors continue from its average, as
-does a run that begins with init_from. Numbers are those of the released code for CIFAR-10, whose sigma is for data of
+A part of the consistency objective, which has the loss, the laws of s and the weights of pairs. Each mean is taken
+with the expected number of its samples, so that an update of several micro-batches is the same as one of a single
+batch. A first stage of the same run hands over the student's own weights; the authors continue from their average, as a run does
+that begins with init_from. Numbers are those of the released code for CIFAR-10, whose sigma is for data of
 standard deviation 0.5; the paper's text has not been read.
 """
 

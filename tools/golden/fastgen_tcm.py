@@ -1,7 +1,7 @@
 """The numbers of FastGen's TCM: python tools/golden/fastgen_tcm.py CHECKOUT
 
-CHECKOUT: of NVlabs/FastGen. Its package has the name of this one: as in nvidia_fastgen.py, methods are taken from their
-files and called on stand-ins. The levels are drawn by its own law, from uniform numbers of ours."""
+CHECKOUT: of NVlabs/FastGen. Its package has the name of this one: as in nvidia_fastgen.py, methods are taken from
+their files and called on stand-ins. The levels are drawn by its own law, from uniform numbers of ours."""
 
 from types import SimpleNamespace
 from typing import Any
