@@ -18,8 +18,8 @@ sample everywhere has next to no loss.
 
 A part of the consistency objective, which has the loss, the laws of s and the weights of pairs. Each mean is taken
 with the expected number of its samples, so that an update of several micro-batches is the same as one of a single
-batch. A first stage of the same run hands over the student's own weights; the authors continue from their average, as a run does
-that begins with init_from. Numbers are those of the released code for CIFAR-10, whose sigma is for data of
+batch. A first stage of the same run hands over the student's own weights; the authors continue from their average, as
+a run does that begins with init_from. Numbers are those of the released code for CIFAR-10, whose sigma is for data of
 standard deviation 0.5; the paper's text has not been read.
 """
 

@@ -2,8 +2,8 @@
 
 CHECKOUT: of sony/ctm. The methods of KarrasDenoiser and the sampler of the denoising levels are taken from their
 files, with networks of ours behind EDM's scalings, which are inverted. The two ends of the grid are left out, where
-the authors' path ends at 0.002 and 80; jumps that end at 0.002 end at 0 here. The distance is the square, not LPIPS, and
-the weight of the denoising loss is 1."""
+the authors' path ends at 0.002 and 80; jumps that end at 0.002 end at 0 here. The distance is the square, not LPIPS,
+and the weight of the denoising loss is 1."""
 
 from types import SimpleNamespace
 from typing import Any
