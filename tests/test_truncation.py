@@ -193,6 +193,10 @@ def test_what_cannot_be_is_refused() -> None:
     }.items():
         with pytest.raises(RecipeError, match=text):
             load_recipe(RECIPE, lines)
+    with pytest.raises(ValueError, match="must be above 0"):
+        Truncation(time=TimeSampler(low=0.0, high=0.9))
+    top = Truncation(time=TimeSampler(low=0.5, high=1.0)).levels(gaussian_batch(8), TCM.shrinking, 0)  # type: ignore[arg-type]
+    assert bool((top[1] < top[0]).all())
     with pytest.raises(ValueError, match="leave out phases and end"):
         dataclasses.replace(TCM, phases=(2,))
     with pytest.raises(ValueError, match="give shrinking"):

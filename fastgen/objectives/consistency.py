@@ -60,7 +60,7 @@ target network: levels in the paper, which is followed here, and intervals in th
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -281,9 +281,11 @@ class Consistency(Objective):
         if self.phase_updates:
             stage = min(step // self.phase_updates, stage)
         roles = ("discriminator", "student") if self.gan else ("student",)
-        common: Any = {"update": step, "phases": self.phases[stage]}
-        common["truncated"] = self.truncation is not None and step >= self.truncation.begin
-        return tuple(ConsistencyTurn(role, (role,), **common) for role in roles)
+        truncated = self.truncation is not None and step >= self.truncation.begin
+        return tuple(
+            ConsistencyTurn(role, (role,), update=step, phases=self.phases[stage], truncated=truncated)
+            for role in roles
+        )
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         assert isinstance(turn, ConsistencyTurn)

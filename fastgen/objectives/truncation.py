@@ -24,7 +24,7 @@ standard deviation 0.5; the paper's text has not been read.
 """
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -45,6 +45,12 @@ class Truncation:
     time: TimeSampler = TimeSampler("log_student_t", 2 / 3, 160 / 161, mean=0.0, std=0.2, sigma_data=0.5, df=0.01)
     share: float = Field(default=0.25, gt=0, lt=1)  # "boundary_prob 0.25"
     weight: float = Field(default=0.1, gt=0)  # "w_boundary 0.1"
+
+    @model_validator(mode="after")
+    def _level(self) -> "Truncation":
+        if not self.level:
+            raise ValueError("truncation trains levels from time.low on, which must be above 0: nothing lies below 0")
+        return self
 
     @property
     def level(self) -> float:
@@ -78,13 +84,14 @@ class Truncation:
     def levels(self, batch: Batch, pairs: ShrinkingPairs, update: int) -> tuple[Tensor, Tensor]:
         """t in [t', 1) and s < t, [B] each."""
         t = torch.where(self.boundary(batch), self.level, self.time(batch.uniform("pair")).double())
+        t = t.clamp(max=1 - 1e-6)  # s belongs to a sigma, which is infinite at 1
         return t.to(batch.dtype), pairs.below(t, update).to(batch.dtype)
 
     def weights(self, batch: Batch) -> Tensor:
         """[B]: with these, a mean over all samples is the mean over the others plus `weight` times that at t'."""
         at_boundary = self.boundary(batch)
-        weights = torch.where(at_boundary, self.weight / self.share, 1 / (1 - self.share))
-        return weights.to(batch.dtype)
+        other = 1 / (1 - self.share)
+        return other + (self.weight / self.share - other) * at_boundary.to(batch.dtype)
 
     def target(self, s: Tensor, first: Tensor, student: Tensor) -> Tensor:
         """The target [B, ...] for points at s [B]: that of the first stage below t'."""

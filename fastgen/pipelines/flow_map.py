@@ -10,7 +10,6 @@ sample such a folder without its inputs. To load one:
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,8 +77,9 @@ def told_columns(settings: Mapping[str, Any], scheduler: Any, timestep: float) -
     """What the branches read at a scheduler's timestep, by the level t of this step and the level s where it ends."""
     steps = [float(step) for step in scheduler.timesteps]
     after, below = steps[steps.index(timestep) + 1 :], 1 - settings.get("eta", 0.0)
-    if total := settings["discrete"]:  # as VPSchedule counts
-        t, s = (timestep + 1) / total, (math.floor(below * after[0]) + 1) / total if after else 0.0
+    if total := settings["discrete"]:  # as VPSchedule counts, and as its `lowered` rounds
+        lower = float((below * torch.tensor(after[0])).floor()) if after else 0.0
+        t, s = (timestep + 1) / total, (lower + 1) / total if after else 0.0
     else:
         clock = FlowSchedule().num_train_timesteps
         t, s = timestep / clock, below * after[0] / clock if after else 0.0
