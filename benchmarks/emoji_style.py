@@ -15,6 +15,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,7 +58,7 @@ def statistics(pixels: Tensor) -> Tensor:
     for axis in (1, 2):
         steps = pixels.diff(dim=axis + 1).abs().mean(1)
         both = ink.narrow(axis, 1, steps.shape[axis]) * ink.narrow(axis, 0, steps.shape[axis])
-        for low, high in zip(EDGES, EDGES[1:], strict=False):
+        for low, high in pairwise(EDGES):
             found.append(share(((steps >= low) & (steps < high)).float(), both))
     saturation = pixels.amax(1) - pixels.amin(1)
     return torch.stack([*found, ink.mean((1, 2)), share(saturation, ink)], 1)

@@ -38,6 +38,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     work, seed = args.work, args.seed
     clip, teacher = args.output / "clip", args.output / "teacher"
+
     def pictures() -> None:
         make_pictures(work, seed)
         write_training(work)
