@@ -182,6 +182,17 @@ def test_what_cannot_go_on_is_refused(rollout: dict[str, Any], words: str, tmp_p
         recipe(folder, tmp_path / "run", {"name": "long_tuning"}, rollout=rollout)
 
 
+@pytest.mark.parametrize("longest", [2, 3])
+def test_a_length_that_no_video_exceeds_is_refused_before_weights_load(longest: int, tmp_path: Path) -> None:
+    """The tiny Wan makes three latent frames."""
+    folder = tiny_wan(tmp_path / "wan")
+    with pytest.raises(RecipeError, match=f"objective.longest: {longest} .*teacher's 3.*use dmd2"):
+        recipe(folder, tmp_path / "run", {"name": "long_tuning", "longest": longest})
+    assert recipe(folder, tmp_path / "run", {"name": "long_tuning", "longest": 4}).objective.longest == 4
+    with pytest.raises(ValueError, match="longest: 2 .*use dmd2"):  # where the sizes of a hub id were not known
+        LongTuning(longest=2).loss(STUDENT, networks(ChunkSchedule(frames=1)), batch(2), LongTuning().init_state())
+
+
 @pytest.mark.slow
 def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Three updates at once, and with a stop in the middle of a video."""

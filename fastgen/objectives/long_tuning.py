@@ -35,6 +35,7 @@ from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.replay import append, rows_of
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, recommitted
 
@@ -70,16 +71,28 @@ class LongTuning(DMD2):
             )
         chunks.check_recache()
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        super().check_recipe(recipe)
+        try:
+            sizes = recipe.backbone.unloaded()
+        except ValueError:
+            return  # a hub id of which nothing is known here; its first update refuses what does not fit
+        self.check_length(sizes.build(torch.device("cpu"), torch.float32, 0).latent_shape[0])
+
+    def check_length(self, frames: int) -> None:
+        """Raises ValueError if a video of the teacher, of so many latent frames, is already as long as any video."""
+        if frames >= self.longest:
+            raise ValueError(
+                f"objective.longest: {self.longest} latent frames are not more than the teacher's {frames}, so that no video "
+                "would ever go on; raise it, or use dmd2"
+            )
+
     def init_state(self) -> State:
         return {name: torch.zeros((), dtype=torch.int64) for name in ("frames", "next_frames", "switches")}
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
-        frames, length, grad = int(state["frames"]), batch.latent_shape[0], turn.name == "student"
-        if length >= self.longest:
-            raise ValueError(
-                f"objective.longest: {self.longest} latent frames are not more than the teacher's {length}, so that "
-                "no video would ever go on; raise it, or use dmd2"
-            )
+        frames, grad = int(state["frames"]), turn.name == "student"
+        self.check_length(batch.latent_shape[0])
         past, cond = past_of(batch, state)
         batch = replace(batch, cond=cond)
         part = self.part(networks, batch, past, frames, grad)
