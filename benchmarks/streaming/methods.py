@@ -30,8 +30,18 @@ RECIPE = "recipes/moving_digits_self_forcing_4step.yaml"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 BASE = "Self Forcing"  # what the others are compared with
 LEVELS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
+EIGHT = [1.0, 0.95, 0.9, 0.83, 0.75, 0.63, 0.5, 0.3]
+START = "START"  # in an override: the run of moving_digits_teacher_forcing
 # a reward for motion as the prompt says, which needs no network
 MOTION = "rewards={parts: [{name: function, function: 'benchmarks.streaming.rewards:told_motion', input: frames, "
+CRITIC = "{lr: 4e-4, betas: [0.0, 0.99], weight_decay: 0.0, decay: linear}"  # the recipe's optimizer of the fake score
+# AnyFlow: real videos, and a student that is told where its jump ends, with the optimizer of causal consistency
+FLOW_MAP = (
+    "data={name: moving_digits, videos: 1024}",
+    "rollout.transition=ode",
+    "rollout.two_time=true",
+)
+MAP_STUDENT = "student: {lr: 5e-4, betas: [0.9, 0.99], weight_decay: 0.0, decay: linear, warmup: 20}"
 
 
 class Method(NamedTuple):
@@ -68,8 +78,55 @@ METHODS = (
     Method("rolling (Rolling Forcing)", "window: 4, sink: 1, order: rolling", steps=(4, 2)),
     Method(
         "8 steps on the first frame",
-        "window: 4, sink: 1, first_timesteps: [1.0, 0.95, 0.9, 0.83, 0.75, 0.63, 0.5, 0.3]",
+        f"window: 4, sink: 1, first_timesteps: {EIGHT}",
         steps=(4, 2, 1),
+    ),
+    Method("Stream-R1", overrides=("objective.name=stream_r1", MOTION + "differentiable: true}]}")),
+    Method(
+        "adversarial self-distillation",
+        overrides=(
+            "objective.name=asd",
+            f"objective.lists={list(LEVELS.values())}",
+            f"optimizers.discriminator={CRITIC}",
+        ),
+        steps=(2, 1),
+    ),
+    Method(
+        "HiAR: step first, forward KL",
+        "window: 4, sink: 1, order: step",
+        ("objective.name=hiar", "objective.target=path"),
+        steps=(4, 2),
+    ),
+    Method("SC-DMD", overrides=("objective.name=sc_dmd",)),
+    Method(
+        "Salt",
+        overrides=(
+            "objective.name=salt",
+            f"objective.lists={[EIGHT, LEVELS[4], LEVELS[2]]}",
+            "objective.shares=[0.4, 0.4, 0.2]",
+            "objective.align_start=20",
+        ),
+        steps=(4, 2),
+    ),
+    Method(
+        "AnyFlow on real videos",
+        overrides=("objective={name: any_flow, causal: chunks}", *FLOW_MAP, f"optimizers={{{MAP_STUDENT}}}"),
+        steps=(4, 1),
+    ),
+    Method(
+        "AnyFlow, then on its own videos",
+        overrides=(
+            "objective={name: any_flow, causal: chunks, on_policy: {guidance_scale: 2.5, steps: [1, 2, 4]}}",
+            *FLOW_MAP,
+            f"optimizers={{{MAP_STUDENT}, fake_score: {CRITIC}}}",
+        ),
+        steps=(4, 1),
+        start="AnyFlow on real videos",
+    ),
+    Method(
+        "Context Forcing: slow memory, causal teacher",
+        "window: 6, sink: 1, slow: 2, slow_similarity: 0.9",
+        ("objective.name=context_forcing", f"objective.teacher_from={START}"),
     ),
     Method(
         "long tuning (LongLive)",
@@ -108,7 +165,7 @@ class Run(NamedTuple):
             "train.eval_every=0",
             "train.sample_every=0",
             "eval.teacher_steps=[]",
-            *self.method.overrides,
+            *(override.replace(START, str(start)) for override in self.method.overrides),
         ]
 
 
