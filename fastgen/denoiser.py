@@ -14,6 +14,7 @@ from fastgen.batch import Conditioning
 from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
 from fastgen.modules.sharding import is_sharded
+from fastgen.policy import InnerFlow
 from fastgen.schedule import PredictionType, Schedule
 from fastgen.signals import affine
 from fastgen.streaming.context import Context
@@ -38,6 +39,9 @@ class Inputs:
     causal: x_t is a whole video, [B, F, ...], and each chunk of this schedule sees itself and its past.
     clean: with causal, the video [B, F, ...] whose frames are seen as past instead of those of x_t (teacher forcing),
     at the schedule's context noise.
+    inner: for a network with an inner flow, the noise [B, ...] from which that flow begins; with inner_levels, its
+    state y_s.
+    inner_levels: [B, 2], the levels s and r of a single call of the head, in the place of the whole inner flow.
     memory: a list to which the network appends what later chunks need of this one, per layer (`Denoiser.remember`).
 
     To add a kind of input, add a field here and read it in the families that support it."""
@@ -50,6 +54,8 @@ class Inputs:
     context: Context | None = None
     causal: ChunkSchedule | None = None
     clean: Tensor | None = None
+    inner: Tensor | None = None
+    inner_levels: Tensor | None = None
     memory: Memory | None = None
 
     @property
@@ -121,9 +127,16 @@ class Denoiser(nn.Module):
         t: [B], or [B, F] where each frame of a video has its own level.
         predict: the prediction type to return. Conversions run in at least float32 and are differentiable.
         No subclass overrides this method: it does what is common to all networks. Raises ValueError if inputs of
-        streaming are given to a family that has none."""
+        streaming are given to a family that has none, and unless an inner flow, and no other network, gets noise."""
         if inputs.streams and not self.takes_chunks:
             raise ValueError(f"{type(self).__name__} is no causal network: it cannot work chunk by chunk")
+        network = self._modules.get("network")  # a wrapper has none of its own, and passes its arguments on
+        if network is not None and hasattr(network, "fusion") != (inputs.inner is not None):
+            raise ValueError(
+                "this network has no inner flow, and takes no noise of one (Inputs.inner)"
+                if inputs.inner is not None
+                else "this network has an inner flow, and needs the noise that it begins with (Inputs.inner)"
+            )
         output = self.call_network(x_t, t, cond, inputs).to(torch.promote_types(x_t.dtype, torch.float32))
         if predict == self.prediction_type:
             return output
@@ -229,6 +242,10 @@ class Denoiser(nn.Module):
     def add_linear_memory(self) -> None:
         """Gives a causal network what `ChunkSchedule.linear` needs, without changing what it computes."""
         raise ValueError(f"chunks.linear: {type(self).__name__} has no linear memory; leave it out")
+
+    def add_inner_flow(self, flow: InnerFlow) -> None:
+        """Makes the last blocks of the network the head of an inner flow, without changing what it computes."""
+        raise ValueError(f"inner: {type(self).__name__} has no inner flow; leave it out")
 
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
         """The value to use at level t of a setting that may differ by expert, such as a guidance scale. A single

@@ -13,6 +13,35 @@ from fastgen.streaming.schedule import ChunkSchedule
 INPUT_KEYS = {"s": "two_time", "guidance": "embedded_guidance", "num_steps": "embedded_steps"}
 
 
+def check_decreasing(levels: tuple[float, ...], name: str) -> None:
+    """Raises ValueError unless these noise levels lie in (0, 1] and decrease."""
+    if any(not 0 < t <= 1 for t in levels):
+        raise ValueError(f"every {name} must lie in (0, 1], got {list(levels)}")
+    if any(a <= b for a, b in itertools.pairwise(levels)):
+        raise ValueError(f"{name}s must be strictly decreasing, got {list(levels)}")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class InnerFlow:
+    """How the last blocks of the student's network make several steps in each step of the sampler
+    (TMD, arXiv 2601.09881; `modules.inner_flow`).
+
+    blocks: how many of its last blocks form the head; 5 of the 30 of Wan 2.1 1.3B in the paper.
+    levels: of the head's calls, strictly decreasing from 1; the end point 0 is implied. There are two of them there,
+    and four for 14B."""
+
+    blocks: int = Field(default=5, ge=1, le=1000)
+    levels: Annotated[tuple[float, ...], Field(min_length=1, max_length=100)] = (1.0, 0.5)
+
+    @field_validator("levels")
+    @classmethod
+    def _from_noise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        check_decreasing(value, "level")
+        if value[0] != 1:
+            raise ValueError(f"an inner flow begins with noise, at level 1, got {list(value)}")
+        return value
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RolloutPolicy:
     """The student's sampler. It is stored with the weights, so that a student is sampled as it was trained.
@@ -32,7 +61,8 @@ class RolloutPolicy:
     step_counts: the numbers of steps that an ode student can be sampled with, on the grid of `with_steps`, for
                objectives that train one model for several; () for that of timesteps alone.
     embedded_steps: the network is also conditioned on the number of steps that it samples with (TDM-unify).
-    chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`)."""
+    chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`).
+    inner: how the last blocks of the network make several steps in each step; None: they are called once."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
     transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
@@ -43,14 +73,12 @@ class RolloutPolicy:
     chunks: ChunkSchedule | None = None
     step_counts: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
     embedded_steps: bool = False
+    inner: InnerFlow | None = None
 
     @field_validator("timesteps")
     @classmethod
     def _decreasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not 0 < t <= 1 for t in value):
-            raise ValueError(f"every timestep must lie in (0, 1], got {list(value)}")
-        if any(a <= b for a, b in itertools.pairwise(value)):
-            raise ValueError(f"timesteps must be strictly decreasing, got {list(value)}")
+        check_decreasing(value, "timestep")
         return value
 
     @model_validator(mode="after")
@@ -101,6 +129,15 @@ class RolloutPolicy:
         if self.transition != "ode" or self.timesteps[0] != 1 or self.conditioning_time is not None or self.chunks:
             raise ValueError(
                 "step_counts needs transition: ode, timesteps that begin at 1, no conditioning_time and no chunks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inner(self) -> "RolloutPolicy":
+        others = {"chunks": self.chunks, "conditioning_time": self.conditioning_time} | dict.fromkeys(self.inputs, 1)
+        if self.inner is not None and (found := [INPUT_KEYS.get(k, k) for k, value in others.items() if value]):
+            raise ValueError(
+                f"inner is for a student of whole samples that is told its level alone: leave out {', '.join(found)}"
             )
         return self
 

@@ -104,6 +104,7 @@ OBJECTIVES: dict[str, str] = {
     "flow_map": "fastgen.objectives.flow_map:FlowMap",
     "any_flow": "fastgen.objectives.any_flow:AnyFlow",
     "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
+    "transition_matching": "fastgen.objectives.transition_matching:TransitionMatching",
     "consistency": "fastgen.objectives.consistency:Consistency",
     "ctm": "fastgen.objectives.ctm:CTM",
     "scm": "fastgen.objectives.scm:SCM",

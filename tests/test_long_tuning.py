@@ -189,7 +189,7 @@ def test_a_length_that_no_video_exceeds_is_refused_before_weights_load(longest: 
     with pytest.raises(RecipeError, match=f"objective.longest: {longest} .*teacher's 3.*use dmd2"):
         recipe(folder, tmp_path / "run", {"name": "long_tuning", "longest": longest})
     assert recipe(folder, tmp_path / "run", {"name": "long_tuning", "longest": 4}).objective.longest == 4
-    with pytest.raises(ValueError, match="longest: 2 .*use dmd2"):  # where the sizes of a hub id were not known
+    with pytest.raises(ValueError, match=r"longest: 2 .*use dmd2"):  # where the sizes of a hub id were not known
         LongTuning(longest=2).loss(STUDENT, networks(ChunkSchedule(frames=1)), batch(2), LongTuning().init_state())
 
 

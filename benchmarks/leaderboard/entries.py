@@ -305,6 +305,7 @@ ABSENT: dict[str, str] = {  # registered objectives without an entry, and the re
     "long_tuning": "it trains on videos that go on, which neither teacher makes",
     "self_e": "it trains from prompts, and the ring of this board has none",
     "ctm": "newer than the last board",
+    "transition_matching": "it trains students whose last blocks run several times; dmd2 is its second stage",
     "mdt": "newer than the last board",
     "reflow": "newer than the last board",
     "progressive": "newer than the last board",

@@ -14,6 +14,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
 from fastgen.modules.sharding import WeightMap
+from fastgen.policy import InnerFlow
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
 
@@ -110,10 +111,27 @@ class BackboneConfig(ABC):
         no weights."""
         raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
 
+    def check_inner(self, flow: InnerFlow) -> None:
+        """Raises ValueError if the student's network cannot have this inner flow (`RolloutPolicy.inner`). Loads no
+        weights."""
+        raise ValueError(
+            f"backbone {self.name} has no student with an inner flow; leave out rollout.inner, or use one of the "
+            "backbones sd3, wan and gaussian_mixture"
+        )
+
     def unloaded(self) -> "BackboneConfig":
         """The section in a form for planning: its sizes can be read without weights and without network access. Raises
         ValueError if they are not known."""
         return self
+
+
+def check_head(flow: InnerFlow, layers: int) -> None:
+    """Raises ValueError unless something is left of this number of blocks for the trunk."""
+    if flow.blocks >= layers:
+        raise ValueError(
+            f"inner.blocks: the head has {flow.blocks} of the network's {layers} blocks, and none is left for the "
+            f"trunk; give at most {layers - 1}"
+        )
 
 
 class Backbone(ABC):

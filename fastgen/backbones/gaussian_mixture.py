@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen import noise
-from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Output, RoleOptions
+from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Output, RoleOptions, check_head
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
+from fastgen.modules.inner_flow import Fusion, integrate, told
 from fastgen.modules.sharding import WeightsError
+from fastgen.policy import InnerFlow
 from fastgen.registry import MOST_BATCH, MOST_UPDATES, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
@@ -103,6 +105,9 @@ class GaussianMixtureConfig(BackboneConfig):
 
     def check_experts(self, boundaries: Sequence[float]) -> None:
         """Passes always: our own folder format can store any experts."""
+
+    def check_inner(self, flow: InnerFlow) -> None:
+        check_head(flow, self.depth)
 
     def unloaded(self) -> "GaussianMixtureConfig":
         return dataclasses.replace(self, fit_steps=0)
@@ -225,14 +230,48 @@ class PointMLP(nn.Module):
         self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        skip, size, scale = self.scales(timestep)
+        h = self.through(self.inlet(x / size), self.time(timestep) + self.label(label), slice(None))
+        return skip * x + scale * self.outlet(h)
+
+    def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 1] each: the factor of x, the size of x, and the factor of F."""
         sigma = (timestep if timestep.dim() == 1 else timestep[:, 0])[:, None] / 1000
         alpha = 1 - sigma
         variance = (alpha * self.spread) ** 2 + sigma**2
-        condition = self.time(timestep) + self.label(label)
-        h = self.inlet(x / variance.sqrt())
-        for block in self.blocks:
+        size = variance.sqrt()
+        return alpha * self.spread**2 / variance, size, sigma * self.spread / size
+
+    def through(self, h: Tensor, condition: Tensor, part: slice) -> Tensor:
+        """h [B, width] after some of the blocks."""
+        for block in self.blocks[part]:
             h = h + block(h + condition)
-        return alpha * self.spread**2 / variance * x + sigma * self.spread / variance.sqrt() * self.outlet(h)
+        return h
+
+
+class InnerFlowMLP(PointMLP):
+    """A PointMLP whose last blocks are the head of an inner flow (`modules.inner_flow`)."""
+
+    def __init__(self, network: PointMLP, flow: InnerFlow):
+        """Shares the weights of `network`."""
+        nn.Module.__init__(self)
+        self.spread, self.flow = network.spread, flow
+        for name, module in network.named_children():
+            setattr(self, name, module)
+        self.fusion = Fusion(network.inlet.out_features).beside(network.inlet.weight)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timestep: Tensor, label: Tensor, noise: Tensor, place: Tensor | None = None
+    ) -> Tensor:
+        (skip, size, scale), condition = self.scales(timestep), self.time(timestep) + self.label(label)
+        split = len(self.blocks) - self.flow.blocks
+        features = self.through(self.inlet(x / size), condition, slice(0, split))
+
+        def head(y: Tensor, s: Tensor, r: Tensor) -> Tensor:
+            h = self.fusion(features, self.inlet(y.to(x.dtype) / self.spread), s, r)
+            return skip * x + scale * self.outlet(self.through(h, condition, slice(split, None)))
+
+        return integrate(head, noise, self.flow.levels) if place is None else head(noise, *place.unbind(-1))
 
 
 class PointDenoiser(Denoiser):
@@ -245,7 +284,11 @@ class PointDenoiser(Denoiser):
         self.feature_dim = network.inlet.out_features
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        return self.network(x_t, self.timestep(t, inputs), cond["label"])
+        more = told(inputs.inner, inputs.inner_levels)
+        return self.network(x_t, self.timestep(t, inputs), cond["label"], **more)
+
+    def add_inner_flow(self, flow: InnerFlow) -> None:
+        self.network = InnerFlowMLP(self.network, flow)
 
     @property
     def time_embedding(self) -> nn.Module:
@@ -315,8 +358,8 @@ class GaussianMixture(Backbone):
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """Writes model.safetensors (the PointMLP; further experts are in model_2.safetensors, ...), config.json (the
-        configuration of the mixture), experts.json (the boundaries) and inputs.json (the names of the extra inputs).
-        """
+        configuration of the mixture), experts.json (the boundaries), inputs.json (the names of the extra inputs) and
+        inner.json (the inner flow)."""
         folder.mkdir(parents=True, exist_ok=True)
         for i, part in enumerate(student.members):
             weights = {k: v.contiguous().cpu() for k, v in part.network.state_dict().items()}
@@ -325,6 +368,8 @@ class GaussianMixture(Backbone):
             (folder / "experts.json").write_text(json.dumps({"boundaries": student.boundaries}) + "\n")
         if policy.inputs:
             (folder / "inputs.json").write_text(json.dumps(policy.inputs) + "\n")
+        if policy.inner is not None:
+            (folder / "inner.json").write_text(json.dumps(dataclasses.asdict(policy.inner)) + "\n")
         config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -336,10 +381,12 @@ class GaussianMixture(Backbone):
         path = folder / "experts.json"
         boundaries = json.loads(path.read_text())["boundaries"] if path.is_file() else []
         parts = [new_network(self.config, self.schedule) for _ in range(len(boundaries) + 1)]
-        inputs = folder / "inputs.json"
+        inputs, inner = folder / "inputs.json", folder / "inner.json"
         for i, part in enumerate(parts):
             if inputs.is_file():
                 part.add_inputs({}, self.time_dim, json.loads(inputs.read_text()))
+            if inner.is_file():
+                part.add_inner_flow(InnerFlow(**json.loads(inner.read_text())))
             path = folder / weight_name(i)
             try:
                 part.network.load_state_dict(load_file(path))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.folder import OF_PIPELINES, variant_of
+from fastgen.backbones.folder import INNER_FLOW, OF_PIPELINES, read_json, variant_of
 from fastgen.modules.sharding import WeightsError
 
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
@@ -35,6 +35,17 @@ def component_class(library: str, name: str) -> Any:
     return diffusers_class(name)
 
 
+def read_network(class_name: str, source: str | Path, name: str, options: dict[str, Any]) -> Any:
+    """A pipeline's denoising network: of diffusers' class, or of the class of ours that an export names, which is made
+    of that one."""
+    path = Path(source) / name / "config.json"
+    if path.is_file() and str(read_json(path).get("_class_name")).startswith(INNER_FLOW):
+        from fastgen.pipelines.inner_flow import CLASSES  # with diffusers
+
+        return read_component(CLASSES[class_name], source, name, options)
+    return read_component(diffusers_class(class_name), source, name, options)
+
+
 def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:
     """A network of a pipeline with all its weights. Of a folder that has them in float16 only, these are read.
 
@@ -42,7 +53,8 @@ def read_component(cls: Any, source: str | Path, name: str, options: dict[str, A
     transformers would draw the missing ones at random."""
     part = Path(source) / name
     try:
-        variant = variant_of(part, cls.__module__.partition(".")[0]) if part.is_dir() else None
+        library = "transformers" if cls.__module__.startswith("transformers.") else "diffusers"
+        variant = variant_of(part, library) if part.is_dir() else None
         network, info = cls.from_pretrained(
             source, subfolder=name, variant=variant, output_loading_info=True, **options
         )

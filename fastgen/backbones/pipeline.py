@@ -32,7 +32,7 @@ from fastgen.backbones.folder import (
     stock_class,
     weight_files,
 )
-from fastgen.backbones.loading import diffusers_class, read_component
+from fastgen.backbones.loading import diffusers_class, read_component, read_network
 from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
@@ -253,8 +253,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of a pipeline folder or hub id."""
-        cls = diffusers_class(self.network_class)
-        parts = [self.wrap(read_component(cls, source, name, options)) for name in self.subfolders]
+        networks = [read_network(self.network_class, source, name, options) for name in self.subfolders]
+        parts = [self.wrap(network) for network in networks]
         return self.join(parts).to(self.device)
 
     @property

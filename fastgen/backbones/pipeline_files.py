@@ -28,6 +28,7 @@ from fastgen.backbones.student_tensors import Named
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
 STEM = STEMS["diffusers"]
+FUSION = "fusion."  # the weights that an inner flow adds to a network; they go into the last file
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data")  # file types
 
 
@@ -90,7 +91,7 @@ def write_networks(
 
 def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[dict[str, Spec]]:
     """The tensors of each file of a student's network: those of the original network's files, or, if the network
-    consists of experts, those files once for each expert."""
+    consists of experts, those files once for each expert; and what an inner flow adds."""
     stored = [TensorFile(file).specs for file in weight_files(original)]
     experts = [f"experts.{i}." for i in range(len(network.experts))] if hasattr(network, "experts") else [""]
     kept = tuple(network._keep_in_fp32_modules or ())
@@ -101,7 +102,11 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
         wide = any(part in name.split(".") for part in kept)  # diffusers has these in float32, in any precision
         return Spec(torch.promote_types(dtype, torch.float32) if wide else dtype, spec.shape)
 
-    return [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
+    files = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
+    wide = next(s for specs in stored for s in specs.values() if s.dtype.is_floating_point)
+    added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(FUSION)}
+    files[-1] |= {name: spec(name, s) for name, s in added.items()}
+    return files
 
 
 def write_index(folder: Path, shards: list[dict[str, Spec]]) -> list[str]:

@@ -9,13 +9,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
+from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions, check_head
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig
-from fastgen.backbones.folder import boundaries_in
+from fastgen.backbones.folder import boundaries_in, read_json
 from fastgen.backbones.sd3_attention import FoldedJointAttnProcessor, fold_repeats
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
+from fastgen.modules.inner_flow import told
+from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule
 
 CLIP_TOKENS = 77  # they come before the T5 tokens
@@ -42,6 +44,10 @@ class SD3Config(FlowImageConfig):
     def check_experts(self, boundaries: Sequence[float]) -> None:
         """Passes always: a `few_step.SD3Experts` can store any experts."""
 
+    def check_inner(self, flow: InnerFlow) -> None:
+        if (folder := self.local_folder()) is not None:
+            check_head(flow, read_json(folder / "transformer/config.json").get("num_layers", 18))
+
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD3":
         return SD3(self, device, dtype, roles)
 
@@ -65,7 +71,13 @@ class SD3Denoiser(Denoiser):
             timestep=self.timestep(t, inputs),
             joint_attention_kwargs=folded,
             return_dict=False,
+            **told(inputs.inner, inputs.inner_levels),
         )[0]
+
+    def add_inner_flow(self, flow: InnerFlow) -> None:
+        from fastgen.pipelines.inner_flow import InnerFlowSD3Transformer2DModel  # with diffusers
+
+        self.network = InnerFlowSD3Transformer2DModel.of(self.network, flow)
 
     @property
     def time_embedding(self) -> nn.Module:

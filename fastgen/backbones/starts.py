@@ -35,7 +35,7 @@ def check_settings(
     """Raises ValueError if two networks have different settings. defaults: of the settings that only one of the two
     gives; if they are not known, such settings are not compared."""
     for key in sorted(given.keys() | own.keys()):
-        if key.startswith("_") or key in SIZES or not (defaults or key in given.keys() & own.keys()):
+        if key.startswith(("_", "inner_")) or key in SIZES or not (defaults or key in given.keys() & own.keys()):
             continue
         values = [json.dumps(config.get(key, (defaults or {}).get(key))) for config in (given, own)]
         if values[0] != values[1]:

@@ -9,7 +9,7 @@ from typing import Any
 from fastgen.backbones import comfyui
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
-from fastgen.pipelines import few_step, flow_map
+from fastgen.pipelines import few_step, flow_map, inner_flow
 from fastgen.rollout import RolloutPolicy
 
 CALL = """```python
@@ -73,11 +73,11 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     if policy.chunks is not None:
         call = STREAM
     elif own and not policy.inputs:
-        load = f"import {few_step.__name__}\n\n{load}"
+        load = "\n".join(f"import {module}" for module in sorted(set(own.values()))) + f"\n\n{load}"
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
-    elif policy.chunks is None and backbone.config.name in comfyui.FAMILIES:
+    elif policy.chunks is None and policy.inner is None and backbone.config.name in comfyui.FAMILIES:
         call += comfyui_settings(backbone, policy)
     if policy.step_counts:
         call += STEP_COUNTS
@@ -121,11 +121,12 @@ def comfyui_settings(backbone: Any, policy: RolloutPolicy) -> str:
     return COMFYUI.replace("{sampler}", sampling.sampler).replace("{sigmas}", sampling.text)
 
 
-def own_components(folder: Path) -> list[str]:
-    """The components of an exported pipeline whose class is fastgen's own."""
+def own_components(folder: Path) -> dict[str, str]:
+    """The components of an exported pipeline whose class is fastgen's own, each with its module."""
     index = folder / "model_index.json"
     components = json.loads(index.read_text()).items() if index.is_file() else ()
-    return [name for name, entry in components if isinstance(entry, list) and entry[0] == few_step.__name__]
+    modules = (few_step.__name__, inner_flow.__name__)
+    return {name: entry[0] for name, entry in components if isinstance(entry, list) and entry[0] in modules}
 
 
 def loading(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:

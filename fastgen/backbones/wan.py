@@ -15,15 +15,16 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
+from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions, check_head
 from fastgen.backbones.folder import read_index, read_json, read_scheduler
-from fastgen.backbones.pipeline import PipelineConfig, diffusers_class, read_component
+from fastgen.backbones.pipeline import PipelineConfig, diffusers_class, read_component, read_network
 from fastgen.backbones.video import Video, latent_grid
 from fastgen.backbones.wan_network import WanDenoiser
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.experts import Experts
 from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler
+from fastgen.policy import InnerFlow
 from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
@@ -89,6 +90,12 @@ class WanConfig(PipelineConfig):
         except ValueError as error:
             step = vae.get("scale_factor_temporal", 4)
             raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
+
+    def check_inner(self, flow: InnerFlow) -> None:
+        if self.own_boundaries():
+            raise ValueError("inner: the inner flow of two experts is not tried; use a pipeline of one network")
+        if (folder := self.local_folder()) is not None:
+            check_head(flow, read_json(folder / "transformer/config.json").get("num_layers", 40))
 
     def own_boundaries(self) -> tuple[float, ...] | None:
         folder = self.local_folder()
@@ -232,8 +239,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         """The denoiser of this pipeline, or of an export of it, which may be a student of two experts."""
         own = str(source) == self.source or not Path(source).is_dir()
         names, boundary = find_experts(self.components if own else read_index(Path(source)))
-        cls = diffusers_class(self.network_class)
-        networks = [read_component(cls, source, name, options) for name in names]
+        networks = [read_network(self.network_class, source, name, options) for name in names]
         parts = [self.wrap(network) for network in networks]
         return (parts[0] if boundary is None else Experts(parts, (boundary,))).to(self.device)
 

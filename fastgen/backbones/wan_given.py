@@ -5,7 +5,9 @@ from typing import ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from fastgen.backbones.base import BackboneConfig
 from fastgen.backbones.wan import Wan, WanConfig
+from fastgen.policy import InnerFlow
 from fastgen.rollout import RolloutPolicy
 
 
@@ -17,6 +19,9 @@ class GivenFrameConfig(WanConfig):
 
     def check_chunks(self, policy: RolloutPolicy) -> None:
         raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
+    def check_inner(self, flow: InnerFlow) -> None:
+        BackboneConfig.check_inner(self, flow)
 
 
 class GivenFrame(Wan):

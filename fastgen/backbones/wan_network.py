@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.inner_flow import told
 from fastgen.modules.inputs import WanExtraInputs
+from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule, expand
 from fastgen.streaming.causal_wan import add_linear_memory, make_causal, place_of, placed
 
@@ -41,10 +43,12 @@ class WanDenoiser(Denoiser):
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         if inputs.streams or t.dim() == 2:
             return self.call_by_frame(x_t, t, cond, inputs)
-        return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+        noise = None if inputs.inner is None else inputs.inner.transpose(1, 2)
+        more = told(noise, inputs.inner_levels)
+        return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond, **more).transpose(1, 2)
 
-    def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """The stock network's own call, x [B, C, F, H, W]."""
+    def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning, **more: Any) -> Tensor:
+        """The stock network's own call, x [B, C, F, H, W]. more: what an inner flow is told."""
         dtype = self.network.dtype  # not that of its first weights, which stay float32
         image = cond.get("image_embeds")
         return self.network(
@@ -53,11 +57,19 @@ class WanDenoiser(Denoiser):
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             encoder_hidden_states_image=None if image is None else image.to(dtype),
             return_dict=False,
+            **more,
         )[0]
+
+    def add_inner_flow(self, flow: InnerFlow) -> None:
+        from fastgen.pipelines.inner_flow import InnerFlowWanTransformer3DModel  # with diffusers
+
+        self.network = InnerFlowWanTransformer3DModel.of(self.network, flow)
 
     def call_by_frame(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
         """The network with its frames folded into the batch axis, so that each has a level of its own, and with
         attention over what `streaming.causal_wan.place_of` says. t: [B], or [B, F] for each frame."""
+        if inputs.inner is not None:
+            raise ValueError("an inner flow takes whole videos with one level for all frames")
         make_causal(self.network)
         frames = x_t.shape[1]
         t = by_frame(t, frames)
@@ -108,6 +120,9 @@ class GivenFrameDenoiser(WanDenoiser):
     """A network that is given the first picture. It takes whole videos, of the size that the given latents have."""
 
     takes_chunks = False
+
+    def add_inner_flow(self, flow: InnerFlow) -> None:
+        raise ValueError("inner: a network that is given a picture has no inner flow; leave it out")
 
     def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
         return x_t, t, inputs

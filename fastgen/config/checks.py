@@ -34,6 +34,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_rewards,
         check_inputs,
         check_chunks,
+        check_inner,
         check_evaluation,
         check_part,
     ):
@@ -62,6 +63,9 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     if recipe.rollout.chunks is not None:
         with problems.noting("rollout"):
             recipe.backbone.check_chunks(recipe.rollout)
+    if recipe.rollout.inner is not None:
+        with problems.noting("rollout"):
+            recipe.backbone.check_inner(recipe.rollout.inner)
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
@@ -251,6 +255,30 @@ def check_chunks(recipe: Recipe) -> None:
             f"{objective.name}, with these options, needs one step for all; use order: chunk, or dmd2 with "
             "stops: shared"
         )
+
+
+def with_inner() -> list[str]:
+    """The objectives that can train a student with an inner flow."""
+    return [name for name, path in OBJECTIVES.items() if imported(path).takes_inner]
+
+
+def check_inner(recipe: Recipe) -> None:
+    """Checks that the objective and the ways of training can have a student with an inner flow, if the policy asks for
+    one."""
+    if recipe.rollout.inner is None:
+        return
+    if not recipe.objective.takes_inner:
+        raise RecipeError(
+            f"rollout.inner: objective {recipe.objective.name} cannot train a student with an inner flow, because it "
+            f"calls the student without the noise of one; leave it out, or use one of {', '.join(with_inner())}"
+        )
+    reasons = {
+        "the student gets weights that no adapter has (lora.student)": "student" in recipe.lora,
+        "it is not tried with networks that are sharded (train.strategy: fsdp)": recipe.train.strategy == "fsdp",
+        "its blocks are called with different neighbours (train.compile)": recipe.train.compile,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise RecipeError(f"rollout.inner is not possible: {'; '.join(found)}; leave it out, or leave these out")
 
 
 def check_evaluation(recipe: Recipe) -> None:

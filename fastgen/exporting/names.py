@@ -48,6 +48,11 @@ def check_form(form: str, recipe: Recipe, adapter: bool) -> None:
         raise ValueError(f"a student of the backbone {backbone.name} is no diffusers pipeline, and has no --form")
     if policy.chunks is not None:
         raise ValueError("a student that makes videos chunk by chunk is sampled by fastgen alone; leave out --form")
+    if policy.inner is not None:
+        raise ValueError(
+            "the last blocks of this student's network run several times in each step, which no other program does; "
+            "leave out --form"
+        )
     if policy.inputs:
         raise ValueError(
             f"this student's network takes {' and '.join(policy.inputs)} besides the noise level, which no other "

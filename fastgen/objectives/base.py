@@ -75,6 +75,8 @@ class Objective:
     needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
     takes_derivatives: bool = False  # whether it differentiates networks along directions, which needs float32
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
+    takes_inner: bool = False  # whether it can train a student with an inner flow (RolloutPolicy.inner)
+    needs_inner: bool = False  # whether it trains no other students than these
     takes_step_counts: bool = False  # whether it trains a student for all numbers of RolloutPolicy.step_counts
 
     @property
@@ -160,6 +162,8 @@ def extended(student: Denoiser, backbone: Backbone, policy: RolloutPolicy) -> De
         student.add_inputs({}, backbone.time_dim, policy.inputs)
     if policy.chunks is not None and policy.chunks.linear:
         student.add_linear_memory()
+    if policy.inner is not None:
+        student.add_inner_flow(policy.inner)
     return student
 
 

@@ -62,6 +62,7 @@ class CDM(DMD2):
     needs_whole_videos = "its points off the trajectory are made without the frames that a chunk was given"
     takes_step_counts = True
 
+    takes_inner = False  # its steps off the list call the student without the noise of an inner flow
     name: Literal["cdm"] = "cdm"  # type: ignore[assignment]
     # w: the code's SD3 and LongCat have 7 times (cond - uncond) beside cond (row cdm_student). 1 and ca_time null: off
     guidance_scale: Guidance = 8.0

@@ -54,6 +54,7 @@ class ContextForcing(DMD2):
     examples = ({},)
     page = "docs/streaming.md"
 
+    takes_inner = False  # it is for students that work in chunks
     name: Literal["context_forcing"] = "context_forcing"  # type: ignore[assignment]
     teacher_from: str | None = None
     teacher_window: int | None = Field(default=None, ge=1, le=MOST_FRAMES)

@@ -175,6 +175,11 @@ class DMD2(Objective):
                     )
 
     @property
+    def takes_inner(self) -> bool:  # type: ignore[override]
+        # the student is called by rollouts alone, and none of its weights are blended with a network's that lacks some
+        return self.student_input == "simulated" and self.ida_decay is None
+
+    @property
     def takes_first_timesteps(self) -> bool:
         # which speak of one list for all frames
         return not (self.condition_on_stop or self.ca_time or self.renoise_range != "all")

@@ -47,6 +47,7 @@ class HiAR(DMD2):
 
     page = "docs/streaming_methods.md"
 
+    takes_inner = False  # its first step on whole videos calls the student without the noise of an inner flow
     name: Literal["hiar"] = "hiar"  # type: ignore[assignment]
     # of a mean square without a half, beside DMD2's half of one: the released config
     kl_weight: float = Field(default=0.1, gt=0)

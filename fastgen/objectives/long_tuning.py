@@ -48,6 +48,7 @@ PARTS = 10_000  # of the probability of a switch
 class LongTuning(DMD2):
     page = "docs/streaming.md"
 
+    takes_inner = False  # it is for students that work in chunks
     name: Literal["long_tuning"] = "long_tuning"  # type: ignore[assignment]
     # latent frames after which the videos begin anew; 240 in LongLive's code, whose first stage has 21
     longest: int = Field(default=240, ge=2, le=MOST_STEPS)
@@ -83,8 +84,8 @@ class LongTuning(DMD2):
         """Raises ValueError if a video of the teacher, of so many latent frames, is already as long as any video."""
         if frames >= self.longest:
             raise ValueError(
-                f"objective.longest: {self.longest} latent frames are not more than the teacher's {frames}, so that no video "
-                "would ever go on; raise it, or use dmd2"
+                f"objective.longest: {self.longest} latent frames are not more than the teacher's {frames}, so that "
+                "no video would ever go on; raise it, or use dmd2"
             )
 
     def init_state(self) -> State:

@@ -38,6 +38,7 @@ from fastgen.rollout import Rollout, RolloutPolicy, transition
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SCDMD(DMD2):
+    takes_inner = False  # its jumps call the student without the noise of an inner flow
     name: Literal["sc_dmd"] = "sc_dmd"  # type: ignore[assignment]
     # lambda, of a mean square without a half against DMD2's half of one: the released configs (row sc_dmd_semigroup)
     semigroup_weight: float = Field(default=0.2, gt=0)

@@ -49,6 +49,7 @@ class StreamR1(ReDMD):
     reward_use = "gradient"  # type: ignore[assignment]
     page = "docs/streaming_methods.md"
 
+    takes_inner = False  # it is for students that work in chunks
     name: Literal["stream_r1"] = "stream_r1"  # type: ignore[assignment]
     # lambda, in the unit of the rewards; 0 is off. The released config, as are the other values here
     balance: float = Field(default=0.5, ge=0)

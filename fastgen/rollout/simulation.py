@@ -16,7 +16,8 @@ from fastgen.modules.recomputation import Replay
 from fastgen.policy import RolloutPolicy, TeacherPolicy
 from fastgen.rollout.passes import Noise, commit, context_of_stop, contexts_of, left_by_passes
 from fastgen.rollout.rolling import Making, roll, rolled
-from fastgen.rollout.steps import Rollout, Step, policy_law, predict_x0, step_to, transition
+from fastgen.rollout.steps import Rollout, Step, inner_noise, policy_law, predict_x0, step_to, transition
+from fastgen.schedule import expand
 from fastgen.signals import transition_log_prob
 from fastgen.streaming.context import Context
 
@@ -88,7 +89,7 @@ def denoise(
     for i, level in enumerate(policy.timesteps):
         t = x.new_full((len(x),), level)
         t_next = torch.full_like(t, (*policy.timesteps, 0.0)[i + 1])
-        x0 = predict_x0(student, x, t, cond, policy, t_next, contexts[i])
+        x0 = predict_x0(student, x, t, cond, policy, t_next, contexts[i], inner_noise(policy, noise, i))
         if i + 1 < policy.num_steps:
             x = step_to(student.schedule, policy, x0, x, t, t_next, partial(noise, f"step{i + 1}"))
             left.append(x)
@@ -166,7 +167,8 @@ def simulate(
             t_next = torch.full_like(t, policy.timesteps[i + 1])
             past = contexts[i]
             past = past if past is None or len(active) == len(stop) else past.select(active)
-            x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next, past).to(x_in.dtype)
+            inner = inner_noise(policy, partial(batch.normal, rows=active), i)
+            x0 = predict_x0(student, x_t, t, batch.cond.select(active), policy, t_next, past, inner).to(x_in.dtype)
             draw = partial(batch.normal, f"step{i + 1}", rows=active)
             x_next = step_to(student.schedule, policy, x0, x_t, t, t_next, draw)
             if bool(reached.any()):
@@ -174,13 +176,24 @@ def simulate(
             states.append(x_in)
     t_stop = torch.tensor(policy.timesteps, device=x_in.device, dtype=x_in.dtype)[stop]
     with torch.set_grad_enabled(grad):
-        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy, to, context_of_stop(policy, context, stop, last))
+        past, inner = context_of_stop(policy, context, stop, last), inner_of_stop(policy, batch, stop, last)
+        x0 = predict_x0(student, x_in, t_stop, batch.cond, policy, to, past, inner)
         x = stepped(student, policy, batch, x0, x_in, t_stop, to)
     executed = Step(x_t=x_in, t=t_stop, x0=x0, x_next=x)
     rollout = Rollout(x=x, s=torch.zeros_like(t_stop) if to is None else to, stop=stop, steps=(executed,))
     if len(policy.context_levels) <= 1:
         return rollout, [x0]
     return rollout, left_by_passes(student, policy, batch, stop, executed, states)
+
+
+def inner_of_stop(policy: RolloutPolicy, batch: Batch, stop: Tensor, last: int) -> Tensor | None:
+    """The noise of the inner flow of each sample's executed step; None without one."""
+    noise = inner_noise(policy, batch.normal, 0)
+    for step in range(1, last + 1):
+        own = inner_noise(policy, batch.normal, step)
+        if noise is not None and own is not None:
+            noise = torch.where(expand(stop == step, noise), own, noise)
+    return noise
 
 
 def stepped(

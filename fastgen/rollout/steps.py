@@ -67,14 +67,20 @@ def predict_x0(
     policy: RolloutPolicy,
     t_next: Tensor | None = None,
     context: Context | None = None,
+    inner: Tensor | None = None,
 ) -> Tensor:
     """The student's clean prediction, with the conditioning time and the inputs of the policy. t_next: [B], the level
     that the policy's step goes to from here; None: 0, or a prediction that is used on its own. context: where x_t is a
-    chunk of a video, the memory of the frames before it."""
+    chunk of a video, the memory of the frames before it. inner: for a student with an inner flow, its noise."""
     if t_next is not None and policy.transition == "tcd":
         t_next = student.schedule.lowered(t_next, policy.eta or 0.0)
-    inputs = network_inputs(policy, t, t_next)
+    inputs = replace(network_inputs(policy, t, t_next), inner=inner)
     return student(x_t, t, cond, inputs if context is None else replace(inputs, context=context))
+
+
+def inner_noise(policy: RolloutPolicy, draw: Callable[[str], Tensor], step: int) -> Tensor | None:
+    """The noise [B, ...] of the inner flow in this step of the sampler, named "inner<step>"; None without one."""
+    return None if policy.inner is None else draw(f"inner{step}")
 
 
 def transition_law(

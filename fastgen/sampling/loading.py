@@ -10,7 +10,7 @@ from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
 from fastgen.backbones.folder import FLOW_MAP, ROUTED, STREAMING, read_index, read_json
 from fastgen.backbones.saving import LORA_WEIGHTS
-from fastgen.pipelines import few_step, flow_map, routed, streaming
+from fastgen.pipelines import few_step, flow_map, inner_flow, routed, streaming  # noqa: F401 - diffusers finds the imported ones
 from fastgen.registry import build_section
 from fastgen.sampling.sampler import METADATA, load_sampler, read_metadata
 

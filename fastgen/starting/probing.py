@@ -16,7 +16,7 @@ from fastgen.modules.experts import Experts
 from fastgen.networks import Networks
 from fastgen.objectives.base import Objective
 from fastgen.planning.plan import DRAWS, StandInScorer, evaluations, prompt_rows
-from fastgen.policy import RolloutPolicy
+from fastgen.policy import InnerFlow, RolloutPolicy
 from fastgen.recipe import EvalConfig, Recipe, TrainConfig
 from fastgen.registry import build_section
 from fastgen.run.build import RunNetworks, build_backbone, build_networks
@@ -31,6 +31,7 @@ STEPWISE = {
 }
 JUMPS = RolloutPolicy(LEVELS, "ode", two_time=True)
 ONE_STEP = (RolloutPolicy((1.0,)), RolloutPolicy((1.0,), "ode", two_time=True))
+INNER = InnerFlow(blocks=1)
 CHUNKS = RolloutPolicy(LEVELS, chunks=ChunkSchedule(frames=1))
 JUMPING_CHUNKS = dataclasses.replace(JUMPS, chunks=CHUNKS.chunks)
 FEATURES = "features"  # stands in for the teacher, where that is a formula and has no features
@@ -48,8 +49,15 @@ VIDEOS = {"name": "ar1_video", "damping": 0.9, "angles": [0.5], "means": [1.0], 
 REWARD = {"name": "linear", "direction": [1.0, 0.0]}
 
 
+def fitting(objective: Objective, policy: RolloutPolicy) -> RolloutPolicy:
+    """The policy; with an inner flow, where the objective trains no other students and the policy can have one."""
+    inner = objective.needs_inner and policy.chunks is None and not policy.inputs
+    return dataclasses.replace(policy, inner=INNER) if inner else policy
+
+
 def accepts(objective: Objective, policy: RolloutPolicy) -> bool:
-    """Whether the objective can train a student that samples with this policy."""
+    """Whether the objective can train a student that samples with this policy (`fitting`)."""
+    policy = fitting(objective, policy)
     if (policy.inputs and not objective.takes_inputs) or (policy.chunks is not None and not objective.takes_chunks):
         return False
     try:
@@ -98,7 +106,7 @@ class Probe:
     @cached_property
     def policy(self) -> RolloutPolicy:
         every = (*STEPWISE.values(), JUMPS, CHUNKS, JUMPING_CHUNKS, *ONE_STEP)
-        return next(policy for policy in every if accepts(self.objective, policy))
+        return next(fitting(self.objective, policy) for policy in every if accepts(self.objective, policy))
 
     @cached_property
     def recipe(self) -> Recipe:
