@@ -92,18 +92,22 @@ class Judge:
         return self.logits(statistics(pixels)).detach() > 0
 
 
-def make_judge(sampler: Sampler) -> tuple[Judge, float]:
-    """The judge, and its accuracy on pictures that it was not fitted to."""
-    captions, pixels = reference()
-    again = torch.cat([sampler.backbone.decode(sampler.backbone.encode(part)) for part in pixels.split(BATCH)])
-    found = statistics(again)
-    flat = torch.tensor([float(caption.endswith("flat")) for caption in captions])
+def cross_validated(statistics: Tensor, flat: Tensor) -> float:
+    """The accuracy of judges on pictures that they were not fitted to."""
     fold = torch.arange(len(flat)) % FOLDS
     right = [
-        (Judge(found[fold != i], flat[fold != i]).logits(found[fold == i]) > 0).float() == flat[fold == i]
+        (Judge(statistics[fold != i], flat[fold != i]).logits(statistics[fold == i]) > 0).float() == flat[fold == i]
         for i in range(FOLDS)
     ]
-    return Judge(found, flat), float(torch.cat(right).float().mean())
+    return float(torch.cat(right).float().mean())
+
+
+def make_judge(sampler: Sampler) -> tuple[Judge, float]:
+    """A judge of pictures that come from the autoencoder, and its accuracy."""
+    captions, pixels = reference()
+    again = torch.cat([sampler.backbone.decode(sampler.backbone.encode(part)) for part in pixels.split(BATCH)])
+    found, flat = statistics(again), torch.tensor([float(caption.endswith("flat")) for caption in captions])
+    return Judge(found, flat), cross_validated(found, flat)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastgen
+from benchmarks.emoji_style import cross_validated, reference, statistics
 from fastgen.data.tables import read_captions
 
 EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
@@ -28,6 +29,21 @@ def test_no_prompt_of_training_is_a_held_out_caption() -> None:
     held = set(read_captions(EMOJI / "reference" / "metadata.csv", "caption"))
     prompts = set((EMOJI / "prompts.txt").read_text().splitlines())
     assert len(held) > 500 and not held & prompts
+
+
+def test_the_judge_of_style_tells_real_pictures_apart() -> None:
+    """By cross-validation on the held-out pictures themselves."""
+    captions, pixels = reference()
+    flat = torch.tensor([float(caption.endswith("flat")) for caption in captions])
+    accuracy = cross_validated(statistics(pixels), flat)
+    print(f"accuracy {accuracy:.3f}")
+    assert accuracy > 0.95
+
+
+def test_the_names_leave_the_style_open() -> None:
+    captions = read_captions(EMOJI / "reference" / "metadata.csv", "caption")
+    held = (EMOJI / "held_out_names.txt").read_text().splitlines()
+    assert held == list(dict.fromkeys(caption.rpartition(",")[0] for caption in captions))
 
 
 def test_all_that_ships_of_it_is_small() -> None:

@@ -2,7 +2,7 @@
 
     python tools/emoji_strips.py runs/emoji_dmd2_4step runs/emoji_dmd2_1step --output assets/emoji.png
 
-Above the students named are two rows of the teacher, with 50 and with 4 steps. The prompts are those of pictures that
+Above the students named are three rows of the teacher, with 50, 4 and 1 steps. The prompts are those of pictures that
 no network was trained on."""
 
 import argparse
@@ -37,30 +37,34 @@ PROMPTS = (
 def rows(students: list[Path]) -> dict[str, Sampler]:
     """What each row is called, and what draws it."""
     teachers = {
-        f"teacher\n{steps} steps": load_sampler(TEACHER, num_steps=steps, guidance_scale=GUIDANCE) for steps in (50, 4)
+        f"teacher\n{counted(steps)}": load_sampler(TEACHER, num_steps=steps, guidance_scale=GUIDANCE)
+        for steps in (50, 4, 1)
     }
     return teachers | {named(sampler := load_sampler(student)): sampler for student in students}
 
 
 def named(student: Sampler) -> str:
-    count = student.policy.num_steps
-    return f"student\n{count} step{'s' * (count > 1)}"
+    return f"student\n{counted(student.policy.num_steps)}"
+
+
+def counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def draw(strips: dict[str, Tensor], prompts: list[str], path: Path) -> None:
     """A labelled row for each name, and the prompts under the columns."""
-    left, below, wide, high = 0.1, 0.16, 10.0, 1.2
+    left, below, wide, high = 0.08, 0.1, 10.0, 0.98
     size = high * len(strips)
     figure = Figure(figsize=(wide, size / (1 - below)), dpi=120)
     part = (1 - below) / len(strips)
     for i, (name, pixels) in enumerate(strips.items()):
         axes = figure.add_axes((left, 1 - (i + 1) * part, 1 - left, part))
-        axes.imshow(grid(pixels, columns=len(pixels)), aspect="auto")
+        axes.imshow(grid(pixels, columns=len(pixels)))
         axes.set_axis_off()
         figure.text(left - 0.01, 1 - (i + 0.5) * part, name, ha="right", va="center", fontsize=9)
     for i, prompt in enumerate(prompts):
         place = left + (1 - left) * (i + 0.5) / len(prompts)
-        figure.text(place, below - 0.02, textwrap.fill(prompt, 16), ha="center", va="top", fontsize=8)
+        figure.text(place, below - 0.01, textwrap.fill(prompt, 14), ha="center", va="top", fontsize=8)
     figure.savefig(path)
 
 
