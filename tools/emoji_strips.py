@@ -1,6 +1,6 @@
 """Draws the first picture of the README: one row for each sampler, one column for each prompt and seed.
 
-    python tools/emoji_strips.py runs/emoji_dmd2_4step runs/emoji_dmd2_1step --output assets/emoji.png
+    python tools/emoji_strips.py runs/emoji_dmd2_{4,2,1}step --output assets/emoji.png
 
 Above the students named are three rows of the teacher, with 50, 4 and 1 steps. The prompts are those of pictures that
 no network was trained on."""
@@ -19,7 +19,7 @@ from fastgen.sampling.pictures import grid
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 TEACHER = Path("assets/emoji/teacher")
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 PROMPTS = (
     "cow face, 3d",
     "peach, flat",
