@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from shipped_recipes import RECIPES, loaded
 from typer.testing import CliRunner
 
 from fastgen.cli import app
@@ -264,11 +265,10 @@ def test_a_dumped_recipe_loads_equal(mixture_recipe: Path, tmp_path: Path, overr
     assert changed_keys(recipe, again) == []
 
 
-def test_every_recipe_of_the_project_loads_and_round_trips(project: Path, tmp_path: Path) -> None:
-    recipes = sorted((project / "recipes").glob("*.yaml"))
-    assert recipes
-    for path in recipes:
-        recipe = load_recipe(path, ["init_from=null"])  # a run of another recipe, which is not there
+def test_every_recipe_of_the_project_loads_and_round_trips(tmp_path: Path) -> None:
+    assert RECIPES
+    for path in RECIPES:
+        recipe = loaded(path)
         (tmp_path / path.name).write_text(dump_recipe(recipe))
         assert load_recipe(tmp_path / path.name) == recipe, path.name
 

@@ -5,21 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shipped_recipes import RECIPES, ROOT, loaded
 
-from fastgen.config import build_recipe, load_recipe
+from fastgen.config import build_recipe
 from fastgen.config.stored import dump_recipe
-from fastgen.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 UNVERIFIED = "# UNVERIFIED: nobody has run this recipe to the end.\n"
-
-
-def loaded(path: Path) -> Recipe:
-    """A recipe that starts from a run of another one is read without it, as that run is not there."""
-    first = yaml.safe_load(path.read_text()).get("init_from")
-    assert first is None or first in {yaml.safe_load(other.read_text())["output_dir"] for other in RECIPES}
-    return load_recipe(path, ["init_from=null"] if first else [])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
