@@ -13,6 +13,7 @@ clip_retrieval, clip_retrieval_5, clip_score: of the names, without a style"""
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,14 +28,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import fastgen
 from benchmarks.rows import append_row
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.metrics.features import FeatureNetwork
-from fastgen.rewards.clip import load_clip
 from fastgen.sampling.sampler import Sampler, load_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "assets/emoji"
+CLIP = str(EMOJI / "clip")
 TABLE = Path(__file__).resolve().with_name("emoji_style.jsonl")
 BATCH = 64
 FOLDS = 5
@@ -110,22 +112,18 @@ def make_judge(sampler: Sampler) -> tuple[Judge, float]:
     return Judge(found, flat), cross_validated(found, flat)
 
 
-@torch.no_grad()
 def flat_by_clip(pixels: Tensor, prompts: Sequence[str]) -> float:
-    path = str(EMOJI / "clip")
-    clip = load_clip(path, path, torch.device("cpu"))
-    difference = clip.text([f"{name}, flat" for name in prompts]) - clip.text([f"{name}, 3d" for name in prompts])
-    return float(((clip.image(pixels) * difference).sum(1) > 0).float().mean())
+    """CLIP's two-class probability of "flat" is above a half."""
+    texts = {"towards": "{prompt}, flat", "away": "{prompt}, 3d"}
+    contrast = fastgen.score(list(pixels), prompts, "clip_contrast", path=CLIP, **texts)
+    return float((torch.tensor(contrast) > math.log(0.5)).float().mean())
 
 
 def alignment(pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    path = str(EMOJI / "clip")
-    metric = METRICS["clip_retrieval"](MetricContext(len(pixels), 0, features=FeatureNetwork("clip", path)))
+    metric = METRICS["clip_retrieval"](MetricContext(len(pixels), 0, features=FeatureNetwork("clip", CLIP)))
     metric.update(pixels, list(prompts))
-    clip = load_clip(path, path, torch.device("cpu"))
-    with torch.no_grad():
-        score = (clip.image(pixels) * clip.text(prompts)).sum(1).mean()
-    return metric.compute() | {"clip_score": float(score)}
+    scores = fastgen.score(list(pixels), prompts, "clip_score", path=CLIP)
+    return metric.compute() | {"clip_score": float(torch.tensor(scores).mean())}
 
 
 def measure(path: Path, judge: Judge | None) -> tuple[dict[str, float], Judge]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.batch import Conditioning
+from fastgen.modules.inner_flow import Fusion
 from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
 from fastgen.modules.sharding import is_sharded
@@ -131,7 +132,7 @@ class Denoiser(nn.Module):
         if inputs.streams and not self.takes_chunks:
             raise ValueError(f"{type(self).__name__} is no causal network: it cannot work chunk by chunk")
         network = self._modules.get("network")  # a wrapper has none of its own, and passes its arguments on
-        if network is not None and hasattr(network, "fusion") != (inputs.inner is not None):
+        if network is not None and isinstance(getattr(network, "fusion", None), Fusion) != (inputs.inner is not None):
             raise ValueError(
                 "this network has no inner flow, and takes no noise of one (Inputs.inner)"
                 if inputs.inner is not None

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from mutations import draws, mutated
 from pydantic import TypeAdapter
+from shipped_recipes import RECIPES
 
 from fastgen.config import build_recipe, load_recipe
 from fastgen.config.sections import SECTIONS
@@ -24,7 +25,6 @@ from fastgen.config.text import parse_yaml
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError, flatten, resolve
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 LONGEST = 2.0  # seconds of CPU time for one recipe
 CHOSEN = ("backbone", "data", "objective")  # sections whose class is chosen by their name
 NAN, INF = float("nan"), float("inf")

@@ -13,7 +13,7 @@ from emoji_vae import encode_raw, psnr, read_vae
 import fastgen
 
 METRICS = "fid,mmd,precision_recall,clip_retrieval,clip_score"
-GUIDANCE = (1.0, 3.0, 5.0)
+GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 STEPS = (50, 8, 4, 1)
 
 
