@@ -1,6 +1,8 @@
 """Every family of pipelines: the stock pipeline's own pixels, roles and adapters, and exports."""
 
 import json
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from diffusers import FluxPipeline, SanaPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm, scheduling_scm
 from role_turns import check_turns
 from tiny_families import FAMILIES, LENGTH, PROMPTS, SEEDS, SIDE, Family, draws
-from torch import Tensor
+from torch import Tensor, nn
 from variants import slow
 
 from fastgen import noise
@@ -23,6 +25,7 @@ from fastgen.batch import Batch
 from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs
 from fastgen.modules.lora import LoraConfig
+from fastgen.modules.sharding import WeightsError
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
 from fastgen.pipelines import few_step, flow_map
@@ -131,6 +134,47 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
     theirs, visited = family.plain_pixels(tmp_path, backbone, len(timesteps), **family.guided(1.0))
     assert visited == pytest.approx(list(timesteps), abs=1e-6)
     assert float((ours - theirs).abs().max()) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_student_with_fewer_blocks_begins_with_the_teachers_and_is_a_smaller_pipeline(
+    family: Family, folder: Path, pipeline: Any, tmp_path: Path
+) -> None:
+    """The tiny networks have two or more blocks, of which it keeps the last."""
+    teacher = pipeline.load("teacher")
+    kept = {name: [len(getattr(teacher.network, name)) - 1] for name in pipeline.block_lists}
+    backbone: Any = family.make(folder, student_blocks=kept).config.build(
+        torch.device("cpu"), torch.float32, 0, RoleOptions(kept={"student": kept})
+    )
+    backbone.prompts = pipeline.prompts
+    student = backbone.load("student")
+    assert shapes(student.network) == shapes(type(student.network).from_config(student.network.config))
+    renamed = {re.sub(rf"^({'|'.join(kept)})\.\d+", r"\1.0", name): p for name, p in tensors(teacher.network, kept)}
+    assert all(torch.equal(p, renamed[name]) for name, p in student.network.named_parameters())
+
+    (timesteps, options), empty = family.lists[0], backbone.make_empty()
+    assert len(backbone.load("fake_score").state_dict()) == len(empty.state_dict()) > len(student.state_dict())
+    policy = RolloutPolicy(timesteps, **options)
+    backbone.save_pipeline(student, policy, tmp_path)
+    again = family.make(tmp_path)
+    again.prompts = pipeline.prompts
+    ours = Sampler(backbone, student, policy).sample(PROMPTS, SEEDS)
+    assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
+    assert len(backbone.load_start(tmp_path).state_dict()) == len(student.state_dict())
+    with pytest.raises(WeightsError, match="layers"):
+        pipeline.load_start(tmp_path)
+
+
+def tensors(network: nn.Module, kept: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters outside the lists of blocks, and those of the blocks that are kept."""
+    for name, p in network.named_parameters():
+        listed, place, *_ = [*name.split("."), ""]
+        if listed not in kept or int(place) in kept[listed]:
+            yield name, p
+
+
+def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in network.state_dict().items()}
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgen.backbones.given_image import Control
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.modules.kept_blocks import Kept
 from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
 from fastgen.modules.sharding import WeightMap
 from fastgen.policy import InnerFlow
@@ -29,11 +30,13 @@ class RoleOptions:
     adapters: role -> its LoRA adapter, on a base that these roles share with the teacher. Other roles have whole
     networks.
     frozen_dtype: dtype of the teacher or of the shared base; None means the backbone's own dtype.
-    deferred: whether networks are made without their weights, which are then read after sharding."""
+    deferred: whether networks are made without their weights, which are then read after sharding.
+    kept: role -> the blocks that its network keeps (`BackboneConfig.kept_blocks`); other roles have all."""
 
     adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
     frozen_dtype: torch.dtype | None = None
     deferred: bool = False
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
 
 DEFAULT_ROLES = RoleOptions()
@@ -110,6 +113,11 @@ class BackboneConfig(ABC):
         """Raises ValueError if a student of this pipeline cannot work chunk by chunk, as `policy.chunks` says. Loads
         no weights."""
         raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
+    @property
+    def kept_blocks(self) -> Kept:
+        """The blocks of the pretrained network that the student has; {} for all of them."""
+        return {}
 
     def check_inner(self, flow: InnerFlow) -> None:
         """Raises ValueError if the student's network cannot have this inner flow (`RolloutPolicy.inner`). Loads no

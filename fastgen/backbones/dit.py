@@ -111,6 +111,7 @@ class DiT(SD):
 
     config: DiTConfig
     network_class = "DiTTransformer2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     subfolder = "transformer"
     stores_adapters = False  # the stock pipeline loads none
 

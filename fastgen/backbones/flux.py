@@ -4,7 +4,7 @@ dev is distilled from guidance: its network is told a guidance scale, besides th
 scale each role is told. By default all roles are told that of the stock pipeline's call, so that an export does what
 was trained when it is called with the pipeline's own defaults. schnell is told none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +26,8 @@ from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Inputs
 from fastgen.modules.inputs import ThousandfoldInputs
+
+BLOCK_LISTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -82,6 +84,7 @@ class Flux(ToldGuidance, FlowImage):
 
     config: FluxConfig
     network_class = "FluxTransformer2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = BLOCK_LISTS
     stock_guidance = 3.5
     lora_targets = (*PipelineBackbone.lora_targets, "proj_mlp")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.flow_image import FlowImage, FlowImageConfig, grid_ids
-from fastgen.backbones.flux import FluxDenoiser
+from fastgen.backbones.flux import BLOCK_LISTS, FluxDenoiser
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
@@ -70,6 +70,7 @@ class Flux2(ToldGuidance, FlowImage):
 
     config: Flux2Config
     network_class = "Flux2Transformer2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = BLOCK_LISTS
     vae_class = "AutoencoderKLFlux2"
     stock_guidance = 4.0
     patch_size = 1  # a latent is a token

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from torch import Tensor
@@ -37,14 +37,17 @@ from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.starts import check_same_networks, check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
+from fastgen.modules.kept_blocks import Kept, check_places, keep_blocks
 from fastgen.modules.sharding import WeightMap, WeightsError, gathered
 from fastgen.modules.tensor_file import TensorFile
 from fastgen.policy import INPUT_KEYS
+from fastgen.registry import MOST_STEPS
 from fastgen.rollout import RolloutPolicy
 
 FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper-", "schnell", "dmd", "few-step", "distill")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 CPU = torch.device("cpu")
+StudentBlocks = dict[str, Annotated[list[Annotated[int, Field(ge=0, le=MOST_STEPS)]], Field(min_length=1)]]
 CONFIGS = Path(__file__).with_name("configs")  # of well-known hub ids
 
 
@@ -58,12 +61,16 @@ class PipelineConfig(BackboneConfig):
 
     encoder_dtype: of the text encoders. By default they have that of the run (train.dtype), so that prompts are
     encoded as the stock pipeline does in that precision; bfloat16 halves the memory of float32, and changes embeddings
-    by its rounding. encoders: whether they stay on the device, or are there only while prompts are encoded."""
+    by its rounding. encoders: whether they stay on the device, or are there only while prompts are encoded.
+
+    student_blocks: list of blocks in the network -> the places of those that the student keeps, from 0. It begins with
+    their weights, and its export is a smaller pipeline. Teacher and fake score keep all blocks."""
 
     path: str
     negative_prompt: str = ""
     encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     encoders: Literal["device", "offload"] = "device"
+    student_blocks: StudentBlocks | None = None
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
     encodes_together: ClassVar[bool] = False  # whether every prompt is encoded together with the image that is given
@@ -83,9 +90,14 @@ class PipelineConfig(BackboneConfig):
         if folder is None:
             return
         index = self.read_family_index(folder)
-        classes = self.build(CPU, torch.float32, 0).needed_classes
-        check_present(folder, index, classes)
-        check_components(folder, index, classes)
+        backbone = self.build(CPU, torch.float32, 0)
+        check_present(folder, index, backbone.needed_classes)
+        check_components(folder, index, backbone.needed_classes)
+        backbone.check_kept(self.kept_blocks)
+
+    @property
+    def kept_blocks(self) -> Kept:
+        return self.student_blocks or {}
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError for a student with added inputs, if no pipeline gives them to the network of this family.
@@ -114,6 +126,11 @@ class PipelineConfig(BackboneConfig):
         return index
 
     def check_start(self, folder: Path) -> None:
+        if self.student_blocks:
+            raise ValueError(
+                f"the student keeps some blocks of its network (backbone.student_blocks), and {folder} has all; name "
+                "a run or an export with the same blocks"
+            )
         index = self.read_family_index(folder)
         other, source = dataclasses.replace(self, path=str(folder)), self.local_folder()
         given, own = other.build(CPU, torch.float32, 0), self.build(CPU, torch.float32, 0)
@@ -195,6 +212,9 @@ class PipelineBackbone(Backbone):
     )  # attention and feed-forward layers, by diffusers' names
     subfolder: ClassVar[str] = "transformer"
     vae_class: ClassVar[str] = "AutoencoderKL"
+    # list of blocks in the network -> the key of its length in config.json; {}: it has none to choose from
+    block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    last_differs: ClassVar[bool] = False  # whether the last block of a list is unlike the others
     loader: str = "DiffusionPipeline"  # the class of diffusers by which a user loads the original pipeline
     # how an export is called, for its model card
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
@@ -248,8 +268,30 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
         if self.roles.deferred:
-            return self.make_empty(dtype)
-        return self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
+            denoiser = self.make_empty(dtype)
+        else:
+            denoiser = self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
+        if kept := self.roles.kept.get(role):
+            self.check_kept(kept)
+            for part in denoiser.members:
+                keep_blocks(part.network, kept, self.kept_settings(kept))
+        return denoiser
+
+    def check_kept(self, kept: Kept) -> None:
+        """Raises ValueError if a student of this network cannot keep these blocks."""
+        for name, places in kept.items():
+            if name not in self.block_lists:
+                raise ValueError(
+                    f"student_blocks: {self.network_class} has no list of blocks {name} to keep some of; "
+                    f"{'it has ' + ', '.join(self.block_lists) if self.block_lists else 'leave it out'}"
+                )
+            count = self.network_config.get(self.block_lists[name])
+            if count is not None:  # else it is the default of the class, and found out as weights load
+                check_places(name, places, count, self.last_differs)
+
+    def kept_settings(self, kept: Kept) -> dict[str, Any]:
+        """The settings in config.json that a network with these blocks has in the place of the original ones."""
+        return {self.block_lists[name]: len(places) for name, places in kept.items()}
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of a pipeline folder or hub id."""
@@ -322,7 +364,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         try:
             for part in student.members:
-                check_settings(folder, part.network.config, self.network_config, defaults)
+                own = self.network_config | self.kept_settings(self.config.kept_blocks)
+                check_settings(folder, part.network.config, own, defaults)
         except ValueError as error:
             raise WeightsError(f"init_from: {error}") from None
         return student

@@ -25,6 +25,8 @@ from fastgen.backbones.folder import (
     weight_names,
 )
 from fastgen.backbones.student_tensors import Named
+from fastgen.modules.inputs import plain_names
+from fastgen.modules.kept_blocks import KeptBlocks
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
 STEM = STEMS["diffusers"]
@@ -102,11 +104,21 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
         wide = any(part in name.split(".") for part in kept)  # diffusers has these in float32, in any precision
         return Spec(torch.promote_types(dtype, torch.float32) if wide else dtype, spec.shape)
 
+    if any(isinstance(module, KeptBlocks) for module in network.modules()):
+        stored = [kept_specs(network, specs) for specs in stored]
     files = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
     wide = next(s for specs in stored for s in specs.values() if s.dtype.is_floating_point)
     added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(FUSION)}
     files[-1] |= {name: spec(name, s) for name, s in added.items()}
     return files
+
+
+def kept_specs(network: nn.Module, stored: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Those of the tensors that a network with fewer blocks has too, in its own shapes: its last block may be another
+    than the original one with this number."""
+    values = network.state_dict()
+    shapes = {name: tuple(values[own].shape) for name, own in plain_names(values).items()}
+    return {name: Spec(spec.dtype, shapes[name]) for name, spec in stored.items() if name in shapes}
 
 
 def write_index(folder: Path, shards: list[dict[str, Spec]]) -> list[str]:

@@ -3,6 +3,7 @@
 The published pipelines sample with DPM-Solver++; the teacher is sampled by DDIM with the same noise instead, as that
 of backbone sd. Half of the network's outputs are learned variances, which the stock pipeline drops, and so do we."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +67,7 @@ class PixArtSigma(SD):
 
     config: PixArtSigmaConfig
     network_class = "PixArtTransformer2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     subfolder = "transformer"
     stores_adapters = False  # the stock pipeline loads none
 

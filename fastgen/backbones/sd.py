@@ -4,7 +4,7 @@ A UNet that was distilled from guidance, as a latent consistency model is (`time
 called once a step. `guidance` says which scale each role is told, by default that of the stock pipeline's call."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -120,6 +120,7 @@ class SD(ToldGuidance, Discrete):
 
     config: SDConfig
     network_class = "UNet2DConditionModel"
+    block_lists: ClassVar[Mapping[str, str]] = {}
     subfolder = "unet"
 
     @property

@@ -17,6 +17,7 @@ from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.inner_flow import told
+from fastgen.modules.kept_blocks import Kept
 from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule
 
@@ -96,6 +97,7 @@ class SD3(FlowImage):
 
     config: SD3Config
     network_class = "SD3Transformer2DModel"
+    last_differs = True
 
     @property
     def default_size(self) -> int:  # type: ignore[override]
@@ -116,6 +118,13 @@ class SD3(FlowImage):
             side = most * self.patch_size * self.pixels_per_latent
             raise ValueError(f"this network knows positions up to {side} pixels, got {size[0]} x {size[1]}")
         return shape
+
+    def kept_settings(self, kept: Kept) -> dict[str, Any]:
+        settings, dual = super().kept_settings(kept), self.network_config.get("dual_attention_layers")
+        if dual and kept:
+            places = kept["transformer_blocks"]
+            settings["dual_attention_layers"] = tuple(i for i, place in enumerate(places) if place in dual)
+        return settings
 
     def wrap(self, network: Any) -> SD3Denoiser:
         network.set_attn_processor(FoldedJointAttnProcessor())

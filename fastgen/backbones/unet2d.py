@@ -71,6 +71,7 @@ class UNet2D(Discrete):
 
     config: UNet2DConfig
     network_class = "UNet2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {}
     subfolder = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # its other layers are convolutions
     stores_adapters = False  # the stock pipeline loads none

@@ -157,6 +157,7 @@ class Wan(Video):
 
     config: WanConfig
     network_class = "WanTransformer3DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {"blocks": "num_layers"}
     vae_class = "AutoencoderKLWan"
 
     def __init__(

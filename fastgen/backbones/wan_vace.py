@@ -5,6 +5,7 @@ The control is a given first picture, with the rest grey and a mask that asks fo
 video with its mask, such as depth, poses or a part to fill in, and reference pictures. References are latent frames
 before the video's own: the network denoises them too, and decoding leaves them out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -104,6 +105,7 @@ class WanVACE(GivenFrame):
 
     config: WanVACEConfig
     network_class = "WanVACETransformer3DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {}
 
     def wrap(self, network: Any) -> WanVACEDenoiser:
         return WanVACEDenoiser(network)

@@ -4,7 +4,7 @@ The network takes a list of prompts, each with its own number of tokens, is told
 the opposite sign. The stock pipeline guides by pos + s (pos - neg), so that its guidance_scale s is fastgen's scale
 minus one: s = 0, the scale of an export's call, is no guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,6 +109,7 @@ class ZImage(FlowImage):
 
     config: ZImageConfig
     network_class = "ZImageTransformer2DModel"
+    block_lists: ClassVar[Mapping[str, str]] = {"layers": "n_layers"}
     lora_targets = (*PipelineBackbone.lora_targets, "w1", "w2", "w3")
 
     def wrap(self, network: Any) -> ZImageDenoiser:

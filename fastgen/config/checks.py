@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_inputs,
         check_chunks,
         check_inner,
+        check_kept_blocks,
         check_evaluation,
         check_part,
     ):
@@ -281,6 +282,23 @@ def check_inner(recipe: Recipe) -> None:
         raise RecipeError(f"rollout.inner is not possible: {'; '.join(found)}; leave it out, or leave these out")
 
 
+def check_kept_blocks(recipe: Recipe) -> None:
+    """Checks that the student can have fewer blocks than its teacher, if `backbone.student_blocks` says so."""
+    if not recipe.backbone.kept_blocks:
+        return
+    reasons = {
+        "an adapter is on all blocks of its base (lora.student)": "student" in recipe.lora,
+        "the head of an inner flow is counted in blocks (rollout.inner)": recipe.rollout.inner is not None,
+        "the student's weights are blended with those of the fake score (objective.ida_decay)": (
+            vars(recipe.objective).get("ida_decay") is not None
+        ),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise RecipeError(
+            f"backbone.student_blocks is not possible: {'; '.join(found)}; leave it out, or leave these out"
+        )
+
+
 def check_evaluation(recipe: Recipe) -> None:
     """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
     evaluation that cannot be made would be found only after the last update."""
@@ -393,6 +411,12 @@ def check_init(recipe: Recipe) -> None:
             f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
             "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they "
             "are set there"
+        )
+    blocks = (raw.get("backbone") or {}).get("student_blocks") or {}
+    if blocks != recipe.backbone.kept_blocks:
+        raise RecipeError(
+            f"init_from: the student of {path} keeps the blocks {blocks or 'all'}, and that of this recipe "
+            f"{recipe.backbone.kept_blocks or 'all'}; make backbone.student_blocks the same"
         )
     adapter = (raw.get("lora") or {}).get("student")
     before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")

@@ -137,7 +137,7 @@ class CRD(Objective):
         student's weights into them."""
         adapter = backbone.roles.adapters.get("student")
         if adapter is None:
-            return {role: backbone.load(role).requires_grad_(False).eval() for role in COPIES}
+            return {role: backbone.load("student").requires_grad_(False).eval() for role in COPIES}
         assert backbone.shared is not None  # the base on which the student is an adapter
         return {role: backbone.shared.role(role, adapter) for role in COPIES}
 

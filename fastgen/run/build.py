@@ -141,7 +141,8 @@ def build_backbone(
     """Builds the backbone of a recipe. dtype: the training dtype by default. deferred: networks are made without
     weights, which are filled in later. section: replaces the recipe's backbone section, for planning offline."""
     frozen = recipe.train.frozen_dtype
-    roles = RoleOptions(recipe.lora, DTYPES[frozen] if frozen else None, deferred)
+    kept = {"student": recipe.backbone.kept_blocks}  # also of an objective's copies of the student
+    roles = RoleOptions(recipe.lora, DTYPES[frozen] if frozen else None, deferred, kept)
     return (section or recipe.backbone).build(device, dtype or DTYPES[recipe.train.dtype], recipe.seed, roles)
 
 

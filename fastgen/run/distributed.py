@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
 from fastgen.modules.inputs import ExtraInputs
+from fastgen.modules.kept_blocks import KeptBlocks
 from fastgen.modules.lora import LoraDenoiser, is_adapter_layer
 from fastgen.modules.sharding import is_sharded, shard
 from fastgen.recipe import Recipe
@@ -154,7 +155,8 @@ def reduce_in_backward(modules: Iterable[nn.Module], enabled: bool) -> None:
 
 
 def stored_name(module: nn.Module, name: str) -> str:
-    """The name of a tensor in the pretrained weights: without the wrappers around its layer (added inputs, LoRA)."""
+    """The name of a tensor in the pretrained weights: without the wrappers around its layer (added inputs, LoRA), and
+    with the place that its block had there."""
     *path, last = name.split(".")
     kept = []
     for part in path:
@@ -162,7 +164,7 @@ def stored_name(module: nn.Module, name: str) -> str:
             is_adapter_layer(module) and part == "base_layer"
         )
         if not wrapped:
-            kept.append(part)
+            kept.append(str(module.places[int(part)]) if isinstance(module, KeptBlocks) else part)
         module = module.get_submodule(part)
     return ".".join([*kept, last])
 
