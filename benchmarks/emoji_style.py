@@ -5,14 +5,15 @@
 It takes runs, exports, or the teacher, and adds a row of each to emoji_style.jsonl. The prompts are the names of the
 held-out emoji, each once, and sample i has seed i.
 
-flat             the share that CLIP holds for "NAME, flat" rather than "NAME, 3d": what the reward of the recipes asks
-flat_statistics  the share that a judge which no reward knows holds for flat: a logistic regression on how large the
-                 steps between neighbouring pixels are, and how saturated they are. judge_accuracy: of this judge, on
-                 real held-out pictures as the autoencoder gives them back, by cross-validation
+flat         the share that CLIP holds for "NAME, flat" rather than "NAME, 3d": what the reward of the recipes asks
+flat_judged  the share that a judge which no reward knows holds for flat. The first path, the student before its
+             reward, teaches it: a small convolutional network learns to tell that student's pictures of "NAME, flat"
+             from those of "NAME, 3d", of the names in names.txt. judge_accuracy: of the same on held-out names, where
+             a judge cannot be always right, as some emoji look alike in both styles; judge_flat: what it calls flat
+             of the pictures that were asked to be
 clip_retrieval, clip_retrieval_5, clip_score: of the names, without a style"""
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Sequence
@@ -21,11 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastgen
@@ -39,77 +38,74 @@ EMOJI = ROOT / "assets/emoji"
 CLIP = str(EMOJI / "clip")
 TABLE = Path(__file__).resolve().with_name("emoji_style.jsonl")
 BATCH = 64
-FOLDS = 5
-EDGES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 2.0)  # of the steps between neighbouring pixels, in [0, 1]
-WHITE = 0.97
+TAUGHT, JUDGE_STEPS, ASKED = 768, 500, 128  # names the judge learns from, its updates, names it is tried on
 
 
-def reference() -> tuple[list[str], Tensor]:
-    """The captions of the held-out pictures, and their pixels [N, 3, S, S] in [0, 1]."""
-    with open(EMOJI / "reference/metadata.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    pictures = [np.asarray(Image.open(EMOJI / "reference" / row["file_name"]).convert("RGB")) for row in rows]
-    return [row["caption"] for row in rows], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+class Judge(nn.Module):
+    """Whether a picture [3, S, S] in [0, 1] is flat, as a logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 96)
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
+                for a, b in pairwise(widths)
+            )
+        )
+        self.last = nn.Linear(widths[-1], 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.layers(pixels * 2 - 1).mean((2, 3))
+        return self.last(F.dropout(features, 0.3, self.training))[:, 0]
+
+    @torch.no_grad()
+    def flat(self, pixels: Tensor) -> Tensor:
+        return self(pixels) > 0
 
 
-def statistics(pixels: Tensor) -> Tensor:
-    """[N, 16]: of the parts that are not white, the shares of steps between neighbours in each range of EDGES, along
-    both axes; how much is not white; and its mean saturation."""
-    ink = (pixels.amin(1) < WHITE).float()
-    found = []
-    for axis in (1, 2):
-        steps = pixels.diff(dim=axis + 1).abs().mean(1)
-        both = ink.narrow(axis, 1, steps.shape[axis]) * ink.narrow(axis, 0, steps.shape[axis])
-        for low, high in pairwise(EDGES):
-            found.append(share(((steps >= low) & (steps < high)).float(), both))
-    saturation = pixels.amax(1) - pixels.amin(1)
-    return torch.stack([*found, ink.mean((1, 2)), share(saturation, ink)], 1)
+def styles(sampler: Sampler, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The sampler's pictures of each name in both styles, and which of them were asked to be flat."""
+    prompts = [f"{name}, {style}" for name in names for style in ("flat", "3d")]
+    return pictures(sampler, prompts), torch.tensor([1.0, 0.0]).repeat(len(names))
 
 
-def share(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1)
+def make_judge(sampler: Sampler) -> tuple[Judge, dict[str, float]]:
+    """A judge that learned from the sampler's pictures, and how well it does on names that it has not seen."""
+    torch.manual_seed(0)
+    known = (EMOJI / "names.txt").read_text().splitlines()
+    pixels, flat = styles(sampler, [known[i] for i in torch.randperm(len(known))[:TAUGHT]])
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    for _ in range(JUDGE_STEPS):
+        rows = torch.randint(len(pixels), (BATCH,))
+        shown = F.pad(pixels[rows], (3, 3, 3, 3), value=1.0)
+        top, left = torch.randint(7, (2,)).tolist()
+        shown = shown[:, :, top : top + pixels.shape[2], left : left + pixels.shape[3]]
+        shown = shown.flip(3) if torch.rand(()) < 0.5 else shown
+        loss = F.binary_cross_entropy_with_logits(judge(shown), flat[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    judge.eval()
+    pixels, flat = styles(sampler, held_out_names()[:: len(held_out_names()) // ASKED])
+    found = judge.flat(pixels).float()
+    return judge, {
+        "judge_accuracy": float((found == flat).float().mean()),
+        "judge_flat": float(found[flat > 0].mean()),
+    }
 
 
-class Judge:
-    """A logistic regression from standardised statistics to whether a picture is flat."""
-
-    def __init__(self, statistics: Tensor, flat: Tensor):
-        self.mean, self.std = statistics.mean(0), statistics.std(0).clamp_min(1e-6)
-        self.weights = torch.zeros(statistics.shape[1] + 1, requires_grad=True)
-        optimizer = torch.optim.LBFGS([self.weights], max_iter=100)
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = F.binary_cross_entropy_with_logits(self.logits(statistics), flat)
-            value = value + 0.01 * self.weights.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-
-    def logits(self, statistics: Tensor) -> Tensor:
-        return ((statistics - self.mean) / self.std) @ self.weights[1:] + self.weights[0]
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return self.logits(statistics(pixels)).detach() > 0
+def held_out_names() -> list[str]:
+    return (EMOJI / "held_out_names.txt").read_text().splitlines()
 
 
-def cross_validated(statistics: Tensor, flat: Tensor) -> float:
-    """The accuracy of judges on pictures that they were not fitted to."""
-    fold = torch.arange(len(flat)) % FOLDS
-    right = [
-        (Judge(statistics[fold != i], flat[fold != i]).logits(statistics[fold == i]) > 0).float() == flat[fold == i]
-        for i in range(FOLDS)
+def pictures(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
+    parts = [
+        sampler.sample(prompts[i : i + BATCH], range(i, min(i + BATCH, len(prompts))))
+        for i in tqdm(range(0, len(prompts), BATCH))
     ]
-    return float(torch.cat(right).float().mean())
-
-
-def make_judge(sampler: Sampler) -> tuple[Judge, float]:
-    """A judge of pictures that come from the autoencoder, and its accuracy."""
-    captions, pixels = reference()
-    again = torch.cat([sampler.backbone.decode(sampler.backbone.encode(part)) for part in pixels.split(BATCH)])
-    found, flat = statistics(again), torch.tensor([float(caption.endswith("flat")) for caption in captions])
-    return Judge(found, flat), cross_validated(found, flat)
+    return torch.cat(parts).clamp(0, 1)
 
 
 def flat_by_clip(pixels: Tensor, prompts: Sequence[str]) -> float:
@@ -130,14 +126,10 @@ def measure(path: Path, judge: Judge | None) -> tuple[dict[str, float], Judge]:
     sampler = load_sampler(path)
     found = dict[str, float]()
     if judge is None:
-        judge, found["judge_accuracy"] = make_judge(sampler)
-    prompts = (EMOJI / "held_out_names.txt").read_text().splitlines()
-    parts = [
-        sampler.sample(prompts[i : i + BATCH], range(i, min(i + BATCH, len(prompts))))
-        for i in tqdm(range(0, len(prompts), BATCH), desc=path.name)
-    ]
-    pixels = torch.cat(parts).clamp(0, 1)
-    found |= {"flat": flat_by_clip(pixels, prompts), "flat_statistics": float(judge(pixels).float().mean())}
+        judge, found = make_judge(sampler)
+    prompts = held_out_names()
+    pixels = pictures(sampler, prompts)
+    found |= {"flat": flat_by_clip(pixels, prompts), "flat_judged": float(judge.flat(pixels).float().mean())}
     return found | alignment(pixels, prompts) | {"pictures": len(pixels)}, judge
 
 

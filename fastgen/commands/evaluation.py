@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastgen.commands.options import (
+    AdapterOption,
     BatchOption,
     DtypeOption,
     FirstOption,
@@ -83,6 +84,7 @@ def evaluate(
     teacher_first: FirstOption = 0,
     teacher_steps: TeacherStepsOption = None,
     teacher_guidance: TeacherGuidanceOption = None,
+    adapter: AdapterOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -100,6 +102,7 @@ def evaluate(
     from fastgen.evaluation.folders import evaluate_path
     from fastgen.evaluation.results import compare
     from fastgen.registry import RecipeError
+    from fastgen.sampling.adapters import Adapter
 
     try:
         if path.suffix == ".json":
@@ -129,6 +132,7 @@ def evaluate(
             teacher_first=teacher_first,
             teacher_steps=None if teacher_steps is None else (teacher_steps,),
             teacher_guidance_scale=teacher_guidance,
+            adapters=[Adapter.parse(text) for text in adapter or ()],
         )
     except (RecipeError, ValueError, FileNotFoundError) as error:
         raise refuse(error) from None

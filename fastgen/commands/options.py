@@ -66,6 +66,13 @@ TeacherStepsOption = Annotated[
 TeacherGuidanceOption = Annotated[
     float | None, typer.Option(min=0, help="The teacher's guidance scale. By default that of the recipe.")
 ]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATH or PATH=SCALE: an adapter (LoRA) of the original pipeline, a safetensors file or a folder with "
+        "one, to be added to the network. May be given several times."
+    ),
+]
 
 HeadroomOption = Annotated[
     float, typer.Option(min=0, max=0.9, help="The share of a GPU's memory that is to stay free, for fragmentation.")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastgen.commands.options import (
+    AdapterOption,
     BatchOption,
     Dtype,
     DtypeOption,
@@ -46,6 +47,7 @@ def sample(
     teacher_first: FirstOption = 0,
     teacher_steps: TeacherStepsOption = None,
     teacher_guidance: TeacherGuidanceOption = None,
+    adapter: AdapterOption = None,
     views: Annotated[
         bool,
         typer.Option("--views", help="Also write views.png: the clean prediction of each step of the first samples."),
@@ -54,6 +56,7 @@ def sample(
     """Write images, videos or points that a pipeline samples, and a grid of them, into a folder.
 
     Each is drawn with a seed of its own, so that it does not depend on the others."""
+    from fastgen.sampling.adapters import Adapter
     from fastgen.sampling.folder import sample_folder
 
     try:
@@ -74,6 +77,7 @@ def sample(
             teacher_steps,
             teacher_guidance,
             views,
+            [Adapter.parse(text) for text in adapter or ()],
         )
     except ValueError as error:
         raise refuse(error) from None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fastgen.metrics.reference import (
 )
 from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
+from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Sampler, load_sampler
 
@@ -58,6 +59,7 @@ def evaluate_path(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     teacher_first: int = 0,
+    adapters: Sequence[Adapter] = (),
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,
@@ -68,7 +70,8 @@ def evaluate_path(
     recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
     with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
     device: by default a GPU if there is one. teacher_first: how many of a student's first steps its teacher makes
-    instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale.
+    instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale. adapters:
+    see `sampling.adapters`.
 
     Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. With
     teacher_steps, the page of a student also shows samples of its teacher, of the same prompts and seeds. An
@@ -93,10 +96,10 @@ def evaluate_path(
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_image_folder(path):
-        if (num_steps, guidance_scale, negative_prompt) != (None, None, None) or teacher_first:
+        if (num_steps, guidance_scale, negative_prompt) != (None, None, None) or teacher_first or adapters:
             raise ValueError(
                 f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
-                "scale, the negative prompt and the teacher's first steps"
+                "scale, the negative prompt, adapters and the teacher's first steps"
             )
         result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
         captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
@@ -114,6 +117,7 @@ def evaluate_path(
         if teacher_first:
             sampler = with_teacher_first(path, sampler, teacher_first, *teacher_settings(config))
             name = f"{name}, teacher first {teacher_first}"
+        sampler = with_adapters(sampler, adapters)
         if (
             not own
             and sampler.backbone.output == "pixels"

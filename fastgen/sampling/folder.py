@@ -12,6 +12,7 @@ from fastgen.data import read_prompts
 from fastgen.data.controls import encode_given, references_of
 from fastgen.data.files import check_place
 from fastgen.run.terminal import progress_bar
+from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Routed, load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
@@ -37,13 +38,15 @@ def sample_folder(
     teacher_steps: int | None = None,
     teacher_guidance: float | None = None,
     with_views: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
     so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
     + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
     all. dtype: see `load_sampler`. teacher_first, teacher_steps, teacher_guidance: see
     `original.with_teacher_first`. with_views: whether to write the clean predictions of each step of the first
-    samples, of at most 8 and of one batch, views.png. Returns the number of samples.
+    samples, of at most 8 and of one batch, views.png. adapters: see `adapters.with_adapters`. Returns the number of
+    samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -63,6 +66,7 @@ def sample_folder(
         dtype=dtype,
     )
     sampler = with_teacher_first(path, sampler, teacher_first, teacher_steps, teacher_guidance)
+    sampler = with_adapters(sampler, adapters)
     kind = sampler.backbone.output
     if not texts and kind != "points":
         raise ValueError("give --prompt or --prompts")
