@@ -34,7 +34,7 @@ TABLE = Path(__file__).resolve().with_name("emoji_slider.jsonl")
 TEACHER = EMOJI / "teacher"
 RANK, RATE, UPDATES, BATCH, STRENGTH = 8, 1e-3, 200, 32, 2.0
 PICTURES = 512  # of the teacher, which are noised
-SCALES = (-1.0, 0.0, 0.5, 1.0, 1.5)
+SCALES = (-1.0, 0.0, 1.0, 2.0)
 GUIDANCE, STEPS = 2.0, 4  # of the teacher
 
 

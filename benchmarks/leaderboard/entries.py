@@ -92,7 +92,7 @@ class Entry:
     scaled: overrides that depend on the number of updates or of steps.
     start: the entry whose run this one continues.
     any_step: whether the training does not depend on the number of steps, so that one run is measured at all of them.
-    least_steps: the smallest number of steps the objective can train."""
+    least_steps, most_steps: the smallest and the largest number of steps the objective can train."""
 
     name: str
     family: str
@@ -106,6 +106,7 @@ class Entry:
     start: str | None = None
     any_step: bool = False
     least_steps: int = 1
+    most_steps: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,11 @@ def path(updates: int, steps: int) -> tuple[str, ...]:
 
 def warm(part: float) -> Scaled:
     return lambda updates, steps: (f"objective.warmup={share(updates, part)}",)
+
+
+def halved(updates: int, steps: int) -> tuple[str, ...]:
+    """Three times half the steps, from 8 times as many as the student's."""
+    return ("objective.stages=3", f"objective.stage_updates={updates // 3}")
 
 
 def selected(updates: int, steps: int) -> tuple[str, ...]:
@@ -239,15 +245,21 @@ ENTRIES = (
     Entry("tdm", MATCHING, "tdm", "tdm_4step", (0.08, 1.2), any_step=True),
     Entry("cdm", MATCHING, "cdm", "cdm_4step", (0.1, 1.7), any_step=True),
     Entry("phased_dmd", MATCHING, "phased_dmd", "phased_dmd_4step", (0.088, 0.89), scaled=phases),
+    Entry("flash_dmd", MATCHING, "flash_dmd", "flash_dmd_4step", (0.15, 1.8), least_steps=2),
     Entry("adm", ADVERSARIAL, "adm", "adm_4step", (0.222, 2.22)),
     Entry("adp", ADVERSARIAL, "adp", "adp_1step", (0.075, 0.50), digits=PAIRS, any_step=True),
+    Entry("gdd", ADVERSARIAL, "gdd", "gdd_1step", (0.05, 0.5), most_steps=1),
     Entry("ode_regression", REGRESSION, "ode_regression", "ode_regression_4step", (0.040, 0.11), digits=PAIRS),
+    Entry("reflow", REGRESSION, "reflow", "reflow_4step", (0.020, 0.11), digits=PAIRS, any_step=True),
+    Entry("mdt", REGRESSION, "mdt", "mdt_4step", (0.030, 0.4)),
     flow_map("lagrangian", (0.057, 0.47)),
     flow_map("semigradient", (0.036, 0.45)),
     flow_map("eulerian", (0.044, 0.59), SLOW_EMBEDDING),
     flow_map("progressive", (0.029, 0.34)),
     Entry("mean_flow", MAP, "mean_flow", "mean_flow_4step", (0.040, 0.41), any_step=True),
     Entry("consistency", MAP, "consistency", "consistency_4step", (0.018, 0.39), any_step=True),
+    Entry("ctm", MAP, "ctm", "ctm_4step", (0.060, 0.6), any_step=True),
+    Entry("progressive", MAP, "progressive", "progressive_4step", (0.020, 0.35), scaled=halved),
     Entry("scm", MAP, "scm", "scm_4step", (0.023, 0.35), any_step=True, scaled=warm(0.3)),
     Entry(
         "re_dmd",
@@ -304,13 +316,7 @@ ABSENT: dict[str, str] = {  # registered objectives without an entry, and the re
     "context_forcing": "it trains on videos, which neither teacher makes",
     "long_tuning": "it trains on videos that go on, which neither teacher makes",
     "self_e": "it trains from prompts, and the ring of this board has none",
-    "ctm": "newer than the last board",
     "transition_matching": "it trains students whose last blocks run several times; dmd2 is its second stage",
-    "mdt": "newer than the last board",
-    "reflow": "newer than the last board",
-    "progressive": "newer than the last board",
-    "gdd": "newer than the last board",
-    "flash_dmd": "newer than the last board",
 }
 
 
@@ -362,7 +368,7 @@ def make_runs(updates: int | None = None, more: Sequence[str] = ()) -> dict[str,
         for entry in ENTRIES
         for task in TASKS
         for steps in STEPS
-        if steps >= entry.least_steps and (steps == 4 or not entry.any_step)
+        if entry.least_steps <= steps <= entry.most_steps and (steps == 4 or not entry.any_step)
         for seed in SEEDS[steps]
     ]
     return {run.name: run for run in runs}
