@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import emoji
 from benchmarks.leaderboard.entries import ABSENT, BUDGETS, ENTRIES, STEPS, TASKS, Entry, make_runs
 from benchmarks.rows import read_rows, replace_text
 
@@ -22,6 +23,10 @@ INTRODUCTION = """\
 Every objective is trained under one budget on the two teachers whose samples can be judged: a ring of eight Gaussian
 modes, and handwritten digits. `python benchmarks/leaderboard/leaderboard.py` runs what is missing and writes this
 page; with `--plan` it says how long that takes.
+"""
+EMOJI = """\
+Colour pictures of 64 pixels from text, 693 held-out captions, each recipe at its own length:
+[what the columns are](../../assets/emoji/README.md#measured). `benchmarks/emoji.py` measures them.
 """
 METHOD = """
 ## How it was made
@@ -138,6 +143,8 @@ def write_report(rows: Path) -> None:
     plots = [f"![{task}]({task}.png)" for task in TASKS if plot(found, task, folder)]
     lines = [INTRODUCTION, *([lessons.read_text()] if lessons.is_file() else []), *plots]
     lines += [text for task in TASKS for steps in STEPS for text in table(found, task, steps)]
+    if folder == Path(__file__).resolve().parent and (students := read_rows(emoji.TABLE)):
+        lines += ["", "## Emoji", "", EMOJI, emoji.table(students)]
     lines.append(method(found))
     lines += [f"- `{name}` is not here: {why}" for name, why in ABSENT.items()]
     missing = [name for name in make_runs() if name not in found]
