@@ -17,6 +17,7 @@ The algorithm, for every student update:
     x_s = a step of the teacher from x_t (CD), or data and the same noise at s (CT)
     student <- w d(step of f(x_t, t) to end,  sg[step of f^-(x_s, s) to end]),   d: see Units
                (+ PCM's adversarial term; the discriminator has its own turn before the student's)
+               (+ feedback: rewards of f(x_t, t), see `objectives.feedback`)
     the target network, if there is one, and the average of the student's weights are updated once.
 A step of f to `end` is the ODE step with f's clean prediction. A step to 0 is that prediction.
 
@@ -40,7 +41,7 @@ The settings that correspond to each paper:
                              elementwise_huber;
                              LCM-LoRA (2311.05556): lora.student, no target network, and no guidance input
     PCM    arXiv 2405.18407  grid {count: 100}, phases [4], rollout ode from edge to edge, elementwise_huber, gan
-    TSCD   arXiv 2404.13686  phases [8, 4, 2, 1], end uniform, rollout tcd
+    TSCD   arXiv 2404.13686  phases [8, 4, 2, 1], end uniform, rollout tcd; then feedback (Hyper-SD's second stage)
     TCM    arXiv 2410.14895  ECT, then truncation: a second stage at high noise, see objectives/truncation.py
 
 The optimum depends on the grid. With n intervals of Euler steps, or of data, the samples have too little variance: a
@@ -78,6 +79,7 @@ from fastgen.networks import Networks, move
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.causal import Form, by_frame, check_order, predict_chunks
 from fastgen.objectives.embedding import Embedding, check_batch
+from fastgen.objectives.feedback import Feedback
 from fastgen.objectives.ladd import Ladd
 from fastgen.objectives.truncation import Truncation
 from fastgen.recipe import Recipe
@@ -100,13 +102,15 @@ class ConsistencyTurn(Turn):
 class Endpoints:
     """The two points that are compared, and the levels that belong to them.
 
-    student: [B, ...], where the student's step takes x_t.
+    clean: [B, ...], the student's prediction at x_t. student: [B, ...], where its step takes x_t.
     target: [B, ...], where the target network's step takes x_s, without gradient.
-    end: [B], the level of both points. upper: [B], the upper edge of the phase. gap: [B], t - s. weight: [B], that of
-    the pair in the loss. For the chunks of videos, levels and weights are [B, F]."""
+    t: [B], the level of x_t. end: [B], that of both points. upper: [B], the upper edge of the phase. gap: [B], t - s.
+    weight: [B], that of the pair in the loss. For the chunks of videos, levels and weights are [B, F]."""
 
+    clean: Tensor
     student: Tensor
     target: Tensor
+    t: Tensor
     end: Tensor
     upper: Tensor
     gap: Tensor
@@ -115,7 +119,10 @@ class Endpoints:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Consistency(Objective):
-    examples = tuple({"grid": {"count": 40}, **keys} for keys in ({}, {"gan": {"weight": 0.1}}, {"teach": "data"}))
+    examples = tuple(
+        {"grid": {"count": 40}, **keys}
+        for keys in ({}, {"gan": {"weight": 0.1}}, {"teach": "data"}, {"feedback": {"weight": 0.1}})
+    )
     page = "docs/flow_maps.md"
     takes_inputs = True
     takes_chunks = True
@@ -149,6 +156,7 @@ class Consistency(Objective):
     gan: Ladd | None = None
     embedding: Embedding | None = None  # of the student's points and real data noised to the same level
     truncation: Truncation | None = None  # TCM's second stage
+    feedback: Feedback | None = None  # Hyper-SD's second stage: rewards of the student's clean predictions
     form: Form = "packed"  # with rollout.chunks, see `objectives.causal`
 
     @model_validator(mode="after")
@@ -192,6 +200,14 @@ class Consistency(Objective):
         return ("discriminator", "student") if copied else ("discriminator",)
 
     @property
+    def rewards_required(self) -> bool:  # type: ignore[override]
+        return self.feedback is not None
+
+    @property
+    def reward_use(self) -> Literal["none", "score", "gradient"]:  # type: ignore[override]
+        return "gradient" if self.feedback else "none"
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"latents"})
 
@@ -217,11 +233,12 @@ class Consistency(Objective):
             or self.gan
             or self.embedding
             or self.truncation
+            or self.feedback
         ):
             raise ValueError(
                 "with rollout.chunks, consistency learns the whole way to clean frames, from data: set teach: data, "
-                "and leave out phases, end, truncation, gan and embedding (chunks that are predicted from real frames "
-                "do not continue each other, and what looks at whole videos would see that)"
+                "and leave out phases, end, truncation, feedback, gan and embedding (chunks that are predicted from "
+                "real frames do not continue each other, and what looks at whole videos would see that)"
             )
         if policy.chunks is None and self.form != "packed":
             raise ValueError("form says how the chunks of a video are predicted, and there are none: leave it out")
@@ -315,6 +332,10 @@ class Consistency(Objective):
             distance = self.embedding.student_loss(networks, batch, points.student, batch.latents, points.end)
             total = total + self.embedding.weight * distance
             terms["embedding"] = distance.detach()
+        if self.feedback is not None:
+            missed, logged = self.feedback.loss(networks, batch, points.clean, points.t)
+            total = total + self.feedback.weight * missed
+            terms |= logged
         return Loss(total, {"loss": total.detach()} | terms)
 
     def endpoints(self, turn: ConsistencyTurn, networks: Networks, batch: Batch, state: State) -> Endpoints:
@@ -350,8 +371,9 @@ class Consistency(Objective):
                 before = self.step_to_end(first, networks.policy, batch, x_s, start, end, inputs)
             from_s, weight = truncation.target(s, before, from_s), weight * truncation.weights(batch)
         from_s = torch.where(expand(s > end, x_s), from_s, x_s)  # at s = end no step is left
-        from_t = self.step_to_end(networks.student, networks.policy, batch, x_t, t, end, inputs)
-        return Endpoints(from_t, from_s, end, upper, t - s, weight)
+        clean = self.predict(networks.student, networks.policy, batch, x_t, t, inputs)
+        from_t = transition(schedule, clean, x_t, t, end, None)
+        return Endpoints(clean, from_t, from_s, t, end, upper, t - s, weight)
 
     def pair_weight(self, t: Tensor, s: Tensor, update: int) -> Tensor:
         """w of the pairs, in the shape of t."""
@@ -419,12 +441,16 @@ class Consistency(Objective):
         inputs: Inputs,
     ) -> Tensor:
         """The ODE step from (x, t) to `end` with the network's clean prediction, [B, ...]."""
-        if policy.chunks is None:
-            x0 = network(x, t, batch.cond, inputs)
-        else:
-            assert batch.latents is not None
-            x0 = predict_chunks(network, policy, batch, batch.latents, x, t, batch.cond, self.form)
+        x0 = self.predict(network, policy, batch, x, t, inputs)
         return transition(network.schedule, x0, x, t, end, None)
+
+    def predict(
+        self, network: Denoiser, policy: RolloutPolicy, batch: Batch, x: Tensor, t: Tensor, inputs: Inputs
+    ) -> Tensor:
+        if policy.chunks is None:
+            return network(x, t, batch.cond, inputs)
+        assert batch.latents is not None
+        return predict_chunks(network, policy, batch, batch.latents, x, t, batch.cond, self.form)
 
     def solver_step(self, networks: Networks, batch: Batch, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """x_s from x at level t, by `solver_steps` steps of the solver along the guided teacher."""
