@@ -14,8 +14,8 @@ from fastgen.config import load_recipe
 from fastgen.evaluation import charts, report
 from fastgen.evaluation.beside import PICTURES, training_curves
 from fastgen.evaluation.charts import TEACHER
-from fastgen.evaluation.folders import evaluate_path
-from fastgen.evaluation.results import compare
+from fastgen.evaluation.folders import VIEWED, evaluate_path
+from fastgen.evaluation.results import compare, write_page
 from fastgen.train import train
 
 ROWS = [
@@ -47,6 +47,23 @@ def test_student_and_teacher_stand_beside_each_other_by_prompt_and_seed(tmp_path
     assert stored.size == (32, 32)  # without a frame and without loss
     expected = (samples["student"][0] * 255).round().byte().permute(1, 2, 0)
     assert stored.tobytes() == bytes(expected.flatten().tolist())
+
+
+def test_steps_have_a_section_of_their_own_which_a_comparison_keeps(tmp_path: Path) -> None:
+    row, kept = ROWS[0], torch.rand(3, 3, 32, 32)
+    (tmp_path / "one.json").write_text(json.dumps(row))
+    write_page(
+        tmp_path / "one.html", [row], {"student": kept}, {"student": ["a", "b", "<c>"]}, torch.rand(4, 2, 3, 32, 32)
+    )
+    page = (tmp_path / "one.html").read_text()
+    samples, steps = page.split("<h2>From noise to the sample</h2>")
+    assert samples.count('<div class="sample">') == 3 and 'class="steps"' not in samples
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", steps) == ["a (student)", "b (student)"]
+    first = next(p for p in report.pictures_in(tmp_path / "one.html", ["student"]) if p.kind == report.STEPS)
+    width, height = Image.open(io.BytesIO(first.data)).size
+    assert width > 4 * 32 > height
+    compare([tmp_path / "one.json"], tmp_path / "both.html")
+    assert (tmp_path / "both.html").read_text().count('class="steps"') == 2
 
 
 def test_other_seeds_and_other_prompts_are_no_pairs(tmp_path: Path) -> None:
@@ -110,7 +127,7 @@ def test_the_page_of_a_run_has_its_teacher_and_its_curve_and_a_comparison_keeps_
     result = evaluate_path(run, output=output, num_samples=50, progress=False)
     assert [step for step, _ in result["curves"]["fid"]] == [1, 2]
     page, teacher = output.with_suffix(".html").read_text(), f"{TEACHER}4 steps"
-    assert page.count(f'data-result="{teacher}"') == PICTURES and page.count('data-result="run"') == 50
+    assert page.count(f'data-result="{teacher}"') == PICTURES and page.count('data-result="run"') == 50 + VIEWED
     assert "During training" in page
     compare([output, output], tmp_path / "both.html")
     both = (tmp_path / "both.html").read_text()

@@ -38,7 +38,10 @@ from fastgen.recipe import EvalConfig
 from fastgen.rewards import SCORERS
 from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import with_teacher_first
-from fastgen.sampling.sampler import Sampler, load_sampler
+from fastgen.sampling.sampler import Routed, Sampler, load_sampler
+from fastgen.sampling.views import views
+
+VIEWED, MOST_STEPS_SHOWN = 4, 16  # samples, and steps, that a page shows from noise on
 
 
 def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Tensor:
@@ -91,7 +94,7 @@ def evaluate_path(
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
     config.check()
-    samples, captions, curves = dict[str, Tensor](), dict[str, list[str]](), {}
+    samples, captions, curves, shown = dict[str, Tensor](), dict[str, list[str]](), {}, None
     name, started = path.resolve().name, time.perf_counter()
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +136,8 @@ def evaluate_path(
         if output is not None and config.teacher_steps:
             beside = teacher_samples(path, sampler, config, captions[name])
             samples, captions = samples | beside, captions | dict.fromkeys(beside, captions[name])
+        if output is not None:
+            shown = first_views(sampler, captions[name], config.seed)
         if sampler.backbone.law is not None:
             samples["exact"] = exact_points(sampler.backbone, config, sampler)
     result = {"name": name, **result, **({"curves": curves} if curves else {})}
@@ -141,10 +146,21 @@ def evaluate_path(
     print(f"{config.num_samples} samples in {time.perf_counter() - started:.0f} seconds, with loading{counted}")
     if output is not None:
         write_json(Path(output), result)
-        write_page(Path(output).with_suffix(".html"), [result], samples, captions)
+        write_page(Path(output).with_suffix(".html"), [result], samples, captions, shown)
     if partial is not None:
         partial.unlink(missing_ok=True)
     return result
+
+
+def first_views(sampler: Sampler, prompts: Sequence[str], seed: int) -> Tensor | None:
+    """The clean predictions of the first samples after each step, of a sampler of a few steps whose samples are
+    pictures made from prompts; else None."""
+    few = 1 < sampler.policy.num_steps <= MOST_STEPS_SHOWN and sampler.policy.chunks is None
+    pictures = sampler.backbone.output == "pixels" and not sampler.backbone.takes_image
+    if not (few and pictures) or isinstance(sampler, Routed):
+        return None
+    first = list(prompts[:VIEWED])
+    return views(sampler, first, [seed + i for i in range(len(first))])[1]
 
 
 def is_image_folder(path: Path) -> bool:

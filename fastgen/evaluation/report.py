@@ -17,6 +17,7 @@ from fastgen.data.files import replace_file
 from fastgen.evaluation.charts import TEACHER, bars, best_value, curves, escape, format_value, heading, metric_names
 from fastgen.sampling.pictures import EXACT, grid, png, scatter_figure
 
+STEPS = "steps"  # the kind of a picture that shows them
 LARGEST = 512  # pixels: larger pictures are made smaller, or a page of 64 would have hundreds of megabytes
 SMALL = 128  # pixels: smaller pictures are enlarged without smoothing, and stored without loss
 
@@ -68,7 +69,8 @@ summary { cursor: pointer }
 @dataclass(frozen=True)
 class Picture:
     """A sample of a result. result: the result's name, or several for a plot. kind: a class of the page's CSS: image,
-    pixels (a small image), frames (some of a video, in a row) or plot. type: of the file in data, png or jpeg.
+    pixels (a small image), frames (some of a video, in a row), steps (what a sample is after each step, in a row) or
+    plot. type: of the file in data, png or jpeg.
     index: of the sample; that with the same index has the same prompt and seed in other results."""
 
     result: str
@@ -89,7 +91,8 @@ def write_report(path: Path, results: Sequence[dict[str, Any]], pictures: Sequen
         table(results),
         section("Numbers side by side", bars(results)),
         section("During training", curves(results)),
-        section("Samples", samples(results, pictures)),
+        section("Samples", samples(results, [p for p in pictures if p.kind != STEPS])),
+        section("From noise to the sample", steps([p for p in pictures if p.kind == STEPS])),
         facts(results),
     ]
     page = (
@@ -167,6 +170,12 @@ def draw_pictures(samples: Mapping[str, Tensor], captions: Mapping[str, Sequence
     return found
 
 
+def draw_steps(name: str, views: Tensor, captions: Sequence[str]) -> list[Picture]:
+    """A row for each sample, with its clean prediction after each step. views: [steps, B, 3, H, W] in [0, 1]."""
+    rows = [(i, grid(views[:, i], columns=len(views))) for i in range(views.shape[1])]
+    return [Picture(name, STEPS, png(row), index=i, prompt=captions[i]) for i, row in rows]
+
+
 def encoded(sample: Tensor) -> tuple[str, bytes, str]:
     """The kind, the file and its type, of pixels [1, 3, H, W] or frames [1, F, 3, H, W]."""
     kind = "frames" if sample.dim() == 5 else "image"
@@ -198,6 +207,15 @@ def samples(results: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -
     across = max(len(group) for group in groups.values())
     shown = [sample(seeds, *key, group) for key, group in sorted(groups.items(), key=lambda item: item[0][0])]
     return "".join(plots) + f'<div class="samples{size}" style="--results:{across}">{"".join(shown)}</div>'
+
+
+def steps(pictures: Sequence[Picture]) -> str:
+    """The rows of each result below each other, with the prompt above."""
+    figures = [
+        f"<figure><figcaption>{escape(p.prompt)} ({escape(p.result)})</figcaption>{image(p)}</figure>"
+        for p in pictures
+    ]
+    return f'<div class="samples strips" style="--results:1">{"".join(figures)}</div>' if figures else ""
 
 
 def sample(seeds: Mapping[str, int], index: int, prompt: str, pictures: Sequence[Picture]) -> str:

@@ -31,11 +31,22 @@ def write_results(
 
 
 def write_page(
-    path: Path, rows: Sequence[Row], samples: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]]
+    path: Path,
+    rows: Sequence[Row],
+    samples: Mapping[str, Tensor],
+    captions: Mapping[str, Sequence[str]],
+    views: Tensor | None = None,
 ) -> None:
-    from fastgen.evaluation.report import draw_pictures, write_report  # matplotlib takes a second to import
+    """views: [steps, B, 3, H, W], the clean predictions of the first row's first samples after each step."""
+    from fastgen.evaluation.report import (
+        draw_pictures,
+        draw_steps,
+        write_report,
+    )  # matplotlib takes a second to import
 
-    write_report(path, rows, draw_pictures(samples, captions))
+    name = str(rows[0]["name"])
+    strips = [] if views is None else draw_steps(name, views, captions[name])
+    write_report(path, rows, [*draw_pictures(samples, captions), *strips])
 
 
 def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = True) -> None:
