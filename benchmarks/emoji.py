@@ -75,7 +75,7 @@ def write_page(rows: Mapping[str, Mapping[str, Any]]) -> None:
     _, _, after = rest.partition(END)
     if not after:
         raise ValueError(f"{PAGE} has no {BEGIN} and {END}")
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
 
 
 def missing(options: argparse.Namespace, rows: Mapping[str, Any]) -> Iterator[Wanted]:

@@ -132,4 +132,4 @@ def test_the_page_of_a_run_has_its_teacher_and_its_curve_and_a_comparison_keeps_
     compare([output, output], tmp_path / "both.html")
     both = (tmp_path / "both.html").read_text()
     assert both.count(f'data-result="{teacher}"') == PICTURES  # once, though both have it
-    assert both.count("<img") == PICTURES + 50 and "During training" in both
+    assert both.count("<img") == PICTURES + 50 + VIEWED and "During training" in both
