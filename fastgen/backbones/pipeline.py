@@ -272,9 +272,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         else:
             denoiser = self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
         if kept := self.roles.kept.get(role):
-            self.check_kept(kept)
             for part in denoiser.members:
-                keep_blocks(part.network, kept, self.kept_settings(kept))
+                keep_blocks(part.network, kept, self.kept_settings(kept), self.last_differs)
         return denoiser
 
     def check_kept(self, kept: Kept) -> None:
@@ -286,7 +285,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
                     f"{'it has ' + ', '.join(self.block_lists) if self.block_lists else 'leave it out'}"
                 )
             count = self.network_config.get(self.block_lists[name])
-            if count is not None:  # else it is the default of the class, and found out as weights load
+            if count is not None:  # else it is the default of the class, and is known when weights load
                 check_places(name, places, count, self.last_differs)
 
     def kept_settings(self, kept: Kept) -> dict[str, Any]:

@@ -38,11 +38,8 @@ def write_page(
     views: Tensor | None = None,
 ) -> None:
     """views: [steps, B, 3, H, W], the clean predictions of the first row's first samples after each step."""
-    from fastgen.evaluation.report import (
-        draw_pictures,
-        draw_steps,
-        write_report,
-    )  # matplotlib takes a second to import
+    # matplotlib takes a second to import
+    from fastgen.evaluation.report import draw_pictures, draw_steps, write_report
 
     name = str(rows[0]["name"])
     strips = [] if views is None else draw_steps(name, views, captions[name])

@@ -16,11 +16,12 @@ class KeptBlocks(nn.ModuleList):
         self.places = tuple(places)
 
 
-def keep_blocks(network: Any, kept: Kept, settings: Mapping[str, Any]) -> None:
+def keep_blocks(network: Any, kept: Kept, settings: Mapping[str, Any], keeps_last: bool) -> None:
     """Removes the blocks that are not kept from a network of diffusers, in place, and enters the new settings into its
-    config."""
+    config. Raises ValueError as `check_places` does."""
     for name, places in kept.items():
         blocks = getattr(network, name)
+        check_places(name, places, len(blocks), keeps_last)
         setattr(network, name, KeptBlocks([blocks[i] for i in places], places))
     network.register_to_config(**settings)
 
