@@ -57,6 +57,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/consistency.py": [
         "consistency",
         "truncation",
+        "feedback",
         "golden",
         "scm",
         "causal_objectives",
@@ -71,6 +72,7 @@ TESTS = {  # file of fastgen/ -> test files, the likeliest first
     "objectives/embedding_loss.py": ["embedding", "streaming_terms"],
     "objectives/f_distill.py": ["dmd2_options", "golden", "streaming_terms"],
     "objectives/fake_score.py": DMD,
+    "objectives/feedback.py": ["feedback"],
     "objectives/flash_dmd.py": ["flash_dmd"],
     "objectives/flow_map.py": ["flow_map", "golden", "two_time", "any_flow"],
     "objectives/gdd.py": ["gdd", "golden"],
