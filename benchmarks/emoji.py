@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 import fastgen
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import append_row, read_rows, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).resolve().with_name("emoji.jsonl")
 PAGE = ROOT / "assets/emoji/README.md"
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 RECIPE = ROOT / "recipes/emoji_dmd2_4step.yaml"  # whose eval section says how the teacher is measured
 METRICS = {  # heading -> metric, digits
     "FD": ("fid", 1),
@@ -69,15 +68,6 @@ def line(row: Mapping[str, Any]) -> str:
     return f"| {who} | {row['steps']} | {row['evaluations']} | {row.get('seed', '')} | {numbers} |"
 
 
-def write_page(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts the table between its marks."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise ValueError(f"{PAGE} has no {BEGIN} and {END}")
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
-
-
 def missing(options: argparse.Namespace, rows: Mapping[str, Any]) -> Iterator[Wanted]:
     """What is asked for and has no row."""
     for run in options.runs:
@@ -107,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     for name, about, path, how in [] if options.report else list(missing(options, read_rows(TABLE))):
         append_row(TABLE, {"name": name, **about, "metrics": measured(path, **how)})
-    write_page(read_rows(TABLE))
+    write_table(PAGE, "table", table(read_rows(TABLE)))
 
 
 if __name__ == "__main__":

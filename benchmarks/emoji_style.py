@@ -2,7 +2,8 @@
 
     python benchmarks/emoji_style.py runs/emoji_dmd2_4step runs/emoji_rtdmd_flat
 
-It takes runs, exports, or the teacher, and adds a row of each to emoji_style.jsonl. The prompts are the names of the
+It takes runs, exports, or the teacher, adds a row of each to emoji_style.jsonl, and writes the table of
+assets/emoji/README.md. The prompts are the names of the
 held-out emoji, each once, and sample i has seed i.
 
 flat         the share that CLIP holds for "NAME, flat" rather than "NAME, 3d": what the reward of the recipes asks
@@ -16,9 +17,10 @@ clip_retrieval, clip_retrieval_5, clip_score: of the names, without a style"""
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastgen
-from benchmarks.rows import append_row
+from benchmarks.rows import append_row, read_rows, write_table
 from fastgen.metrics import METRICS, MetricContext
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.sampling.sampler import Sampler, load_sampler
@@ -70,11 +72,8 @@ def styles(sampler: Sampler, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return pictures(sampler, prompts), torch.tensor([1.0, 0.0]).repeat(len(names))
 
 
-def make_judge(sampler: Sampler) -> tuple[Judge, dict[str, float]]:
-    """A judge that learned from the sampler's pictures, and how well it does on names that it has not seen."""
-    torch.manual_seed(0)
-    known = (EMOJI / "names.txt").read_text().splitlines()
-    pixels, flat = styles(sampler, [known[i] for i in torch.randperm(len(known))[:TAUGHT]])
+def taught(pixels: Tensor, flat: Tensor) -> Judge:
+    """A judge that has learned from pictures [N, 3, S, S], of which `flat` [N] is 1 for the flat ones."""
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     for _ in range(JUDGE_STEPS):
@@ -87,7 +86,14 @@ def make_judge(sampler: Sampler) -> tuple[Judge, dict[str, float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    judge.eval()
+    return judge.eval()
+
+
+def make_judge(sampler: Sampler) -> tuple[Judge, dict[str, float]]:
+    """A judge that learned from the sampler's pictures, and how well it does on names that it has not seen."""
+    torch.manual_seed(0)
+    known = (EMOJI / "names.txt").read_text().splitlines()
+    judge = taught(*styles(sampler, [known[i] for i in torch.randperm(len(known))[:TAUGHT]]))
     pixels, flat = styles(sampler, held_out_names()[:: len(held_out_names()) // ASKED])
     found = judge.flat(pixels).float()
     return judge, {
@@ -133,6 +139,15 @@ def measure(path: Path, judge: Judge | None) -> tuple[dict[str, float], Judge]:
     return found | alignment(pixels, prompts) | {"pictures": len(pixels)}, judge
 
 
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    heads = {"flat by CLIP": "flat", "flat by the judge": "flat_judged", "own name nearest": "clip_retrieval"}
+    lines = [f"| student | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["flat_judged"]):
+        numbers = " | ".join(f"{row[key]:.3f}" for key in heads.values())
+        lines.append(f"| [{name.removeprefix('emoji_')}](../../recipes/{name}.yaml) | {numbers} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, exports or pipelines")
@@ -143,6 +158,8 @@ def main() -> None:
         row, judge = measure(path, judge)
         append_row(arguments.table, {"name": path.name, "versions": {"torch": torch.__version__}} | row)
         print(path.name, {key: round(value, 3) for key, value in row.items()})
+    if arguments.table == TABLE:
+        write_table(EMOJI / "README.md", "style", table(read_rows(TABLE)))
 
 
 if __name__ == "__main__":

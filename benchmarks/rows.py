@@ -50,6 +50,17 @@ def sort_rows(path: Path) -> None:
             replace_text(path, after)
 
 
+def write_table(page: Path, name: str, table: str) -> None:
+    """Puts a table between the marks <!-- NAME --> and <!-- end of NAME --> of a Markdown page. Raises ValueError if
+    the page does not have them."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    if not after:
+        raise ValueError(f"{page} has no {begin} and {end}")
+    replace_text(page, f"{before}{begin}\n\n{table}\n\n{end}{after}")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that a reader finds the old text or the new one, and never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.rows import read_rows
+from benchmarks.rows import read_rows, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).resolve().with_name("methods.jsonl")
 PAGE = ROOT / "docs" / "streaming_methods.md"
 RECIPE = "recipes/moving_digits_self_forcing_4step.yaml"
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 BASE = "Self Forcing"  # what the others are compared with
 LEVELS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
 EIGHT = [1.0, 0.95, 0.9, 0.83, 0.75, 0.63, 0.5, 0.3]
@@ -247,15 +246,6 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
-def write_page(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts the table between the marks of docs/streaming_methods.md."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise ValueError(f"{PAGE} has no {BEGIN} and {END}")
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start", type=Path, nargs="?", help="the run of moving_digits_teacher_forcing")
@@ -278,7 +268,7 @@ def main() -> None:
                 parser.error("give the finished run of moving_digits_teacher_forcing that the students start from")
             for run in left:
                 perform(run, options.start.resolve(), options.runs.resolve())
-    write_page(read_rows(TABLE))
+    write_table(PAGE, "table", table(read_rows(TABLE)))
 
 
 if __name__ == "__main__":
