@@ -15,7 +15,7 @@ from tiny_wan import tiny_wan
 from torch import Tensor
 
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig

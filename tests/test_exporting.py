@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from variants import mostly_slow
 
-from fastgen.backbones.pipeline import CONFIGS
+from fastgen.backbones.pipeline_config import CONFIGS
 from fastgen.exporting.files import of_tensors
 from fastgen.exporting.ldm import unet_name
 from fastgen.exporting.transformers import in_original_layout

@@ -20,7 +20,7 @@ from variants import slow
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import from_tokens, to_tokens
-from fastgen.backbones.pipeline import family_configs
+from fastgen.backbones.pipeline_config import family_configs
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs

@@ -7,7 +7,7 @@ import pytest
 from tiny_families import FAMILIES, PROMPTS
 from tiny_flux2 import tiny_flux2_klein
 
-from fastgen.backbones import pipeline
+from fastgen.backbones import pipeline_config
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import teacher_sampler
 
@@ -51,6 +51,6 @@ def test_a_default_call_of_an_exported_klein_does_not_guide_it(klein: Path, tmp_
 def test_a_diffusers_that_is_too_old_is_refused_with_the_version_that_is_needed(
     klein: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "version", lambda name: "0.37.1")
+    monkeypatch.setattr(pipeline_config, "version", lambda name: "0.37.1")
     with pytest.raises(ValueError, match=r"flux2 needs diffusers 0\.38 or newer, and 0\.37\.1 is installed"):
         KLEIN.make(klein)

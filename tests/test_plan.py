@@ -20,7 +20,7 @@ from tiny_wan import tiny_wan
 
 from fastgen.backbones.folder import read_index
 from fastgen.backbones.loading import component_class
-from fastgen.backbones.pipeline import CONFIGS
+from fastgen.backbones.pipeline_config import CONFIGS
 from fastgen.config import build_recipe, load_recipe
 from fastgen.planning import plan as plan_module
 from fastgen.planning import report as report_module

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone, RoleOptions
 from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.sd import SDConfig
 from fastgen.backbones.sd3 import SD3Config
 from fastgen.backbones.wan import WanConfig

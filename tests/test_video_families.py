@@ -9,7 +9,7 @@ from diffusers import HunyuanVideo15Pipeline
 from tiny_families import FAMILIES, PROMPTS, draws
 from tiny_ltx import tiny_ltx
 
-from fastgen.backbones.pipeline import CONFIGS
+from fastgen.backbones.pipeline_config import CONFIGS
 from fastgen.batch import known_mask
 from fastgen.planning.weightless import empty
 from fastgen.rollout import RolloutPolicy

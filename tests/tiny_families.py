@@ -28,7 +28,7 @@ from fastgen.backbones.flux import FluxConfig
 from fastgen.backbones.flux2 import Flux2Config
 from fastgen.backbones.hunyuan_video15 import HunyuanVideo15Config
 from fastgen.backbones.ltx import LTXConfig
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.pixart_sigma import PixArtSigmaConfig
 from fastgen.backbones.qwen_image import QwenImageConfig
 from fastgen.backbones.sana import SanaConfig

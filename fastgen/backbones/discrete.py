@@ -12,7 +12,8 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig, diffusers_class
+from fastgen.backbones.pipeline import PipelineBackbone, diffusers_class
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.pipelines.schedulers import (
     deterministic_policy,
     discrete_steps,

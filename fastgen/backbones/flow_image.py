@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import Output
 from fastgen.backbones.flow_levels import FlowLevels, FlowLevelsConfig
-from fastgen.backbones.pipeline import check_multiples
+from fastgen.backbones.pipeline_config import check_multiples
 from fastgen.denoiser import Denoiser
 from fastgen.registry import MOST_WIDTH
 from fastgen.schedule import FlowSchedule, PredictionType, Schedule

@@ -10,7 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import read_scheduler
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.pipelines.schedulers import check_flow_scheduler, flow_match_scheduler, passed_levels
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule

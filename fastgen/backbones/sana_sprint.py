@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.flow_image import FlowDenoiser
 from fastgen.backbones.folder import read_json
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.sana import Sana, SanaConfig, SanaDenoiser
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig, is_told
 from fastgen.batch import Conditioning

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
 from fastgen.backbones.discrete import Discrete, DiscreteConfig
-from fastgen.backbones.pipeline import check_multiples
+from fastgen.backbones.pipeline_config import check_multiples
 from fastgen.backbones.told_guidance import ToldGuidance, ToldGuidanceConfig
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs

@@ -8,7 +8,8 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.pipeline_config import PipelineConfig
 
 Role = Literal["student", "teacher", "fake_score"]
 

@@ -10,7 +10,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.sampling.video import check_writer
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, Output, RoleOptions, check_head
 from fastgen.backbones.folder import read_index, read_json, read_scheduler
-from fastgen.backbones.pipeline import PipelineConfig, diffusers_class, read_component, read_network
+from fastgen.backbones.pipeline import diffusers_class, read_component, read_network
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.video import Video, latent_grid
 from fastgen.backbones.wan_network import WanDenoiser
 from fastgen.batch import Conditioning

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.files import is_sealed

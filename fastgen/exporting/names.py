@@ -1,6 +1,6 @@
 """Which form a student of which family can be written in, and why not in the others."""
 
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.exporting.quantized import check_gguf
 from fastgen.recipe import Recipe
 

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import fastgen
-from fastgen.backbones.pipeline import PipelineBackbone, PipelineConfig
+from fastgen.backbones.pipeline import PipelineBackbone
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.config.stored import to_dict
 from fastgen.data.files import sealed
 from fastgen.data.pairs import PairSettings

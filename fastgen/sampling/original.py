@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
-from fastgen.backbones.pipeline import PipelineConfig
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.config import load_stored
 from fastgen.recipe import Recipe
 from fastgen.registry import build_section

@@ -17,7 +17,7 @@ from fastgen import signals
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.folder import read_index
-from fastgen.backbones.pipeline import PipelineConfig, family_configs
+from fastgen.backbones.pipeline_config import PipelineConfig, family_configs
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
 from fastgen.pipelines.router import Part, Router, student_folders

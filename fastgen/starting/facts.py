@@ -9,7 +9,7 @@ import torch
 
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.folder import check_source, local_folder, read_scheduler
-from fastgen.backbones.pipeline import CONFIGS, PipelineConfig
+from fastgen.backbones.pipeline_config import CONFIGS, PipelineConfig
 from fastgen.sampling.sampler import pipeline_config
 
 LARGE = 100_000_000  # parameters from which on adapters are trained, in bfloat16
@@ -52,7 +52,7 @@ def look_at(pipeline: str) -> Facts:
     check_source(pipeline)
     folder = local_folder(pipeline) or known_configs(pipeline)
     config = dataclasses.replace(pipeline_config(folder), path=pipeline)
-    backbone = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
+    backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
     steps, guidance = backbone.stock_call
     count = sum(p.numel() for p in teacher.parameters())
