@@ -31,6 +31,7 @@ from fastgen.objectives import DMD2
 from fastgen.pipelines import few_step, flow_map
 from fastgen.registry import PIPELINES, RecipeError
 from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 STORED = [
@@ -226,6 +227,33 @@ def test_an_adapters_file_gives_the_same_network_in_plain_diffusers(
     cond, t, x = pipeline.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(pipeline, "x")
     with torch.no_grad():
         assert torch.equal(theirs(x, t, cond), student(x, t, cond))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [name for name, family in FAMILIES.items() if hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")],
+    indirect=True,
+    scope="module",
+)
+def test_an_adapter_of_somebody_else_is_added_to_a_sampler(family: Family, folder: Path, tmp_path: Path) -> None:
+    """Here it is the adapter of a student, added to the teacher at half its scale, and then once more."""
+    backbone: Any = family.make(folder).config.build(
+        torch.device("cpu"), torch.float32, 0, RoleOptions({"student": LoraConfig(4)})
+    )
+    student, (timesteps, options) = backbone.load("student"), family.lists[0]
+    for p in student.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    backbone.save_pipeline(student, RolloutPolicy(timesteps, **options), tmp_path)
+    plain = family.make(folder)
+    cond, t, x = plain.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3]), draws(plain, "x")
+    sampler = teacher_sampler(plain, 4, 1.0)
+    sampler.denoiser.tell(backbone.guidance_told("student"))
+    with torch.no_grad():
+        before, wanted = sampler.denoiser(x, t, cond), student(x, t, cond)
+        adapted = with_adapters(sampler, [Adapter(tmp_path, 0.5), Adapter(tmp_path, 0.5)])
+        found = adapted.denoiser(x, t, cond)
+    assert float((found - wanted).abs().max()) < 1e-4 < float((found - before).abs().max())
 
 
 def test_a_family_stores_adapters_where_plain_diffusers_loads_them(family: Family, backbone: Any) -> None:
