@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import append_row, read_rows, replace_text, sort_rows
+from benchmarks.rows import append_row, read_rows, replace_text, sort_rows, write_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +111,14 @@ def test_a_killed_writer_loses_no_finished_row(tmp_path: Path, kill: int) -> Non
     assert len(rows) == min(max(row["count"] for row in rows.values()) + 1, 50)
     append_row(table, {"name": "after"})
     assert read_rows(table) == rows | {"after": {"name": "after"}}
+
+
+def test_a_table_goes_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- rows -->\n\nold\n\n<!-- end of rows -->\n\nafter\n")
+    for table in ("| a |", "| b |"):
+        write_table(page, "rows", table)
+        assert page.read_text() == f"before\n\n<!-- rows -->\n\n{table}\n\n<!-- end of rows -->\n\nafter\n"
+    with pytest.raises(ValueError, match="end of other"):
+        write_table(page, "other", "")
+    assert "| b |" in page.read_text()
