@@ -3,7 +3,7 @@
 What the tables teach is written by hand in lessons.md, which the page begins with."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +180,13 @@ def plot(found: dict[str, Record], task: str, folder: Path) -> bool:
     there.sort(key=lambda e: -mean(values(e, 4)))
     families = list(dict.fromkeys(e.family for e in ENTRIES))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    points = dict[str, tuple[float, float]]()
     for i, entry in enumerate(there):
         colour, four = COLOURS[families.index(entry.family)], values(entry, 4)
         calls = evaluations(found, records(found, entry.name, task, 4)[0])
         if calls is not None:
             left.plot(calls, mean(four), "o", color=colour)
-            left.annotate(entry.name, (calls, mean(four)), fontsize=7, xytext=(4, 2), textcoords="offset points")
+            points[entry.name] = (calls, mean(four))
         right.barh(i, mean(four), color=colour, alpha=0.6)
         right.plot([min(four), max(four)], [i, i], color="black", linewidth=1.5)
         for steps, marker in ((2, "|"), (1, "x")):
@@ -202,9 +203,40 @@ def plot(found: dict[str, Record], task: str, folder: Path) -> bool:
     left.set(xscale="log", yscale="log", **named)
     right.set(xscale="log", xlabel=METRICS[task][main])
     right.set_title("bar: 4 steps, mean and range of seeds;  | 2 steps;  x 1 step", fontsize=9)
-    left.margins(x=0.15)  # room for the names
-    left.legend(fontsize=7)
+    left.margins(x=0.3)  # room for the names
+    left.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    name_points(left, points)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{task}.png", dpi=90, metadata={"Software": None})
     pyplot.close(figure)
     return True
+
+
+OFFSETS = [(4, 2), (4, -8), (-4, 2), (-4, -8), *((4 * s, y) for y in (11, -17, 20, -26, 29, -35) for s in (1, -1))]
+
+
+def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each point's name beside it, at the first of OFFSETS (in points; negative: to the left) where it covers
+    no other name and no point. A name that is farther away has a line to its point."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # now the axes have their final size
+    markers = [axes.transData.transform(place) for place in points.values()]
+    taken: list[Any] = []
+    for name, place in points.items():
+        for x, y in OFFSETS:
+            line = {"arrowstyle": "-", "linewidth": 0.4, "color": "grey"} if abs(y) > 8 else None
+            label = axes.annotate(
+                name,
+                place,
+                fontsize=7,
+                xytext=(x, y),
+                textcoords="offset points",
+                horizontalalignment="left" if x > 0 else "right",
+                arrowprops=line,
+            )
+            box = label.get_window_extent(figure.canvas.get_renderer())
+            if not any(map(box.overlaps, taken)) and not any(box.contains(*marker) for marker in markers):
+                break
+            if (x, y) != OFFSETS[-1]:
+                label.remove()
+        taken.append(box)
