@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.emoji_style import EMOJI, alignment, flat_by_clip, held_out_names, make_judge, pictures
+from benchmarks.emoji_style import EMOJI, held_out_names, make_judge, numbers, pictures
 from benchmarks.rows import append_row
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.sd3 import SD3Config
@@ -47,7 +47,7 @@ def train_slider(folder: Path) -> None:
     student.reset(0)
     names = (EMOJI / "names.txt").read_text().splitlines()
     chosen = [names[i] for i in torch.randperm(len(names))[:PICTURES]]
-    x0 = noisy_pictures(teacher_sampler(backbone, STEPS, GUIDANCE, teacher), chosen)
+    x0 = clean_latents(teacher_sampler(backbone, STEPS, GUIDANCE, teacher), chosen)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     for _ in tqdm(range(UPDATES), desc="slider"):
         rows = torch.randint(PICTURES, (BATCH,))
@@ -69,7 +69,7 @@ def train_slider(folder: Path) -> None:
     backbone.save_pipeline(student, RolloutPolicy((1.0,)), folder)
 
 
-def noisy_pictures(sampler: Sampler, names: list[str]) -> Tensor:
+def clean_latents(sampler: Sampler, names: list[str]) -> Tensor:
     """Latents of the teacher's pictures of these names."""
     parts = [
         sampler.latents(names[i : i + 64], range(i, min(i + 64, len(names)))) for i in tqdm(range(0, len(names), 64))
@@ -96,9 +96,7 @@ def main() -> None:
     for path in (TEACHER, *arguments.students):
         for scale in SCALES:
             sampler = with_adapters(open_sampler(path), [Adapter(arguments.work, scale)])
-            pixels = pictures(sampler, names)
-            row = {"flat": flat_by_clip(pixels, names), "flat_judged": float(judge.flat(pixels).float().mean())}
-            row |= alignment(pixels, names) | {"pictures": len(pixels)}
+            row = numbers(pictures(sampler, names), names, judge)
             append_row(arguments.table, {"name": f"{path.name}, slider {scale:g}", **about, **row})
             print(path.name, scale, {key: round(value, 3) for key, value in row.items()})
 

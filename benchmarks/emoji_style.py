@@ -135,8 +135,12 @@ def measure(path: Path, judge: Judge | None) -> tuple[dict[str, float], Judge]:
         judge, found = make_judge(sampler)
     prompts = held_out_names()
     pixels = pictures(sampler, prompts)
-    found |= {"flat": flat_by_clip(pixels, prompts), "flat_judged": float(judge.flat(pixels).float().mean())}
-    return found | alignment(pixels, prompts) | {"pictures": len(pixels)}, judge
+    return found | numbers(pixels, prompts, judge), judge
+
+
+def numbers(pixels: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, float]:
+    found = {"flat": flat_by_clip(pixels, prompts), "flat_judged": float(judge.flat(pixels).float().mean())}
+    return found | alignment(pixels, prompts) | {"pictures": len(pixels)}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -66,6 +66,30 @@ def test_several_add_up_and_a_scale_of_nothing_changes_nothing(tmp_path: Path) -
     assert float((samples(Adapter(one, 0.0)) - samples()).abs().max()) < 1e-6
 
 
+def test_layers_of_a_text_encoder_change_what_prompts_mean(tmp_path: Path) -> None:
+    """Also where a student has an adapter of its own, which the text encoders do not have."""
+    name = "text_model.encoder.layers.0.self_attn.q_proj"
+    plain = load_sampler(DIGITS, num_steps=2)
+    encoder: Any = plain.backbone.text_pipeline.text_encoder  # type: ignore[attr-defined]
+    width = encoder.get_submodule(name).weight.shape[0]
+    layers = {f"{name}.lora_A.weight": torch.randn(4, width), f"{name}.lora_B.weight": torch.randn(width, 4)}
+    path = adapter(tmp_path / "style")
+    network = StableDiffusion3Pipeline.lora_state_dict(str(path))
+    StableDiffusion3Pipeline.save_lora_weights(
+        path,
+        transformer_lora_layers={key.removeprefix("transformer."): value for key, value in network.items()},
+        text_encoder_lora_layers=layers,
+    )
+    means = [
+        with_adapters(load_sampler(DIGITS, num_steps=2), [Adapter(path, scale)]).backbone.encode_prompts(PROMPTS)[
+            "pooled"
+        ]
+        for scale in (0.0, 1.0)
+    ]
+    assert torch.allclose(means[0], plain.backbone.encode_prompts(PROMPTS)["pooled"], atol=1e-5)
+    assert float((means[0] - means[1]).abs().max()) > 1e-3
+
+
 def test_a_student_that_is_an_adapter_keeps_its_own(tmp_path: Path) -> None:
     family = FAMILIES["sana"]
     folder = family.folder(tmp_path / "sana")
@@ -119,4 +143,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "unet/second.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="one such file"):
         Adapter(tmp_path / "unet").file  # noqa: B018
-    assert Adapter.parse("a=b/c") == Adapter(Path("a=b/c"))
+    for text, words in (
+        (f"{tmp_path}/none", "name that of the adapter"),
+        (f"{tmp_path}/x=nan", "finite"),
+        ("x=y", "number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Adapter.parse(text)
+    signed = adapter(tmp_path / "a=b") / "pytorch_lora_weights.safetensors"
+    assert Adapter.parse(str(tmp_path / "a=b")) == Adapter(signed)
+    assert Adapter.parse(f"{tmp_path / 'a=b'}=-2") == Adapter(signed, -2.0)

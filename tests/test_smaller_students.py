@@ -2,11 +2,13 @@
 (tests/test_families.py has every family's network.)"""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+import yaml
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from test_distributed import compare, run
 from tiny_pipelines import tiny_sd
@@ -23,6 +25,7 @@ from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.run import checkpoint
 from fastgen.sampling.sampler import load_sampler
+from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "assets/teachers/digits"
@@ -95,6 +98,24 @@ def test_blocks_with_a_second_attention_keep_it() -> None:
     assert backbone.kept_settings(kept) == {"num_layers": 3, "dual_attention_layers": (1,)}
 
 
+def test_a_block_may_move_to_where_the_teacher_had_another_kind(tmp_path: Path) -> None:
+    """The second block here is the only one with a second attention, and becomes the first."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(TEACHER, folder)
+    config = json.loads((folder / "transformer/config.json").read_text()) | {"dual_attention_layers": [1]}
+    SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    kept = {"transformer_blocks": [1, 3]}
+    section = SD3Config(path=str(folder), student_blocks=kept)
+    section.check()
+    backbone = section.build(torch.device("cpu"), torch.float32, 0, RoleOptions(kept={"student": kept}))
+    student = backbone.load("student")
+    backbone.save_pipeline(student, RolloutPolicy((1.0,)), tmp_path / "export")
+    again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "export").transformer.state_dict()
+    own = student.members[0].network.state_dict()
+    assert any("0.attn2" in name for name in own) and own.keys() == again.keys()
+    assert all(torch.equal(own[name], again[name]) for name in own)
+
+
 def test_a_causal_student_of_two_blocks(tmp_path: Path) -> None:
     """Its cache has a place for each block that is left."""
     config = WanConfig(
@@ -107,6 +128,29 @@ def test_a_causal_student_of_two_blocks(tmp_path: Path) -> None:
     pipeline = StreamingWanPipeline.from_pretrained(tmp_path / "export")
     assert len(pipeline.transformer.blocks) == 2
     assert torch.isfinite(pipeline("a cat", seed=0, output_type="pt").frames).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("digits_*.yaml")), ids=lambda path: path.stem)
+def test_every_objective_of_the_digits_takes_one(recipe: Path, tmp_path: Path) -> None:
+    """Also those that keep copies of the student, or make experts of it."""
+    settings = yaml.safe_load(recipe.read_text())
+    if (
+        "student_blocks" in settings["backbone"]
+        or settings["objective"].get("ida_decay")
+        or recipe.stem == "digits_cdm_4step"
+    ):
+        pytest.skip("it has one already, or blends the student's weights into the fake score")
+    few = [TWO, f"output_dir={tmp_path / 'run'}", "init_from=null", "train.steps=1", "train.batch_size=48"]
+    quiet = ["train.eval_every=0", "train.sample_every=0", "train.checkpoint_every=0", "eval.teacher_steps=[]"]
+    objective = {
+        "progressive": ["objective.stage_updates=[1]", "objective.stages=1"],
+        "phased_dmd": ["objective.phases=[{first: 0, last: 4, updates: 1}]"],
+    }.get(settings["objective"]["name"], [])
+    pairs = ["data.pairs={count: 16, steps: 2}"] if "pairs" in settings["data"] else []
+    folder = train(load_recipe(recipe, [*few, *quiet, *objective, *pairs]))
+    export = json.loads((folder / "export/transformer/config.json").read_text())
+    assert export["num_layers"] == 2
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from fastgen.backbones.folder import (
 from fastgen.backbones.student_tensors import Named
 from fastgen.modules.inputs import plain_names
 from fastgen.modules.kept_blocks import KeptBlocks
+from fastgen.modules.stored_name import stored_name
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
 STEM = STEMS["diffusers"]
@@ -114,11 +115,9 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
 
 
 def kept_specs(network: nn.Module, stored: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Those of the tensors that a network with fewer blocks has too, in its own shapes: its last block may be another
-    than the original one with this number."""
-    values = network.state_dict()
-    shapes = {name: tuple(values[own].shape) for name, own in plain_names(values).items()}
-    return {name: Spec(spec.dtype, shapes[name]) for name, spec in stored.items() if name in shapes}
+    """Those of the tensors that a network with fewer blocks has, by the names that they have in it."""
+    own = {stored_name(network, full): name for name, full in plain_names(network.state_dict()).items()}
+    return {own[name]: spec for name, spec in stored.items() if name in own}
 
 
 def write_index(folder: Path, shards: list[dict[str, Spec]]) -> list[str]:

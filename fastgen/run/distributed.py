@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgen.backbones.base import Backbone
 from fastgen.denoiser import Denoiser
-from fastgen.modules.inputs import ExtraInputs
-from fastgen.modules.kept_blocks import KeptBlocks
-from fastgen.modules.lora import LoraDenoiser, is_adapter_layer
+from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import is_sharded, shard
+from fastgen.modules.stored_name import stored_name
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.run.launcher import check_launcher
@@ -152,21 +151,6 @@ def reduce_in_backward(modules: Iterable[nn.Module], enabled: bool) -> None:
     for module in modules:
         if is_sharded(module):
             module.set_requires_gradient_sync(enabled)  # type: ignore[operator]
-
-
-def stored_name(module: nn.Module, name: str) -> str:
-    """The name of a tensor in the pretrained weights: without the wrappers around its layer (added inputs, LoRA), and
-    with the place that its block had there."""
-    *path, last = name.split(".")
-    kept = []
-    for part in path:
-        wrapped = (isinstance(module, ExtraInputs) and part == "embedding") or (
-            is_adapter_layer(module) and part == "base_layer"
-        )
-        if not wrapped:
-            kept.append(str(module.places[int(part)]) if isinstance(module, KeptBlocks) else part)
-        module = module.get_submodule(part)
-    return ".".join([*kept, last])
 
 
 def forget_forwards(modules: Iterable[nn.Module]) -> None:

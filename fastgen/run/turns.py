@@ -5,10 +5,10 @@ from torch import nn
 
 from fastgen.modules.lora import LoraDenoiser
 from fastgen.modules.sharding import refill
+from fastgen.modules.stored_name import stored_name
 from fastgen.noise import make_key
 from fastgen.objectives import Turn
 from fastgen.run.build import TrainingRun
-from fastgen.run.distributed import stored_name
 from fastgen.run.optimizers import adamw
 
 

@@ -4,14 +4,14 @@ A student has the layers of its teacher, so that a style, a subject or a slider 
 there is to be measured: the student's weights have moved, and it is not guided, which is what makes many adapters
 strong in the teacher."""
 
-import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastgen.backbones.pipeline import PipelineBackbone
-from fastgen.sampling.sampler import Routed, Sampler
+from fastgen.sampling.sampler import Routed, Sampler, sha256
 from fastgen.sampling.teacher_first import TeacherFirst
 
 WEIGHTS = "*.safetensors"
@@ -26,14 +26,16 @@ class Adapter(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Adapter":
-        """From PATH or PATH=SCALE."""
+        """From PATH or PATH=SCALE. Raises ValueError if there is no such file, or the scale is no number."""
         path, sign, scale = text.rpartition("=")
-        if not sign:
-            return cls(Path(text))
+        whole = not sign or Path(text).exists()  # a path may have the sign in it
         try:
-            return cls(Path(path), float(scale))
+            adapter = cls(Path(text)) if whole else cls(Path(path), float(scale))
         except ValueError:
-            return cls(Path(text))  # a path that has the sign in it
+            raise ValueError(f"{text}: the scale of an adapter is a number, got {scale}") from None
+        if not math.isfinite(adapter.scale):
+            raise ValueError(f"{text}: the scale of an adapter must be finite")
+        return cls(adapter.file, adapter.scale)
 
     @property
     def file(self) -> Path:
@@ -62,10 +64,7 @@ class Adapted(Sampler):
         self.adapters = adapters
 
     def facts(self) -> dict[str, Any]:
-        named = [
-            {"file": a.file.name, "scale": a.scale, "sha256": hashlib.sha256(a.file.read_bytes()).hexdigest()}
-            for a in self.adapters
-        ]
+        named = [{"file": a.file.name, "scale": a.scale, "sha256": sha256(a.file)} for a in self.adapters]
         return super().facts() | {"adapters": named}
 
 
