@@ -14,8 +14,9 @@ from fastgen.batch import Conditioning
 from fastgen.modules.inner_flow import Fusion
 from fastgen.modules.inputs import ExtraInputs
 from fastgen.modules.recomputation import checkpointed
+from fastgen.modules.segment_flow import Segment, SegmentHead
 from fastgen.modules.sharding import is_sharded
-from fastgen.policy import InnerFlow
+from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.schedule import PredictionType, Schedule
 from fastgen.signals import affine
 from fastgen.streaming.context import Context
@@ -44,6 +45,8 @@ class Inputs:
     state y_s.
     inner_levels: [B, 2], the levels s and r of a single call of the head, in the place of the whole inner flow.
     memory: a list to which the network appends what later chunks need of this one, per layer (`Denoiser.remember`).
+    segment: a list to which a network that predicts the flow of a whole segment appends it. The network then returns
+    the prediction at t itself, and otherwise the one that leads to the segment's end in one ode step.
 
     To add a kind of input, add a field here and read it in the families that support it."""
 
@@ -58,6 +61,7 @@ class Inputs:
     inner: Tensor | None = None
     inner_levels: Tensor | None = None
     memory: Memory | None = None
+    segment: list[Segment] | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -128,7 +132,8 @@ class Denoiser(nn.Module):
         t: [B], or [B, F] where each frame of a video has its own level.
         predict: the prediction type to return. Conversions run in at least float32 and are differentiable.
         No subclass overrides this method: it does what is common to all networks. Raises ValueError if inputs of
-        streaming are given to a family that has none, and unless an inner flow, and no other network, gets noise."""
+        streaming are given to a family that has none, unless an inner flow, and no other network, gets noise, and if
+        a network that predicts no segments is asked for one."""
         if inputs.streams and not self.takes_chunks:
             raise ValueError(f"{type(self).__name__} is no causal network: it cannot work chunk by chunk")
         network = self._modules.get("network")  # a wrapper has none of its own, and passes its arguments on
@@ -138,6 +143,9 @@ class Denoiser(nn.Module):
                 if inputs.inner is not None
                 else "this network has an inner flow, and needs the noise that it begins with (Inputs.inner)"
             )
+        own_head = isinstance(getattr(network, "segment_head", None), SegmentHead)
+        if network is not None and inputs.segment is not None and not own_head:
+            raise ValueError("this network predicts no segments (Inputs.segment)")
         output = self.call_network(x_t, t, cond, inputs).to(torch.promote_types(x_t.dtype, torch.float32))
         if predict == self.prediction_type:
             return output
@@ -247,6 +255,11 @@ class Denoiser(nn.Module):
     def add_inner_flow(self, flow: InnerFlow) -> None:
         """Makes the last blocks of the network the head of an inner flow, without changing what it computes."""
         raise ValueError(f"inner: {type(self).__name__} has no inner flow; leave it out")
+
+    def add_segment_flow(self, flow: SegmentFlow, levels: Sequence[float]) -> None:
+        """Makes the network predict the flow of whole segments between these levels, beginning with, or near, what it
+        predicts now."""
+        raise ValueError(f"segment: {type(self).__name__} predicts no segments; leave it out")
 
     def per_expert(self, value: float | Sequence[float], t: Tensor) -> float | Tensor:
         """The value to use at level t of a setting that may differ by expert, such as a guidance scale. A single

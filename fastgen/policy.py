@@ -43,6 +43,23 @@ class InnerFlow:
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class SegmentFlow:
+    """What the student predicts in one call: a flow for every level down to the next call's
+    (pi-Flow, arXiv 2510.14974; `modules.segment_flow`).
+
+    kind: mixture = a Gaussian mixture of `size` components at every place of the latent, from which a velocity follows
+          at every later state (GMFlow); line = clean predictions at `size` levels of the segment, with lines between
+          them (DX).
+    size: 8 components, or 10 levels, in the paper.
+    substeps: into which a sampler divides that flow, by the midpoint rule (the paper: 128 Euler steps). They call no
+          network."""
+
+    kind: Literal["mixture", "line"] = "mixture"
+    size: int = Field(default=8, ge=2, le=1000)
+    substeps: int = Field(default=32, ge=1, le=1000)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RolloutPolicy:
     """The student's sampler. It is stored with the weights, so that a student is sampled as it was trained.
 
@@ -62,7 +79,8 @@ class RolloutPolicy:
                objectives that train one model for several; () for that of timesteps alone.
     embedded_steps: the network is also conditioned on the number of steps that it samples with (TDM-unify).
     chunks: for a causal video student, how it makes a video chunk by chunk (`streaming.schedule.ChunkSchedule`).
-    inner: how the last blocks of the network make several steps in each step; None: they are called once."""
+    inner: how the last blocks of the network make several steps in each step; None: they are called once.
+    segment: what the network predicts of the levels down to the next one; None: one clean prediction."""
 
     timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
     transition: Literal["renoise", "ode", "cps", "tcd"] = "renoise"
@@ -74,6 +92,7 @@ class RolloutPolicy:
     step_counts: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
     embedded_steps: bool = False
     inner: InnerFlow | None = None
+    segment: SegmentFlow | None = None
 
     @field_validator("timesteps")
     @classmethod
@@ -138,6 +157,21 @@ class RolloutPolicy:
         if self.inner is not None and (found := [INPUT_KEYS.get(k, k) for k, value in others.items() if value]):
             raise ValueError(
                 f"inner is for a student of whole samples that is told its level alone: leave out {', '.join(found)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _segment(self) -> "RolloutPolicy":
+        if self.segment is None:
+            return self
+        if self.transition != "ode":
+            raise ValueError(f"segment predicts a deterministic flow: set transition: ode, got {self.transition}")
+        names = ("chunks", "conditioning_time", "inner", "step_counts")
+        others = {name: getattr(self, name) for name in names} | dict.fromkeys(self.inputs, 1)
+        if found := [INPUT_KEYS.get(k, k) for k, value in others.items() if value]:
+            raise ValueError(
+                "segment is for a student of whole samples with one list of timesteps, which is told its level alone: "
+                f"leave out {', '.join(found)}"
             )
         return self
 

@@ -105,6 +105,7 @@ OBJECTIVES: dict[str, str] = {
     "any_flow": "fastgen.objectives.any_flow:AnyFlow",
     "mean_flow": "fastgen.objectives.mean_flow:MeanFlow",
     "transition_matching": "fastgen.objectives.transition_matching:TransitionMatching",
+    "pi_flow": "fastgen.objectives.pi_flow:PiFlow",
     "consistency": "fastgen.objectives.consistency:Consistency",
     "ctm": "fastgen.objectives.ctm:CTM",
     "scm": "fastgen.objectives.scm:SCM",

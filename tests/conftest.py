@@ -20,7 +20,8 @@ from fresh import RunFresh, fresh_processes
 from torch import Tensor
 
 from fastgen.backbones import gaussian_mixture
-from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig, PointDenoiser
+from fastgen.backbones.gaussian_mixture import GaussianMixtureConfig
+from fastgen.backbones.point_network import PointDenoiser
 from fastgen.schedule import VPSchedule
 
 # Triton has no macOS or Windows wheels; the development extras install it on Linux

@@ -13,11 +13,11 @@ from fastgen.backbones.gaussian_mixture import (
     AnalyticDenoiser,
     GaussianMixtureConfig,
     Mixture,
-    TimeEmbedding,
     build_mixture,
     fit,
     new_network,
 )
+from fastgen.backbones.point_network import TimeEmbedding
 from fastgen.batch import Conditioning
 from fastgen.flow.tangents import tangent
 from fastgen.rollout import RolloutPolicy

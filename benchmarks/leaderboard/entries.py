@@ -166,6 +166,10 @@ def warm(part: float) -> Scaled:
     return lambda updates, steps: (f"objective.warmup={share(updates, part)}",)
 
 
+def mixed(updates: int, steps: int) -> tuple[str, ...]:
+    return (f"objective.teacher_updates={share(updates, 1 / 3)}",)
+
+
 def halved(updates: int, steps: int) -> tuple[str, ...]:
     """Three times half the steps, from 8 times as many as the student's, in stages of (nearly) equal length."""
     stage = updates // 3
@@ -228,10 +232,10 @@ ENTRIES = (
         ("objective.name=disback", "objective.condition_on_stop=false"),
         scaled=path,
     ),
-    Entry("sid", MATCHING, "sid", "sid_4step", (0.075, 1.0)),
-    Entry("sim", MATCHING, "sim", "sid_4step", (0.075, 1.0), ("objective.name=sim",)),
+    Entry("sid", MATCHING, "sid", "sid_4step", (0.075, 0.73)),
+    Entry("sim", MATCHING, "sim", "sid_4step", (0.075, 0.71), ("objective.name=sim",)),
     Entry("vdot", MATCHING, "vdot", "vdot_4step", (0.125, 1.2)),
-    Entry("embedding_loss", MATCHING, "embedding_loss", "embedding_loss_4step", (0.236, 0.3)),
+    Entry("embedding_loss", MATCHING, "embedding_loss", "embedding_loss_4step", (0.158, 0.3)),
     Entry("gndm_path", MATCHING, "gndm", "gndm_4step", (0.102, 1.15)),
     Entry(
         "gndm_score",
@@ -246,7 +250,7 @@ ENTRIES = (
     Entry("tdm", MATCHING, "tdm", "tdm_4step", (0.08, 1.2), any_step=True),
     Entry("cdm", MATCHING, "cdm", "cdm_4step", (0.1, 1.7), any_step=True),
     Entry("phased_dmd", MATCHING, "phased_dmd", "phased_dmd_4step", (0.088, 0.89), scaled=phases),
-    Entry("flash_dmd", MATCHING, "flash_dmd", "flash_dmd_4step", (0.13, 1.2), least_steps=2),
+    Entry("flash_dmd", MATCHING, "flash_dmd", "flash_dmd_4step", (0.085, 1.17), least_steps=2),
     Entry("adm", ADVERSARIAL, "adm", "adm_4step", (0.222, 2.22)),
     Entry("adp", ADVERSARIAL, "adp", "adp_1step", (0.075, 0.50), digits=PAIRS, any_step=True),
     Entry("gdd", ADVERSARIAL, "gdd", "gdd_1step", (0.07, 0.35), most_steps=1),
@@ -260,6 +264,7 @@ ENTRIES = (
     Entry("mean_flow", MAP, "mean_flow", "mean_flow_4step", (0.040, 0.41), any_step=True),
     Entry("consistency", MAP, "consistency", "consistency_4step", (0.018, 0.39), any_step=True),
     Entry("ctm", MAP, "ctm", "ctm_4step", (0.060, 0.5), any_step=True),
+    Entry("pi_flow", MAP, "pi_flow", "pi_flow_4step", (0.07, 0.7), scaled=mixed),
     Entry("progressive", MAP, "progressive", "progressive_4step", (0.030, 0.25), scaled=halved),
     Entry("scm", MAP, "scm", "scm_4step", (0.023, 0.35), any_step=True, scaled=warm(0.3)),
     Entry(

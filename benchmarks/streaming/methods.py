@@ -181,13 +181,24 @@ def every_run(seeds: list[int], steps: list[int], only: str) -> Iterator[Run]:
                     yield Run(method, count, seed)
 
 
-def perform(run: Run, start: Path, runs: Path) -> None:
-    """Trains the student if its export is not there, and measures it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def trained(run: Run, start: Path, runs: Path) -> Path:
+    """The run's folder. Trains the student if its export is not there, and first the one that it starts from."""
     folder = runs / run.folder
     if not (folder / "export" / "fastgen.json").is_file():
+        if run.method.start is not None:
+            trained(run._replace(method=by_name(run.method.start)), start, runs)
         command = [sys.executable, "-m", "fastgen", "train", RECIPE, *run.overrides(start, runs)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def perform(run: Run, start: Path, runs: Path) -> None:
+    """Trains the student and measures it."""
+    folder = trained(run, start, runs)
     tool = str(Path(__file__).with_name("moving_digits.py"))
     command = [
         sys.executable,
@@ -201,7 +212,7 @@ def perform(run: Run, start: Path, runs: Path) -> None:
         "--table",
         str(TABLE),
     ]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
 
 
 COLUMNS = {  # heading -> the part and the number of its row

@@ -15,7 +15,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.modules.kept_blocks import Kept
 from fastgen.modules.lora import LoraConfig, LoraDenoiser, SharedBase
 from fastgen.modules.sharding import WeightMap
-from fastgen.policy import InnerFlow
+from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
 
@@ -125,6 +125,14 @@ class BackboneConfig(ABC):
         raise ValueError(
             f"backbone {self.name} has no student with an inner flow; leave out rollout.inner, or use one of the "
             "backbones sd3, wan and gaussian_mixture"
+        )
+
+    def check_segment(self, flow: SegmentFlow) -> None:
+        """Raises ValueError if the student's network cannot predict segments (`RolloutPolicy.segment`). Loads no
+        weights."""
+        raise ValueError(
+            f"backbone {self.name} has no student that predicts segments; leave out rollout.segment, or use one of "
+            "the backbones sd3 and gaussian_mixture"
         )
 
     def unloaded(self) -> "BackboneConfig":

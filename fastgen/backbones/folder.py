@@ -26,7 +26,7 @@ VARIANTS = (None, "fp16")  # in the order in which they are taken
 FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
 # these begin the names of our pipeline classes; a stock class's name follows
 FLOW_MAP, STREAMING, ROUTED = "FlowMap", "Streaming", "Routed"
-INNER_FLOW = "InnerFlow"  # and this those of our network classes
+INNER_FLOW, SEGMENT_FLOW = "InnerFlow", "SegmentFlow"  # and these those of our network classes
 # the stock pipelines of which pipelines.flow_map has a class that gives the network added inputs
 WITH_INPUTS = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline")
 # what published pipelines of DiT and PixArt call their networks, and the norm_type by which diffusers tells them apart

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from fastgen import noise
 from fastgen.backbones.base import DEFAULT_ROLES, Backbone, BackboneConfig, Output, RoleOptions, check_head
+from fastgen.backbones.point_network import PointDenoiser, PointMLP
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
-from fastgen.modules.inner_flow import Fusion, integrate, told
 from fastgen.modules.sharding import WeightsError
-from fastgen.policy import InnerFlow
+from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.registry import MOST_BATCH, MOST_UPDATES, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule, Schedule
@@ -108,6 +108,9 @@ class GaussianMixtureConfig(BackboneConfig):
 
     def check_inner(self, flow: InnerFlow) -> None:
         check_head(flow, self.depth)
+
+    def check_segment(self, flow: SegmentFlow) -> None:
+        """Passes always: our own folder format can store it."""
 
     def unloaded(self) -> "GaussianMixtureConfig":
         return dataclasses.replace(self, fit_steps=0)
@@ -197,111 +200,6 @@ class AnalyticDenoiser(Denoiser):
         return self.mixture.posterior_mean(x_t, alpha, sigma, cond["label"])
 
 
-class TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep, at frequencies from pi / 2 to `fastest` pi, then two linear layers:
-    [B] -> [B, width]."""
-
-    def __init__(self, width: int, fastest: float, frequencies: int = 16):
-        super().__init__()
-        octaves = torch.linspace(-1, math.log2(fastest), frequencies)
-        self.frequencies = nn.Buffer(math.pi * 2.0**octaves, persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        angle = timestep[:, None] / 1000 * self.frequencies.to(timestep.dtype)
-        return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1))
-
-
-class PointMLP(nn.Module):
-    """A residual MLP on points [B, D] that predicts x0. Time and label are added in every block.
-
-    It is preconditioned like EDM's networks (arXiv 2206.00364 Table 1, for flow matching). With d the mixture's spread
-    and v = alpha^2 d^2 + sigma^2:   x0 = (alpha d^2 / v) x + (sigma d / sqrt(v)) F(x / sqrt(v), t)."""
-
-    def __init__(self, dim: int, labels: int, width: int, depth: int, spread: float, time_frequency: float = 32.0):
-        super().__init__()
-        self.spread = spread
-        self.time: nn.Module = TimeEmbedding(width, time_frequency)
-        self.label = nn.Embedding(labels, width)
-        self.inlet = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
-        )
-        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
-
-    def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
-        skip, size, scale = self.scales(timestep)
-        h = self.through(self.inlet(x / size), self.time(timestep) + self.label(label), slice(None))
-        return skip * x + scale * self.outlet(h)
-
-    def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, 1] each: the factor of x, the size of x, and the factor of F."""
-        sigma = (timestep if timestep.dim() == 1 else timestep[:, 0])[:, None] / 1000
-        alpha = 1 - sigma
-        variance = (alpha * self.spread) ** 2 + sigma**2
-        size = variance.sqrt()
-        return alpha * self.spread**2 / variance, size, sigma * self.spread / size
-
-    def through(self, h: Tensor, condition: Tensor, part: slice) -> Tensor:
-        """h [B, width] after some of the blocks."""
-        for block in self.blocks[part]:
-            h = h + block(h + condition)
-        return h
-
-
-class InnerFlowMLP(PointMLP):
-    """A PointMLP whose last blocks are the head of an inner flow (`modules.inner_flow`)."""
-
-    def __init__(self, network: PointMLP, flow: InnerFlow):
-        """Shares the weights of `network`."""
-        nn.Module.__init__(self)
-        self.spread, self.flow = network.spread, flow
-        for name, module in network.named_children():
-            setattr(self, name, module)
-        self.fusion = Fusion(network.inlet.out_features).beside(network.inlet.weight)
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, timestep: Tensor, label: Tensor, noise: Tensor, place: Tensor | None = None
-    ) -> Tensor:
-        (skip, size, scale), condition = self.scales(timestep), self.time(timestep) + self.label(label)
-        split = len(self.blocks) - self.flow.blocks
-        features = self.through(self.inlet(x / size), condition, slice(0, split))
-
-        def head(y: Tensor, s: Tensor, r: Tensor) -> Tensor:
-            h = self.fusion(features, self.inlet(y.to(x.dtype) / self.spread), s, r)
-            return skip * x + scale * self.outlet(self.through(h, condition, slice(split, None)))
-
-        return integrate(head, noise, self.flow.levels) if place is None else head(noise, *place.unbind(-1))
-
-
-class PointDenoiser(Denoiser):
-    """A PointMLP behind the contract; its features are the outputs of its blocks."""
-
-    network: PointMLP
-
-    def __init__(self, network: PointMLP, schedule: Schedule):
-        super().__init__(network, schedule, "sample")
-        self.feature_dim = network.inlet.out_features
-
-    def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        more = told(inputs.inner, inputs.inner_levels)
-        return self.network(x_t, self.timestep(t, inputs), cond["label"], **more)
-
-    def add_inner_flow(self, flow: InnerFlow) -> None:
-        self.network = InnerFlowMLP(self.network, flow)
-
-    @property
-    def time_embedding(self) -> nn.Module:
-        return self.network.time
-
-    def set_time_embedding(self, module: nn.Module) -> None:
-        self.network.time = module
-
-    @property
-    def feature_modules(self) -> Sequence[nn.Module]:
-        return list(self.network.blocks)
-
-
 class GaussianMixture(Backbone):
     """The backbone of recipes with `backbone: {name: gaussian_mixture, ...}`. Latents are the points themselves."""
 
@@ -358,8 +256,8 @@ class GaussianMixture(Backbone):
 
     def save_pipeline(self, student: Denoiser, policy: RolloutPolicy, folder: Path) -> None:
         """Writes model.safetensors (the PointMLP; further experts are in model_2.safetensors, ...), config.json (the
-        configuration of the mixture), experts.json (the boundaries), inputs.json (the names of the extra inputs) and
-        inner.json (the inner flow)."""
+        configuration of the mixture), experts.json (the boundaries), inputs.json (the names of the extra inputs),
+        inner.json (the inner flow) and segment.json (the segment flow with its levels)."""
         folder.mkdir(parents=True, exist_ok=True)
         for i, part in enumerate(student.members):
             weights = {k: v.contiguous().cpu() for k, v in part.network.state_dict().items()}
@@ -370,6 +268,9 @@ class GaussianMixture(Backbone):
             (folder / "inputs.json").write_text(json.dumps(policy.inputs) + "\n")
         if policy.inner is not None:
             (folder / "inner.json").write_text(json.dumps(dataclasses.asdict(policy.inner)) + "\n")
+        if policy.segment is not None:
+            about = {"flow": dataclasses.asdict(policy.segment), "levels": policy.timesteps}
+            (folder / "segment.json").write_text(json.dumps(about) + "\n")
         config = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -381,12 +282,15 @@ class GaussianMixture(Backbone):
         path = folder / "experts.json"
         boundaries = json.loads(path.read_text())["boundaries"] if path.is_file() else []
         parts = [new_network(self.config, self.schedule) for _ in range(len(boundaries) + 1)]
-        inputs, inner = folder / "inputs.json", folder / "inner.json"
+        inputs, inner, segment = (folder / f"{name}.json" for name in ("inputs", "inner", "segment"))
         for i, part in enumerate(parts):
             if inputs.is_file():
                 part.add_inputs({}, self.time_dim, json.loads(inputs.read_text()))
             if inner.is_file():
                 part.add_inner_flow(InnerFlow(**json.loads(inner.read_text())))
+            if segment.is_file():
+                about = json.loads(segment.read_text())
+                part.add_segment_flow(SegmentFlow(**about["flow"]), about["levels"])
             path = folder / weight_name(i)
             try:
                 part.network.load_state_dict(load_file(path))

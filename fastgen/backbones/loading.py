@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.folder import INNER_FLOW, OF_PIPELINES, read_json, variant_of
+from fastgen.backbones.folder import INNER_FLOW, OF_PIPELINES, SEGMENT_FLOW, read_json, variant_of
 from fastgen.modules.sharding import WeightsError
 
 UNEXPECTED = {"diffusers": ("unexpected_keys",)}  # text encoders may store buffers that newer classes lack
@@ -39,11 +39,17 @@ def read_network(class_name: str, source: str | Path, name: str, options: dict[s
     """A pipeline's denoising network: of diffusers' class, or of the class of ours that an export names, which is made
     of that one."""
     path = Path(source) / name / "config.json"
-    if path.is_file() and str(read_json(path).get("_class_name")).startswith(INNER_FLOW):
-        from fastgen.pipelines.inner_flow import CLASSES  # with diffusers
+    stored = str(read_json(path).get("_class_name")) if path.is_file() else ""
+    cls = diffusers_class(class_name)
+    if stored.startswith(INNER_FLOW):
+        from fastgen.pipelines import inner_flow  # with diffusers
 
-        return read_component(CLASSES[class_name], source, name, options)
-    return read_component(diffusers_class(class_name), source, name, options)
+        cls = inner_flow.CLASSES[class_name]
+    elif stored.startswith(SEGMENT_FLOW):
+        from fastgen.pipelines import segment_flow  # with diffusers
+
+        cls = segment_flow.CLASSES[class_name]
+    return read_component(cls, source, name, options)
 
 
 def read_component(cls: Any, source: str | Path, name: str, options: dict[str, Any]) -> Any:

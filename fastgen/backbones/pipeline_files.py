@@ -31,7 +31,7 @@ from fastgen.modules.stored_name import stored_name
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
 STEM = STEMS["diffusers"]
-FUSION = "fusion."  # the weights that an inner flow adds to a network; they go into the last file
+ADDED = ("fusion.", "segment_head.")  # weights that our classes add to a network; they go into the last file
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data")  # file types
 
 
@@ -94,7 +94,8 @@ def write_networks(
 
 def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[dict[str, Spec]]:
     """The tensors of each file of a student's network: those of the original network's files, or, if the network
-    consists of experts, those files once for each expert; and what an inner flow adds."""
+    consists of experts, those files once for each expert; and what an inner flow or a segment head
+    adds."""
     stored = [TensorFile(file).specs for file in weight_files(original)]
     experts = [f"experts.{i}." for i in range(len(network.experts))] if hasattr(network, "experts") else [""]
     kept = tuple(network._keep_in_fp32_modules or ())
@@ -109,7 +110,7 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
         stored = [kept_specs(network, specs) for specs in stored]
     files = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
     wide = next(s for specs in stored for s in specs.values() if s.dtype.is_floating_point)
-    added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(FUSION)}
+    added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(ADDED)}
     files[-1] |= {name: spec(name, s) for name, s in added.items()}
     return files
 

@@ -18,7 +18,8 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.inner_flow import told
 from fastgen.modules.kept_blocks import Kept
-from fastgen.policy import InnerFlow
+from fastgen.modules.segment_flow import handing
+from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.schedule import FlowSchedule
 
 CLIP_TOKENS = 77  # they come before the T5 tokens
@@ -49,6 +50,9 @@ class SD3Config(FlowImageConfig):
         if (folder := self.local_folder()) is not None:
             check_head(flow, read_json(folder / "transformer/config.json").get("num_layers", 18))
 
+    def check_segment(self, flow: SegmentFlow) -> None:
+        """Passes always: a `SegmentFlowSD3Transformer2DModel` stores it."""
+
     def build(self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES) -> "SD3":
         return SD3(self, device, dtype, roles)
 
@@ -73,12 +77,18 @@ class SD3Denoiser(Denoiser):
             joint_attention_kwargs=folded,
             return_dict=False,
             **told(inputs.inner, inputs.inner_levels),
+            **handing(inputs.segment),
         )[0]
 
     def add_inner_flow(self, flow: InnerFlow) -> None:
         from fastgen.pipelines.inner_flow import InnerFlowSD3Transformer2DModel  # with diffusers
 
         self.network = InnerFlowSD3Transformer2DModel.of(self.network, flow)
+
+    def add_segment_flow(self, flow: SegmentFlow, levels: Sequence[float]) -> None:
+        from fastgen.pipelines.segment_flow import SegmentFlowSD3Transformer2DModel  # with diffusers
+
+        self.network = SegmentFlowSD3Transformer2DModel.of(self.network, flow, levels)
 
     @property
     def time_embedding(self) -> nn.Module:

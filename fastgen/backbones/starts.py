@@ -10,6 +10,7 @@ from typing import Any
 from fastgen.backbones.folder import check_weights, read_json, weight_files
 
 SIZES = ("sample_size",)  # settings of a network that change nothing that it computes
+OWN = ("_", "inner_", "segment_")  # these begin the keys that are not the stock network's
 
 
 def check_same_networks(folder: Path, source: Path, subfolders: Iterable[str]) -> None:
@@ -35,7 +36,7 @@ def check_settings(
     """Raises ValueError if two networks have different settings. defaults: of the settings that only one of the two
     gives; if they are not known, such settings are not compared."""
     for key in sorted(given.keys() | own.keys()):
-        if key.startswith(("_", "inner_")) or key in SIZES or not (defaults or key in given.keys() & own.keys()):
+        if key.startswith(OWN) or key in SIZES or not (defaults or key in given.keys() & own.keys()):
             continue
         values = [json.dumps(config.get(key, (defaults or {}).get(key))) for config in (given, own)]
         if values[0] != values[1]:

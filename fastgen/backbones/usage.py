@@ -9,7 +9,7 @@ from typing import Any
 from fastgen.backbones import comfyui
 from fastgen.backbones.folder import FLOW_MAP, STREAMING
 from fastgen.backbones.saving import lora_files
-from fastgen.pipelines import few_step, flow_map, inner_flow
+from fastgen.pipelines import few_step, flow_map, inner_flow, segment_flow
 from fastgen.rollout import RolloutPolicy
 
 CALL = """```python
@@ -77,7 +77,7 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
         call += OWN_PARTS.replace("{parts}", " and its ".join(own))
     if policy.inputs:
         call += INPUTS + (ANY_STEP if policy.any_step else "")
-    elif policy.chunks is None and policy.inner is None and backbone.config.name in comfyui.FAMILIES:
+    elif stock_network(policy) and backbone.config.name in comfyui.FAMILIES:
         call += comfyui_settings(backbone, policy)
     if policy.step_counts:
         call += STEP_COUNTS
@@ -92,6 +92,11 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     for mark, text in filled.items():
         call = call.replace(mark, text)
     return call
+
+
+def stock_network(policy: RolloutPolicy) -> bool:
+    """Whether a student with this policy, and without added inputs, has a network of a stock class."""
+    return policy.chunks is None and policy.inner is None and policy.segment is None
 
 
 def plain_call(backbone: Any, policy: RolloutPolicy, adapter: bool) -> str:
@@ -125,7 +130,7 @@ def own_components(folder: Path) -> dict[str, str]:
     """The components of an exported pipeline whose class is fastgen's own, each with its module."""
     index = folder / "model_index.json"
     components = json.loads(index.read_text()).items() if index.is_file() else ()
-    modules = (few_step.__name__, inner_flow.__name__)
+    modules = (few_step.__name__, inner_flow.__name__, segment_flow.__name__)
     return {name: entry[0] for name, entry in components if isinstance(entry, list) and entry[0] in modules}
 
 

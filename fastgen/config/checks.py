@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_inputs,
         check_chunks,
         check_inner,
+        check_segment,
         check_kept_blocks,
         check_evaluation,
         check_part,
@@ -67,6 +68,9 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     if recipe.rollout.inner is not None:
         with problems.noting("rollout"):
             recipe.backbone.check_inner(recipe.rollout.inner)
+    if recipe.rollout.segment is not None:
+        with problems.noting("rollout"):
+            recipe.backbone.check_segment(recipe.rollout.segment)
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
@@ -256,6 +260,27 @@ def check_chunks(recipe: Recipe) -> None:
             f"{objective.name}, with these options, needs one step for all; use order: chunk, or dmd2 with "
             "stops: shared"
         )
+
+
+def check_segment(recipe: Recipe) -> None:
+    """Checks that the objective and the ways of training fit a student that predicts segments, and that such an
+    objective has one."""
+    segment, objective = recipe.rollout.segment, recipe.objective
+    if (segment is not None) != objective.takes_segment:
+        raise RecipeError(
+            f"rollout.segment: objective {objective.name} "
+            + (
+                "trains students that predict whole segments: give rollout.segment, such as {kind: mixture, size: 8}"
+                if objective.takes_segment
+                else "cannot train a student that predicts whole segments; leave it out, or use pi_flow"
+            )
+        )
+    reasons = {
+        "the student gets weights that no adapter has (lora.student)": "student" in recipe.lora,
+        "it is not tried with networks that are sharded (train.strategy: fsdp)": recipe.train.strategy == "fsdp",
+    }
+    if segment is not None and (found := [reason for reason, holds in reasons.items() if holds]):
+        raise RecipeError(f"rollout.segment is not possible: {'; '.join(found)}; leave it out, or leave these out")
 
 
 def with_inner() -> list[str]:

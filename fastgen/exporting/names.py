@@ -53,6 +53,11 @@ def check_form(form: str, recipe: Recipe, adapter: bool) -> None:
             "the last blocks of this student's network run several times in each step, which no other program does; "
             "leave out --form"
         )
+    if policy.segment is not None:
+        raise ValueError(
+            "this student's network predicts a flow for whole segments, which no other program follows; leave out "
+            "--form"
+        )
     if policy.inputs:
         raise ValueError(
             f"this student's network takes {' and '.join(policy.inputs)} besides the noise level, which no other "

@@ -77,6 +77,7 @@ class Objective:
     takes_inputs: bool = False  # whether it can train a student that has the added inputs of RolloutPolicy.inputs
     takes_inner: bool = False  # whether it can train a student with an inner flow (RolloutPolicy.inner)
     needs_inner: bool = False  # whether it trains no other students than these
+    takes_segment: bool = False  # whether it trains students that predict whole segments, and no other ones
     takes_step_counts: bool = False  # whether it trains a student for all numbers of RolloutPolicy.step_counts
 
     @property
@@ -164,6 +165,8 @@ def extended(student: Denoiser, backbone: Backbone, policy: RolloutPolicy) -> De
         student.add_linear_memory()
     if policy.inner is not None:
         student.add_inner_flow(policy.inner)
+    if policy.segment is not None:
+        student.add_segment_flow(policy.segment, policy.timesteps)
     return student
 
 

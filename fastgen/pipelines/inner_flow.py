@@ -8,19 +8,19 @@ and loads the component only if it has been imported before:
 
 The network draws the noise of its inner flow from the global generator, as the scheduler does with its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, WanTransformer3DModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks here for how to load the classes
 from torch import Tensor, nn
 
 from fastgen.modules.inner_flow import Fusion, integrate
+from fastgen.pipelines.derived import extending, taken_over
 from fastgen.policy import InnerFlow
 
 
@@ -40,16 +40,9 @@ class InnerFlowTransformer:
     def of(cls, network: Any, flow: InnerFlow) -> Any:
         """The network with an inner flow. It shares all weights, and a head that has not learned anything yet returns
         what the network predicts."""
-        with torch.device("meta"):
-            made = cls.from_config({**network.config, "inner_blocks": flow.blocks, "inner_levels": list(flow.levels)})  # type: ignore[attr-defined]
-        for name, module in network.named_children():
-            setattr(made, name, module)
-        for name, parameter in network.named_parameters(recurse=False):
-            setattr(made, name, parameter)
-        for name, buffer in network.named_buffers(recurse=False):
-            setattr(made, name, buffer)
+        made = taken_over(cls, network, inner_blocks=flow.blocks, inner_levels=list(flow.levels))
         made.fusion = Fusion(made.inner_width).beside(next(network.parameters()))
-        return made.train(network.training)
+        return made
 
     @property
     def inner_width(self) -> int:
@@ -123,63 +116,21 @@ class InnerFlowTransformer:
         return self.fusion(features, embedded.flatten(2).mT, s, r).mT.unflatten(2, grid)
 
 
+def add_fusion(network: Any) -> None:
+    network.fusion = Fusion(network.inner_width)
+
+
+SETTINGS = {"inner_blocks": 5, "inner_levels": (1.0, 0.5)}
+
+
 class InnerFlowSD3Transformer2DModel(InnerFlowTransformer, SD3Transformer2DModel):
     chain, inlet, text = "transformer_blocks", "pos_embed", "context_embedder"
-
-    @register_to_config
-    def __init__(
-        self,
-        inner_blocks: int = 5,
-        inner_levels: Sequence[float] = (1.0, 0.5),
-        sample_size: int = 128,
-        patch_size: int = 2,
-        in_channels: int = 16,
-        num_layers: int = 18,
-        attention_head_dim: int = 64,
-        num_attention_heads: int = 18,
-        joint_attention_dim: int = 4096,
-        caption_projection_dim: int = 1152,
-        pooled_projection_dim: int = 2048,
-        out_channels: int = 16,
-        pos_embed_max_size: int = 96,
-        dual_attention_layers: Sequence[int] = (),
-        qk_norm: str | None = None,
-    ):
-        SD3Transformer2DModel.__init__(self, **stock_arguments(self.config))
-        self.fusion = Fusion(self.inner_width)
+    __init__ = extending(SD3Transformer2DModel, add_fusion, **SETTINGS)
 
 
 class InnerFlowWanTransformer3DModel(InnerFlowTransformer, WanTransformer3DModel):
     chain, inlet = "blocks", "patch_embedding"
-
-    @register_to_config
-    def __init__(
-        self,
-        inner_blocks: int = 5,
-        inner_levels: Sequence[float] = (1.0, 0.5),
-        patch_size: Sequence[int] = (1, 2, 2),
-        num_attention_heads: int = 40,
-        attention_head_dim: int = 128,
-        in_channels: int = 16,
-        out_channels: int = 16,
-        text_dim: int = 4096,
-        freq_dim: int = 256,
-        ffn_dim: int = 13824,
-        num_layers: int = 40,
-        cross_attn_norm: bool = True,
-        qk_norm: str | None = "rms_norm_across_heads",
-        eps: float = 1e-6,
-        image_dim: int | None = None,
-        added_kv_proj_dim: int | None = None,
-        rope_max_seq_len: int = 1024,
-        pos_embed_seq_len: int | None = None,
-    ):
-        WanTransformer3DModel.__init__(self, **stock_arguments(self.config))
-        self.fusion = Fusion(self.inner_width)
-
-
-def stock_arguments(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if not k.startswith(("_", "inner_"))}
+    __init__ = extending(WanTransformer3DModel, add_fusion, **SETTINGS)
 
 
 CLASSES = {

@@ -44,6 +44,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Batch, Conditioning
 from fastgen.denoiser import Denoiser, Inputs
+from fastgen.modules.segment_flow import Line
 from fastgen.networks import Networks
 from fastgen.objectives import Loss, State, Turn
 from fastgen.planning.components import Component, components_of
@@ -349,6 +350,8 @@ class Counted(Denoiser):
         if inputs.memory is not None:
             token = x_t.new_zeros(*x_t.shape[:2], 1, 1)  # one per frame
             inputs.memory.append((token, token))
+        if inputs.segment is not None:
+            inputs.segment.append(Line(t, torch.zeros_like(t), torch.stack([x_t, x_t], dim=1)))
         tokens = x_t.shape[1] if x_t.dim() == 5 else 1  # one per frame
         for features in self._features:
             features += [x_t.new_zeros(len(x_t), tokens, self.feature_dim) for _ in self.denoiser.feature_modules]

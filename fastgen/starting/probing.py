@@ -16,7 +16,7 @@ from fastgen.modules.experts import Experts
 from fastgen.networks import Networks
 from fastgen.objectives.base import Objective
 from fastgen.planning.plan import DRAWS, StandInScorer, evaluations, prompt_rows
-from fastgen.policy import InnerFlow, RolloutPolicy
+from fastgen.policy import InnerFlow, RolloutPolicy, SegmentFlow
 from fastgen.recipe import EvalConfig, Recipe, TrainConfig
 from fastgen.registry import build_section
 from fastgen.run.build import RunNetworks, build_backbone, build_networks
@@ -32,6 +32,7 @@ STEPWISE = {
 JUMPS = RolloutPolicy(LEVELS, "ode", two_time=True)
 ONE_STEP = (RolloutPolicy((1.0,)), RolloutPolicy((1.0,), "ode", two_time=True))
 INNER = InnerFlow(blocks=1)
+SEGMENT = SegmentFlow(size=2, substeps=2)
 CHUNKS = RolloutPolicy(LEVELS, chunks=ChunkSchedule(frames=1))
 JUMPING_CHUNKS = dataclasses.replace(JUMPS, chunks=CHUNKS.chunks)
 FEATURES = "features"  # stands in for the teacher, where that is a formula and has no features
@@ -50,9 +51,14 @@ REWARD = {"name": "linear", "direction": [1.0, 0.0]}
 
 
 def fitting(objective: Objective, policy: RolloutPolicy) -> RolloutPolicy:
-    """The policy; with an inner flow, where the objective trains no other students and the policy can have one."""
-    inner = objective.needs_inner and policy.chunks is None and not policy.inputs
-    return dataclasses.replace(policy, inner=INNER) if inner else policy
+    """The policy; with an inner flow or a segment flow, where the objective trains no other students and the policy
+    can have one."""
+    plain = policy.chunks is None and not policy.inputs
+    if objective.needs_inner and plain:
+        return dataclasses.replace(policy, inner=INNER)
+    if objective.takes_segment and plain and policy.transition == "ode":
+        return dataclasses.replace(policy, segment=SEGMENT)
+    return policy
 
 
 def accepts(objective: Objective, policy: RolloutPolicy) -> bool:
