@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastgen.modules.kept_heads import Width, cut, kept_width
+
 
 class WeightsError(ValueError):
     """Stored weights are not those of the network that is to have them; the message names the file or the tensor."""
@@ -44,6 +46,7 @@ def shard(
 
     if not any(True for _ in module.parameters()):
         return module.to(device)
+    width = kept_width(module)
     held = {n: t.detach().clone() for n, t in named_tensors(module).items() if not t.is_meta}
     for part, own in units(module, blocks):
         stored = next((p.dtype for p in own if p.requires_grad), None)
@@ -57,7 +60,7 @@ def shard(
             elif ".lora_" in name:
                 local(tensor).zero_()  # LoraDenoiser.reset sets it later
             else:
-                fill(tensor, stored_name(module, name), weights)
+                fill(tensor, stored_name(module, name), weights, width)
     return module
 
 
@@ -81,10 +84,10 @@ def refill(
 ) -> None:
     """Sets a module's parameters and buffers, sharded or whole, to those of a freshly made one, in place. Where these
     are on the meta device, the values are read from `weights`, as `shard` does."""
-    values = named_tensors(fresh)
+    values, width = named_tensors(fresh), kept_width(module)
     for name, tensor in named_tensors(module).items():
         if values[name].is_meta:
-            fill(tensor, stored_name(module, name), weights)
+            fill(tensor, stored_name(module, name), weights, width)
         else:
             local(tensor).copy_(own_slice(values[name], tensor))
 
@@ -93,8 +96,9 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
-    """Copies this process's slice of a stored tensor. If one network is stored, every expert is filled from it."""
+def fill(tensor: Tensor, name: str, weights: WeightMap, width: Width | None = None) -> None:
+    """Copies this process's slice of a stored tensor. If one network is stored, every expert is filled from it. width:
+    of a network that is narrower than the stored one, for which the stored tensor is read as a whole and cut."""
     if name not in weights:
         name = re.sub(r"^experts\.\d+\.", "", name)
     if name not in weights:
@@ -102,12 +106,22 @@ def fill(tensor: Tensor, name: str, weights: WeightMap) -> None:
     path, key = weights[name]
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(key)
-        if tuple(stored.get_shape()) != tuple(tensor.shape):
+        if width is not None:
+            stored = narrower(file.get_tensor(key), tensor.shape, width, f"{path}: {key}")
+        elif tuple(stored.get_shape()) != tuple(tensor.shape):
             raise WeightsError(
                 f"{path}: {key} has shape {tuple(stored.get_shape())}, {name} needs {tuple(tensor.shape)}"
             )
         part = stored[slices(tensor)] if tensor.dim() else file.get_tensor(key)
     local(tensor).copy_(part)
+
+
+def narrower(stored: Tensor, shape: Sequence[int], width: Width, source: str) -> Tensor:
+    """What `cut` keeps of a stored tensor. Raises WeightsError, naming the source, where it raises ValueError."""
+    try:
+        return cut(stored, shape, width)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from None
 
 
 # torch.distributed's tensors and modules take seconds to import. Where nothing has imported them, nothing is sharded.
