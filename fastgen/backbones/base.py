@@ -31,12 +31,14 @@ class RoleOptions:
     networks.
     frozen_dtype: dtype of the teacher or of the shared base; None means the backbone's own dtype.
     deferred: whether networks are made without their weights, which are then read after sharding.
-    kept: role -> the blocks that its network keeps (`BackboneConfig.kept_blocks`); other roles have all."""
+    kept: role -> the blocks that its network keeps (`BackboneConfig.kept_blocks`); other roles have all.
+    heads: role -> the number of attention heads that its network keeps; other roles have all."""
 
     adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
     frozen_dtype: torch.dtype | None = None
     deferred: bool = False
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 DEFAULT_ROLES = RoleOptions()
@@ -119,6 +121,11 @@ class BackboneConfig(ABC):
         """The blocks of the pretrained network that the student has; {} for all of them."""
         return {}
 
+    @property
+    def kept_heads(self) -> int | None:
+        """The number of attention heads of the pretrained network that the student has; None for all of them."""
+        return None
+
     def check_inner(self, flow: InnerFlow) -> None:
         """Raises ValueError if the student's network cannot have this inner flow (`RolloutPolicy.inner`). Loads no
         weights."""
@@ -167,6 +174,10 @@ class Backbone(ABC):
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, roles: RoleOptions = DEFAULT_ROLES):
         self.config, self.device, self.dtype, self.roles = config, device, dtype, roles
         self.shared: SharedBase | None = None  # the base that adapters share, once one is loaded
+
+    def time_dim_of(self, denoiser: Denoiser) -> int:
+        """The width of the time embedding of this denoiser, whose network may be narrower than the pretrained one."""
+        return self.time_dim
 
     @property
     def output(self) -> Output:

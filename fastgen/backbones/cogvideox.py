@@ -6,6 +6,7 @@ of alphas is handed to stock DDIMScheduler and LCMScheduler as their betas. The 
 scheduler at linspace's steps, or sample with a multi-step solver; the teacher is sampled by DDIM with trailing steps
 and the same noise instead, as that of backbone sd."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -164,9 +165,8 @@ class CogVideoX(Video, Discrete):
     def pixels_per_latent(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config.get("time_embed_dim", 512)
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config.get("time_embed_dim", 512)
 
     @property
     def text_length(self) -> int:

@@ -112,6 +112,7 @@ class DiT(SD):
     config: DiTConfig
     network_class = "DiTTransformer2DModel"
     block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    head_keys = ("num_attention_heads",)
     subfolder = "transformer"
     stores_adapters = False  # the stock pipeline loads none
 
@@ -148,9 +149,8 @@ image = pipeline(classes, num_inference_steps={num_steps}, guidance_scale=1).ima
     def plain_call(self, policy: RolloutPolicy, adapter: bool) -> str:
         return super().plain_call(policy, adapter).replace('"a prompt"', "classes")
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     @cached_property
     def labels(self) -> Mapping[str, str] | None:

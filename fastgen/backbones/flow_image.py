@@ -3,7 +3,7 @@
 A family states what is its own: its pipeline and network classes, how prompts are encoded, how the network is called
 (packing, position ids, masks), and which levels its pipeline asks the scheduler for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -67,9 +67,8 @@ class FlowImage(FlowLevels):
     def image_size(self) -> int:  # type: ignore[override]
         return self.latent_shape[-1] * self.pixels_per_latent
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     @property
     def num_tokens(self) -> int:

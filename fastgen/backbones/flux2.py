@@ -75,6 +75,12 @@ class Flux2(ToldGuidance, FlowImage):
     stock_guidance = 4.0
     patch_size = 1  # a latent is a token
 
+    def head_settings(self, heads: int) -> dict[str, Any]:
+        """The halves of its gated layers are `mlp_ratio` widths."""
+        if (ratio := self.network_config.get("mlp_ratio", 3.0)) % 1:
+            raise ValueError(f"student_heads: the mlp_ratio of this network is {ratio}, no whole number; leave it out")
+        return super().head_settings(heads)
+
     @property
     def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         """to_out is a layer in the one-stream blocks, and a list with a layer in the two-stream ones."""

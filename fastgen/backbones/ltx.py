@@ -90,6 +90,7 @@ class LTX(Video, FlowLevels):
 
     config: LTXConfig
     network_class = "LTXVideoTransformer3DModel"
+    width_keys = ("cross_attention_dim",)
     vae_class = "AutoencoderKLLTXVideo"
 
     def wrap(self, network: Any) -> LTXDenoiser:

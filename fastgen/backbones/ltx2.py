@@ -121,6 +121,7 @@ class LTX2(Video, FlowLevels):
 
     config: LTX2Config
     network_class = "LTX2VideoTransformer3DModel"
+    head_keys = ()  # its second stream, of sound, has heads and a width of its own
     vae_class = "AutoencoderKLLTX2Video"
 
     def wrap(self, network: Any) -> LTX2Denoiser:

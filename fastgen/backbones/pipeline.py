@@ -29,6 +29,7 @@ from fastgen.backbones.starts import check_settings
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.kept_blocks import Kept, check_places, keep_blocks
+from fastgen.modules.kept_heads import Width, keep_heads
 from fastgen.modules.sharding import WeightMap, WeightsError, gathered
 from fastgen.modules.tensor_file import TensorFile
 from fastgen.rollout import RolloutPolicy
@@ -61,6 +62,9 @@ class PipelineBackbone(Backbone):
     # list of blocks in the network -> the key of its length in config.json; {}: it has none to choose from
     block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     last_differs: ClassVar[bool] = False  # whether the last block of a list is unlike the others
+    # keys in config.json of the number of attention heads; (): the network cannot be made narrower by its heads
+    head_keys: ClassVar[tuple[str, ...]] = ("num_attention_heads",)
+    width_keys: ClassVar[tuple[str, ...]] = ()  # and of the width, which is all heads together
     loader: str = "DiffusionPipeline"  # the class of diffusers by which a user loads the original pipeline
     # how an export is called, for its model card
     call: str = """torch.manual_seed(0)  # the scheduler draws from the global generator, not from `generator=`
@@ -117,10 +121,63 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             denoiser = self.make_empty(dtype)
         else:
             denoiser = self.read_networks(self.source, **self.options | {"torch_dtype": dtype})
+        if heads := self.roles.heads.get(role):
+            denoiser = self.narrowed(denoiser, heads)
         if kept := self.roles.kept.get(role):
             for part in denoiser.members:
                 keep_blocks(part.network, kept, self.kept_settings(kept), self.last_differs)
         return denoiser
+
+    def narrowed(self, denoiser: Denoiser, heads: int) -> Denoiser:
+        """A denoiser that keeps the first heads of the networks of the given one. Raises WeightsError if they cannot
+        be cut so."""
+        try:
+            settings, own = self.head_settings(heads), self.network_config[self.head_keys[0]]
+            width = Width(self.inner_width, self.inner_width // own * heads)
+            networks = [keep_heads(part.network, settings, width) for part in denoiser.members]
+        except ValueError as error:
+            raise WeightsError(str(error)) from None
+        joined = self.join([self.wrap(network) for network in networks])
+        return joined if self.roles.deferred else joined.to(self.device)
+
+    def head_settings(self, heads: int) -> dict[str, Any]:
+        """The settings in config.json that a network with this number of heads has in the place of the original ones.
+        Raises ValueError if a student of this network cannot have this number."""
+        if not self.head_keys:
+            raise ValueError(
+                f"student_heads: {self.network_class} cannot be made narrower by leaving out heads; leave it out"
+            )
+        config, width = self.network_config, self.inner_width
+        own = config[self.head_keys[0]]
+        if not 1 <= heads < own:
+            raise ValueError(f"student_heads: the network has {own} heads; give a number from 1 to {own - 1}")
+        expected = dict.fromkeys(self.head_keys, (own, heads)) | dict.fromkeys(
+            self.width_keys, (width, width // own * heads)
+        )
+        present = {key: pair for key, pair in expected.items() if config.get(key) is not None}
+        for key, (whole, _) in present.items():
+            if config[key] != whole:
+                raise ValueError(
+                    f"student_heads: {key} of this network is {config[key]} instead of {whole}, so that it cannot be "
+                    "made narrower by leaving out heads; leave it out"
+                )
+        return {key: fewer for key, (_, fewer) in present.items()}
+
+    @property
+    def inner_width(self) -> int:
+        """The number of channels of a token in the network: those of all heads."""
+        return self.network_config[self.head_keys[0]] * self.network_config["attention_head_dim"]
+
+    @property
+    def time_dim(self) -> int:  # type: ignore[override]
+        return self.time_width(self.network_config)
+
+    def time_dim_of(self, denoiser: Denoiser) -> int:
+        return self.time_width(denoiser.root.members[0].network.config)
+
+    @abstractmethod
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        """The width of the time embedding of a network with this config.json."""
 
     def check_kept(self, kept: Kept) -> None:
         """Raises ValueError if a student of this network cannot keep these blocks."""
@@ -137,6 +194,13 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
     def kept_settings(self, kept: Kept) -> dict[str, Any]:
         """The settings in config.json that a network with these blocks has in the place of the original ones."""
         return {self.block_lists[name]: len(places) for name, places in kept.items()}
+
+    @property
+    def student_config(self) -> dict[str, Any]:
+        """config.json of the student's network."""
+        heads = self.config.kept_heads
+        fewer = {} if heads is None else self.head_settings(heads)
+        return self.network_config | self.kept_settings(self.config.kept_blocks) | fewer
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of a pipeline folder or hub id."""
@@ -209,8 +273,7 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         try:
             for part in student.members:
-                own = self.network_config | self.kept_settings(self.config.kept_blocks)
-                check_settings(folder, part.network.config, own, defaults)
+                check_settings(folder, part.network.config, self.student_config, defaults)
         except ValueError as error:
             raise WeightsError(f"init_from: {error}") from None
         return student

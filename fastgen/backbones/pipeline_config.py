@@ -46,13 +46,18 @@ class PipelineConfig(BackboneConfig):
     by its rounding. encoders: whether they stay on the device, or are there only while prompts are encoded.
 
     student_blocks: list of blocks in the network -> the places of those that the student keeps, from 0. It begins with
-    their weights, and its export is a smaller pipeline. Teacher and fake score keep all blocks."""
+    their weights, and its export is a smaller pipeline. Teacher and fake score keep all blocks.
+
+    student_heads: the number of attention heads that the student's network keeps, each with as many channels as
+    before. Its width is that of its heads, so that all layers become narrower. It begins with the teacher's first
+    heads and channels, and its export is a smaller pipeline. Both keys may be given together."""
 
     path: str
     negative_prompt: str = ""
     encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     encoders: Literal["device", "offload"] = "device"
     student_blocks: StudentBlocks | None = None
+    student_heads: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
     pipelines: ClassVar[tuple[str, ...]]  # class names in model_index.json that this family loads
     encodes_together: ClassVar[bool] = False  # whether every prompt is encoded together with the image that is given
@@ -76,10 +81,16 @@ class PipelineConfig(BackboneConfig):
         check_present(folder, index, backbone.needed_classes)
         check_components(folder, index, backbone.needed_classes)
         backbone.check_kept(self.kept_blocks)
+        if self.student_heads is not None:
+            backbone.head_settings(self.student_heads)
 
     @property
     def kept_blocks(self) -> Kept:
         return self.student_blocks or {}
+
+    @property
+    def kept_heads(self) -> int | None:
+        return self.student_heads
 
     def check_export(self, policy: RolloutPolicy) -> None:
         """Raises ValueError for a student with added inputs, if no pipeline gives them to the network of this family.
@@ -108,11 +119,12 @@ class PipelineConfig(BackboneConfig):
         return index
 
     def check_start(self, folder: Path) -> None:
-        if self.student_blocks:
-            raise ValueError(
-                f"the student keeps some blocks of its network (backbone.student_blocks), and {folder} has all; name "
-                "a run or an export with the same blocks"
-            )
+        for key, kind in {"student_blocks": "blocks", "student_heads": "heads"}.items():
+            if getattr(self, key):
+                raise ValueError(
+                    f"the student keeps some {kind} of its network (backbone.{key}), and {folder} has all; name a run "
+                    f"or an export with the same {kind}"
+                )
         index = self.read_family_index(folder)
         other, source = dataclasses.replace(self, path=str(folder)), self.local_folder()
         given: Any = other.build(CPU, torch.float32, 0)

@@ -27,6 +27,7 @@ from fastgen.backbones.folder import (
 from fastgen.backbones.student_tensors import Named
 from fastgen.modules.inputs import plain_names
 from fastgen.modules.kept_blocks import KeptBlocks
+from fastgen.modules.kept_heads import kept_width
 from fastgen.modules.stored_name import stored_name
 from fastgen.modules.tensor_file import Spec, TensorFile, TensorWriter
 
@@ -106,8 +107,9 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
         wide = any(part in name.split(".") for part in kept)  # diffusers has these in float32, in any precision
         return Spec(torch.promote_types(dtype, torch.float32) if wide else dtype, spec.shape)
 
-    if any(isinstance(module, KeptBlocks) for module in network.modules()):
-        stored = [kept_specs(network, specs) for specs in stored]
+    if kept_width(network) or any(isinstance(module, KeptBlocks) for module in network.modules()):
+        one = network.experts[0] if hasattr(network, "experts") else network
+        stored = [kept_specs(one, specs) for specs in stored]
     files = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
     wide = next(s for specs in stored for s in specs.values() if s.dtype.is_floating_point)
     added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(ADDED)}
@@ -116,9 +118,12 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
 
 
 def kept_specs(network: nn.Module, stored: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Those of the tensors that a network with fewer blocks has, by the names that they have in it."""
-    own = {stored_name(network, full): name for name, full in plain_names(network.state_dict()).items()}
-    return {own[name]: spec for name, spec in stored.items() if name in own}
+    """Those of the tensors that a network with fewer blocks or heads has, by the names and with the shapes that they
+    have in it."""
+    tensors = network.state_dict()
+    own = {stored_name(network, full): (name, tensors[full].shape) for name, full in plain_names(tensors).items()}
+    kept = {own[name]: spec.dtype for name, spec in stored.items() if name in own}
+    return {name: Spec(dtype, tuple(shape)) for (name, shape), dtype in kept.items()}
 
 
 def write_index(folder: Path, shards: list[dict[str, Spec]]) -> list[str]:

@@ -68,6 +68,8 @@ class PixArtSigma(SD):
     config: PixArtSigmaConfig
     network_class = "PixArtTransformer2DModel"
     block_lists: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    head_keys = ("num_attention_heads",)
+    width_keys = ("cross_attention_dim",)
     subfolder = "transformer"
     stores_adapters = False  # the stock pipeline loads none
 
@@ -97,9 +99,8 @@ class PixArtSigma(SD):
     def size_unit(self) -> int:
         return self.pixels_per_latent * self.network_config.get("patch_size", 2)
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D], and mask [B, L], 1 where there is a token. Prompts are cleaned as in the stock

@@ -92,6 +92,7 @@ class Sana(FlowImage):
 
     config: SanaConfig
     network_class = "SanaTransformer2DModel"
+    head_keys = ()  # the halves of its gated layers are two and a half widths, and its cross attention has other heads
     vae_class = "AutoencoderDC"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # its feed-forward layers are convolutions
 

@@ -121,6 +121,7 @@ class SD(ToldGuidance, Discrete):
     config: SDConfig
     network_class = "UNet2DConditionModel"
     block_lists: ClassVar[Mapping[str, str]] = {}
+    head_keys: ClassVar[tuple[str, ...]] = ()
     subfolder = "unet"
 
     @property
@@ -158,9 +159,8 @@ image = pipeline("a prompt", **options).images[0]"""
     def is_xl(self) -> bool:
         return self.components["_class_name"] == "StableDiffusionXLPipeline"
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config.get("time_embedding_dim") or 4 * self.network_config["block_out_channels"][0]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
 
     def wrap(self, network: Any) -> Denoiser:
         self.check()

@@ -108,6 +108,7 @@ class SD3(FlowImage):
     config: SD3Config
     network_class = "SD3Transformer2DModel"
     last_differs = True
+    width_keys = ("caption_projection_dim",)
 
     @property
     def default_size(self) -> int:  # type: ignore[override]

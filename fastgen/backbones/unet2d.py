@@ -72,6 +72,7 @@ class UNet2D(Discrete):
     config: UNet2DConfig
     network_class = "UNet2DModel"
     block_lists: ClassVar[Mapping[str, str]] = {}
+    head_keys: ClassVar[tuple[str, ...]] = ()
     subfolder = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # its other layers are convolutions
     stores_adapters = False  # the stock pipeline loads none
@@ -125,9 +126,8 @@ image = pipeline(generator=generator, num_inference_steps={num_steps}).images[0]
     def image_size(self) -> int:  # type: ignore[override]
         return self.latent_shape[-1]
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return 4 * self.network_config["block_out_channels"][0]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return 4 * config["block_out_channels"][0]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to [-1, 1]: there is no VAE."""

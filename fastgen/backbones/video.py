@@ -1,6 +1,6 @@
 """What families of videos share: the sizes of their latents [B, F, C, H, W], and the way through their VAE."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -89,9 +89,8 @@ class Video(PipelineBackbone):
         frames, height, width = latent_grid(self.config, self.frames_per_latent, self.pixels_per_latent, patch)
         return (frames, self.latent_channels, height, width)
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     @property
     def call_sizes(self) -> str:

@@ -159,6 +159,7 @@ class Wan(Video):
     config: WanConfig
     network_class = "WanTransformer3DModel"
     block_lists: ClassVar[Mapping[str, str]] = {"blocks": "num_layers"}
+    width_keys = ("added_kv_proj_dim",)
     vae_class = "AutoencoderKLWan"
 
     def __init__(

@@ -110,14 +110,31 @@ class ZImage(FlowImage):
     config: ZImageConfig
     network_class = "ZImageTransformer2DModel"
     block_lists: ClassVar[Mapping[str, str]] = {"layers": "n_layers"}
+    head_keys = ("n_heads", "n_kv_heads")
+    width_keys = ("dim",)
+
+    @property
+    def inner_width(self) -> int:
+        return self.network_config["dim"]
+
     lora_targets = (*PipelineBackbone.lora_targets, "w1", "w2", "w3")
 
     def wrap(self, network: Any) -> ZImageDenoiser:
         return ZImageDenoiser(network, self.config.cfg_normalization, self.config.cfg_truncation)
 
-    @property
-    def time_dim(self) -> int:  # type: ignore[override]
-        return min(self.network_config["dim"], 256)  # ADALN_EMBED_DIM of the network
+    def time_width(self, config: Mapping[str, Any]) -> int:
+        return min(config["dim"], 256)  # ADALN_EMBED_DIM of the network
+
+    def head_settings(self, heads: int) -> dict[str, Any]:
+        """Its feed-forward layers are 8 / 3 of the width."""
+        settings = super().head_settings(heads)
+        widths = self.inner_width, settings["dim"]
+        if any(width % 3 for width in widths):
+            raise ValueError(
+                f"student_heads: the feed-forward layers of this network are 8 / 3 of its width, and {widths[0]} and "
+                f"{widths[1]}, the width of {heads} heads, are not both multiples of 3; give another number"
+            )
+        return settings
 
     @property
     def call(self) -> str:  # type: ignore[override]

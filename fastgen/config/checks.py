@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         check_chunks,
         check_inner,
         check_segment,
-        check_kept_blocks,
+        check_smaller,
         check_evaluation,
         check_part,
     ):
@@ -307,20 +307,25 @@ def check_inner(recipe: Recipe) -> None:
         raise RecipeError(f"rollout.inner is not possible: {'; '.join(found)}; leave it out, or leave these out")
 
 
-def check_kept_blocks(recipe: Recipe) -> None:
-    """Checks that the student can have fewer blocks than its teacher, if `backbone.student_blocks` says so."""
-    if not recipe.backbone.kept_blocks:
+def check_smaller(recipe: Recipe) -> None:
+    """Checks that the student can have fewer blocks or heads than its teacher, if `backbone.student_blocks` or
+    `backbone.student_heads` says so."""
+    given = {"student_blocks": recipe.backbone.kept_blocks, "student_heads": recipe.backbone.kept_heads}
+    keys = [f"backbone.{key}" for key, value in given.items() if value]
+    if not keys:
         return
     reasons = {
-        "an adapter is on all blocks of its base (lora.student)": "student" in recipe.lora,
-        "the head of an inner flow is counted in blocks (rollout.inner)": recipe.rollout.inner is not None,
+        "an adapter is on all of its base (lora.student)": "student" in recipe.lora,
+        "the blocks of an inner flow's head are those of a whole network (rollout.inner)": (
+            recipe.rollout.inner is not None
+        ),
         "the student's weights are blended with those of the fake score (objective.ida_decay)": (
             vars(recipe.objective).get("ida_decay") is not None
         ),
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise RecipeError(
-            f"backbone.student_blocks is not possible: {'; '.join(found)}; leave it out, or leave these out"
+            f"{' with '.join(keys)} is not possible: {'; '.join(found)}; leave it out, or leave these out"
         )
 
 
@@ -437,12 +442,14 @@ def check_init(recipe: Recipe) -> None:
             "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they "
             "are set there"
         )
-    blocks = (raw.get("backbone") or {}).get("student_blocks") or {}
-    if blocks != recipe.backbone.kept_blocks:
-        raise RecipeError(
-            f"init_from: the student of {path} keeps the blocks {blocks or 'all'}, and that of this recipe "
-            f"{recipe.backbone.kept_blocks or 'all'}; make backbone.student_blocks the same"
-        )
+    own, section = recipe.backbone, raw.get("backbone") or {}
+    kept = {"student_blocks": own.kept_blocks or None, "student_heads": own.kept_heads}
+    for key, value in kept.items():
+        if (given := section.get(key) or None) != value:
+            raise RecipeError(
+                f"init_from: the student of {path} keeps {given or 'all'} by backbone.{key}, and that of this recipe "
+                f"{value or 'all'}; make backbone.{key} the same"
+            )
     adapter = (raw.get("lora") or {}).get("student")
     before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")
     now = recipe.lora.get("student")

@@ -160,7 +160,7 @@ class Objective:
 def extended(student: Denoiser, backbone: Backbone, policy: RolloutPolicy) -> Denoiser:
     """The student with what the policy adds to its network, which does not change what it computes yet."""
     if policy.inputs:
-        student.add_inputs({}, backbone.time_dim, policy.inputs)
+        student.add_inputs({}, backbone.time_dim_of(student), policy.inputs)
     if policy.chunks is not None and policy.chunks.linear:
         student.add_linear_memory()
     if policy.inner is not None:

@@ -142,7 +142,8 @@ def build_backbone(
     weights, which are filled in later. section: replaces the recipe's backbone section, for planning offline."""
     frozen = recipe.train.frozen_dtype
     kept = {"student": recipe.backbone.kept_blocks}  # also of an objective's copies of the student
-    roles = RoleOptions(recipe.lora, DTYPES[frozen] if frozen else None, deferred, kept)
+    heads = {} if recipe.backbone.kept_heads is None else {"student": recipe.backbone.kept_heads}
+    roles = RoleOptions(recipe.lora, DTYPES[frozen] if frozen else None, deferred, kept, heads)
     return (section or recipe.backbone).build(device, dtype or DTYPES[recipe.train.dtype], recipe.seed, roles)
 
 
