@@ -138,20 +138,27 @@ def test_a_plain_call_of_an_export_visits_the_stored_levels(
 
 
 @pytest.mark.slow
-def test_a_student_with_fewer_blocks_begins_with_the_teachers_and_is_a_smaller_pipeline(
-    family: Family, folder: Path, pipeline: Any, tmp_path: Path
+@pytest.mark.parametrize("heads", [None, 1], ids=["blocks", "blocks and heads"])
+def test_a_smaller_student_begins_with_parts_of_the_teacher_and_is_a_smaller_pipeline(
+    family: Family, folder: Path, pipeline: Any, heads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny networks have two or more blocks, of which it keeps the last."""
+    """The tiny networks have two or more blocks, of which it keeps the last, and two heads."""
+    if heads and not pipeline.head_keys:
+        with pytest.raises(ValueError, match="cannot be made narrower"):
+            family.make(folder, student_heads=heads)
+        return
     teacher = pipeline.load("teacher")
     kept = {name: [len(getattr(teacher.network, name)) - 1] for name in pipeline.block_lists}
-    backbone: Any = family.make(folder, student_blocks=kept).config.build(
-        torch.device("cpu"), torch.float32, 0, RoleOptions(kept={"student": kept})
-    )
+    roles = RoleOptions(kept={"student": kept}, heads={"student": heads} if heads else {})
+    section = family.make(folder, student_blocks=kept, student_heads=heads).config
+    backbone: Any = section.build(torch.device("cpu"), torch.float32, 0, roles)
     backbone.prompts = pipeline.prompts
     student = backbone.load("student")
     assert shapes(student.network) == shapes(type(student.network).from_config(student.network.config))
     renamed = {re.sub(rf"^({'|'.join(kept)})\.\d+", r"\1.0", name): p for name, p in tensors(teacher.network, kept)}
-    assert all(torch.equal(p, renamed[name]) for name, p in student.network.named_parameters())
+    for name, p in student.network.named_parameters():
+        assert torch.equal(p, first_channels(renamed[name], p.shape, teacher.feature_dim))
+    assert heads is None or student.feature_dim * 2 == teacher.feature_dim
 
     (timesteps, options), empty = family.lists[0], backbone.make_empty()
     assert len(backbone.load("fake_score").state_dict()) == len(empty.state_dict()) > len(student.state_dict())
@@ -161,9 +168,24 @@ def test_a_student_with_fewer_blocks_begins_with_the_teachers_and_is_a_smaller_p
     again.prompts = pipeline.prompts
     ours = Sampler(backbone, student, policy).sample(PROMPTS, SEEDS)
     assert torch.equal(ours, Sampler(again, again.load_exported(tmp_path), policy).sample(PROMPTS, SEEDS))
+    with monkeypatch.context() as patch:
+        give_our_noise(family, backbone, len(timesteps), patch)
+        theirs, _ = family.plain_pixels(tmp_path, pipeline, len(timesteps), **family.guided(1.0))
+    assert float((ours - theirs).abs().max()) < 1e-4
     assert len(backbone.load_start(tmp_path).state_dict()) == len(student.state_dict())
-    with pytest.raises(WeightsError, match="layers"):
+    with pytest.raises(WeightsError, match="heads|dim" if heads else "layers"):
         pipeline.load_start(tmp_path)
+
+
+def first_channels(tensor: Tensor, shape: torch.Size, width: int) -> Tensor:
+    """What is left of a tensor if every group of `width` channels keeps its first half. Z-Image has groups of a third
+    of the width."""
+    for dim, (size, own) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if size != own:
+            group = width if size % width == 0 else width // 3
+            places = [i for i in range(size) if i % group < group // 2]
+            tensor = tensor.index_select(dim, torch.tensor(places))
+    return tensor
 
 
 def tensors(network: nn.Module, kept: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:

@@ -45,7 +45,7 @@ def test_features_are_tokens_of_the_image_and_do_not_depend_on_other_prompts(z_i
         teacher(x, t, z_image.encode_prompts(LONG))
     with teacher.capture() as alone:
         teacher(x[:1], t[:1], z_image.encode_prompts(LONG[:1]))
-    assert {value.shape for value in together} == {(2, 64, 32)}
+    assert {value.shape for value in together} == {(2, 64, 48)}
     assert all(torch.allclose(a[:1], b, atol=1e-4) for a, b in zip(together, alone, strict=True))
 
 

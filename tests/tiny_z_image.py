@@ -34,13 +34,13 @@ def z_image_transformer() -> ZImageTransformer2DModel:
     """Its output is made as large as a velocity, and its text matters."""
     network = ZImageTransformer2DModel(
         in_channels=4,
-        dim=32,
+        dim=48,
         n_layers=4,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
         cap_feat_dim=TEXT_WIDTH,
-        axes_dims=[4, 6, 6],
+        axes_dims=[8, 8, 8],
         axes_lens=[128, 16, 16],
     ).eval()
     with torch.no_grad():
