@@ -165,6 +165,12 @@ class CogVideoX(Video, Discrete):
     def pixels_per_latent(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
+    def head_settings(self, heads: int) -> dict[str, Any]:
+        """A learned table of positions is no parameter, and would be made anew for a narrower network."""
+        if self.network_config.get("use_learned_positional_embeddings"):
+            raise ValueError("student_heads: the positions of this network are learned, and not cut; leave it out")
+        return super().head_settings(heads)
+
     def time_width(self, config: Mapping[str, Any]) -> int:
         return config.get("time_embed_dim", 512)
 

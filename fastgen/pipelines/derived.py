@@ -36,4 +36,6 @@ def taken_over(cls: type, network: Any, **settings: Any) -> Any:
         setattr(made, name, module)
     for name, tensor in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
         setattr(made, name, tensor)
+    if "kept_width" in vars(network):  # a narrower network (modules.kept_heads)
+        made.kept_width = network.kept_width
     return made.train(network.training)

@@ -32,9 +32,7 @@ class Unwarped:
 def policies() -> tuple[Any, Any]:
     """DXPolicy and GMFlowPolicy."""
     known: dict[str, Any] = {"torch": torch, "BasePolicy": object, "Dict": dict}
-    plain = SimpleNamespace(
-        jit=SimpleNamespace(script=lambda function: function)
-    )  # its compiler wants a module
+    plain = SimpleNamespace(jit=SimpleNamespace(script=lambda function: function))  # its compiler wants a module
     mean = CHECKOUT.define(f"{FOLDER}/gmflow.py", "gmflow_posterior_mean_jit", {"torch": plain})
     line = CHECKOUT.define(f"{FOLDER}/piflow_policies/dx.py", "DXPolicy", dict(known))
     known |= {"gmflow_posterior_mean_jit": mean}
