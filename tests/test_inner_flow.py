@@ -336,6 +336,8 @@ def test_the_stages_follow_each_other(tmp_path: Path, monkeypatch: pytest.Monkey
     a, b = (sampler.denoiser.state_dict() for sampler in samplers)
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
     assert a["network.fusion.tokens.weight"].abs().max() > 0
+    with pytest.raises(RecipeError, match=r"has an inner flow; set rollout\.inner as there"):
+        load_recipe("recipes/mixture_dmd2_4step.yaml", [f"init_from={first}"])
     assert samplers[1].sample(prompts=[""] * 4, seeds=range(4)).shape == (4, 2)
 
 

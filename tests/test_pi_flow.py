@@ -349,6 +349,13 @@ def test_a_run_is_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert sampler.sample(prompts=[""] * 4, seeds=range(4)).shape == (4, 2)
     assert sampler.denoiser.network.levels == (1.0, 0.75, 0.5, 0.25)
     assert sampler.policy.segment == SegmentFlow("mixture", 8, 4)
+    again = [f"init_from={run}", f"output_dir={tmp_path}/b"]
+    for change in ("rollout.segment.size=4", "rollout.segment.kind=line"):
+        with pytest.raises(RecipeError, match=r"predicts segments as a mixture of 8; make rollout\.segment\.kind"):
+            load_recipe("recipes/mixture_pi_flow_4step.yaml", [*again, change])
+    with pytest.raises(RecipeError, match="predicts segments as a mixture of 8"):
+        load_recipe("recipes/mixture_dmd2_4step.yaml", again)
+    load_recipe("recipes/mixture_pi_flow_4step.yaml", [*again, "rollout.timesteps=[1.0, 0.5]"])
 
 
 def test_a_student_without_it_is_a_start() -> None:

@@ -1,23 +1,19 @@
 """Whether the sections of a recipe fit each other."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from fastgen.backbones.folder import read_json
 from fastgen.config.problems import Problems
-from fastgen.config.text import read_recipe
+from fastgen.config.starts import check_init
 from fastgen.data.controls import controls_like, is_video
 from fastgen.data.prompts import read_prompts
 from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
 from fastgen.metrics.reference import given_files
-from fastgen.modules.lora_config import LoraConfig
 from fastgen.objectives.base import Objective
-from fastgen.policy import INPUT_KEYS, RolloutPolicy
+from fastgen.policy import INPUT_KEYS
 from fastgen.recipe import Recipe
-from fastgen.registry import OBJECTIVES, REWARDS, RecipeError, current_names, imported, nearest, validated
-from fastgen.run import checkpoint
+from fastgen.registry import OBJECTIVES, REWARDS, RecipeError, imported, nearest
 
 
 def check_recipe(recipe: Recipe, files: bool = True) -> None:
@@ -415,61 +411,3 @@ def check_rewards(recipe: Recipe) -> None:
                 part.check(recipe.backbone)
             except ValueError as error:
                 raise RecipeError(f"rewards.{key}.{i}: {error}") from None
-
-
-def check_init(recipe: Recipe) -> None:
-    """Checks that init_from is a run with a complete checkpoint, an export or a pipeline folder, and that its student
-    is of this kind."""
-    if recipe.init_from is None or checkpoint.complete(recipe.output_dir / "checkpoints"):
-        return  # a run that continues has the weights in its own checkpoint
-    path = Path(recipe.init_from)
-    stored, checkpoints = path / "recipe.yaml", checkpoint.complete(path / "checkpoints")
-    if not stored.is_file() and (path / "model_index.json").is_file():
-        check_pipeline_start(recipe, path)
-        return
-    if not stored.is_file() or not (checkpoints or (path / "fastgen.json").is_file()):
-        raise RecipeError(
-            f"init_from: {path} is neither a run with a complete checkpoint, nor an export, nor the folder of a "
-            "diffusers pipeline; give one"
-        )
-    if (about := path / "fastgen.json").is_file() and "router" in read_json(about):
-        raise RecipeError(f"init_from: {path} holds several students; name the run or export of one of them")
-    raw = read_recipe(stored, stored)  # its objective is not needed, and may be a module that is not installed here
-    rollout = validated(RolloutPolicy, current_names("rollout", raw.get("rollout") or {}), "rollout.")
-    if missing := set(rollout.inputs) - set(recipe.rollout.inputs):
-        raise RecipeError(
-            f"init_from: the student of {path} has the inputs {', '.join(sorted(missing))}, and the student of this "
-            "recipe does not; set rollout.two_time as there, and rollout.embedded_guidance and embedded_steps if they "
-            "are set there"
-        )
-    own, section = recipe.backbone, raw.get("backbone") or {}
-    kept = {"student_blocks": own.kept_blocks or None, "student_heads": own.kept_heads}
-    for key, value in kept.items():
-        if (given := section.get(key) or None) != value:
-            raise RecipeError(
-                f"init_from: the student of {path} keeps {given or 'all'} by backbone.{key}, and that of this recipe "
-                f"{value or 'all'}; make backbone.{key} the same"
-            )
-    adapter = (raw.get("lora") or {}).get("student")
-    before = None if adapter is None else validated(LoraConfig, adapter, "lora.student.")
-    now = recipe.lora.get("student")
-    if before != now:
-        raise RecipeError(
-            f"init_from: lora.student is {before or 'not set'} in {path} and {now or 'not set'} in this recipe; make "
-            "them the same, or export that run with --merge"
-        )
-    if now and not checkpoints:
-        raise RecipeError(f"init_from: {path} is an exported adapter; name the run that it came from")
-
-
-def check_pipeline_start(recipe: Recipe, folder: Path) -> None:
-    """Checks that init_from, a pipeline folder that others have made, has the networks of this recipe's student."""
-    if "student" in recipe.lora:
-        raise RecipeError(
-            f"init_from: {folder} has a whole network, and lora.student trains an adapter on that of backbone.path; "
-            "leave out lora.student"
-        )
-    try:
-        recipe.backbone.check_start(folder)
-    except ValueError as error:
-        raise RecipeError(f"init_from: {str(error).removeprefix('path: ')}") from None
