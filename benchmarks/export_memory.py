@@ -9,7 +9,7 @@ stored in float32 and SDXL in float16, as they are published. It trains one upda
 a process of its own, whose largest resident set counts, with Python and torch in it. The aim is that export and merge
 take at most 1.2 times the bytes of the stored weights. The rows are in export_memory.jsonl.
 
-SDXL needs 12 GB of memory, 22 GB of disk and a quarter of an hour."""
+SDXL needs 20 GB of memory, most of it for the adapters and their optimizers, 22 GB of disk and half an hour."""
 
 import argparse
 import json
