@@ -12,7 +12,7 @@ from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.sd import SDConfig
 from fastgen.cli import app
 from fastgen.config import load_recipe
-from fastgen.run.card import card_data, copy_pictures, licence
+from fastgen.run.card import card_data, copy_pictures, licence, number_table
 from fastgen.train import train
 
 SHORT = ["train.steps=1", "train.batch_size=2", "train.num_samples=2", "health.every=0", "eval.metrics=[throughput]"]
@@ -31,6 +31,13 @@ def test_a_card_has_pictures_numbers_and_metadata(project: Path, tmp_path: Path)
         assert f"(samples/{name})" in card.text
         assert (run / "export/samples" / name).is_file()
     assert (run / "export/samples/student.png").read_bytes() == (run / "samples/step_00000001.png").read_bytes()
+
+
+def test_the_numbers_say_what_they_compare_and_which_way_is_better() -> None:
+    recipe = load_recipe("recipes/emoji_dmd2_4step.yaml", ["eval.reference=teacher", "eval.prompts=neutral"])
+    said = number_table(recipe, {"student": {"fid": 1.0, "recall": 0.5, "network_evaluations": 4.0}})
+    assert "compared with other samples of the teacher, in CLIP's features." in said
+    assert "Lower is better for `fid`" in said and "Higher is better for `recall`." in said
 
 
 def test_a_hub_id_is_the_base_model() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastgen.cli import app
+from fastgen.evaluation.folders import evaluate_path
+from fastgen.registry import shipped
+from fastgen.sampling.sampler import source_of
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "assets/teachers/digits"
@@ -93,6 +97,25 @@ def test_samples_of_a_pipeline_depend_on_their_seed_alone(tmp_path: Path) -> Non
     assert (tmp_path / "a/grid.png").is_file()
     status, _, error = run(*common, "--output", tmp_path / "a")
     assert status == 2 and "is not an empty folder" in error
+
+
+def test_a_run_without_an_export_is_told_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").write_text("eval: {metrics: [throughput], prompts: [a], num_samples: 2}\n")
+    for command in (["sample", str(tmp_path / "run"), "--prompt", "a"], ["eval", str(tmp_path / "run")]):
+        done = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out.json")])
+        assert done.exit_code == 2 and "is a run without an export" in done.output, done.output
+    with pytest.raises(ValueError, match=f"fastgen export {tmp_path / 'run'}"):
+        source_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="neither a run, an export nor"):
+        source_of(tmp_path)
+
+
+def test_pipelines_that_ship_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_of(Path("assets/emoji/teacher")) == shipped("assets/emoji/teacher")
+    options: dict[str, Any] = {"metrics": ("throughput",), "num_samples": 2, "num_steps": 1, "progress": False}
+    assert evaluate_path("assets/teachers/digits", **options)["metrics"]["network_evaluations"] == 2  # it is guided
 
 
 def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:

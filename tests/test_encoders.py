@@ -1,6 +1,7 @@
 """The memory of text encoders: their precision, their time on the device, and what a plan says of both."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from tiny_pipelines import tiny_sdxl
 from torch import nn
 
 from fastgen.backbones import pipeline as pipeline_module
-from fastgen.backbones.encoders import on_device
+from fastgen.backbones.encoders import Once, on_device
 from fastgen.backbones.sd import SD, SDConfig
 from fastgen.config import load_recipe
 from fastgen.data.prepared import identity
@@ -37,6 +38,12 @@ def build(folder: Path, **options: Any) -> SD:
 
 def encoders(backbone: SD) -> list[nn.Module]:
     return [backbone.text_pipeline.text_encoder, backbone.text_pipeline.text_encoder_2]
+
+
+def test_a_warning_of_every_prompt_is_said_once() -> None:
+    once = Once("truncated")
+    records = [logging.makeLogRecord({"msg": text}) for text in ("was truncated: a", "other", "was truncated: b")]
+    assert [once.filter(record) for record in records] == [True, True, False]
 
 
 def test_encoders_have_a_precision_of_their_own(folder: Path) -> None:

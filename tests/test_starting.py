@@ -150,6 +150,16 @@ def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validato
     assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]
 
 
+def test_what_is_measured_fits_the_prompts() -> None:
+    """Those of the emoji are all different, so that no two samples have the same."""
+    raw = write_new("assets/emoji/teacher", guidance=2.0)
+    assert raw["eval"]["metrics"] == ["fid", "precision_recall", "throughput"]
+    assert raw["output_dir"] == "runs/emoji_teacher_dmd2_4step"
+    assert write_new("assets/teachers/digits")["eval"]["metrics"] == ["fid", "diversity", "throughput"]
+    with pytest.raises(ValueError, match="diversity compares samples of one prompt, and the first 1024 prompts are"):
+        built(raw | {"eval": raw["eval"] | {"metrics": ["fid", "diversity"], "quick_num_samples": 1024}})
+
+
 @pytest.mark.parametrize(
     ("wishes", "words"),
     [

@@ -1,5 +1,6 @@
 """The text encoders of a pipeline: loaded without the rest of it, and off the device between uses if asked for."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,23 @@ def load_text_pipeline(
         raise WeightsError(f"path: cannot load the text encoders and the scheduler of {source}: {error}") from None
     for name in parts:
         setattr(pipeline, name, None)
+    logging.getLogger(cls.__module__).addFilter(Once("part of your input was truncated"))
     return pipeline
+
+
+class Once(logging.Filter):
+    """Lets the first warning with these words through, and no other: a stock pipeline warns of every prompt that is
+    longer than its encoder reads."""
+
+    def __init__(self, words: str):
+        super().__init__()
+        self.words, self.said = words, False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.words not in record.getMessage():
+            return True
+        said, self.said = self.said, True
+        return not said
 
 
 @contextmanager

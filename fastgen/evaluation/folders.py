@@ -35,6 +35,7 @@ from fastgen.metrics.reference import (
     sample_files,
 )
 from fastgen.recipe import EvalConfig
+from fastgen.registry import here_or_shipped
 from fastgen.rewards import SCORERS
 from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import with_teacher_first
@@ -81,7 +82,7 @@ def evaluate_path(
     interrupted evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same
     result.
     Raises ValueError for anything that does not fit."""
-    path = Path(path)
+    path = here_or_shipped(path)
     if output is not None:
         if Path(output).suffix == ".html":
             raise ValueError(

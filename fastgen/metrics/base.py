@@ -61,6 +61,7 @@ class Metric(ABC):
     backbones: ClassVar[tuple[str, ...]] = ()  # the backbones whose exact law it needs; (): it needs none
     needs_reference: ClassVar[bool] = False  # whether it compares with real images
     fewest_samples: ClassVar[int] = 1
+    compares_within_prompts: ClassVar[bool] = False  # whether it needs a prompt with two samples
 
     def __init__(self, context: MetricContext):
         self.context = context

@@ -24,6 +24,7 @@ class Diversity(Metric):
     name = "diversity"
     output = "pixels"
     directions: ClassVar[Directions] = {"diversity": "higher"}
+    compares_within_prompts = True
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
@@ -53,5 +54,5 @@ class Diversity(Metric):
     def compute(self) -> dict[str, float]:
         groups = [torch.stack(rows).double() for rows in self.kept.values() if len(rows) > 1]
         if not groups:
-            raise ValueError("diversity needs a prompt with two samples; raise eval.num_samples or give fewer prompts")
+            raise ValueError("diversity needs a prompt with two samples; leave it out, or give fewer prompts")
         return {"diversity": float(torch.stack([torch.pdist(rows).mean() for rows in groups]).mean())}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.folder import local_folder
 from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import replace_file
+from fastgen.metrics import DIRECTIONS
 from fastgen.recipe import Recipe
 from fastgen.sampling.sampler import METADATA
 
 PICTURES = {"teacher.png": "The teacher", "student.png": "The student"}  # in samples/ of the export
+FEATURES = {  # of eval.features
+    "digits": "the features of a classifier of digits",
+    "latents": "the latents of the pipeline's VAE",
+    "clip": "CLIP's features",
+    "inception": "Inception's features",
+}
 TAGS = {("pixels", False): "text-to-image", ("frames", False): "text-to-video", ("frames", True): "image-to-video"}
 
 
@@ -113,4 +120,17 @@ def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str
     body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
     scale = recipe.teacher_guidance
     note = f"Measured on {recipe.eval.quick().num_samples} samples; the teacher is at guidance scale {scale}."
-    return "\n".join([note, "", *head, *body])
+    return "\n".join([f"{note}{compared(recipe, columns)}", "", *head, *body])
+
+
+def compared(recipe: Recipe, columns: Sequence[str]) -> str:
+    """What the samples were compared with, and in which direction the numbers are better."""
+    config, said = recipe.eval, ""
+    if config.reference is not None:
+        known = {"teacher": "other samples of the teacher", "digits": "held-out digits"}
+        said += f" They are compared with {known.get(config.reference, f'the pictures of `{config.reference}`')}"
+        said += f", in {FEATURES[config.features]}."
+    for direction in ("lower", "higher"):
+        if names := [f"`{name}`" for name in columns if DIRECTIONS.get(name) == direction]:
+            said += f" {direction.capitalize()} is better for {', '.join(names)}."
+    return said

@@ -10,19 +10,17 @@ from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import BackboneConfig
 from fastgen.backbones.folder import FLOW_MAP, ROUTED, STREAMING, read_index, read_json
 from fastgen.backbones.saving import LORA_WEIGHTS
-from fastgen.pipelines import few_step, flow_map, inner_flow, routed, streaming  # noqa: F401 - diffusers finds the imported ones
+from fastgen.pipelines import few_step, flow_map, inner_flow, routed, segment_flow, streaming  # noqa: F401 - diffusers finds the imported ones
 from fastgen.registry import build_section
-from fastgen.sampling.sampler import METADATA, load_sampler, read_metadata
+from fastgen.sampling.sampler import METADATA, load_sampler, read_metadata, source_of
 
 
 def load_pipeline(path: Path, options: Mapping[str, Any]) -> Any:
     """See `fastgen.api.load`."""
     from diffusers import DiffusionPipeline
 
-    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    folder = source_of(path)
     if not (folder / METADATA).is_file():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
         return DiffusionPipeline.from_pretrained(folder, **options)
     metadata = read_metadata(folder, several=True)
     if "path" not in metadata["backbone"]:

@@ -21,7 +21,7 @@ from fastgen.backbones.pipeline_config import PipelineConfig, family_configs
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
 from fastgen.pipelines.router import Part, Router, student_folders
-from fastgen.registry import build_section, current_names
+from fastgen.registry import build_section, current_names, here_or_shipped
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.rollout.passes import Noise
 from fastgen.streaming.context import Context
@@ -237,8 +237,7 @@ def load_sampler(
     whether samples are to be made from images, for a plain pipeline that can do both. references: the number of
     reference pictures of the control videos that samples are to be made from, for a plain pipeline that takes some;
     None if from none."""
-    device = torch.device(device)
-    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    device, folder = torch.device(device), source_of(path)
     if (folder / METADATA).is_file():
         metadata = read_metadata(folder, several=True)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
@@ -262,8 +261,6 @@ def load_sampler(
         part = metadata.get("part")
         part = None if part is None else TypeAdapter(Part).validate_python(part)
         return Sampler(backbone, backbone.load_exported(folder), policy, 1.0, folder, part)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
     section: Any = dataclasses.replace(pipeline_config(folder, image), negative_prompt=negative_prompt or "")
     section = section if references is None else section.with_control(references)
     section.check()
@@ -273,6 +270,20 @@ def load_sampler(
     if negative_prompt and scale == 1:
         raise ValueError("a negative prompt is what guidance leads away from: give a guidance scale other than 1")
     return Sampler(backbone, backbone.load("teacher"), backbone.teacher_policy(num_steps or steps), scale, folder)
+
+
+def source_of(path: Path) -> Path:
+    """The export of a run folder, an exported folder, or a diffusers pipeline folder, in the working directory or
+    among the files that ship with fastgen. Raises ValueError for anything else."""
+    path = here_or_shipped(path)
+    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    if (folder / METADATA).is_file() or (folder / "model_index.json").is_file():
+        return folder
+    if (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a run without an export; write that of its last checkpoint: fastgen export {path}"
+        )
+    raise ValueError(f"{path} is neither a run, an export nor a diffusers pipeline folder")
 
 
 def usual_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:

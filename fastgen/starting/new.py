@@ -102,4 +102,5 @@ def with_batch(values: Mapping[str, Any], size: int, images: int) -> dict[str, A
 
 
 def next_commands(output: Path, run: str) -> Sequence[str]:
-    return (f"fastgen train {output}", f"fastgen eval {run}", f"fastgen demo {run}")
+    prompt = '--prompt "..."'
+    return (f"fastgen train {output}", f"fastgen sample {run} {prompt}", f"fastgen eval {run}", f"fastgen demo {run}")

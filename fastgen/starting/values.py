@@ -9,10 +9,13 @@ from typing import Any
 
 import yaml
 
+from fastgen.data.prompts import read_prompts
 from fastgen.registry import shipped
 from fastgen.starting.facts import Facts, Wishes
 
 IMAGES = 64  # of an update of a large network, over all GPUs and micro-batches
+# names of folders that say nothing of the pipeline in them
+UNTELLING = ("teacher", "pipeline", "model", "checkpoint", "export", "diffusers", "final", "latest")
 COPIES = ("student", "fake_score")  # roles that can be adapters of the teacher
 
 
@@ -31,7 +34,7 @@ def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
             objective.pop(key, None)
         if "phases" in objective:
             objective["experts"] = False  # adapters of several experts need a pipeline that has them
-    name = f"{Path(wishes.pipeline).name.lower().replace('-', '_')}_{wishes.objective}_{wishes.steps}step"
+    name = f"{name_of(wishes.pipeline)}_{wishes.objective}_{wishes.steps}step"
     roles = list(template["optimizers"])
     copies = [role for role in COPIES if role in roles] if large else []
     values: dict[str, Any] = {
@@ -47,6 +50,13 @@ def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
         "eval": eval_of(wishes, facts),
     }
     return values
+
+
+def name_of(pipeline: str) -> str:
+    """The last part of its path or hub id; with the one before, if it says nothing of the pipeline."""
+    *before, last = Path(pipeline).parts
+    words = [before[-1], last] if before and last.lower() in UNTELLING else [last]
+    return "_".join(words).lower().replace("-", "_")
 
 
 def read_template(objective: str) -> dict[str, Any]:
@@ -116,7 +126,8 @@ def eval_of(wishes: Wishes, facts: Facts) -> dict[str, Any]:
     if facts.config.output == "pixels":
         clip = wishes.scorers.get("clip_score", {}).get("path")
         features = {"features": "clip", "clip": clip} if clip else {"features": "latents"}
-        metrics = ["fid", "diversity", *(["clip_retrieval"] if clip else []), *wishes.scorers, "throughput"]
+        varied = "diversity" if len(set(read_prompts(prompts_of(wishes)))) <= count // 4 else "precision_recall"
+        metrics = ["fid", varied, *(["clip_retrieval"] if clip else []), *wishes.scorers, "throughput"]
         values |= {"metrics": metrics, "reference": "teacher", **features}
     if wishes.scorers:
         values["scorers"] = {name: dict(keys) for name, keys in wishes.scorers.items()}
