@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,20 @@ def test_captions_fit_their_own_held_out_pictures_best() -> None:
         for said in (captions, captions[1:] + captions[:1])
     )
     assert (own - other).mean() > 0.3 and (own > other).float().mean() > 0.8
+
+
+def test_the_preference_model_prefers_whole_pictures_and_those_of_the_caption() -> None:
+    """Held-out pictures, beside the same ones at a quarter of their size, and beside other pictures."""
+    captions = read_captions(EMOJI / "reference" / "metadata.csv", "caption")[:240:10]
+    pixels = pixels_of([EMOJI / "reference" / f"{number:03}.webp" for number in range(0, 240, 10)])
+    coarse = F.interpolate(F.interpolate(pixels, scale_factor=0.25, mode="area"), scale_factor=4, mode="nearest")
+    whole, blocks, others = (
+        torch.tensor(fastgen.score(list(shown), captions, "pickscore", path=str(EMOJI / "preference")))
+        for shown in (pixels, coarse, pixels.roll(1, 0))
+    )
+    shares = [float((whole > worse).double().mean()) for worse in (blocks, others)]
+    print(f"prefers {shares}; means {[round(float(v.mean()), 2) for v in (whole, blocks, others)]}")
+    assert min(shares) > 0.85
 
 
 def test_no_prompt_of_training_is_a_held_out_caption() -> None:
