@@ -142,7 +142,7 @@ def main() -> None:
                 rows.append(measure(folder, prefetch, arguments.updates, arguments.sleep))
     for prefetch, rows in found.items():
         row = {
-            "name": f"digits, prefetch {prefetch}",
+            "name": f"digits, prefetch {prefetch}, sleep {arguments.sleep:g}",
             "seconds_per_update": round(statistics.median(seconds for seconds, _ in rows), 3),
             "share_outside_passes": round(statistics.median(share for _, share in rows), 4),
             "sleep": arguments.sleep,
