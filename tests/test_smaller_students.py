@@ -96,6 +96,7 @@ def test_with_fewer_heads_it_trains_and_its_export_is_a_narrower_stock_pipeline(
     assert float((one - other).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_a_narrower_one_and_one_with_other_heads_does_not(
     narrow: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_another_run_starts_from_a_narrower_one_and_one_with_other_heads_does_no
         load_recipe(RECIPE, [NARROW, f"init_from={TEACHER}"])
 
 
+@pytest.mark.slow
 def test_a_student_with_two_times_is_told_them_at_its_own_width(tmp_path: Path) -> None:
     """Also those of the student that an export is loaded as."""
     small = [*SMALL[:1], "train.steps=1", "train.batch_size=4", "train.eval_every=0", "train.sample_every=0"]
