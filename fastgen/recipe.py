@@ -201,7 +201,6 @@ class EvalConfig:
         if self.reference == TEACHER and self.prompts is None and self.images is None:
             raise ValueError("prompts: reference: teacher has none of its own; give a file or a list of prompts")
         folder = None if self.reference in ("digits", TEACHER) else self.reference  # digits ship with fastgen
-        found: dict[str, Any] = {}
         for key, value, read in (
             ("prompts", self.prompts, read_prompts),
             ("reference", folder, open_reference),
@@ -209,11 +208,9 @@ class EvalConfig:
         ):
             if value is not None:
                 try:
-                    found[key] = read(value)  # type: ignore[arg-type]
+                    read(value)  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from None
-        reference = found.get("reference")
-        self.check_repeats(found.get("prompts") or ([] if reference is None else reference.prompts))
         for name, reward in self.rewards().items():
             try:
                 reward.ready()
@@ -225,17 +222,16 @@ class EvalConfig:
             check_clip(self.clip)
 
     def check_repeats(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError if a metric compares the samples of one prompt, and these prompts are all different in an
-        evaluation. They are taken from the first on, and from the beginning again after the last."""
+        """Raises ValueError if a metric compares the samples of one prompt, and all of these prompts, which are
+        sampled in turn, are different. At most the first num_samples of them are used."""
         from fastgen import metrics
 
         needing = [name for name in self.metrics if metrics.METRICS[name].compares_within_prompts]
-        for count in (self.quick().num_samples, self.num_samples):
-            if needing and len(prompts) >= count == len(set(prompts[:count])):
-                raise ValueError(
-                    f"metrics: {needing[0]} compares samples of one prompt, and the first {count} prompts are all "
-                    f"different; leave {needing[0]} out, or give fewer prompts"
-                )
+        if needing and len(prompts) >= self.num_samples == len(set(prompts[: self.num_samples])):
+            raise ValueError(
+                f"metrics: {needing[0]} compares samples of one prompt, and the first {self.num_samples} prompts are "
+                f"all different; leave {needing[0]} out, or give fewer prompts"
+            )
 
     def quick(self) -> "EvalConfig":
         """The same evaluation with quick_num_samples samples."""

@@ -109,6 +109,8 @@ def test_a_run_without_an_export_is_told_how_to_get_one(tmp_path: Path) -> None:
         source_of(tmp_path / "run")
     with pytest.raises(ValueError, match="neither a run, an export nor"):
         source_of(tmp_path)
+    with pytest.raises(ValueError, match=r"^there is no folder nowhere$"):  # as it was given
+        evaluate_path("nowhere")
 
 
 def test_pipelines_that_ship_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

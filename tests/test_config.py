@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from shipped_recipes import RECIPES, loaded
 from typer.testing import CliRunner
 
 from fastgen.cli import app
@@ -263,14 +262,6 @@ def test_a_dumped_recipe_loads_equal(mixture_recipe: Path, tmp_path: Path, overr
     assert again == recipe and dump_recipe(again) == text
     assert "normaliser_floor: 1.0e-06" in text
     assert changed_keys(recipe, again) == []
-
-
-def test_every_recipe_of_the_project_loads_and_round_trips(tmp_path: Path) -> None:
-    assert RECIPES
-    for path in RECIPES:
-        recipe = loaded(path)
-        (tmp_path / path.name).write_text(dump_recipe(recipe))
-        assert load_recipe(tmp_path / path.name) == recipe, path.name
 
 
 def test_changed_keys_are_named(mixture_recipe: Path) -> None:

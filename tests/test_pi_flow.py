@@ -285,6 +285,23 @@ def test_the_loss_is_the_velocity_error_at_the_states_of_the_student() -> None:
     assert torch.allclose(weight.grad, gradient) and gradient.abs().max() > 0
 
 
+def test_each_segment_of_a_rollout_counts_by_its_length_and_data_are_drawn_by_it() -> None:
+    """For levels 1 and 0.6: 0.4 times the loss of the first segment and 0.6 times that of the second, which begins
+    where the first one ends. A segment that data were drawn for has no such factor."""
+    policy = RolloutPolicy(LEVELS, transition="ode", segment=SegmentFlow("mixture", 3, 8))
+    objective = PiFlow(teacher_updates=10)
+    networks, batch, state = tiny_networks(objective, policy), tiny_batch(), updated(5)
+    x, expected = batch.normal("initial"), torch.zeros((), dtype=torch.float64)
+    for i, (level, length) in enumerate(zip(LEVELS, (0.4, 0.6), strict=True)):
+        error, _, x = objective.segment_loss(networks, batch, state, str(i), x, x.new_full((len(x),), level))
+        expected = expected + length * error.mean()
+    assert torch.allclose(total(objective, networks, batch, state), expected)
+    t = drawn_tops(batch, policy)
+    noised = (1 - t[:, None]) * batch.latents + t[:, None] * batch.normal("noise")
+    error = objective.segment_loss(networks, batch, state, "", noised, t)[0]
+    assert torch.allclose(total(replace(objective, data=True), networks, batch, state), error.mean())
+
+
 def test_the_teacher_makes_the_first_steps_and_the_student_the_later_ones() -> None:
     objective, batch, length = PiFlow(states=3, teacher_updates=10, window=0.1), tiny_batch(400), 0.6
     one = torch.ones(400, dtype=torch.float64)

@@ -133,6 +133,7 @@ def test_a_plan_counts_the_smaller_student(tmp_path: Path) -> None:
     assert 0.2 < roles["narrow"]["student"] / roles["whole"]["student"] < 0.4
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_it_and_one_with_other_blocks_does_not(small: Path, tmp_path: Path) -> None:
     start = f"init_from={small}"
     assert (run(tmp_path / "on", 1, TWO, start, "train.steps=1") / "export").is_dir()

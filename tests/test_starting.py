@@ -17,6 +17,7 @@ from fastgen.config import load_recipe
 from fastgen.config.schema import recipe_schema, recipe_schema_text
 from fastgen.config.text import read_recipe
 from fastgen.evaluation.folders import evaluate_path
+from fastgen.recipe import EvalConfig
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
 from fastgen.starting.facts import Wishes, look_at
 from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe
@@ -158,6 +159,11 @@ def test_what_is_measured_fits_the_prompts() -> None:
     assert write_new("assets/teachers/digits")["eval"]["metrics"] == ["fid", "diversity", "throughput"]
     with pytest.raises(ValueError, match="diversity compares samples of one prompt, and the first 1024 prompts are"):
         built(raw | {"eval": raw["eval"] | {"metrics": ["fid", "diversity"], "quick_num_samples": 1024}})
+    config = EvalConfig(metrics=("diversity",), num_samples=3, reference="teacher")
+    config.check_repeats(["a", "b", "a"])
+    config.check_repeats(["a", "b"])  # the third sample has the first prompt again
+    with pytest.raises(ValueError, match="the first 3 prompts are all different"):
+        config.check_repeats(["a", "b", "c", "a"])
 
 
 @pytest.mark.parametrize(

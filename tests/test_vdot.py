@@ -124,6 +124,7 @@ def test_both_fields_are_weighted() -> None:
     assert torch.allclose(VDOT(ot_weight=0.5, dmd_weight=2.0).field(x, fake, real), 0.5 * ot + 2 * dm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0)], ids=["transport alone", "both"])
 def test_an_affine_student_converges_to_the_guided_gaussian(weights: tuple[float, float]) -> None:
     student = AffineStudent(-1.0, 0.4)

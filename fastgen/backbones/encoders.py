@@ -42,7 +42,9 @@ def load_text_pipeline(
         raise WeightsError(f"path: cannot load the text encoders and the scheduler of {source}: {error}") from None
     for name in parts:
         setattr(pipeline, name, None)
-    logging.getLogger(cls.__module__).addFilter(Once("part of your input was truncated"))
+    logger = logging.getLogger(cls.__module__)
+    logger.filters = [kept for kept in logger.filters if not isinstance(kept, Once)]  # of a pipeline before this one
+    logger.addFilter(Once("part of your input was truncated"))
     return pipeline
 
 

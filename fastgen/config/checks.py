@@ -1,5 +1,6 @@
 """Whether the sections of a recipe fit each other."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastgen.data.controls import controls_like, is_video
 from fastgen.data.prompts import read_prompts
 from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
-from fastgen.metrics.reference import given_files
+from fastgen.metrics.reference import given_files, open_reference
 from fastgen.objectives.base import Objective
 from fastgen.policy import INPUT_KEYS
 from fastgen.recipe import Recipe
@@ -52,6 +53,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         with problems.noting("eval"):
             recipe.eval.check()
             check_given(recipe)
+            check_repeats(recipe)
         if recipe.eval.prompts is not None:
             with problems.noting("eval.prompts"):
                 recipe.backbone.check_prompts(read_prompts(recipe.eval.prompts))
@@ -80,6 +82,22 @@ def check_part(recipe: Recipe) -> None:
         raise ValueError("part: pictures of several sizes cannot be divided by prompt; leave out data.buckets")
     if recipe.eval.images is not None:
         raise ValueError("part: the pictures of eval.images cannot be divided by prompt; leave them out")
+
+
+def check_repeats(recipe: Recipe) -> None:
+    """Checks that metrics which compare the samples of a prompt find two, at the end of training and during it."""
+    config, part = recipe.eval, recipe.part
+    if not any(METRICS[name].compares_within_prompts for name in config.metrics):
+        return
+    if config.prompts is not None:
+        prompts: Sequence[str] = read_prompts(config.prompts)
+    elif config.reference is not None and config.images is None:
+        prompts = open_reference(config.reference).prompts
+    else:
+        return
+    kept = [prompt for prompt in prompts if part is None or part.has(prompt)]
+    for each in (config.quick(), config):
+        each.check_repeats(kept)
 
 
 def check_given(recipe: Recipe) -> None:
@@ -259,23 +277,20 @@ def check_chunks(recipe: Recipe) -> None:
 
 
 def check_segment(recipe: Recipe) -> None:
-    """Checks that the objective and the ways of training fit a student that predicts segments, and that such an
-    objective has one."""
-    segment, objective = recipe.rollout.segment, recipe.objective
-    if (segment is not None) != objective.takes_segment:
+    """Checks that the objective and the ways of training fit a student that predicts segments, if the policy asks for
+    one."""
+    if recipe.rollout.segment is None:
+        return
+    if not recipe.objective.takes_segment:
         raise RecipeError(
-            f"rollout.segment: objective {objective.name} "
-            + (
-                "trains students that predict whole segments: give rollout.segment, such as {kind: mixture, size: 8}"
-                if objective.takes_segment
-                else "cannot train a student that predicts whole segments; leave it out, or use pi_flow"
-            )
+            f"rollout.segment: objective {recipe.objective.name} cannot train a student that predicts whole segments; "
+            "leave it out, or use pi_flow"
         )
     reasons = {
         "the student gets weights that no adapter has (lora.student)": "student" in recipe.lora,
         "it is not tried with networks that are sharded (train.strategy: fsdp)": recipe.train.strategy == "fsdp",
     }
-    if segment is not None and (found := [reason for reason, holds in reasons.items() if holds]):
+    if found := [reason for reason, holds in reasons.items() if holds]:
         raise RecipeError(f"rollout.segment is not possible: {'; '.join(found)}; leave it out, or leave these out")
 
 

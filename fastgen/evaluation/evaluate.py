@@ -64,6 +64,7 @@ def evaluate_with_samples(
     backbone = sampler.backbone
     reference = reference or find_reference(backbone.output, config)
     prompts = find_prompts(sampler, config, reference)
+    config.check_repeats(prompts)
     images = find_images(sampler, config)
     timing = Timing(sampler.network_evaluations)
     context = MetricContext(

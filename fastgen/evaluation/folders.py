@@ -82,7 +82,7 @@ def evaluate_path(
     interrupted evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same
     result.
     Raises ValueError for anything that does not fit."""
-    path = here_or_shipped(path)
+    given_path, path = path, here_or_shipped(path)
     if output is not None:
         if Path(output).suffix == ".html":
             raise ValueError(
@@ -91,7 +91,7 @@ def evaluate_path(
         for file in (Path(output), Path(output).with_suffix(".html")):
             check_output(file, overwrite)
     if not path.is_dir():
-        raise ValueError(f"there is no folder {path}")
+        raise ValueError(f"there is no folder {given_path}")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
     config.check()

@@ -71,10 +71,11 @@ class PiFlow(Objective):
     page = "docs/flow_maps.md"
 
     name: Literal["pi_flow"] = "pi_flow"
-    guidance_scale: Guidance = 1.0  # of the teacher, which the released FLUX configs tell 3.5
-    # the defaults are those of the released configs for FLUX (row pi_flow_segment)
+    guidance_scale: Guidance = 1.0  # of the teacher (the released FLUX configs have none; their teacher is told 3.5)
+    # the defaults are those of the released configs for FLUX, configs/piflux/gmflux_k8_piid_4step_32gpus.py
     states: int = Field(default=4, ge=1, le=100)  # of a segment
-    window: float = Field(default=3 / 128, ge=0, lt=1)  # in levels, at most the segment's length; "window_substeps: 3"
+    # in levels, at most the segment's length; there 3 of 128 substeps of a unit of time before FLUX's shift
+    window: float = Field(default=3 / 128, ge=0, lt=1)
     teacher_updates: int = Field(default=2000, ge=0, le=MOST_UPDATES)  # until the teacher makes no more steps
     dropout: float = Field(default=0.1, ge=0, lt=1)  # of a mixture's components, in the flow that leads to the states
     data: bool = False  # whether segments begin with noised data

@@ -13,7 +13,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.folder import local_folder
 from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import replace_file
-from fastgen.metrics import DIRECTIONS
+from fastgen.metrics import DIRECTIONS, METRICS
 from fastgen.recipe import Recipe
 from fastgen.sampling.sampler import METADATA
 
@@ -126,7 +126,7 @@ def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str
 def compared(recipe: Recipe, columns: Sequence[str]) -> str:
     """What the samples were compared with, and in which direction the numbers are better."""
     config, said = recipe.eval, ""
-    if config.reference is not None:
+    if config.reference is not None and any(METRICS[name].needs_reference for name in config.metrics):
         known = {"teacher": "other samples of the teacher", "digits": "held-out digits"}
         said += f" They are compared with {known.get(config.reference, f'the pictures of `{config.reference}`')}"
         said += f", in {FEATURES[config.features]}."

@@ -275,8 +275,8 @@ def load_sampler(
 def source_of(path: Path) -> Path:
     """The export of a run folder, an exported folder, or a diffusers pipeline folder, in the working directory or
     among the files that ship with fastgen. Raises ValueError for anything else."""
-    path = here_or_shipped(path)
-    folder = path / "export" if (path / "export" / METADATA).is_file() else path
+    found = here_or_shipped(path)
+    folder = found / "export" if (found / "export" / METADATA).is_file() else found
     if (folder / METADATA).is_file() or (folder / "model_index.json").is_file():
         return folder
     if (path / "checkpoints").is_dir():
