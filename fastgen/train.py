@@ -79,13 +79,14 @@ from fastgen.run.log import RunLog, run_log
 from fastgen.run.machines import check_alike
 from fastgen.run.saving import Checkpoints
 from fastgen.run.stalls import attended
-from fastgen.run.summary import role_table, summary
+from fastgen.run.summary import role_table, summary, time_left
 from fastgen.run.turns import reset_roles, set_rates
 from fastgen.run.update import update
 from fastgen.run.watching import (
     bit_sums,
     quick_metrics,
     report_moved,
+    say,
     set_anchor,
     show,
     show_teacher,
@@ -96,6 +97,7 @@ from fastgen.run.watching import (
 )
 
 TEACHER = "samples/teacher.png"
+TIMED = 4  # updates after which a program says how long the run will take; the first one, which warms up, is left out
 
 
 def train(recipe: Recipe) -> Path:
@@ -187,7 +189,7 @@ def train_networks(
 
     Raises Interrupted, after saving a checkpoint, if a signal asked the run to end."""
     recipe, config, main = run.recipe, run.recipe.train, run.accelerator.is_main_process
-    marks = weight_marks(run)
+    marks, first = weight_marks(run), list[float]()  # seconds of the first updates of this program
     with (
         writing(run, folder) as checkpoints,
         terminal.progress_bar(config.steps, "training", initial=progress.step, enabled=main, in_logs=True) as bar,
@@ -213,8 +215,13 @@ def train_networks(
             if student_moved:
                 run.ema.update(run.networks.student)
             progress.step = step = step + 1
-            log.took(time.perf_counter() - began)
+            took = time.perf_counter() - began
+            log.took(took)
             bar.update()
+            if len(first) < TIMED:
+                first.append(took)
+                if len(first) == TIMED and step < config.steps:
+                    say(time_left(first[1:], config.steps - step), console)
 
             if recipe.health.every and step % recipe.health.every == 0:
                 watch(run, step, log, marks, console)

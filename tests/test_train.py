@@ -25,6 +25,7 @@ from fastgen.run import checkpoint
 from fastgen.run.build import TrainingError
 from fastgen.run.export import export_run
 from fastgen.run.log import RunLog
+from fastgen.run.summary import time_left
 from fastgen.run.trackers import MOST_PIXELS
 from fastgen.run.watching import bit_sum
 from fastgen.sampling.sampler import load_sampler, teacher_sampler
@@ -118,6 +119,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| student, 4 steps |" in card and "| teacher, 4 steps |" in card and "6 student updates" in card
     printed = capsys.readouterr().out
     assert "discriminator" in printed and "tensors moved" in printed and "the teacher at" in printed
+    assert printed.count("for the 2 updates that are left, at ") == 1  # after 4 of 6 updates
     for words in (
         f"{folder}/recipe.yaml has all values",
         "dmd2",
@@ -290,6 +292,19 @@ def test_a_run_is_evaluated_without_further_options(plain: Path, tmp_path: Path)
         "metrics"
     ].keys()
     assert (tmp_path / "results.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "updates", "words"),
+    [
+        ((0.5, 1.5), 40, "about 40 seconds for the 40 updates that are left, at 1 s each"),
+        ((4.0,), 396, "about 26 minutes for the 396 updates"),
+        ((3.0,), 5_000, "about 4 hours for the 5,000 updates"),
+        ((120.0,), 5_000, "about 7 days for the 5,000 updates that are left, at 120 s each"),
+    ],
+)
+def test_the_time_that_is_left(seconds: tuple[float, ...], updates: int, words: str) -> None:
+    assert words in time_left(seconds, updates)
 
 
 def test_a_diverged_run_stops_with_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

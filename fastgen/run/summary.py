@@ -1,5 +1,6 @@
 """What a run prints before it begins: a summary of its recipe, and the table of its networks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -35,6 +36,24 @@ def summary(recipe: Recipe, folder: Path, accelerator: Accelerator) -> str:
         "seed": str(recipe.seed),
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def time_left(seconds: Sequence[float], updates: int) -> str:
+    """How long the rest of a run takes, in words, by the seconds of some of its updates."""
+    each = sum(seconds) / len(seconds)
+    said = f"{each:.0f}" if each >= 100 else f"{each:.2g}"
+    return (
+        f"about {duration(each * updates)} for the {updates:,} updates that are left, at {said} s each; pictures, "
+        "evaluations and checkpoints come on top"
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def role_table(recipe: Recipe, networks: Networks) -> Table:

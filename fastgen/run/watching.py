@@ -58,14 +58,19 @@ def report_moved(
             raise TrainingError(f"turn {turn.name} moved no parameter of {role}: its loss does not reach it")
         unmoved = f"; unmoved: {', '.join(still[:5])}{' ...' if len(still) > 5 else ''}" if still else ""
         moved = len(parameters) - len(still)
-        with tqdm.external_write_mode():  # on a line of its own, not behind the progress bar
-            console.print(f"{role}: {moved} of {len(parameters)} tensors moved{unmoved}", markup=False)
+        say(f"{role}: {moved} of {len(parameters)} tensors moved{unmoved}", console)
     for role in run.networks:
         if role not in turn.roles and any(p.grad is not None for p in run.networks[role].parameters()):
             raise TrainingError(
                 f"turn {turn.name} left a gradient on {role}, which it does not update; wrap the call in "
                 "fastgen.networks.frozen or torch.no_grad"
             )
+
+
+def say(text: str, console: Console) -> None:
+    """Prints a line while there is a progress bar, and not behind it."""
+    with tqdm.external_write_mode():
+        console.print(text, markup=False)
 
 
 def weight_marks(run: TrainingRun) -> dict[str, Tensor]:
