@@ -12,7 +12,8 @@ from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.sd import SDConfig
 from fastgen.cli import app
 from fastgen.config import load_recipe
-from fastgen.run.card import card_data, copy_pictures, licence, number_table
+from fastgen.run.card import card_data, copy_pictures, number_table
+from fastgen.run.licence import copy_licence_texts, licence_of
 from fastgen.train import train
 
 SHORT = ["train.steps=1", "train.batch_size=2", "train.num_samples=2", "health.every=0", "eval.metrics=[throughput]"]
@@ -26,6 +27,7 @@ def test_a_card_has_pictures_numbers_and_metadata(project: Path, tmp_path: Path)
     card = ModelCard.load(run / "export/README.md")
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     assert card.data.tags == ["distillation", "few-step", "dmd2"] and card.data.base_model is None
+    assert card.data.license == "apache-2.0" and "## Licence" in card.text
     assert "teacher, 1 steps" in card.text and "from_pretrained" in card.text
     for name in ("teacher.png", "student.png"):
         assert f"(samples/{name})" in card.text
@@ -52,12 +54,34 @@ def test_a_hub_id_is_the_base_model() -> None:
     assert whole["base_model_relation"] == "finetune" and adapter["base_model_relation"] == "adapter"
 
 
-def test_the_licence_is_the_teachers(tmp_path: Path) -> None:
-    assert licence(None) is None and licence(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A teacher\n")
-    assert licence(tmp_path) == "openrail++"
+def test_the_licence_is_what_the_teachers_folder_states(tmp_path: Path) -> None:
+    """Its card's metadata, else its licence texts by name, else none."""
+    source = str(tmp_path)
+    unknown = licence_of(source)
+    assert unknown.metadata == {"license": "other", "license_name": "unknown"} and "not known here" in unknown.said
     (tmp_path / "README.md").write_text("# A teacher without metadata\n")
-    assert licence(tmp_path) is None
+    assert licence_of(source) == unknown
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert licence_of(source) == unknown
+    (tmp_path / "NOTICE").write_text("Of several sets of pictures.\n")
+    noted = licence_of(source)
+    assert noted.metadata == {"license": "other", "license_name": "see-notice", "license_link": "NOTICE"}
+    assert "[NOTICE](NOTICE)" in noted.said
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A teacher\n")
+    assert licence_of(source).metadata == {"license": "openrail++"} and "`openrail++`" in licence_of(source).said
+    named = {"license": "other", "license_name": "a-community-license", "license_link": "LICENSE.md"}
+    lines = "".join(f"{key}: {value}\n" for key, value in named.items())
+    (tmp_path / "README.md").write_text(f"---\n{lines}---\n# A teacher\n")
+    assert licence_of(source).metadata == named and "`a-community-license`" in licence_of(source).said
+    assert licence_of("org/name").metadata == {} and "the page of org/name" in licence_of("org/name").said
+
+
+def test_what_the_shipped_teachers_state(tmp_path: Path) -> None:
+    assert licence_of("assets/teachers/digits").metadata == {"license": "apache-2.0"}
+    assert licence_of("assets/teachers/moving_digits").metadata == {"license": "apache-2.0"}
+    assert licence_of("assets/emoji/teacher").metadata["license_link"] == "NOTICE"
+    copy_licence_texts("assets/emoji/teacher", tmp_path)
+    assert "Twemoji" in (tmp_path / "NOTICE").read_text() and "CC BY 4.0" in (tmp_path / "NOTICE").read_text()
 
 
 def test_the_last_picture_is_copied(tmp_path: Path) -> None:

@@ -560,7 +560,11 @@ def sweep_table(table: list[dict[str, float]]) -> str:
 def model_card(metrics: dict) -> str:
     """The README of the teacher folder."""
     sizes = "\n".join(f"| {name} | {count:,} |" for name, count in metrics["parameters"].items())
-    return f"""# Digits teacher
+    return f"""---
+license: apache-2.0
+---
+
+# Digits teacher
 
 A real, tiny Stable Diffusion 3 pipeline that draws handwritten digits, 32x32 pixels. It exists so that the whole of
 fastgen can be run and tested in minutes on a CPU. Made by `tools/make_digits_teacher.py`.

@@ -72,7 +72,11 @@ def card(measured: dict, training: dict, machine: dict, parts: str) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     vae, transformer = training["vae"], training["transformer"]
     psnr, psnr_49 = (measured[name]["psnr"] for name in ("autoencoder", "autoencoder_49_frames"))
-    return f"""# Moving digits teacher
+    return f"""---
+license: apache-2.0
+---
+
+# Moving digits teacher
 
 A real, tiny Wan pipeline that draws videos of a handwritten digit moving and bouncing, 32x32 pixels. It exists so that
 distillation into streaming video students can be run and tested in minutes on a CPU. Made by

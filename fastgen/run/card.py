@@ -15,6 +15,7 @@ from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import replace_file
 from fastgen.metrics import DIRECTIONS, METRICS
 from fastgen.recipe import Recipe
+from fastgen.run.licence import licence_of
 from fastgen.sampling.sampler import METADATA
 
 PICTURES = {"teacher.png": "The teacher", "student.png": "The student"}  # in samples/ of the export
@@ -50,30 +51,23 @@ def copy_pictures(run: Path, folder: Path) -> None:
 
 
 def card_data(backbone: Backbone, recipe: Recipe, adapter: bool) -> ModelCardData:
-    """What a hub reads: the teacher, if it has a hub id, and its licence, if its own card says it."""
-    source = str(to_dict(recipe.backbone).get("path", ""))
-    folder = local_folder(source) if source else None
+    """What a hub reads: the teacher, if it has a hub id, and its licence, as far as its folder says it."""
+    source = source_of(recipe)
     base: dict[str, Any] = {}
-    if source and folder is None:
+    if source and local_folder(source) is None:
         base = {"base_model": source, "base_model_relation": "adapter" if adapter else "finetune"}
     return ModelCardData(
         library_name=backbone.library,
-        license=licence(folder),
         pipeline_tag=TAGS.get((backbone.output, backbone.takes_image)),
         tags=["distillation", "few-step", recipe.objective.name],
+        **(licence_of(source).metadata if source else {}),
         **base,
     )
 
 
-def licence(folder: Path | None) -> str | None:
-    """That of the teacher's own card. A student is made from its teacher's weights and stays under its licence."""
-    if folder is None or not (folder / "README.md").is_file():
-        return None
-    try:
-        found: Any = ModelCard.load(folder / "README.md").data.to_dict().get("license")
-    except ValueError:  # a card whose metadata cannot be read
-        return None
-    return found if isinstance(found, str) else None
+def source_of(recipe: Recipe) -> str:
+    """The teacher's pipeline, a folder or a hub id; "" for an analytic teacher."""
+    return str(to_dict(recipe.backbone).get("path", ""))
 
 
 def model_card(
@@ -85,13 +79,14 @@ def model_card(
     shown: list[str],
 ) -> str:
     """The model card in Markdown, without its metadata."""
-    source = to_dict(recipe.backbone).get("path", "an analytic mixture of Gaussians")
+    source = source_of(recipe)
+    licence = f"## Licence\n\n{licence_of(source).said}\n\n" if source else ""
     negative = json.dumps(backbone.negative_prompt, ensure_ascii=False)
     away = f" The teacher's guidance leads away from the negative prompt {negative}." if negative != '""' else ""
     plain = backbone.plain_call(recipe.rollout, "student" in recipe.lora)
     warning = f"{plain}\n\n" if plain else ""
     pictures = "".join(f"{PICTURES[name]}:\n\n![{PICTURES[name]}](samples/{name})\n\n" for name in shown)
-    return f"""# A {recipe.rollout.num_steps}-step student of {source}
+    return f"""# A {recipe.rollout.num_steps}-step student of {source or "an analytic teacher"}
 
 {warning}Distilled with fastgen {fastgen.__version__}, objective `{recipe.objective.name}`, in {step} student updates.
 The weights are the moving average of the student's weights.{away}
@@ -104,7 +99,7 @@ The weights are the moving average of the student's weights.{away}
 
 {number_table(recipe, rows)}
 
-## Recipe
+{licence}## Recipe
 
 ```yaml
 {dump_recipe(recipe)}```

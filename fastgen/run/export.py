@@ -18,8 +18,9 @@ from fastgen.denoiser import Denoiser
 from fastgen.modules.sharding import gathered
 from fastgen.recipe import Recipe
 from fastgen.run import checkpoint
-from fastgen.run.card import copy_pictures, write_card
+from fastgen.run.card import copy_pictures, source_of, write_card
 from fastgen.run.leftovers import REPLACED, restore
+from fastgen.run.licence import copy_licence_texts
 from fastgen.sampling.sampler import METADATA
 
 
@@ -61,6 +62,7 @@ def export(
         (partial / "recipe.yaml").write_text(dump_recipe(recipe))
         if run is not None:
             copy_pictures(run, partial)
+        copy_licence_texts(source_of(recipe), partial)
         write_card(backbone, recipe, partial, step, rows or {})
         if folder.exists():
             folder.rename(old)
