@@ -49,7 +49,7 @@ def student_row(run: Path, steps: int | None) -> tuple[str, dict[str, Any]]:
 
 def measured(path: Path, **options: Any) -> dict[str, float]:
     section = yaml.safe_load(RECIPE.read_text())["eval"]
-    return fastgen.evaluate(path, **{key: section[key] for key in OWN}, **options)["metrics"]
+    return fastgen.evaluate(path, student_only=True, **{key: section[key] for key in OWN}, **options)["metrics"]
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

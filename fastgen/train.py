@@ -54,6 +54,8 @@ from tqdm import tqdm
 import fastgen
 from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data import DataError
+from fastgen.evaluation.numbers import store_numbers
+from fastgen.evaluation.results import results_table
 from fastgen.modules.sharding import WeightsError
 from fastgen.noise import make_key
 from fastgen.recipe import Recipe
@@ -69,7 +71,6 @@ from fastgen.run.build import (
     set_aside,
     start_from,
 )
-from fastgen.run.card import write_card
 from fastgen.run.checkpoint import CheckpointError
 from fastgen.run.distributed import start
 from fastgen.run.export import export, export_sharded
@@ -91,7 +92,8 @@ from fastgen.run.watching import (
     show,
     show_teacher,
     shown_prompts,
-    teacher_metrics,
+    student_row,
+    teacher_rows,
     watch,
     weight_marks,
 )
@@ -150,7 +152,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
             f"{name} ended the run after its last update; the student was exported to {exported}, and not measured",
             EXIT_CODES[ended],
         )
-    measure_student(run, exported, progress.step)
+    measure_student(run, exported, console)
     return folder
 
 
@@ -296,19 +298,25 @@ def export_student(run: TrainingRun, folder: Path, step: int, console: Console) 
     return exported
 
 
-def measure_student(run: TrainingRun, exported: Path, step: int) -> None:
-    """Measures the average of the student, and writes the numbers into the card of its export.
+def measure_student(run: TrainingRun, exported: Path, console: Console) -> None:
+    """Measures the average of the student and its teacher alike, prints a table, and writes the numbers into the
+    export and its card.
 
     Raises TrainingError if the student cannot be measured, for example because its samples are not finite."""
+    main, count = run.accelerator.is_main_process, run.recipe.eval.quick().num_samples
     if run.samples_here:
+        who = "the student and its teacher" if run.recipe.eval.teacher_steps else "the student"
+        console.print(f"measuring {count} samples of {who}", markup=False)
         try:
-            rows = {f"student, {run.recipe.rollout.num_steps} steps": quick_metrics(run)} | teacher_metrics(run)
+            rows = [student_row(run, progress=main), *teacher_rows(run, progress=main)]
         except ValueError as error:
             raise TrainingError(
                 f"the student was exported to {exported}, but it cannot be measured: {error}"
             ) from None
-        if run.accelerator.is_main_process:
-            write_card(run.backbone, run.recipe, exported, step, rows)
+        if main:
+            store_numbers(exported, rows)
+            terminal.print_table(results_table(rows), console)
+            console.print(f"{exported / 'README.md'}, the model card, has these numbers", markup=False)
     run.accelerator.wait_for_everyone()
 
 

@@ -12,7 +12,8 @@ from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.sd import SDConfig
 from fastgen.cli import app
 from fastgen.config import load_recipe
-from fastgen.run.card import card_data, copy_pictures, number_table
+from fastgen.evaluation.numbers import STORED, known_numbers, numbers_section, store_numbers, stored_numbers
+from fastgen.run.card import card_data, copy_pictures
 from fastgen.run.licence import copy_licence_texts, licence_of
 from fastgen.train import train
 
@@ -28,18 +29,60 @@ def test_a_card_has_pictures_numbers_and_metadata(project: Path, tmp_path: Path)
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     assert card.data.tags == ["distillation", "few-step", "dmd2"] and card.data.base_model is None
     assert card.data.license == "apache-2.0" and "## Licence" in card.text
-    assert "teacher, 1 steps" in card.text and "from_pretrained" in card.text
+    assert "| teacher, 1 step |" in card.text and "from_pretrained" in card.text
     for name in ("teacher.png", "student.png"):
         assert f"(samples/{name})" in card.text
         assert (run / "export/samples" / name).is_file()
     assert (run / "export/samples/student.png").read_bytes() == (run / "samples/step_00000001.png").read_bytes()
 
 
+ROW = {
+    "name": "student, 4 steps",
+    "num_samples": 8,
+    "reference": "teacher",
+    "features": "clip",
+    "guidance_scale": 1.0,
+    "metrics": {"fid": 1.0, "recall": 0.5, "network_evaluations": 4.0},
+}
+
+
 def test_the_numbers_say_what_they_compare_and_which_way_is_better() -> None:
-    recipe = load_recipe("recipes/emoji_dmd2_4step.yaml", ["eval.reference=teacher", "eval.prompts=neutral"])
-    said = number_table(recipe, {"student": {"fid": 1.0, "recall": 0.5, "network_evaluations": 4.0}})
-    assert "compared with other samples of the teacher, in CLIP's features." in said
+    said = numbers_section([ROW, ROW | {"name": "teacher, 8 steps", "guidance_scale": 2.5}])
+    assert "Measured on 8 samples of each, with the same prompts and seeds" in said
+    assert (
+        "the teacher is at guidance scale 2.5. They are compared with other samples of the teacher, in CLIP's" in said
+    )
     assert "Lower is better for `fid`" in said and "Higher is better for `recall`." in said
+    assert "| student, 4 steps | 1 | 0.5 | 4 |\n| teacher, 8 steps | 1 | 0.5 | 4 |" in said
+    assert "teacher" not in numbers_section([ROW | {"reference": None}])
+    assert "other samples" not in numbers_section([ROW | {"metrics": {"network_evaluations": 4.0}}])
+
+
+def test_newer_numbers_take_the_place_of_the_older_ones_and_of_nothing_else(tmp_path: Path) -> None:
+    assert store_numbers(tmp_path, [ROW]) is False  # there is no card
+    card = tmp_path / "README.md"
+    card.write_text(f"# Mine\n\n{numbers_section([])}## Licence\n\nAsk \\1 me.\n")
+    assert store_numbers(tmp_path, [ROW | {"metrics": {"fid": 2.5}}])
+    assert (
+        store_numbers(tmp_path, [ROW | {"metrics": {"fid": 7.5}}])
+        and stored_numbers(tmp_path)[0]["metrics"]["fid"] == 7.5
+    )
+    text = card.read_text()
+    assert "7.5" in text and "2.5" not in text and "Not measured" not in text
+    assert text.startswith("# Mine\n\n## Numbers\n") and text.endswith("\n\n## Licence\n\nAsk \\1 me.\n")
+    card.write_text("# A card that somebody has written\n")
+    assert store_numbers(tmp_path, [ROW]) is False and card.read_text() == "# A card that somebody has written\n"
+    (tmp_path / STORED).write_text("[1]")
+    assert stored_numbers(tmp_path) == []
+
+
+def test_numbers_are_known_only_where_all_settings_are_the_same() -> None:
+    rows = [ROW | {"policy": {"timesteps": [1.0, 0.5]}, "metrics": {"fid": 1.0, "fid_num_samples": 8.0, "mmd": 3.0}}]
+    facts = {"num_samples": 8, "guidance_scale": 1.0, "policy": {"timesteps": (1.0, 0.5)}}
+    assert known_numbers(rows, facts, ("fid",)) == {"fid": 1.0, "fid_num_samples": 8.0}
+    assert known_numbers(rows, facts, ("fid", "throughput")) is None
+    for change in ({"num_samples": 9}, {"policy": {"timesteps": (1.0,)}}, {"negative_prompt": "blurred"}):
+        assert known_numbers(rows, facts | change, ("fid",)) is None, change
 
 
 def test_a_hub_id_is_the_base_model() -> None:

@@ -215,7 +215,7 @@ def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    export(backbone.load("student"), backbone, recipe, run / "export", 0, {})
+    export(backbone.load("student"), backbone, recipe, run / "export", 0)
     result = folders.evaluate_path(run, output=tmp_path / "results.json", device="cpu", progress=False)
     assert set(result["metrics"]) == {"energy_distance", "energy_distance_floor"} and result["num_samples"] == 300
     assert result["policy"]["timesteps"] == list(recipe.rollout.timesteps) and len(result["weights"]) == 1

@@ -60,7 +60,7 @@ def draws(backbone: SD3, name: str) -> Tensor:
 
 def saved(backbone: SD3, student: Denoiser, rollout: str, folder: Path) -> Path:
     recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", [f"output_dir={folder}", f"rollout={rollout}"])
-    export(student, backbone, recipe, folder / "export", 0, {})
+    export(student, backbone, recipe, folder / "export", 0)
     return folder / "export"
 
 

@@ -174,7 +174,7 @@ def test_an_export_says_it_and_takes_no_other(tmp_path: Path) -> None:
     for text in ("", NEGATIVE):
         recipe = recipe_of(negative(text))
         backbone = build_backbone(recipe, CPU, dtype=torch.float32)
-        export(backbone.load("student"), backbone, recipe, tmp_path / text / "export", 0, {})
+        export(backbone.load("student"), backbone, recipe, tmp_path / text / "export", 0)
         cards[text] = (tmp_path / text / "export/README.md").read_text()
     assert f'guidance leads away from the negative prompt "{NEGATIVE}".' in cards[NEGATIVE]
     assert "leads away" not in cards[""]

@@ -126,7 +126,7 @@ def test_the_page_of_a_run_has_its_teacher_and_its_curve_and_a_comparison_keeps_
     output = tmp_path / "results.json"
     result = evaluate_path(run, output=output, num_samples=50, progress=False)
     assert [step for step, _ in result["curves"]["fid"]] == [1, 2]
-    page, teacher = output.with_suffix(".html").read_text(), f"{TEACHER}4 steps"
+    page, teacher = output.with_suffix(".html").read_text(), f"{TEACHER}, 4 steps"
     assert page.count(f'data-result="{teacher}"') == PICTURES and page.count('data-result="run"') == 50 + VIEWED
     assert "During training" in page
     compare([output, output], tmp_path / "both.html")

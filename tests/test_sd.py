@@ -218,7 +218,7 @@ def test_an_export_gives_the_same_pixels_in_plain_diffusers(
     folder = variant(family, options)
     backbone = open_backbone(folder)
     recipe, student = student_recipe(folder, tmp_path, rollout), another(backbone)
-    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    export(student, backbone, recipe, tmp_path / "export", 0)
     ours = load_sampler(tmp_path / "export").sample(PROMPTS, SEEDS)
     assert torch.equal(ours, Sampler(backbone, student, recipe.rollout).sample(PROMPTS, SEEDS))
 
@@ -252,7 +252,7 @@ def test_a_tcd_export_gives_the_same_pixels_in_plain_diffusers(
     rollout = f"{{timesteps: {list(timesteps)}, transition: tcd, eta: 0.3}}"
     recipe = student_recipe(tmp_path / "variant", tmp_path, rollout)
     student = another(backbone)
-    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    export(student, backbone, recipe, tmp_path / "export", 0)
     assert "eta=0.3" in (tmp_path / "export/README.md").read_text()
     ours = load_sampler(tmp_path / "export").sample(PROMPTS, SEEDS)
     assert difference(ours, Sampler(backbone, student, recipe.rollout).sample(PROMPTS, SEEDS)) < 1e-5
@@ -277,7 +277,7 @@ def test_the_cards_call_runs_and_its_seed_decides(
     folders: dict[str, Path], backbones: dict[str, SD], tmp_path: Path, family: str
 ) -> None:
     backbone = backbones[family]
-    export(backbone.load("student"), backbone, student_recipe(folders[family], tmp_path, FOUR), tmp_path / "e", 0, {})
+    export(backbone.load("student"), backbone, student_recipe(folders[family], tmp_path, FOUR), tmp_path / "e", 0)
     found = re.search(r"```python\n(.*?)```", (tmp_path / "e/README.md").read_text(), re.S)
     assert found
     code = found[1].replace("path/to/this/folder", str(tmp_path / "e"))

@@ -92,7 +92,7 @@ def test_an_export_gives_the_same_pixels_in_plain_diffusers(
     with torch.no_grad():
         for i, p in enumerate(student.parameters()):  # weights that are not the teacher's
             p.mul_(1 + 0.02 * ((i % 5) - 2))
-    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    export(student, backbone, recipe, tmp_path / "export", 0)
     ours = load_sampler(tmp_path / "export").sample(PROMPTS, SEEDS)
     same = Sampler(backbone, student, recipe.rollout).sample(PROMPTS, SEEDS)
     assert torch.equal(ours, same)

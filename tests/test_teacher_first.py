@@ -138,7 +138,7 @@ def test_eval_and_sample_of_a_run(tmp_path: Path, project: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    export(backbone.load("student"), backbone, recipe, run / "export", 0, {})
+    export(backbone.load("student"), backbone, recipe, run / "export", 0)
     rows = [
         folders.evaluate_path(run, device="cpu", progress=False, teacher_first=first, teacher_steps=(40,))
         for first in (1, 4)

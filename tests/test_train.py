@@ -286,12 +286,44 @@ def test_a_few_step_teacher_is_warned_of(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_is_evaluated_without_further_options(plain: Path, tmp_path: Path) -> None:
-    evaluate_path(plain, output=tmp_path / "results.json")
+    run = shutil.copytree(plain, tmp_path / "run")
+    evaluate_path(run, output=tmp_path / "results.json")
     result = json.loads((tmp_path / "results.json").read_text())
     assert {"energy_distance", "energy_distance_floor", "mean_error", "cov_error", "mode_share_error"} <= result[
         "metrics"
     ].keys()
     assert (tmp_path / "results.html").is_file()
+
+
+def test_a_student_is_measured_beside_its_teacher_and_the_card_has_the_newest_numbers(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(plain, tmp_path / "run")
+    card = (run / "export/README.md").read_text()
+    result = evaluate_path(run, progress=False)  # as the run has measured it
+    assert "the teacher at 4 steps was measured in the same way before" in capsys.readouterr().out
+    (teacher,) = result["teachers"]
+    stored = {row["name"]: row for row in json.loads((run / "export/evaluation.json").read_text())["rows"]}
+    assert list(stored) == ["student, 4 steps", "teacher, 4 steps"] and teacher["name"] == "its teacher, 4 steps"
+    assert stored["teacher, 4 steps"]["metrics"] == teacher["metrics"] != result["metrics"]
+    assert stored["student, 4 steps"]["metrics"] == result["metrics"]
+    assert (run / "export/README.md").read_text() == card  # the same student, prompts and seeds
+
+    more = evaluate_path(run, num_samples=80, metrics="mean_error", output=tmp_path / "a.json", progress=False)
+    printed, card = capsys.readouterr().out, (run / "export/README.md").read_text()
+    assert "measuring the teacher at 4 steps" in printed and "its teacher, 4 steps" in printed
+    assert {row["num_samples"] for row in (more, *more["teachers"])} == {80}
+    assert "Measured on 80 samples of each" in card and "energy_distance |" not in card.split("## Recipe")[0]
+    for row, name in ((more, "student"), (more["teachers"][0], "teacher")):
+        assert f"| {name}, 4 steps | {row['metrics']['mean_error']:.4g} |" in card
+    assert json.loads((tmp_path / "a.json").read_text())["teachers"][0]["name"] == "its teacher, 4 steps"
+    assert not list(tmp_path.glob("*.partial.safetensors"))
+
+    alone = evaluate_path(run, num_samples=64, student_only=True, progress=False)
+    other = evaluate_path(run, num_samples=64, metrics="mean_error", teacher_steps=(), progress=False)
+    assert "teachers" not in alone and "teachers" not in other
+    text = (run / "export/README.md").read_text()
+    assert "Measured on 64 samples. " in text and "| teacher" not in text
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> 
     backbone = recipe.backbone.build(CPU, torch.float32, 0, ADAPTED)
     student = fill_inputs(lora_student(backbone))
     before = Sampler(backbone, student, FOUR_JUMPS).sample(["a two"], [0])
-    export(student, backbone, recipe, tmp_path / "export", 0, {})
+    export(student, backbone, recipe, tmp_path / "export", 0)
     found = load_sampler(tmp_path / "export").sample(["a two"], [0])
     assert (found - before).abs().max() < 1e-4
     card = (tmp_path / "export/README.md").read_text()

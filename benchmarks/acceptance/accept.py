@@ -278,7 +278,7 @@ def evaluate(run: Path, num_steps: int | None = None) -> dict[str, float]:
     """What `fastgen eval RUN` gives, with --num-steps where it is not the recipe's."""
     from fastgen.evaluation.folders import evaluate_path
 
-    return dict(evaluate_path(run, num_steps=num_steps, progress=False)["metrics"])
+    return dict(evaluate_path(run, num_steps=num_steps, student_only=True, progress=False)["metrics"])
 
 
 def measure_tilt(run: Path) -> dict[str, float]:

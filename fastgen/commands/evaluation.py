@@ -85,6 +85,10 @@ def evaluate(
     teacher_steps: TeacherStepsOption = None,
     teacher_guidance: TeacherGuidanceOption = None,
     adapter: AdapterOption = None,
+    student_only: Annotated[
+        bool,
+        typer.Option("--student-only", help="Leave out the rows of a student's teacher, and its model card as it is."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results file and the page if they exist.")
     ] = False,
@@ -96,6 +100,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run, a pipeline or a folder of images: print a table, write the results and an HTML page.
+
+    A student stands beside its teacher, at the numbers of steps that the run's recipe gives (eval.teacher_steps), and
+    its model card gets the numbers of both.
 
     The command can be interrupted. Started again, it goes on where it was."""
     from fastgen.evaluation.config import scorer_keys
@@ -128,6 +135,7 @@ def evaluate(
             dtype=torch_dtype(dtype),
             batch_size=batch_size,
             overwrite=overwrite,
+            student_only=student_only,
             scorers=scorer_keys(scorer) if scorer else None,
             teacher_first=teacher_first,
             teacher_steps=None if teacher_steps is None else (teacher_steps,),

@@ -1,4 +1,4 @@
-"""What the page of a run shows beside its numbers: the teacher's samples, and the metrics during training."""
+"""What stands beside the numbers of a student: those of its teacher, its samples, and the metrics during training."""
 
 import json
 from collections.abc import Sequence
@@ -7,8 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from fastgen.evaluation.charts import TEACHER
-from fastgen.evaluation.evaluate import draw_samples, find_images
+from fastgen.evaluation.evaluate import draw_samples, evaluate_with_samples, facts_of, find_images, find_reference
+from fastgen.evaluation.numbers import known_numbers, row_name
+from fastgen.evaluation.results import Row
 from fastgen.metrics import DIRECTIONS
+from fastgen.metrics.reference import Reference
 from fastgen.recipe import EvalConfig
 from fastgen.sampling.original import export_folder, original_teacher
 from fastgen.sampling.sampler import Sampler, teacher_sampler
@@ -36,23 +39,50 @@ def teacher_settings(config: EvalConfig) -> tuple[int, float | tuple[float, ...]
     return max(config.teacher_steps, default=50), config.teacher_guidance_scale
 
 
-def teacher_samples(path: Path, sampler: Sampler, config: EvalConfig, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The teacher's samples of the first prompts, with the student's seeds, by the name that the page gives them. {}
-    for a folder that is no student's, for points, and where the teacher's files are gone."""
-    if export_folder(path) is None or sampler.backbone.output == "points":
+def teacher_rows(
+    teacher: Sampler,
+    config: EvalConfig,
+    known: Sequence[Row],
+    partial: Path | None = None,
+    progress: bool = True,
+    reference: Reference | None = None,
+) -> list[Row]:
+    """The teacher's results at each of `eval.teacher_steps`, measured as its student is. known: rows of an earlier
+    evaluation, which are taken where they were measured in the same way. partial: of the student; the teacher's, which
+    the caller must remove too, are `partial_of` it."""
+    rows, reference = list[Row](), reference or find_reference(teacher.backbone.output, config)
+    for steps in config.teacher_steps:
+        sampler = teacher.with_policy(teacher.backbone.teacher_policy(steps))
+        facts = facts_of(sampler, config, reference)
+        values = known_numbers(known, facts, config.metrics)
+        if values is None:
+            print(f"measuring the teacher at {steps} steps", flush=True)
+            unfinished = partial and partial_of(partial, steps)
+            result = evaluate_with_samples(sampler, config, progress, unfinished, reference)[0]
+        else:
+            print(f"the teacher at {steps} steps was measured in the same way before, and is not measured again")
+            result = {"metrics": values, **facts}
+        rows.append({"name": teacher_name(sampler), **result})
+    return rows
+
+
+def partial_of(partial: Path, steps: int) -> Path:
+    """The file for what an interrupted evaluation of the teacher has gathered."""
+    return partial.with_name(f"teacher_{steps}.{partial.name}")
+
+
+def teacher_samples(teacher: Sampler, config: EvalConfig, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The teacher's samples of the first prompts, with the student's seeds, by the name that the page gives them; {}
+    for points."""
+    if teacher.backbone.output == "points":
         return {}
-    try:
-        teacher = teacher_of(path, sampler, config)
-    except (ValueError, OSError) as error:
-        print(f"the page shows no samples of the teacher: {error}")
-        return {}
-    images = find_images(sampler, config)
+    images = find_images(teacher, config)
     pixels = draw_samples(teacher, config.seed, prompts, images, 0, min(PICTURES, len(prompts)))
     return {teacher_name(teacher): stills(pixels) if pixels.dim() == 5 else pixels}
 
 
 def teacher_name(teacher: Sampler) -> str:
-    return f"{TEACHER}{len(teacher.policy.timesteps)} steps"
+    return row_name(TEACHER, len(teacher.policy.timesteps))
 
 
 def training_curves(path: Path) -> dict[str, list[tuple[int, float]]]:

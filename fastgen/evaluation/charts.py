@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgen.metrics import DIRECTIONS
 
-TEACHER = "its teacher, "  # the beginning of the name that a page gives to a teacher's samples
+TEACHER = "its teacher"  # the beginning of the name that a page gives to a teacher's samples
 ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
 WIDTH, HEIGHT = 320, 180  # of a curve's panel
 LEFT, BOTTOM, TOP, RIGHT = 46, 24, 10, 10  # its margins

@@ -87,7 +87,16 @@ def evaluate_with_samples(
     metrics = make_metrics(config, context, backbone.output)
     if "throughput" in config.metrics and config.num_samples <= config.batch_size:
         draw(0, config.num_samples)  # throughput leaves out the first batch, and here would be no other
-    policy, scale = sampler.policy, sampler.guidance_scale
+    facts = facts_of(sampler, config, reference)
+    unfinished = Partial(partial, facts) if partial else None
+    values, kept = measure(draw, prompts, metrics, config.batch_size, progress, unfinished)
+    return {"metrics": values, **facts}, kept
+
+
+def facts_of(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> Row:
+    """What `evaluate` measures, and how: its result without the numbers. Nothing is sampled."""
+    policy, scale, backbone = sampler.policy, sampler.guidance_scale, sampler.backbone
+    images = find_images(sampler, config)
     subject = {
         "seeds": "seed + index",
         "weights": sampler.weight_hashes(),
@@ -104,10 +113,7 @@ def evaluate_with_samples(
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    facts = describe(prompts, config, subject)
-    unfinished = Partial(partial, facts) if partial else None
-    values, kept = measure(draw, prompts, metrics, config.batch_size, progress, unfinished)
-    return {"metrics": values, **facts}, kept
+    return describe(find_prompts(sampler, config, reference), config, subject)
 
 
 def draw_samples(

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.controls import references_of
 from fastgen.data.files import check_output, write_json
-from fastgen.evaluation.beside import teacher_of, teacher_samples, teacher_settings, training_curves
+from fastgen.evaluation.beside import (
+    partial_of,
+    teacher_of,
+    teacher_rows,
+    teacher_samples,
+    teacher_settings,
+    training_curves,
+)
 from fastgen.evaluation.config import merged_scorers
 from fastgen.evaluation.evaluate import (
     evaluate_images_with_samples,
@@ -26,6 +34,7 @@ from fastgen.evaluation.evaluate import (
     teacher_reference,
 )
 from fastgen.evaluation.measure import KEPT
+from fastgen.evaluation.numbers import row_name, store_numbers, stored_numbers
 from fastgen.evaluation.results import Row, print_results, write_page
 from fastgen.metrics import METRICS
 from fastgen.metrics.points import labels_of
@@ -38,7 +47,7 @@ from fastgen.recipe import EvalConfig
 from fastgen.registry import here_or_shipped
 from fastgen.rewards import SCORERS
 from fastgen.sampling.adapters import Adapter, with_adapters
-from fastgen.sampling.original import with_teacher_first
+from fastgen.sampling.original import export_folder, with_teacher_first
 from fastgen.sampling.sampler import Routed, Sampler, load_sampler
 from fastgen.sampling.views import views
 
@@ -53,6 +62,17 @@ def exact_points(backbone: Backbone, config: EvalConfig, sampler: Sampler) -> Te
     return backbone.law.sample(torch.arange(len(prompts)), labels, key).flatten(1).float()
 
 
+@dataclasses.dataclass
+class Found:
+    """What was measured. rows: the folder's own result, and those of its teacher. samples, captions: of a page, by the
+    name that it gives them. views: see `first_views`."""
+
+    rows: list[Row]
+    samples: dict[str, Tensor]
+    captions: dict[str, list[str]]
+    views: Tensor | None = None
+
+
 def evaluate_path(
     path: Path,
     *,
@@ -64,6 +84,7 @@ def evaluate_path(
     dtype: torch.dtype | None = None,
     teacher_first: int = 0,
     adapters: Sequence[Adapter] = (),
+    student_only: bool = False,
     progress: bool = True,
     overwrite: bool = True,
     **options: Any,
@@ -77,6 +98,11 @@ def evaluate_path(
     instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale. adapters:
     see `sampling.adapters`.
 
+    With eval.teacher_steps, the teacher of a run or an export is measured in the same way, at each of these numbers of
+    steps; numbers that the export has from such a measurement are taken instead. The result has the teacher's rows in
+    "teachers". The numbers of a student as it is exported also go into the model card of the export, with the
+    teacher's, in place of earlier ones. student_only: neither of these.
+
     Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. With
     teacher_steps, the page of a student also shows samples of its teacher, of the same prompts and seeds. An
     interrupted evaluation leaves <stem>.partial.safetensors there; the same call continues from it and gives the same
@@ -84,29 +110,24 @@ def evaluate_path(
     Raises ValueError for anything that does not fit."""
     given_path, path = path, here_or_shipped(path)
     if output is not None:
-        if Path(output).suffix == ".html":
-            raise ValueError(
-                f"--output is the results file, such as {Path(output).with_suffix('.json')}; the page is made"
-            )
-        for file in (Path(output), Path(output).with_suffix(".html")):
-            check_output(file, overwrite)
+        check_outputs(Path(output), overwrite)
     if not path.is_dir():
         raise ValueError(f"there is no folder {given_path}")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     config, own = path_config(path, given)
     config.check()
-    samples, captions, curves, shown = dict[str, Tensor](), dict[str, list[str]](), {}, None
     name, started = path.resolve().name, time.perf_counter()
     partial = None if output is None else Path(output).with_suffix(".partial.safetensors")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, export = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if is_image_folder(path):
         if (num_steps, guidance_scale, negative_prompt) != (None, None, None) or teacher_first or adapters:
             raise ValueError(
                 f"{path} is a folder of images, and nothing is sampled; leave out the number of steps, the guidance "
                 "scale, the negative prompt, adapters and the teacher's first steps"
             )
-        result, samples[name] = evaluate_images_with_samples(path, config, progress, partial, chosen)
-        captions[name] = image_prompts(sample_files(path)[: config.num_samples], config)
+        result, kept = evaluate_images_with_samples(path, config, progress, partial, chosen)
+        prompts = image_prompts(sample_files(path)[: config.num_samples], config)
+        found = Found([{"name": name, **result}], {name: kept}, {name: prompts})
     else:
         sampler = load_sampler(
             path,
@@ -128,29 +149,81 @@ def evaluate_path(
             and {config.reference, config.prompts, config.images} == {None}
         ):
             config = dataclasses.replace(config, reference="digits")
-        reference = None
-        if config.reference == TEACHER:
-            reference = teacher_reference(teacher_of(path, sampler, config), config)
-        result, samples[name] = evaluate_with_samples(sampler, config, progress, partial, reference)
-        captions[name] = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
-        curves = training_curves(path)
-        if output is not None and config.teacher_steps:
-            beside = teacher_samples(path, sampler, config, captions[name])
-            samples, captions = samples | beside, captions | dict.fromkeys(beside, captions[name])
-        if output is not None:
-            shown = first_views(sampler, captions[name], config.seed)
-        if sampler.backbone.law is not None:
-            samples["exact"] = exact_points(sampler.backbone, config, sampler)
-    result = {"name": name, **result, **({"curves": curves} if curves else {})}
-    print_results([result])
+        compared = not (student_only or adapters)
+        found = measure_sampler(path, name, sampler, config, compared, partial, progress)
+        as_exported = compared and not (teacher_first or num_steps or dtype)
+        export = export_folder(path) if as_exported and len(found.rows) > len(config.teacher_steps) else None
+    print_results(found.rows)
     counted = "; images_per_second leaves out loading and the first batch" if "throughput" in config.metrics else ""
     print(f"{config.num_samples} samples in {time.perf_counter() - started:.0f} seconds, with loading{counted}")
+    first, *teachers = found.rows
     if output is not None:
-        write_json(Path(output), result)
-        write_page(Path(output).with_suffix(".html"), [result], samples, captions, shown)
+        write_json(Path(output), first | ({"teachers": teachers} if teachers else {}))
+        write_page(Path(output).with_suffix(".html"), found.rows, found.samples, found.captions, found.views)
+    if export is not None:
+        tell_card(export, found.rows)
     if partial is not None:
-        partial.unlink(missing_ok=True)
-    return result
+        for file in (partial, *(partial_of(partial, steps) for steps in config.teacher_steps)):
+            file.unlink(missing_ok=True)
+    return first | ({"teachers": teachers} if teachers else {})
+
+
+def check_outputs(output: Path, overwrite: bool) -> None:
+    """Raises ValueError if the results file or its page cannot be written, or must not be replaced."""
+    if output.suffix == ".html":
+        raise ValueError(f"--output is the results file, such as {output.with_suffix('.json')}; the page is made")
+    for file in (output, output.with_suffix(".html")):
+        check_output(file, overwrite)
+
+
+def measure_sampler(
+    path: Path,
+    name: str,
+    sampler: Sampler,
+    config: EvalConfig,
+    compared: bool,
+    partial: Path | None,
+    progress: bool,
+) -> Found:
+    """What is measured of samples that are made here. compared: whether a student's teacher is measured, too, at
+    eval.teacher_steps. partial: where a page is wanted, the file for what an interrupted call has gathered."""
+    teacher, reference = cache(lambda: teacher_of(path, sampler, config)), None
+    if config.reference == TEACHER:
+        reference = teacher_reference(teacher(), config)
+    result, kept = evaluate_with_samples(sampler, config, progress, partial, reference)
+    prompts = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
+    curves = training_curves(path)
+    found = Found([{"name": name, **result, **({"curves": curves} if curves else {})}], {name: kept}, {name: prompts})
+    export = export_folder(path)
+    if compared and config.teacher_steps and export is not None:
+        try:
+            original = teacher()
+        except (ValueError, OSError) as error:
+            print(f"there are no numbers and no samples of the teacher: {error}")
+        else:
+            known = stored_numbers(export)
+            found.rows += teacher_rows(original, config, known, partial, progress, reference)
+            if partial is not None:
+                beside = teacher_samples(original, config, prompts)
+                found.samples, found.captions = found.samples | beside, found.captions | dict.fromkeys(beside, prompts)
+    if partial is not None:
+        found.views = first_views(sampler, prompts, config.seed)
+    if sampler.backbone.law is not None:
+        found.samples["exact"] = exact_points(sampler.backbone, config, sampler)
+    return found
+
+
+def tell_card(export: Path, rows: Sequence[Row]) -> None:
+    """Writes the newest numbers of a student and its teacher into the export, and says so."""
+    student, *teachers = ({key: value for key, value in row.items() if key != "curves"} for row in rows)
+    student["name"] = row_name("student", len(student["policy"]["timesteps"]))
+    try:
+        shown = store_numbers(export, [student, *(t | {"name": t["name"].removeprefix("its ")} for t in teachers)])
+    except OSError as error:
+        print(f"the numbers could not be written into {export}: {error}")
+        return
+    if shown:
+        print(f"{export / 'README.md'}, the model card, has these numbers")
 
 
 def first_views(sampler: Sampler, prompts: Sequence[str], seed: int) -> Tensor | None:

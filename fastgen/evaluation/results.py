@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fastgen.data.files import check_output, write_json
-from fastgen.evaluation.charts import format_value, metric_names
+from fastgen.evaluation.charts import TEACHER, format_value, metric_names
 from fastgen.run import terminal
 
 Row = dict[str, Any]
@@ -54,7 +54,10 @@ def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = 
     from fastgen.evaluation.report import pictures_in, write_report
 
     check_output(output_html, overwrite)
-    found = {Path(file): read_rows(Path(file)) for file in results_files}
+    found, teachers = {Path(file): read_rows(Path(file)) for file in results_files}, list[Row]()
+    for file, rows in found.items():  # a teacher that several students have, and that was measured once
+        found[file] = [row for row in rows if row not in teachers]
+        teachers += [row for row in found[file] if row["name"].startswith(TEACHER)]
     names = [row["name"] for rows in found.values() for row in rows]
 
     def title(name: str, file: Path) -> str:
@@ -74,7 +77,8 @@ def compare(results_files: Sequence[Path], output_html: Path, overwrite: bool = 
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The results in a file: its rows, or the single result that it is. A result without a name gets the file's."""
+    """The results in a file: its rows, or the single result that it is, with those of its teacher. A result without a
+    name gets the file's."""
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -82,7 +86,8 @@ def read_rows(path: Path) -> list[Row]:
     rows = content.get("rows", [content]) if isinstance(content, dict) else []
     if not rows or not all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) for row in rows):
         raise ValueError(f"{path} is not a result of `fastgen eval`: it has no metrics")
-    return [{"name": path.stem} | row for row in rows]
+    rows = [part for row in rows for part in (row, *row.get("teachers", ()))]
+    return [{"name": path.stem} | {key: row[key] for key in row if key != "teachers"} for row in rows]
 
 
 def print_results(rows: Sequence[Row]) -> None:

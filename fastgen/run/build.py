@@ -11,6 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from fastgen.backbones.base import Backbone, BackboneConfig, RoleOptions
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import load_stored
 from fastgen.config.stored import changed_keys, dump_recipe
@@ -87,9 +88,12 @@ class TrainingRun:
         return Sampler(self.backbone, self.ema.module, self.recipe.rollout, part=self.recipe.part)
 
     def teacher(self, num_steps: int) -> Sampler:
-        """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale."""
-        scale = self.recipe.teacher_guidance
-        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher, part=self.recipe.part)
+        """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale. It names the files
+        of its weights, if it computes with what is stored there."""
+        section, scale = self.recipe.backbone, self.recipe.teacher_guidance
+        as_stored = self.recipe.train.frozen_dtype is None and self.strategy != "fsdp"
+        weights = section.local_folder() if as_stored and isinstance(section, PipelineConfig) else None
+        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher, weights, self.recipe.part)
 
     @cached_property
     def teacher_reference(self) -> Reference | None:

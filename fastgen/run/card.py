@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,22 @@ from fastgen.backbones.base import Backbone
 from fastgen.backbones.folder import local_folder
 from fastgen.config.stored import dump_recipe, to_dict
 from fastgen.data.files import replace_file
-from fastgen.metrics import DIRECTIONS, METRICS
+from fastgen.evaluation.numbers import numbers_section
 from fastgen.recipe import Recipe
 from fastgen.run.licence import licence_of
 from fastgen.sampling.sampler import METADATA
 
 PICTURES = {"teacher.png": "The teacher", "student.png": "The student"}  # in samples/ of the export
-FEATURES = {  # of eval.features
-    "digits": "the features of a classifier of digits",
-    "latents": "the latents of the pipeline's VAE",
-    "clip": "CLIP's features",
-    "inception": "Inception's features",
-}
 TAGS = {("pixels", False): "text-to-image", ("frames", False): "text-to-video", ("frames", True): "image-to-video"}
 
 
-def write_card(
-    backbone: Backbone, recipe: Recipe, folder: Path, step: int, rows: Mapping[str, Mapping[str, float]]
-) -> None:
-    """Writes the model card of an export, in place of the one it has. Its pictures are those in `samples/`."""
+def write_card(backbone: Backbone, recipe: Recipe, folder: Path, step: int) -> None:
+    """Writes the model card of an export, without numbers, which `evaluation.numbers` adds. Its pictures are those in
+    `samples/`."""
     adapter = json.loads((folder / METADATA).read_text())["lora"]
     usage = backbone.usage(recipe.rollout, folder, adapter)
     shown = [name for name in PICTURES if (folder / "samples" / name).is_file()]
-    text = model_card(backbone, recipe, step, rows, usage, shown)
+    text = model_card(backbone, recipe, step, usage, shown)
     card = ModelCard(f"---\n{card_data(backbone, recipe, adapter).to_yaml()}\n---\n\n{text}")
     replace_file(folder / "README.md", str(card))
 
@@ -70,14 +62,7 @@ def source_of(recipe: Recipe) -> str:
     return str(to_dict(recipe.backbone).get("path", ""))
 
 
-def model_card(
-    backbone: Backbone,
-    recipe: Recipe,
-    step: int,
-    rows: Mapping[str, Mapping[str, float]],
-    usage: str,
-    shown: list[str],
-) -> str:
+def model_card(backbone: Backbone, recipe: Recipe, step: int, usage: str, shown: list[str]) -> str:
     """The model card in Markdown, without its metadata."""
     source = source_of(recipe)
     licence = f"## Licence\n\n{licence_of(source).said}\n\n" if source else ""
@@ -95,37 +80,8 @@ The weights are the moving average of the student's weights.{away}
 
 {usage}
 
-{f"## Pictures{chr(10)}{chr(10)}{pictures}" if pictures else ""}## Numbers
-
-{number_table(recipe, rows)}
-
-{licence}## Recipe
+{f"## Pictures{chr(10)}{chr(10)}{pictures}" if pictures else ""}{numbers_section([])}{licence}## Recipe
 
 ```yaml
 {dump_recipe(recipe)}```
 """
-
-
-def number_table(recipe: Recipe, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """How the metrics were measured, then a table with one line per row and one column per metric."""
-    if not rows:
-        return "Not measured at this checkpoint; `fastgen eval` measures it."
-    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    body = [f"| {name} | " + " | ".join(f"{m[c]:.4g}" for c in columns) + " |" for name, m in rows.items()]
-    scale = recipe.teacher_guidance
-    note = f"Measured on {recipe.eval.quick().num_samples} samples; the teacher is at guidance scale {scale}."
-    return "\n".join([f"{note}{compared(recipe, columns)}", "", *head, *body])
-
-
-def compared(recipe: Recipe, columns: Sequence[str]) -> str:
-    """What the samples were compared with, and in which direction the numbers are better."""
-    config, said = recipe.eval, ""
-    if config.reference is not None and any(METRICS[name].needs_reference for name in config.metrics):
-        known = {"teacher": "other samples of the teacher", "digits": "held-out digits"}
-        said += f" They are compared with {known.get(config.reference, f'the pictures of `{config.reference}`')}"
-        said += f", in {FEATURES[config.features]}."
-    for direction in ("lower", "higher"):
-        if names := [f"`{name}`" for name in columns if DIRECTIONS.get(name) == direction]:
-            said += f" {direction.capitalize()} is better for {', '.join(names)}."
-    return said

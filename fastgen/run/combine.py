@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from fastgen.backbones.folder import FLOW_MAP, ROUTED, STREAMING, read_index
 from fastgen.backbones.saving import rename_class
 from fastgen.data.files import check_place, unused_sibling
+from fastgen.evaluation.numbers import STORED
 from fastgen.pipelines.router import Part, Router, student_folders
 from fastgen.sampling.original import export_folder
 from fastgen.sampling.sampler import METADATA, read_metadata
@@ -38,7 +39,7 @@ def combine(paths: Sequence[Path], output: Path) -> Path:
     check_output_folder(output)
     partial = unused_sibling(output, "partial")
     try:
-        shutil.copytree(ordered[0], partial, ignore=shutil.ignore_patterns("samples", "README.md"))
+        shutil.copytree(ordered[0], partial, ignore=shutil.ignore_patterns("samples", "README.md", STORED))
         first = read_metadata(ordered[0])
         about = {key: value for key, value in first.items() if key != "part"} | {"router": asdict(router)}
         (partial / METADATA).write_text(json.dumps(about, indent=2) + "\n")

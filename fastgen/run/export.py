@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ def export(
     recipe: Recipe,
     folder: Path,
     step: int,
-    rows: Mapping[str, Mapping[str, float]] | None = None,
     values: Iterable[tuple[str, Tensor]] | None = None,
     merge: bool = False,
     dtype: torch.dtype | None = None,
@@ -40,9 +39,8 @@ def export(
     complete; an earlier export is removed only then, and put back if that fails. A folder in its place that is no
     export is kept, as NAME.kept-<random>.
 
-    step: student updates made. rows: name -> metrics, of the student and of the teacher it is compared with. values:
-    name in the student's state_dict -> tensor, instead of the student's own. merge, dtype: see `export_run`.
-    run: the run's folder, for its pictures."""
+    step: student updates made. values: name in the student's state_dict -> tensor, instead of the student's own.
+    merge, dtype: see `export_run`. run: the run's folder, for its pictures."""
     restore(folder)
     partial, old = unused_sibling(folder, "partial"), unused_sibling(folder, REPLACED)
     if stranger := folder.exists() and not (folder / METADATA).is_file():
@@ -63,7 +61,7 @@ def export(
         if run is not None:
             copy_pictures(run, partial)
         copy_licence_texts(source_of(recipe), partial)
-        write_card(backbone, recipe, partial, step, rows or {})
+        write_card(backbone, recipe, partial, step)
         if folder.exists():
             folder.rename(old)
         try:
@@ -82,7 +80,6 @@ def export_run(
     run: Path,
     output: Path | None = None,
     merge: bool = False,
-    rows: Mapping[str, Mapping[str, float]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Exports the moving average from the last complete checkpoint of a run. Of the weights, one tensor at a time is
@@ -107,7 +104,7 @@ def export_run(
     values = checkpoint.stored_tensors(checkpoints[-1], "ema", student.state_dict())
     if merge and student.is_adapter:
         recipe = dataclasses.replace(recipe, lora={r: c for r, c in recipe.lora.items() if r != "student"})
-    export(student, backbone, recipe, folder, step, rows, values, merge, dtype, run)
+    export(student, backbone, recipe, folder, step, values, merge, dtype, run)
     return folder
 
 

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from fastgen.data.files import replace_file
 from fastgen.evaluation.evaluate import evaluate
+from fastgen.evaluation.numbers import row_name
+from fastgen.evaluation.results import Row
 from fastgen.modules.sharding import local
 from fastgen.networks import Networks
 from fastgen.objectives import Turn
@@ -186,14 +188,22 @@ def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
 
 
 def quick_metrics(run: TrainingRun) -> dict[str, float]:
+    """The numbers of the student's moving average, of the quick evaluation."""
+    numbers: dict[str, float] = student_row(run, progress=False)["metrics"]
+    return numbers
+
+
+def student_row(run: TrainingRun, progress: bool) -> Row:
+    name = row_name("student", run.recipe.rollout.num_steps)
     with run.ema.on(run.accelerator.device):
-        return measured(run, run.student)
+        return {"name": name, **measured(run, run.student, progress)}
 
 
-def teacher_metrics(run: TrainingRun) -> dict[str, dict[str, float]]:
-    """The teacher's metrics at each of `eval.teacher_steps`, measured as the student's are, for the model card."""
-    return {f"teacher, {k} steps": measured(run, run.teacher(k)) for k in run.recipe.eval.teacher_steps}
+def teacher_rows(run: TrainingRun, progress: bool) -> list[Row]:
+    """The teacher at each of `eval.teacher_steps`, measured as the student is."""
+    steps = run.recipe.eval.teacher_steps
+    return [{"name": row_name("teacher", k), **measured(run, run.teacher(k), progress)} for k in steps]
 
 
-def measured(run: TrainingRun, sampler: Sampler) -> dict[str, float]:
-    return evaluate(sampler, run.recipe.eval.quick(), progress=False, reference=run.teacher_reference)["metrics"]
+def measured(run: TrainingRun, sampler: Sampler, progress: bool) -> Row:
+    return evaluate(sampler, run.recipe.eval.quick(), progress, reference=run.teacher_reference)
