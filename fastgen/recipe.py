@@ -125,7 +125,10 @@ class EvalConfig:
         prompts, they are the texts next to these files.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
-        `prompts[i % len(prompts)]`.
+        `prompts[i % len(prompts)]`, unless there are more prompts than samples.
+    choice: which are taken of more prompts, pictures of the reference or given images than samples. spread: a random
+        choice over the whole list, which depends on `seed` and on the length of the list alone, so that lists of one
+        length stay paired. first: the first ones, as in version 0.2.0.
     teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares the student with."""
 
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -140,6 +143,7 @@ class EvalConfig:
     scorers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     images: str | None = None
     prompts: str | tuple[str, ...] | None = None
+    choice: Literal["spread", "first"] = "spread"
     teacher_steps: tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...] = ()
     # or one per expert, from high noise to low; None: the scale that the objective distils
     teacher_guidance_scale: float | tuple[float, ...] | None = None
@@ -222,16 +226,25 @@ class EvalConfig:
             check_clip(self.clip)
 
     def check_repeats(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError if a metric compares the samples of one prompt, and all of these prompts, which are
-        sampled in turn, are different. At most the first num_samples of them are used."""
+        """Raises ValueError if a metric compares the samples of one prompt, and the samples of a choice of these
+        prompts all have different ones."""
         from fastgen import metrics
 
         needing = [name for name in self.metrics if metrics.METRICS[name].compares_within_prompts]
-        if needing and len(prompts) >= self.num_samples == len(set(prompts[: self.num_samples])):
+        if needing and len({prompts[i] for i in self.rows(len(prompts))}) == self.num_samples:
             raise ValueError(
-                f"metrics: {needing[0]} compares samples of one prompt, and the first {self.num_samples} prompts are "
-                f"all different; leave {needing[0]} out, or give fewer prompts"
+                f"metrics: {needing[0]} compares samples of one prompt, and the prompts of {self.num_samples} samples "
+                f"are all different; leave {needing[0]} out, or give fewer prompts"
             )
+
+    def rows(self, length: int) -> list[int]:
+        """Which entry of a list each sample has: all in turn, or of a longer list those that `choice` says."""
+        if length <= self.num_samples or self.choice == "first":
+            return [i % length for i in range(self.num_samples)]
+        from fastgen.data.order import permutation
+        from fastgen.noise import make_key
+
+        return permutation(length, make_key(self.seed, "eval choice"), 0)[: self.num_samples].tolist()
 
     def quick(self) -> "EvalConfig":
         """The same evaluation with quick_num_samples samples."""

@@ -100,7 +100,7 @@ def test_results_repeat_and_do_not_depend_on_the_batch_size() -> None:
     print(first["metrics"])
     assert first["metrics"]["accuracy"] > 0.95 and first["metrics"]["network_evaluations"] == 2
     _, labels = load_digits("test")
-    prompts = "\n".join(prompt_for(int(label)) for label in labels[:100])
+    prompts = "\n".join(prompt_for(int(label)) for label in labels[pixel_config().rows(599)])
     assert first["prompts_sha256"] == hashlib.sha256(prompts.encode()).hexdigest()
     json.dumps(first, allow_nan=False)
 
@@ -117,6 +117,36 @@ def test_prompts_and_seeds_of_the_samples(tmp_path: Path) -> None:
     config = pixel_config(prompts=str(tmp_path / "prompts.txt"), num_samples=5, seed=10, batch_size=2)
     evaluation.evaluate(Recording(), config, progress=False)  # type: ignore[arg-type]
     assert seen == [("a two", 10), ("a seven", 11), ("a two", 12), ("a seven", 13), ("a two", 14)]
+
+
+def test_of_a_longer_list_prompts_are_spread_over_it_and_stay_paired(tmp_path: Path) -> None:
+    """A file that is sorted by class has all classes among few samples; pictures and given captions go together."""
+    seen = list[tuple[str, int]]()
+
+    class Recording(CopyingSampler):
+        def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            seen.extend(zip(prompts, seeds, strict=True))
+            return super().sample(prompts, seeds)
+
+    lines = sorted(prompt_for(label) for label in range(10) for _ in range(60))
+    (tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in lines))
+    options = {"prompts": str(tmp_path / "prompts.txt"), "num_samples": 100, "metrics": ("accuracy",)}
+    config = pixel_config(**options)
+    evaluation.evaluate(Recording(), config, progress=False)  # type: ignore[arg-type]
+    prompts = [prompt for prompt, _ in seen]
+    assert len(set(prompts)) == 10 and max(map(prompts.count, set(prompts))) < 20
+    assert [seed for _, seed in seen] == list(range(100)) and prompts == [lines[i] for i in config.rows(600)]
+    assert len(set(config.rows(600))) == 100 and config.rows(600) == pixel_config(**options).rows(600)
+    assert pixel_config(**options, seed=1).rows(600) != config.rows(600)
+    assert pixel_config(**options, choice="first").rows(600) == config.rows(100) == list(range(100))
+    assert config.rows(60) == [*range(60), *range(40)]
+
+    reference = evaluation.find_reference("pixels", pixel_config(num_samples=7))
+    pixels, labels = load_digits("test")
+    rows = pixel_config(num_samples=7).rows(599)
+    assert reference is not None and reference.prompts == tuple(prompt_for(int(label)) for label in labels[rows])
+    assert torch.equal(reference.read(2, 7), pixels[rows[2:7]])
+    assert evaluation.find_prompts(Recording(), pixel_config(num_samples=7), reference) == list(reference.prompts)  # type: ignore[arg-type]
 
 
 def test_mixture_teacher_reaches_the_floor() -> None:
@@ -165,7 +195,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     save_grid(pixels[:60], folder / "grid.png")  # as `fastgen sample` does; no sample
     output = tmp_path / "out" / "results.json"
     metrics = ("fid", "accuracy", "precision_recall")
-    result = folders.evaluate_path(folder, metrics=",".join(metrics), output=output, progress=False)
+    result = folders.evaluate_path(folder, metrics=",".join(metrics), choice="first", output=output, progress=False)
     print(result["metrics"])
     assert result["num_samples"] == 60 and result["metrics"]["fid"] < 0.01 and result["metrics"]["accuracy"] > 0.9
     assert json.loads(output.read_text()) == result and sorted(f.name for f in output.parent.iterdir()) == [
@@ -173,6 +203,10 @@ def test_folder_of_images(tmp_path: Path) -> None:
         "results.json",
     ]
     assert_self_contained(output.with_suffix(".html").read_text())
+    few = folders.evaluate_path(folder, metrics="accuracy", num_samples=30, progress=False)
+    rows = torch.tensor(EvalConfig(metrics=("accuracy",), num_samples=30).rows(60))
+    own = "\n".join(prompt_for(int(label)) for label in labels[:60][rows])
+    assert few["prompts_sha256"] == hashlib.sha256(own.encode()).hexdigest() and rows.max() > 30
     with pytest.raises(ValueError, match="fewer than num_samples"):
         folders.evaluate_path(folder, metrics=metrics, num_samples=61, progress=False)
     (folder / "007.txt").unlink()

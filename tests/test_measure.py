@@ -80,7 +80,9 @@ def test_an_interrupted_evaluation_continues_to_the_same_bits(
     assert InterruptedSampler.calls == 3 + 3 + 4 and signal.getsignal(signal.SIGINT) == before
     whole, first = evaluation.evaluate_with_samples(CopyingSampler(), config, False)  # type: ignore[arg-type]
     assert without_speed(continued) == without_speed(whole) and torch.equal(kept, first) and len(kept) == 64
-    with pytest.raises(ValueError, match="belongs to another evaluation, which differs in seed; remove it"):
+    with pytest.raises(
+        ValueError, match="belongs to another evaluation, which differs in seed, prompts_sha256; remove it"
+    ):
         other = EvalConfig(**options, seed=1)
         evaluation.evaluate_with_samples(CopyingSampler(), other, False, partial)  # type: ignore[arg-type]
     partial.write_bytes(b"half a file")

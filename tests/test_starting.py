@@ -157,13 +157,15 @@ def test_what_is_measured_fits_the_prompts() -> None:
     assert raw["eval"]["metrics"] == ["fid", "precision_recall", "throughput"]
     assert raw["output_dir"] == "runs/emoji_teacher_dmd2_4step"
     assert write_new("assets/teachers/digits")["eval"]["metrics"] == ["fid", "diversity", "throughput"]
-    with pytest.raises(ValueError, match="diversity compares samples of one prompt, and the first 1024 prompts are"):
+    with pytest.raises(
+        ValueError, match="diversity compares samples of one prompt, and the prompts of 1024 samples are"
+    ):
         built(raw | {"eval": raw["eval"] | {"metrics": ["fid", "diversity"], "quick_num_samples": 1024}})
     config = EvalConfig(metrics=("diversity",), num_samples=3, reference="teacher")
     config.check_repeats(["a", "b", "a"])
     config.check_repeats(["a", "b"])  # the third sample has the first prompt again
-    with pytest.raises(ValueError, match="the first 3 prompts are all different"):
-        config.check_repeats(["a", "b", "c", "a"])
+    with pytest.raises(ValueError, match="the prompts of 3 samples are all different"):
+        config.check_repeats(["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize(

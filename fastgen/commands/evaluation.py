@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +55,13 @@ def evaluate(
     prompts: Annotated[
         Path | None,
         typer.Option(help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen."),
+    ] = None,
+    choice: Annotated[
+        Literal["spread", "first"] | None,
+        typer.Option(
+            help="Which of a longer list of prompts or pictures are taken: spread over it, by the seed, or the first "
+            "ones. By default as the run's recipe says, or else spread."
+        ),
     ] = None,
     images: Annotated[
         Path | None,
@@ -124,6 +131,7 @@ def evaluate(
             seed=seed,
             output=output,
             prompts=prompts,
+            choice=choice,
             images=images,
             reference=reference,
             features=features,

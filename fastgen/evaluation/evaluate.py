@@ -139,7 +139,7 @@ def evaluate_images_with_samples(
     partial: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Row, Tensor]:
-    """Like evaluate_with_samples, but for the first num_samples images of a folder, sorted by name. The prompts are
+    """Like evaluate_with_samples, but for num_samples images of a folder, which are sorted by name. The prompts are
     those of the config, otherwise the captions next to the images, otherwise empty. device: for the scorers and
     inception.
 
@@ -148,9 +148,8 @@ def evaluate_images_with_samples(
     files = sample_files(folder)
     if len(files) < config.num_samples:
         raise ValueError(f"{folder} has {len(files)} images, fewer than num_samples = {config.num_samples}")
-    files = files[: config.num_samples]
+    prompts, files = image_prompts(files, config), chosen(files, config)
     check_one_size(files)
-    prompts = image_prompts(files, config)
     readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
     if readers and not any(prompts):
         raise ValueError(
@@ -177,7 +176,10 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
         raise ValueError(f"eval.reference is for images, but the samples here are {output}; leave it out{instead}")
     if config.reference == TEACHER:
         raise ValueError("reference: teacher is for runs, exports and pipelines; give a folder of images")
-    return None if config.reference is None else open_reference(config.reference)
+    if config.reference is None:
+        return None
+    reference = open_reference(config.reference)
+    return reference if len(reference) <= config.num_samples else reference.selected(config.rows(len(reference)))
 
 
 def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:
@@ -202,7 +204,7 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         found = [prompt for prompt in found if sampler.part.has(prompt)]
         if not found:
             raise ValueError(f"none of the prompts belongs to student {sampler.part.index}; give others")
-    return repeat(found, config.num_samples)
+    return chosen(found, config)
 
 
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
@@ -214,16 +216,19 @@ def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
             if sampler.backbone.takes_image
             else f"backbone {name} makes its samples from prompts alone; leave out eval.images"
         )
-    return None if config.images is None else repeat(given_files(config.images), config.num_samples)
+    return None if config.images is None else chosen(given_files(config.images), config)
 
 
 def image_prompts(files: Sequence[Path], config: EvalConfig) -> list[str]:
-    """One prompt per image: those of the config, otherwise the captions next to the images."""
-    return repeat(file_captions(files) if config.prompts is None else read_prompts(config.prompts), len(files))
+    """The prompts of the images that are measured, of all images of a folder: those of the config in turn, otherwise
+    the captions next to the images."""
+    prompts = file_captions(files) if config.prompts is None else read_prompts(config.prompts)
+    return [prompts[i % len(prompts)] for i in config.rows(len(files))]
 
 
-def repeat(values: Sequence[T], count: int) -> list[T]:
-    return [values[i % len(values)] for i in range(count)]
+def chosen(values: Sequence[T], config: EvalConfig) -> list[T]:
+    """That of each sample."""
+    return [values[i] for i in config.rows(len(values))]
 
 
 def make_features(
@@ -269,6 +274,7 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
         **subject,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "reference": config.reference,
+        "choice": config.choice,
         "features": config.features if any(METRICS[name].output == "pixels" for name in config.metrics) else None,
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads(),

@@ -126,7 +126,7 @@ def evaluate_path(
                 "scale, the negative prompt, adapters and the teacher's first steps"
             )
         result, kept = evaluate_images_with_samples(path, config, progress, partial, chosen)
-        prompts = image_prompts(sample_files(path)[: config.num_samples], config)
+        prompts = image_prompts(sample_files(path), config)
         found = Found([{"name": name, **result}], {name: kept}, {name: prompts})
     else:
         sampler = load_sampler(

@@ -122,7 +122,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
     """A warning if the results were not measured in the same way."""
-    keys = ("num_samples", "seed", "prompts_sha256", "reference", "features")
+    keys = ("num_samples", "seed", "prompts_sha256", "reference", "choice", "features")
     differing = [key for key in keys if len({json.dumps(row[key]) for row in results if key in row}) > 1]
     if not differing:
         return ""

@@ -29,6 +29,14 @@ class Reference:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def selected(self, rows: Sequence[int]) -> "Reference":
+        """These images, in this order, with their prompts."""
+
+        def read(start: int, stop: int) -> Tensor:
+            return torch.cat([self.read(i, i + 1) for i in rows[start:stop]])
+
+        return Reference(self.name, tuple(self.prompts[i] for i in rows), read)
+
 
 TEACHER = "teacher"  # names the teacher's own samples, which a sampler makes
 
