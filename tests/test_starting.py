@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import fastgen
+from fastgen.backbones.folder import shipped_pipelines
 from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.config.schema import recipe_schema, recipe_schema_text
@@ -151,6 +152,18 @@ def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validato
     assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]
 
 
+def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["new", "--help"], env={"COLUMNS": "300"}).stdout
+    for name in ("assets/emoji/teacher", "assets/teachers/digits"):
+        assert name in shipped_pipelines() and name in shown
+    done = CliRunner().invoke(app, ["new", "assets/emoji/teacher"])
+    assert done.exit_code == 0 and load_recipe("recipe.yaml").eval.prompts == "assets/emoji/prompts.txt"
+    assert "fastgen sample runs/emoji_teacher_dmd2_4step --prompt 'hash key, 3d'" in done.stdout
+
+
 def test_what_is_measured_fits_the_prompts() -> None:
     """Those of the emoji are all different, so that no two samples have the same."""
     raw = write_new("assets/emoji/teacher", guidance=2.0)
@@ -175,6 +188,7 @@ def test_what_is_measured_fits_the_prompts() -> None:
         ({"objective": "consistency"}, "give --images FOLDER"),
         ({"prompts": "nowhere.txt"}, "no prompt file at nowhere.txt"),
         ({"pipeline": "org/unknown"}, "do not ship with fastgen"),
+        ({"pipeline": "assets/teachers/emoji"}, "with fastgen ship assets/emoji/teacher, assets/teachers/digits, "),
         ({"pipeline": "assets"}, "not a diffusers pipeline"),
         ({"scorers": {"clip_score": {"path": "nowhere"}}}, "clip"),
     ],

@@ -331,6 +331,7 @@ def test_a_student_is_measured_beside_its_teacher_and_the_card_has_the_newest_nu
     [
         ((0.5, 1.5), 40, "about 40 seconds for the 40 updates that are left, at 1 s each"),
         ((4.0,), 396, "about 26 minutes for the 396 updates"),
+        ((4.0,), 1, "about 4 seconds for the one update that is left"),
         ((3.0,), 5_000, "about 4 hours for the 5,000 updates"),
         ((120.0,), 5_000, "about 7 days for the 5,000 updates that are left, at 120 s each"),
     ],

@@ -40,6 +40,12 @@ def local_folder(path: str) -> Path | None:
     return next((candidate for candidate in (Path(path), shipped(path)) if candidate.is_dir()), None)
 
 
+def shipped_pipelines() -> list[str]:
+    """The pipelines that ship with fastgen, by the paths that name them in any working directory."""
+    root = shipped("")
+    return sorted(str(index.parent.relative_to(root)) for index in (root / "assets").rglob("model_index.json"))
+
+
 def check_source(path: str) -> None:
     """Raises ValueError if a pipeline's path is neither the folder of one nor a hub id."""
     if (folder := local_folder(path)) is not None:
@@ -51,7 +57,10 @@ def check_source(path: str) -> None:
             "save_pretrained of the pipeline), and name that"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(f"path: {path!r} is neither a folder nor a hub id like org/name")
+        raise ValueError(
+            f"path: {path!r} is neither a folder nor a hub id like org/name; with fastgen ship "
+            f"{', '.join(shipped_pipelines())}"
+        )
     parent = Path(path).parent
     if parent.is_dir():
         names = sorted(p.name for p in parent.iterdir() if p.is_dir())

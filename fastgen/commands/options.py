@@ -17,7 +17,11 @@ OverridesArgument = Annotated[
     typer.Argument(help="Changes to the recipe, each written dotted.key=value. The value is read as YAML."),
 ]
 PipelineArgument = Annotated[
-    Path, typer.Argument(help="A run folder, an exported pipeline, or any diffusers pipeline folder.")
+    Path,
+    typer.Argument(
+        help="A run folder, an exported pipeline, or any diffusers pipeline folder; also one that ships with fastgen, "
+        "such as assets/emoji/teacher."
+    ),
 ]
 StepsOption = Annotated[
     int | None,

@@ -87,7 +87,13 @@ def objectives(
 
 
 def new(
-    pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder, or a hub id.")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers pipeline: a folder, a hub id, or one that ships with fastgen, assets/emoji/teacher or "
+            "assets/teachers/digits, which these names find from any folder."
+        ),
+    ],
     steps: Annotated[int, typer.Option(min=1, help="The number of steps of the student.")] = 4,
     objective: Annotated[str, typer.Option(help="The method.")] = "dmd2",
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: txt, csv, tsv, jsonl or parquet.")] = None,
@@ -127,5 +133,5 @@ def new(
         raise refuse(error) from None
     replace_file(output, text)
     print(f"wrote {output}; by its plan, {plan.peak / 1e9:.1f} GB on each of {gpus} GPU(s). Then:")
-    for command in next_commands(output, str(plan.recipe.output_dir)):
+    for command in next_commands(output, plan.recipe):
         print(f"  {command}")

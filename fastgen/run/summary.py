@@ -42,10 +42,9 @@ def time_left(seconds: Sequence[float], updates: int) -> str:
     """How long the rest of a run takes, in words, by the seconds of some of its updates."""
     each = sum(seconds) / len(seconds)
     said = f"{each:.0f}" if each >= 100 else f"{each:.2g}"
-    return (
-        f"about {duration(each * updates)} for the {updates:,} updates that are left, at {said} s each; pictures, "
-        "evaluations and checkpoints come on top"
-    )
+    left = f"the {updates:,} updates that are left" if updates > 1 else "the one update that is left"
+    on_top = "pictures, evaluations and checkpoints come on top"
+    return f"about {duration(each * updates)} for {left}, at {said} s each; {on_top}"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 The pipeline gives its guidance, its numbers of steps and the shift of its noise levels (facts.py); the other values
 come from shipped recipes and published ones (values.py); `fastgen plan`'s own count gives the batch size."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from fastgen.config import build_recipe
 from fastgen.config.sections import SECTIONS
 from fastgen.config.text import apply_override
+from fastgen.data.prompts import read_prompts
 from fastgen.planning.plan import CONTEXT, Plan, plan
 from fastgen.planning.report import HEADROOM, advise
 from fastgen.recipe import Recipe
@@ -101,6 +103,12 @@ def with_batch(values: Mapping[str, Any], size: int, images: int) -> dict[str, A
     return {**values, "train": {**values["train"], "batch_size": size, "accumulate": max(1, images // size)}}
 
 
-def next_commands(output: Path, run: str) -> Sequence[str]:
-    prompt = '--prompt "..."'
-    return (f"fastgen train {output}", f"fastgen sample {run} {prompt}", f"fastgen eval {run}", f"fastgen demo {run}")
+def next_commands(output: Path, recipe: Recipe) -> Sequence[str]:
+    """What to run next, with a prompt of the evaluation."""
+    run, prompt = shlex.quote(str(recipe.output_dir)), read_prompts(recipe.eval.prompts or "neutral")[0]
+    return (
+        f"fastgen train {shlex.quote(str(output))}",
+        f"fastgen sample {run} --prompt {shlex.quote(prompt)} --num-images 4 --output pictures",
+        f"fastgen eval {run}",
+        f"fastgen demo {run}",
+    )
