@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,13 @@ def write_new(pipeline: str, **wishes: Any) -> dict[str, Any]:
 
 
 def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validator, project: Path) -> None:
-    """The pipeline gives guidance, steps and prompts.txt, the recipe of the same objective the rest."""
+    """The pipeline's card gives guidance and steps, its folder prompts.txt, and the recipe of the same objective the
+    rest."""
     raw = write_new("assets/teachers/digits")
     assert not list(editor.iter_errors(as_an_editor_reads(raw)))
-    assert raw["rollout"]["timesteps"] == [1.0, 0.75, 0.5, 0.25] and raw["objective"]["guidance_scale"] == 7.0
+    assert raw["rollout"]["timesteps"] == [1.0, 0.75, 0.5, 0.25] and raw["objective"]["guidance_scale"] == 1.0
     assert raw["data"] == {"name": "prompts", "prompts": "assets/teachers/digits/prompts.txt"}
-    assert raw["eval"]["teacher_steps"] == [28, 4] and raw["eval"]["reference"] == "teacher"
+    assert raw["eval"]["teacher_steps"] == [50, 4] and raw["eval"]["reference"] == "teacher"
     tuned = yaml.safe_load((project / "recipes/digits_dmd2_4step.yaml").read_text())
     assert raw["optimizers"] == tuned["optimizers"] and raw["train"] == tuned["train"]
     phased = write_new("assets/teachers/digits", objective="phased_dmd", steps=2, prompts="neutral", guidance=3.0)
@@ -164,9 +166,31 @@ def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
     assert "fastgen sample runs/emoji_teacher_dmd2_4step --prompt 'hash key, 3d'" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ("inference: {parameters: {guidance_scale: 2.5, num_inference_steps: 30}}", (30, 2.5, True)),
+        ("inference: {parameters: {num_inference_steps: 30}}", (30, 7.0, False)),
+        ("inference: true", (28, 7.0, False)),
+        ("inference: {parameters: [guidance_scale]}", (28, 7.0, False)),
+        ("inference: {parameters: {guidance_scale: high}}", (28, 7.0, False)),
+    ],
+)
+def test_the_card_of_a_pipeline_recommends_a_call(
+    metadata: str, found: tuple[int, float, bool], tmp_path: Path, project: Path
+) -> None:
+    folder = shutil.copytree(project / "assets/teachers/digits", tmp_path / "mine")
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
+    facts = look_at(str(folder))
+    assert (facts.steps, facts.guidance, facts.recommended) == found
+    text, _ = first_recipe(Wishes(str(folder)))
+    assert f"the pipeline's own {'card' if facts.recommended else 'call'}; the other" in text
+
+
 def test_what_is_measured_fits_the_prompts() -> None:
     """Those of the emoji are all different, so that no two samples have the same."""
-    raw = write_new("assets/emoji/teacher", guidance=2.0)
+    raw = write_new("assets/emoji/teacher")
+    assert raw["objective"]["guidance_scale"] == raw["eval"]["teacher_guidance_scale"] == 2.0
     assert raw["eval"]["metrics"] == ["fid", "precision_recall", "throughput"]
     assert raw["output_dir"] == "runs/emoji_teacher_dmd2_4step"
     assert write_new("assets/teachers/digits")["eval"]["metrics"] == ["fid", "diversity", "throughput"]

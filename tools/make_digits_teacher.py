@@ -562,6 +562,8 @@ def model_card(metrics: dict) -> str:
     sizes = "\n".join(f"| {name} | {count:,} |" for name, count in metrics["parameters"].items())
     return f"""---
 license: apache-2.0
+inference:
+  parameters: {{guidance_scale: {metrics["guidance"]}, num_inference_steps: 50}}
 ---
 
 # Digits teacher

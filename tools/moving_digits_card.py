@@ -74,6 +74,8 @@ def card(measured: dict, training: dict, machine: dict, parts: str) -> str:
     psnr, psnr_49 = (measured[name]["psnr"] for name in ("autoencoder", "autoencoder_49_frames"))
     return f"""---
 license: apache-2.0
+inference:
+  parameters: {{guidance_scale: {best["guidance"]}, num_inference_steps: 25}}
 ---
 
 # Moving digits teacher

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastgen.registry import nearest, shipped
 
 WEIGHTLESS = (
@@ -100,6 +102,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"path: {path} holds no JSON object; download the pipeline again")
     return content
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The metadata of a pipeline's README.md, which a hub reads; {} if it has none that can be read."""
+    path = folder / "README.md"
+    found = re.match(r"\s*---\s*\n(.*?)\n---", path.read_text(errors="replace"), re.DOTALL) if path.is_file() else None
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -106,7 +106,11 @@ def new(
     gpus: Annotated[int, typer.Option(min=1, help="The number of GPUs.")] = 1,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=1, help="The teacher's. By default that of the pipeline's own call."),
+        typer.Option(
+            min=1,
+            help="The teacher's. By default the one that the pipeline's card recommends (inference.parameters in its "
+            "metadata), or that of its own call.",
+        ),
     ] = None,
     scorer: ScorerOption = None,
     output: Annotated[Path, typer.Option(help="The file to write, which must not exist.")] = Path("recipe.yaml"),

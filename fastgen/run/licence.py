@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.repocard import metadata_load
-from yaml import YAMLError
-
-from fastgen.backbones.folder import local_folder
+from fastgen.backbones.folder import local_folder, read_card
 
 KEYS = ("license", "license_name", "license_link")  # of a card's metadata
 TEXTS = ("NOTICE*", "LICENSE*", "LICENCE*")  # files of a pipeline's folder that go with its weights
@@ -46,13 +43,8 @@ def licence_of(source: str) -> Licence:
 
 
 def stated_licence(folder: Path) -> dict[str, Any]:
-    """What the metadata of a pipeline's README.md states; {} for one without a licence, or that cannot be read."""
-    if not (folder / "README.md").is_file():
-        return {}
-    try:
-        found = metadata_load(folder / "README.md") or {}
-    except (ValueError, YAMLError):
-        return {}
+    """What the metadata of a pipeline's README.md states; {} for one without a licence."""
+    found = read_card(folder)
     return {key: found[key] for key in KEYS if found.get(key)} if found.get("license") else {}
 
 

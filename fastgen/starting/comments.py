@@ -47,7 +47,8 @@ def reasons(wishes: Wishes, facts: Facts, values: Mapping[str, Any], peak: int) 
         else "What the student trains on."
     )
     guided = facts.guidance != 1 and "guidance_scale" in values["objective"]
-    source = "that of the pipeline's own call" if wishes.guidance is None else "the one that was asked for"
+    own = "that of the pipeline's own card" if facts.recommended else "that of the pipeline's own call"
+    source = own if wishes.guidance is None else "the one that was asked for"
     guidance = f"The teacher's guidance, {facts.guidance:g}, is {source}; " if guided else ""
     clip = "clip" in values["eval"]
     features = "CLIP's features" if clip else "the latents of its VAE, which needs no download"

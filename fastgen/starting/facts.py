@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.folder import check_source, local_folder, read_scheduler
+from fastgen.backbones.folder import check_source, local_folder, read_card, read_scheduler
 from fastgen.backbones.pipeline_config import CONFIGS, PipelineConfig
 from fastgen.sampling.sampler import pipeline_config
 
@@ -34,13 +34,15 @@ class Wishes:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the pipeline says. steps, guidance: of its stock call, unless another guidance was asked for."""
+    """What the pipeline says. steps, guidance: those that its card recommends, else of its stock call, unless another
+    guidance was asked for. recommended: whether the guidance is the card's."""
 
     config: PipelineConfig
     steps: int
     guidance: float
     parameters: int
     shift: float
+    recommended: bool = False
 
     @property
     def large(self) -> bool:
@@ -55,8 +57,19 @@ def look_at(pipeline: str) -> Facts:
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
     steps, guidance = backbone.stock_call
-    count = sum(p.numel() for p in teacher.parameters())
-    return Facts(config, steps, float(guidance), count, level_shift(read_scheduler(folder)))
+    said, count = recommended_call(folder), sum(p.numel() for p in teacher.parameters())
+    shift = level_shift(read_scheduler(folder))
+    steps, scale = int(said.get("num_inference_steps", steps)), float(said.get("guidance_scale", guidance))
+    return Facts(config, steps, scale, count, shift, recommended="guidance_scale" in said)
+
+
+def recommended_call(folder: Path) -> dict[str, float]:
+    """The numbers of a call that a pipeline's card recommends, where a hub's own page reads them too:
+    `inference.parameters` of its metadata."""
+    found = read_card(folder).get("inference")
+    parameters = found.get("parameters") if isinstance(found, dict) else None
+    numbers = parameters.items() if isinstance(parameters, dict) else ()
+    return {key: float(n) for key, n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n >= 1}
 
 
 def known_configs(hub_id: str) -> Path:
