@@ -164,6 +164,8 @@ def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
     done = CliRunner().invoke(app, ["new", "assets/emoji/teacher"])
     assert done.exit_code == 0 and load_recipe("recipe.yaml").eval.prompts == "assets/emoji/prompts.txt"
     assert "fastgen sample runs/emoji_teacher_dmd2_4step --prompt 'hash key, 3d'" in done.stdout
+    scored = CliRunner().invoke(app, ["score", "assets/first_frames", "--metrics", "jpeg_size"])
+    assert scored.exit_code == 0 and Path("scores.json").is_file(), scored.output
 
 
 @pytest.mark.parametrize(

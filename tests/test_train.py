@@ -311,6 +311,7 @@ def test_a_student_is_measured_beside_its_teacher_and_the_card_has_the_newest_nu
 
     more = evaluate_path(run, num_samples=80, metrics="mean_error", output=tmp_path / "a.json", progress=False)
     printed, card = capsys.readouterr().out, (run / "export/README.md").read_text()
+    assert f"{tmp_path / 'a.json'} has the results, and {tmp_path / 'a.html'} the page" in printed
     assert "measuring the teacher at 4 steps" in printed and "its teacher, 4 steps" in printed
     assert {row["num_samples"] for row in (more, *more["teachers"])} == {80}
     assert "Measured on 80 samples of each" in card and "energy_distance |" not in card.split("## Recipe")[0]

@@ -101,7 +101,7 @@ def evaluate_path(
     With eval.teacher_steps, the teacher of a run or an export is measured in the same way, at each of these numbers of
     steps; numbers that the export has from such a measurement are taken instead. The result has the teacher's rows in
     "teachers". The numbers of a student as it is exported also go into the model card of the export, with the
-    teacher's, in place of earlier ones. student_only: neither of these.
+    teacher's, in place of earlier ones. With adapters, the teacher is only shown. student_only: none of these.
 
     Prints a table. output: a JSON file, which is written together with an HTML page of the same stem. With
     teacher_steps, the page of a student also shows samples of its teacher, of the same prompts and seeds. An
@@ -149,9 +149,8 @@ def evaluate_path(
             and {config.reference, config.prompts, config.images} == {None}
         ):
             config = dataclasses.replace(config, reference="digits")
-        compared = not (student_only or adapters)
-        found = measure_sampler(path, name, sampler, config, compared, partial, progress)
-        as_exported = compared and not (teacher_first or num_steps or dtype)
+        found = measure_sampler(path, name, sampler, config, not student_only, not adapters, partial, progress)
+        as_exported = not (student_only or adapters or teacher_first or num_steps or dtype)
         export = export_folder(path) if as_exported and len(found.rows) > len(config.teacher_steps) else None
     print_results(found.rows)
     counted = "; images_per_second leaves out loading and the first batch" if "throughput" in config.metrics else ""
@@ -160,6 +159,7 @@ def evaluate_path(
     if output is not None:
         write_json(Path(output), first | ({"teachers": teachers} if teachers else {}))
         write_page(Path(output).with_suffix(".html"), found.rows, found.samples, found.captions, found.views)
+        print(f"{output} has the results, and {Path(output).with_suffix('.html')} the page")
     if export is not None:
         tell_card(export, found.rows)
     if partial is not None:
@@ -181,12 +181,14 @@ def measure_sampler(
     name: str,
     sampler: Sampler,
     config: EvalConfig,
-    compared: bool,
+    beside: bool,
+    measured: bool,
     partial: Path | None,
     progress: bool,
 ) -> Found:
-    """What is measured of samples that are made here. compared: whether a student's teacher is measured, too, at
-    eval.teacher_steps. partial: where a page is wanted, the file for what an interrupted call has gathered."""
+    """What is measured of samples that are made here. beside: whether a student stands beside its teacher, if there
+    are eval.teacher_steps. measured: whether the teacher is measured at them, too, and not only shown on the page.
+    partial: where a page is wanted, the file for what an interrupted call has gathered."""
     teacher, reference = cache(lambda: teacher_of(path, sampler, config)), None
     if config.reference == TEACHER:
         reference = teacher_reference(teacher(), config)
@@ -195,17 +197,17 @@ def measure_sampler(
     curves = training_curves(path)
     found = Found([{"name": name, **result, **({"curves": curves} if curves else {})}], {name: kept}, {name: prompts})
     export = export_folder(path)
-    if compared and config.teacher_steps and export is not None:
+    if beside and config.teacher_steps and export is not None and (measured or partial is not None):
         try:
             original = teacher()
         except (ValueError, OSError) as error:
             print(f"there are no numbers and no samples of the teacher: {error}")
         else:
-            known = stored_numbers(export)
-            found.rows += teacher_rows(original, config, known, partial, progress, reference)
+            if measured:
+                found.rows += teacher_rows(original, config, stored_numbers(export), partial, progress, reference)
             if partial is not None:
-                beside = teacher_samples(original, config, prompts)
-                found.samples, found.captions = found.samples | beside, found.captions | dict.fromkeys(beside, prompts)
+                shown = teacher_samples(original, config, prompts)
+                found.samples, found.captions = found.samples | shown, found.captions | dict.fromkeys(shown, prompts)
     if partial is not None:
         found.views = first_views(sampler, prompts, config.seed)
     if sampler.backbone.law is not None:

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from fastgen.backbones.folder import local_folder
 from fastgen.data import read_prompts
 from fastgen.data.files import check_output, write_json
 from fastgen.evaluation.charts import format_value
@@ -30,9 +31,9 @@ def score_folder(
     progress: bool = True,
     overwrite: bool = True,
 ) -> dict[str, Any]:
-    """Scores all images of a folder. Their sizes may differ. names: rewards that read pixels. keys: the rewards' keys,
-    by name. prompts: a file with one prompt for each image, in the order of the images' names, or one prompt for all.
-    By default, the captions next to the images are used.
+    """Scores all images of a folder, here or among the files that ship with fastgen. Their sizes may differ. names:
+    rewards that read pixels. keys: the rewards' keys, by name. prompts: a file with one prompt for each image, in the
+    order of the images' names, or one prompt for all. By default, the captions next to the images are used.
 
     Returns the result, and writes it as JSON if `output` is given. It has one row per image with its file, prompt and
     scores (null if there is none), the means over the images that have a score, and what is needed to repeat the
@@ -40,7 +41,7 @@ def score_folder(
     weights load."""
     if output is not None:
         check_output(output, overwrite)
-    files = sample_files(folder)
+    files = sample_files(local_folder(str(folder)) or folder)
     texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
     rewards = choose(names, keys)
     readers = [name for name, reward in rewards.items() if reward.reads_prompts]

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +294,14 @@ def usual_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
 
 
 def sha256(path: Path) -> str:
+    """Of a file, which is read once as long as it stays as it is."""
+    about = path.stat()
+    return read_sha256(path, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def read_sha256(path: Path, size: int, changed: int) -> str:
+    """size, changed: what tells two states of the file apart."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
