@@ -14,8 +14,11 @@ from tiny_pipelines import tiny_sdxl
 from torch import nn
 
 from fastgen.backbones import pipeline as pipeline_module
+from fastgen.backbones import prompt_table
 from fastgen.backbones.encoders import Once, on_device
+from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.sd import SD, SDConfig
+from fastgen.batch import Conditioning
 from fastgen.config import load_recipe
 from fastgen.data.prepared import identity
 from fastgen.planning.plan import plan
@@ -38,6 +41,27 @@ def build(folder: Path, **options: Any) -> SD:
 
 def encoders(backbone: SD) -> list[nn.Module]:
     return [backbone.text_pipeline.text_encoder, backbone.text_pipeline.text_encoder_2]
+
+
+def test_prompts_are_encoded_once_while_the_table_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a table that is full, those that were asked for last stay; the rows of one batch may be more than fit."""
+    asked = list[str]()
+
+    def encode(prompts: list[str]) -> Conditioning:
+        asked.extend(prompts)
+        return Conditioning({"length": torch.tensor([[float(len(p))] for p in prompts])})
+
+    monkeypatch.setattr(prompt_table, "TABLE_BYTES", 3 * 4)  # three rows
+    table = PromptTable(encode, lambda rows: rows, CPU, torch.float32)
+    assert table.rows(["", "a", "", "bb"])["length"].flatten().tolist() == [0, 1, 0, 2]
+    table.rows(["", "ccc"])
+    assert asked == ["", "a", "bb", "ccc"]
+    table.rows(["", "bb", "a"])
+    assert asked == ["", "a", "bb", "ccc", "a"]
+    words = ["d", "ee", "fff", "gggg", "d"]
+    assert table.rows(words)["length"].flatten().tolist() == [len(word) for word in words]
+    table.rows(["fff", "gggg"])
+    assert asked[5:] == ["d", "ee", "fff", "gggg"]
 
 
 def test_a_warning_of_every_prompt_is_said_once() -> None:

@@ -167,8 +167,11 @@ def test_a_path_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_has_the_same_bits_in_any_company() -> None:
-    """A run that continues encodes prompts as it meets them: with others than the uninterrupted run did."""
+    """A run that continues encodes prompts as it meets them: with others than the uninterrupted run did, and after
+    others. A longer prompt of an earlier batch adds no tokens to the later ones."""
     alone, together = (SD3Config(path=str(TEACHER)).build(torch.device("cpu"), torch.float32, 0) for _ in range(2))
     first = alone.encode_prompts(PROMPTS[:1])
+    longer = together.encode_prompts(["a three, which is written by hand in a hurry"])
+    assert longer["prompt_embeds"].shape[1] > first["prompt_embeds"].shape[1]
     among = together.encode_prompts([*PROMPTS[1:], PROMPTS[0]]).select(torch.tensor([2]))
     assert all(first[name].equal(among[name]) for name in first)

@@ -22,11 +22,11 @@ class PromptRows(Protocol):
 
 
 class PromptTable:
-    """The conditioning of every prompt seen so far, up to a gigabyte.
+    """The conditioning of prompts seen so far, those that were asked for last, up to a gigabyte.
 
     Each prompt is encoded alone, because the last bits of an embedding depend on the other prompts in its batch, and a
     run that is continued sees its prompts in other batches. Several threads may ask it.
-    encode: turns a few prompts into their rows. finish: turns the rows of all prompts into what networks are given.
+    encode: turns a few prompts into their rows. finish: turns the rows of a batch into what networks are given.
     encoding: what `encode` is called inside of."""
 
     def __init__(
@@ -40,39 +40,39 @@ class PromptTable:
         self.encode, self.finish, self.device, self.dtype, self.encoding = encode, finish, device, dtype, encoding
         self.stored: PromptRows | None = None  # prompts found here are read instead of encoded
         self._lock = threading.Lock()
-        self._index: dict[str, int] = {}
-        self._encoded: Conditioning | None = None
-        self._finished: Conditioning | None = None
+        self._kept: dict[str, Conditioning] = {}  # one row each; the prompt that was asked for last is the last one
+        self._bytes = 0
 
     @torch.no_grad()
     def rows(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of these prompts, batch size len(prompts)."""
+        """The conditioning of these prompts, batch size len(prompts). It depends on these prompts alone."""
         with self._lock:
-            new = [p for p in dict.fromkeys(prompts) if p not in self._index]
-            if new:
-                self.extend(new, set(prompts))
-            assert self._finished is not None
-            return self._finished.select(torch.tensor([self._index[p] for p in prompts], device=self.device))
+            found = self.found(list(dict.fromkeys(prompts)))
+        return self.finish(Conditioning.cat([found[p] for p in prompts]))
 
-    def extend(self, new: list[str], wanted: set[str]) -> None:
-        """Encodes prompts and appends them to the table, which is emptied first if it has grown too large."""
-        if self._encoded is not None and sum(v.nbytes for v in self._encoded.values()) > TABLE_BYTES:
-            new, self._index, self._encoded = sorted(wanted), {}, None
-        stored = [p for p in new if self.stored is not None and p in self.stored]
-        new = list(dict.fromkeys([*stored, *new]))
-        chunks = [self.read(stored)] if stored else []
-        if unread := new[len(stored) :]:
+    def found(self, prompts: list[str]) -> dict[str, Conditioning]:
+        """The row of each of these prompts. New ones are kept, and the oldest leave if the table grows too large."""
+        fresh = self.made([p for p in prompts if p not in self._kept])
+        self._bytes += sum(row.nbytes for row in fresh.values())
+        found = {p: fresh[p] if p in fresh else self._kept.pop(p) for p in prompts}
+        self._kept |= found
+        while self._bytes > TABLE_BYTES:
+            self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return found
+
+    def made(self, prompts: list[str]) -> dict[str, Conditioning]:
+        """The rows of prompts that are not in the table, read or encoded one by one."""
+        stored = [p for p in prompts if self.stored is not None and p in self.stored]
+        rows = {p: self.read(p) for p in stored}
+        if unread := [p for p in prompts if p not in rows]:
             with self.encoding():
-                chunks += [self.placed(self.encode([prompt])) for prompt in unread]
-        self._encoded = Conditioning.cat([*([self._encoded] if self._encoded else []), *chunks])
-        self._finished = self.finish(self._encoded)
-        for prompt in new:
-            self._index[prompt] = len(self._index)
+                rows |= {p: self.placed(self.encode([p])) for p in unread}
+        return rows
 
-    def read(self, prompts: list[str]) -> Conditioning:
-        """The rows of stored prompts."""
+    def read(self, prompt: str) -> Conditioning:
+        """The row of a stored prompt."""
         assert self.stored is not None
-        return self.placed(self.stored.read(prompts))
+        return self.placed(self.stored.read([prompt]))
 
     def placed(self, rows: Conditioning) -> Conditioning:
         """Rows in this table's precision, on its device."""
