@@ -66,6 +66,7 @@ class TrainConfig:
     micro-batch; until then each process holds whole gradients of the turn's roles. micro_batch: in each one, which
     needs no memory and communicates `accumulate` times as much.
     prefetch: how many micro-batches are read and encoded in a thread while the networks work; ODE pairs never are.
+    readers: how many threads read and decode pictures and videos.
     checkpoint_async: checkpoints are written in a thread, from a copy that takes as many bytes of the host. False:
     training waits, and one tensor at a time is on the host. On by default (ours): GPUs' hosts mostly have the room."""
 
@@ -73,6 +74,7 @@ class TrainConfig:
     batch_size: int = Field(ge=1, le=MOST_BATCH)  # samples per micro-batch and process
     accumulate: int = Field(default=1, ge=1, le=MOST_STEPS)  # micro-batches per inner update
     prefetch: int = Field(default=1, ge=0, le=MOST_STEPS)
+    readers: int = Field(default=4, ge=1, le=256)
     mixed_precision: Literal["no", "bf16"] = "no"  # of forward passes; weights and optimizers stay float32
     dtype: Literal["float32", "float64"] = "float32"
     # of the teacher; None: as dtype; float8: its matrices, and the rest in bfloat16

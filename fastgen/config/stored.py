@@ -32,6 +32,7 @@ MUTABLE_KEYS = (
     "train.batch_size",
     "train.accumulate",
     "train.prefetch",
+    "train.readers",
     "train.gradient_checkpointing",
     "train.compile",
     "health",

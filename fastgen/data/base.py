@@ -2,12 +2,14 @@
 the sample where it stopped, and ranks and micro-batches split one stream."""
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Executor
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.batch import Batch, Conditioning
+from fastgen.data.readers import READERS
 
 
 class DataError(RuntimeError):
@@ -44,9 +46,9 @@ class DataSource(ABC):
         return ()
 
     @abstractmethod
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> "Stream":
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> "Stream":
         """The stream of this source. Its order depends on the seed alone, and with pictures of several sizes on
-        `unit`, the number of prompts of an update. Called once."""
+        `unit`, the number of prompts of an update. readers: how many threads read pictures. Called once."""
 
 
 class Stream(ABC):
@@ -81,12 +83,19 @@ class Stream(ABC):
 
 
 def make_batch(
-    stream: Stream, backbone: Backbone, positions: Tensor, key: int, needs: frozenset[str], group_size: int = 1
+    stream: Stream,
+    backbone: Backbone,
+    positions: Tensor,
+    key: int,
+    needs: frozenset[str],
+    group_size: int = 1,
+    other: Executor | None = None,
 ) -> Batch:
     """The batch at these global positions, in the backbone's dtype. `needs` lists the optional fields to fill.
 
-    group_size: this many consecutive positions form one prompt group, and all of them read one row of the data. Raises
-    ValueError if a group is incomplete, because the samples of a group are compared with each other."""
+    group_size: this many consecutive positions form one prompt group, and all of them read one row of the data. other:
+    a thread, if there is one, in which real data are read and encoded while prompts are. Raises ValueError if a group
+    is incomplete, because the samples of a group are compared with each other."""
     group = positions // group_size
     if group_size > 1 and bool((group.unique(return_counts=True)[1] != group_size).any()):
         raise ValueError(
@@ -94,12 +103,13 @@ def make_batch(
             "; make train.batch_size a multiple of objective.group_size"
         )
     prompts, size, shape = stream.prompts(group), stream.size(group), backbone.latent_shape
-    cond, uncond = backbone.encode_both(prompts, stream.images(group))
+    images = stream.images(group)
+    coming = None if other is None else other.submit(real_data, stream, group, needs)
+    cond, uncond = backbone.encode_both(prompts, images)
+    latents, pixels = real_data(stream, group, needs) if coming is None else coming.result()
     if size is not None:
         cond, uncond = backbone.told_size(cond, size), backbone.told_size(uncond, size)
         shape = backbone.latent_shape_of(size)
-    latents = stream.latents(group) if "latents" in needs else None
-    pixels = stream.pixels(group) if "pixels" in needs else None
     pairs = stream.pairs(group) if "pairs" in needs else None
     device = backbone.device
     return Batch(
@@ -115,3 +125,9 @@ def make_batch(
         group=group.to(device),
         dtype=backbone.dtype,
     )
+
+
+def real_data(stream: Stream, positions: Tensor, needs: frozenset[str]) -> tuple[Tensor | None, Tensor | None]:
+    """The latents and the pixels of these positions, those that `needs` lists."""
+    latents = stream.latents(positions) if "latents" in needs else None
+    return latents, stream.pixels(positions) if "pixels" in needs else None

@@ -18,6 +18,7 @@ from fastgen.data.base import DataError, Stream
 from fastgen.data.images import picture_fills, read_image
 from fastgen.data.order import permutation
 from fastgen.data.pictures import picture_size
+from fastgen.data.readers import READERS, Readers
 from fastgen.data.samples import Samples, SampleSource, SampleStream, encode_given_picture, encode_picture
 from fastgen.data.sizes import check_sizes, resolution
 from fastgen.data.tables import check_text, choose_column, import_extra
@@ -125,11 +126,11 @@ class HubData(SampleSource):
             captions, torch.arange(len(captions)), lambda i: self.pixels(rows[i], f"row {i + 1} of {self.path}", size)
         )
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
         key = noise.make_key(seed, "data")
-        return (
-            BlockStream(self, backbone, key) if self.streaming else SampleStream(self.samples(backbone), backbone, key)
-        )
+        if self.streaming:
+            return BlockStream(self, backbone, key, readers)
+        return SampleStream(self.samples(backbone), backbone, key, readers=readers)
 
 
 class BlockStream(Stream):
@@ -142,9 +143,9 @@ class BlockStream(Stream):
     position in an earlier block restarts the stream. Only the captions of the first block are remembered, for samples
     of fixed prompts."""
 
-    def __init__(self, source: HubData, backbone: Backbone, key: int):
+    def __init__(self, source: HubData, backbone: Backbone, key: int, readers: int = READERS):
         self._source, self._backbone, self._key, self._size = source, backbone, key, source.shuffle_buffer
-        self._rows = source.load(streaming=True)
+        self._rows, self._readers = source.load(streaming=True), Readers(readers)
         self._blocks: dict[int, list[Row]] = {}
         self._reader: Iterator[Row] = iter(())
         self._next = -1  # the block that the reader reads next
@@ -157,22 +158,30 @@ class BlockStream(Stream):
             return [self._first_captions[i] for i in order[positions].tolist()]
         return [self.caption(self.sample(p)) for p in positions.tolist()]
 
-    def pixels(self, positions: Tensor) -> Tensor | None:
+    @property
+    def has_pictures(self) -> bool:
+        return self._source.image_column is not None and self._backbone.picture_size is not None
+
+    def pictures(self, positions: Tensor) -> Iterator[Tensor]:
+        """The pixels of each position's image, [3, H, W]. Rows are taken from the stream in this thread."""
         size = self._backbone.picture_size
-        if self._source.image_column is None or size is None:
-            return None
+        assert size is not None
         where = f"{self._source.path}, sample {{}} of the stream"
-        return torch.stack([self._source.pixels(self.sample(p), where.format(p), size) for p in positions.tolist()])
+        rows = ((self.sample(p), where.format(p), size) for p in positions.tolist())
+        return self._readers.each(lambda row: self._source.pixels(*row), rows)
+
+    def pixels(self, positions: Tensor) -> Tensor | None:
+        return torch.stack(list(self.pictures(positions))) if self.has_pictures else None
 
     def images(self, positions: Tensor) -> Conditioning | None:
-        pixels = self.pixels(positions) if self._backbone.takes_image else None
-        if pixels is None:
+        if not (self.has_pictures and self._backbone.takes_image):
             return None
-        return Conditioning.cat([encode_given_picture(self._backbone, image) for image in pixels])
+        return Conditioning.cat([encode_given_picture(self._backbone, image) for image in self.pictures(positions)])
 
     def latents(self, positions: Tensor) -> Tensor | None:
-        pixels = self.pixels(positions)
-        return None if pixels is None else torch.stack([encode_picture(self._backbone, image) for image in pixels])
+        if not self.has_pictures:
+            return None
+        return torch.stack([encode_picture(self._backbone, image) for image in self.pictures(positions)])
 
     def caption(self, row: Row) -> str:
         try:

@@ -36,6 +36,7 @@ from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.files import is_sealed
 from fastgen.data.pairs import Pairs, PairSettings
+from fastgen.data.readers import READERS
 from fastgen.data.samples import Samples, SampleStream
 from fastgen.data.shard_rows import ShardRows, latents_of
 
@@ -102,7 +103,7 @@ class PreparedData(DataSource):
         for name, entry in manifest["files"].items():
             check_file(folder / name, entry)
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
         assert isinstance(backbone, PipelineBackbone)
         folder = Path(self.folder)
         manifest, prompts = read_manifest(folder), read_prompt_lines(folder)

@@ -3,7 +3,6 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +16,8 @@ from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.order import bucketed, shuffled
 from fastgen.data.pairs import Pairs
+from fastgen.data.readers import READERS, Readers
 
-READERS = 4  # threads that read pictures
 LATENT_BYTES = 1 << 30  # of latents that a stream caches; pictures beyond that are read and encoded every time
 
 
@@ -75,8 +74,8 @@ class SampleSource(DataSource):
     def samples(self, backbone: Backbone) -> Samples:
         """All rows. An image is read only when it is needed."""
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
-        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"), unit=unit)
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
+        return SampleStream(self.samples(backbone), backbone, noise.make_key(seed, "data"), None, unit, readers)
 
 
 class SampleStream(Stream):
@@ -87,10 +86,18 @@ class SampleStream(Stream):
     Up to a gigabyte of latents, and of what is told of images, is
     cached in memory."""
 
-    def __init__(self, samples: Samples, backbone: Backbone, key: int, pairs: Pairs | None = None, unit: int = 1):
+    def __init__(
+        self,
+        samples: Samples,
+        backbone: Backbone,
+        key: int,
+        pairs: Pairs | None = None,
+        unit: int = 1,
+        readers: int = READERS,
+    ):
         self._samples, self._backbone, self._key, self._pairs, self._unit = samples, backbone, key, pairs, unit
         self._latents, self._images = dict[int, Tensor](), dict[int, Conditioning]()
-        self._readers = ThreadPoolExecutor(READERS, "pictures")
+        self._readers = Readers(readers)
 
     def rows(self, positions: Tensor) -> Tensor:
         """The row of each position, [B] int64."""
@@ -128,7 +135,7 @@ class SampleStream(Stream):
     def pixels(self, positions: Tensor) -> Tensor | None:
         if self._samples.pictures is None or self._samples.read is None:
             return None
-        return torch.stack(list(self._readers.map(self._samples.read, self.pictures(positions))))
+        return torch.stack(list(self._readers.each(self._samples.read, self.pictures(positions))))
 
     def images(self, positions: Tensor) -> Conditioning | None:
         if self._samples.pictures is None or not self._backbone.takes_image:
@@ -159,7 +166,7 @@ class SampleStream(Stream):
         """What `encode` makes of what is read of each picture, several files at a time. Those that are new are kept,
         up to a gigabyte."""
         new = [i for i in dict.fromkeys(pictures) if i not in kept]
-        values = zip(new, self._readers.map(read, new), strict=True)
+        values = zip(new, self._readers.each(read, new), strict=True)
         fresh = {i: encode(self._backbone, value) for i, value in values}
         found = [fresh[i] if i in fresh else kept[i] for i in pictures]
         for picture, value in fresh.items():

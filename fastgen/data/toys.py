@@ -13,6 +13,7 @@ from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.base import Backbone
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.pairs import PairSettings, pair_noise
+from fastgen.data.readers import READERS
 from fastgen.data.samples import Samples, SampleSource, SampleStream
 from fastgen.registry import MOST_STEPS
 
@@ -30,7 +31,7 @@ class DigitsData(SampleSource):
     def provides(self) -> frozenset[str]:
         return frozenset({"latents", "pixels"} | ({"pairs"} if self.pairs else set()))
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
         samples, pairs = self.samples(backbone), None
         if self.pairs is not None:
             from fastgen.data.pair_sampling import made_pairs  # imports diffusers
@@ -64,7 +65,7 @@ class MixtureData(DataSource):
         if backbone.name != "gaussian_mixture":
             raise ValueError(f"mixture data needs the gaussian_mixture backbone, not {backbone.name}")
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
         return MixtureStream(backbone, noise.make_key(seed, "data"), self)
 
 
@@ -119,7 +120,7 @@ class AR1Data(DataSource):
         if backbone.name != "ar1_video":
             raise ValueError(f"ar1_video data needs the ar1_video backbone, not {backbone.name}")
 
-    def open(self, backbone: Backbone, seed: int, unit: int = 1) -> Stream:
+    def open(self, backbone: Backbone, seed: int, unit: int = 1, readers: int = READERS) -> Stream:
         return AR1Stream(backbone.law, noise.make_key(seed, "data"), self.pairs == "causal")
 
 

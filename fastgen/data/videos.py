@@ -21,7 +21,8 @@ from fastgen.data.clips import Header, Source, VideoError, check_reader, read_cl
 from fastgen.data.controls import ControlFiles, check_length, controls_like
 from fastgen.data.images import fitted
 from fastgen.data.media import VIDEOS
-from fastgen.data.samples import READERS, Samples, SampleSource
+from fastgen.data.readers import READERS
+from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.sizes import check_sizes
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped

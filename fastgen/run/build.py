@@ -1,6 +1,8 @@
 """Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -208,7 +210,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     networks = Networks(built.modules, recipe.rollout, scorer, backbone.restart)
     roles = recipe.objective.trained_roles
     per_update = recipe.train.batch_size * recipe.train.accumulate * accelerator.num_processes
-    stream = recipe.data.open(backbone, recipe.seed, per_update // recipe.objective.group_size)
+    unit = per_update // recipe.objective.group_size
+    stream = recipe.data.open(backbone, recipe.seed, unit, recipe.train.readers)
     if recipe.part is not None:
         stream = PartStream(stream, recipe.part)
     shown = 2000 if backbone.output == "points" else max(recipe.train.num_samples, recipe.health.num_samples)
@@ -231,13 +234,18 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
 
 def batches(recipe: Recipe, accelerator: Accelerator, backbone: Backbone, stream: Stream) -> Ahead:
     """This process's batches, with key 0, by the position of their first sample. ODE pairs are not made ahead, because
-    a teacher may make them, whose calls are counted."""
+    a teacher may make them, whose calls are counted.
+
+    Real data are read and encoded in a thread of their own while prompts are, but not in the first batch: it loads the
+    VAE and the text encoders, and whatever loads a network changes torch's defaults for all threads meanwhile."""
     size, objective = recipe.train.batch_size, recipe.objective
+    other, loaded = ThreadPoolExecutor(1, "real data"), threading.Event()
 
     def make(first: int) -> Batch:
-        return make_batch(
-            stream, backbone, torch.arange(first, first + size), 0, objective.needs, objective.group_size
-        )
+        positions, beside = torch.arange(first, first + size), other if loaded.is_set() else None
+        batch = make_batch(stream, backbone, positions, 0, objective.needs, objective.group_size, beside)
+        loaded.set()
+        return batch
 
     ahead = 0 if "pairs" in objective.needs else recipe.train.prefetch
     return Ahead(make, size * accelerator.num_processes, ahead)
