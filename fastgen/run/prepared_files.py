@@ -13,6 +13,7 @@ from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.batch import Conditioning
 from fastgen.data.pair_sampling import sample_pairs
 from fastgen.data.pairs import PairSettings
+from fastgen.data.readers import Readers
 from fastgen.data.samples import Samples, encode_given_picture, encode_picture
 from fastgen.data.shard_rows import fold, latents_of, packed, shard_name
 from fastgen.sampling.sampler import teacher_sampler
@@ -47,7 +48,7 @@ def picture_files(
 ) -> dict[str, tuple[int, Make]]:
     """The files of the pictures, as in `prompt_files`. kind: "latents", or "images" for what networks are told of
     them."""
-    encode = {"latents": encode_pictures, "images": encode_given_pictures}[kind]
+    encode = partial({"latents": encode_pictures, "images": encode_given_pictures}[kind], Readers())
     groups: dict[str, Sequence[int]] = {kind: range(samples.num_pictures)}
     if samples.sizes:
         groups = dict(zip(map(latents_of, samples.sizes), (m.tolist() for m in samples.of_buckets()), strict=True))
@@ -131,24 +132,34 @@ def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def encode_pictures(
-    backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
+    readers: Readers,
+    backbone: PipelineBackbone,
+    samples: Samples,
+    pictures: Sequence[int],
+    dtype: torch.dtype,
+    bar: Any,
 ) -> bytes:
     """Encodes the pictures of one shard: latents [n, *latent_shape]."""
     assert samples.read is not None
     latents = []
-    for picture in pictures:
-        latents.append(encode_picture(backbone, samples.read(picture)).to(dtype))
+    for pixels in readers.each(samples.read, pictures):
+        latents.append(encode_picture(backbone, pixels).to(dtype))
         bar.update()
     return packed({"latents": torch.stack(latents)})
 
 
 def encode_given_pictures(
-    backbone: PipelineBackbone, samples: Samples, pictures: Sequence[int], dtype: torch.dtype, bar: Any
+    readers: Readers,
+    backbone: PipelineBackbone,
+    samples: Samples,
+    pictures: Sequence[int],
+    dtype: torch.dtype,
+    bar: Any,
 ) -> bytes:
     """Encodes the pictures or control videos of one shard: the rows of `Backbone.encode_images`."""
     rows = []
-    for picture in pictures:
-        rows.append(encode_given_picture(backbone, samples.read_given(picture)).to(dtype))
+    for given in readers.each(samples.read_given, pictures):
+        rows.append(encode_given_picture(backbone, given).to(dtype))
         bar.update()
     return packed(Conditioning.cat(rows))
 
