@@ -72,6 +72,7 @@ DATA: dict[str, str] = {
     "prepared": "fastgen.data.prepared:PreparedData",
     "digits": "fastgen.data.toys:DigitsData",
     "moving_digits": "fastgen.data.moving_digits:MovingDigitsData",
+    "digit_views": "fastgen.data.digit_views:DigitViewsData",
     "mixture": "fastgen.data.toys:MixtureData",
     "ar1_video": "fastgen.data.toys:AR1Data",
 }

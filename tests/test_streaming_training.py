@@ -220,8 +220,10 @@ def test_first_chunk_with_more_steps() -> None:
 
 
 @pytest.mark.slow
-def test_divided_networks_roll_out_and_commit_as_one(tmp_path: Path) -> None:
-    """FSDP2 on two processes: a rollout with commits between its forwards, and the gradient of it."""
+@pytest.mark.parametrize("kind", ["averaged sink", "actions"])
+def test_divided_networks_roll_out_and_commit_as_one(kind: str, tmp_path: Path) -> None:
+    """FSDP2 on two processes: a rollout with commits between its forwards, and the gradient of it; also of a network
+    that is told actions and recalls frames."""
     script = f"""
 import sys, dataclasses, datetime
 import torch
@@ -230,15 +232,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_streaming import POLICIES, batch, policy, wan
+from test_streaming_actions import RECALL, acting, told
 from fastgen.rollout import backward_simulation
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 rank = dist.get_rank()
 plain, divided = wan(), wan()
+chunks, part = POLICIES["EMA sink"], batch(8, rows=4)
+if {kind!r} == "actions":
+    chunks, part = RECALL, dataclasses.replace(batch(10, rows=4), cond=acting(10, rows=4))
+    plain, divided = (told(network).requires_grad_(True) for network in (plain, divided))
 for module in (*divided.shard_modules, divided):
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
-chunks = POLICIES["EMA sink"]
-part = batch(8, rows=4)
 rows = slice(2 * rank, 2 * rank + 2)
 own = dataclasses.replace(part, ids=part.ids[rows], cond=part.cond.select(rows), uncond=part.uncond.select(rows))
 expected = backward_simulation(plain, policy(chunks), part, torch.ones_like(part.ids)).x

@@ -50,7 +50,9 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(whe
     recipes = {
         f"fastgen/recipes/{path.name}" for path in (project / "recipes").iterdir() if path.suffix in (".yaml", ".json")
     }
-    assert held == package | weights | recipes | {"fastgen/assets/moving_digits_prompts.txt"}
+    assert held == package | weights | recipes | {
+        f"fastgen/assets/{world}_prompts.txt" for world in ("moving_digits", "digit_views")
+    }
     assert {
         "fastgen/backbones/configs/stabilityai/stable-diffusion-xl-base-1.0/unet/config.json",
         "fastgen/data/neutral.txt",

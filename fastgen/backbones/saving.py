@@ -1,6 +1,7 @@
 """Saves and loads a student as a diffusers folder: a whole pipeline, an adapter, or a pipeline class of our own."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,6 +19,8 @@ from fastgen.modules.sharding import WeightMap
 from fastgen.pipelines import flow_map
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
+from fastgen.streaming.actions import FILE as ACTIONS
+from fastgen.streaming.actions import load_actions, save_actions
 from fastgen.streaming.memory_file import MEMORY, load_memory, save_memory
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -71,12 +74,19 @@ def save_student(
             f"{list(policy.inputs)}"
         )
     tables = save_whole(backbone, student, values, policy, folder, dtype)
-    if memory := {name: tables.pop(name) for name in list(tables) if name.split(".")[1].isdigit()}:  # of a layer
+    if memory := taken(tables, r"\d+\.\d+\..*"):  # of a layer
         save_memory(memory, folder)
+    if told := taken(tables, r"\d+\.actions\..*"):
+        save_actions(told, student.members[0].network.actions.period, folder)
     if added:
         flow_map.save_inputs(tables, policy, backbone.schedule, folder)
     if added or policy.chunks is not None:
         rename_class(folder, FLOW_MAP if policy.chunks is None else STREAMING)
+
+
+def taken(tables: dict[str, Tensor], pattern: str) -> dict[str, Tensor]:
+    """Those of the tensors whose names have this pattern, which leave the dict."""
+    return {name: tables.pop(name) for name in list(tables) if re.fullmatch(pattern, name)}
 
 
 def base_inputs(student: Denoiser) -> Iterable[str]:
@@ -93,8 +103,8 @@ def save_whole(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Saves a whole pipeline, and returns the weights that have no place in it: of the student's added inputs, and of
-    its linear memory."""
+    """Saves a whole pipeline, and returns the weights that have no place in it: of the student's added inputs, of its
+    linear memory, and of its actions."""
     components, tables = backbone.student_components(base_of(student)), dict[str, Tensor]()
     source, own = backbone.folder(), backbone.subfolders
     networks = [name for name, value in components.items() if isinstance(value, nn.Module)]
@@ -155,6 +165,8 @@ def load_student(backbone: Pipeline, folder: Path) -> Denoiser:
         student.to(backbone.device, backbone.dtype)
     if (folder / MEMORY).is_file():
         load_memory([part.network for part in student.members], folder)
+    if (folder / ACTIONS).is_file():
+        load_actions([part.network for part in student.members], folder)
     return student.requires_grad_(False).eval()
 
 

@@ -30,16 +30,19 @@ from fastgen.registry import MOST_STEPS, MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
+from fastgen.streaming.actions import Actions, add_actions, split_prompt
 from fastgen.streaming.causal_wan import check_causal
 
-TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length")  # keys that a streaming export stores
+# keys that a streaming export stores
+TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length", "actions")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WanConfig(PipelineConfig):
     """height, width: in pixels. num_frames: 4 k + 1. The defaults, 480, 832 and 81, are those of the stock pipeline.
     max_sequence_length: number of UMT5 tokens. fps: frames per second of written videos; Wan 2.1 and A14B are trained
-    at 16, TI2V-5B at 24."""
+    at 16, TI2V-5B at 24. actions: words after a prompt by which the view moves (`streaming.actions`). The pipeline's
+    own network knows none, so its student learns them from videos (teacher_forcing), or from a student that did."""
 
     name: Literal["wan"] = "wan"
     height: int = Field(default=480, ge=16, le=MOST_WIDTH, multiple_of=16)
@@ -47,9 +50,14 @@ class WanConfig(PipelineConfig):
     num_frames: int = Field(default=81, ge=1, le=MOST_STEPS)
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     fps: int = Field(default=16, ge=1, le=MOST_STEPS)
+    actions: Actions | None = None
 
     output: ClassVar[Output] = "frames"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+
+    @property
+    def prompt_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return super().prompt_keys + (() if self.actions is None else ("actions",))
 
     def check(self) -> None:
         """Also raises ValueError for a size, a set of experts or a scheduler that does not fit, and if videos cannot
@@ -64,6 +72,11 @@ class WanConfig(PipelineConfig):
         find_experts(read_index(folder))
         latent_size(self, read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json"))
         check_flow_scheduler(read_scheduler(folder))
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        if self.actions is not None:
+            for prompt in prompts:
+                self.actions.listed(prompt)
 
     def check_export(self, policy: RolloutPolicy) -> None:
         super().check_export(policy)
@@ -81,6 +94,11 @@ class WanConfig(PipelineConfig):
             return
         vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
         check_causal(network)
+        if policy.chunks.recall and self.actions is None:
+            raise ValueError(
+                "chunks.recall fetches frames by where they are seen from, which actions say: give backbone.actions, "
+                "or leave recall out"
+            )
         if policy.chunks.order == "rolling" and self.own_boundaries():
             raise ValueError(
                 "chunks.order: rolling makes chunks of several levels in one call, and this pipeline's experts have a "
@@ -216,17 +234,41 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return mean, std
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
-        """prompt_embeds [B, max_sequence_length, D], zero after the last token."""
+        """prompt_embeds [B, max_sequence_length, D], zero after the last token, of the prompts without actions."""
+        told = self.config.actions is not None
         embeds, _ = self.text_pipeline.encode_prompt(
-            prompt=prompts,
+            prompt=[split_prompt(prompt)[0] for prompt in prompts] if told else prompts,
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self.config.max_sequence_length,
         )
         return Conditioning({"prompt_embeds": embeds})
 
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """With actions, also their moves, actions [B, F, axes], in float32 whatever the dtype of the embeddings."""
+        cond, actions = super().encode_prompts(prompts), self.config.actions
+        if actions is not None:
+            frames = self.latent_shape[0]
+            cond["actions"] = torch.stack([actions.moves(prompt, frames) for prompt in prompts]).to(self.device)
+        return cond
+
+    def encode_both(
+        self, prompts: Sequence[str], images: Conditioning | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Guidance is away from another prompt, and not from other actions."""
+        cond, uncond = super().encode_both(prompts, images)
+        if "actions" in cond:
+            uncond["actions"] = cond["actions"]
+        return cond, uncond
+
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.config.max_sequence_length, self.network_config["text_dim"])}
+        actions = self.config.actions
+        shapes: dict[str, tuple[int, ...]] = {
+            "prompt_embeds": (self.config.max_sequence_length, self.network_config["text_dim"])
+        }
+        if actions is not None:
+            shapes["actions"] = (self.latent_shape[0], actions.axes)
+        return shapes
 
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it gives the network whole numbers."""
@@ -237,6 +279,15 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         time = scheduler.config.num_train_timesteps / 1000
         time = time if num_steps == 1 and time != 1 else None
         return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
+
+    def make(self, role: str, dtype: torch.dtype) -> Denoiser:
+        """With actions, the networks are told of them, at first to no effect."""
+        made, actions = super().make(role, dtype), self.config.actions
+        if actions is None:
+            return made
+        for part in made.members:
+            add_actions(part.network, actions.period, self.time_dim_of(made))
+        return made
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:
         """The denoiser of this pipeline, or of an export of it, which may be a student of two experts."""
@@ -257,7 +308,8 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         if policy.chunks is not None:
             from fastgen.pipelines.few_step import ChunkScheduler  # with diffusers
 
-            return ChunkScheduler(asdict(policy), **{name: getattr(self.config, name) for name in TRAINED})
+            trained = asdict(self.config)
+            return ChunkScheduler(asdict(policy), **{name: trained[name] for name in TRAINED})
         scheduler = flow_match_scheduler(policy)
         if self.boundary is not None:
             check_boundary(policy, scheduler, self.boundary)

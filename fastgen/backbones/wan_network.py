@@ -1,7 +1,8 @@
 """Wan's transformer behind the contract of a network: whole videos, chunk by chunk as a causal network, or videos
 whose first picture is given."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastgen.modules.inner_flow import told
 from fastgen.modules.inputs import WanExtraInputs
 from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule, expand
+from fastgen.streaming.actions import ActionEmbedding
 from fastgen.streaming.causal_wan import add_linear_memory, make_causal, place_of, placed
 
 LOWEST = 1e-4  # the level below which no prediction is divided by it
@@ -41,7 +43,7 @@ class WanDenoiser(Denoiser):
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        if inputs.streams or t.dim() == 2:
+        if inputs.streams or t.dim() == 2 or self.actions is not None:
             return self.call_by_frame(x_t, t, cond, inputs)
         noise = None if inputs.inner is None else inputs.inner.transpose(1, 2)
         more = told(noise, inputs.inner_levels)
@@ -72,6 +74,7 @@ class WanDenoiser(Denoiser):
             raise ValueError("an inner flow takes whole videos with one level for all frames")
         make_causal(self.network)
         frames = x_t.shape[1]
+        inputs, told = self.acted(cond, inputs, frames)
         t = by_frame(t, frames)
         scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
         values: dict[str, Any] = {name: by_frame(value, frames) for name, value in scalars.items()}
@@ -81,10 +84,44 @@ class WanDenoiser(Denoiser):
             clean = values | {"s": torch.zeros_like(t)}
             values = {name: torch.cat([clean[name], value], dim=1) for name, value in values.items()}
             t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
+            told = None if told is None else torch.cat([told, told], dim=1)
         flat = Inputs(**{name: value.flatten() for name, value in values.items()})
-        with placed(self.network, place_of(self.network, x_t, inputs)):
+        with placed(self.network, place_of(self.network, x_t, inputs)), self.telling(told):
             out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
         return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
+
+    @property
+    def actions(self) -> ActionEmbedding | None:
+        """What tells the network of actions; None if it knows none."""
+        return getattr(self.network, "actions", None)
+
+    def acted(self, cond: Conditioning, inputs: Inputs, frames: int) -> tuple[Inputs, Tensor | None]:
+        """What a call on `frames` frames recalls, in its context, and what it is told of their actions,
+        [B, frames, dim]; None for a network that knows none. cond["actions"]: the moves of the video's frames from its
+        beginning on, [B, F, axes]."""
+        if self.actions is None:
+            return inputs, None
+        moves, called = cond["actions"], range(frames)
+        if inputs.context is not None:
+            called = inputs.context.called(frames)
+            recalled = inputs.context.recalled(self.actions.views(moves), frames)
+            inputs = replace(inputs, context=recalled)
+        return inputs, self.actions(moves)[:, called.start : called.stop]
+
+    @contextmanager
+    def telling(self, told: Tensor | None) -> Iterator[None]:
+        """Calls of the network inside add this to the embeddings of their frames' times, [B, frames, dim]."""
+        if told is None:
+            yield
+            return
+        added = told.flatten(0, 1)
+        embedder: Any = self.network.condition_embedder
+        inner: Any = embedder.embedding if isinstance(embedder, WanExtraInputs) else embedder
+        handle = inner.time_embedder.register_forward_hook(lambda _m, _i, out: out + added.to(out.dtype))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @property
     def time_embedding(self) -> nn.Module:

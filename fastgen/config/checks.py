@@ -250,8 +250,11 @@ def chunked() -> list[str]:
 
 
 def check_chunks(recipe: Recipe) -> None:
-    """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one."""
+    """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one, and one
+    that is told actions."""
     objective, chunks = recipe.objective, recipe.rollout.chunks
+    if getattr(recipe.backbone, "actions", None) is not None:
+        check_actions(recipe)
     if chunks is None:
         return
     if not objective.takes_chunks:
@@ -274,6 +277,17 @@ def check_chunks(recipe: Recipe) -> None:
             f"{objective.name}, with these options, needs one step for all; use order: chunk, or dmd2 with "
             "stops: shared"
         )
+
+
+def check_actions(recipe: Recipe) -> None:
+    """Checks that the objective does not learn actions from a network that knows none."""
+    if not recipe.objective.takes_actions:
+        raise RecipeError(
+            f"backbone.actions: objective {recipe.objective.name} learns from the pipeline's own network, which knows "
+            "no actions; use teacher_forcing on videos with actions, then context_forcing with teacher_from"
+        )
+    if recipe.lora:
+        raise RecipeError("backbone.actions: the networks get weights that no adapter has; leave lora out")
 
 
 def check_segment(recipe: Recipe) -> None:

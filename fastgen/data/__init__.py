@@ -1,6 +1,7 @@
 """Sources of prompts and real images, one file per kind of source. `DATA` maps their names to their classes."""
 
 from fastgen.data.base import DataError, DataSource, Stream, make_batch
+from fastgen.data.digit_views import DigitViewsData
 from fastgen.data.hub import HubData
 from fastgen.data.images import ImageData
 from fastgen.data.moving_digits import MovingDigitsData
@@ -18,6 +19,7 @@ __all__ = [
     "AR1Data",
     "DataError",
     "DataSource",
+    "DigitViewsData",
     "DigitsData",
     "HubData",
     "ImageData",

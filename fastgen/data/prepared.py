@@ -16,6 +16,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -241,7 +242,8 @@ def identity(
     try:
         backbone = config.build(torch.device("cpu"), torch.float32, 0)
         assert isinstance(backbone, PipelineBackbone)
-        settings = {"name": config.name} | {k: v for k, v in vars(config).items() if k in config.prompt_keys}
+        keys = {k: v for k, v in asdict(config).items() if k in config.prompt_keys}
+        settings = {"name": config.name} | json.loads(json.dumps(keys))  # as it is read again
         for key in ("negative_prompt", "encoder_dtype"):
             if value := getattr(config, key):  # left out otherwise, as in folders of before it was a key
                 settings[key] = value

@@ -71,6 +71,7 @@ class Objective:
     reward_use: Literal["none", "score", "gradient"] = "none"
     rewards_required: bool = False
     takes_chunks: bool = False  # whether it can train a student that works chunk by chunk (RolloutPolicy.chunks)
+    takes_actions: bool = False  # whether all its networks can learn actions, which a pipeline's own network lacks
     # why it cannot, for the refusal
     needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
     takes_derivatives: bool = False  # whether it differentiates networks along directions, which needs float32

@@ -16,6 +16,10 @@ distribution matching needs a student that is causal already (CausVid, arXiv 241
 few steps its videos drift, because the chunks that it sees then are its own and not the data's;
 `backbones.ar1_formulas` says by how much.
 
+A model that has only seen clean frames meets its own, imperfect ones when it samples. With `residual_share`, the past
+of a share of the frames carries the error of the student's own prediction of them at x_t (`with_residuals`), as
+Matrix-Game 3 re-injects residuals; its abstract says no more, and the formula is ours.
+
 With a clean past, the loss is computed in one masked call or chunk by chunk (`objectives.causal`).
 """
 
@@ -42,12 +46,14 @@ class TeacherForcing(Objective):
     """past: clean is teacher forcing, noisy is diffusion forcing, where all chunks are denoised in one masked call.
     time: the law of the levels.  space: of the loss; None: the student's own prediction type.
     prompt_dropout: the share of samples that train without their prompt, for guidance later.
+    residual_share, residual_scale: how many of the frames are seen with an error by later chunks, and how much of it.
 
     The loss is that of Self-Forcing's code without its weight of levels (teacher_forcing in docs/faithfulness.md)."""
 
     page = "docs/streaming.md"
     trained_roles = ("student",)
     takes_chunks = True
+    takes_actions = True
 
     name: Literal["teacher_forcing"] = "teacher_forcing"
     past: Literal["clean", "noisy"] = "clean"
@@ -55,11 +61,19 @@ class TeacherForcing(Objective):
     time: TimeSampler = TimeSampler(low=0.001, high=0.999)  # ours; Self-Forcing for Wan: uniform with shift 5
     space: PredictionType | None = None
     prompt_dropout: float = Field(default=0.1, ge=0, lt=1)  # ours; AnyFlow's for Wan is 0.1, which no row pins
+    residual_share: float = Field(default=0.0, ge=0, le=1)
+    residual_scale: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _form(self) -> "TeacherForcing":
         if self.past == "noisy" and self.form == "chunks":
             raise ValueError("past: noisy denoises all chunks in one call, which is form: packed; leave form out")
+        return self
+
+    @model_validator(mode="after")
+    def _residuals(self) -> "TeacherForcing":
+        if self.past == "noisy" and self.residual_share:
+            raise ValueError("past: noisy shows noise, and no frame with an error: leave residual_share out")
         return self
 
     @property
@@ -91,12 +105,25 @@ class TeacherForcing(Objective):
         x_t = networks.student.schedule.add_noise(x, batch.normal("noise"), t).to(x.dtype)
         cond = self.dropped(batch)
         if self.past == "clean":
-            prediction = predict_chunks(networks.student, networks.policy, batch, x, x_t, t, cond, self.form)
+            past = self.with_residuals(networks, batch, x, x_t, t, cond) if self.residual_share else x
+            prediction = predict_chunks(networks.student, networks.policy, batch, past, x_t, t, cond, self.form)
         else:
             prediction = networks.student(x_t, t, cond, Inputs(causal=chunks))
         schedule, space = networks.student.schedule, self.space or networks.student.prediction_type
         total = signals.denoising_loss(prediction, x, x_t, t, schedule, space)
         return Loss(total, {"loss": total.detach()})
+
+    @torch.no_grad()
+    def with_residuals(
+        self, networks: Networks, batch: Batch, x: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """x + residual_scale (x0_theta(x_t, t, x_<i) - x) in a share of the frames, and x in the others        (ours)
+
+        x0_theta: what the student now predicts of each frame, at the level that is also trained."""
+        guess = predict_chunks(networks.student, networks.policy, batch, x, x_t, t, cond, self.form)
+        chosen = batch.uniform("residual", shape=(x.shape[1],)) < self.residual_share
+        error = self.residual_scale * (guess - x)
+        return (x + error * chosen.view(*chosen.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
 
     def levels(self, batch: Batch, chunks: ChunkSchedule) -> Tensor:
         """[B, F]: a level for each chunk, the same for its frames."""

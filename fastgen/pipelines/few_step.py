@@ -114,7 +114,7 @@ class ChunkScheduler(SchedulerMixin, ConfigMixin):
     itself, so that a stock pipeline refuses such a student instead of sampling it with attention in both directions.
 
     policy: a `RolloutPolicy` with chunks, as a dict. height, width, num_frames, fps, max_sequence_length: of training,
-    and the defaults of the pipeline."""
+    and the defaults of the pipeline. actions: those that it knows (`streaming.actions.Actions`), as a dict."""
 
     order = 1
 
@@ -127,6 +127,7 @@ class ChunkScheduler(SchedulerMixin, ConfigMixin):
         num_frames: int = 81,
         fps: int = 16,
         max_sequence_length: int = 512,
+        actions: dict[str, Any] | None = None,
     ):
         pass
 

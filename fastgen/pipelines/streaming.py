@@ -30,6 +30,7 @@ from fastgen.pipelines.few_step import ChunkScheduler
 from fastgen.pipelines.flow_map import extend
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.streaming.actions import Actions, load_actions, split_prompt
 from fastgen.streaming.memory_file import load_memory
 from fastgen.streaming.stream import Stream, VideoDecoder, read_about, with_window
 
@@ -73,7 +74,15 @@ class StreamingWanPipeline(WanPipeline):
             extend(pipeline.networks, "condition_embedder", WanExtraInputs, Path(folder))
         if chunks is not None and chunks.linear:
             load_memory(pipeline.networks, Path(folder))
+        if pipeline.actions is not None:
+            load_actions(pipeline.networks, Path(folder))
         return pipeline
+
+    @property
+    def actions(self) -> Actions | None:
+        """The words that move what is seen; None if the student knows none."""
+        stored = self.scheduler.config.get("actions")
+        return None if stored is None else Actions(**stored)
 
     @property
     def policy(self) -> RolloutPolicy:
@@ -123,7 +132,7 @@ class StreamingWanPipeline(WanPipeline):
             )
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
         draws = self.draws(seeds_of(len(prompts), seed, generator), shape)
-        cond = Conditioning.cat([self.encode(text) for text in prompts])
+        cond = Conditioning.cat([self.encode(text, shape[0]) for text in prompts])
         latents = sample(self.denoiser, policy, cond, draws)
         video = latents.transpose(1, 2) if output_type == "latent" else self.pictures(latents, output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
@@ -174,11 +183,16 @@ class StreamingWanPipeline(WanPipeline):
         return int(self.scheduler.config[name])
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Conditioning:
-        """The conditioning of one prompt."""
+    def encode(self, prompt: str, frames: int | None = None) -> Conditioning:
+        """The conditioning of one prompt. frames: how many latent frames it has actions for; None: those that it
+        lists. Raises ValueError for a word after its bar that is no action."""
+        actions, told = self.actions, {}
+        if actions is not None:
+            told["actions"] = actions.moves(prompt, frames)[None].to(self._execution_device)
+            prompt = split_prompt(prompt)[0]
         length = self.trained("max_sequence_length")
         embeds, _ = self.encode_prompt(prompt, None, False, max_sequence_length=length, device=self._execution_device)
-        return Conditioning({"prompt_embeds": embeds})
+        return Conditioning({"prompt_embeds": embeds, **told})
 
     def draws(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Draws:
         ids = torch.tensor(seeds, dtype=torch.int64, device=self._execution_device)

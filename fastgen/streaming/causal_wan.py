@@ -268,7 +268,7 @@ def chunk_layout(
 def video_layout(chunks: ChunkSchedule, tokens: int, frames: int, clean: bool, device: torch.device) -> BlockLayout:
     """A whole video at once, or its clean and noisy frames. Raises ValueError for a schedule that no mask can express:
     one whose sink or slow memory changes or, in relative positions, moves; and one that keeps its past in 8 bits."""
-    stays_moves = chunks.sink + chunks.slow > 0 and chunks.evicts(frames)
+    stays_moves = chunks.sink + chunks.slow + chunks.recall > 0 and chunks.evicts(frames)
     if stays_moves and (chunks.sink_decay is not None or chunks.positions == "relative"):
         raise ValueError(
             f"{frames} frames are more than the window of {chunks.window}, and then what stays of this schedule moves "

@@ -84,3 +84,31 @@ def renewed(slow: Block, frame: Block, similarity: float) -> Block:
         return torch.where(new, torch.cat([old[:, :, tokens:], latest], dim=2), old)
 
     return Block(slow.frames, shifted(slow.keys, frame.keys), shifted(slow.values, frame.values))
+
+
+def archived(chunks: ChunkSchedule, archive: Block | None, blocks: Sequence[Block], following: range) -> Block | None:
+    """The frames that the following chunk can recall: those of the archive, and those that leave now."""
+    parts = [block for block in (archive, *blocks) if block is not None]
+    return joined(parts, chunks.archived(following))
+
+
+def nearest(views: Tensor, frames: range, chunk: range, count: int) -> Tensor:
+    """Which of `frames` were seen from nearest to where a chunk is seen from: indices into them, [B, count], in order.
+
+    views: [B, F, D], where each frame of the video is seen from (`streaming.actions`). The distance of a frame is the
+    mean of the squared distances of its view to those of the chunk's frames. Of frames at one distance, to 1e-4, the
+    latest is the nearest."""
+    there, here = views[:, frames.start : frames.stop, None], views[:, None, chunk.start : chunk.stop]
+    distance = (there - here).square().sum(-1).mean(-1).round(decimals=4)
+    order = distance.flip(1).argsort(dim=1, stable=True)[:, :count]
+    return (len(frames) - 1 - order).sort(dim=1).values
+
+
+def picked(archive: Block, rows: Tensor, first: int) -> Block:
+    """The frames of these indices [B, R], which differ from sample to sample, by the numbers from `first` on."""
+    samples = torch.arange(len(rows), device=rows.device)[:, None]
+    keys, values = (
+        kept.unflatten(2, (len(archive.frames), -1))[:, samples, rows].flatten(2, 3)
+        for kept in (archive.keys, archive.values)
+    )
+    return Block(range(first, first + rows.shape[1]), keys, values)

@@ -54,6 +54,11 @@ class ChunkSchedule:
         leave fill it. Later ones take the place of its oldest, if they are new to it.
     slow_similarity: c. A frame is new if the cosine between its keys and those of the newest frame in the slow memory
         is below c. 1 takes every frame, which is a plain window of the same W; -1 takes none, which is a longer sink.
+    recall: R, the number of earlier frames that a chunk fetches from an archive of those that left: the ones that were
+        seen from nearest to where the chunk is seen from (`streaming.retention.nearest`; after Matrix-Game 3, arXiv
+        2604.08995). They stand between the sink and the last frames, in order, and count towards W. It needs a network
+        that is told actions (`backbone.actions`).
+    archive: how many of the frames that left are kept for it; the oldest go.
     linear: whether the frames that leave the window are summed into a state of one size, which later chunks read by
         linear attention (`streaming.linear_state`; Hybrid Forcing's memory). What is read is added to the output of
         each self-attention, through a projection that starts at zero and is trained and exported with the student.
@@ -81,6 +86,8 @@ class ChunkSchedule:
     sink_decay: float | None = Field(default=None, ge=0, le=1)
     slow: int = Field(default=0, ge=0, le=MOST_FRAMES)
     slow_similarity: float = Field(default=0.95, ge=-1, le=1)
+    recall: int = Field(default=0, ge=0, le=MOST_FRAMES)
+    archive: int = Field(default=256, ge=1, le=MOST_FRAMES)
     linear: bool = False
     positions: Literal["relative", "absolute"] = "relative"
     context_noise: float = Field(default=0.0, ge=0, lt=1)
@@ -93,9 +100,10 @@ class ChunkSchedule:
     @model_validator(mode="after")
     def _window(self) -> "ChunkSchedule":
         largest = max(self.frames, self.first or 0)
-        least = self.sink + self.slow + largest
+        least = self.sink + self.slow + self.recall + largest
         if self.window is not None and self.window < least:
             memory = f", a slow memory of {self.slow}" if self.slow else ""
+            memory += f", {self.recall} recalled" if self.recall else ""
             raise ValueError(
                 f"window: {self.window} frames cannot hold a sink of {self.sink}{memory} and a chunk of {largest}; "
                 f"set window to at least {least}"
@@ -114,11 +122,30 @@ class ChunkSchedule:
         return self
 
     @model_validator(mode="after")
+    def _recall(self) -> "ChunkSchedule":
+        if not self.recall:
+            return self
+        if self.window is None:
+            raise ValueError("recall fetches some of what left the window, and there is none: give a window")
+        if self.sink_decay is not None or self.positions == "absolute":
+            raise ValueError(
+                "recall fetches frames that differ from sample to sample, at positions relative to the chunk: leave "
+                "out sink_decay, and positions: absolute"
+            )
+        if self.order != "chunk":
+            raise ValueError(f"recall is for one chunk at a time: set order: chunk, and not {self.order}")
+        if self.archive < self.recall:
+            raise ValueError(f"an archive of {self.archive} frames cannot give {self.recall}: give archive more")
+        return self
+
+    @model_validator(mode="after")
     def _linear(self) -> "ChunkSchedule":
         if self.linear and self.window is None:
             raise ValueError("linear sums what leaves the window, and there is none: give a window")
-        if self.linear and (self.slow or self.sink_decay is not None):
-            raise ValueError("what leaves the window has one place to go: give one of linear, slow and sink_decay")
+        if (self.slow > 0) + (self.recall > 0) + (self.sink_decay is not None) + self.linear > 1:
+            raise ValueError(
+                "what leaves the window has one place to go: give one of linear, slow, recall and sink_decay"
+            )
         return self
 
     @model_validator(mode="after")
@@ -151,6 +178,7 @@ class ChunkSchedule:
         kinds = {
             "an averaged sink (chunks.sink_decay)": self.sink_decay is not None,
             "a slow memory (chunks.slow)": self.slow > 0,
+            "an archive (chunks.recall)": self.recall > 0,
             "a linear memory (chunks.linear)": self.linear,
         }
         for what, there in kinds.items():
@@ -198,11 +226,16 @@ class ChunkSchedule:
         return tuple(frames for frames in parts if frames)
 
     def gone(self, chunk: range) -> range:
-        """The earlier frames that a chunk does not see."""
+        """The earlier frames that a chunk does not see, or sees only if it recalls them."""
         if self.window is None:
             return range(0)
         old = min(self.sink + self.slow, chunk.start)
-        return range(old, max(chunk.stop - (self.window - self.sink - self.slow), old))
+        return range(old, max(chunk.stop - (self.window - self.sink - self.slow - self.recall), old))
+
+    def archived(self, chunk: range) -> range:
+        """The frames that a chunk can recall."""
+        gone = self.gone(chunk) if self.recall else range(0)
+        return gone[max(0, len(gone) - self.archive) :]
 
     def after(self, start: int, num_frames: int) -> tuple[range, ...]:
         """The chunks of the next `num_frames` frames after the first `start`. Raises ValueError as `split` does."""

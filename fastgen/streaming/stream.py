@@ -16,6 +16,7 @@ from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, commit, recommitted
 from fastgen.rollout.rolling import Making
 from fastgen.rollout.simulation import next_chunk
+from fastgen.streaming.actions import lasting
 from fastgen.streaming.context import Context
 
 Encode = Callable[[str], Conditioning]
@@ -97,11 +98,13 @@ class Stream:
         self.making: Making = ()  # later chunks that have been begun, with `order: rolling`
         # a chunk to commit, and what it was made with
         self.finished: tuple[Sequence[Tensor], Conditioning] | None = None
+        self.moves: Tensor | None = None  # those of all frames until now, and what is still listed, [1, n, axes]
         self.prompt = prompt
 
     @property
     def prompt(self) -> str:
-        """What the next chunk shows. Chunks that are finished stay as they are, also in the context (`recache`)."""
+        """What the next chunk shows. Chunks that are finished stay as they are, also in the context (`recache`). The
+        actions after its bar begin with the next frame; without any, the view stays where it is."""
         return self._prompt
 
     @prompt.setter
@@ -109,6 +112,22 @@ class Stream:
         self._prompt = prompt
         with torch.no_grad():
             self.cond = self.encode(prompt)
+        if "actions" in self.cond:
+            self.moves = continued(self.moves, self.cond["actions"], self.made)
+
+    @property
+    def made(self) -> int:
+        """The number of finished frames."""
+        return self.context.frames if self.finished is None else self.context.chunk.stop
+
+    @property
+    def acting(self) -> Conditioning:
+        """The conditioning of the next chunk, with the actions of all frames up to it."""
+        if self.moves is None:
+            return self.cond
+        ahead = self.policy.num_steps * self.context.chunks.frames  # of chunks in the making
+        moves = lasting(self.moves, self.context.chunk.stop + ahead)
+        return Conditioning({**self.cond, "actions": moves})
 
     def __iter__(self) -> "Stream":
         return self
@@ -122,8 +141,9 @@ class Stream:
         """The latents of the next chunk, [1, frames, C, h, w]. The chunk before it must be committed."""
         if self.finished is not None:
             raise RuntimeError("commit the last chunk before the next one is made")
-        left, self.making = next_chunk(self.denoiser, self.policy, self.cond, self.draws, self.context, self.making)
-        self.finished = (left, self.cond)
+        cond = self.acting
+        left, self.making = next_chunk(self.denoiser, self.policy, cond, self.draws, self.context, self.making)
+        self.finished = (left, cond)
         return left[-1]
 
     @torch.no_grad()
@@ -154,7 +174,7 @@ class Stream:
 
         held = [block.frames for block in self.context.blocks]
         self.context = recommitted(
-            self.denoiser, self.policy, held, left, self.cond, self.draws.chunk, self.context.frames
+            self.denoiser, self.policy, held, left, self.acting, self.draws.chunk, self.context.frames
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -164,6 +184,8 @@ class Stream:
         state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         state |= {f"kept.{frame}": value for frame, value in self.kept.items()}
         state |= {f"making.{i}": value for i, value in enumerate(self.making)}
+        if self.moves is not None:
+            state["moves"] = self.moves
         about = self.about | {"policy": dataclasses.asdict(self.policy)}
         about |= {"prompt": self.prompt, "seed": int(self.draws.ids)}
         state["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
@@ -185,7 +207,7 @@ class Stream:
         except KeyError as error:
             raise ValueError(f"this is no stream: {error} is missing") from None
         self.draws = replace(self.draws, ids=torch.full_like(self.draws.ids, about["seed"]))
-        self.finished, self.prompt = None, about["prompt"]
+        self.finished, self.prompt, self.moves = None, about["prompt"], state.get("moves")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -195,6 +217,14 @@ class Stream:
             "latents": self.draws.shape[1:],
             "dtype": str(self.draws.dtype).removeprefix("torch."),
         }
+
+
+def continued(before: Tensor | None, moves: Tensor, made: int) -> Tensor:
+    """The moves [1, n, axes] of a video of which `made` frames are finished: those before, then the new ones, whose
+    first is that of a first frame."""
+    if before is None or not made:
+        return moves
+    return torch.cat([lasting(before, made), moves[:, 1:] if moves.shape[1] > 1 else moves], dim=1)
 
 
 def read_about(state: Mapping[str, Tensor]) -> dict[str, Any]:
