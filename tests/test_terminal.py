@@ -90,6 +90,8 @@ for bar in (tqdm, transformers_tqdm):
 warnings.warn("`torch_dtype` is deprecated", FutureWarning)
 warnings.warn("torch.jit.script is deprecated", DeprecationWarning)
 warnings.warn("something that a user should know")
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained("assets/emoji/teacher/tokenizer")("apple " * 50)
 """
 
 
@@ -101,6 +103,7 @@ def test_commands_hide_what_libraries_say_to_programmers(asked: bool) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
     assert "Loading weights" not in done.stderr and "something that a user should know" in done.stderr
     assert ("torch_dtype" in done.stderr) == asked and ("torch.jit.script" in done.stderr) == asked
+    assert ("sequence length is longer than" in done.stderr) == asked
 
 
 def test_importing_fastgen_hides_nothing(run_fresh: RunFresh) -> None:
