@@ -118,7 +118,7 @@ def test_a_key_given_twice_is_refused(mixture_recipe: Path, tmp_path: Path) -> N
         ("backbone.name=gausian_mixture", "backbone", "gaussian_mixture"),
         ("objective.name=dmd", "objective", "dmd2"),
         ("data.name=mixtur", "data", "mixture"),
-        ("data.name=q", "data", "ar1_video, digits, hub, images, mixture, moving_digits, prepared"),
+        ("data.name=q", "data", "ar1_video, digit_views, digits, hub, images, mixture, moving_digits, prepared"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(
