@@ -149,7 +149,7 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: bool | None = None, activations: bo
     except ValueError as error:
         raise RecipeError(f"backbone: {error}") from None
     cpu = torch.device("cpu")
-    built = build_networks(recipe, build_backbone(recipe, cpu, deferred=True, section=config))
+    built = build_networks(recipe, build_backbone(recipe, cpu, deferred=True, section=config), sizes=True)
     backbone, modules = built.backbone, built.modules
     for module in built.wholes:
         if recipe.train.strategy != "fsdp":

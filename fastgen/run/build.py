@@ -132,7 +132,8 @@ class RunNetworks:
     def wholes(self) -> list[nn.Module]:
         """The modules that own their parameters: roles and average unless they are adapters, and the shared base."""
         shared = self.backbone.shared
-        own = [m for m in (*self.modules.values(), self.average) if not isinstance(m, LoraDenoiser)]
+        networks = dict.fromkeys((*self.modules.values(), self.average))
+        own = [m for m in networks if not isinstance(m, LoraDenoiser)]
         return own if shared is None else [*own, shared.denoiser]
 
 
@@ -153,9 +154,10 @@ def build_backbone(
     return (section or recipe.backbone).build(device, dtype or DTYPES[recipe.train.dtype], recipe.seed, roles)
 
 
-def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
+def build_networks(recipe: Recipe, backbone: Backbone, sizes: bool = False) -> RunNetworks:
     """Builds the networks of a recipe in the order in which random initialisations are drawn: student, teacher, then
-    the objective's auxiliary networks. Training, planning and the benchmarks all build them here.
+    the objective's auxiliary networks. Training, planning and the benchmarks all build them here. sizes: only the
+    sizes are needed, so that a whole student, instead of a copy, stands for its moving average.
 
     Raises RecipeError for an adapter on a role that is not a copy of the teacher."""
     modules: dict[str, nn.Module] = {
@@ -169,7 +171,9 @@ def build_networks(recipe: Recipe, backbone: Backbone) -> RunNetworks:
                 f"lora.{role}: this objective's {role} is not a copy of the teacher and cannot be an adapter"
             )
     modules = {role: m if role == "teacher" else m.to(backbone.dtype) for role, m in modules.items()}
-    return RunNetworks(backbone, modules, modules["student"].average())  # type: ignore[operator]
+    student: Any = modules["student"]
+    copied = isinstance(student, LoraDenoiser) or not sizes
+    return RunNetworks(backbone, modules, student.average() if copied else student)
 
 
 def start_networks(recipe: Recipe, networks: RunNetworks) -> None:
