@@ -40,7 +40,11 @@ class Layout:
         self.dtype, self.nbytes = tensor.dtype, tensor.untyped_storage().nbytes()
 
     def make(self, memory: Memory | None) -> "Weightless":
-        return Weightless(self, memory or Memory(self.nbytes))
+        result: Weightless = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Weightless, self.shape, self.strides, self.offset, dtype=self.dtype, device=CPU
+        )
+        result.memory, result.described = memory or Memory(self.nbytes), self
+        return result
 
 
 _layouts: dict[Any, Layout] = {}
@@ -112,19 +116,11 @@ def operation(func: Any) -> Operation:
 
 class Weightless(Tensor):
     """A tensor of known size without values. What an operation returns is found by running it on meta tensors. That is
-    remembered by the layouts of its arguments, because networks repeat their blocks."""
+    remembered by the layouts of its arguments, because networks repeat their blocks. `Layout.make` makes one."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     memory: Memory
     described: Layout
-
-    @staticmethod
-    def __new__(cls, layout: Layout, memory: Memory) -> "Weightless":
-        result = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, layout.shape, layout.strides, layout.offset, dtype=layout.dtype, device=CPU
-        )
-        result.memory, result.described = memory, layout
-        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
