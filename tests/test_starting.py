@@ -189,6 +189,7 @@ def test_the_card_of_a_pipeline_recommends_a_call(
     assert f"the pipeline's own {'card' if facts.recommended else 'call'}; the other" in text
 
 
+@pytest.mark.slow
 def test_what_is_measured_fits_the_prompts() -> None:
     """Those of the emoji are all different, so that no two samples have the same."""
     raw = write_new("assets/emoji/teacher")

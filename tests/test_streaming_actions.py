@@ -362,6 +362,7 @@ def test_a_stream_is_the_video_with_the_same_actions(exported: tuple[WanDenoiser
             stream.commit()
 
 
+@pytest.mark.slow
 def test_two_stages_learn_actions(tmp_path: Path) -> None:
     """Teacher forcing on videos with actions, then a few-step student of that network (Context Forcing). Both export
     what they learned of actions."""
