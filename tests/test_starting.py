@@ -189,6 +189,16 @@ def test_the_card_of_a_pipeline_recommends_a_call(
     assert f"the pipeline's own {'card' if facts.recommended else 'call'}; the other" in text
 
 
+def test_a_card_says_the_size_of_its_videos() -> None:
+    """Without it, the recipe of a tiny Wan would have Wan's 480 x 832 pixels."""
+    values = first_values(Wishes("assets/teachers/moving_digits"), look_at("assets/teachers/moving_digits"))
+    sizes = {"height": 32, "width": 32, "num_frames": 25, "max_sequence_length": 16}
+    assert values["backbone"] == {"name": "wan", "path": "assets/teachers/moving_digits", **sizes}
+    assert values["data"]["prompts"] == values["eval"]["prompts"] == "assets/moving_digits_prompts.txt"
+    assert values["objective"]["guidance_scale"] == 4 and values["eval"]["teacher_steps"] == [25, 4]
+    assert not look_at("assets/teachers/digits").sizes, "a pipeline without such a key has none"
+
+
 @pytest.mark.slow
 def test_what_is_measured_fits_the_prompts() -> None:
     """Those of the emoji are all different, so that no two samples have the same."""

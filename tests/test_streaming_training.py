@@ -17,6 +17,7 @@ from fastgen.config import build_recipe
 from fastgen.denoiser import Inputs
 from fastgen.modules.experts import Experts
 from fastgen.modules.lora import LoraConfig, SharedBase
+from fastgen.objectives import DMD2, ODERegression, TeacherForcing
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 from fastgen.rollout import backward_simulation, sample, sample_chunks
@@ -125,6 +126,36 @@ def test_refusals(
         recipe(folder, tmp_path / "run", objective, **changes)
 
 
+@pytest.mark.parametrize(
+    ("objective", "chunks", "reason"),
+    [
+        ({"name": "teacher_forcing"}, {"window": 2, "sink": 1}, "more than the window of 2"),
+        ({"name": "teacher_forcing"}, {"cache_dtype": "int8"}, "nothing in 8 bits"),
+        ({"name": "teacher_forcing"}, {"window": 2, "linear": True}, "no linear memory"),
+        ({"name": "teacher_forcing"}, {"attention": {"layout": "top_k", "density": 0.5}}, "is dense"),
+        ({"name": "consistency", "teach": "data", "grid": {"count": 8}}, {"cache_dtype": "int8"}, "nothing in 8 bits"),
+    ],
+)
+def test_a_schedule_without_a_mask_is_refused_before_weights_load(
+    objective: dict[str, Any], chunks: dict[str, Any], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    """In the first update, it would end a run whose pictures and weights were loaded."""
+    changes = {
+        "rollout": {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, **chunks}},
+        "data": {"name": "moving_digits", "videos": 2},
+        "optimizers": {"student": {"lr": 1e-3}},
+    }
+    with pytest.raises(RecipeError, match=rf"objective\.form: .*{reason}"):
+        recipe(folder, tmp_path / "run", objective, **changes)
+    recipe(folder, tmp_path / "run", objective | {"form": "chunks"}, **changes)
+
+
+def test_what_masks_the_chunks_of_a_video() -> None:
+    for masking in (TeacherForcing(), TeacherForcing(past="noisy"), ODERegression()):
+        assert masking.masks_chunks
+    assert not any(o.masks_chunks for o in (TeacherForcing(form="chunks"), ODERegression(form="chunks"), DMD2()))
+
+
 def test_a_mixture_has_no_chunks(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="backbone gaussian_mixture has no causal student"):
         build_recipe(
@@ -220,10 +251,10 @@ def test_first_chunk_with_more_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["averaged sink", "actions"])
+@pytest.mark.parametrize("kind", ["averaged sink", "actions", "sound"])
 def test_divided_networks_roll_out_and_commit_as_one(kind: str, tmp_path: Path) -> None:
     """FSDP2 on two processes: a rollout with commits between its forwards, and the gradient of it; also of a network
-    that is told actions and recalls frames."""
+    that is told actions and recalls frames, and of one with sound and its sinks."""
     script = f"""
 import sys, dataclasses, datetime
 import torch
@@ -233,6 +264,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_streaming import POLICIES, batch, policy, wan
 from test_streaming_actions import RECALL, acting, told
+from test_streaming_sound import sounding
 from fastgen.rollout import backward_simulation
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -242,6 +274,8 @@ chunks, part = POLICIES["EMA sink"], batch(8, rows=4)
 if {kind!r} == "actions":
     chunks, part = RECALL, dataclasses.replace(batch(10, rows=4), cond=acting(10, rows=4))
     plain, divided = (told(network).requires_grad_(True) for network in (plain, divided))
+if {kind!r} == "sound":
+    plain, divided = (sounding(network, 3).requires_grad_(True) for network in (plain, divided))
 for module in (*divided.shard_modules, divided):
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
 rows = slice(2 * rank, 2 * rank + 2)

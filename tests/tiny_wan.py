@@ -20,21 +20,24 @@ def tiny_wan(
     layers: int = 4,
     seed: int = 0,
     time_scale: float = 1.0,
+    channels: int = CHANNELS,
+    patch: int = 2,
     **pipeline_config: Any,
 ) -> Path:
     """Writes the folder and returns it. The VAE divides sides by 8 and frames by 4, as Wan's; videos of 32 x 32 x 5
     make latents of [2, 4, 4, 4].
 
     experts: 2 adds a transformer_2 and the boundary. scheduler: shifted Euler by default. time_scale: factor of the
-    time input; random networks change with every unit of the timestep, at 0 they follow one smooth flow."""
+    time input; random networks change with every unit of the timestep, at 0 they follow one smooth flow.
+    channels: of the latents. patch: side of the network's patches."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        networks = [transformer(layers, time_scale) for _ in range(experts)]
+        networks = [transformer(layers, time_scale, channels, patch) for _ in range(experts)]
         tokenizer = t5_tokenizer()
         pipeline = WanPipeline(
             tokenizer=tokenizer,
             text_encoder=umt5_encoder(len(tokenizer)),
-            vae=autoencoder(),
+            vae=autoencoder(channels),
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=5.0),
             transformer=networks[0],
             transformer_2=networks[1] if experts == 2 else None,
@@ -45,13 +48,14 @@ def tiny_wan(
     return folder
 
 
-def transformer(layers: int, time_scale: float) -> WanTransformer3DModel:
+def transformer(layers: int, time_scale: float, channels: int = CHANNELS, patch: int = 2) -> WanTransformer3DModel:
     """Its output is made as large as a velocity, and its text and time matter."""
     network = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        patch_size=(1, patch, patch),
+        in_channels=channels,
+        out_channels=channels,
         text_dim=TEXT_WIDTH,
         freq_dim=16,
         ffn_dim=32,
@@ -65,14 +69,14 @@ def transformer(layers: int, time_scale: float) -> WanTransformer3DModel:
     return network
 
 
-def autoencoder() -> AutoencoderKLWan:
+def autoencoder(channels: int = CHANNELS) -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=4,
-        z_dim=CHANNELS,
+        z_dim=channels,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        latents_mean=[0.1, 0.2, -0.3, 0.4],
-        latents_std=[1.5, 0.7, 2.0, 1.1],
+        latents_mean=[0.1, 0.2, -0.3, 0.4] * (channels // 4),
+        latents_std=[1.5, 0.7, 2.0, 1.1] * (channels // 4),
     ).eval()
 
 

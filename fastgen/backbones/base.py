@@ -18,6 +18,7 @@ from fastgen.modules.sharding import WeightMap
 from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import Schedule
+from fastgen.streaming.schedule import ChunkSchedule
 
 # What decode returns: pixels [B, 3, H, W] or frames [B, F, 3, H, W] in [0, 1], or points [B, D].
 Output = Literal["pixels", "frames", "points"]
@@ -115,6 +116,10 @@ class BackboneConfig(ABC):
         """Raises ValueError if a student of this pipeline cannot work chunk by chunk, as `policy.chunks` says. Loads
         no weights."""
         raise ValueError(f"backbone {self.name} has no causal student; leave out rollout.chunks")
+
+    def check_mask(self, chunks: ChunkSchedule) -> None:
+        """Raises ValueError if one call on whole videos cannot show each chunk what it sees. Loads no weights."""
+        return None
 
     @property
     def kept_blocks(self) -> Kept:
@@ -307,6 +312,11 @@ class Backbone(ABC):
         """The last picture of a video [B, F, ...], as the first latent frame [B, 1, ...] of a video that goes on from
         there. The first latent frame of a video VAE stands for one picture, and later ones for several."""
         return latents[:, -1:]
+
+    def with_sound(self, latents: Tensor, sound: Tensor) -> Tensor:
+        """The latents of videos together with those of their sound [B, moments, bins] (`streaming.sound`). Raises
+        ValueError if the networks make no sound."""
+        raise ValueError(f"the networks of backbone {self.config.name} make no sound")
 
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:

@@ -22,6 +22,8 @@ from fastgen.schedule import Schedule
 from fastgen.streaming.actions import FILE as ACTIONS
 from fastgen.streaming.actions import load_actions, save_actions
 from fastgen.streaming.memory_file import MEMORY, load_memory, save_memory
+from fastgen.streaming.sound import FILE as SOUND
+from fastgen.streaming.sound import load_sound, save_sound
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -78,6 +80,8 @@ def save_student(
         save_memory(memory, folder)
     if told := taken(tables, r"\d+\.actions\..*"):
         save_actions(told, student.members[0].network.actions.period, folder)
+    if sound := taken(tables, r"\d+\.sound\..*"):
+        save_sound(sound, folder)
     if added:
         flow_map.save_inputs(tables, policy, backbone.schedule, folder)
     if added or policy.chunks is not None:
@@ -104,7 +108,7 @@ def save_whole(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Saves a whole pipeline, and returns the weights that have no place in it: of the student's added inputs, of its
-    linear memory, and of its actions."""
+    linear memory, of its actions and its sound."""
     components, tables = backbone.student_components(base_of(student)), dict[str, Tensor]()
     source, own = backbone.folder(), backbone.subfolders
     networks = [name for name, value in components.items() if isinstance(value, nn.Module)]
@@ -167,6 +171,8 @@ def load_student(backbone: Pipeline, folder: Path) -> Denoiser:
         load_memory([part.network for part in student.members], folder)
     if (folder / ACTIONS).is_file():
         load_actions([part.network for part in student.members], folder)
+    if (folder / SOUND).is_file():
+        load_sound([part.network for part in student.members], folder)
     return student.requires_grad_(False).eval()
 
 

@@ -17,7 +17,7 @@ from fastgen.modules.tensor_file import TensorFile
 
 PLACE = re.compile(r"(?:experts\.(\d+)\.)?network\.(.+)")  # of a tensor in a denoiser: its expert, and its name there
 TABLES = re.compile(r"(?:.*\.tables|memory)\.(.+)")  # of the weights of added inputs, and of a linear memory
-ACTIONS = re.compile(r"(actions\..+)")  # of the weights of what tells of actions
+TAUGHT = re.compile(r"((?:actions|sound)\..+)")  # of the weights of what tells of actions, and of a sound stream
 
 
 class Named(NamedTuple):
@@ -39,15 +39,15 @@ def whole_tensors(
 
     values: name in `student.state_dict()` -> tensor, in any order. student: says which networks there are; its own
     values are not read. components: what the student replaces in its pipeline (`student_components`). weights: where
-    the pretrained tensors are stored. tables: takes the weights of added inputs, of a linear memory or of actions,
-    "<expert>.<name>", which no stock network has; it is complete when the stream ends."""
+    the pretrained tensors are stored. tables: takes the weights of added inputs, of a linear memory, of actions or
+    sound, "<expert>.<name>", which no stock network has; it is complete when the stream ends."""
     places = places_of(components, [part.network for part in base_of(student).members])
     stream = merged(student, values, weights, tables) if isinstance(student, LoraDenoiser) else plain(student, values)
     for name, tensor in stream:
         place = PLACE.fullmatch(name)
         assert place is not None, name
         expert, rest = int(place[1] or 0), place[2]
-        if table := TABLES.fullmatch(rest) or ACTIONS.fullmatch(rest):
+        if table := TABLES.fullmatch(rest) or TAUGHT.fullmatch(rest):
             tables[f"{expert}.{table[1]}"] = tensor
         else:
             component, prefix = places[expert]

@@ -32,17 +32,20 @@ from fastgen.sampling.video import check_writer
 from fastgen.schedule import FlowSchedule
 from fastgen.streaming.actions import Actions, add_actions, split_prompt
 from fastgen.streaming.causal_wan import check_causal
+from fastgen.streaming.schedule import ChunkSchedule
+from fastgen.streaming.sound import Sound, Strip, add_sound, heard, laid
 
 # keys that a streaming export stores
-TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length", "actions")
+TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length", "actions", "sound")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WanConfig(PipelineConfig):
     """height, width: in pixels. num_frames: 4 k + 1. The defaults, 480, 832 and 81, are those of the stock pipeline.
     max_sequence_length: number of UMT5 tokens. fps: frames per second of written videos; Wan 2.1 and A14B are trained
-    at 16, TI2V-5B at 24. actions: words after a prompt by which the view moves (`streaming.actions`). The pipeline's
-    own network knows none, so its student learns them from videos (teacher_forcing), or from a student that did."""
+    at 16, TI2V-5B at 24. actions: words after a prompt by which the view moves (`streaming.actions`). sound: a second
+    stream of latents (`streaming.sound`). The pipeline's own network knows neither, so its student learns them from
+    videos (teacher_forcing), or from a student that did (context_forcing)."""
 
     name: Literal["wan"] = "wan"
     height: int = Field(default=480, ge=16, le=MOST_WIDTH, multiple_of=16)
@@ -51,6 +54,7 @@ class WanConfig(PipelineConfig):
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     fps: int = Field(default=16, ge=1, le=MOST_STEPS)
     actions: Actions | None = None
+    sound: Sound | None = None
 
     output: ClassVar[Output] = "frames"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
@@ -70,7 +74,10 @@ class WanConfig(PipelineConfig):
             latent_size(self, {}, {})
             return
         find_experts(read_index(folder))
-        latent_size(self, read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json"))
+        vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
+        width = latent_size(self, vae, network)[2]
+        if self.sound is not None:
+            strip_in(network, width).check(self.sound)
         check_flow_scheduler(read_scheduler(folder))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -109,6 +116,11 @@ class WanConfig(PipelineConfig):
         except ValueError as error:
             step = vae.get("scale_factor_temporal", 4)
             raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
+
+    def check_mask(self, chunks: ChunkSchedule) -> None:
+        if (folder := self.local_folder()) is not None:
+            vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
+            chunks.check_mask(latent_size(self, vae, network)[0])
 
     def check_inner(self, flow: InnerFlow) -> None:
         if self.own_boundaries():
@@ -153,6 +165,12 @@ def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str,
     Raises ValueError for sizes that cannot be divided into the VAE's latents and the network's patches."""
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
     return latent_grid(config, temporal, spatial, network.get("patch_size", (1, 2, 2))[1:])
+
+
+def strip_in(network: Mapping[str, Any], width: int) -> Strip:
+    """The place of the sound under latents of this width. network: its config.json."""
+    _, high, wide = network.get("patch_size", (1, 2, 2))
+    return Strip(network.get("in_channels", 16), high, wide, width)
 
 
 def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
@@ -216,8 +234,30 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """With sound, a row of patches more than the pictures have."""
         frames, height, width = latent_size(self.config, self.vae_config, self.network_config)
-        return (frames, self.network_config["out_channels"], height, width)
+        more = 0 if self.config.sound is None else self.strip.high
+        return (frames, self.network_config["out_channels"], height + more, width)
+
+    @property
+    def strip(self) -> Strip:
+        """The place of the sound."""
+        width = latent_size(self.config, self.vae_config, self.network_config)[2]
+        return strip_in(self.network_config, width)
+
+    def with_sound(self, latents: Tensor, sound: Tensor) -> Tensor:
+        """The state of videos [B, F, C, h, W] with their sound [B, 1 + m (F - 1), bins]."""
+        assert self.config.sound is not None
+        return torch.cat([latents, laid(self.config.sound, self.strip, sound.to(latents))], dim=-2)
+
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """The pictures; the sound is what `decode_sound` makes of the same latents."""
+        return super().decode(latents if self.config.sound is None else latents[..., : -self.strip.high, :], clamp)
+
+    def decode_sound(self, latents: Tensor) -> Tensor:
+        """The sound [B, 1 + m (F - 1), bins]."""
+        assert self.config.sound is not None
+        return heard(self.config.sound, self.strip, latents)
 
     @cached_property
     def vae(self) -> Any:
@@ -281,12 +321,16 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return RolloutPolicy(tuple(scheduler.sigmas[:-1].tolist()), transition, time)
 
     def make(self, role: str, dtype: torch.dtype) -> Denoiser:
-        """With actions, the networks are told of them, at first to no effect."""
-        made, actions = super().make(role, dtype), self.config.actions
-        if actions is None:
-            return made
+        """With actions, the networks are told of them, at first to no effect; with sound, they get what it needs,
+        but for the teacher, which is the stock network and makes none."""
+        made, actions, sound = super().make(role, dtype), self.config.actions, self.config.sound
         for part in made.members:
-            add_actions(part.network, actions.period, self.time_dim_of(made))
+            if actions is not None:
+                add_actions(part.network, actions.period, self.time_dim_of(made))
+            if sound is not None and role == "teacher":
+                part.silent_rows = self.strip.high
+            elif sound is not None:
+                add_sound(part.network, sound.sinks)
         return made
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:

@@ -17,6 +17,7 @@ from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule, expand
 from fastgen.streaming.actions import ActionEmbedding
 from fastgen.streaming.causal_wan import add_linear_memory, make_causal, place_of, placed
+from fastgen.streaming.sound import hearing
 
 LOWEST = 1e-4  # the level below which no prediction is divided by it
 
@@ -31,23 +32,35 @@ class WanDenoiser(Denoiser):
 
     t may be [B, F], one level per latent frame. The network can work chunk by chunk, as a causal one.
 
+    silent_rows: latent rows of a frame that hold sound, of which a stock network knows nothing: it makes the picture
+    above them, and the sound that it predicts is 0, the mean.
+
     Features are the video tokens after the block at half depth, the one
     at three quarters, and the last (FastGen's choice: 15, 22 and 29 of Wan 2.1 1.3B's 30)."""
 
     network: Any  # a WanTransformer3DModel
     extra_inputs = WanExtraInputs
     takes_chunks = True
+    silent_rows = 0
 
     def __init__(self, network: Any):
         super().__init__(network, FlowSchedule(), "flow_prediction")
         self.feature_dim = network.config.num_attention_heads * network.config.attention_head_dim
 
     def call_network(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
-        if inputs.streams or t.dim() == 2 or self.actions is not None:
+        if self.silent_rows:
+            return self.call_silently(x_t, t, cond, inputs)
+        if inputs.streams or t.dim() == 2 or self.is_taught:
             return self.call_by_frame(x_t, t, cond, inputs)
         noise = None if inputs.inner is None else inputs.inner.transpose(1, 2)
         more = told(noise, inputs.inner_levels)
         return self.call_stock(x_t.transpose(1, 2), self.timestep(t, inputs), cond, **more).transpose(1, 2)
+
+    def call_silently(self, x_t: Tensor, t: Tensor, cond: Conditioning, inputs: Inputs) -> Tensor:
+        """With the velocity of the sound that leads to 0: v = x_t / t, so that x0 = x_t - t v = 0."""
+        picture, sound = x_t[..., : -self.silent_rows, :], x_t[..., -self.silent_rows :, :]
+        made = self.call_stock(picture.transpose(1, 2), self.timestep(t, inputs), cond).transpose(1, 2)
+        return torch.cat([made, sound.to(made.dtype) / expand(t.clamp_min(LOWEST), x_t).to(made.dtype)], dim=-2)
 
     def call_stock(self, x: Tensor, timestep: Tensor, cond: Conditioning, **more: Any) -> Tensor:
         """The stock network's own call, x [B, C, F, H, W]. more: what an inner flow is told."""
@@ -86,9 +99,18 @@ class WanDenoiser(Denoiser):
             t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
             told = None if told is None else torch.cat([told, told], dim=1)
         flat = Inputs(**{name: value.flatten() for name, value in values.items()})
-        with placed(self.network, place_of(self.network, x_t, inputs)), self.telling(told):
+        with (
+            placed(self.network, place_of(self.network, x_t, inputs)),
+            self.telling(told),
+            hearing(self.network, x_t.shape[-1]),
+        ):
             out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
         return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether it has parts that a stock network lacks, for actions or sound."""
+        return self.actions is not None or hasattr(self.network, "sound")
 
     @property
     def actions(self) -> ActionEmbedding | None:
@@ -144,8 +166,8 @@ class WanDenoiser(Denoiser):
         return list(self.network.blocks)
 
     def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
-        """One token; all of it for a causal network, whose chunks are counted in frames."""
-        if inputs.streams:
+        """One token; all of it for a causal network, whose chunks are counted in frames, and for one with sound."""
+        if inputs.streams or hasattr(self.network, "sound"):
             return x_t, t, inputs
         frames, height, width = self.network.config.patch_size
         t = t if t.dim() == 1 else t[:, :frames]

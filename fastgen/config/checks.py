@@ -251,10 +251,11 @@ def chunked() -> list[str]:
 
 def check_chunks(recipe: Recipe) -> None:
     """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one, and one
-    that is told actions."""
+    that is told actions or makes sound."""
     objective, chunks = recipe.objective, recipe.rollout.chunks
-    if getattr(recipe.backbone, "actions", None) is not None:
-        check_actions(recipe)
+    for part in ("actions", "sound"):
+        if getattr(recipe.backbone, part, None) is not None:
+            check_taught(recipe, part)
     if chunks is None:
         return
     if not objective.takes_chunks:
@@ -262,6 +263,11 @@ def check_chunks(recipe: Recipe) -> None:
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
             f"{objective.needs_whole_videos}. These can, some of them with the right options: {', '.join(chunked())}"
         )
+    if objective.masks_chunks:
+        try:
+            recipe.backbone.check_mask(chunks)
+        except ValueError as error:
+            raise RecipeError(f"objective.form: {error}") from None
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(
             f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
@@ -279,15 +285,21 @@ def check_chunks(recipe: Recipe) -> None:
         )
 
 
-def check_actions(recipe: Recipe) -> None:
-    """Checks that the objective does not learn actions from a network that knows none."""
-    if not recipe.objective.takes_actions:
+def check_taught(recipe: Recipe, part: str) -> None:
+    """Checks that the objective does not learn actions or sound (`part`) from a network that knows none, and that
+    videos to learn sound from have some."""
+    if not recipe.objective.takes_taught:
         raise RecipeError(
-            f"backbone.actions: objective {recipe.objective.name} learns from the pipeline's own network, which knows "
-            "no actions; use teacher_forcing on videos with actions, then context_forcing with teacher_from"
+            f"backbone.{part}: objective {recipe.objective.name} learns from the pipeline's own network, which knows "
+            f"no {part}; use teacher_forcing on videos with {part}, then context_forcing with teacher_from"
         )
     if recipe.lora:
-        raise RecipeError("backbone.actions: the networks get weights that no adapter has; leave lora out")
+        raise RecipeError(f"backbone.{part}: the networks get weights that no adapter has; leave lora out")
+    if part == "sound" and "latents" in recipe.objective.needs and "sound" not in recipe.data.provides:
+        raise RecipeError(
+            f"backbone.sound: objective {recipe.objective.name} learns from videos with their sound, and data "
+            f"{recipe.data.name} has none; choose moving_digits, or a folder that was prepared with it"
+        )
 
 
 def check_segment(recipe: Recipe) -> None:

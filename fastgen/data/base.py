@@ -25,7 +25,7 @@ class DataSource(ABC):
     @property
     def provides(self) -> frozenset[str]:
         """What the source has in addition to the prompts: any of latents, pixels and pairs, which are fields of Batch,
-        and images or controls, from which a backbone may make its samples."""
+        images or controls, from which a backbone may make its samples, and sound, if its latents can have one."""
         return frozenset()
 
     def fills(self, backbone: BackboneConfig) -> frozenset[str]:

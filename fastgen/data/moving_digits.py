@@ -2,6 +2,8 @@
 
 A digit of 16 x 16 pixels moves along one axis of a black canvas and turns round at its borders. Every draw depends
 only on a key and the sample's id, so video i is the same alone, in any batch and in a resumed run.
+
+For a backbone with sound, a tone goes with it, whose pitch follows the digit's height (`tones`).
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  
 SPEEDS = {"fast": 1.0, "slowly": 0.5}  # in pixels a picture
 DIGIT_SIZE = 16
 CANVAS = 32
+TONE_WIDTH = 1.5  # of a tone, in bins
 RUN = 5  # pixels that every digit can move before its first bounce
 
 
@@ -122,6 +125,19 @@ def render(scenes: Scenes, frames: int, canvas: int = CANVAS) -> Tensor:
     return video[:, :, None].expand(-1, -1, 3, -1, -1)
 
 
+def pitches(scenes: Scenes, frames: int, canvas: int = CANVAS) -> Tensor:
+    """The height of the middle of the digit above the lower border in every picture, in pixels, [B, frames]."""
+    return canvas - DIGIT_SIZE / 2 - places(scenes, frames, canvas)[..., 0]
+
+
+def tones(pitch: Tensor, bins: int = CANVAS) -> Tensor:
+    """The loudness of `bins` pitches, [..., bins], of tones of these pitches [...]:
+
+    exp(-(b + 1/2 - pitch)^2 / (2 TONE_WIDTH^2))    in bin b, which is as high as the pixels from b to b + 1"""
+    distance = torch.arange(bins, device=pitch.device) + 0.5 - pitch[..., None]
+    return torch.exp(-distance.square() / (2 * TONE_WIDTH**2))
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class MovingDigitsData(SampleSource):
     """The videos of this module as training data, with as many pictures as the backbone's videos have. The digits are
@@ -137,7 +153,7 @@ class MovingDigitsData(SampleSource):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"latents", "pixels", "images"})
+        return frozenset({"latents", "pixels", "images", "sound"})
 
     def check(self, backbone: Any) -> None:
         if backbone.output != "frames":
@@ -147,10 +163,23 @@ class MovingDigitsData(SampleSource):
                 f"moving_digits videos have {CANVAS} x {CANVAS} pixels, those of the backbone {backbone.height} x "
                 f"{backbone.width}; set backbone.height and backbone.width to {CANVAS}"
             )
+        if (sound := getattr(backbone, "sound", None)) is not None and (sound.bins, sound.moments) != (CANVAS, 4):
+            raise ValueError(
+                f"the tones of moving_digits have {CANVAS} bins, and one moment a picture; set backbone.sound.bins to "
+                f"{CANVAS} and backbone.sound.moments to 4"
+            )
 
     def samples(self, backbone: Backbone) -> Samples:
         frames = backbone.config.num_frames
         ids, key = torch.arange(self.videos), noise.make_key(self.seed, self.name)
         stated = noise.uniform(ids, (3,), noise.make_key(key, "stated")) >= self.unstated
         prompts = draw_scenes(ids, key).prompts(stated)
-        return Samples(prompts, ids, lambda i: render(draw_scenes(ids[i : i + 1], key), frames)[0])
+
+        def read(i: int) -> Tensor:
+            return render(draw_scenes(ids[i : i + 1], key), frames)[0]
+
+        def read_sound(i: int) -> Tensor:
+            return tones(pitches(draw_scenes(ids[i : i + 1], key), frames))[0]
+
+        sounds = getattr(backbone.config, "sound", None) is not None
+        return Samples(prompts, ids, read, read_sound=read_sound if sounds else None)

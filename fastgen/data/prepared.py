@@ -78,6 +78,7 @@ class PreparedData(DataSource):
         made_from = "controls" if "control" in manifest["identity"] else "images"
         counts = {"latents": "num_pictures", "pairs": "pairs", made_from: "num_images"}
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
+        given |= {"sound"} & manifest["identity"].keys()
         return given - {"latents"} if manifest.get("only_images") else given
 
     @property
@@ -256,6 +257,8 @@ def identity(
                 "resolution": backbone.image_size,
                 "latent_shape": list(backbone.latent_shape),
             }
+        if images and (sound := getattr(config, "sound", None)) is not None:
+            result["sound"] = asdict(sound)
         if images and config.takes_image:
             result |= {
                 "picture_size": list(backbone.picture_size or ()),

@@ -4,7 +4,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from fastgen.data.readers import READERS, Readers
 LATENT_BYTES = 1 << 30  # of latents that a stream caches; pictures beyond that are read and encoded every time
 
 
+class Sounding(NamedTuple):
+    """A video [F, 3, H, W] and its sound [moments, bins]."""
+
+    pixels: Tensor
+    sound: Tensor
+
+
+Pixels = Tensor | Sounding  # pictures, or a video with its sound
+
+
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """A finite data set, by row. Row i has the prompt prompts[i] and, if there are images, the picture number
@@ -34,7 +44,9 @@ class Samples:
     int64) instead of `picture_size`.
 
     A backbone that makes its samples from images is given the pictures, or the first ones of the videos; one that
-    takes control videos, read_control(number). Without real data, there is only this."""
+    takes control videos, read_control(number). Without real data, there is only this.
+
+    read_sound(number): the sound of a video, [moments, bins], for a backbone with sound (`streaming.sound`)."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
@@ -43,6 +55,13 @@ class Samples:
     sizes: tuple[tuple[int, int], ...] = ()
     bucket_of: Tensor | None = None
     read_control: Callable[[int], Control] | None = None
+    read_sound: Callable[[int], Tensor] | None = None
+
+    def read_data(self, picture: int) -> "Pixels":
+        """What is encoded to latents."""
+        assert self.read is not None
+        pixels = self.read(picture)
+        return pixels if self.read_sound is None else Sounding(pixels, self.read_sound(picture))
 
     @property
     def read_given(self) -> Callable[[int], Tensor | Control]:
@@ -149,8 +168,7 @@ class SampleStream(Stream):
 
     def picture_latents(self, pictures: list[int]) -> list[Tensor]:
         """The latent of each picture, [*latent_shape], on the CPU."""
-        assert self._samples.read is not None
-        return self.encoded(pictures, self._latents, self._samples.read, encode_picture)
+        return self.encoded(pictures, self._latents, self._samples.read_data, encode_picture)
 
     def picture_images(self, pictures: list[int]) -> list[Conditioning]:
         """What networks are told of each picture, one row, on the CPU."""
@@ -175,10 +193,14 @@ class SampleStream(Stream):
         return found
 
 
-def encode_picture(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """The latent [*latent_shape], on the CPU, of pixels [3, H, W]. Every image is encoded alone. In a batch, the last
-    bits of its latent would depend on the other images, and so, in a resumed run, on where the run was stopped."""
-    return backbone.encode(pixels[None].to(backbone.device))[0].cpu()
+def encode_picture(backbone: Backbone, given: Pixels) -> Tensor:
+    """The latent [*latent_shape], on the CPU, of pixels [3, H, W] or [F, 3, H, W], or of a video with its sound. Every
+    image is encoded alone. In a batch, the last bits of its latent would depend on the other images, and so, in a
+    resumed run, on where the run was stopped."""
+    if isinstance(given, Sounding):
+        latents = backbone.encode(given.pixels[None].to(backbone.device))
+        return backbone.with_sound(latents, given.sound[None])[0].cpu()
+    return backbone.encode(given[None].to(backbone.device))[0].cpu()
 
 
 def encode_given_picture(backbone: Backbone, given: Tensor | Control) -> Conditioning:

@@ -144,15 +144,16 @@ def unextended(network: nn.Module) -> list[nn.Parameter]:
 def carried_names(own: Iterable[str], given: Iterable[str]) -> dict[str, str]:
     """own name -> given name of the same weight, for two students of which `own` may have more inputs. An added input
     wraps the time embedder, which changes the names of its weights. Inputs that only `own` has are left out. If only
-    `own` has experts, each of them takes the weights of the one network. A linear memory, what tells of actions, the
-    fusion of an inner flow and the head of a segment flow are left out alike. Raises ValueError if the names differ in
-    any other way."""
+    `own` has experts, each of them takes the weights of the one network. A linear memory, what tells of actions, a
+    sound stream, the fusion of an inner flow and the head of a segment flow are left out alike. Raises ValueError if
+    the names differ in any other way."""
     mine, theirs = plain_names(own), plain_names(given)
     if not any(name.startswith("experts.") for name in theirs):
         experts = {name.split(".")[1] for name in mine if name.startswith("experts.")}
         theirs = {f"experts.{i}.{name}": stored for i in experts for name, stored in theirs.items()} or theirs
     missing = mine.keys() - theirs.keys()
-    added = (".tables.", "network.memory.", "network.actions.", "network.fusion.", "network.segment_head.")
+    parts = ("memory", "actions", "sound", "fusion", "segment_head")
+    added = (".tables.", *(f"network.{part}." for part in parts))
     new = {n for n in missing if any(part in n for part in added) or n.startswith("inputs.")}
     if differing := (mine.keys() ^ theirs.keys()) - new:
         raise ValueError(f"the weights belong to another network; they differ in {', '.join(sorted(differing)[:4])}")

@@ -71,7 +71,7 @@ class Objective:
     reward_use: Literal["none", "score", "gradient"] = "none"
     rewards_required: bool = False
     takes_chunks: bool = False  # whether it can train a student that works chunk by chunk (RolloutPolicy.chunks)
-    takes_actions: bool = False  # whether all its networks can learn actions, which a pipeline's own network lacks
+    takes_taught: bool = False  # whether all its networks can learn actions and sound, which a pipeline's own lacks
     # why it cannot, for the refusal
     needs_whole_videos: str = "it calls the student on whole videos, in which frames would see those after them"
     takes_derivatives: bool = False  # whether it differentiates networks along directions, which needs float32
@@ -120,6 +120,11 @@ class Objective:
 
     def check(self, policy: RolloutPolicy) -> None:
         """Raises ValueError if the objective cannot train a student that samples with this policy."""
+
+    @property
+    def masks_chunks(self) -> bool:
+        """Whether it shows all chunks of a video what they see in one call, with a mask."""
+        return False
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raises ValueError if other sections of the recipe do not fit the objective. It is called after those

@@ -208,6 +208,10 @@ class Consistency(Objective):
         return "gradient" if self.feedback else "none"
 
     @property
+    def masks_chunks(self) -> bool:
+        return self.form == "packed"
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"latents"})
 

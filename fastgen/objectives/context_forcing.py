@@ -55,7 +55,7 @@ class ContextForcing(DMD2):
     page = "docs/streaming.md"
 
     takes_inner = False  # it is for students that work in chunks
-    takes_actions = True
+    takes_taught = True
     name: Literal["context_forcing"] = "context_forcing"  # type: ignore[assignment]
     teacher_from: str | None = None
     teacher_window: int | None = Field(default=None, ge=1, le=MOST_FRAMES)

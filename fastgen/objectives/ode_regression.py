@@ -65,6 +65,10 @@ class ODERegression(Objective):
     form: Form = "packed"
 
     @property
+    def masks_chunks(self) -> bool:
+        return self.form == "packed"
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"pairs"})
 

@@ -53,7 +53,7 @@ class TeacherForcing(Objective):
     page = "docs/streaming.md"
     trained_roles = ("student",)
     takes_chunks = True
-    takes_actions = True
+    takes_taught = True
 
     name: Literal["teacher_forcing"] = "teacher_forcing"
     past: Literal["clean", "noisy"] = "clean"
@@ -75,6 +75,10 @@ class TeacherForcing(Objective):
         if self.past == "noisy" and self.residual_share:
             raise ValueError("past: noisy shows noise, and no frame with an error: leave residual_share out")
         return self
+
+    @property
+    def masks_chunks(self) -> bool:
+        return self.form == "packed"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -114,7 +114,8 @@ class ChunkScheduler(SchedulerMixin, ConfigMixin):
     itself, so that a stock pipeline refuses such a student instead of sampling it with attention in both directions.
 
     policy: a `RolloutPolicy` with chunks, as a dict. height, width, num_frames, fps, max_sequence_length: of training,
-    and the defaults of the pipeline. actions: those that it knows (`streaming.actions.Actions`), as a dict."""
+    and the defaults of the pipeline. actions, sound: those that it knows (`streaming.actions.Actions`,
+    `streaming.sound.Sound`), as dicts."""
 
     order = 1
 
@@ -128,6 +129,7 @@ class ChunkScheduler(SchedulerMixin, ConfigMixin):
         fps: int = 16,
         max_sequence_length: int = 512,
         actions: dict[str, Any] | None = None,
+        sound: dict[str, Any] | None = None,
     ):
         pass
 

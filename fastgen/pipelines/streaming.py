@@ -12,6 +12,7 @@ that such a student is not sampled as if its attention went both ways."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,19 @@ from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.streaming.actions import Actions, load_actions, split_prompt
 from fastgen.streaming.memory_file import load_memory
+from fastgen.streaming.sound import Sound, Strip, heard, load_sound, strip_of
 from fastgen.streaming.stream import Stream, VideoDecoder, read_about, with_window
 
 SEEDS = 1 << 62  # how many there are
 KEY = "sample"  # of the draws, as in `sampling.sampler.Sampler.latents`
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamingOutput(WanPipelineOutput):
+    """sound: [B, 1 + m (F - 1), bins] float32 on the CPU, of a student that makes some (`streaming.sound`)."""
+
+    sound: Tensor | None = None
 
 
 class StreamingWanPipeline(WanPipeline):
@@ -76,6 +85,8 @@ class StreamingWanPipeline(WanPipeline):
             load_memory(pipeline.networks, Path(folder))
         if pipeline.actions is not None:
             load_actions(pipeline.networks, Path(folder))
+        if pipeline.sound is not None:
+            load_sound(pipeline.networks, Path(folder))
         return pipeline
 
     @property
@@ -83,6 +94,12 @@ class StreamingWanPipeline(WanPipeline):
         """The words that move what is seen; None if the student knows none."""
         stored = self.scheduler.config.get("actions")
         return None if stored is None else Actions(**stored)
+
+    @property
+    def sound(self) -> Sound | None:
+        """The sound of its videos; None if the student makes none."""
+        stored = self.scheduler.config.get("sound")
+        return None if stored is None else Sound(**stored)
 
     @property
     def policy(self) -> RolloutPolicy:
@@ -113,13 +130,14 @@ class StreamingWanPipeline(WanPipeline):
         seed: int | Sequence[int] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
-    ) -> WanPipelineOutput | tuple[Any]:
+    ) -> StreamingOutput | tuple[Any, ...]:
         """Whole videos, one for each prompt. The size and the number of frames are by default those of training.
 
         seed: a video depends on its prompt and seed alone, and is the beginning of the stream with this seed; with
         several prompts, one number is that of the first, and the next ones follow. generator: draws the seeds that are
         not given. Without both, they come from torch's global generator.
-        output_type: np [B, F, H, W, 3] or pt [B, F, 3, H, W], both in [0, 1]; pil; or latent [B, C, F, h, w].
+        output_type: np [B, F, H, W, 3] or pt [B, F, 3, H, W], both in [0, 1]; pil; or latent [B, C, F, h, w], with the
+        sound in its last rows. Without return_dict, a student that makes sound gives (frames, sound).
         Raises ValueError for a length that is no number of chunks, for a size that does not divide into patches, and
         for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps."""
         prompts, policy = [prompt] if isinstance(prompt, str) else list(prompt), self.policy
@@ -135,7 +153,10 @@ class StreamingWanPipeline(WanPipeline):
         cond = Conditioning.cat([self.encode(text, shape[0]) for text in prompts])
         latents = sample(self.denoiser, policy, cond, draws)
         video = latents.transpose(1, 2) if output_type == "latent" else self.pictures(latents, output_type)
-        return WanPipelineOutput(frames=video) if return_dict else (video,)
+        sound = None if self.sound is None else self.hear(latents).float().cpu()
+        if return_dict:
+            return StreamingOutput(frames=video, sound=sound)
+        return (video,) if sound is None else (video, sound)
 
     def stream(
         self,
@@ -159,14 +180,16 @@ class StreamingWanPipeline(WanPipeline):
                 self.trained("num_frames"),
             )
         draws = self.draws([seed], (policy.chunks.frames, *self.latent_shape(height, width)))
-        return Stream(self.denoiser, policy, draws, self.encode, prompt, VideoDecoder(self.vae))
+        hear = None if self.sound is None else self.hear
+        return Stream(self.denoiser, policy, draws, self.encode, prompt, self.decoder(), hear)
 
     def resume(self, file: str | Path) -> Stream:
         """Goes on with a stream whose `state_dict` is in this safetensors file, to the bits that it would have given.
         Raises ValueError if the file holds the stream of another student."""
         state = load_file(file, device=str(self.device))
         about = read_about(state)
-        _, height, width = (side * self.vae_scale_factor_spatial for side in about["latents"])
+        _, rows, width = about["latents"]
+        height, width = (side * self.vae_scale_factor_spatial for side in (rows - self.sound_rows, width))
         chunks = about["policy"].chunks
         stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, height, width, force=True)
         stream.load_state_dict(state)
@@ -198,9 +221,28 @@ class StreamingWanPipeline(WanPipeline):
         ids = torch.tensor(seeds, dtype=torch.int64, device=self._execution_device)
         return Draws(ids, shape, KEY, self.networks[0].dtype)
 
+    @property
+    def strip(self) -> Strip:
+        """The place of the sound, in latents of any width."""
+        return strip_of(self.networks[0], 0)
+
+    @property
+    def sound_rows(self) -> int:
+        """The latent rows of a frame that hold its sound."""
+        return 0 if self.sound is None else self.strip.high
+
+    def decoder(self) -> VideoDecoder:
+        """What decodes one video."""
+        return VideoDecoder(self.vae, self.sound_rows)
+
+    def hear(self, latents: Tensor, first: bool = True) -> Tensor:
+        """The sound of latents [B, F, C, h, w], see `streaming.sound.heard`."""
+        assert self.sound is not None
+        return heard(self.sound, self.strip._replace(width=latents.shape[-1]), latents, first)
+
     def pictures(self, latents: Tensor, output_type: str) -> Any:
         """Latents [B, F, C, h, w] to pictures, one video at a time."""
-        video = torch.cat([VideoDecoder(self.vae)(one) for one in latents.split(1)])
+        video = torch.cat([self.decoder()(one) for one in latents.split(1)])
         if output_type == "pt":
             return video
         frames = video.permute(0, 1, 3, 4, 2).cpu().numpy()
@@ -221,15 +263,15 @@ class StreamingWanPipeline(WanPipeline):
         return frames + 1
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """[C, h, w] of a latent frame, by default of the size of training. Raises ValueError for sides that do not
-        divide into the network's patches."""
+        """[C, h, w] of a latent frame, by default of the size of training, with the rows of its sound. Raises
+        ValueError for sides that do not divide into the network's patches."""
         config = self.networks[0].config
         sides = {"height": height or self.trained("height"), "width": width or self.trained("width")}
         for (name, side), patch in zip(sides.items(), config.patch_size[1:], strict=True):
             if side % (unit := self.vae_scale_factor_spatial * patch):
                 raise ValueError(f"{name} must be a multiple of {unit}, got {side}")
         high, wide = (side // self.vae_scale_factor_spatial for side in sides.values())
-        return config.in_channels, high, wide
+        return config.in_channels, high + self.sound_rows, wide
 
 
 def seeds_of(

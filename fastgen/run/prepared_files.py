@@ -140,10 +140,9 @@ def encode_pictures(
     bar: Any,
 ) -> bytes:
     """Encodes the pictures of one shard: latents [n, *latent_shape]."""
-    assert samples.read is not None
     latents = []
-    for pixels in readers.each(samples.read, pictures):
-        latents.append(encode_picture(backbone, pixels).to(dtype))
+    for given in readers.each(samples.read_data, pictures):
+        latents.append(encode_picture(backbone, given).to(dtype))
         bar.update()
     return packed({"latents": torch.stack(latents)})
 

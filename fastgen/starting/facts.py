@@ -13,6 +13,7 @@ from fastgen.backbones.pipeline_config import CONFIGS, PipelineConfig
 from fastgen.sampling.sampler import pipeline_config
 
 LARGE = 100_000_000  # parameters from which on adapters are trained, in bfloat16
+SIZES = ("height", "width", "num_frames", "max_sequence_length")  # arguments of a call that are keys of a backbone
 DYNAMIC_SHIFT = 3.0  # for schedulers that shift by the size of the picture
 
 
@@ -35,7 +36,8 @@ class Wishes:
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the pipeline says. steps, guidance: those that its card recommends, else of its stock call, unless another
-    guidance was asked for. recommended: whether the guidance is the card's."""
+    guidance was asked for. recommended: whether the guidance is the card's. sizes: those of SIZES that the card
+    recommends."""
 
     config: PipelineConfig
     steps: int
@@ -43,6 +45,7 @@ class Facts:
     parameters: int
     shift: float
     recommended: bool = False
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def large(self) -> bool:
@@ -53,14 +56,16 @@ def look_at(pipeline: str) -> Facts:
     """Reads configs only. Raises ValueError for a pipeline of no supported family."""
     check_source(pipeline)
     folder = local_folder(pipeline) or known_configs(pipeline)
-    config = dataclasses.replace(pipeline_config(folder), path=pipeline)
+    config, said = dataclasses.replace(pipeline_config(folder), path=pipeline), recommended_call(folder)
+    known = {field.name for field in dataclasses.fields(config)}
+    sizes = {key: int(said[key]) for key in SIZES if key in known and key in said}
+    config = dataclasses.replace(config, **sizes)
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
     steps, guidance = backbone.stock_call
-    said, count = recommended_call(folder), sum(p.numel() for p in teacher.parameters())
-    shift = level_shift(read_scheduler(folder))
+    shift, count = level_shift(read_scheduler(folder)), sum(p.numel() for p in teacher.parameters())
     steps, scale = int(said.get("num_inference_steps", steps)), float(said.get("guidance_scale", guidance))
-    return Facts(config, steps, scale, count, shift, recommended="guidance_scale" in said)
+    return Facts(config, steps, scale, count, shift, recommended="guidance_scale" in said, sizes=sizes)
 
 
 def recommended_call(folder: Path) -> dict[str, float]:

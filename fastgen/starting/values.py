@@ -40,7 +40,7 @@ def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
     values: dict[str, Any] = {
         "output_dir": f"runs/{name}",
         "seed": 0,
-        "backbone": {"name": facts.config.name, "path": wishes.pipeline},
+        "backbone": {"name": facts.config.name, "path": wishes.pipeline, **facts.sizes},
         "rollout": {**template["rollout"], "timesteps": levels(wishes.steps, facts.shift)},
         "data": data_of(wishes),
         "objective": objective,
@@ -82,10 +82,12 @@ def data_of(wishes: Wishes) -> dict[str, Any]:
 
 
 def prompts_of(wishes: Wishes) -> str:
-    """The file that was given, or prompts.txt in the pipeline's folder or beside it, or those that ship."""
+    """The file that was given, or prompts.txt in the pipeline's folder or beside it, or those that ship: for this
+    pipeline, or for any."""
     if wishes.prompts is not None:
         return wishes.prompts
-    places = (Path(wishes.pipeline) / "prompts.txt", Path(wishes.pipeline).parent / "prompts.txt")
+    folder = Path(wishes.pipeline)
+    places = (folder / "prompts.txt", folder.parent / "prompts.txt", Path("assets", f"{folder.name}_prompts.txt"))
     return next((str(p) for p in places if p.is_file() or shipped(p).is_file()), "neutral")
 
 

@@ -31,6 +31,7 @@ from fastgen.ops.block_sparse_attention import (
 )
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkAttention, ChunkSchedule
+from fastgen.streaming.sound import SoundStream
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, tokens, 1, D / 2]
 
@@ -45,7 +46,9 @@ class Place:
     context: the memory of the past; None without one.
     layout: which tokens see which; a rule chooses by content.
     memory: the list that gets each layer's keys and values.
-    branches: of every layer, what reads the sums over the frames that are gone (`add_linear_memory`); None without."""
+    branches: of every layer, what reads the sums over the frames that are gone (`add_linear_memory`); None without.
+    sound: what the network has for the sound of its videos, with sinks (`streaming.sound`); None without.
+    sound_tokens: those of a frame, its last ones."""
 
     frames: int
     own: Rotation
@@ -55,6 +58,8 @@ class Place:
     attention: ChunkAttention
     memory: list[tuple[Tensor, Tensor]] | None
     branches: Any = None
+    sound: SoundStream | None = None
+    sound_tokens: int = 0
 
 
 class CausalAttention:
@@ -90,7 +95,7 @@ class CausalAttention:
         All that differs from chunk to chunk is used here, so that what is around it compiles once."""
         if place.memory is not None:
             place.memory.append((key, value))
-        gone = self.gone(place, query)
+        gone, plain = self.gone(place, query), query
         query, key = rotated(query, place.own), rotated(key, place.own)
         cache = self.past(place, key)
         layout, rows = place.layout, 0 if cache is None else cache.key.shape[1]
@@ -99,7 +104,11 @@ class CausalAttention:
         all_learn = not torch.is_grad_enabled() or (cache is not None and cache.key.requires_grad)
         learns = None if all_learn else (rows, rows + key.shape[1])
         named = {"cache": cache, "grad_keys": learns, "backend": place.attention.backend}
-        out = attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
+        if place.sound is None:
+            out = attention(query, key, value, layout, **named).out  # type: ignore[arg-type]
+        else:
+            result = attention(query, key, value, layout, **named, needs_lse=True)  # type: ignore[arg-type]
+            out = place.sound.with_sinks(self.layer, result, plain, place.frames, place.sound_tokens)
         return out if gone is None else out + gone
 
     def gone(self, place: Place, query: Tensor) -> Tensor | None:
@@ -190,6 +199,8 @@ def place_of(network: Any, x: Tensor, inputs: Inputs) -> Place:
     grid = (x.shape[-2] // high, x.shape[-1] // wide)
     rope, frames, tokens = network.rope, x.shape[1], grid[0] * grid[1]
     dims = (rope.t_dim, rope.h_dim, rope.w_dim)
+    sound = getattr(network, "sound", None)
+    heard = (sound, grid[1]) if sound is not None and sound.sink_keys is not None else (None, 0)
     turn: Callable[[Sequence[range]], Rotation] = lambda ranges: rotation(tuple(ranges), grid, dims, x.device)  # noqa: E731
     if inputs.context is not None:
         chunks, chunk = inputs.context.chunks, inputs.context.called(frames)
@@ -200,16 +211,17 @@ def place_of(network: Any, x: Tensor, inputs: Inputs) -> Place:
         if chunks.linear and branches is None:
             raise ValueError("chunks.linear: this network has no linear memory; it is that of another student")
         turned = turn(past) if past else None
-        return Place(frames, turn([own]), turned, inputs.context, layout, chunks.attention, inputs.memory, branches)
+        kept = (inputs.context, layout, chunks.attention, inputs.memory, branches)
+        return Place(frames, turn([own]), turned, *kept, *heard)
     if inputs.causal is not None:
         chunks = inputs.causal
         video = frames if inputs.clean is None else frames // 2
         layout = video_layout(chunks, tokens, video, inputs.clean is not None, x.device)
         ranges = [range(video)] * (frames // video)
-        return Place(frames, turn(ranges), None, None, layout, chunks.attention, None)
+        return Place(frames, turn(ranges), None, None, layout, chunks.attention, None, None, *heard)
     plain = ChunkAttention()
     layout = chunk_layout(plain, tokens, 0, 0, frames, x.device)
-    return Place(frames, turn([range(frames)]), None, None, layout, plain, None)
+    return Place(frames, turn([range(frames)]), None, None, layout, plain, None, None, *heard)
 
 
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:
@@ -266,19 +278,7 @@ def chunk_layout(
 
 @functools.lru_cache(maxsize=64)
 def video_layout(chunks: ChunkSchedule, tokens: int, frames: int, clean: bool, device: torch.device) -> BlockLayout:
-    """A whole video at once, or its clean and noisy frames. Raises ValueError for a schedule that no mask can express:
-    one whose sink or slow memory changes or, in relative positions, moves; and one that keeps its past in 8 bits."""
-    stays_moves = chunks.sink + chunks.slow + chunks.recall > 0 and chunks.evicts(frames)
-    if stays_moves and (chunks.sink_decay is not None or chunks.positions == "relative"):
-        raise ValueError(
-            f"{frames} frames are more than the window of {chunks.window}, and then what stays of this schedule moves "
-            "or changes from chunk to chunk, which no mask expresses; go chunk by chunk (form: chunks)"
-        )
-    if chunks.cache_dtype is not None:
-        raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk (form: chunks)")
-    if chunks.linear and chunks.evicts(frames):
-        raise ValueError("a mask over whole videos has no linear memory; go chunk by chunk (form: chunks)")
-    if chunks.attention.layout != "dense":
-        raise ValueError("a mask over whole videos is dense; go chunk by chunk (form: chunks) with attention top_k")
+    """A whole video at once, or its clean and noisy frames. Raises ValueError as `ChunkSchedule.check_mask` does."""
+    chunks.check_mask(frames)
     mask = VideoMask(tokens, tuple(len(c) for c in chunks.split(frames)), chunks.window, chunks.sink)
     return (teacher_forcing_layout if clean else causal_layout)(mask, chunks.attention.tile).to(device)

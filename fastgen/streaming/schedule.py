@@ -188,6 +188,23 @@ class ChunkSchedule:
                     "another prompt; change the prompt without recache"
                 )
 
+    def check_mask(self, num_frames: int) -> None:
+        """Raises ValueError if no mask over a whole video of this length shows each chunk what it sees: for a schedule
+        whose sink or slow memory changes or, in relative positions, moves, and for one that keeps its past in another
+        form."""
+        stays = self.sink + self.slow + self.recall > 0 and self.evicts(num_frames)
+        if stays and (self.sink_decay is not None or self.positions == "relative"):
+            raise ValueError(
+                f"{num_frames} frames are more than the window of {self.window}, and then what stays of this schedule "
+                "moves or changes from chunk to chunk, which no mask expresses; go chunk by chunk (form: chunks)"
+            )
+        if self.cache_dtype is not None:
+            raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk (form: chunks)")
+        if self.linear and self.evicts(num_frames):
+            raise ValueError("a mask over whole videos has no linear memory; go chunk by chunk (form: chunks)")
+        if self.attention.layout != "dense":
+            raise ValueError("a mask over whole videos is dense; with top_k, go chunk by chunk (form: chunks)")
+
     def chunk_at(self, start: int) -> range:
         """The frames of the chunk that begins at frame `start`. A stream has no end, so any chunk exists."""
         return range(start, start + (self.frames if start else self.first or self.frames))

@@ -27,10 +27,12 @@ class VideoDecoder:
     """Decodes a video latent by latent with a stock AutoencoderKLWan, to the pictures that it gives for the whole.
 
     What its causal convolutions remember of earlier latents belongs to this object, and nothing in the VAE changes: it
-    may serve several videos in turn. Both kinds of VAE work, that of Wan 2.1 and the residual one of Wan 2.2."""
+    may serve several videos in turn. Both kinds of VAE work, that of Wan 2.1 and the residual one of Wan 2.2.
 
-    def __init__(self, vae: Any):
-        self.vae = vae
+    sound_rows: of the latents, the last ones, which hold the sound and are no picture (`streaming.sound`)."""
+
+    def __init__(self, vae: Any, sound_rows: int = 0):
+        self.vae, self.sound_rows = vae, sound_rows
         self.memory: list[Tensor | str | None] = [None] * sum(isinstance(m, nn.Conv3d) for m in vae.decoder.modules())
         self.latents = 0
         mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=vae.device) for name in ("mean", "std"))
@@ -44,7 +46,7 @@ class VideoDecoder:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify  # takes seconds to import
 
         parts = []
-        for latent in latents.split(1, dim=1):
+        for latent in latents[..., : latents.shape[-2] - self.sound_rows, :].split(1, dim=1):
             z = (latent.transpose(1, 2).float() * self.std + self.mean).to(self.vae.dtype)
             x = self.vae.post_quant_conv(z)
             named = {"feat_cache": self.memory, "feat_idx": [0], "first_chunk": self.latents == 0}
@@ -71,11 +73,13 @@ class VideoDecoder:
 
 
 class Stream:
-    """A video without end. Iterating gives the pictures of each chunk, [n, 3, H, W] float32 in [0, 1].
+    """A video without end. Iterating gives the pictures of each chunk, [n, 3, H, W] float32 in [0, 1]; `sound` is then
+    the sound of the same chunk, [moments, bins], of a student that makes some.
 
     denoiser, policy: the student and its sampler, which has `chunks`.
     draws: the noise, of one sample; its first axis counts frames and may have any length.
     encode: a prompt to the conditioning of one sample.  decoder: that of this video alone.
+    hear: the sound of latents [1, F, ...], and whether they begin the video (`streaming.sound.heard`); None without.
 
     A chunk is committed to the context when the next one is asked for, so that its pictures do not wait for it. The
     memory is flat if the schedule has a window; without one, the context grows with the video."""
@@ -88,10 +92,12 @@ class Stream:
         encode: Encode,
         prompt: str,
         decoder: VideoDecoder,
+        hear: Callable[[Tensor, bool], Tensor] | None = None,
     ):
         if policy.chunks is None:
             raise ValueError("this student does not stream: its policy has no chunks")
         self.denoiser, self.policy, self.draws, self.encode, self.decoder = denoiser, policy, draws, encode, decoder
+        self.hear, self.sound = hear, None if hear is None else torch.empty(0)
         self.context = Context(policy.chunks)
         # frame -> what was committed of it [passes, 1, C, h, w], its clean latents last, of all frames in the context
         self.kept: dict[int, Tensor] = {}
@@ -158,7 +164,9 @@ class Stream:
         self.finished = None
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pictures of a chunk. Call it once for each chunk, in order."""
+        """The pictures of a chunk, whose sound is then `sound`. Call it once for each chunk, in order."""
+        if self.hear is not None:
+            self.sound = self.hear(latents, self.decoder.latents == 0)[0]
         return self.decoder(latents)[0]
 
     @torch.no_grad()

@@ -1,0 +1,214 @@
+"""Sound: a second stream of latents, which a network makes together with a video.
+
+A video of F latent frames has 1 + m (F - 1) moments of sound: one of the first picture, and m of each latent frame
+after it. A moment is a vector, such as the loudness at several pitches. The state stays one tensor,
+[B, F, C, H + p, W]: under the latents of a frame's picture lies a row of patches with its sound, one patch for each
+moment. What treats a video frame by frame (rollouts, windows, sinks, draws, attention by chunks) treats both streams
+alike, so that pictures and sounds of a chunk see each other, those of the chunks before, and none of those after.
+
+    here                            OmniForcing (LTX-2), of which we know the abstract and summaries
+    patches of both streams in one  block-causal attention of two streams at different rates, aligned in time
+      frame's block
+    the first frame, with the one   the global prefix that both streams begin with; `chunks: {sink: 1}` keeps it
+      moment of its one picture     in sight
+    `sinks`, keys that are not      audio sink tokens with identity RoPE
+      rotated
+
+The stock network gets a linear embedding and a linear head for these patches, which lie beside it, and shares
+everything else. In OmniForcing each stream has a tower of its own; one network for both is our choice."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastgen.ops.block_sparse_attention import Result, merge
+from fastgen.registry import MOST_WIDTH
+
+FILE = "sound.safetensors"  # of the weights, beside the stock networks
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Sound:
+    """The sound of a video.
+
+    bins: numbers of a moment.  moments: of a latent frame.
+    mean, std: of the numbers in the data; the latents are (number - mean) / std.
+    sinks: learned keys and values of every layer that the sound's queries see besides the tokens, at no position."""
+
+    bins: int = Field(ge=1, le=MOST_WIDTH)
+    moments: int = Field(default=4, ge=1, le=MOST_WIDTH)
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+    sinks: int = Field(default=0, ge=0, le=64)
+
+
+class Strip(NamedTuple):
+    """The place of the sound in the latents of a frame. channels: C. high, wide: the rows and columns of a patch.
+    width: of the latents."""
+
+    channels: int
+    high: int
+    wide: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Patches in the row."""
+        return self.width // self.wide
+
+    @property
+    def size(self) -> int:
+        """Numbers of a patch."""
+        return self.channels * self.high * self.wide
+
+    def check(self, sound: Sound) -> None:
+        """Raises ValueError if the moments of a frame do not fit into the row."""
+        if sound.moments > self.tokens:
+            raise ValueError(
+                f"sound.moments: a latent frame is {self.tokens} patches wide, which is the most moments it can have, "
+                f"and {sound.moments} are asked for; use a wider video, or fewer moments"
+            )
+        if sound.bins > self.size:
+            raise ValueError(f"sound.bins: a patch has {self.size} numbers, and {sound.bins} are asked for")
+
+    def patches(self, rows: Tensor) -> Tensor:
+        """[..., tokens, C p p] of rows [..., C, p, W]."""
+        cut = rows.unflatten(-1, (self.tokens, self.wide))  # [..., C, p, tokens, p]
+        return cut.movedim(-2, -4).flatten(-3)
+
+    def rows(self, patches: Tensor) -> Tensor:
+        """The inverse of `patches`."""
+        cut = patches.unflatten(-1, (self.channels, self.high, self.wide))
+        return cut.movedim(-4, -2).flatten(-2)
+
+
+def laid(sound: Sound, strip: Strip, values: Tensor) -> Tensor:
+    """The rows [B, F, C, p, W] of the sound's moments [B, 1 + m (F - 1), bins]. The first frame has the one moment of
+    its picture m times; what is left of patch and row is 0."""
+    first = values[:, :1].expand(-1, sound.moments, -1)
+    frames = torch.cat([first, values[:, 1:]], dim=1).unflatten(1, (-1, sound.moments))
+    patches = (frames - sound.mean) / sound.std
+    room = (0, strip.size - sound.bins, 0, strip.tokens - sound.moments)
+    return strip.rows(nn.functional.pad(patches, room))
+
+
+def heard(sound: Sound, strip: Strip, latents: Tensor, first: bool = True) -> Tensor:
+    """The inverse of `laid`, from latents [B, F, C, H + p, W]. first: whether they begin with the first frame, whose
+    one moment is the mean of its copies."""
+    patches = strip.patches(latents[..., -strip.high :, :])[..., : sound.moments, : sound.bins]
+    moments = patches * sound.std + sound.mean
+    if not first:
+        return moments.flatten(1, 2)
+    return torch.cat([moments[:, :1].mean(2), moments[:, 1:].flatten(1, 2)], dim=1)
+
+
+class SoundStream(nn.Module):
+    """What a network has for its sound. Its first prediction is 0.
+
+    size: numbers of a patch.  dim: width of the network.  sinks: [layers, sinks, heads, head size]; None for none."""
+
+    sink_keys: Tensor | None
+
+    def __init__(self, size: int, dim: int, sinks: Sequence[int] | None):
+        super().__init__()
+        self.embedding, self.head = nn.Linear(size, dim), nn.Linear(dim, size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.sink_keys = None if sinks is None else nn.Parameter(0.02 * torch.randn(*sinks))
+        self.sink_values = None if sinks is None else nn.Parameter(torch.zeros(*sinks))
+
+    def with_sinks(self, layer: int, result: Result, query: Tensor, frames: int, tokens: int) -> Tensor:
+        """Attention of a layer, [B, L, H, D], in which the queries of the sound also see the sinks:
+
+            softmax([q' k, q k_sink] / sqrt(D)) [v, v_sink]         q' and k rotated, q and k_sink not
+
+        As the sinks have no position, what a query gets of them is the same at every frame of an endless video.
+
+        result: of attention without the sinks.  query: before its rotation.  frames, tokens: how many frames there
+        are, and how many patches the sound of each has, its last ones."""
+        assert self.sink_keys is not None and self.sink_values is not None and result.lse is not None
+        key, value = self.sink_keys[layer].type_as(query), self.sink_values[layer].type_as(query)
+
+        def own(x: Tensor) -> Tensor:  # [B, L, ...] of the sound alone
+            return x.unflatten(1, (frames, -1))[:, :, -tokens:].flatten(1, 2)
+
+        logits = torch.einsum("blhd,nhd->bhln", own(query), key).to(result.lse) * query.shape[-1] ** -0.5
+        read = torch.einsum("bhln,nhd->blhd", logits.softmax(-1).type_as(value), value)
+        seen = Result(own(result.out), own(result.lse.mT).mT)
+        both = merge(seen, Result(read, logits.logsumexp(-1))).out
+        split = result.out.unflatten(1, (frames, -1))
+        return torch.cat([split[:, :, :-tokens], both.unflatten(1, (frames, -1))], dim=2).flatten(1, 2)
+
+
+def add_sound(network: Any, sinks: int = 0) -> None:
+    """Gives a WanTransformer3DModel a `SoundStream`, `network.sound`, where it has its first weights."""
+    config, like = network.config, next(network.parameters())
+    heads, head = config.num_attention_heads, config.attention_head_dim
+    shape = (config.num_layers, sinks, heads, head) if sinks else None
+    made = SoundStream(strip_of(network, 0).size, heads * head, shape)
+    network.sound = made.to(dtype=like.dtype, device=None if like.is_meta else like.device)
+
+
+def strip_of(network: Any, width: int) -> Strip:
+    """The strip under latents of this width."""
+    _, high, wide = network.config.patch_size
+    return Strip(network.config.in_channels, high, wide, width)
+
+
+@contextmanager
+def hearing(network: Any, width: int) -> Iterator[None]:
+    """Calls of the network inside, on latents of this width, embed and predict their last row of patches as sound, if
+    the network has a `SoundStream`."""
+    sound, strip = getattr(network, "sound", None), strip_of(network, width)
+    if sound is None:
+        yield
+        return
+
+    def embed(_: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
+        rows = given[0][..., -strip.high :, :].movedim(2, 1)  # [B, F, C, p, W]
+        patches = sound.embedding(strip.patches(rows).to(sound.embedding.weight.dtype))  # [B, F, tokens, D]
+        return torch.cat([out[..., :-1, :], patches.movedim(-1, 1)[..., None, :].to(out.dtype)], dim=-2)
+
+    def predict(_: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
+        tokens = strip.tokens  # of a frame, as each is a row of the batch
+        return torch.cat([out[:, :-tokens], sound.head(given[0][:, -tokens:]).to(out.dtype)], dim=1)
+
+    handles = [
+        network.patch_embedding.register_forward_hook(embed),
+        network.proj_out.register_forward_hook(predict),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def save_sound(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """weights: "<expert>.sound.<name>" -> tensor."""
+    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / FILE)
+
+
+def load_sound(networks: Sequence[Any], folder: Path) -> None:
+    """Gives the networks, from high noise to low, the sound streams that this folder holds for them. Raises
+    ValueError, naming the file, if it is not there, cannot be read, or is that of other networks."""
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the network of this folder was trained with backbone.sound")
+    try:
+        weights = load_file(path)
+        for i, network in enumerate(networks):
+            prefix = f"{i}.sound."
+            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            add_sound(network, own["sink_keys"].shape[1] if "sink_keys" in own else 0)
+            network.sound.load_state_dict(own)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; export or download it again") from None
