@@ -5,8 +5,9 @@
 The digits teacher is distilled by DMD2 with a GAN on image files, each with a caption of its own, so that every update
 reads, decodes and encodes new pictures and prompts. Reading a picture, encoding one and encoding a prompt are each
 slowed by a sleep, which stands for a disk or an encoder of real size and leaves the processor to the training. The
-same updates are made with no batch ahead and with the recipe's default, in turns, in one process. A row of
-loop_seconds.jsonl has the seconds of an update and the share of it outside of `Objective.loss` and `backward`."""
+same updates are made with no batch ahead, with the recipe's default of one, and with two and torch's fused AdamW, in
+turns, in one process. A row of loop_seconds.jsonl has the seconds of an update and the share of it outside of
+`Objective.loss` and `backward`."""
 
 import argparse
 import platform
@@ -85,15 +86,20 @@ def write_pictures(folder: Path, count: int) -> None:
         (folder / f"{i:04d}.txt").write_text(f"{prompt_for(int(labels[i]))}, number {i}")
 
 
-def measure(folder: Path, prefetch: int, updates: int, sleep: float) -> tuple[float, float]:
+ROLES = ("student", "fake_score")  # of the recipe; the discriminator is added
+SETTINGS = ((0, "adamw"), (1, "adamw"), (2, "adamw_fused"))  # batches ahead, and the kind of optimizer
+
+
+def measure(folder: Path, prefetch: int, updates: int, sleep: float, kind: str = "adamw") -> tuple[float, float]:
     """Seconds of an update after the first, and the share of them that is neither a forward nor a backward pass."""
     overrides = {
         "data": f"{{name: images, folder: {folder / 'pictures'}}}",
         "objective": "{name: dmd2, gan_weight: 0.01, fake_updates: 4}",
-        "optimizers.discriminator": "{lr: 2e-4}",
+        "optimizers.discriminator": f"{{lr: 2e-4, kind: {kind}}}",
         "rollout": "{timesteps: [1.0, 0.75, 0.5, 0.25]}",
         "train": f"{{steps: {updates + 1}, batch_size: 16, sample_every: 0, checkpoint_every: 0, log_every: 1}}",
         "train.prefetch": prefetch,
+        **{f"optimizers.{role}.kind": kind for role in ROLES},
         "train.num_samples": 1,
         "eval": "{metrics: [accuracy], num_samples: 1, quick_num_samples: 1, reference: digits}",
         "health.every": 0,
@@ -132,17 +138,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sleep", type=float, default=0.005, help="seconds that each reading or encoding waits")
     arguments = parser.parse_args()
-    found: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {setting: [] for setting in SETTINGS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pictures").mkdir()
         write_pictures(folder / "pictures", 1198)
         for _ in range(arguments.repeats):
-            for prefetch, rows in found.items():
-                rows.append(measure(folder, prefetch, arguments.updates, arguments.sleep))
-    for prefetch, rows in found.items():
+            for (prefetch, kind), rows in found.items():
+                rows.append(measure(folder, prefetch, arguments.updates, arguments.sleep, kind))
+    for (prefetch, kind), rows in found.items():
+        optimizer = "" if kind == "adamw" else f", {kind}"
         row = {
-            "name": f"digits, prefetch {prefetch}, sleep {arguments.sleep:g}",
+            "name": f"digits, prefetch {prefetch}{optimizer}, sleep {arguments.sleep:g}",
             "seconds_per_update": round(statistics.median(seconds for seconds, _ in rows), 3),
             "share_outside_passes": round(statistics.median(share for _, share in rows), 4),
             "sleep": arguments.sleep,

@@ -110,6 +110,15 @@ def test_a_network_reads_its_sinks() -> None:
     assert not torch.equal(few(x, t, conditioning()), before)
 
 
+def test_sinks_are_the_same_at_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first chunk that stands at frames 50 and 51 is the one at 0 and 1: its tokens turn alike, and sinks do not."""
+    few, x, t = sounding(wan(), 3), draws(2)("x"), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    inputs = Inputs(context=Context(ChunkSchedule(frames=2)))
+    here = few(x, t, conditioning(), inputs)
+    monkeypatch.setattr(ChunkSchedule, "positions_of", lambda *_: ((), range(50, 52)))
+    torch.testing.assert_close(few(x, t, conditioning(), inputs), here, atol=1e-6, rtol=0)
+
+
 # --- two streams in one network
 
 
