@@ -197,6 +197,21 @@ def test_live_bytes_count_memory_once_and_while_it_lives() -> None:
         assert live.peak() == 4000
 
 
+def test_a_large_mask_of_small_tensors_takes_no_memory() -> None:
+    """HunyuanVideo makes one of all tokens by all tokens, 10 GB, which is counted and not made."""
+    with LiveBytes() as live:
+        row = torch.ones(1, 20_000, dtype=torch.bool)
+        mask = row.view(1, 1, 1, -1).repeat(1, 1, 20_000, 1)
+        both = mask & mask.transpose(2, 3)
+        outer = row.float().mT * row.float()
+        assert all(isinstance(t, Weightless) for t in (mask, both, outer, torch.ones(20_000, 20_000)))
+        assert live.live == 20_000 + 2 * 20_000**2 + 4 * 20_000**2
+        assert live.peak() == live.live + 4 * 20_000**2
+        small = row[:, :10].repeat(10, 1)
+        assert type(small) is torch.Tensor and small.all(), "small ones keep their values, which may decide the graph"
+        assert row.nonzero().shape == (20_000, 2), "so do those of which the size is not known before the values are"
+
+
 def test_weightless_tensors_give_the_layouts_of_real_ones() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU())
     real = network(torch.randn(2, 4, 8, 8))

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen.planning.flops import flops
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = 4096  # a constant tensor of at most this many elements is made with its values
+LARGE = 1 << 26  # bytes from which on a result is weightless although everything that it is made of has values
+SIDE = 8192  # of a square mask of LARGE bytes: smaller tensors make nothing large, except where they are repeated
 aten = torch.ops.aten
 CONSTANTS_LIKE = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
 CONSTANTS_NEW = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default}
@@ -64,7 +66,9 @@ class Operation:
     returned, and the floating-point operations that took, by the layouts of its arguments."""
 
     def __init__(self, func: Any):
-        self.func, self.results = func, dict[Any, tuple[Any, int]]()
+        self.func, self.results, self.sizes = func, dict[Any, tuple[Any, int]](), dict[Any, int]()
+        self.makes = func is aten.repeat.default or not any("Tensor" in str(a.type) for a in func._schema.arguments)
+        self.takes_device = any(argument.name == "device" for argument in func._schema.arguments)
         self.returns = bool(func._schema.returns)
         aliased = any(r.alias_info is not None for r in func._schema.returns)
         self.kind = "in place" if func._schema.name.endswith("_") else "view" if aliased else "new"
@@ -82,7 +86,7 @@ class Operation:
             return self.func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs), 0
         key = (signature(args), signature(tuple(kwargs.items()))) if kwargs else signature(args)
         if key not in self.results:
-            result = self.func(*tree_map(bare, args), **tree_map(bare, kwargs))
+            result = self.func(*tree_map(bare, args), **self.placed(tree_map(bare, kwargs)))
             count = flops(self.func, args, kwargs, result)
             self.results[key] = tree_map(lambda v: layout_of(v) if isinstance(v, Tensor) else v, result), count
         memory = args[0].memory if self.kind == "view" else None
@@ -90,6 +94,25 @@ class Operation:
         if isinstance(found, Layout):
             return found.make(memory), count
         return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found), count
+
+
+    def is_large(self, args: Any, kwargs: Any) -> bool:
+        """Whether it makes a large tensor, of arguments that have values: the attention mask of a long video takes
+        gigabytes. False where the size is not known before the values are."""
+        if self.kind != "new" or not (self.makes or any(isinstance(a, Tensor) and a.numel() > SIDE for a in args)):
+            return False
+        key = signature(args), signature(tuple(kwargs.items()))
+        if key not in self.sizes:
+            try:
+                made = self.func(*tree_map(bare, args), **self.placed(tree_map(bare, kwargs)))
+                self.sizes[key] = size([v for v in tree_flatten(made)[0] if isinstance(v, Tensor)])
+            except (RuntimeError, NotImplementedError):
+                self.sizes[key] = 0
+        return self.sizes[key] > LARGE
+
+    def placed(self, kwargs: Any) -> Any:
+        """The arguments of a call that makes its result on the meta device."""
+        return {**kwargs, "device": META} if self.takes_device else kwargs
 
 
 def numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -198,7 +221,7 @@ class Watching:
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, known = kwargs or {}, operation(func)
-        if Weightless in types:
+        if Weightless in types or known.is_large(args, kwargs):
             out, count = known(args, kwargs)  # at once, instead of through another dispatch
         else:
             out = func(*args, **kwargs)
