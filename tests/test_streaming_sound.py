@@ -320,6 +320,10 @@ def test_two_stages_learn_sound(wide: Path, tmp_path: Path) -> None:
         ({"sound": TONE | {"bins": 16}}, "set backbone.sound.bins to 32"),
         ({"sound": TONE | {"bins": 40}}, "a patch has 32 numbers, and 40 are asked for"),
         ({"sound": TONE | {"moments": 5}}, "the most moments"),
+        (
+            {"rollout": TWO | {"chunks": {"frames": 1, "attention": {"backend": "sdpa"}}}},
+            "backend: sdpa does not give",
+        ),
     ],
 )
 def test_recipes_with_sound_that_cannot_work_are_refused(

@@ -96,6 +96,12 @@ class WanConfig(PipelineConfig):
     def check_chunks(self, policy: RolloutPolicy) -> None:
         """The latent frames are whole chunks, each patch is of one frame, and the text is the only condition."""
         assert policy.chunks is not None
+        backend = policy.chunks.attention.backend
+        if self.sound is not None and self.sound.sinks and backend == "sdpa":
+            raise ValueError(
+                "sound.sinks are merged with attention by its log-sum-exp, which chunks.attention.backend: sdpa "
+                "does not give; use auto, or no sinks"
+            )
         folder = self.local_folder()
         if folder is None:
             return
