@@ -95,7 +95,6 @@ class Operation:
             return found.make(memory), count
         return tree_map(lambda value: value.make(memory) if isinstance(value, Layout) else value, found), count
 
-
     def is_large(self, args: Any, kwargs: Any) -> bool:
         """Whether it makes a large tensor, of arguments that have values: the attention mask of a long video takes
         gigabytes. False where the size is not known before the values are."""

@@ -58,7 +58,7 @@ def look_at(pipeline: str) -> Facts:
     folder = local_folder(pipeline) or known_configs(pipeline)
     config, said = dataclasses.replace(pipeline_config(folder), path=pipeline), recommended_call(folder)
     known = {field.name for field in dataclasses.fields(config)}
-    sizes = {key: int(said[key]) for key in SIZES if key in known and key in said}
+    sizes: dict[str, Any] = {key: int(said[key]) for key in SIZES if key in known and key in said}
     config = dataclasses.replace(config, **sizes)
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")

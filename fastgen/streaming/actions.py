@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from fastgen.streaming.part_file import load_part, save_part
 
 FILE = "actions.safetensors"  # of the weights, beside the stock networks
 BAR = "|"  # between a prompt and its actions
@@ -128,24 +128,14 @@ def add_actions(network: Any, period: Sequence[float], dim: int) -> None:
 
 def save_actions(weights: Mapping[str, Tensor], period: Sequence[float], folder: Path) -> None:
     """weights: "<expert>.actions.<name>" -> tensor."""
-    stored = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-    save_file(stored, folder / FILE, {"format": "pt", "period": json.dumps(list(period))})
+    save_part(weights, folder / FILE, {"period": json.dumps(list(period))})
 
 
 def load_actions(networks: Sequence[Any], folder: Path) -> None:
-    """Gives the networks, from high noise to low, the embeddings that this folder holds for them. Raises ValueError,
-    naming the file, if it is not there, cannot be read, or is that of other networks."""
-    path = folder / FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the network of this folder was trained with backbone.actions")
-    try:
-        with safe_open(path, framework="pt") as file:
-            period = json.loads(file.metadata()["period"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for i, network in enumerate(networks):
-            prefix = f"{i}.actions."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            add_actions(network, period, len(own["outer.bias"]))
-            network.actions.load_state_dict(own)
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; export or download it again") from None
+    """Gives the networks the embeddings that this folder holds for them, see `part_file.load_part`."""
+
+    def add(network: Any, own: Mapping[str, Tensor], about: Mapping[str, str]) -> nn.Module:
+        add_actions(network, json.loads(about["period"]), len(own["outer.bias"]))
+        return network.actions
+
+    load_part(folder / FILE, "backbone.actions", networks, add, "actions.")

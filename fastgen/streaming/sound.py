@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen.ops.block_sparse_attention import Result, merge
 from fastgen.registry import MOST_WIDTH
+from fastgen.streaming.part_file import load_part, save_part
 
 FILE = "sound.safetensors"  # of the weights, beside the stock networks
 
@@ -194,21 +193,14 @@ def hearing(network: Any, width: int) -> Iterator[None]:
 
 def save_sound(weights: Mapping[str, Tensor], folder: Path) -> None:
     """weights: "<expert>.sound.<name>" -> tensor."""
-    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / FILE)
+    save_part(weights, folder / FILE)
 
 
 def load_sound(networks: Sequence[Any], folder: Path) -> None:
-    """Gives the networks, from high noise to low, the sound streams that this folder holds for them. Raises
-    ValueError, naming the file, if it is not there, cannot be read, or is that of other networks."""
-    path = folder / FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the network of this folder was trained with backbone.sound")
-    try:
-        weights = load_file(path)
-        for i, network in enumerate(networks):
-            prefix = f"{i}.sound."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            add_sound(network, own["sink_keys"].shape[1] if "sink_keys" in own else 0)
-            network.sound.load_state_dict(own)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; export or download it again") from None
+    """Gives the networks the sound streams that this folder holds for them, see `part_file.load_part`."""
+
+    def add(network: Any, own: Mapping[str, Tensor], _: Mapping[str, str]) -> nn.Module:
+        add_sound(network, own["sink_keys"].shape[1] if "sink_keys" in own else 0)
+        return network.sound
+
+    load_part(folder / FILE, "backbone.sound", networks, add, "sound.")
