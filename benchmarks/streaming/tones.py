@@ -8,7 +8,8 @@ pitch is the centre of the tone's loudness, and the height that of the picture's
 the tone of another video of the same prompt. `off` is the share of pictures with an error of more than 3 pixels.
 `loudness` is the mean peak of the tones divided by that of real ones. `late` has the error in the last quarter of the
 video. Beside them stand the metrics of the pictures alone, as in moving_digits.py. Each row goes to tones.jsonl. The
-part "real" is of real videos and tones, whose pictures the autoencoder has read and written."""
+part "real" is of real videos and tones, whose pictures the autoencoder has read and written. --picture FILE shows
+three videos, every fourth picture with the tones of those up to it, and adds no row."""
 
 import argparse
 import dataclasses
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -87,6 +89,27 @@ def tone_scores(videos: list[Tensor], sounds: list[Tensor]) -> dict[str, float]:
     }
 
 
+def shown(pictures: Tensor, sound: Tensor) -> Tensor:
+    """[3, 2 S, S n] of a video [F, 3, S, S] and its sound [F, bins], high pitches above, for every fourth picture."""
+    side = pictures.shape[-1]
+    first, later = sound[:1].repeat_interleave(side, 0), sound[1:].repeat_interleave(side // 4, 0)
+    tone = torch.cat([first, later]).mT.flip(0).clamp(0, 1)
+    row = pictures[::4].permute(1, 2, 0, 3).flatten(2)
+    return torch.cat([row, tone[None].expand(3, -1, -1)[..., : row.shape[-1]]], dim=1)
+
+
+def save_picture(sampler: Sampler, file: Path, scale: int = 3) -> None:
+    assert sampler.policy.chunks is not None
+    chunks = len(sampler.policy.chunks.split(sampler.backbone.latent_shape[0]))
+    videos, sounds, prompts = make_videos(sampler, sampler.policy, chunks, range(0, BATCH, BATCH // 3 + 1))
+    rows = torch.cat([shown(video, sound) for video, sound in zip(videos, sounds, strict=True)], dim=1)
+    pixels = (rows * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((scale * pixels.shape[1], scale * pixels.shape[0]), Image.Resampling.NEAREST).save(
+        file
+    )
+    print("\n".join(prompts))
+
+
 def measure(sampler: Sampler, policy: RolloutPolicy, part: str, options: argparse.Namespace) -> dict[str, Any]:
     assert policy.chunks is not None
     if part == "long" and policy.chunks.window is None:
@@ -115,9 +138,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="other levels than the student's: so many, evenly apart, as an ODE")
     parser.add_argument("--window", type=int, default=7, help="of long videos, if the student was trained without")
     parser.add_argument("--sink", type=int, default=1)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     sampler = load_sampler(options.student)
+    if options.picture is not None:
+        save_picture(sampler, options.picture)
+        return
     policy = sampler.policy
     if options.steps is not None:
         levels = tuple(1 - i / options.steps for i in range(options.steps))
