@@ -1,5 +1,6 @@
 """Sound that a causal network makes together with its video."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastgen.ops.block_sparse_attention import Result
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
+from fastgen.run.prepare import prepare
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 from fastgen.streaming.sound import FILE, Sound, SoundStream, Strip, add_sound, heard, laid
@@ -292,7 +294,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_two_stages_learn_sound(wide: Path, tmp_path: Path) -> None:
     """Teacher forcing on videos with sound, from a student that knows none; then a few-step student of that network
-    (Context Forcing)."""
+    (Context Forcing). The videos of the first stage and their sound are prepared; another sound does not fit them, and
+    another number of sinks does."""
     changes = {
         "rollout": TWO,
         "data": {"name": "moving_digits", "videos": 2},
@@ -302,7 +305,13 @@ def test_two_stages_learn_sound(wide: Path, tmp_path: Path) -> None:
     first = {"name": "teacher_forcing", "form": "chunks", "residual_share": 0.5}
     once = changes | {"optimizers": {"student": {"lr": 1e-3}}}
     before = train(recipe(wide, tmp_path / "before", first, **once, **silent))
-    start = train(recipe(wide, tmp_path / "first", first, **once, **told, init_from=str(before / "export")))
+    prepare(recipe(wide, tmp_path / "none", first, **once, **told), tmp_path / "prepared")
+    stored = once | {"data": {"name": "prepared", "folder": str(tmp_path / "prepared")}}
+    for change, sound in (("std", TONE | {"std": 0.5}), (None, TONE | {"sinks": 1})):
+        refusal = pytest.raises(RecipeError, match=r"sound\.std \(0\.26 in the folder") if change else nullcontext()
+        with refusal:
+            recipe(wide, tmp_path / "none", first, **stored, backbone=backbone_of(wide, sound=sound))
+    start = train(recipe(wide, tmp_path / "first", first, **stored, **told, init_from=str(before / "export")))
     second = {"name": "context_forcing", "teacher_from": str(start), "fake_updates": 1}
     run = train(recipe(wide, tmp_path / "second", second, **changes, **told, init_from=str(start / "export")))
     learned, distilled = (load_file(folder / "export" / FILE) for folder in (start, run))

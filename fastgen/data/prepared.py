@@ -258,7 +258,7 @@ def identity(
                 "latent_shape": list(backbone.latent_shape),
             }
         if images and (sound := getattr(config, "sound", None)) is not None:
-            result["sound"] = asdict(sound)
+            result["sound"] = {key: value for key, value in asdict(sound).items() if key != "sinks"}
         if images and config.takes_image:
             result |= {
                 "picture_size": list(backbone.picture_size or ()),
