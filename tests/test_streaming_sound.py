@@ -1,5 +1,6 @@
 """Sound that a causal network makes together with its video."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from test_streaming_actions import backbone_of, forced
 from test_streaming_training import recipe
 from tiny_wan import tiny_wan
 from torch import Tensor
+from typer.testing import CliRunner
 
 from fastgen.backbones.wan import WanConfig, WanDenoiser
 from fastgen.batch import Draws
+from fastgen.cli import app
+from fastgen.config.stored import to_dict
 from fastgen.data.moving_digits import CANVAS, draw_scenes, pitches, render, tones
 from fastgen.denoiser import Inputs
 from fastgen.ops.block_sparse_attention import Result
@@ -22,6 +26,7 @@ from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.run.prepare import prepare
+from fastgen.sampling.sampler import METADATA
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 from fastgen.streaming.sound import FILE, Sound, SoundStream, Strip, add_sound, heard, laid
@@ -198,7 +203,7 @@ def test_a_state_has_pictures_and_sound(teacher: Path) -> None:
     pixels, sound = torch.rand(1, 17, 3, 32, 32), torch.rand(1, 9, 16)
     latents = backbone.encode(pixels)
     state = backbone.with_sound(latents, sound)
-    torch.testing.assert_close(backbone.decode_sound(state), sound)
+    torch.testing.assert_close(backbone.sound_of(state), sound)
     plain = WanConfig(**{k: v for k, v in backbone_of(teacher).items() if k != "name"})
     assert torch.equal(backbone.decode(state), plain.build(torch.device("cpu"), torch.float32, 0).decode(latents))
 
@@ -245,7 +250,7 @@ def test_sound_is_exported_and_read_again(exported: tuple[Any, WanDenoiser, Path
     for network in (student, backbone.load_exported(folder)):
         latents = sample(network, pipeline.policy, cond, noise)
         torch.testing.assert_close(backbone.decode(latents), made.frames, atol=1e-4, rtol=0)
-        torch.testing.assert_close(backbone.decode_sound(latents), made.sound, atol=1e-4, rtol=0)
+        torch.testing.assert_close(backbone.sound_of(latents), made.sound, atol=1e-4, rtol=0)
     assert made.sound.shape == (2, 9, 16)
     frames, sound = pipeline(prompts, seed=seeds, output_type="pt", return_dict=False)
     assert torch.equal(frames, made.frames) and torch.equal(sound, made.sound)
@@ -264,6 +269,30 @@ def test_a_stream_is_the_whole_video_with_its_sound(exported: tuple[Any, WanDeno
         sound.append(stream.sound)
     torch.testing.assert_close(torch.cat(pictures), whole.frames[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cat(sound), whole.sound[0], atol=1e-5, rtol=0)
+
+
+def test_the_commands_write_the_sound_beside_the_video(
+    exported: tuple[Any, WanDenoiser, Path], tmp_path: Path
+) -> None:
+    backbone, _, folder = exported
+    policy = to_dict(StreamingWanPipeline.from_pretrained(folder).policy)
+    about = {"lora": False, "backbone": to_dict(backbone.config), "policy": policy}
+    (folder / METADATA).write_text(json.dumps(about))
+    video, runner = tmp_path / "stream.mp4", CliRunner()
+    arguments = ["stream", str(folder), "--prompt", "a cat", "--seconds", "0.5", "--output", str(video)]
+    assert runner.invoke(app, arguments).exit_code == 0
+    sound = load_file(tmp_path / "stream.sound.safetensors")["sound"]
+    whole = StreamingWanPipeline.from_pretrained(folder)("a cat", seed=0, num_frames=9, output_type="pt").sound[0]
+    torch.testing.assert_close(sound, whole, atol=1e-5, rtol=0)
+    video.unlink()
+    again = runner.invoke(app, arguments)
+    assert again.exit_code == 2 and "stream.sound.safetensors" in again.stderr.replace("\n", "")
+    samples = ["sample", str(folder), "--prompt", "a cat", "--num-images", "2", "--output", str(tmp_path / "samples")]
+    done = runner.invoke(app, samples)
+    assert done.exit_code == 0, done.output
+    first = load_file(tmp_path / "samples/00000.sound.safetensors")["sound"]
+    torch.testing.assert_close(first[:5], whole[:5], atol=1e-4, rtol=0)
+    assert len(list((tmp_path / "samples").glob("*.sound.safetensors"))) == 2 and first.shape == (9, 16)
 
 
 def test_a_folder_without_its_sound_is_refused(exported: tuple[Any, WanDenoiser, Path], tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def real_videos(backbone: Any, ids: range) -> tuple[Tensor, Tensor, list[str]]:
     scenes = draw_scenes(torch.tensor(list(ids)), 2, "test")
     frames = backbone.config.num_frames
     state = backbone.with_sound(backbone.encode(render(scenes, frames)), tones(pitches(scenes, frames)))
-    return backbone.decode(state), backbone.decode_sound(state), scenes.prompts(torch.ones(len(ids), 3).bool())
+    return backbone.decode(state), backbone.sound_of(state), scenes.prompts(torch.ones(len(ids), 3).bool())
 
 
 def pitch_of(sound: Tensor) -> Tensor:

@@ -318,6 +318,10 @@ class Backbone(ABC):
         ValueError if the networks make no sound."""
         raise ValueError(f"the networks of backbone {self.config.name} make no sound")
 
+    def sound_of(self, latents: Tensor) -> Tensor | None:
+        """The sound [B, moments, bins] of latents that `with_sound` made; None if the networks make none."""
+        return None
+
     @abstractmethod
     def load_exported(self, folder: Path) -> Denoiser:
         """The network that save_pipeline wrote into this folder, frozen and in evaluation mode."""

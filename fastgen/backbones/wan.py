@@ -257,13 +257,12 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         return torch.cat([latents, laid(self.config.sound, self.strip, sound.to(latents))], dim=-2)
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """The pictures; the sound is what `decode_sound` makes of the same latents."""
+        """The pictures; the sound is what `sound_of` makes of the same latents."""
         return super().decode(latents if self.config.sound is None else latents[..., : -self.strip.high, :], clamp)
 
-    def decode_sound(self, latents: Tensor) -> Tensor:
-        """The sound [B, 1 + m (F - 1), bins]."""
-        assert self.config.sound is not None
-        return heard(self.config.sound, self.strip, latents)
+    def sound_of(self, latents: Tensor) -> Tensor | None:
+        """The sound [B, 1 + m (F - 1), bins], if there is one."""
+        return None if self.config.sound is None else heard(self.config.sound, self.strip, latents)
 
     @cached_property
     def vae(self) -> Any:

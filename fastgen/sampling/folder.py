@@ -17,6 +17,7 @@ from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Routed, load_sampler
 from fastgen.sampling.video import check_writer, save_video, stills
 from fastgen.sampling.views import save_views, views
+from fastgen.streaming.sound import write_sound
 
 SHOWN = 8  # samples whose steps are shown
 
@@ -41,12 +42,12 @@ def sample_folder(
     adapters: Sequence[Adapter] = (),
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
-    so on, and the overview grid.png. For a mixture, writes points.safetensors and grid.png. Image i has the seed seed
-    + i. images: the pictures or control videos that a pipeline makes its samples from, one for each prompt or one for
-    all. dtype: see `load_sampler`. teacher_first, teacher_steps, teacher_guidance: see
-    `original.with_teacher_first`. with_views: whether to write the clean predictions of each step of the first
-    samples, of at most 8 and of one batch, views.png. adapters: see `adapters.with_adapters`. Returns the number of
-    samples.
+    so on, and the overview grid.png; of a student with sound, also 00000.sound.safetensors (`streaming.sound`). For a
+    mixture, writes points.safetensors and grid.png. Image i has the seed seed + i. images: the pictures or control
+    videos that a pipeline makes its samples from, one for each prompt or one for all. dtype: see `load_sampler`.
+    teacher_first, teacher_steps, teacher_guidance: see `original.with_teacher_first`. with_views: whether to write the
+    clean predictions of each step of the first samples, of at most 8 and of one batch, views.png. adapters: see
+    `adapters.with_adapters`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
     is not empty, or if this machine cannot write videos."""
@@ -81,7 +82,8 @@ def sample_folder(
     for start in range(0, len(everything), batch_size):
         chunk = range(start, min(start + batch_size, len(everything)))
         rows = None if given is None else encode_given(sampler.backbone, [given[i // num_images] for i in chunk])
-        samples = sampler.sample([everything[i] for i in chunk], [seed + i for i in chunk], rows)
+        latents = sampler.latents([everything[i] for i in chunk], [seed + i for i in chunk], images=rows)
+        samples, sounds = sampler.backbone.decode(latents).float().cpu(), sampler.backbone.sound_of(latents)
         if not bool(samples.isfinite().all()):
             raise ValueError(
                 f"the samples of {path} are not finite: its weights hold NaN, or overflow in this precision; export "
@@ -90,6 +92,8 @@ def sample_folder(
         output.mkdir(parents=True, exist_ok=True)
         for i, sample in zip(chunk, samples, strict=True):
             write_sample(sample, everything[i], output / f"{i:05d}", sampler.backbone.fps)
+        for i, sound in zip(chunk, () if sounds is None else sounds, strict=sounds is not None):
+            write_sound(sound, output / f"{i:05d}.mp4")
         kept.append(stills(samples) if kind == "frames" else samples)
         bar.update(len(chunk))
     bar.close()

@@ -19,6 +19,8 @@ from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import METADATA, read_metadata
 from fastgen.sampling.speed import Speed, Timer, peak_memory
 from fastgen.sampling.video import check_writer, video_writer
+from fastgen.streaming.sound import FILE as SOUND
+from fastgen.streaming.sound import sound_file, write_sound
 from fastgen.streaming.stream import Stream, with_window
 
 
@@ -56,7 +58,8 @@ class StreamRequest:
         check_changes(self.changes, self.seconds)
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")
-        for file in (self.output, self.report):
+        sound = sound_file(self.output) if (folder / SOUND).is_file() else None
+        for file in (self.output, self.report, sound):
             if file is not None:
                 check_output(file, self.overwrite)
         if self.report is not None and self.report.absolute() == self.output.absolute():
@@ -114,8 +117,9 @@ def check_device(name: str) -> None:
 
 
 def stream_video(request: StreamRequest) -> dict[str, Any]:
-    """Writes the video, and returns what was measured. Ctrl-C ends the video where it is; the result then says
-    `interrupted`. Raises ValueError as `StreamRequest.check` does, and for pictures that are not finite."""
+    """Writes the video, and beside it the sound of a student that makes some; returns what was measured. Ctrl-C ends
+    the video where it is; the result then says `interrupted`. Raises ValueError as `StreamRequest.check` does, and for
+    pictures that are not finite."""
     folder = request.check()
     from fastgen.pipelines.streaming import StreamingWanPipeline  # with diffusers
 
@@ -123,7 +127,7 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
     pipeline = StreamingWanPipeline.from_pretrained(folder, torch_dtype=request.dtype, local_files_only=True)
     pipeline.to(device)
     fps, timer = pipeline.trained("fps"), Timer(device)
-    wanted, written = max(1, round(request.seconds * fps)), 0
+    wanted, written, sounds = max(1, round(request.seconds * fps)), 0, list[Tensor]()
     request.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         video_writer(request.output, fps, playable=True) as append,
@@ -139,6 +143,7 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
                 if not written:
                     first_picture_seconds = time.perf_counter() - begin
                 append(pictures[: wanted - written])
+                sounds += [] if stream.sound is None else [stream.sound]
                 speed.add(len(pictures), timer.seconds([*moments, timer.now()]))
                 bar.update(min(len(pictures), wanted - written))
                 written = min(written + len(pictures), wanted)
@@ -148,6 +153,8 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
             if not speed.chunks:
                 raise
             interrupted = True
+    if sounds:
+        write_sound(torch.cat(sounds), request.output)
     return {
         "first_picture_seconds": first_picture_seconds,
         "text_seconds": text_seconds,
