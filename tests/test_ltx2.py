@@ -1,6 +1,7 @@
 """LTX-2 against plain diffusers: the same pictures and the same sound, both ways; roles; adapters; and refusals."""
 
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastgen.planning.plan import plan
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.prepare import prepare
+from fastgen.sampling.folder import sample_folder
 from fastgen.sampling.sampler import Sampler, teacher_sampler
 
 PROMPTS, NEGATIVE, SEEDS = ["a red cat", "two green dogs"], "grey", [3, 1]
@@ -84,7 +86,7 @@ def compared(sampler: Any, folder: Path, steps: int, scale: float) -> float:
     assert visited == pytest.approx(list(sampler.policy.timesteps), abs=1e-6)
     pictures = backbone.decode(latents)
     assert pictures.shape == (2, 9, 3, 32, 32) and pictures.std() > 0.01 and waves.std() > 1e-4
-    sound = backbone.decode_sound(latents)
+    sound = backbone.sound_of(latents)
     assert sound.shape == waves.shape
     return max(float((pictures - frames.movedim(-1, -3)).abs().max()), float((sound - waves).abs().max()))
 
@@ -118,6 +120,18 @@ def test_the_latents_are_those_of_the_stock_call(folder: Path) -> None:
     assert float((mine * std + mean - video).abs().max()) < 1e-4
     waves = ours[:, TOKENS:] * parts[0].latents_std + parts[0].latents_mean
     assert float((waves.unflatten(2, (2, 2)).transpose(1, 2) - sound).abs().max()) < 1e-4
+
+
+def test_samples_are_written_with_their_sound(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = teacher_sampler(make(folder), 2, 1.0)
+    monkeypatch.setattr("fastgen.sampling.folder.load_sampler", lambda *_, **__: sampler)
+    sample_folder(folder, PROMPTS[:1], None, 1, 3, tmp_path / "out", None, None, batch_size=1)
+    expected = sampler.backbone.sound_of(sampler.latents(PROMPTS[:1], [3]))[0]
+    with wave.open(str(tmp_path / "out/00000.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 16000, expected.shape[1])
+        samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16)
+    assert (samples.view(-1, 2).mT / 32767 - expected.clamp(-1, 1)).abs().max() < 1e-4
+    assert (tmp_path / "out/00000.mp4").is_file()
 
 
 def test_pictures_and_sound_hear_each_other_and_the_prompt(folder: Path) -> None:

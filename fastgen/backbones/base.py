@@ -319,7 +319,14 @@ class Backbone(ABC):
         raise ValueError(f"the networks of backbone {self.config.name} make no sound")
 
     def sound_of(self, latents: Tensor) -> Tensor | None:
-        """The sound [B, moments, bins] of latents that `with_sound` made; None if the networks make none."""
+        """The sound that latents hold beside the pictures: waveforms [B, channels, samples] in [-1, 1], of
+        `sound_rate` samples per second, or, where that is None, moments [B, moments, bins] (`streaming.sound`). None
+        if the networks make none."""
+        return None
+
+    @property
+    def sound_rate(self) -> int | None:
+        """Samples per second of the waveforms of `sound_of`; None if they are none."""
         return None
 
     @abstractmethod

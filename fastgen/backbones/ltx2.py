@@ -3,7 +3,7 @@
 The state is one tensor of tokens [B, N + A, C]: the N tokens of the video, each one latent (32 x 32 pixels of 8
 frames), and after them the A tokens of the sound, each one latent moment with all its mel bins. One network denoises
 both at one level, and their positions are told in seconds. Samples and rewards see the pictures; the sound is what
-`decode_sound` and an exported pipeline make of the same state.
+`sound_of` and an exported pipeline make of the same state.
 
 Guidance is `uncond + scale (cond - uncond)` with one scale for both. The stock pipeline can add two more kinds, by
 skipped attention and by networks that do not hear each other; fastgen has neither."""
@@ -245,12 +245,16 @@ encode_video(
         return vae, vocoder
 
     @torch.no_grad()
-    def decode_sound(self, latents: Tensor) -> Tensor:
-        """Waveforms [B, channels, samples] in [-1, 1], at the vocoder's output_sampling_rate."""
+    def sound_of(self, latents: Tensor) -> Tensor:
+        """Waveforms [B, channels, samples] in [-1, 1]."""
         vae, vocoder = self.sound_parts
         tokens = latents[:, self.num_tokens :].to(vae.dtype) * vae.latents_std + vae.latents_mean
         spectrogram = tokens.unflatten(2, (vae.config.latent_channels, -1)).transpose(1, 2)
         return vocoder(vae.decode(spectrogram, return_dict=False)[0])
+
+    @property
+    def sound_rate(self) -> int:
+        return self.sound_parts[1].config.output_sampling_rate
 
     # --- prompts
 

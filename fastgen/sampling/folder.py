@@ -15,9 +15,9 @@ from fastgen.run.terminal import progress_bar
 from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import with_teacher_first
 from fastgen.sampling.sampler import Routed, load_sampler
+from fastgen.sampling.sound import write_sound
 from fastgen.sampling.video import check_writer, save_video, stills
 from fastgen.sampling.views import save_views, views
-from fastgen.streaming.sound import write_sound
 
 SHOWN = 8  # samples whose steps are shown
 
@@ -42,11 +42,11 @@ def sample_folder(
     adapters: Sequence[Adapter] = (),
 ) -> int:
     """Writes num_images samples per prompt: 00000.png (00000.mp4 for a video model) with its prompt in 00000.txt, and
-    so on, and the overview grid.png; of a student with sound, also 00000.sound.safetensors (`streaming.sound`). For a
-    mixture, writes points.safetensors and grid.png. Image i has the seed seed + i. images: the pictures or control
-    videos that a pipeline makes its samples from, one for each prompt or one for all. dtype: see `load_sampler`.
-    teacher_first, teacher_steps, teacher_guidance: see `original.with_teacher_first`. with_views: whether to write the
-    clean predictions of each step of the first samples, of at most 8 and of one batch, views.png. adapters: see
+    so on, and the overview grid.png; of a model with sound, also that (`sampling.sound`). For a mixture, writes
+    points.safetensors and grid.png. Image i has the seed seed + i. images: the pictures or control videos that a
+    pipeline makes its samples from, one for each prompt or one for all. dtype: see `load_sampler`. teacher_first,
+    teacher_steps, teacher_guidance: see `original.with_teacher_first`. with_views: whether to write the clean
+    predictions of each step of the first samples, of at most 8 and of one batch, views.png. adapters: see
     `adapters.with_adapters`. Returns the number of samples.
 
     Raises ValueError if there is no prompt, if images are given exactly where the pipeline takes none, if the folder
@@ -93,7 +93,7 @@ def sample_folder(
         for i, sample in zip(chunk, samples, strict=True):
             write_sample(sample, everything[i], output / f"{i:05d}", sampler.backbone.fps)
         for i, sound in zip(chunk, () if sounds is None else sounds, strict=sounds is not None):
-            write_sound(sound, output / f"{i:05d}.mp4")
+            write_sound(sound, output / f"{i:05d}.mp4", sampler.backbone.sound_rate)
         kept.append(stills(samples) if kind == "frames" else samples)
         bar.update(len(chunk))
     bar.close()

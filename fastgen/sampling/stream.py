@@ -17,10 +17,10 @@ from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.terminal import progress_bar
 from fastgen.sampling.sampler import METADATA, read_metadata
+from fastgen.sampling.sound import sound_file, write_sound
 from fastgen.sampling.speed import Speed, Timer, peak_memory
 from fastgen.sampling.video import check_writer, video_writer
 from fastgen.streaming.sound import FILE as SOUND
-from fastgen.streaming.sound import sound_file, write_sound
 from fastgen.streaming.stream import Stream, with_window
 
 
@@ -58,7 +58,7 @@ class StreamRequest:
         check_changes(self.changes, self.seconds)
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")
-        sound = sound_file(self.output) if (folder / SOUND).is_file() else None
+        sound = sound_file(self.output, None) if (folder / SOUND).is_file() else None
         for file in (self.output, self.report, sound):
             if file is not None:
                 check_output(file, self.overwrite)

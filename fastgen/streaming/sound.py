@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgen.ops.block_sparse_attention import Result, merge
@@ -190,17 +189,6 @@ def hearing(network: Any, width: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def write_sound(sound: Tensor, video: Path) -> Path:
-    """Writes the sound of a video [moments, bins] beside it, into VIDEO.sound.safetensors, and returns this file."""
-    path = sound_file(video)
-    save_file({"sound": sound.float().cpu().contiguous()}, path)
-    return path
-
-
-def sound_file(video: Path) -> Path:
-    return video.with_suffix(".sound.safetensors")
 
 
 def save_sound(weights: Mapping[str, Tensor], folder: Path) -> None:
