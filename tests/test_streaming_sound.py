@@ -20,7 +20,7 @@ from fastgen.batch import Draws
 from fastgen.cli import app
 from fastgen.config.stored import to_dict
 from fastgen.data.moving_digits import CANVAS, draw_scenes, pitches, render, tones
-from fastgen.denoiser import Inputs
+from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.ops.block_sparse_attention import Result
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.registry import RecipeError
@@ -217,6 +217,9 @@ def test_the_teacher_makes_its_pictures_and_no_sound(teacher: Path) -> None:
     stock = plain.build(torch.device("cpu"), torch.float32, 0).load("teacher")
     torch.testing.assert_close(x0[..., :4, :], stock(noise[..., :4, :], t, cond, predict="sample"))
     assert x0[..., 4:, :].abs().max() < 1e-6
+    for part in (network, backbone.load("student")):  # what keeps processes in step where experts are sharded
+        x_t, level, inputs = part.smallest(noise, t, NO_INPUTS)
+        assert part(x_t, level, cond, inputs).shape == x_t.shape
 
 
 # --- export and stream

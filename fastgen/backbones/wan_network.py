@@ -167,7 +167,7 @@ class WanDenoiser(Denoiser):
 
     def smallest(self, x_t: Tensor, t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
         """One token; all of it for a causal network, whose chunks are counted in frames, and for one with sound."""
-        if inputs.streams or hasattr(self.network, "sound"):
+        if inputs.streams or self.silent_rows or hasattr(self.network, "sound"):
             return x_t, t, inputs
         frames, height, width = self.network.config.patch_size
         t = t if t.dim() == 1 else t[:, :frames]
