@@ -76,6 +76,9 @@ def test_what_was_laid_is_heard() -> None:
     torch.testing.assert_close(heard(SOUND, STRIP, latents), values)
     parts = [heard(SOUND, STRIP, latents[:, :1]), heard(SOUND, STRIP, latents[:, 1:], first=False)]
     assert torch.equal(torch.cat(parts, dim=1), heard(SOUND, STRIP, latents)), "chunk by chunk, the same"
+    noisy = torch.randn_like(latents)
+    copies = STRIP.patches(noisy[:, 0, :, -2:])[:, :3, :12] * 2 + 0.5
+    torch.testing.assert_close(heard(SOUND, STRIP, noisy)[:, 0], copies.mean(1), msg="the first moment is their mean")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,16 @@ def test_sound_has_its_own_embedding_and_head(network: WanDenoiser) -> None:
     found = torch.autograd.grad(out[..., 2:, :].square().sum(), list(sound.parameters()))
     network.requires_grad_(False)
     assert (picture is None or not picture.any()) and all(grad.any() for grad in found)
+
+
+def test_the_head_reads_the_sounds_own_tokens(network: WanDenoiser) -> None:
+    """They are the last ones of a frame; what it says of patch j is where patch j of the sound lies."""
+    x, t, seen = draws(4)("x"), torch.tensor([0.9, 0.3], dtype=torch.float64), list[Tensor]()
+    with network.network.proj_out.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        out = network(x, t, conditioning(), predict="flow_prediction")
+    said = network.network.sound.head(seen[0].unflatten(0, (2, 4))[:, :, -2:])  # two patches wide
+    rows = said.unflatten(-1, (2, 2, 4)).permute(0, 1, 5, 3, 2, 4).flatten(-2)  # a stock network's are [p, p, C]
+    torch.testing.assert_close(out[..., 2:, :], rows)
 
 
 # --- data
