@@ -21,7 +21,7 @@ from fastgen.config.text import read_recipe
 from fastgen.evaluation.folders import evaluate_path
 from fastgen.recipe import EvalConfig
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
-from fastgen.starting.facts import Wishes, look_at
+from fastgen.starting.facts import Wishes, look_at, recommended_call
 from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe
 from fastgen.starting.shipped import MODELINE, SCHEMA, copy_recipe, is_unverified, recipe_files, summary
 from fastgen.starting.values import first_values, levels
@@ -154,6 +154,7 @@ def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validato
     assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]
 
 
+@pytest.mark.slow
 def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,22 +172,31 @@ def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
 @pytest.mark.parametrize(
     ("metadata", "found"),
     [
-        ("inference: {parameters: {guidance_scale: 2.5, num_inference_steps: 30}}", (30, 2.5, True)),
-        ("inference: {parameters: {num_inference_steps: 30}}", (30, 7.0, False)),
-        ("inference: true", (28, 7.0, False)),
-        ("inference: {parameters: [guidance_scale]}", (28, 7.0, False)),
-        ("inference: {parameters: {guidance_scale: high}}", (28, 7.0, False)),
+        ("parameters: {guidance_scale: 2.5, height: 32}", {"guidance_scale": 2.5, "height": 32}),
+        ("parameters: {num_inference_steps: 30}", {"num_inference_steps": 30}),
+        ("parameters: [guidance_scale]", {}),
+        ("parameters: {guidance_scale: high, num_frames: true, height: 0}", {}),
+        ("true", {}),
     ],
 )
-def test_the_card_of_a_pipeline_recommends_a_call(
-    metadata: str, found: tuple[int, float, bool], tmp_path: Path, project: Path
-) -> None:
+def test_a_card_recommends_numbers(metadata: str, found: dict[str, float], tmp_path: Path) -> None:
+    inference = metadata if metadata == "true" else f"{{{metadata}}}"
+    (tmp_path / "README.md").write_text(f"---\ninference: {inference}\n---\n# Mine\n")
+    assert recommended_call(tmp_path) == found
+
+
+def test_the_card_of_a_pipeline_recommends_a_call(tmp_path: Path, project: Path) -> None:
     folder = shutil.copytree(project / "assets/teachers/digits", tmp_path / "mine")
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
-    facts = look_at(str(folder))
-    assert (facts.steps, facts.guidance, facts.recommended) == found
+    for metadata, found in (
+        ("inference: {parameters: {guidance_scale: 2.5, num_inference_steps: 30}}", (30, 2.5, True)),
+        ("inference: true", (28, 7.0, False)),
+    ):
+        (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
+        facts = look_at(str(folder))
+        assert (facts.steps, facts.guidance, facts.recommended) == found
     text, _ = first_recipe(Wishes(str(folder)))
-    assert f"the pipeline's own {'card' if facts.recommended else 'call'}; the other" in text
+    assert "the pipeline's own call; the other" in text
+    assert "the pipeline's own card; the other" in first_recipe(Wishes("assets/teachers/moving_digits"))[0]
 
 
 def test_a_card_says_the_size_of_its_videos() -> None:

@@ -95,7 +95,7 @@ AutoTokenizer.from_pretrained("assets/emoji/teacher/tokenizer")("apple " * 50)
 """
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_commands_hide_what_libraries_say_to_programmers(asked: bool) -> None:
     """Short bars and warnings of future changes, unless Python is asked for warnings. Others are shown."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TQDM_", "PYTHONWARNINGS"))}
