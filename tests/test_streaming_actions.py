@@ -170,6 +170,15 @@ def test_the_nearest_view_is_fetched_for_each_sample_and_the_latest_of_equals() 
     assert nearest(embedding.views(still), range(0, 6), range(8, 9), 2)[0].tolist() == [4, 5]
 
 
+def test_the_distance_of_a_view_is_a_mean_over_the_chunk_and_knows_no_rounding() -> None:
+    """Frame 0 is where the chunk's first frame is, frame 1 farther from that and as far from both (0.65): the mean
+    distances are 0.5 and 0.65, the largest 1 and 0.65. Of two views that differ in their last digits, the latest."""
+    views = torch.tensor([[[0.0, 0.0], [0.5, 0.4**0.5], [0.0, 0.0], [1.0, 0.0]]])
+    assert nearest(views, range(0, 2), range(2, 4), 1).tolist() == [[0]]
+    alike = torch.tensor([[[0.5 + 1e-6], [0.5], [1.0]]])
+    assert nearest(alike, range(0, 2), range(2, 3), 1).tolist() == [[1]]
+
+
 def test_what_is_recalled_stands_between_sink_and_window() -> None:
     """Values are the numbers of frames. A schedule with a sink of 1, 2 recalled and 2 more frames of past."""
     chunks = ChunkSchedule(frames=1, window=6, sink=1, recall=2, archive=4)
