@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from variants import mostly_slow
 
 from fastgen.config import load_recipe
 from fastgen.run.checkpoint import complete
@@ -57,7 +58,10 @@ LOOPS: Mapping[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+QUICKLY = ("mixture_ctm_4step", "mixture_tdm_4step", "mixture_cdm_4step", "mixture_flash_dmd_4step")
+
+
+@pytest.mark.parametrize("name", mostly_slow(LOOPS, QUICKLY))
 def test_four_updates_are_two_and_two(name: str, tmp_path: Path) -> None:
     """To the bit, copies and counters included."""
 

@@ -365,7 +365,7 @@ DIGITS = [p for p in sorted(Path(__file__).parents[1].glob("recipes/digits_*.yam
 SMALL = [*DIGITS, Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"]
 
 
-QUICKLY = ("digits_adm_4step", "digits_consistency_4step", "digits_rtdmd_4step", "mixture_dmd2_4step")
+QUICKLY = ("digits_adm_4step", "digits_consistency_4step", "mixture_dmd2_4step")
 
 
 @pytest.mark.parametrize(

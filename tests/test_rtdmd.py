@@ -340,6 +340,7 @@ def rho(t: Tensor) -> Tensor:
     return t**2 / ((1 - t) ** 2 * STD**2 + t**2)
 
 
+@pytest.mark.slow
 def test_a_one_step_student_ends_at_the_minimiser_of_its_own_objective() -> None:
     """Linear reward: mean m + a / (beta E[rho_t]), 1 / beta = reward_weight / dm_weight, spread unchanged; which is
     not p exp(r / beta) with its mean m + S a / beta. Fails without the reward's gradient."""

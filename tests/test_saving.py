@@ -167,6 +167,7 @@ def test_no_process_gathers_a_whole_tensor(tmp_path: Path) -> None:
     in_processes(tmp_path, 2, counted)
 
 
+@pytest.mark.slow
 def test_copies_of_a_network_are_written_once(alone: Path, tmp_path: Path) -> None:
     in_processes(tmp_path, 4, lambda: write(tmp_path, shared(2, 2), 1))
     path = tmp_path / "step_00000001"

@@ -30,7 +30,7 @@ SMALL = [
 ]
 PHASES = "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 1}]"
 RECIPES = {"dmd2": [], "tdm": [], "phased_dmd": [PHASES], "rtdmd": [], "gndm": [], "adm": []}
-SLOW = ("rtdmd", "adm", "tdm")
+SLOW = ("rtdmd", "adm", "tdm", "gndm")
 
 
 def ended(recipe: Path, folder: Path, *overrides: str) -> tuple[dict[str, dict[str, torch.Tensor]], list[dict]]:

@@ -169,7 +169,7 @@ def test_the_students_loss_is_the_identitys_through_both_denoisers() -> None:
     [
         SiD(guidance_scale=2.5, normaliser_floor=0.1),
         pytest.param(SiD(alpha=1.2, guidance_scale=2.5, normaliser_floor=0.1), marks=pytest.mark.slow),
-        SIM(guidance_scale=2.5, huber=0.3),
+        pytest.param(SIM(guidance_scale=2.5, huber=0.3), marks=pytest.mark.slow),
     ],
     ids=["sid", "alpha 1.2", "sim"],
 )
