@@ -325,6 +325,7 @@ def test_levels_are_those_of_the_inner_grid() -> None:
 MIXTURE = ("train.batch_size=64", "backbone.fit_steps=50", "eval.num_samples=64", "eval.quick_num_samples=64")
 
 
+@pytest.mark.slow
 def test_the_stages_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two updates of each, from the shipped recipes; the second stage begins with the weights of the first."""
     monkeypatch.chdir(ROOT)

@@ -397,7 +397,7 @@ class LearnedFake(Denoiser):
         return posterior_mean(x_t, t, self.mean, (2 * self.log_std).exp())
 
 
-@pytest.mark.parametrize("reward", ["linear", "quadratic"])
+@pytest.mark.parametrize("reward", ["linear", pytest.param("quadratic", marks=pytest.mark.slow)])
 def test_inverse_tilt_lands_on_the_tilted_law_itself(reward: str) -> None:
     """m + S a / beta for r = a x, precision 1 / S + q / beta for r = -q x^2 / 2, from losses of both players; the fake
     score ends at the teacher's law. Fails without the weight, and with weights e^{+r / beta} (the anti-tilt)."""

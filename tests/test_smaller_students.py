@@ -74,6 +74,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("narrow") / "run", 1, TWO, NARROW)
 
 
+@pytest.mark.slow
 def test_with_fewer_heads_it_trains_and_its_export_is_a_narrower_stock_pipeline(narrow: Path) -> None:
     config = json.loads((narrow / "export/transformer/config.json").read_text())
     assert (config["num_layers"], config["num_attention_heads"], config["caption_projection_dim"]) == (2, 2, 64)
@@ -96,6 +97,7 @@ def test_with_fewer_heads_it_trains_and_its_export_is_a_narrower_stock_pipeline(
     assert float((one - other).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_another_run_starts_from_a_narrower_one_and_one_with_other_heads_does_not(
     narrow: Path, tmp_path: Path

@@ -11,7 +11,6 @@ from test_streaming import POLICIES, conditioning, draws, forced, network, polic
 from test_streaming_training import recipe
 from tiny_wan import tiny_wan
 from torch import Tensor
-from variants import slow
 
 from fastgen.backbones.wan import WanDenoiser
 from fastgen.denoiser import Inputs
@@ -199,7 +198,8 @@ def test_a_network_without_memory_says_so() -> None:
         )
 
 
-@pytest.mark.parametrize("objective", ["dmd2", slow("phased_dmd")])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dmd2", "phased_dmd"])
 def test_training_and_export_of_a_linear_memory(objective: str, tmp_path: Path) -> None:
     """A dense student first, then one with a memory that starts from it (Hybrid Forcing's two stages). Its weights are
     trained, the export has them, the pipeline gives the sampler's video, and a folder without them is refused."""
