@@ -132,6 +132,9 @@ def test_samples_are_written_with_their_sound(folder: Path, tmp_path: Path, monk
         samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16)
     assert (samples.view(-1, 2).mT / 32767 - expected.clamp(-1, 1)).abs().max() < 1e-4
     assert (tmp_path / "out/00000.mp4").is_file()
+    index = sampler.backbone.components
+    monkeypatch.setattr(sampler.backbone, "components", {**index, "vocoder": [None, None]}, raising=False)
+    assert sampler.backbone.sound_of(sampler.latents(PROMPTS[:1], [3])) is None, "a folder without one has no sound"
 
 
 def test_pictures_and_sound_hear_each_other_and_the_prompt(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks/streaming/moving_digits.py says of a changed prompt, on videos whose answer is known."""
+"""What benchmarks/streaming say of a changed prompt, and of tones, on videos whose answer is known."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.streaming.moving_digits import after_a_change, turned_prompt
+from benchmarks.streaming.tones import tone_scores
 from fastgen.data.digits import load_digits
-from fastgen.data.moving_digits import placement
+from fastgen.data.moving_digits import placement, tones
 
 
 def video(turns_at: int) -> Tensor:
@@ -36,3 +37,13 @@ def test_a_video_has_turned_if_its_second_chunk_with_the_new_prompt_moves_so(tur
 def test_the_new_prompt_keeps_digit_and_speed() -> None:
     assert turned_prompt("a seven moving right, slowly") == "a seven moving up, slowly"
     assert turned_prompt("a two moving down, fast") == "a two moving right, fast"
+
+
+@pytest.mark.parametrize(("higher", "off"), [(0.0, 0.0), (2.0, 0.0), (-2.0, 0.0), (4.0, 1.0)])
+def test_a_tone_is_as_far_from_its_digit_as_it_is_too_high_or_too_low(higher: float, off: float) -> None:
+    """A square of 16 pixels, whose upper edge moves down from row 4 to 10: its middle is 20 to 14 above the border."""
+    rows = 4.0 + torch.arange(25) // 4
+    drawn = placement(rows) @ torch.ones(16, 16) @ placement(torch.full((25,), 8.0)).mT
+    found = tone_scores([drawn[None, :, None].expand(-1, -1, 3, -1, -1)], [tones(24 - rows + higher)[None]])
+    assert found["tone_error"] == pytest.approx(abs(higher), abs=1e-4) and found["off"] == off
+    assert found["late"] == pytest.approx(abs(higher), abs=1e-4) and found["loudness"] == pytest.approx(1, abs=0.05)

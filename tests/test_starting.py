@@ -199,6 +199,13 @@ def test_the_card_of_a_pipeline_recommends_a_call(tmp_path: Path, project: Path)
     assert "the pipeline's own card; the other" in first_recipe(Wishes("assets/teachers/moving_digits"))[0]
 
 
+def test_a_size_of_a_card_that_does_not_fit_is_refused(tmp_path: Path, project: Path) -> None:
+    folder = shutil.copytree(project / "assets/teachers/moving_digits", tmp_path / "mine")
+    (folder / "README.md").write_text("---\ninference: {parameters: {height: 33}}\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README\.md: inference\.parameters: height 33 does not fit: .* of 16"):
+        look_at(str(folder))
+
+
 def test_a_card_says_the_size_of_its_videos() -> None:
     """Without it, the recipe of a tiny Wan would have Wan's 480 x 832 pixels."""
     values = first_values(Wishes("assets/teachers/moving_digits"), look_at("assets/teachers/moving_digits"))

@@ -245,8 +245,10 @@ encode_video(
         return vae, vocoder
 
     @torch.no_grad()
-    def sound_of(self, latents: Tensor) -> Tensor:
-        """Waveforms [B, channels, samples] in [-1, 1]."""
+    def sound_of(self, latents: Tensor) -> Tensor | None:
+        """Waveforms [B, channels, samples] in [-1, 1]; None for a folder without a vocoder."""
+        if (self.components.get("vocoder") or [None])[0] is None:
+            return None
         vae, vocoder = self.sound_parts
         tokens = latents[:, self.num_tokens :].to(vae.dtype) * vae.latents_std + vae.latents_mean
         spectrogram = tokens.unflatten(2, (vae.config.latent_channels, -1)).transpose(1, 2)

@@ -33,7 +33,7 @@ from fastgen.schedule import FlowSchedule
 from fastgen.streaming.actions import Actions, add_actions, split_prompt
 from fastgen.streaming.causal_wan import check_causal
 from fastgen.streaming.schedule import ChunkSchedule
-from fastgen.streaming.sound import Sound, Strip, add_sound, heard, laid
+from fastgen.streaming.sound import Sound, Strip, add_sound, heard, laid, strip_of
 
 # keys that a streaming export stores
 TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length", "actions", "sound")
@@ -77,7 +77,7 @@ class WanConfig(PipelineConfig):
         vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
         width = latent_size(self, vae, network)[2]
         if self.sound is not None:
-            strip_in(network, width).check(self.sound)
+            strip_of(network, width).check(self.sound)
         check_flow_scheduler(read_scheduler(folder))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -173,12 +173,6 @@ def latent_size(config: WanConfig, vae: Mapping[str, Any], network: Mapping[str,
     return latent_grid(config, temporal, spatial, network.get("patch_size", (1, 2, 2))[1:])
 
 
-def strip_in(network: Mapping[str, Any], width: int) -> Strip:
-    """The place of the sound under latents of this width. network: its config.json."""
-    _, high, wide = network.get("patch_size", (1, 2, 2))
-    return Strip(network.get("in_channels", 16), high, wide, width)
-
-
 def check_boundary(policy: RolloutPolicy, scheduler: Any, boundary: float) -> None:
     """Raises ValueError if rounding in the exported list of timesteps would move one of them to the other expert."""
     scheduler.set_timesteps(policy.num_steps)
@@ -249,7 +243,7 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
     def strip(self) -> Strip:
         """The place of the sound."""
         width = latent_size(self.config, self.vae_config, self.network_config)[2]
-        return strip_in(self.network_config, width)
+        return strip_of(self.network_config, width)
 
     def with_sound(self, latents: Tensor, sound: Tensor) -> Tensor:
         """The state of videos [B, F, C, h, W] with their sound [B, 1 + m (F - 1), bins]."""

@@ -113,7 +113,9 @@ def stream(
     seed: Annotated[int, typer.Option(min=0, max=1 << 62, help="The seed of the video.")] = 0,
     output: Annotated[Path, typer.Option(help="The video (mp4). It grows as pictures are made.")] = Path("stream.mp4"),
     report: Annotated[Path | None, typer.Option(help="A file for the measured speed (JSON).")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video and the report.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the video, its sound and the report.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. By default a GPU, if there is one.")] = None,
     dtype: Annotated[
         Dtype | None,

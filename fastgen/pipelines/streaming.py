@@ -224,7 +224,7 @@ class StreamingWanPipeline(WanPipeline):
     @property
     def strip(self) -> Strip:
         """The place of the sound, in latents of any width."""
-        return strip_of(self.networks[0], 0)
+        return strip_of(self.networks[0].config, 0)
 
     @property
     def sound_rows(self) -> int:

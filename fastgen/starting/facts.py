@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.folder import check_source, local_folder, read_card, read_scheduler
@@ -59,7 +60,14 @@ def look_at(pipeline: str) -> Facts:
     config, said = dataclasses.replace(pipeline_config(folder), path=pipeline), recommended_call(folder)
     known = {field.name for field in dataclasses.fields(config)}
     sizes: dict[str, Any] = {key: int(said[key]) for key in SIZES if key in known and key in said}
-    config = dataclasses.replace(config, **sizes)
+    try:
+        config = dataclasses.replace(config, **sizes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{folder / 'README.md'}: inference.parameters: {where} {first['input']} does not fit: {first['msg']}"
+        ) from None
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
     steps, guidance = backbone.stock_call

@@ -152,21 +152,22 @@ def add_sound(network: Any, sinks: int = 0) -> None:
     config, like = network.config, next(network.parameters())
     heads, head = config.num_attention_heads, config.attention_head_dim
     shape = (config.num_layers, sinks, heads, head) if sinks else None
-    made = SoundStream(strip_of(network, 0).size, heads * head, shape)
+    made = SoundStream(strip_of(config, 0).size, heads * head, shape)
     network.sound = made.to(dtype=like.dtype, device=None if like.is_meta else like.device)
 
 
-def strip_of(network: Any, width: int) -> Strip:
-    """The strip under latents of this width."""
-    _, high, wide = network.config.patch_size
-    return Strip(network.config.in_channels, high, wide, width)
+def strip_of(config: Mapping[str, Any], width: int) -> Strip:
+    """The place of the sound under latents of this width. config: of the network; values that are defaults may be
+    missing."""
+    _, high, wide = config.get("patch_size", (1, 2, 2))
+    return Strip(config.get("in_channels", 16), high, wide, width)
 
 
 @contextmanager
 def hearing(network: Any, width: int) -> Iterator[None]:
     """Calls of the network inside, on latents of this width, embed and predict their last row of patches as sound, if
     the network has a `SoundStream`."""
-    sound, strip = getattr(network, "sound", None), strip_of(network, width)
+    sound, strip = getattr(network, "sound", None), strip_of(network.config, width)
     if sound is None:
         yield
         return
