@@ -134,26 +134,33 @@ def test_refusals(
         ({"name": "teacher_forcing"}, {"window": 2, "linear": True}, "no linear memory"),
         ({"name": "teacher_forcing"}, {"attention": {"layout": "top_k", "density": 0.5}}, "is dense"),
         ({"name": "consistency", "teach": "data", "grid": {"count": 8}}, {"cache_dtype": "int8"}, "nothing in 8 bits"),
+        ({"name": "any_flow"}, {"window": 2, "sink": 1}, "more than the window of 2"),
+        ({"name": "hiar", "target": "path", "attention": "causal"}, {"cache_dtype": "int8"}, "nothing in 8 bits"),
     ],
 )
 def test_a_schedule_without_a_mask_is_refused_before_weights_load(
     objective: dict[str, Any], chunks: dict[str, Any], reason: str, folder: Path, tmp_path: Path
 ) -> None:
     """In the first update, it would end a run whose pictures and weights were loaded."""
-    changes = {
+    changes: dict[str, Any] = {
         "rollout": {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, **chunks}},
         "data": {"name": "moving_digits", "videos": 2},
         "optimizers": {"student": {"lr": 1e-3}},
     }
-    with pytest.raises(RecipeError, match=rf"objective\.form: .*{reason}"):
+    if objective["name"] == "any_flow":
+        changes["rollout"] |= {"transition": "ode", "two_time": True}
+    if objective["name"] == "hiar":
+        changes["optimizers"] = {role: {"lr": 1e-3} for role in ("student", "fake_score")}
+    with pytest.raises(RecipeError, match=rf"rollout\.chunks: .*{reason}.*; set objective\.") as refusal:
         recipe(folder, tmp_path / "run", objective, **changes)
-    recipe(folder, tmp_path / "run", objective | {"form": "chunks"}, **changes)
+    key, _, value = str(refusal.value).partition("set objective.")[2].partition(": ")
+    recipe(folder, tmp_path / "run", objective | {key: value}, **changes)  # what the message says helps
 
 
 def test_what_masks_the_chunks_of_a_video() -> None:
     for masking in (TeacherForcing(), TeacherForcing(past="noisy"), ODERegression()):
-        assert masking.masks_chunks
-    assert not any(o.masks_chunks for o in (TeacherForcing(form="chunks"), ODERegression(form="chunks"), DMD2()))
+        assert masking.unmasked == "form: chunks"
+    assert not any(o.unmasked for o in (TeacherForcing(form="chunks"), ODERegression(form="chunks"), DMD2()))
 
 
 def test_a_mixture_has_no_chunks(tmp_path: Path) -> None:

@@ -263,11 +263,11 @@ def check_chunks(recipe: Recipe) -> None:
             f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
             f"{objective.needs_whole_videos}. These can, some of them with the right options: {', '.join(chunked())}"
         )
-    if objective.masks_chunks:
+    if objective.unmasked is not None:
         try:
             recipe.backbone.check_mask(chunks)
         except ValueError as error:
-            raise RecipeError(f"objective.form: {error}") from None
+            raise RecipeError(f"rollout.chunks: {error}; set objective.{objective.unmasked}") from None
     if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
         raise RecipeError(
             f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "

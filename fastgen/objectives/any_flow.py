@@ -94,6 +94,10 @@ class AnyFlow(FlowMap):
                 "it out"
             )
 
+    @property
+    def unmasked(self) -> str | None:
+        return "causal: chunks" if self.causal == "packed" else None
+
     def reduced(self, residual: Tensor, on_diagonal: Tensor) -> Tensor:
         square = residual.flatten(1).square().sum(1)
         known, on = square.detach(), on_diagonal.to(square)

@@ -122,9 +122,10 @@ class Objective:
         """Raises ValueError if the objective cannot train a student that samples with this policy."""
 
     @property
-    def masks_chunks(self) -> bool:
-        """Whether it shows all chunks of a video what they see in one call, with a mask."""
-        return False
+    def unmasked(self) -> str | None:
+        """If it shows all chunks of a video what they see in one call, with a mask: the option that does without, such
+        as "form: chunks"; else None."""
+        return None
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raises ValueError if other sections of the recipe do not fit the objective. It is called after those

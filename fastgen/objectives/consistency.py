@@ -208,8 +208,8 @@ class Consistency(Objective):
         return "gradient" if self.feedback else "none"
 
     @property
-    def masks_chunks(self) -> bool:
-        return self.form == "packed"
+    def unmasked(self) -> str | None:
+        return "form: chunks" if self.form == "packed" else None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -73,6 +73,10 @@ class HiAR(DMD2):
             raise ValueError("student_input: data has no rollout to leave the first step out of: leave it out")
 
     @property
+    def unmasked(self) -> str | None:
+        return "attention: bidirectional" if self.attention == "causal" else None
+
+    @property
     def takes_first_timesteps(self) -> bool:
         return False  # a list of its own has another first step, which the term would not reach
 

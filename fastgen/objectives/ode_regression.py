@@ -65,8 +65,8 @@ class ODERegression(Objective):
     form: Form = "packed"
 
     @property
-    def masks_chunks(self) -> bool:
-        return self.form == "packed"
+    def unmasked(self) -> str | None:
+        return "form: chunks" if self.form == "packed" else None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -77,8 +77,8 @@ class TeacherForcing(Objective):
         return self
 
     @property
-    def masks_chunks(self) -> bool:
-        return self.form == "packed"
+    def unmasked(self) -> str | None:
+        return "form: chunks" if self.form == "packed" else None
 
     @property
     def needs(self) -> frozenset[str]:

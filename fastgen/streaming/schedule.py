@@ -196,14 +196,14 @@ class ChunkSchedule:
         if stays and (self.sink_decay is not None or self.positions == "relative"):
             raise ValueError(
                 f"{num_frames} frames are more than the window of {self.window}, and then what stays of this schedule "
-                "moves or changes from chunk to chunk, which no mask expresses; go chunk by chunk (form: chunks)"
+                "moves or changes from chunk to chunk, which no mask expresses; go chunk by chunk"
             )
         if self.cache_dtype is not None:
-            raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk (form: chunks)")
+            raise ValueError("a mask over whole videos keeps nothing in 8 bits; go chunk by chunk")
         if self.linear and self.evicts(num_frames):
-            raise ValueError("a mask over whole videos has no linear memory; go chunk by chunk (form: chunks)")
+            raise ValueError("a mask over whole videos has no linear memory; go chunk by chunk")
         if self.attention.layout != "dense":
-            raise ValueError("a mask over whole videos is dense; with top_k, go chunk by chunk (form: chunks)")
+            raise ValueError("a mask over whole videos is dense, and chunks.attention is top_k; go chunk by chunk")
 
     def chunk_at(self, start: int) -> range:
         """The frames of the chunk that begins at frame `start`. A stream has no end, so any chunk exists."""
