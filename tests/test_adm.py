@@ -179,6 +179,7 @@ def test_the_discriminators_optimum_points_from_fake_to_teacher() -> None:
     assert head.weight.grad.abs().max() < 1e-8 and direction > 0.99 and loss.terms["logit_size"] < 0.5
 
 
+@pytest.mark.slow
 def test_student_and_discriminator_together_reach_the_teacher() -> None:
     """The game in one dimension, from N(-1, 0.4^2) to the teacher's N(0.7, 1.3^2): D is a quadratic, which here can
     represent the difference of the two scores, and is penalised; both players Adam."""

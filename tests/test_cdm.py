@@ -185,7 +185,7 @@ def fitted(objective: CDM, networks: Networks) -> list[float]:
     return networks.student.law.tolist()  # type: ignore[operator, union-attr, return-value]
 
 
-@pytest.mark.parametrize("off_weight", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("off_weight", [pytest.param(0.0, marks=pytest.mark.slow), 1.0, 100.0])
 def test_matching_ends_at_the_teacher(off_weight: float) -> None:
     """On the trajectory, on it and off it, and nearly off it alone: N(0.7, 1.3^2), on schedules of any length."""
     mean, std = fitted(CDM(**PLAIN, most_steps=4, off_weight=off_weight), lines(-1.0, 0.5))

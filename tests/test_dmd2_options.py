@@ -521,6 +521,7 @@ def fit(objective: DMD2, student: AffineStudent, networks: Networks, steps: int,
         objective.finish(STUDENT, networks, state)
 
 
+@pytest.mark.slow
 def test_f_distill_ends_at_the_teacher() -> None:
     """With an exact ratio and an exact fake, x = a + b z converges to N(0, 1), for forward KL."""
     student = AffineStudent(-1.0, 0.5)

@@ -205,6 +205,7 @@ def test_alone_it_trains_the_student_alone() -> None:
     assert loss.total == loss.terms["embedding"] == loss.terms["loss"]
 
 
+@pytest.mark.slow
 def test_an_affine_student_ends_at_the_data() -> None:
     """x = a + b z, with data of N(0.7, 1.3^2), from N(-1, 0.4^2)."""
     student = AffineStudent(-1.0, 0.4)

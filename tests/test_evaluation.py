@@ -218,6 +218,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
         folders.evaluate_path(tmp_path / "nowhere", progress=False)
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
     """In the latents of the pipeline's own VAE, without a download: more steps are nearer to the teacher at 6."""
     options = {

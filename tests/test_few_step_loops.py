@@ -58,7 +58,7 @@ LOOPS: Mapping[str, list[str]] = {
 }
 
 
-QUICKLY = ("mixture_ctm_4step", "mixture_tdm_4step", "mixture_cdm_4step", "mixture_flash_dmd_4step")
+QUICKLY = ("mixture_tdm_4step", "mixture_flash_dmd_4step")
 
 
 @pytest.mark.parametrize("name", mostly_slow(LOOPS, QUICKLY))

@@ -125,6 +125,7 @@ def wake_late(name: str, path: Path) -> None:
     write_name(name, path)
 
 
+@pytest.mark.slow
 def test_runs_wait_for_their_start_and_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, order = RUNS, tmp_path / "order"
     names = ["ring_crd_1step_seed0", "ring_dmd2_1step_seed0", "ring_teacher"]

@@ -20,6 +20,7 @@ def rows() -> dict[str, Summary]:
     return {name: summary(name) for name in OBJECTIVES}
 
 
+@pytest.mark.slow
 def test_every_objective_fills_every_column(rows: dict[str, Summary]) -> None:
     for row in as_rows(list(rows.values())):
         print(row)
@@ -53,6 +54,7 @@ def test_examples_are_keys_and_guides_exist(project: Path) -> None:
         assert not cls.page or (project / cls.page).is_file()
 
 
+@pytest.mark.slow
 def test_a_page_has_the_docstring_and_every_key_with_its_comment() -> None:
     found = {key.name: key for key in keys(DMD2)}
     assert (

@@ -82,6 +82,7 @@ def write_many(table: Path, program: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_several_processes_write_and_sort_one_table(tmp_path: Path) -> None:
     table, count = tmp_path / "rows.jsonl", 40
     program = "for i in range({count}):\n append_row(table, {{'name': f'{who}{{i}}', 'payload': payload}})\n {then}\n"

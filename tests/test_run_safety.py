@@ -214,6 +214,7 @@ def test_a_torn_row_of_the_log_stops_nothing(run: Path) -> None:
     assert path.read_text().splitlines() == rows
 
 
+@pytest.mark.slow
 def test_a_run_whose_start_has_moved_continues_and_exports(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     train(load_recipe(RING, [*SHORT, f"output_dir={second}", f"init_from={run}"]))

@@ -52,6 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("small") / "run", 1, TWO)
 
 
+@pytest.mark.slow
 def test_it_trains_and_its_export_is_a_smaller_stock_pipeline(small: Path) -> None:
     config = json.loads((small / "export/transformer/config.json").read_text())
     student, teacher = load_file(small / "export" / WEIGHTS), load_file(TEACHER / WEIGHTS)

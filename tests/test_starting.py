@@ -50,6 +50,7 @@ def test_the_shipped_schema_is_the_current_one(project: Path) -> None:
     assert (project / "recipes" / SCHEMA).read_text() == recipe_schema_text()
 
 
+@pytest.mark.slow
 def test_every_recipe_names_the_schema_and_fits_it(editor: jsonschema.Draft202012Validator) -> None:
     for file in recipe_files():
         assert f"\n{MODELINE}{SCHEMA}\n" in file.read_text(), file
@@ -185,6 +186,7 @@ def test_a_card_recommends_numbers(metadata: str, found: dict[str, float], tmp_p
     assert recommended_call(tmp_path) == found
 
 
+@pytest.mark.slow
 def test_the_card_of_a_pipeline_recommends_a_call(tmp_path: Path, project: Path) -> None:
     folder = shutil.copytree(project / "assets/teachers/digits", tmp_path / "mine")
     for metadata, found in (

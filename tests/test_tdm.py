@@ -76,7 +76,7 @@ def test_the_exact_ode_is_the_fixed_point(distance: Any, renoise_range: Any) -> 
     assert field(MEAN).abs().max() < 1e-8 and field(MEAN + 0.05).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("distance", ["huber", "l2"])
+@pytest.mark.parametrize("distance", [pytest.param("huber", marks=pytest.mark.slow), "l2"])
 def test_training_ends_at_the_teachers_law_of_every_level(distance: Any) -> None:
     """Each step of an affine student, from another start: the mean and the variance after it."""
     student = AffineStudent([-1.0, -0.5], [0.4, 0.5], HALF)

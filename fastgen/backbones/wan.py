@@ -123,10 +123,17 @@ class WanConfig(PipelineConfig):
             step = vae.get("scale_factor_temporal", 4)
             raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
 
+    def latent_frames(self) -> int | None:
+        """Of its videos; None for a pipeline that is not here yet."""
+        folder = self.local_folder()
+        if folder is None:
+            return None
+        vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
+        return latent_size(self, vae, network)[0]
+
     def check_mask(self, chunks: ChunkSchedule) -> None:
-        if (folder := self.local_folder()) is not None:
-            vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
-            chunks.check_mask(latent_size(self, vae, network)[0])
+        if (frames := self.latent_frames()) is not None:
+            chunks.check_mask(frames)
 
     def check_inner(self, flow: InnerFlow) -> None:
         if self.own_boundaries():

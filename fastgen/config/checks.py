@@ -298,7 +298,7 @@ def check_taught(recipe: Recipe, part: str) -> None:
     if part == "sound" and "latents" in recipe.objective.needs and "sound" not in recipe.data.provides:
         raise RecipeError(
             f"backbone.sound: objective {recipe.objective.name} learns from videos with their sound, and data "
-            f"{recipe.data.name} has none; choose moving_digits, or a folder that was prepared with it"
+            f"{recipe.data.name} has none; choose videos with data.sounds, moving_digits, or a folder prepared from them"
         )
 
 

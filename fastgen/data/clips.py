@@ -84,7 +84,7 @@ def read_clip(
                     raise VideoError(
                         f"it lasts {float(seconds):.2f} s, and the clip {float(shortest(count, fps)):.2f}"
                     )
-                start = Fraction(place) * (seconds - (count - 1) * step)
+                start = start_of(place, seconds, count, fps)
                 at_start = at_start or start < 1
                 frames = decoded(container, stream, None if at_start else start)
                 return torch.stack([keep(picture(frame)) for frame in spaced(frames, start, count, step)])
@@ -92,6 +92,11 @@ def read_clip(
             if at_start:
                 raise
             at_start = True  # the pictures after a key frame may need those before it: read from the beginning
+
+
+def start_of(place: float, seconds: Fraction, count: int, fps: float) -> Fraction:
+    """When a clip begins, in seconds: the share `place` of the time in which it can begin."""
+    return Fraction(place) * (seconds - (count - 1) / Fraction(fps))
 
 
 def shortest(count: int, fps: float) -> Fraction:

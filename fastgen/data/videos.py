@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,24 @@ from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.given_image import Control
 from fastgen.data.base import DataError
 from fastgen.data.captioned import read_captioned
-from fastgen.data.clips import Header, Source, VideoError, check_reader, read_clip, read_header, shortest
+from fastgen.data.clips import (
+    Header,
+    Source,
+    VideoError,
+    check_reader,
+    read_clip,
+    read_header,
+    shortest,
+    start_of,
+)
 from fastgen.data.controls import ControlFiles, check_length, controls_like
 from fastgen.data.images import fitted
 from fastgen.data.media import VIDEOS
 from fastgen.data.readers import READERS
 from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.sizes import check_sizes
+from fastgen.data.sounds import check_file, check_normal, read_sound, sounds_like
+from fastgen.data.sounds import check_length as check_sound_length
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped
 
@@ -47,11 +59,14 @@ class VideoData(SampleSource):
 
     controls: a folder of control videos, for a backbone that makes its samples from such; see `data.controls`. The
     control of clips/a.mp4 has its name and shows the same time. Without folder, samples are the control videos of this
-    folder with their own captions, and there is no real data."""
+    folder with their own captions, and there is no real data.
+
+    sounds: a folder with the sound of every video, for a backbone whose videos have sound; see `data.sounds`."""
 
     folder: str | None = None
     shards: str | tuple[str, ...] | None = None
     controls: str | None = None
+    sounds: str | None = None
     column: str | None = None
     fps: float | None = Field(default=None, gt=0, le=MOST_STEPS)
     clips: int = Field(default=1, ge=1, le=MOST_STEPS)
@@ -63,7 +78,8 @@ class VideoData(SampleSource):
     @property
     def provides(self) -> frozenset[str]:
         real = {"latents", "pixels", "images"} if self.has_videos else set()
-        return frozenset(real | ({"controls"} if self.controls else set()))
+        beside = {"controls": self.controls, "sound": self.sounds}
+        return frozenset(real | {kind for kind, folder in beside.items() if folder})
 
     @property
     def has_videos(self) -> bool:
@@ -87,6 +103,8 @@ class VideoData(SampleSource):
                 "backbone.control: video"
             )
         found = list(self.headers())
+        if self.sounds is not None:
+            self.check_sounds(backbone, found)
         if self.controls is not None:
             found = self.check_controls(backbone, found)
         headers = [(video.where, header) for video, header in found]
@@ -99,6 +117,29 @@ class VideoData(SampleSource):
         check_lengths(headers, backbone.num_frames, self.rate(backbone))
         if not self.allow_repeats:
             check_rates(headers, self.rate(backbone))
+
+    def check_sounds(self, backbone: Any, headers: Sequence[tuple["Video", Header]]) -> None:
+        """Raises ValueError if the backbone's videos have no sound, if the sound of a video is missing, has another
+        length or other numbers than the backbone's, or if those are normalised by another mean and deviation than
+        theirs."""
+        sound = getattr(backbone, "sound", None)
+        if sound is None:
+            raise ValueError("sounds: videos of this backbone have no sound; set backbone.sound, or leave sounds out")
+        files = self.sound_files([video for video, _ in headers])
+        frames = backbone.latent_frames()
+        for file, (video, header) in zip(files, headers, strict=True):
+            if frames is None:
+                check_file(file, sound)
+            else:
+                rate = sound.rate(self.rate(backbone), backbone.num_frames, frames)
+                check_sound_length(file, video.where, header, sound, rate)
+        check_normal(files, sound)
+
+    def sound_files(self, videos: Sequence["Video"]) -> list[Path]:
+        assert self.sounds is not None
+        if self.shards is not None:
+            raise ValueError("sounds: they belong to a folder of videos; give folder instead of shards")
+        return sounds_like(here_or_shipped(self.sounds), [video.file.stem for video in videos])
 
     def check_controls(self, backbone: Any, headers: Sequence[tuple["Video", Header]]) -> list[tuple["Video", Header]]:
         """The videos and their controls, with their headers. Raises ValueError if a control is missing or shows
@@ -123,6 +164,7 @@ class VideoData(SampleSource):
         config, videos = backbone.config, self.videos()
         size, rate = (config.height, config.width), self.rate(config)
         controls = self.control_files(videos, config.references) if self.controls is not None else []
+        sounds = self.sound_files(videos) if self.sounds is not None else []
 
         def place_of(number: int) -> tuple[int, float]:
             index, clip = divmod(number, self.clips)
@@ -132,6 +174,13 @@ class VideoData(SampleSource):
         def read_control(number: int) -> Control:
             index, place = place_of(number)
             return controls[index].read(place, config.num_frames, rate, size, self.allow_upscaling)
+
+        def read_moments(number: int) -> Tensor:
+            index, place = place_of(number)
+            frames = backbone.latent_shape[0]
+            start = start_of(place, Fraction(videos[index].header().seconds), config.num_frames, rate)
+            moments = config.sound.rate(rate, config.num_frames, frames)
+            return read_sound(sounds[index], config.sound, int(start * moments), config.sound.length(frames))
 
         def read(number: int) -> Tensor:
             index, place = place_of(number)
@@ -157,6 +206,7 @@ class VideoData(SampleSource):
             read if self.has_videos else None,
             self.clips,
             read_control=read_control if controls else None,
+            read_sound=read_moments if sounds else None,
         )
 
     def videos(self) -> list["Video"]:

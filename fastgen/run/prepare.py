@@ -85,6 +85,11 @@ def prepare(
         )
     if not (config.encodes_data or config.given) and source.provides - {"pairs"}:
         raise ValueError(f"data.name: data have not all that the latents of {config.name} hold; prepare prompts alone")
+    if getattr(config, "sound", None) and "latents" in source.fills(config) and "sound" not in source.provides:
+        raise ValueError(
+            f"backbone.sound: its latents hold sound, and data {source.name} has none; give data.sounds, or leave "
+            "backbone.sound out"
+        )
     if source.sizes and pairs is not None:
         raise ValueError("data.buckets: ODE pairs have the size of the backbone; leave out --pairs or buckets")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
@@ -107,8 +112,9 @@ def prepare_locked(
     data = to_dict(source.settled(config))
     if not samples.sizes:
         data.pop("buckets", None)  # as in folders of before it was a key
-    if data.get("controls") is None:
-        data.pop("controls", None)  # likewise
+    for key in ("controls", "sounds"):  # likewise
+        if data.get(key) is None:
+            data.pop(key, None)
     manifest: Manifest = {
         "format": FORMAT,
         "fastgen": fastgen.__version__ if known is None else known["fastgen"],

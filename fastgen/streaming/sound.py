@@ -19,6 +19,7 @@ everything else. In OmniForcing each stream has a tower of its own; one network 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,15 @@ class Sound:
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
     sinks: int = Field(default=0, ge=0, le=64)
+
+    def length(self, frames: int) -> int:
+        """Moments of a video of this many latent frames."""
+        return 1 + self.moments * (frames - 1)
+
+    def rate(self, fps: float, pictures: int, frames: int) -> Fraction:
+        """Moments per second, where `frames` latent frames are `pictures` pictures, of which there are `fps` a
+        second. They are as long as the moments of `length`, but for the first one of both, which has no length."""
+        return Fraction(fps) * Fraction(self.length(frames) - 1 or 1, pictures - 1 or 1)
 
 
 class Strip(NamedTuple):
