@@ -133,7 +133,7 @@ def test_a_sound_that_is_not_the_backbones_is_refused(
 
 def test_files_that_do_not_belong_together_are_refused(teacher: Path, clips: Path) -> None:
     recipe_of(teacher, clips)
-    with pytest.raises(RecipeError, match="data videos has none; choose videos with data.sounds"):
+    with pytest.raises(RecipeError, match=r"data videos has none; choose videos with data\.sounds"):
         recipe_of(teacher, clips, data={"name": "videos", "folder": str(clips / "clips")})
     (clips / "sounds/b.c.sound.safetensors").write_bytes(b"no tensors")
     with pytest.raises(RecipeError, match=r'b\.c\.sound\.safetensors is no safetensors file with a tensor "sound"'):

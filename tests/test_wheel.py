@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(whe
     package = {f"fastgen/{name}" for name in files_under(project / "fastgen") if "__pycache__" not in name}
     weights = {
         f"fastgen/assets/{kind}/{name}"
-        for kind in ("teachers", "classifiers", "digits", "emoji", "first_frames")
+        for kind in ("teachers", "classifiers", "digits", "emoji", "first_frames", "tones")
         for name in files_under(project / "assets" / kind)
     }
     recipes = {

@@ -66,8 +66,13 @@ class BackboneConfig(ABC):
 
     @property
     def given(self) -> frozenset[str]:
-        """What data give, besides prompts, for every sample to be made from: images, controls, or nothing."""
+        """What data give, besides prompts, for every sample to be made from: images, controls, sound, or nothing."""
         return frozenset({"controls" if self.takes_control else "images"} if self.takes_image else ())
+
+    @property
+    def takes_given(self) -> bool:
+        """Whether samples are made from something besides their prompts."""
+        return bool(self.given)
 
     def with_control(self, references: int) -> "BackboneConfig":
         """This section for samples that are made from control videos with this number of reference pictures."""
@@ -193,6 +198,10 @@ class Backbone(ABC):
         return self.config.takes_image
 
     @property
+    def takes_given(self) -> bool:
+        return self.config.takes_given
+
+    @property
     def picture_size(self) -> tuple[int, int] | None:
         """Height and width in pixels at which pictures are read: the given images, if the backbone takes such, and
         else real data. None if it has no use for pictures."""
@@ -272,6 +281,10 @@ class Backbone(ABC):
         the backbone's videos."""
         raise ValueError(f"backbone {self.config.name} takes no control videos")
 
+    def encode_sound(self, sound: Tensor) -> Conditioning:
+        """What networks are told of a given sound [moments, bins] (`streaming.sound`): one row."""
+        raise ValueError(f"backbone {self.config.name} takes no sound")
+
     def encode_images(self, pictures: Sequence[Tensor]) -> Conditioning:
         """One row for each picture. Each is encoded alone, so that its bits do not depend on the others."""
         return Conditioning.cat([self.encode_image(pixels) for pixels in pictures])
@@ -284,12 +297,14 @@ class Backbone(ABC):
         self, prompts: Sequence[str], images: Conditioning | None = None
     ) -> tuple[Conditioning, Conditioning]:
         """What guidance leads to and away from: the conditioning of these prompts, and that of the negative prompt in
-        the same batch size. images: one row of `encode_images` for each prompt; both halves are given it. Raises
-        ValueError unless there are images exactly where the backbone takes them."""
-        if (images is not None) != self.takes_image:
+        the same batch size. images: one row for each prompt of what samples are made from (`encode_images`,
+        `encode_sound`); both halves are given it. Raises ValueError unless there are such rows exactly where the
+        backbone takes them."""
+        if (images is not None) != self.takes_given:
             raise ValueError(
-                f"backbone {self.config.name} makes every sample from a given image: give one for each prompt"
-                if self.takes_image
+                f"backbone {self.config.name} makes every sample from given {', '.join(self.config.given)}: give one "
+                "for each prompt"
+                if self.takes_given
                 else f"backbone {self.config.name} takes no images"
             )
         texts = [*prompts, *[self.negative_prompt] * len(prompts)]

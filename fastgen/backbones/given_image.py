@@ -1,5 +1,5 @@
 """What samples are made from besides prompts: how a picture reaches the processors of image encoders, which take no
-tensors, and control videos."""
+tensors, control videos, and sounds."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,12 @@ def to_picture(pixels: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1], or uint8, as an 8-bit picture."""
     values = pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).round()
     return Image.fromarray(values.permute(1, 2, 0).to("cpu", torch.uint8).numpy())
+
+
+class GivenSound(NamedTuple):
+    """A sound that drives a video: its moments [M, bins], see `streaming.sound`."""
+
+    moments: Tensor
 
 
 class Control(NamedTuple):

@@ -33,7 +33,7 @@ from fastgen.schedule import FlowSchedule
 from fastgen.streaming.actions import Actions, add_actions, split_prompt
 from fastgen.streaming.causal_wan import check_causal
 from fastgen.streaming.schedule import ChunkSchedule
-from fastgen.streaming.sound import Sound, Strip, add_sound, heard, laid, strip_of
+from fastgen.streaming.sound import Sound, Strip, add_sound, by_frame, heard, laid, strip_of
 
 # keys that a streaming export stores
 TRAINED = ("height", "width", "num_frames", "fps", "max_sequence_length", "actions", "sound")
@@ -44,8 +44,8 @@ class WanConfig(PipelineConfig):
     """height, width: in pixels. num_frames: 4 k + 1. The defaults, 480, 832 and 81, are those of the stock pipeline.
     max_sequence_length: number of UMT5 tokens. fps: frames per second of written videos; Wan 2.1 and A14B are trained
     at 16, TI2V-5B at 24. actions: words after a prompt by which the view moves (`streaming.actions`). sound: a second
-    stream of latents (`streaming.sound`). The pipeline's own network knows neither, so its student learns them from
-    videos (teacher_forcing), or from a student that did (context_forcing)."""
+    stream, made with the video or given (`streaming.sound`). The pipeline's own network knows neither, so its student
+    learns them from videos (teacher_forcing), or from a student that did (context_forcing)."""
 
     name: Literal["wan"] = "wan"
     height: int = Field(default=480, ge=16, le=MOST_WIDTH, multiple_of=16)
@@ -62,6 +62,15 @@ class WanConfig(PipelineConfig):
     @property
     def prompt_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         return super().prompt_keys + (() if self.actions is None else ("actions",))
+
+    @property
+    def given(self) -> frozenset[str]:
+        return super().given | (frozenset({"sound"}) if self.sound is not None and self.sound.given else frozenset())
+
+    @property
+    def made_sound(self) -> Sound | None:
+        """The sound that its networks make."""
+        return None if self.sound is None or self.sound.given else self.sound
 
     def check(self) -> None:
         """Also raises ValueError for a size, a set of experts or a scheduler that does not fit, and if videos cannot
@@ -241,9 +250,9 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """With sound, a row of patches more than the pictures have."""
+        """With a sound that is made, a row of patches more than the pictures have."""
         frames, height, width = latent_size(self.config, self.vae_config, self.network_config)
-        more = 0 if self.config.sound is None else self.strip.high
+        more = 0 if self.config.made_sound is None else self.strip.high
         return (frames, self.network_config["out_channels"], height + more, width)
 
     @property
@@ -254,16 +263,27 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     def with_sound(self, latents: Tensor, sound: Tensor) -> Tensor:
         """The state of videos [B, F, C, h, W] with their sound [B, 1 + m (F - 1), bins]."""
+        assert self.config.made_sound is not None
+        return torch.cat([latents, laid(self.config.made_sound, self.strip, sound.to(latents))], dim=-2)
+
+    def encode_sound(self, sound: Tensor) -> Conditioning:
+        """sound [1, F, m, bins] of its moments [1 + m (F - 1), bins], normalised. Raises ValueError for too few."""
         assert self.config.sound is not None
-        return torch.cat([latents, laid(self.config.sound, self.strip, sound.to(latents))], dim=-2)
+        wanted = self.config.sound.length(self.latent_shape[0])
+        if len(sound) < wanted:
+            raise ValueError(f"a sound has {len(sound)} moments, and a video of this backbone {wanted}")
+        return Conditioning({"sound": by_frame(self.config.sound, sound[None, :wanted].float())})
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """The pictures; the sound is what `sound_of` makes of the same latents."""
-        return super().decode(latents if self.config.sound is None else latents[..., : -self.strip.high, :], clamp)
+        return super().decode(
+            latents if self.config.made_sound is None else latents[..., : -self.strip.high, :], clamp
+        )
 
     def sound_of(self, latents: Tensor) -> Tensor | None:
-        """The sound [B, 1 + m (F - 1), bins], if there is one."""
-        return None if self.config.sound is None else heard(self.config.sound, self.strip, latents)
+        """The sound [B, 1 + m (F - 1), bins], if one is made."""
+        sound = self.config.made_sound
+        return None if sound is None else heard(sound, self.strip, latents)
 
     @cached_property
     def vae(self) -> Any:
@@ -316,6 +336,12 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
             shapes["actions"] = (self.latent_shape[0], actions.axes)
         return shapes
 
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        sound = self.config.sound
+        if sound is None or not sound.given:
+            return super().image_shapes()
+        return {"sound": (self.latent_shape[0], sound.moments, sound.bins)}
+
     def teacher_policy(self, num_steps: int) -> RolloutPolicy:
         """The stock scheduler's levels. UniPC's first one is 1 - 1e-6, and it gives the network whole numbers."""
         scheduler = self.scheduler()
@@ -333,10 +359,12 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
         for part in made.members:
             if actions is not None:
                 add_actions(part.network, actions.period, self.time_dim_of(made))
-            if sound is not None and role == "teacher":
+            if sound is None:
+                continue
+            if role != "teacher":
+                add_sound(part.network, sound.sinks, sound.bins if sound.given else None)
+            elif not sound.given:
                 part.silent_rows = self.strip.high
-            elif sound is not None:
-                add_sound(part.network, sound.sinks)
         return made
 
     def read_networks(self, source: str | Path, **options: Any) -> Denoiser:

@@ -86,8 +86,12 @@ class WanDenoiser(Denoiser):
         if inputs.inner is not None:
             raise ValueError("an inner flow takes whole videos with one level for all frames")
         make_causal(self.network)
-        frames = x_t.shape[1]
-        inputs, told = self.acted(cond, inputs, frames)
+        frames, high, given = x_t.shape[1], x_t.shape[-2], None
+        called = range(frames) if inputs.context is None else inputs.context.called(frames)
+        inputs, told = self.acted(cond, inputs, called)
+        if self.is_driven:
+            given, x_t = cond["sound"][:, called.start : called.stop], self.with_room(x_t)
+            inputs = replace(inputs, clean=None if inputs.clean is None else self.with_room(inputs.clean))
         t = by_frame(t, frames)
         scalars = {name: inputs.given[name] for name in ("time", *inputs.embedded) if name in inputs.given}
         values: dict[str, Any] = {name: by_frame(value, frames) for name, value in scalars.items()}
@@ -98,14 +102,19 @@ class WanDenoiser(Denoiser):
             values = {name: torch.cat([clean[name], value], dim=1) for name, value in values.items()}
             t = torch.cat([torch.full_like(t, inputs.causal.context_noise), t], dim=1)
             told = None if told is None else torch.cat([told, told], dim=1)
+            given = None if given is None else torch.cat([given, given], dim=1)
         flat = Inputs(**{name: value.flatten() for name, value in values.items()})
         with (
             placed(self.network, place_of(self.network, x_t, inputs)),
             self.telling(told),
-            hearing(self.network, x_t.shape[-1]),
+            hearing(self.network, x_t.shape[-1], given),
         ):
             out = self.call_stock(x_t.flatten(0, 1)[:, :, None], self.timestep(t.flatten(), flat), cond)
-        return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:]
+        return out.squeeze(2).unflatten(0, (len(x_t), -1))[:, -frames:, :, :high]
+
+    def with_room(self, x: Tensor) -> Tensor:
+        """Latents with a row of patches more, in whose place the network sees the sound that it is given."""
+        return nn.functional.pad(x, (0, 0, 0, self.network.config.patch_size[1]))
 
     @property
     def is_taught(self) -> bool:
@@ -113,20 +122,26 @@ class WanDenoiser(Denoiser):
         return self.actions is not None or hasattr(self.network, "sound")
 
     @property
+    def is_driven(self) -> bool:
+        """Whether it has to be given a sound, cond["sound"] [B, F, m, bins] of the video's frames from its beginning
+        on."""
+        sound = getattr(self.network, "sound", None)
+        return sound is not None and sound.head is None
+
+    @property
     def actions(self) -> ActionEmbedding | None:
         """What tells the network of actions; None if it knows none."""
         return getattr(self.network, "actions", None)
 
-    def acted(self, cond: Conditioning, inputs: Inputs, frames: int) -> tuple[Inputs, Tensor | None]:
-        """What a call on `frames` frames recalls, in its context, and what it is told of their actions,
-        [B, frames, dim]; None for a network that knows none. cond["actions"]: the moves of the video's frames from its
-        beginning on, [B, F, axes]."""
+    def acted(self, cond: Conditioning, inputs: Inputs, called: range) -> tuple[Inputs, Tensor | None]:
+        """What a call on these frames recalls, in its context, and what it is told of their actions, [B, frames, dim];
+        None for a network that knows none. cond["actions"]: the moves of the video's frames from its beginning on,
+        [B, F, axes]."""
         if self.actions is None:
             return inputs, None
-        moves, called = cond["actions"], range(frames)
+        moves = cond["actions"]
         if inputs.context is not None:
-            called = inputs.context.called(frames)
-            recalled = inputs.context.recalled(self.actions.views(moves), frames)
+            recalled = inputs.context.recalled(self.actions.views(moves), len(called))
             inputs = replace(inputs, context=recalled)
         return inputs, self.actions(moves)[:, called.start : called.stop]
 

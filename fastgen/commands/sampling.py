@@ -30,8 +30,8 @@ def sample(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A picture, or a control video, to make the sample from, for a pipeline that takes one. Give one for "
-            "all prompts, or one for each."
+            help="A picture, a control video or a sound to make the sample from, for a pipeline that takes one. Give "
+            "one for all prompts, or one for each."
         ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images to make of each prompt.")] = 1,
@@ -111,6 +111,10 @@ def stream(
         bool, typer.Option("--force", help="Allow a window or a sink that the student was not trained with.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=1 << 62, help="The seed of the video.")] = 0,
+    sound: Annotated[
+        Path | None,
+        typer.Option(help="The sound that drives the video (NAME.sound.safetensors), for a student that takes one."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="The video (mp4). It grows as pictures are made.")] = Path("stream.mp4"),
     report: Annotated[Path | None, typer.Option(help="A file for the measured speed (JSON).")] = None,
     overwrite: Annotated[
@@ -150,6 +154,7 @@ def stream(
                 dtype=getattr(torch, precision),
                 report=report,
                 overwrite=overwrite,
+                sound=sound,
             )
         )
     except ValueError as error:

@@ -6,8 +6,9 @@ from typing import Any
 
 from fastgen.config.problems import Problems
 from fastgen.config.starts import check_init
-from fastgen.data.controls import controls_like, is_video
+from fastgen.data.controls import controls_like, kind_of
 from fastgen.data.prompts import read_prompts
+from fastgen.data.sounds import check_whole
 from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
 from fastgen.metrics.reference import given_files, open_reference
@@ -102,15 +103,18 @@ def check_repeats(recipe: Recipe) -> None:
 
 def check_given(recipe: Recipe) -> None:
     """Checks that the files which the samples of an evaluation are made from are of the backbone's kind, and that
-    control videos are long enough."""
+    control videos and sounds are long enough."""
     config: Any = recipe.backbone
-    if recipe.eval.images is None or not config.takes_image:
+    if recipe.eval.images is None or not config.takes_given:
         return
-    files, wanted = given_files(recipe.eval.images), config.takes_control
-    if is_video(files[0]) != wanted:
-        kind = "control videos, a folder without pictures," if wanted else "pictures"
-        raise RecipeError(f"images: backbone {config.name} makes its samples from {kind} here")
-    if wanted:
+    files, (wanted,) = given_files(recipe.eval.images), config.given
+    if kind_of(files[0]) != wanted:
+        kind = {"controls": "control videos, a folder without pictures,", "images": "pictures", "sound": "sounds"}
+        raise RecipeError(f"images: backbone {config.name} makes its samples from {kind[wanted]} here")
+    if wanted == "sound" and (frames := config.latent_frames()) is not None:
+        for file in files:
+            check_whole(file, config.sound, frames)
+    if wanted == "controls":
         controls = controls_like(files[0].parent, [file.stem for file in files], config.references)
         headers = [(str(control.video), control.header()) for control in controls]
         check_lengths(headers, config.num_frames, config.fps)
@@ -231,6 +235,7 @@ def check_inputs(recipe: Recipe) -> None:
         remedy = {
             "images": "choose data with pictures, such as images",
             "controls": "choose data videos and set data.controls, a folder of control videos",
+            "sound": "choose videos with data.sounds, or moving_digits",
         }[kind]
         raise RecipeError(
             f"data.name: backbone {recipe.backbone.name} makes its samples from {kind}, which data {recipe.data.name} "
@@ -295,10 +300,12 @@ def check_taught(recipe: Recipe, part: str) -> None:
         )
     if recipe.lora:
         raise RecipeError(f"backbone.{part}: the networks get weights that no adapter has; leave lora out")
-    if part == "sound" and "latents" in recipe.objective.needs and "sound" not in recipe.data.provides:
+    made = getattr(recipe.backbone, "made_sound", None) is not None
+    if part == "sound" and made and "latents" in recipe.objective.needs and "sound" not in recipe.data.provides:
         raise RecipeError(
             f"backbone.sound: objective {recipe.objective.name} learns from videos with their sound, and data "
-            f"{recipe.data.name} has none; choose videos with data.sounds, moving_digits, or a folder prepared from them"
+            f"{recipe.data.name} has none; choose videos with data.sounds, moving_digits, or a folder prepared from "
+            "these"
         )
 
 
@@ -387,12 +394,13 @@ def check_evaluation(recipe: Recipe) -> None:
         raise RecipeError(
             f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
         )
-    if (config.images is not None) != recipe.backbone.takes_image:
-        kind = "control videos" if recipe.backbone.takes_control else "pictures"
+    if (config.images is not None) != recipe.backbone.takes_given:
+        kinds = {"controls": "control videos", "images": "pictures", "sound": "sounds"}
+        kind = " and ".join(kinds[kind] for kind in recipe.backbone.given)
         raise RecipeError(
             f"eval.images: backbone {backbone} makes its samples from {', '.join(recipe.backbone.given)}; give a "
             f"folder of {kind}"
-            if recipe.backbone.takes_image
+            if recipe.backbone.takes_given
             else f"eval.images: backbone {backbone} makes its samples from prompts alone; leave it out"
         )
     if {config.prompts, config.reference, config.images} == {None} and not recipe.backbone.has_exact_law:

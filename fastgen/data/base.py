@@ -25,12 +25,13 @@ class DataSource(ABC):
     @property
     def provides(self) -> frozenset[str]:
         """What the source has in addition to the prompts: any of latents, pixels and pairs, which are fields of Batch,
-        images or controls, from which a backbone may make its samples, and sound, if its latents can have one."""
+        images or controls, from which a backbone may make its samples, and sound, which its latents may have, or from
+        which it makes them."""
         return frozenset()
 
     def fills(self, backbone: BackboneConfig) -> frozenset[str]:
         """What of this a backbone gets."""
-        unused = {"images", "controls"} - backbone.given
+        unused = {"images", "controls", "sound"} - backbone.given
         return self.provides - (unused if backbone.encodes_data else unused | {"latents"})
 
     def check(self, backbone: Any) -> None:  # noqa: B027 - most sources have nothing to check
@@ -63,8 +64,8 @@ class Stream(ABC):
         return None
 
     def images(self, positions: Tensor) -> Conditioning | None:
-        """The images or control videos from which the samples at the same positions are made, as
-        `Backbone.encode_images` gives them, on the CPU; None if the backbone takes none."""
+        """The images, control videos or sounds from which the samples at the same positions are made, as
+        `Backbone.encode_images` gives them, on the CPU; None if the backbone takes nothing."""
         return None
 
     def latents(self, positions: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ depth/references/a.png   a picture of what is to be seen, or a folder references
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -22,6 +22,7 @@ from fastgen.data.clips import Header, VideoError, read_clip, read_header
 from fastgen.data.images import encode_files, fitted, read_image
 from fastgen.data.media import IMAGES, VIDEOS
 from fastgen.data.pictures import PictureError, picture_size, read_picture
+from fastgen.data.sounds import ENDING, is_sound, read_sound
 
 
 class ControlFiles(NamedTuple):
@@ -77,6 +78,13 @@ class ControlFiles(NamedTuple):
 
 def is_video(file: Path) -> bool:
     return file.suffix.lower() in VIDEOS.suffixes
+
+
+def kind_of(file: Path) -> str:
+    """What a sample that is made from this file is made from, as `BackboneConfig.given` calls it."""
+    if is_sound(file):
+        return "sound"
+    return "controls" if is_video(file) else "images"
 
 
 def holds_controls(folder: Path) -> bool:
@@ -156,13 +164,18 @@ def all_files(given: Sequence[Path]) -> list[Path]:
 
 
 def encode_given(backbone: Backbone, files: Sequence[Path]) -> Conditioning:
-    """What networks are told of these files, one row each, if samples are made from them: pictures, or control videos
-    from their beginning, with their masks and references. All are resized to cover what the backbone reads, smaller
-    ones too, and their centre is cropped. Raises ValueError for files of the other kind."""
-    config = backbone.config
-    if odd := next((file for file in files if is_video(file) != config.takes_control), None):
-        wanted = f"control videos ({VIDEOS.endings})" if config.takes_control else "pictures"
+    """What networks are told of these files, one row each, if samples are made from them: pictures, control videos
+    with their masks and references, or sounds, both from their beginning. Pictures are resized to cover what the
+    backbone reads, smaller ones too, and their centre is cropped. Raises ValueError for files of another kind."""
+    config: Any = backbone.config
+    if odd := next((file for file in files if kind_of(file) not in config.given), None):
+        names = {"controls": f"control videos ({VIDEOS.endings})", "images": "pictures", "sound": f"sounds ({ENDING})"}
+        wanted = ", ".join(names[kind] for kind in config.given)
         raise ValueError(f"this pipeline makes its samples from {wanted}, and {odd} is none")
+    if "sound" in config.given:
+        count = config.sound.length(backbone.latent_shape[0])
+        moments = (read_sound(file, config.sound, 0, count).to(backbone.device) for file in files)
+        return Conditioning.cat([backbone.encode_sound(each) for each in moments])
     if not config.takes_control:
         return encode_files(backbone, files)
     size, rows = backbone.picture_size, {}

@@ -174,7 +174,7 @@ class BlockStream(Stream):
         return torch.stack(list(self.pictures(positions))) if self.has_pictures else None
 
     def images(self, positions: Tensor) -> Conditioning | None:
-        if not (self.has_pictures and self._backbone.takes_image):
+        if not (self.has_pictures and self._backbone.takes_given):
             return None
         return Conditioning.cat([encode_given_picture(self._backbone, image) for image in self.pictures(positions)])
 

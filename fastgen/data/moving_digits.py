@@ -8,6 +8,7 @@ For a backbone with sound, a tone goes with it, whose pitch follows the digit's 
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,6 +106,19 @@ def draw_scenes(ids: Tensor, key: int, split: str = "train", canvas: int = CANVA
     return Scenes(digits[chosen, 0], labels[chosen], directions, speeds, start.float())
 
 
+def scenes_as_told(prompts: Sequence[str], key: int, split: str = "test") -> Scenes:
+    """For each prompt a scene that is as it says, in every part: for the k-th of equal prompts, the k-th such scene.
+    Raises ValueError for a prompt that does not state digit, direction and speed."""
+    drawn = draw_scenes(torch.arange(320 * len(prompts)), key, split)
+    waiting: dict[str, list[int]] = {}
+    for i, prompt in enumerate(drawn.prompts(torch.ones(len(drawn.labels), 3).bool())):
+        waiting.setdefault(prompt, []).append(i)
+    if odd := next((prompt for prompt in prompts if prompt not in waiting), None):
+        raise ValueError(f"{odd!r} does not state a digit, a direction and a speed")
+    rows = [waiting[prompt].pop(0) for prompt in prompts]
+    return Scenes(*(getattr(drawn, field.name)[rows] for field in dataclasses.fields(drawn)))
+
+
 def places(scenes: Scenes, frames: int, canvas: int = CANVAS) -> Tensor:
     """The digit's upper left corner in every picture, [B, frames, 2]; it turns round at the borders."""
     room = canvas - DIGIT_SIZE
@@ -181,5 +195,6 @@ class MovingDigitsData(SampleSource):
         def read_sound(i: int) -> Tensor:
             return tones(pitches(draw_scenes(ids[i : i + 1], key), frames))[0]
 
-        sounds = getattr(backbone.config, "sound", None) is not None
-        return Samples(prompts, ids, read, read_sound=read_sound if sounds else None)
+        sound = getattr(backbone.config, "sound", None)
+        heard = {} if sound is None else {"read_sound": read_sound, "sound_given": sound.given}
+        return Samples(prompts, ids, read, **heard)

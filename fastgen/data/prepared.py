@@ -74,8 +74,9 @@ class PreparedData(DataSource):
             manifest = read_manifest(Path(self.folder))
         except ValueError:
             # check() reports what is wrong with the folder
-            return frozenset({"latents", "pixels", "pairs", "images", "controls"})
-        made_from = "controls" if "control" in manifest["identity"] else "images"
+            return frozenset({"latents", "pixels", "pairs", "images", "controls", "sound"})
+        kinds = {"control": "controls", "sound": "sound"}
+        made_from = next((kind for key, kind in kinds.items() if key in manifest["identity"]), "images")
         counts = {"latents": "num_pictures", "pairs": "pairs", made_from: "num_images"}
         given = frozenset(kind for kind, count in counts.items() if manifest.get(count))
         given |= {"sound"} & manifest["identity"].keys()
@@ -258,7 +259,8 @@ def identity(
                 "latent_shape": list(backbone.latent_shape),
             }
         if images and (sound := getattr(config, "sound", None)) is not None:
-            result["sound"] = {key: value for key, value in asdict(sound).items() if key != "sinks"}
+            result["sound"] = {key: value for key, value in asdict(sound).items() if key not in ("sinks", "given")}
+            result["sound"] |= {"given": True} if sound.given else {}  # in older folders, it is made
         if images and config.takes_image:
             result |= {
                 "picture_size": list(backbone.picture_size or ()),

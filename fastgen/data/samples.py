@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.backbones.given_image import Control
+from fastgen.backbones.given_image import Control, GivenSound
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.order import bucketed, shuffled
@@ -46,7 +46,8 @@ class Samples:
     A backbone that makes its samples from images is given the pictures, or the first ones of the videos; one that
     takes control videos, read_control(number). Without real data, there is only this.
 
-    read_sound(number): the sound of a video, [moments, bins], for a backbone with sound (`streaming.sound`)."""
+    read_sound(number): the sound of a video, [moments, bins], for a backbone whose videos have sound, or which makes
+    its samples from one (`streaming.sound`). sound_given: which of both."""
 
     prompts: Sequence[str]
     pictures: Tensor | None = None
@@ -56,19 +57,24 @@ class Samples:
     bucket_of: Tensor | None = None
     read_control: Callable[[int], Control] | None = None
     read_sound: Callable[[int], Tensor] | None = None
+    sound_given: bool = False
 
     def read_data(self, picture: int) -> "Pixels":
         """What is encoded to latents."""
         assert self.read is not None
         pixels = self.read(picture)
-        return pixels if self.read_sound is None else Sounding(pixels, self.read_sound(picture))
+        if self.read_sound is None or self.sound_given:
+            return pixels
+        return Sounding(pixels, self.read_sound(picture))
 
-    @property
-    def read_given(self) -> Callable[[int], Tensor | Control]:
+    def read_given(self, picture: int) -> Tensor | Control | GivenSound:
         """What a sample is made from."""
+        if self.sound_given:
+            assert self.read_sound is not None
+            return GivenSound(self.read_sound(picture))
         found = self.read_control or self.read
         assert found is not None
-        return found
+        return found(picture)
 
     @property
     def num_pictures(self) -> int:
@@ -157,7 +163,7 @@ class SampleStream(Stream):
         return torch.stack(list(self._readers.each(self._samples.read, self.pictures(positions))))
 
     def images(self, positions: Tensor) -> Conditioning | None:
-        if self._samples.pictures is None or not self._backbone.takes_image:
+        if self._samples.pictures is None or not self._backbone.takes_given:
             return None
         return Conditioning.cat(self.picture_images(self.pictures(positions)))
 
@@ -203,9 +209,11 @@ def encode_picture(backbone: Backbone, given: Pixels) -> Tensor:
     return backbone.encode(given[None].to(backbone.device))[0].cpu()
 
 
-def encode_given_picture(backbone: Backbone, given: Tensor | Control) -> Conditioning:
-    """One row, on the CPU: what networks are told of a picture [3, H, W], of the first one of a video [F, 3, H, W], or
-    of a control video."""
+def encode_given_picture(backbone: Backbone, given: Tensor | Control | GivenSound) -> Conditioning:
+    """One row, on the CPU: what networks are told of a picture [3, H, W], of the first one of a video [F, 3, H, W], of
+    a control video, or of a sound."""
+    if isinstance(given, GivenSound):
+        return backbone.encode_sound(given.moments.to(backbone.device)).to("cpu")
     if isinstance(given, Control):
         return backbone.encode_control(given.to(backbone.device)).to("cpu")
     return backbone.encode_image((given[0] if given.dim() == 4 else given).to(backbone.device)).to("cpu")

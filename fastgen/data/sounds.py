@@ -1,4 +1,4 @@
-"""The sound of videos in files, for a backbone whose videos have sound (`streaming.sound`).
+"""The sound of videos in files, for a backbone whose videos have sound, or are made from one (`streaming.sound`).
 
 clips/a.mp4                      a video
 sounds/a.sound.safetensors       its sound: the tensor "sound" [M, bins], as `fastgen stream` and `sample` write it
@@ -19,6 +19,20 @@ from fastgen.streaming.sound import Sound
 
 ENDING = ".sound.safetensors"
 KEY = "sound"
+
+
+def is_sound(file: Path) -> bool:
+    return file.name.endswith(ENDING)
+
+
+def sound_files(folder: Path) -> list[Path]:
+    """The sounds of a folder, sorted by name; [] if there are none, or no folder."""
+    return sorted(filter(is_sound, folder.iterdir())) if folder.is_dir() else []
+
+
+def text_file(file: Path) -> Path:
+    """The file with the prompt of a sound, a.txt beside a.sound.safetensors."""
+    return file.with_name(file.name.removesuffix(ENDING) + ".txt")
 
 
 def sounds_like(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -55,6 +69,13 @@ def check_length(file: Path, video: str, header: Header, sound: Sound, rate: Fra
             f"sounds: {file} has {found} moments, and {video} lasts {header.seconds:.2f} s, which are {wanted:.0f} at "
             f"{float(rate):g} per second (data.fps, and backbone.sound.moments in each latent frame)"
         )
+
+
+def check_whole(file: Path, sound: Sound, frames: int) -> None:
+    """Raises ValueError for a file that is none of this sound, or too short to drive a video of so many latent
+    frames."""
+    if (found := check_file(file, sound)) + sound.moments < sound.length(frames):
+        raise ValueError(f"sounds: {file} has {found} moments, and a video {sound.length(frames)}")
 
 
 def read_sound(file: Path, sound: Sound, first: int, count: int) -> Tensor:

@@ -61,7 +61,8 @@ class VideoData(SampleSource):
     control of clips/a.mp4 has its name and shows the same time. Without folder, samples are the control videos of this
     folder with their own captions, and there is no real data.
 
-    sounds: a folder with the sound of every video, for a backbone whose videos have sound; see `data.sounds`."""
+    sounds: a folder with the sound of every video, for a backbone whose videos have sound, or are made from one; see
+    `data.sounds`."""
 
     folder: str | None = None
     shards: str | tuple[str, ...] | None = None
@@ -207,6 +208,7 @@ class VideoData(SampleSource):
             self.clips,
             read_control=read_control if controls else None,
             read_sound=read_moments if sounds else None,
+            sound_given=bool(sounds) and config.sound.given,
         )
 
     def videos(self) -> list["Video"]:

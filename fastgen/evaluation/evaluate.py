@@ -209,11 +209,11 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
 
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
     """The picture that each sample is made from; None for a backbone that takes none."""
-    if (config.images is not None) != sampler.backbone.takes_image:
+    if (config.images is not None) != sampler.backbone.takes_given:
         name, kind = sampler.backbone.config.name, ", ".join(sampler.backbone.config.given)
         raise ValueError(
             f"backbone {name} makes its samples from {kind}: give eval.images, their folder"
-            if sampler.backbone.takes_image
+            if sampler.backbone.takes_given
             else f"backbone {name} makes its samples from prompts alone; leave out eval.images"
         )
     return None if config.images is None else chosen(given_files(config.images), config)

@@ -232,7 +232,7 @@ def first_views(sampler: Sampler, prompts: Sequence[str], seed: int) -> Tensor |
     """The clean predictions of the first samples after each step, of a sampler of a few steps whose samples are
     pictures made from prompts; else None."""
     few = 1 < sampler.policy.num_steps <= MOST_STEPS_SHOWN and sampler.policy.chunks is None
-    pictures = sampler.backbone.output == "pixels" and not sampler.backbone.takes_image
+    pictures = sampler.backbone.output == "pixels" and not sampler.backbone.takes_given
     if not (few and pictures) or isinstance(sampler, Routed):
         return None
     first = list(prompts[:VIEWED])

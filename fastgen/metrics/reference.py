@@ -14,6 +14,7 @@ from fastgen.data.controls import control_of, holds_controls, is_video
 from fastgen.data.digits import load_digits, prompt_for
 from fastgen.data.media import IMAGES, VIDEOS
 from fastgen.data.pictures import image_files, picture_size, read_picture
+from fastgen.data.sounds import is_sound, sound_files, text_file
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
 
@@ -79,9 +80,11 @@ def sample_files(folder: Path) -> list[Path]:
 
 
 def given_files(folder: str) -> list[Path]:
-    """The pictures that samples are made from, or the control videos, sorted by name. Raises ValueError if there are
-    none, or if one cannot be read; from their headers alone."""
+    """The pictures that samples are made from, or the control videos, or the sounds, sorted by name. Raises ValueError
+    if there are none, or if one cannot be read; from their headers alone."""
     where = here_or_shipped(folder)
+    if sounds := sound_files(where):
+        return sounds
     if holds_controls(where):
         videos = VIDEOS.files(where)
         for video in videos:
@@ -104,11 +107,11 @@ def given_prompts(folder: str) -> tuple[str, ...]:
 def captions(files: Sequence[Path]) -> tuple[str, ...]:
     """The texts of images of one folder: those of its table (metadata.csv or the like, docs/data.md), or else those
     next to them (a.txt for a.png). All are empty if no image has a text. Raises ValueError if only some have one."""
-    if table := metadata_table(files[0].parent):
+    if (table := metadata_table(files[0].parent)) and not is_sound(files[0]):
         medium = VIDEOS if is_video(files[0]) else IMAGES
         listed = dict(zip(*read_metadata(table, None, medium), strict=True))
         return tuple(listed[file] for file in files)
-    texts = [f.with_suffix(".txt") for f in files]
+    texts = [text_file(f) if is_sound(f) else f.with_suffix(".txt") for f in files]
     missing = [t for t in texts if not t.is_file()]
     if len(missing) == len(texts):
         return ("",) * len(files)

@@ -33,7 +33,7 @@ from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.streaming.actions import Actions, load_actions, split_prompt
 from fastgen.streaming.memory_file import load_memory
-from fastgen.streaming.sound import Sound, Strip, heard, load_sound, strip_of
+from fastgen.streaming.sound import Sound, Strip, by_frame, heard, load_sound, strip_of
 from fastgen.streaming.stream import Stream, VideoDecoder, read_about, with_window
 
 SEEDS = 1 << 62  # how many there are
@@ -97,9 +97,19 @@ class StreamingWanPipeline(WanPipeline):
 
     @property
     def sound(self) -> Sound | None:
-        """The sound of its videos; None if the student makes none."""
+        """The sound of its videos, made or given; None if they have none."""
         stored = self.scheduler.config.get("sound")
         return None if stored is None else Sound(**stored)
+
+    @property
+    def made_sound(self) -> Sound | None:
+        """The sound that the student makes."""
+        return None if self.sound is None or self.sound.given else self.sound
+
+    @property
+    def driven(self) -> Sound | None:
+        """The sound that its videos are driven by."""
+        return None if self.sound is None or not self.sound.given else self.sound
 
     @property
     def policy(self) -> RolloutPolicy:
@@ -128,6 +138,7 @@ class StreamingWanPipeline(WanPipeline):
         guidance_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
+        sound: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
     ) -> StreamingOutput | tuple[Any, ...]:
@@ -136,6 +147,8 @@ class StreamingWanPipeline(WanPipeline):
         seed: a video depends on its prompt and seed alone, and is the beginning of the stream with this seed; with
         several prompts, one number is that of the first, and the next ones follow. generator: draws the seeds that are
         not given. Without both, they come from torch's global generator.
+        sound: of a student whose videos are driven by one, [B, moments, bins], or [moments, bins] for all prompts, of
+        1 + m (F - 1) moments at least (`streaming.sound`).
         output_type: np [B, F, H, W, 3] or pt [B, F, 3, H, W], both in [0, 1]; pil; or latent [B, C, F, h, w], with the
         sound in its last rows. Without return_dict, a student that makes sound gives (frames, sound).
         Raises ValueError for a length that is no number of chunks, for a size that does not divide into patches, and
@@ -151,12 +164,13 @@ class StreamingWanPipeline(WanPipeline):
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
         draws = self.draws(seeds_of(len(prompts), seed, generator), shape)
         cond = Conditioning.cat([self.encode(text, shape[0]) for text in prompts])
+        cond |= self.encode_sound(sound, len(prompts), shape[0])
         latents = sample(self.denoiser, policy, cond, draws)
         video = latents.transpose(1, 2) if output_type == "latent" else self.pictures(latents, output_type)
-        sound = None if self.sound is None else self.hear(latents).float().cpu()
+        made = None if self.made_sound is None else self.hear(latents).float().cpu()
         if return_dict:
-            return StreamingOutput(frames=video, sound=sound)
-        return (video,) if sound is None else (video, sound)
+            return StreamingOutput(frames=video, sound=made)
+        return (video,) if made is None else (video, made)
 
     def stream(
         self,
@@ -167,8 +181,12 @@ class StreamingWanPipeline(WanPipeline):
         height: int | None = None,
         width: int | None = None,
         force: bool = False,
+        sound: Tensor | None = None,
     ) -> Stream:
         """A video without end: an iterator over the pictures of its chunks, [n, 3, H, W] float32 in [0, 1].
+
+        sound: of a student whose videos are driven by one, its first moments [n, bins]. The iterator ends with them,
+        and goes on after `Stream.listen`.
 
         window, sink: other numbers of latent frames than the student was trained with, which need `force`."""
         policy = with_window(self.policy, window, sink, force)
@@ -180,8 +198,11 @@ class StreamingWanPipeline(WanPipeline):
                 self.trained("num_frames"),
             )
         draws = self.draws([seed], (policy.chunks.frames, *self.latent_shape(height, width)))
-        hear = None if self.sound is None else self.hear
-        return Stream(self.denoiser, policy, draws, self.encode, prompt, self.decoder(), hear)
+        hear = None if self.made_sound is None else self.hear
+        stream = Stream(self.denoiser, policy, draws, self.encode, prompt, self.decoder(), hear, self.driven)
+        if sound is not None:
+            stream.listen(sound)
+        return stream
 
     def resume(self, file: str | Path) -> Stream:
         """Goes on with a stream whose `state_dict` is in this safetensors file, to the bits that it would have given.
@@ -217,6 +238,26 @@ class StreamingWanPipeline(WanPipeline):
         embeds, _ = self.encode_prompt(prompt, None, False, max_sequence_length=length, device=self._execution_device)
         return Conditioning({"prompt_embeds": embeds, **told})
 
+    def encode_sound(self, sound: Tensor | None, count: int, frames: int) -> dict[str, Tensor]:
+        """The conditioning of `count` videos of so many latent frames by the sound that drives them. Raises ValueError
+        if there is one exactly where none drives them, and for another number of sounds, bins or too few moments."""
+        if (sound is None) != (self.driven is None):
+            raise ValueError(
+                "this student is not driven by a sound; leave it out"
+                if self.driven is None
+                else "this student's videos are driven by a sound: give sound=, [moments, bins]"
+            )
+        if sound is None or self.driven is None:
+            return {}
+        wanted = self.driven.length(frames)
+        each = sound.expand(count, -1, -1) if sound.dim() == 2 else sound
+        if each.dim() != 3 or len(each) != count or each.shape[1] < wanted or each.shape[2] != self.driven.bins:
+            raise ValueError(
+                f"sound: {frames} latent frames of {count} videos take [{count}, {wanted}, {self.driven.bins}], got "
+                f"{list(sound.shape)}"
+            )
+        return {"sound": by_frame(self.driven, each[:, :wanted].float()).to(self._execution_device)}
+
     def draws(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Draws:
         ids = torch.tensor(seeds, dtype=torch.int64, device=self._execution_device)
         return Draws(ids, shape, KEY, self.networks[0].dtype)
@@ -228,8 +269,8 @@ class StreamingWanPipeline(WanPipeline):
 
     @property
     def sound_rows(self) -> int:
-        """The latent rows of a frame that hold its sound."""
-        return 0 if self.sound is None else self.strip.high
+        """The latent rows of a frame that hold the sound that is made with it."""
+        return 0 if self.made_sound is None else self.strip.high
 
     def decoder(self) -> VideoDecoder:
         """What decodes one video."""
@@ -237,8 +278,8 @@ class StreamingWanPipeline(WanPipeline):
 
     def hear(self, latents: Tensor, first: bool = True) -> Tensor:
         """The sound of latents [B, F, C, h, w], see `streaming.sound.heard`."""
-        assert self.sound is not None
-        return heard(self.sound, self.strip._replace(width=latents.shape[-1]), latents, first)
+        assert self.made_sound is not None
+        return heard(self.made_sound, self.strip._replace(width=latents.shape[-1]), latents, first)
 
     def pictures(self, latents: Tensor, output_type: str) -> Any:
         """Latents [B, F, C, h, w] to pictures, one video at a time."""

@@ -85,7 +85,7 @@ def prepare(
         )
     if not (config.encodes_data or config.given) and source.provides - {"pairs"}:
         raise ValueError(f"data.name: data have not all that the latents of {config.name} hold; prepare prompts alone")
-    if getattr(config, "sound", None) and "latents" in source.fills(config) and "sound" not in source.provides:
+    if getattr(config, "made_sound", None) and "latents" in source.fills(config) and "sound" not in source.provides:
         raise ValueError(
             f"backbone.sound: its latents hold sound, and data {source.name} has none; give data.sounds, or leave "
             "backbone.sound out"
@@ -133,7 +133,7 @@ def prepare_locked(
         manifest["views"] = samples.views
     if samples.sizes:
         manifest["buckets"] = [list(size) for size in samples.sizes]
-    if config.takes_image:
+    if config.takes_given:
         manifest |= {"num_images": samples.num_pictures, "only_images": "latents" not in source.fills(config)}
     if known is not None:
         check_settings(folder, known, manifest)
@@ -145,7 +145,7 @@ def prepare_locked(
     if main:
         write(folder / MANIFEST, dump(manifest))
     accelerator.wait_for_everyone()  # no file is there before the manifest, which says what the folder is
-    kinds = ["images"] * config.takes_image + ["latents"] * (not manifest.get("only_images"))
+    kinds = ["images"] * config.takes_given + ["latents"] * (not manifest.get("only_images"))
     count = len(prompts) + samples.num_pictures * len(kinds) + (pairs.count if pairs else 0)
     with progress_bar(-(-count // accelerator.num_processes), "preparing", "row", enabled=main) as bar:
         files = prompt_files(backbone, samples, prompts, stored, shard_size, manifest["lengths"], bar)

@@ -71,7 +71,7 @@ def pair_files(
     teacher = cache(lambda: teacher_sampler(backbone, pairs.steps, pairs.guidance_scale))  # loaded only if needed
 
     def images(rows: range) -> Conditioning | None:
-        if not backbone.takes_image:
+        if not backbone.takes_given:
             return None
         pictures = samples.shown(sample_of[list(rows)], torch.tensor(rows) // len(samples.prompts))
         return Conditioning.cat([encode_given_picture(backbone, samples.read_given(i)) for i in pictures])
@@ -155,7 +155,7 @@ def encode_given_pictures(
     dtype: torch.dtype,
     bar: Any,
 ) -> bytes:
-    """Encodes the pictures or control videos of one shard: the rows of `Backbone.encode_images`."""
+    """Encodes the pictures, control videos or sounds of one shard: the rows of `Backbone.encode_images`."""
     rows = []
     for given in readers.each(samples.read_given, pictures):
         rows.append(encode_given_picture(backbone, given).to(dtype))

@@ -75,8 +75,9 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def check_prompts_alone(path: Path, config: BackboneConfig) -> None:
-    if config.takes_image:
-        raise ValueError(f"{path} makes its samples from images; fastgen sample --image does, and the demo does not")
+    if config.takes_given:
+        kinds = ", ".join(config.given)
+        raise ValueError(f"{path} makes its samples from {kinds}; fastgen sample --image does, and the demo does not")
 
 
 def draw_student(pair: Pair, prompt: str, seed: int, steps: int) -> Drawn:

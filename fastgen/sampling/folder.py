@@ -117,10 +117,10 @@ def sample_folder(
 def prompt_images(backbone: Backbone, images: Sequence[Path], count: int) -> list[Path] | None:
     """The picture of each of `count` prompts; None for a pipeline that takes none. Raises ValueError for a number of
     pictures that is neither 1 nor that of the prompts, and if pictures are given exactly where none are taken."""
-    if bool(images) != backbone.takes_image:
+    if bool(images) != backbone.takes_given:
         raise ValueError(
             f"this pipeline makes its samples from {', '.join(backbone.config.given)}: give --image"
-            if backbone.takes_image
+            if backbone.takes_given
             else "this pipeline makes its samples from prompts alone; leave out --image"
         )
     if len(images) not in (0, 1, count):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.backbones.folder import STREAMING, read_index
+from fastgen.backbones.folder import STREAMING, read_index, read_json
 from fastgen.data.files import check_output
+from fastgen.data.sounds import check_whole, read_sound
 from fastgen.registry import current_names
 from fastgen.rollout import RolloutPolicy
 from fastgen.run.terminal import progress_bar
@@ -21,13 +22,15 @@ from fastgen.sampling.sound import sound_file, write_sound
 from fastgen.sampling.speed import Speed, Timer, peak_memory
 from fastgen.sampling.video import check_writer, video_writer
 from fastgen.streaming.sound import FILE as SOUND
+from fastgen.streaming.sound import Sound
 from fastgen.streaming.stream import Stream, with_window
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRequest:
     """What `fastgen stream` is asked for. changes: (seconds, prompt), each from the first chunk on that begins then or
-    later. recache: whether the context is computed again at each change. window, sink, force: as in `with_window`."""
+    later. recache: whether the context is computed again at each change. window, sink, force: as in `with_window`.
+    sound: the file of the sound that the video is driven by (`data.sounds`), for a student whose videos are."""
 
     path: Path
     prompt: str
@@ -43,6 +46,7 @@ class StreamRequest:
     dtype: torch.dtype = torch.float32
     report: Path | None = None
     overwrite: bool = False
+    sound: Path | None = None
 
     def check(self) -> Path:
         """The export that is streamed. Raises ValueError for what cannot be, before anything heavy is imported."""
@@ -58,8 +62,10 @@ class StreamRequest:
         check_changes(self.changes, self.seconds)
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")
-        sound = sound_file(self.output, None) if (folder / SOUND).is_file() else None
-        for file in (self.output, self.report, sound):
+        driven = driven_by(folder)
+        self.check_sound(folder, driven)
+        made = sound_file(self.output, None) if driven is None and (folder / SOUND).is_file() else None
+        for file in (self.output, self.report, made):
             if file is not None:
                 check_output(file, self.overwrite)
         if self.report is not None and self.report.absolute() == self.output.absolute():
@@ -67,6 +73,32 @@ class StreamRequest:
         check_device(self.device)
         check_writer()
         return folder
+
+    def check_sound(self, folder: Path, driven: Sound | None) -> None:
+        """Raises ValueError unless there is a sound exactly where one drives the video, and it lasts as long."""
+        if (self.sound is None) != (driven is None):
+            raise ValueError(
+                "--sound: the videos of this student are not driven by a sound; leave it out"
+                if driven is None
+                else "--sound: the videos of this student are driven by a sound; give its file"
+            )
+        if self.sound is not None and driven is not None:
+            fps = read_metadata(folder)["backbone"].get("fps", 16)
+            step = read_json(folder / "vae/config.json").get("scale_factor_temporal", 4)
+            try:
+                check_whole(self.sound, driven, 1 + -(-(pictures_of(self.seconds, fps) - 1) // step))
+            except ValueError as error:
+                raise ValueError(f"--sound: {self.seconds:g} seconds are longer than it: {error}") from None
+
+
+def driven_by(folder: Path) -> Sound | None:
+    """The sound that drives the videos of an exported student; None if none does."""
+    stored = read_metadata(folder)["backbone"].get("sound")
+    return Sound(**stored) if stored is not None and stored.get("given") else None
+
+
+def pictures_of(seconds: float, fps: int) -> int:
+    return max(1, round(seconds * fps))
 
 
 def streaming_export(path: Path) -> Path:
@@ -127,7 +159,7 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
     pipeline = StreamingWanPipeline.from_pretrained(folder, torch_dtype=request.dtype, local_files_only=True)
     pipeline.to(device)
     fps, timer = pipeline.trained("fps"), Timer(device)
-    wanted, written, sounds = max(1, round(request.seconds * fps)), 0, list[Tensor]()
+    wanted, written, sounds = pictures_of(request.seconds, fps), 0, list[Tensor]()
     request.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         video_writer(request.output, fps, playable=True) as append,
@@ -136,6 +168,8 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
         try:
             begin = time.perf_counter()
             stream = pipeline.stream(request.prompt, request.seed, request.window, request.sink, force=request.force)
+            if request.sound is not None:
+                stream.listen(whole_sound(request.sound, pipeline, wanted))
             text_seconds = time.perf_counter() - begin
             for pictures, moments in timed_chunks(stream, request.changes, request.recache, fps, timer):
                 if not bool(pictures.isfinite().all()):
@@ -172,6 +206,14 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
         "dtype": str(request.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
+
+
+def whole_sound(file: Path, pipeline: Any, pictures: int) -> Tensor:
+    """The sound of so many pictures, and of what the last chunk makes beyond them, in which its end goes on."""
+    driven, chunks = pipeline.driven, pipeline.policy.chunks
+    frames = 1 + -(-(pictures - 1) // pipeline.vae_scale_factor_temporal)
+    sound = read_sound(file, driven, 0, driven.length(frames))
+    return torch.cat([sound, sound[-1:].expand(driven.moments * chunks.frames, -1)])
 
 
 def timed_chunks(

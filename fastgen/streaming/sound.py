@@ -1,4 +1,4 @@
-"""Sound: a second stream of latents, which a network makes together with a video.
+"""Sound: a second stream of latents, which a network makes together with a video, or by which a video is driven.
 
 A video of F latent frames has 1 + m (F - 1) moments of sound: one of the first picture, and m of each latent frame
 after it. A moment is a vector, such as the loudness at several pitches. The state stays one tensor,
@@ -15,7 +15,11 @@ alike, so that pictures and sounds of a chunk see each other, those of the chunk
       rotated
 
 The stock network gets a linear embedding and a linear head for these patches, which lie beside it, and shares
-everything else. In OmniForcing each stream has a tower of its own; one network for both is our choice."""
+everything else. In OmniForcing each stream has a tower of its own; one network for both is our choice.
+
+With `given`, the sound is no part of the state: it is a condition of every frame, cond["sound"] [B, F, m, bins], whose
+patches the network sees in the same place, clean, and does not predict (LiveTalk, of which we know summaries, drives a
+video so)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,13 +45,15 @@ class Sound:
 
     bins: numbers of a moment.  moments: of a latent frame.
     mean, std: of the numbers in the data; the latents are (number - mean) / std.
-    sinks: learned keys and values of every layer that the sound's queries see besides the tokens, at no position."""
+    sinks: learned keys and values of every layer that the sound's queries see besides the tokens, at no position.
+    given: whether the sound is given, and drives the video, which else is made together with it."""
 
     bins: int = Field(ge=1, le=MOST_WIDTH)
     moments: int = Field(default=4, ge=1, le=MOST_WIDTH)
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
     sinks: int = Field(default=0, ge=0, le=64)
+    given: bool = False
 
     def length(self, frames: int) -> int:
         """Moments of a video of this many latent frames."""
@@ -85,7 +91,7 @@ class Strip(NamedTuple):
                 f"sound.moments: a latent frame is {self.tokens} patches wide, which is the most moments it can have, "
                 f"and {sound.moments} are asked for; use a wider video, or fewer moments"
             )
-        if sound.bins > self.size:
+        if sound.bins > self.size and not sound.given:
             raise ValueError(f"sound.bins: a patch has {self.size} numbers, and {sound.bins} are asked for")
 
     def patches(self, rows: Tensor) -> Tensor:
@@ -99,12 +105,18 @@ class Strip(NamedTuple):
         return cut.movedim(-4, -2).flatten(-2)
 
 
-def laid(sound: Sound, strip: Strip, values: Tensor) -> Tensor:
-    """The rows [B, F, C, p, W] of the sound's moments [B, 1 + m (F - 1), bins]. The first frame has the one moment of
-    its picture m times; what is left of patch and row is 0."""
+def by_frame(sound: Sound, values: Tensor) -> Tensor:
+    """The normalised moments of each frame, [B, F, m, bins], of the sound's moments [B, 1 + m (F - 1), bins]. The
+    first frame has the one moment of its picture m times."""
     first = values[:, :1].expand(-1, sound.moments, -1)
     frames = torch.cat([first, values[:, 1:]], dim=1).unflatten(1, (-1, sound.moments))
-    patches = (frames - sound.mean) / sound.std
+    return (frames - sound.mean) / sound.std
+
+
+def laid(sound: Sound, strip: Strip, values: Tensor) -> Tensor:
+    """The rows [B, F, C, p, W] of the sound's moments [B, 1 + m (F - 1), bins], see `by_frame`; what is left of patch
+    and row is 0."""
+    patches = by_frame(sound, values)
     room = (0, strip.size - sound.bins, 0, strip.tokens - sound.moments)
     return strip.rows(nn.functional.pad(patches, room))
 
@@ -122,15 +134,17 @@ def heard(sound: Sound, strip: Strip, latents: Tensor, first: bool = True) -> Te
 class SoundStream(nn.Module):
     """What a network has for its sound. Its first prediction is 0.
 
-    size: numbers of a patch.  dim: width of the network.  sinks: [layers, sinks, heads, head size]; None for none."""
+    size: numbers of a patch, or of a moment of given sound.  dim: width of the network.
+    sinks: [layers, sinks, heads, head size]; None for none.  given: whether there is nothing to predict."""
 
     sink_keys: Tensor | None
 
-    def __init__(self, size: int, dim: int, sinks: Sequence[int] | None):
+    def __init__(self, size: int, dim: int, sinks: Sequence[int] | None, given: bool = False):
         super().__init__()
-        self.embedding, self.head = nn.Linear(size, dim), nn.Linear(dim, size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.embedding, self.head = nn.Linear(size, dim), None if given else nn.Linear(dim, size)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         self.sink_keys = None if sinks is None else nn.Parameter(0.02 * torch.randn(*sinks))
         self.sink_values = None if sinks is None else nn.Parameter(torch.zeros(*sinks))
 
@@ -157,12 +171,14 @@ class SoundStream(nn.Module):
         return torch.cat([split[:, :, :-tokens], both.unflatten(1, (frames, -1))], dim=2).flatten(1, 2)
 
 
-def add_sound(network: Any, sinks: int = 0) -> None:
-    """Gives a WanTransformer3DModel a `SoundStream`, `network.sound`, where it has its first weights."""
+def add_sound(network: Any, sinks: int = 0, given: int | None = None) -> None:
+    """Gives a WanTransformer3DModel a `SoundStream`, `network.sound`, where it has its first weights. given: the bins
+    of a sound that is given; None for one that is made."""
     config, like = network.config, next(network.parameters())
     heads, head = config.num_attention_heads, config.attention_head_dim
     shape = (config.num_layers, sinks, heads, head) if sinks else None
-    made = SoundStream(strip_of(config, 0).size, heads * head, shape)
+    size = strip_of(config, 0).size if given is None else given
+    made = SoundStream(size, heads * head, shape, given is not None)
     network.sound = made.to(dtype=like.dtype, device=None if like.is_meta else like.device)
 
 
@@ -174,27 +190,31 @@ def strip_of(config: Mapping[str, Any], width: int) -> Strip:
 
 
 @contextmanager
-def hearing(network: Any, width: int) -> Iterator[None]:
+def hearing(network: Any, width: int, moments: Tensor | None = None) -> Iterator[None]:
     """Calls of the network inside, on latents of this width, embed and predict their last row of patches as sound, if
-    the network has a `SoundStream`."""
+    the network has a `SoundStream`. moments: [B, F, m, bins], of a sound that is given, and is in the place of that
+    row; it is not predicted."""
     sound, strip = getattr(network, "sound", None), strip_of(network.config, width)
     if sound is None:
         yield
         return
 
     def embed(_: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
-        rows = given[0][..., -strip.high :, :].movedim(2, 1)  # [B, F, C, p, W]
-        patches = sound.embedding(strip.patches(rows).to(sound.embedding.weight.dtype))  # [B, F, tokens, D]
-        return torch.cat([out[..., :-1, :], patches.movedim(-1, 1)[..., None, :].to(out.dtype)], dim=-2)
+        if moments is None:
+            patches = strip.patches(given[0][..., -strip.high :, :].movedim(2, 1))  # [B, F, tokens, C p p]
+        else:
+            patches = nn.functional.pad(moments, (0, 0, 0, strip.tokens - moments.shape[-2]))
+            patches = patches.flatten(0, 1)[:, None]  # each frame is a row of the batch
+        embedded = sound.embedding(patches.to(sound.embedding.weight.dtype))  # [B, F, tokens, D]
+        return torch.cat([out[..., :-1, :], embedded.movedim(-1, 1)[..., None, :].to(out.dtype)], dim=-2)
 
     def predict(_: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
         tokens = strip.tokens  # of a frame, as each is a row of the batch
         return torch.cat([out[:, :-tokens], sound.head(given[0][:, -tokens:]).to(out.dtype)], dim=1)
 
-    handles = [
-        network.patch_embedding.register_forward_hook(embed),
-        network.proj_out.register_forward_hook(predict),
-    ]
+    handles = [network.patch_embedding.register_forward_hook(embed)]
+    if sound.head is not None:
+        handles.append(network.proj_out.register_forward_hook(predict))
     try:
         yield
     finally:
@@ -211,7 +231,8 @@ def load_sound(networks: Sequence[Any], folder: Path) -> None:
     """Gives the networks the sound streams that this folder holds for them, see `part_file.load_part`."""
 
     def add(network: Any, own: Mapping[str, Tensor], _: Mapping[str, str]) -> nn.Module:
-        add_sound(network, own["sink_keys"].shape[1] if "sink_keys" in own else 0)
+        given = None if "head.weight" in own else own["embedding.weight"].shape[1]
+        add_sound(network, own["sink_keys"].shape[1] if "sink_keys" in own else 0, given)
         return network.sound
 
     load_part(folder / FILE, "backbone.sound", networks, add, "sound.")

@@ -18,6 +18,7 @@ from fastgen.rollout.rolling import Making
 from fastgen.rollout.simulation import next_chunk
 from fastgen.streaming.actions import lasting
 from fastgen.streaming.context import Context
+from fastgen.streaming.sound import Sound, by_frame
 
 Encode = Callable[[str], Conditioning]
 REPEAT = "Rep"  # what AutoencoderKLWan stores for a layer that has seen one latent and kept nothing of it
@@ -74,12 +75,14 @@ class VideoDecoder:
 
 class Stream:
     """A video without end. Iterating gives the pictures of each chunk, [n, 3, H, W] float32 in [0, 1]; `sound` is then
-    the sound of the same chunk, [moments, bins], of a student that makes some.
+    the sound of the same chunk, [moments, bins], of a student that makes some. A video that is driven by a sound
+    pauses where that ends (StopIteration), and goes on with what `listen` is given.
 
     denoiser, policy: the student and its sampler, which has `chunks`.
     draws: the noise, of one sample; its first axis counts frames and may have any length.
     encode: a prompt to the conditioning of one sample.  decoder: that of this video alone.
     hear: the sound of latents [1, F, ...], and whether they begin the video (`streaming.sound.heard`); None without.
+    driven: the sound that it is driven by, if it is.
 
     A chunk is committed to the context when the next one is asked for, so that its pictures do not wait for it. The
     memory is flat if the schedule has a window; without one, the context grows with the video."""
@@ -93,6 +96,7 @@ class Stream:
         prompt: str,
         decoder: VideoDecoder,
         hear: Callable[[Tensor, bool], Tensor] | None = None,
+        driven: Sound | None = None,
     ):
         if policy.chunks is None:
             raise ValueError("this student does not stream: its policy has no chunks")
@@ -105,6 +109,9 @@ class Stream:
         # a chunk to commit, and what it was made with
         self.finished: tuple[Sequence[Tensor], Conditioning] | None = None
         self.moves: Tensor | None = None  # those of all frames until now, and what is still listed, [1, n, axes]
+        self.driven = driven
+        # the moments from the beginning on, [n, bins], by which it is driven
+        self.moments = None if driven is None else torch.empty(0, driven.bins)
         self.prompt = prompt
 
     @property
@@ -121,6 +128,23 @@ class Stream:
         if "actions" in self.cond:
             self.moves = continued(self.moves, self.cond["actions"], self.made)
 
+    def listen(self, sound: Tensor) -> None:
+        """Takes the next moments [n, bins] of the sound that drives the video. Raises ValueError for another shape,
+        for numbers that are not finite, and if nothing drives the video."""
+        if self.driven is None or self.moments is None:
+            raise ValueError("this student is not driven by a sound")
+        if sound.dim() != 2 or sound.shape[1] != self.driven.bins or not bool(sound.isfinite().all()):
+            raise ValueError(f"the sound is [moments, {self.driven.bins}] and finite, got {list(sound.shape)}")
+        self.moments = torch.cat([self.moments, sound.to(self.moments)])
+
+    @property
+    def driving(self) -> Tensor | None:
+        """The sound that has been given so far, by frames, [1, F, m, bins]; None if nothing drives the video."""
+        if self.driven is None or self.moments is None:
+            return None
+        whole = (len(self.moments) - 1) // self.driven.moments * self.driven.moments + 1
+        return by_frame(self.driven, self.moments[None, : max(0, whole)]).to(self.draws.ids.device)
+
     @property
     def made(self) -> int:
         """The number of finished frames."""
@@ -128,18 +152,22 @@ class Stream:
 
     @property
     def acting(self) -> Conditioning:
-        """The conditioning of the next chunk, with the actions of all frames up to it."""
-        if self.moves is None:
-            return self.cond
-        ahead = self.policy.num_steps * self.context.chunks.frames  # of chunks in the making
-        moves = lasting(self.moves, self.context.chunk.stop + ahead)
-        return Conditioning({**self.cond, "actions": moves})
+        """The conditioning of the next chunk, with the actions and the sound of all frames up to it."""
+        cond = Conditioning(self.cond)
+        if self.moves is not None:
+            ahead = self.policy.num_steps * self.context.chunks.frames  # of chunks in the making
+            cond["actions"] = lasting(self.moves, self.context.chunk.stop + ahead)
+        if (sound := self.driving) is not None:
+            cond["sound"] = sound
+        return cond
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Tensor:
         self.commit()
+        if (sound := self.driving) is not None and sound.shape[1] < self.context.chunk.stop:
+            raise StopIteration
         return self.decode(self.denoise())
 
     @torch.no_grad()
@@ -194,6 +222,8 @@ class Stream:
         state |= {f"making.{i}": value for i, value in enumerate(self.making)}
         if self.moves is not None:
             state["moves"] = self.moves
+        if self.moments is not None:
+            state["moments"] = self.moments
         about = self.about | {"policy": dataclasses.asdict(self.policy)}
         about |= {"prompt": self.prompt, "seed": int(self.draws.ids)}
         state["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
@@ -216,6 +246,8 @@ class Stream:
             raise ValueError(f"this is no stream: {error} is missing") from None
         self.draws = replace(self.draws, ids=torch.full_like(self.draws.ids, about["seed"]))
         self.finished, self.prompt, self.moves = None, about["prompt"], state.get("moves")
+        if self.moments is not None:
+            self.moments = state["moments"].cpu()
 
     @property
     def about(self) -> dict[str, Any]:
