@@ -1,6 +1,7 @@
 """Videos that are driven by a sound: it is given frame by frame, and is no part of what is made."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from fastgen.cli import app
 from fastgen.config.stored import to_dict
 from fastgen.data import DataError, make_batch
 from fastgen.data.controls import encode_given
-from fastgen.data.moving_digits import MovingDigitsData
+from fastgen.data.moving_digits import MovingDigitsData, scenes_as_told, told
+from fastgen.data.prompts import read_prompts
 from fastgen.denoiser import Inputs
+from fastgen.metrics.reference import captions, given_files
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
@@ -32,6 +35,7 @@ from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
 from fastgen.streaming.sound import FILE, Sound, add_sound, by_frame
 from fastgen.train import train
+from tools.make_tones import write_tones
 
 BINS = 40  # more than the numbers of a patch: what is given has no place in the latents
 GIVEN = {"bins": BINS, "moments": 2, "given": True}  # as a recipe says it; 17 pictures are 5 latent frames
@@ -318,3 +322,40 @@ def test_recipes_with_a_given_sound_that_cannot_work_are_refused(
     objective = options.pop("objective", {"name": "teacher_forcing"})
     with pytest.raises(RecipeError, match=reason):
         recipe_of(teacher, tmp_path / "run", sounds, objective, **options)
+
+
+# --- what ships, and what the pages say
+
+
+def test_the_shipped_tones_are_those_of_digits_as_their_prompts_say(project: Path, tmp_path: Path) -> None:
+    folder = project / "assets/tones"
+    files = given_files(str(folder))
+    prompts, sounds = captions(files), torch.stack([load_file(file)["sound"].float() for file in files])
+    assert list(prompts) == read_prompts("assets/moving_digits_prompts.txt") and sounds.shape == (80, 25, 32)
+    scenes = scenes_as_told(prompts, 3)
+    assert scenes.prompts(torch.ones(80, 3).bool()) == list(prompts)
+    pitch = (sounds * (torch.arange(32) + 0.5)).sum(-1) / sounds.sum(-1)
+    for prompt, moved in zip(prompts, pitch[:, 1] - pitch[:, 0], strict=True):
+        said = told(prompt)
+        assert said.direction is not None and said.speed is not None
+        assert abs(float(moved) + said.direction[0] * said.speed) < 0.1, prompt
+    write_tones(tmp_path / "tones")
+    for file in files:
+        assert (tmp_path / "tones" / file.name).read_bytes() == file.read_bytes()
+    twice = scenes_as_told(["a seven moving up, fast"] * 2, 0)
+    assert not torch.equal(twice.start[0], twice.start[1]) or not torch.equal(twice.digits[0], twice.digits[1])
+    with pytest.raises(ValueError, match="'a seven moving up' does not state"):
+        scenes_as_told(["a seven moving up"], 0)
+
+
+def test_the_pages_code_drives_a_video(exported: tuple[Any, WanDenoiser, Path], project: Path) -> None:
+    text = (project / "docs/streaming.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "listen" in block]
+    sound = sound_of(1)[0]
+    scope: dict[str, Any] = {
+        "pipeline": StreamingWanPipeline.from_pretrained(exported[2]),
+        "sound": sound,
+        "more": sound,
+    }
+    exec(code, scope)
+    assert scope["driven"].shape == (1, 17, 32, 32, 3) and len(list(scope["stream"])) == 4

@@ -1,9 +1,11 @@
 """The sound of videos in files: a clip has the moments of its own time, and what does not fit its video is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -155,3 +157,18 @@ def test_prepared_sounds_give_the_same_latents(teacher: Path, clips: Path) -> No
     silent = dataclasses.replace(made, data=VideoData(folder=str(clips / "clips")))
     with pytest.raises(ValueError, match="its latents hold sound, and data videos has none"):
         prepare(silent, clips / "silent")
+
+
+def test_the_pages_code_writes_the_loudness_of_pitches(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds, of which the second has a tone: 33 moments, the later ones louder at its pitch."""
+    text = (project / "docs/data.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "mel_filter_bank" in block]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sounds").mkdir()
+    time = np.arange(32000) / 16000
+    exec(code, {"waveform": np.sin(2 * np.pi * 440 * time) * (time > 1)})
+    found = read_sound(tmp_path / "sounds/a.sound.safetensors", Sound(bins=64), 0, 33)
+    loudest = found.amax(1)
+    assert found.shape == (33, 64) and loudest[18:].min() > loudest[:14].max() + 3

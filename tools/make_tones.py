@@ -1,5 +1,5 @@
-"""Writes assets/tones: for each prompt of assets/moving_digits_prompts.txt a tone whose pitch follows the height of such
-a digit (25 moments, of videos as long as those of assets/teachers/moving_digits), for pipelines that are driven by one.
+"""Writes assets/tones, for pipelines that are driven by a sound: for each prompt of assets/moving_digits_prompts.txt a
+tone whose pitch follows the height of such a digit, as long as the videos of assets/teachers/moving_digits.
 
     python tools/make_tones.py assets/tones
 """

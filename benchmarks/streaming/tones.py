@@ -1,4 +1,5 @@
-"""Does the tone that a student makes follow the digit that it shows? For runs of recipes/tone_digits_*.
+"""Does the tone that a student makes follow the digit that it shows? For runs of recipes/tone_digits_*. Does the digit
+follow the tone by which it is driven? For runs of recipes/driven_digits_*.
 
     python benchmarks/streaming/tones.py RUN --name "teacher forcing" [--steps 25] [--parts whole long]
 
@@ -9,7 +10,9 @@ the tone of another video of the same prompt. `off` is the share of pictures wit
 `loudness` is the mean peak of the tones divided by that of real ones. `late` has the error in the last quarter of the
 video. Beside them stand the metrics of the pictures alone, as in moving_digits.py. Each row goes to tones.jsonl. The
 part "real" is of real videos and tones, whose pictures the autoencoder has read and written. --picture FILE shows
-three videos, every fourth picture with the tones of those up to it, and adds no row."""
+three videos, every fourth picture with the tones of those up to it, and adds no row.
+
+Driven videos are given the tones of scenes of held-out digits that are as their prompts say."""
 
 import argparse
 import dataclasses
@@ -27,44 +30,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.rows import append_row
 from benchmarks.streaming.moving_digits import PROMPTS, scores
 from fastgen.batch import Conditioning, Draws
-from fastgen.data.moving_digits import CANVAS, draw_scenes, pitches, render, tones
+from fastgen.data.moving_digits import CANVAS, draw_scenes, pitches, render, scenes_as_told, tones
 from fastgen.metrics.tracks import centres
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, load_sampler
-from fastgen.streaming.sound import heard
+from fastgen.streaming.sound import by_frame, heard
 from fastgen.streaming.stream import Stream, VideoDecoder, with_window
 
 TABLE = Path(__file__).with_suffix(".jsonl")
 BATCH = len(set(PROMPTS))
 OFF = 3.0  # pixels
+KEY = 5  # of the scenes whose tones drive a video
 
 
 def make_videos(sampler: Sampler, policy: RolloutPolicy, chunks: int, ids: range) -> tuple[Tensor, Tensor, list[str]]:
     """Videos [B, F, 3, H, W] of these seeds, their sound [B, F, bins], and their prompts."""
     backbone: Any = sampler.backbone
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in ids]
+    prompts, sound = [PROMPTS[i % len(PROMPTS)] for i in ids], backbone.config.sound
     draws = Draws(torch.tensor(list(ids)), backbone.latent_shape, "sample", backbone.dtype)
+    given = told_tones(ids, chunks) if sound.given else None
 
     def encode(_: str) -> Conditioning:
-        return backbone.encode_prompts(prompts)
+        cond = backbone.encode_prompts(prompts)
+        return cond if given is None else Conditioning({**cond, "sound": by_frame(sound, given)})
 
-    decoder = VideoDecoder(backbone.vae, backbone.strip.high)
+    decoder = VideoDecoder(backbone.vae, 0 if sound.given else backbone.strip.high)
     stream = Stream(sampler.denoiser, policy, draws, encode, "", decoder)
     pictures, sounds = list[Tensor](), list[Tensor]()
     for chunk in range(chunks):
         stream.commit()
         latents = stream.denoise()
-        sounds.append(heard(backbone.config.sound, backbone.strip, latents, first=chunk == 0).cpu())
+        if given is None:
+            sounds.append(heard(sound, backbone.strip, latents, first=chunk == 0).cpu())
         pictures.append(decoder(latents).cpu())
-    return torch.cat(pictures, 1), torch.cat(sounds, 1), prompts
+    return torch.cat(pictures, 1), torch.cat(sounds, 1) if given is None else given, prompts
+
+
+def told_tones(ids: range, chunks: int) -> Tensor:
+    """The tones [B, 1 + 4 (chunks - 1), bins] of scenes as the prompts of these videos say, each another one."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(ids.stop)]
+    return tones(pitches(scenes_as_told(prompts, KEY), 1 + 4 * (chunks - 1))[ids.start :])
 
 
 def real_videos(backbone: Any, ids: range) -> tuple[Tensor, Tensor, list[str]]:
     """Real ones through the autoencoder: what is lost there, no student can make."""
     scenes = draw_scenes(torch.tensor(list(ids)), 2, "test")
     frames = backbone.config.num_frames
-    state = backbone.with_sound(backbone.encode(render(scenes, frames)), tones(pitches(scenes, frames)))
-    return backbone.decode(state), backbone.sound_of(state), scenes.prompts(torch.ones(len(ids), 3).bool())
+    latents, sound = backbone.encode(render(scenes, frames)), tones(pitches(scenes, frames))
+    if not backbone.config.sound.given:
+        latents = backbone.with_sound(latents, sound)
+        sound = backbone.sound_of(latents)
+    return backbone.decode(latents), sound, scenes.prompts(torch.ones(len(ids), 3).bool())
 
 
 def pitch_of(sound: Tensor) -> Tensor:
