@@ -34,7 +34,7 @@ POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error
 
 
 class PixelBackbone:
-    output, takes_image = "pixels", False
+    output, takes_given = "pixels", False
     device, dtype, law = torch.device("cpu"), torch.float32, None
 
 

@@ -31,9 +31,10 @@ from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.run.prepare import prepare
 from fastgen.sampling.sampler import METADATA
+from fastgen.sampling.stream import whole_sound
 from fastgen.streaming.context import Context
 from fastgen.streaming.schedule import ChunkSchedule
-from fastgen.streaming.sound import FILE, Sound, add_sound, by_frame
+from fastgen.streaming.sound import FILE, Sound, add_sound, by_frame, hearing
 from fastgen.train import train
 from tools.make_tones import write_tones
 
@@ -58,7 +59,7 @@ def network(request: pytest.FixtureRequest) -> WanDenoiser:
 
 def sounding(frames: int, seed: int = 0) -> Conditioning:
     generator = torch.Generator().manual_seed(seed)
-    sound = torch.randn(2, frames, 3, BINS, generator=generator, dtype=torch.float64)
+    sound = torch.randn(2, frames, 2, BINS, generator=generator, dtype=torch.float64)
     return Conditioning({**conditioning(), "sound": sound})
 
 
@@ -93,6 +94,17 @@ def test_each_frame_hears_its_own_moments(network: WanDenoiser) -> None:
     assert not torch.equal(found, network(x, t, cond, Inputs(context=context))), "which has another sound there"
     alone = network(x, t, cond, Inputs(context=Context(ChunkSchedule(frames=2))))
     torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
+
+
+def test_the_moments_are_the_first_patches_of_the_row_below_the_picture(network: WanDenoiser) -> None:
+    """In the order of their time; what is left of the row has the embedding of zeros."""
+    wan, moments = network.network, sounding(1)["sound"][:, :, :1]
+    rows = draws(1)("x").flatten(0, 1)[:, :, None]  # [B, C, 1, H, W], whose last row of patches gives way
+    with hearing(wan, rows.shape[-1], moments):
+        out = wan.patch_embedding(rows)[..., -1, :].squeeze(2).mT  # [B, tokens, D]
+    assert out.shape[1] == 2
+    torch.testing.assert_close(out[:, 0], wan.sound.embedding(moments[:, 0, 0]))
+    torch.testing.assert_close(out[:, 1], wan.sound.embedding.bias.expand(2, -1))
 
 
 def test_it_cannot_do_without_its_sound(network: WanDenoiser) -> None:
@@ -134,6 +146,9 @@ def test_the_teacher_hears_nothing(teacher: Path) -> None:
     network, noise, t = backbone.load("teacher"), torch.randn(1, *backbone.latent_shape), torch.tensor([0.5])
     cond = backbone.encode_both(["a cat"], backbone.encode_sound(torch.randn(9, BINS)))[0]
     assert torch.equal(network(noise, t, cond), network(noise, t, backbone.encode_prompts(["a cat"])))
+    assert backbone.image_shapes() == {"sound": (5, 2, BINS)}
+    for role in ("teacher", "student"):
+        assert backbone.load(role).silent_rows == 0, "its state has no rows of sound"
     with pytest.raises(ValueError, match="a sound has 8 moments, and a video of this backbone 9"):
         backbone.encode_sound(torch.randn(8, BINS))
 
@@ -192,6 +207,8 @@ def test_an_export_is_driven_by_the_sound_that_it_is_given(exported: tuple[Any, 
     ):
         with pytest.raises(ValueError, match=reason):
             pipeline(prompts, **other)
+    with pytest.raises(ValueError, match=r"a latent frame is 1 patches wide, .* and 2 are asked for"):
+        pipeline(prompts, sound=sound, width=16)
     one = pipeline(prompts, seed=[3, 4], sound=sound[0], output_type="pt").frames
     assert torch.equal(one[0], made.frames[0]) and not torch.equal(one[1], made.frames[1])
 
@@ -229,6 +246,16 @@ def test_the_commands_take_a_sound(exported: tuple[Any, WanDenoiser, Path], tmp_
     assert run(app, call).exit_code == 2
     assert run(app, [*call, "--image", str(sound)]).exit_code == 0
     assert (tmp_path / "samples/00000.mp4").is_file()
+
+
+def test_the_end_of_a_sound_goes_on_in_what_the_last_chunk_makes_beyond_the_video(
+    exported: tuple[Any, WanDenoiser, Path], tmp_path: Path
+) -> None:
+    pipeline, file = StreamingWanPipeline.from_pretrained(exported[2]), tmp_path / "a.sound.safetensors"
+    (sound,) = sound_of(1, moments=12)
+    save_file({"sound": sound}, file)
+    found = whole_sound(file, pipeline, 10)  # pictures, of which four latent frames have 13
+    assert torch.equal(found, torch.cat([sound[:7], sound[6:7].expand(2, -1)]))
 
 
 # --- recipes
@@ -295,6 +322,15 @@ def test_two_stages_learn_to_follow_a_sound(wide: Path, sounds: Path, tmp_path: 
     assert learned.keys() == {"0.sound.embedding.weight", "0.sound.embedding.bias"}
     for name in learned:
         assert not torch.equal(learned[name], distilled[name]), name
+
+
+def test_a_sound_of_an_evaluation_may_end_a_latent_frame_early(wide: Path, sounds: Path, tmp_path: Path) -> None:
+    forcing = {"name": "teacher_forcing", "form": "chunks"}
+    save_file({"sound": torch.rand(13, 32)}, sounds / "b.sound.safetensors")
+    assert recipe_of(wide, tmp_path / "run", sounds, forcing).eval.images == str(sounds)
+    save_file({"sound": torch.rand(12, 32)}, sounds / "b.sound.safetensors")
+    with pytest.raises(RecipeError, match=r"b\.sound\.safetensors has 12 moments, and a video 17"):
+        recipe_of(wide, tmp_path / "run", sounds, forcing)
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,8 @@ def test_sound_is_exported_and_read_again(exported: tuple[Any, WanDenoiser, Path
         torch.testing.assert_close(backbone.decode(latents), made.frames, atol=1e-4, rtol=0)
         torch.testing.assert_close(backbone.sound_of(latents), made.sound, atol=1e-4, rtol=0)
     assert made.sound.shape == (2, 9, 16)
+    with pytest.raises(ValueError, match=r"a latent frame is 1 patches wide, .* and 2 are asked for"):
+        pipeline(prompts, width=16)
     frames, sound = pipeline(prompts, seed=seeds, output_type="pt", return_dict=False)
     assert torch.equal(frames, made.frames) and torch.equal(sound, made.sound)
 

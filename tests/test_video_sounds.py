@@ -133,6 +133,13 @@ def test_a_sound_that_is_not_the_backbones_is_refused(
         recipe_of(teacher, clips, sound)
 
 
+def test_the_numbers_of_all_files_count(teacher: Path, clips: Path) -> None:
+    """The second is eight times as loud."""
+    save_file({"sound": 8 * counted(PICTURES // 2)}, clips / "sounds/b.c.sound.safetensors")
+    with pytest.raises(RecipeError, match=r"have mean 2\.03 and standard deviation 2\.28"):
+        recipe_of(teacher, clips)
+
+
 def test_files_that_do_not_belong_together_are_refused(teacher: Path, clips: Path) -> None:
     recipe_of(teacher, clips)
     with pytest.raises(RecipeError, match=r"data videos has none; choose videos with data\.sounds"):

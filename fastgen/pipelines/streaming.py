@@ -305,13 +305,16 @@ class StreamingWanPipeline(WanPipeline):
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[C, h, w] of a latent frame, by default of the size of training, with the rows of its sound. Raises
-        ValueError for sides that do not divide into the network's patches."""
+        ValueError for sides that do not divide into the network's patches, and for a width without room for a frame's
+        sound."""
         config = self.networks[0].config
         sides = {"height": height or self.trained("height"), "width": width or self.trained("width")}
         for (name, side), patch in zip(sides.items(), config.patch_size[1:], strict=True):
             if side % (unit := self.vae_scale_factor_spatial * patch):
                 raise ValueError(f"{name} must be a multiple of {unit}, got {side}")
         high, wide = (side // self.vae_scale_factor_spatial for side in sides.values())
+        if self.sound is not None:
+            self.strip._replace(width=wide).check(self.sound)
         return config.in_channels, high + self.sound_rows, wide
 
 
