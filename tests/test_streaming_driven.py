@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,9 @@ def recipe_of(teacher: Path, output: Path, sounds: Path, objective: dict[str, An
 
 
 @pytest.mark.slow
-def test_two_stages_learn_to_follow_a_sound(wide: Path, sounds: Path, tmp_path: Path) -> None:
+def test_two_stages_learn_to_follow_a_sound(
+    wide: Path, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Teacher forcing, then Context Forcing, on batches of a prepared folder that are those of the data; both read
     their evaluation's prompts from the sounds."""
     first, teacher = {"name": "teacher_forcing", "form": "chunks"}, wide
@@ -318,6 +321,13 @@ def test_two_stages_learn_to_follow_a_sound(wide: Path, sounds: Path, tmp_path: 
     run = train(
         recipe_of(teacher, tmp_path / "second", sounds, second, init_from=str(start / "export"), optimizers=optimizers)
     )
+    card = (run / "export/README.md").read_text()  # whose code runs as it stands
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(run / "export"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(sounds / "a.sound.safetensors", tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["video"].shape == (17, 32, 32, 3) and len(list(names["stream"])) == 4
     learned, distilled = (load_file(folder / "export" / FILE) for folder in (start, run))
     assert learned.keys() == {"0.sound.embedding.weight", "0.sound.embedding.bias"}
     for name in learned:

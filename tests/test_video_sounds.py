@@ -140,6 +140,12 @@ def test_the_numbers_of_all_files_count(teacher: Path, clips: Path) -> None:
         recipe_of(teacher, clips)
 
 
+def test_numbers_that_are_not_finite_are_refused(teacher: Path, clips: Path) -> None:
+    save_file({"sound": counted(PICTURES // 2) / 0}, clips / "sounds/a.sound.safetensors")
+    with pytest.raises(RecipeError, match=r"a\.sound\.safetensors holds numbers that are not finite"):
+        recipe_of(teacher, clips)
+
+
 def test_files_that_do_not_belong_together_are_refused(teacher: Path, clips: Path) -> None:
     recipe_of(teacher, clips)
     with pytest.raises(RecipeError, match=r"data videos has none; choose videos with data\.sounds"):

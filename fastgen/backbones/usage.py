@@ -37,13 +37,13 @@ above, from a local folder."""
 
 STREAM = """```python
 from diffusers.utils import export_to_video
-from fastgen.pipelines.streaming import {streaming}
+from fastgen.pipelines.streaming import {streaming}{import}
 
-pipeline = {streaming}.from_pretrained("path/to/this/folder")
-video = pipeline("a prompt", seed=0).frames[0]
+pipeline = {streaming}.from_pretrained("path/to/this/folder"){read}
+video = pipeline("a prompt", seed=0{given}).frames[0]
 export_to_video(video, "video.mp4", fps=pipeline.trained("fps"))
 
-stream = pipeline.stream("a prompt", seed=0)  # the same video, without end
+stream = pipeline.stream("a prompt", seed=0{given})  # the same video, {length}
 pictures = next(stream)  # those of the first chunk, [n, 3, H, W] in [0, 1]
 stream.prompt = "another prompt"  # from the next chunk on
 ```
@@ -54,6 +54,14 @@ other numbers of steps, or for a guidance scale above 1.
 
 It needs fastgen installed: diffusers has no class for it, and with the stock class every frame would see the frames
 after it."""
+
+DRIVEN = {  # in place of marks in STREAM, for a student whose videos are driven by a sound
+    "{import}": "\nfrom safetensors.torch import load_file",
+    "{read}": '\nsound = load_file("a.sound.safetensors")["sound"]  # [moments, bins], of the first picture on',
+    "{given}": ", sound=sound",
+    "{length}": "as long as its sound",
+}
+UNDRIVEN = {"{import}": "", "{read}": "", "{given}": "", "{length}": "without end"}
 
 COMFYUI = """
 
@@ -82,6 +90,7 @@ def pipeline_usage(backbone: Any, policy: RolloutPolicy, folder: Path, adapter: 
     if policy.step_counts:
         call += STEP_COUNTS
     filled = {
+        **(DRIVEN if "sound" in backbone.config.given else UNDRIVEN),
         "{load}": load,
         "{counts}": ", ".join(map(str, policy.step_counts)),
         "{streaming}": STREAMING + backbone.components["_class_name"],
