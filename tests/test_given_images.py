@@ -14,7 +14,7 @@ from tiny_wan import tiny_wan
 from tiny_wan_i2v import tiny_wan_i2v
 
 from fastgen import noise
-from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.given import to_picture
 from fastgen.backbones.wan_i2v import WanI2V
 from fastgen.config import build_recipe
 from fastgen.data import make_batch

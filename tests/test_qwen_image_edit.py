@@ -18,7 +18,7 @@ from fastgen import noise
 from fastgen.backbones import qwen_image_edit
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.flow_image import to_tokens
-from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.given import to_picture
 from fastgen.backbones.qwen_image_edit import QwenImageEdit, QwenImageEditConfig
 from fastgen.batch import Batch, Conditioning
 from fastgen.config import build_recipe

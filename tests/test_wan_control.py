@@ -16,7 +16,7 @@ from video_files import GREY, write_video
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.given_image import Control, to_picture
+from fastgen.backbones.given import Control, to_picture
 from fastgen.backbones.wan_vace import WanVACEConfig
 from fastgen.batch import Batch
 from fastgen.config import build_recipe

@@ -18,7 +18,7 @@ from variants import slow
 
 from fastgen import noise
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.given import to_picture
 from fastgen.backbones.wan_i2v import WanI2VConfig
 from fastgen.backbones.wan_vace import WanVACE, WanVACEConfig
 from fastgen.batch import Batch, Conditioning

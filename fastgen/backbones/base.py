@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastgen.backbones.given_image import Control
+from fastgen.backbones.given import Control
 from fastgen.batch import Conditioning
 from fastgen.denoiser import Denoiser
 from fastgen.modules.kept_blocks import Kept

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
-from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.given import to_picture
 from fastgen.backbones.qwen_image import QwenImage, QwenImageConfig, QwenImageDenoiser
 from fastgen.batch import Conditioning
 

@@ -276,9 +276,9 @@ export_to_video(video, "video.mp4", fps={config.fps})"""
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """The pictures; the sound is what `sound_of` makes of the same latents."""
-        return super().decode(
-            latents if self.config.made_sound is None else latents[..., : -self.strip.high, :], clamp
-        )
+        if self.config.made_sound is not None:
+            latents = latents[..., : -self.strip.high, :]
+        return super().decode(latents, clamp)
 
     def sound_of(self, latents: Tensor) -> Tensor | None:
         """The sound [B, 1 + m (F - 1), bins], if one is made."""

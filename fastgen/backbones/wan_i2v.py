@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import check_weights, read_index, read_json, weight_files
-from fastgen.backbones.given_image import to_picture
+from fastgen.backbones.given import to_picture
 from fastgen.backbones.pipeline import read_component
 from fastgen.backbones.wan_given import GivenFrame, GivenFrameConfig
 from fastgen.backbones.wan_network import WanDenoiser, WanI2VDenoiser, WanTI2VDenoiser

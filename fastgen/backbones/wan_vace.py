@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import DEFAULT_ROLES, RoleOptions
 from fastgen.backbones.folder import read_json
-from fastgen.backbones.given_image import Control, to_picture
+from fastgen.backbones.given import Control, to_picture
 from fastgen.backbones.wan_given import GivenFrame, GivenFrameConfig
 from fastgen.backbones.wan_network import GivenFrameDenoiser
 from fastgen.batch import Conditioning

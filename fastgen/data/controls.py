@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.backbones.base import Backbone
-from fastgen.backbones.given_image import Control
+from fastgen.backbones.given import Control
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataError
 from fastgen.data.clips import Header, VideoError, read_clip, read_header

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone
-from fastgen.backbones.given_image import Control, GivenSound
+from fastgen.backbones.given import Control, GivenSound
 from fastgen.batch import Conditioning
 from fastgen.data.base import DataSource, Stream
 from fastgen.data.order import bucketed, shuffled

@@ -60,7 +60,7 @@ def check_file(file: Path, sound: Sound) -> int:
     return shape[0]
 
 
-def check_length(file: Path, video: str, header: Header, sound: Sound, rate: Fraction) -> None:
+def check_fits(file: Path, video: str, header: Header, sound: Sound, rate: Fraction) -> None:
     """Raises ValueError for a file that is none of this sound, and for one that is longer or shorter than its video by
     more than the moments of one latent frame."""
     found, wanted = check_file(file, sound), header.seconds * float(rate)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.backbones.given_image import Control
+from fastgen.backbones.given import Control
 from fastgen.data.base import DataError
 from fastgen.data.captioned import read_captioned
 from fastgen.data.clips import (
@@ -34,8 +34,7 @@ from fastgen.data.media import VIDEOS
 from fastgen.data.readers import READERS
 from fastgen.data.samples import Samples, SampleSource
 from fastgen.data.sizes import check_sizes
-from fastgen.data.sounds import check_file, check_normal, read_sound, sounds_like
-from fastgen.data.sounds import check_length as check_sound_length
+from fastgen.data.sounds import check_file, check_fits, check_normal, read_sound, sounds_like
 from fastgen.data.tar_shards import Entry, key_and_suffix, member, shard_entries
 from fastgen.registry import MOST_SEED, MOST_STEPS, here_or_shipped
 
@@ -133,7 +132,7 @@ class VideoData(SampleSource):
                 check_file(file, sound)
             else:
                 rate = sound.rate(self.rate(backbone), backbone.num_frames, frames)
-                check_sound_length(file, video.where, header, sound, rate)
+                check_fits(file, video.where, header, sound, rate)
         check_normal(files, sound)
 
     def sound_files(self, videos: Sequence["Video"]) -> list[Path]:
