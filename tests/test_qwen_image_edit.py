@@ -186,7 +186,7 @@ def test_a_prompt_in_a_batch_gives_what_it_gives_alone(backbone: QwenImageEdit) 
 
 
 def test_prompts_without_an_image_and_other_pipelines_are_refused(backbone: QwenImageEdit, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="makes every sample from a given image"):
+    with pytest.raises(ValueError, match="makes every sample from given images"):
         backbone.encode_both(PROMPTS)
     with pytest.raises(ValueError, match="encodes a prompt together with its image"):
         backbone.encode_prompts(PROMPTS)

@@ -353,7 +353,7 @@ def test_a_sound_of_an_evaluation_may_end_a_latent_frame_early(wide: Path, sound
             "from sound; give a folder of sounds",
         ),
         ({"sound": TONE | {"bins": 16}}, r"set backbone\.sound\.bins to 32"),
-        ({"images": "assets/emoji/reference"}, "makes its samples from sounds here"),
+        ({"images": "assets/emoji/reference"}, r"from sounds \(\.sound\.safetensors\) here, and .* has pictures"),
         ({"frames": 33}, "has 17 moments, and a video 33"),
     ],
 )

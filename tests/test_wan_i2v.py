@@ -292,7 +292,7 @@ def test_what_takes_no_image_and_what_lacks_one_is_refused(
     with pytest.raises(ValueError, match="backbone wan does"):
         open_i2v(tiny_wan(tmp_path / "wan"), "clip")
     backbone = backbones["clip"]
-    with pytest.raises(ValueError, match="makes every sample from a given image"):
+    with pytest.raises(ValueError, match="makes every sample from given images"):
         backbone.encode_both(PROMPTS)
     plain = load_sampler(tmp_path / "wan").backbone
     with pytest.raises(ValueError, match="takes no images"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastgen.config.problems import Problems
 from fastgen.config.starts import check_init
-from fastgen.data.controls import controls_like, kind_of
+from fastgen.data.controls import KINDS, controls_like, kind_of, named_kinds
 from fastgen.data.prompts import read_prompts
 from fastgen.data.sounds import check_whole
 from fastgen.data.videos import check_lengths
@@ -109,8 +109,8 @@ def check_given(recipe: Recipe) -> None:
         return
     files, (wanted,) = given_files(recipe.eval.images), config.given
     if kind_of(files[0]) != wanted:
-        kind = {"controls": "control videos, a folder without pictures,", "images": "pictures", "sound": "sounds"}
-        raise RecipeError(f"images: backbone {config.name} makes its samples from {kind[wanted]} here")
+        found = f"{recipe.eval.images} has {KINDS[kind_of(files[0])]}"
+        raise RecipeError(f"images: backbone {config.name} makes its samples from {KINDS[wanted]} here, and {found}")
     if wanted == "sound" and (frames := config.latent_frames()) is not None:
         for file in files:
             check_whole(file, config.sound, frames)
@@ -395,11 +395,9 @@ def check_evaluation(recipe: Recipe) -> None:
             f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
         )
     if (config.images is not None) != recipe.backbone.takes_given:
-        kinds = {"controls": "control videos", "images": "pictures", "sound": "sounds"}
-        kind = " and ".join(kinds[kind] for kind in recipe.backbone.given)
         raise RecipeError(
             f"eval.images: backbone {backbone} makes its samples from {', '.join(recipe.backbone.given)}; give a "
-            f"folder of {kind}"
+            f"folder of {named_kinds(recipe.backbone.given)}"
             if recipe.backbone.takes_given
             else f"eval.images: backbone {backbone} makes its samples from prompts alone; leave it out"
         )

@@ -6,7 +6,7 @@ depth/masks/a.mp4        its mask, a video or a picture (a.png) for all of it: w
 depth/references/a.png   a picture of what is to be seen, or a folder references/a with several, sorted by name
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,14 @@ class ControlFiles(NamedTuple):
 
 def is_video(file: Path) -> bool:
     return file.suffix.lower() in VIDEOS.suffixes
+
+
+KINDS = {"images": "pictures", "controls": f"control videos ({VIDEOS.endings})", "sound": f"sounds ({ENDING})"}
+
+
+def named_kinds(given: Iterable[str]) -> str:
+    """For messages: what samples are made from, by the kinds of `BackboneConfig.given`."""
+    return ", ".join(KINDS[kind] for kind in given)
 
 
 def kind_of(file: Path) -> str:
@@ -169,9 +177,7 @@ def encode_given(backbone: Backbone, files: Sequence[Path]) -> Conditioning:
     backbone reads, smaller ones too, and their centre is cropped. Raises ValueError for files of another kind."""
     config: Any = backbone.config
     if odd := next((file for file in files if kind_of(file) not in config.given), None):
-        names = {"controls": f"control videos ({VIDEOS.endings})", "images": "pictures", "sound": f"sounds ({ENDING})"}
-        wanted = ", ".join(names[kind] for kind in config.given)
-        raise ValueError(f"this pipeline makes its samples from {wanted}, and {odd} is none")
+        raise ValueError(f"this pipeline makes its samples from {named_kinds(config.given)}, and {odd} is none")
     if "sound" in config.given:
         count = config.sound.length(backbone.latent_shape[0])
         moments = (read_sound(file, config.sound, 0, count).to(backbone.device) for file in files)
