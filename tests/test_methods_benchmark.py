@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.streaming import methods
-from benchmarks.streaming.methods import BASE, METHODS, Method, Run, every_run
+from benchmarks.streaming.methods import BASE, COLUMNS, METHODS, Method, Run, every_run, pooled, table
 from benchmarks.streaming.rewards import told_motion
 from fastgen.config import load_recipe
 from fastgen.data.moving_digits import draw_scenes, render
@@ -52,6 +52,26 @@ def test_every_streaming_objective_is_compared() -> None:
     assert {name for name in NAMED if f"name={name}" in words or f"name: {name}" in words} == NAMED - {"dmd2"}
 
 
+def test_a_star_is_at_what_differs_by_more_than_two_standard_errors() -> None:
+    """Two seeds of plain Self Forcing, at 0.90 and 0.92, and one of another method."""
+    assert pooled([[1.0, 3.0], [5.0], [0.0, 0.0, 3.0]]) == pytest.approx((8 / 3) ** 0.5)
+    bound = 2 * 0.02 / 2**0.5 * (1 + 1 / 2) ** 0.5
+    for other in (0.91 + 0.99 * bound, 0.91 - 1.01 * bound):
+        numbers = {f"{BASE}, 4 steps, seed 0": 0.90, f"{BASE}, 4 steps, seed 1": 0.92}
+        numbers["8-bit context, 4 steps, seed 0"] = other
+        rows = {
+            f"{name} {part}": {key: value for own, key in COLUMNS.values() if own == part}
+            | {"cpu_seconds": value, "videos": 1, "chunks": 1}
+            for name, value in numbers.items()
+            for part in ("whole", "long")
+        }
+        plain, row, _, said = table(rows).splitlines()[2:]
+        assert plain.startswith(f"| {BASE} | 4 | 2 | 0.910 ± 0.010 |") and "*" not in plain
+        starred = [cell.strip().endswith("*") for cell in row.split("|")[4:-1]]
+        assert starred == [other < 0.91] * (len(COLUMNS) - 1) + [False], "seconds are not of seeds"
+        assert said.startswith("Deviation between seeds: accuracy 0.0141, ")
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of teacher forcing of one update."""
@@ -89,7 +109,9 @@ def test_the_table_shows_means_and_their_errors() -> None:
     rows[f"{BASE}, 4 steps, seed 1 whole"] = row | {"video_accuracy": 0.7}
     rows[f"{BASE}, 2 steps, seed 0 whole"] = row  # its long videos are not measured yet
     lines = methods.table(json.loads(json.dumps(rows))).splitlines()
-    assert len(lines) == 3 and lines[2].startswith(f"| {BASE} | 4 | 2 | 0.600 ± 0.100 | 0.500 ± 0.000 |")
+    assert lines[3:] == ["", "Deviation between seeds: accuracy 0.1414."] and lines[2].startswith(
+        f"| {BASE} | 4 | 2 | 0.600 ± 0.100 | 0.500 ± 0.000 |"
+    )
     assert lines[2].endswith("| 2.000 ± 0.000 |")
 
 

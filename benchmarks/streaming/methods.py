@@ -215,6 +215,7 @@ def perform(run: Run, start: Path, runs: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)
 
 
+SECONDS = "seconds a chunk"  # on machines that were more or less busy: its differences say nothing
 COLUMNS = {  # heading -> the part and the number of its row
     "accuracy": ("whole", "video_accuracy"),
     "first frame": ("whole", "video_accuracy_first"),
@@ -224,26 +225,55 @@ COLUMNS = {  # heading -> the part and the number of its row
     "long: speed error": ("long", "speed_error"),
     "long: brightness, late / early": ("long", "mass_ratio"),
     "long: frozen": ("long", "freeze_share"),
-    "seconds a chunk": ("long", "seconds_a_chunk"),
+    SECONDS: ("long", "seconds_a_chunk"),
 }
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A markdown table: means over the seeds, with the standard error of the mean where there are several."""
+    """A markdown table: means over the seeds, with the standard error of the mean where there are several. A star is
+    at a number that differs from that of plain Self Forcing with as many steps by more than two standard errors,
+    2 s sqrt(1 / n + 1 / n_plain), where s is the deviation between seeds of all rows that have several (`pooled`)."""
     lines = [f"| method | steps | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
-    for method in METHODS:
-        for steps in method.steps:
-            found: dict[str, list[float]] = {}
-            for seed in range(100):
-                name = Run(method, steps, seed).name
-                if f"{name} whole" in rows and f"{name} long" in rows:
-                    for heading, (part, key) in COLUMNS.items():
-                        found.setdefault(heading, []).append(value_of(rows[f"{name} {part}"], key))
-            if found:
-                cells = [cell(values) for values in found.values()]
-                count = len(next(iter(found.values())))
-                lines.append(f"| {method.name} | {steps} | {count} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    found = {(m.name, steps): values_of(rows, m, steps) for m in METHODS for steps in m.steps}
+    deviations = {heading: pooled([values[heading] for values in found.values() if values]) for heading in COLUMNS}
+    deviations[SECONDS] = 0.0  # not of seeds
+    for (name, steps), columns in found.items():
+        if columns:
+            plain = found[BASE, steps]
+            cells = [
+                cell(values) + "*" * (name != BASE and differs(values, plain.get(heading, []), deviations[heading]))
+                for heading, values in columns.items()
+            ]
+            count = len(next(iter(columns.values())))
+            lines.append(f"| {name} | {steps} | {count} | {' | '.join(cells)} |")
+    said = ", ".join(f"{heading} {s:.4f}" for heading, s in deviations.items() if s)
+    return "\n".join(lines) + (f"\n\nDeviation between seeds: {said}." if said else "")
+
+
+def values_of(rows: Mapping[str, Mapping[str, Any]], method: Method, steps: int) -> dict[str, list[float]]:
+    """Heading -> the numbers of all seeds that were measured."""
+    found: dict[str, list[float]] = {}
+    for seed in range(100):
+        name = Run(method, steps, seed).name
+        if f"{name} whole" in rows and f"{name} long" in rows:
+            for heading, (part, key) in COLUMNS.items():
+                found.setdefault(heading, []).append(value_of(rows[f"{name} {part}"], key))
+    return found
+
+
+def pooled(groups: list[list[float]]) -> float:
+    """The standard deviation within groups of several numbers; 0 if there is none."""
+    several = [group for group in groups if len(group) > 1]
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
+    return (squares / max(1, sum(len(group) - 1 for group in several))) ** 0.5
+
+
+def differs(values: list[float], plain: list[float], deviation: float) -> bool:
+    """Whether the means are more than two standard errors apart; never if that error is not known."""
+    if not plain or not deviation:
+        return False
+    error = deviation * (1 / len(values) + 1 / len(plain)) ** 0.5
+    return abs(statistics.mean(values) - statistics.mean(plain)) > 2 * error
 
 
 def value_of(row: Mapping[str, Any], key: str) -> float:
