@@ -240,7 +240,10 @@ def test_the_commands_take_a_sound(exported: tuple[Any, WanDenoiser, Path], tmp_
     silent = run(app, [*call, "1.0"])
     assert silent.exit_code == 2 and "driven by a sound; give its file" in silent.stderr.replace("\n", " ")
     long = run(app, [*call, "2.0", "--sound", str(sound)])
-    assert long.exit_code == 2 and "has 9 moments, and a video 17" in " ".join(long.stderr.split())
+    assert long.exit_code == 2 and "has 9 moments, and the video that it drives 17" in " ".join(long.stderr.split())
+    absent = run(app, [*call, "1.0", "--sound", str(tmp_path / "b.sound.safetensors")])
+    words = " ".join(absent.stderr.split())
+    assert absent.exit_code == 2 and "--sound: " in words and "is no safetensors file with a tensor" in words
     assert run(app, [*call, "1.0", "--sound", str(sound)]).exit_code == 0
     assert not (tmp_path / "s.sound.safetensors").exists()
     call = ["sample", str(folder), "--prompt", "a cat", "--output", str(tmp_path / "samples")]
@@ -339,7 +342,7 @@ def test_a_sound_of_an_evaluation_may_end_a_latent_frame_early(wide: Path, sound
     save_file({"sound": torch.rand(13, 32)}, sounds / "b.sound.safetensors")
     assert recipe_of(wide, tmp_path / "run", sounds, forcing).eval.images == str(sounds)
     save_file({"sound": torch.rand(12, 32)}, sounds / "b.sound.safetensors")
-    with pytest.raises(RecipeError, match=r"b\.sound\.safetensors has 12 moments, and a video 17"):
+    with pytest.raises(RecipeError, match=r"b\.sound\.safetensors has 12 moments, and the video that it drives 17"):
         recipe_of(wide, tmp_path / "run", sounds, forcing)
 
 
@@ -354,7 +357,7 @@ def test_a_sound_of_an_evaluation_may_end_a_latent_frame_early(wide: Path, sound
         ),
         ({"sound": TONE | {"bins": 16}}, r"set backbone\.sound\.bins to 32"),
         ({"images": "assets/emoji/reference"}, r"from sounds \(\.sound\.safetensors\) here, and .* has pictures"),
-        ({"frames": 33}, "has 17 moments, and a video 33"),
+        ({"frames": 33}, "has 17 moments, and the video that it drives 33"),
     ],
 )
 def test_recipes_with_a_given_sound_that_cannot_work_are_refused(

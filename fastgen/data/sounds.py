@@ -75,7 +75,7 @@ def check_whole(file: Path, sound: Sound, frames: int) -> None:
     """Raises ValueError for a file that is none of this sound, or too short to drive a video of so many latent
     frames."""
     if (found := check_file(file, sound)) + sound.moments < sound.length(frames):
-        raise ValueError(f"sounds: {file} has {found} moments, and a video {sound.length(frames)}")
+        raise ValueError(f"sounds: {file} has {found} moments, and the video that it drives {sound.length(frames)}")
 
 
 def read_sound(file: Path, sound: Sound, first: int, count: int) -> Tensor:

@@ -88,7 +88,7 @@ class StreamRequest:
             try:
                 check_whole(self.sound, driven, 1 + -(-(pictures_of(self.seconds, fps) - 1) // step))
             except ValueError as error:
-                raise ValueError(f"--sound: {self.seconds:g} seconds are longer than it: {error}") from None
+                raise ValueError(f"--sound: {str(error).removeprefix('sounds: ')}") from None
 
 
 def driven_by(folder: Path) -> Sound | None:
