@@ -69,7 +69,7 @@ def test_a_star_is_at_what_differs_by_more_than_two_standard_errors() -> None:
         assert plain.startswith(f"| {BASE} | 4 | 2 | 0.910 ± 0.010 |") and "*" not in plain
         starred = [cell.strip().endswith("*") for cell in row.split("|")[4:-1]]
         assert starred == [other < 0.91] * (len(COLUMNS) - 1) + [False], "seconds are not of seeds"
-        assert said.startswith("Deviation between seeds: accuracy 0.0141, ")
+        assert said.startswith("Deviation between seeds: accuracy 0.0141; ")
 
 
 @pytest.fixture(scope="module")

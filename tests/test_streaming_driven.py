@@ -218,7 +218,9 @@ def test_a_stream_waits_for_its_sound(exported: tuple[Any, WanDenoiser, Path], t
     """It is the whole video, however its sound comes in, and goes on from where it was saved."""
     pipeline, (sound,) = StreamingWanPipeline.from_pretrained(exported[2]), sound_of(1)
     whole = pipeline("a cat", seed=0, sound=sound, output_type="pt").frames[0]
-    stream = pipeline.stream("a cat", seed=0, sound=sound[:6])
+    stream = pipeline.stream("a cat", seed=0)
+    assert next(stream, None) is None, "it has no sound yet"
+    stream.listen(sound[:6])
     pictures = list(stream)
     assert len(torch.cat(pictures)) == 9, "six moments are those of three latent frames, and one more"
     save_file(stream.state_dict(), tmp_path / "stream.safetensors")
@@ -228,6 +230,8 @@ def test_a_stream_waits_for_its_sound(exported: tuple[Any, WanDenoiser, Path], t
         part.listen(sound[7:])
         torch.testing.assert_close(torch.cat([*pictures, *later, *part]), whole, atol=1e-5, rtol=0)
         assert next(part, None) is None
+    at_once = torch.cat(list(pipeline.stream("a cat", seed=0, sound=sound)))
+    torch.testing.assert_close(at_once, whole, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"the sound is \[moments, 40\] and finite, got \[3, 12\]"):
         stream.listen(torch.zeros(3, 12))
 

@@ -246,7 +246,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             ]
             count = len(next(iter(columns.values())))
             lines.append(f"| {name} | {steps} | {count} | {' | '.join(cells)} |")
-    said = ", ".join(f"{heading} {s:.4f}" for heading, s in deviations.items() if s)
+    said = "; ".join(f"{heading} {s:.4f}" for heading, s in deviations.items() if s)
     return "\n".join(lines) + (f"\n\nDeviation between seeds: {said}." if said else "")
 
 

@@ -85,7 +85,8 @@ class Stream:
     driven: the sound that it is driven by, if it is.
 
     A chunk is committed to the context when the next one is asked for, so that its pictures do not wait for it. The
-    memory is flat if the schedule has a window; without one, the context grows with the video."""
+    memory is flat if the schedule has a window; without one, the context grows with the video. A sound that drives it
+    is kept from its beginning on."""
 
     def __init__(
         self,
@@ -111,7 +112,10 @@ class Stream:
         self.moves: Tensor | None = None  # those of all frames until now, and what is still listed, [1, n, axes]
         self.driven = driven
         # the moments from the beginning on, [n, bins], by which it is driven
-        self.moments = None if driven is None else torch.empty(0, driven.bins)
+        self.moments: Tensor | None = None
+        self.driving: Tensor | None = None  # these by frames, [1, F, m, bins], as far as frames are whole
+        if driven is not None:
+            self.hold(torch.empty(0, driven.bins))
         self.prompt = prompt
 
     @property
@@ -135,15 +139,15 @@ class Stream:
             raise ValueError("this student is not driven by a sound")
         if sound.dim() != 2 or sound.shape[1] != self.driven.bins or not bool(sound.isfinite().all()):
             raise ValueError(f"the sound is [moments, {self.driven.bins}] and finite, got {list(sound.shape)}")
-        self.moments = torch.cat([self.moments, sound.to(self.moments)])
+        self.hold(torch.cat([self.moments, sound.to(self.moments)]))
 
-    @property
-    def driving(self) -> Tensor | None:
-        """The sound that has been given so far, by frames, [1, F, m, bins]; None if nothing drives the video."""
-        if self.driven is None or self.moments is None:
-            return None
-        whole = (len(self.moments) - 1) // self.driven.moments * self.driven.moments + 1
-        return by_frame(self.driven, self.moments[None, : max(0, whole)]).to(self.draws.ids.device)
+    def hold(self, moments: Tensor) -> None:
+        """Takes these moments, from the beginning on, as the sound that has been given so far."""
+        assert self.driven is not None
+        whole = (len(moments) - 1) // self.driven.moments * self.driven.moments + 1
+        self.moments, self.driving = moments, None
+        if len(moments):
+            self.driving = by_frame(self.driven, moments[None, :whole]).to(self.draws.ids.device)
 
     @property
     def made(self) -> int:
@@ -157,8 +161,8 @@ class Stream:
         if self.moves is not None:
             ahead = self.policy.num_steps * self.context.chunks.frames  # of chunks in the making
             cond["actions"] = lasting(self.moves, self.context.chunk.stop + ahead)
-        if (sound := self.driving) is not None:
-            cond["sound"] = sound
+        if self.driving is not None:
+            cond["sound"] = self.driving
         return cond
 
     def __iter__(self) -> "Stream":
@@ -166,7 +170,8 @@ class Stream:
 
     def __next__(self) -> Tensor:
         self.commit()
-        if (sound := self.driving) is not None and sound.shape[1] < self.context.chunk.stop:
+        given = 0 if self.driving is None else self.driving.shape[1]
+        if self.driven is not None and given < self.context.chunk.stop:
             raise StopIteration
         return self.decode(self.denoise())
 
@@ -247,7 +252,7 @@ class Stream:
         self.draws = replace(self.draws, ids=torch.full_like(self.draws.ids, about["seed"]))
         self.finished, self.prompt, self.moves = None, about["prompt"], state.get("moves")
         if self.moments is not None:
-            self.moments = state["moments"].cpu()
+            self.hold(state["moments"].cpu())
 
     @property
     def about(self) -> dict[str, Any]:
