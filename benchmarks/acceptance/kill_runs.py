@@ -3,8 +3,9 @@
     python benchmarks/acceptance/kill_runs.py --kills 10 --kills-while-saving 3
 
 The cases are the digits and a mixture, each trained in full and by LoRA. A kill comes at a random moment between the
-first checkpoint and the end; those that count as "while saving" come when a checkpoint is half written. Every case is
-one row of kills.jsonl, and the program fails if any row there is not identical to the bit."""
+first checkpoint and the end; those that count as "while saving" come when a checkpoint is half written
+(die_while_saving.py). Every case is one row of kills.jsonl, and the program fails if any row there is not identical to
+the bit, or if a kill of it did not happen."""
 
 import argparse
 import json
@@ -15,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -24,6 +27,8 @@ from safetensors.torch import load_file
 from benchmarks.rows import append_row, read_rows, sort_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "fastgen/train.py"
+DIE_WHILE_SAVING = Path(__file__).resolve().with_name("die_while_saving.py")
 ROWS = Path(__file__).resolve().with_name("kills.jsonl")
 LORA = "lora={student: {rank: 4}, fake_score: {rank: 4}}"
 QUIET = ["train.sample_every=0", "train.eval_every=0", "eval.quick_num_samples=20", "eval.teacher_steps=[2]"]
@@ -46,12 +51,13 @@ CASES = {  # name -> recipe and overrides
 }
 
 
-def start(recipe: str, folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
-    """Starts or continues a training as a process of its own. What it prints is added to a log beside the folder."""
-    command = [sys.executable, str(ROOT / "fastgen/train.py"), recipe, *overrides, f"output_dir={folder}"]
+def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
+    """Starts or continues a training as a process of its own. What it prints is added to a log beside the folder.
+    command: the program, the recipe and its overrides."""
     log = (folder.parent / f"{folder.name}.log").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    whole = [sys.executable, *command, f"output_dir={folder}"]
+    return subprocess.Popen(whole, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
 
 def steps_done(folder: Path) -> int:
@@ -60,25 +66,31 @@ def steps_done(folder: Path) -> int:
     return max((int(name.removeprefix("step_")) for name in found), default=0)
 
 
-def is_saving(folder: Path) -> bool:
-    """Whether a checkpoint is half written."""
+def half_written(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step_????????.partial"))
 
 
-def kill_once(recipe: str, folder: Path, overrides: list[str], moment: int, while_saving: bool) -> bool:
-    """Starts or continues the run, and kills it once a checkpoint has `moment` steps (and, while_saving, the next one
-    is being written). Returns False if the run came to its end first."""
-    process = start(recipe, folder, overrides)
-    delay = random.uniform(0, 0.5)
+def kill_between(folder: Path, run: list[str], moment: int, last: int) -> bool:
+    """Starts or continues the run, and kills it within half a second after the checkpoint of step `moment`, or at that
+    of step `last` if it is faster. Returns False if the run came to its end first."""
+    process = start(folder, str(TRAIN), *run)
+    delay, since = random.uniform(0, 0.5), None
     while process.poll() is None:
-        if steps_done(folder) >= moment and (is_saving(folder) or not while_saving):
-            if not while_saving:
-                time.sleep(delay)
+        done, now = steps_done(folder), time.monotonic()
+        since = now if since is None and done >= moment else since
+        if since is not None and (now - since >= delay or done >= last):
             process.send_signal(signal.SIGKILL)
             process.wait()
             return process.returncode == -signal.SIGKILL
         time.sleep(0.0005)
     return False
+
+
+def kill_while_saving(folder: Path, run: list[str], moment: int) -> bool:
+    """Starts or continues the run, which kills itself while it writes the first checkpoint after step `moment`.
+    Returns whether it did, and has left that checkpoint half written."""
+    process = start(folder, str(DIE_WHILE_SAVING), str(moment), str(random.randrange(2**31)), *run)
+    return process.wait() == -signal.SIGKILL and half_written(folder)
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -102,22 +114,29 @@ def run_case(name: str, recipe: str, overrides: list[str], kills: int, saving: i
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     whole, killed = folder / "whole", folder / "killed"
-    if start(recipe, whole, overrides).wait():
+    run = [recipe, *overrides]
+    if start(whole, str(TRAIN), *run).wait():
         raise SystemExit(f"{name}: the uninterrupted run failed; see {folder / 'whole.log'}")
     total = steps_done(whole)
     every = next(int(o.split("=")[1]) for o in overrides if o.startswith("train.checkpoint_every"))
-    moments = sorted(random.randrange(every, total - every, every) for _ in range(kills))
+    last = total - 3 * every  # a run that is killed there still has checkpoints to write
+    moments = sorted(random.randrange(every, last, every) for _ in range(kills))
     chosen = set(random.sample(range(kills), saving))
     done = []
-    for i, moment in enumerate(moments):
-        before = steps_done(killed)
-        happened = kill_once(recipe, killed, overrides, max(moment, before), i in chosen)
-        done.append({"after_step": steps_done(killed), "while_saving": i in chosen, "killed": happened})
-    if start(recipe, killed, overrides).wait():
+    for i, drawn in enumerate(moments):
+        moment = max(drawn, steps_done(killed))
+        saving_now = i in chosen
+        happened = kill_while_saving(killed, run, moment) if saving_now else kill_between(killed, run, moment, last)
+        done.append({"after_step": steps_done(killed), "while_saving": saving_now, "killed": happened})
+    if start(killed, str(TRAIN), *run).wait():
         raise SystemExit(f"{name}: continuing failed; see {folder / 'killed.log'}")
     row = {"kills": done, "bit_identical": same_bits(whole, killed), "steps": total}
     print(name, json.dumps(row))
     return row
+
+
+def holds(row: Mapping[str, Any]) -> bool:
+    return row["bit_identical"] and all(kill["killed"] for kill in row["kills"])
 
 
 def main() -> int:
@@ -139,7 +158,7 @@ def main() -> int:
             folder, chosen = arguments.folder / name, [*QUIET, *overrides, *extra]
             append_row(arguments.rows, {"name": name, **run_case(name, recipe, chosen, kills, saving, folder)})
     sort_rows(arguments.rows)
-    return 0 if all(row["bit_identical"] for row in read_rows(arguments.rows).values()) else 1
+    return 0 if all(map(holds, read_rows(arguments.rows).values())) else 1
 
 
 if __name__ == "__main__":
