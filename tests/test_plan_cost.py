@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgen.config import load_recipe
 from fastgen.planning.cost import Speed, cost_lines, operations
 from fastgen.planning.plan import CONTEXT, Plan, plan
-from fastgen.planning.report import report_advice
+from fastgen.planning.report import Change, changes, report_advice
 from fastgen.planning.weightless import LiveBytes, empty, weightless
 
 MIXTURE = Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"
@@ -98,3 +98,10 @@ def test_a_recipe_fits_with_headroom_and_a_context_or_not_at_all(found: Plan, mo
     assert asked[0] < found.peak
     report_advice(found, found.peak + CONTEXT + 1, console, headroom=0.0)
     assert "It fits" in console.export_text()
+
+
+def test_networks_are_divided_before_something_else_is_trained(project: Path) -> None:
+    """Of changes with as many lines, the first that fits is advised."""
+    lines = [change.lines for change in changes(load_recipe(project / "recipes/sdxl_dmd2_4step.yaml"), 8, 1)]
+    assert lines.index(("train.strategy=fsdp",)) < len(lines) - 1 and lines[-1][0].startswith("lora.student=")
+    assert not Change(lines[-2]).goes_with(Change(lines[-3])) and Change(lines[-1]).goes_with(Change(lines[-2]))

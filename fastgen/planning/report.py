@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,12 +23,15 @@ LORA = "{rank: 64}"
 @dataclasses.dataclass(frozen=True)
 class Change:
     """Overrides of a recipe that save memory. encoders: what they make of a plan, if they are about text encoders.
-    divided: networks are sharded over the GPUs, and gradients are never held whole. Neither of these two changes the
-    turns."""
+    train: keys of the section `train`, if they divide networks over the GPUs. Neither of the two changes the turns."""
 
     lines: tuple[str, ...]
     encoders: Callable[[Plan], Plan] | None = None
-    divided: bool = False
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def goes_with(self, other: "Change") -> bool:
+        """Whether both may be chosen: one does not have all lines of the other."""
+        return not (set(self.lines) <= set(other.lines) or set(other.lines) <= set(self.lines))
 
 
 def prepared(found: Plan) -> Plan:
@@ -42,6 +46,10 @@ def offloaded(found: Plan) -> Plan:
     train = dataclasses.replace(found.recipe.train, prefetch=0)
     recipe = dataclasses.replace(found.recipe, train=train)
     return dataclasses.replace(found, recipe=recipe, components=tuple(c.offloaded() for c in found.components))
+
+
+def divided(train: Mapping[str, Any]) -> Change:
+    return Change(tuple(f"train.{key}={value}" for key, value in train.items()), train=train)
 
 
 def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
@@ -65,14 +73,14 @@ def changes(recipe: Recipe, gpus: int, encoders: int) -> list[Change]:
     if train.batch_size > 1:
         product = train.batch_size * train.accumulate
         options.append(Change(("train.batch_size=1", f"train.accumulate={product}")))
+    sharded = {"strategy": "fsdp"}
+    if gpus > 1 and train.strategy != "fsdp":
+        options.append(divided(sharded))
+    if gpus > 1 and train.reduce_gradients == "update" and train.accumulate * train.batch_size > 1:
+        options.append(divided((sharded if train.strategy != "fsdp" else {}) | {"reduce_gradients": "micro_batch"}))
     roles = [r for r in recipe.objective.trained_roles if r not in (*recipe.lora, *recipe.objective.full_roles)]
-    if roles:
+    if roles:  # the last, as it trains something else
         options.append(Change(tuple(f"lora.{role}={LORA}" for role in roles)))
-    if gpus > 1 and (train.strategy != "fsdp" or train.reduce_gradients == "update"):
-        sharded = () if train.strategy == "fsdp" else ("train.strategy=fsdp",)
-        whole = train.reduce_gradients == "update" and train.accumulate * train.batch_size > 1
-        if lines := (*sharded, *(("train.reduce_gradients=micro_batch",) if whole else ())):
-            options.append(Change(lines, divided=True))
     return options
 
 
@@ -98,15 +106,15 @@ class Variants:
 
     def plan(self, chosen: Sequence[Change], whole: bool = True) -> Plan:
         """The plan with the chosen changes. whole: False leaves out activations."""
-        lines = tuple(line for c in chosen if not (c.encoders or c.divided) for line in c.lines)
+        lines = tuple(line for c in chosen if not (c.encoders or c.train) for line in c.lines)
         key = (lines, whole or (lines, True) in self._known)
         if key not in self._known:
             self._known[key] = plan(self.changed(lines), self.base.gpus, self.base.gpu, activations=whole)
         found = self._known[key]
         for change in (c.encoders for c in chosen if c.encoders is not None):
             found = change(found)
-        if any(c.divided for c in chosen):
-            train = dataclasses.replace(found.recipe.train, strategy="fsdp", reduce_gradients="micro_batch")
+        for keys in (c.train for c in chosen if c.train):
+            train = dataclasses.replace(found.recipe.train, **keys)
             found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, train=train))
         return found
 
@@ -134,15 +142,16 @@ def advise(base: Plan, memory: float) -> Advice:
         bound = variants.plan([option], whole=False).peak
         exact = bound <= memory
         tried.append((option.lines, variants.plan([option]).peak if exact else bound, exact))
-    sets = [c for n in range(len(options) + 1) for c in itertools.combinations(options, n)]
+    every = (c for n in range(len(options) + 1) for c in itertools.combinations(options, n))
+    sets = [c for c in every if all(a.goes_with(b) for a, b in itertools.combinations(c, 2))]
     for chosen in sorted(sets, key=lambda c: sum(len(option.lines) for option in c)):
         if variants.plan(chosen, whole=False).peak <= memory:
             found = variants.plan(chosen)
             if found.peak <= memory:
                 return Advice(tuple(tried), tuple(line for c in chosen for line in c.lines), found.peak)
-    sharded = Change(("train.strategy=fsdp",), divided=True)
-    whole = variants.plan([*(o for o in options if not o.divided), sharded])
-    counts = (2**i for i in range(1, 13) if variants.possible(sharded))
+    sharded = divided({"strategy": "fsdp", "reduce_gradients": "micro_batch"})
+    whole = variants.plan([*(option for option in options if not option.train), sharded])
+    counts = (2**i for i in range(1, 13) if variants.possible(divided({"strategy": "fsdp"})))
     enough = next((n for n in counts if dataclasses.replace(whole, gpus=n).peak <= memory), None)
     return Advice(tuple(tried), None, variants.plan(options).peak, enough)
 
