@@ -45,13 +45,15 @@ MAP_STUDENT = "student: {lr: 5e-4, betas: [0.9, 0.99], weight_decay: 0.0, decay:
 
 class Method(NamedTuple):
     """name: of the row.  chunks: the keys of rollout.chunks besides `frames: 1`.  overrides: other keys.
-    steps: the numbers of steps it makes sense for.  start: the method whose student it starts from."""
+    steps: the numbers of steps it makes sense for.  start: the method whose student it starts from.
+    any_step: one student makes all of these numbers of steps; it is trained with the first of them."""
 
     name: str
     chunks: str = "window: 4, sink: 1"
     overrides: tuple[str, ...] = ()
     steps: tuple[int, ...] = (4,)
     start: str | None = None
+    any_step: bool = False
 
 
 METHODS = (
@@ -110,7 +112,8 @@ METHODS = (
     Method(
         "AnyFlow on real videos",
         overrides=("objective={name: any_flow, causal: chunks}", *FLOW_MAP, f"optimizers={{{MAP_STUDENT}}}"),
-        steps=(4, 1),
+        steps=(4, 2, 1),
+        any_step=True,
     ),
     Method(
         "AnyFlow, then on its own videos",
@@ -119,8 +122,9 @@ METHODS = (
             *FLOW_MAP,
             f"optimizers={{{MAP_STUDENT}, fake_score: {CRITIC}}}",
         ),
-        steps=(4, 1),
+        steps=(4, 2, 1),
         start="AnyFlow on real videos",
+        any_step=True,
     ),
     Method(
         "Context Forcing: slow memory, causal teacher",
@@ -146,9 +150,13 @@ class Run(NamedTuple):
         return f"{self.method.name}, {self.steps} steps, seed {self.seed}"
 
     @property
+    def trained_steps(self) -> int:
+        return self.method.steps[0] if self.method.any_step else self.steps
+
+    @property
     def folder(self) -> str:
         words = "".join(c if c.isalnum() else " " for c in self.method.name.lower()).split()
-        return "_".join([*words, f"{self.steps}", f"seed{self.seed}"])
+        return "_".join([*words, f"{self.trained_steps}", f"seed{self.seed}"])
 
     def overrides(self, start: Path, runs: Path) -> list[str]:
         """What `fastgen train` gets."""
@@ -159,7 +167,7 @@ class Run(NamedTuple):
             f"output_dir={runs / self.folder}",
             f"init_from={first}",
             f"seed={self.seed}",
-            f"rollout.timesteps={LEVELS[self.steps]}",
+            f"rollout.timesteps={LEVELS[self.trained_steps]}",
             f"rollout.chunks={{frames: 1, {self.method.chunks}}}",
             "train.eval_every=0",
             "train.sample_every=0",
@@ -206,6 +214,8 @@ def perform(run: Run, start: Path, runs: Path) -> None:
         str(folder),
         "--name",
         run.name,
+        "--steps",
+        str(run.steps),
         "--parts",
         "whole",
         "long",
