@@ -258,10 +258,10 @@ def test_first_chunk_with_more_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["averaged sink", "actions", "sound"])
+@pytest.mark.parametrize("kind", ["averaged sink", "actions", "sound", "given sound"])
 def test_divided_networks_roll_out_and_commit_as_one(kind: str, tmp_path: Path) -> None:
     """FSDP2 on two processes: a rollout with commits between its forwards, and the gradient of it; also of a network
-    that is told actions and recalls frames, and of one with sound and its sinks."""
+    that is told actions and recalls frames, of one with sound and its sinks, and of one that is given its sound."""
     script = f"""
 import sys, dataclasses, datetime
 import torch
@@ -271,7 +271,9 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_streaming import POLICIES, batch, policy, wan
 from test_streaming_actions import RECALL, acting, told
+from test_streaming_driven import BINS, driven
 from test_streaming_sound import sounding
+from fastgen.batch import Conditioning
 from fastgen.rollout import backward_simulation
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -283,6 +285,10 @@ if {kind!r} == "actions":
     plain, divided = (told(network).requires_grad_(True) for network in (plain, divided))
 if {kind!r} == "sound":
     plain, divided = (sounding(network, 3).requires_grad_(True) for network in (plain, divided))
+if {kind!r} == "given sound":
+    plain, divided = (driven(network, 3).requires_grad_(True) for network in (plain, divided))
+    sound = torch.randn(4, 8, 2, BINS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = dataclasses.replace(part, cond=Conditioning({{**part.cond, "sound": sound}}))
 for module in (*divided.shard_modules, divided):
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
 rows = slice(2 * rank, 2 * rank + 2)
