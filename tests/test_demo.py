@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fastgen.backbones.base import RoleOptions
 from fastgen.cli import app
 from fastgen.config import load_recipe
+from fastgen.data.prompts import read_prompts
 from fastgen.run.export import export
 from fastgen.sampling.demo import Drawn, Pair, draw_student, draw_teacher, load_pair, make_page, shown
 from fastgen.sampling.sampler import load_sampler, teacher_sampler
@@ -49,14 +50,16 @@ def test_both_sides_are_what_the_samplers_give(folder: Path, pair: Pair) -> None
     assert shown(left, None).shape == (256, 256, 3) and shown(None, None) is None
     assert shown(Drawn(torch.rand(3, 300, 200), 0.0, 1, 1), None).shape == (300, 200, 3)
     assert isinstance(pair.guidance, float) and pair.teacher_steps > 4
+    assert pair.prompt == read_prompts(str(TEACHER / "prompts.txt"))[0]
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         draw_student(pair, PROMPT, 5, 8)
 
 
 def test_a_pipeline_that_was_not_distilled_stands_alone() -> None:
     alone = load_pair(TEACHER)
+    assert alone.prompt == read_prompts(str(TEACHER / "prompts.txt"))[0]
     assert alone.teacher is None and draw_teacher(alone, PROMPT, 0, 2, 1.0) is None
-    assert draw_student(alone, PROMPT, 5, 3).evaluations == 6
+    assert [draw_student(alone, PROMPT, 5, 3, scale).evaluations for scale in (None, 2.0)] == [3, 6]
 
 
 def test_a_video_is_shown_as_a_file() -> None:
@@ -88,3 +91,19 @@ def test_the_page_calls_both_sides_and_says_what_is_wrong(pair: Pair) -> None:
     assert (last[0] == shown(draw_student(pair, PROMPT, 5, 4), None)).all()
     with pytest.raises(gradio.Error, match="distilled to 4 steps"):
         list(compare(PROMPT, 5, 8, 3, 1.5))
+
+
+def test_a_pipeline_is_called_as_its_card_recommends() -> None:
+    """Until another guidance is asked for."""
+    emoji = load_pair(ROOT / "assets/emoji/teacher")
+    assert emoji.guidance == 2.0 and emoji.prompt == read_prompts("assets/emoji/prompts.txt")[0]
+    usual, other = (draw_student(emoji, emoji.prompt, 0, 2, guidance) for guidance in (None, 1.0))
+    expected = [teacher_sampler(emoji.backbone, 2, g).sample([emoji.prompt], [0])[0] for g in (2.0, 1.0)]
+    assert torch.equal(usual.pixels, expected[0]) and torch.equal(other.pixels, expected[1])
+
+
+@pytest.mark.slow
+def test_a_video_pipeline_is_shown_at_the_size_that_it_knows() -> None:
+    videos = load_pair(ROOT / "assets/teachers/moving_digits")
+    assert (videos.student.policy.num_steps, videos.guidance) == (25, 4.0)
+    assert draw_student(videos, videos.prompt, 0, 2).pixels.shape == (25, 3, 32, 32)

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import fastgen
-from fastgen.backbones.folder import shipped_pipelines
+from fastgen.backbones.folder import recommended_call, shipped_pipelines
 from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.config.schema import recipe_schema, recipe_schema_text
@@ -21,7 +21,7 @@ from fastgen.config.text import read_recipe
 from fastgen.evaluation.folders import evaluate_path
 from fastgen.recipe import EvalConfig
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
-from fastgen.starting.facts import Wishes, look_at, recommended_call
+from fastgen.starting.facts import Wishes, look_at
 from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe
 from fastgen.starting.shipped import MODELINE, SCHEMA, copy_recipe, is_unverified, recipe_files, summary
 from fastgen.starting.values import first_values, levels

@@ -115,6 +115,15 @@ def read_card(folder: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def recommended_call(folder: Path) -> dict[str, float]:
+    """The numbers of a call that a pipeline's card recommends, where a hub's own page reads them too:
+    `inference.parameters` of its metadata."""
+    found = read_card(folder).get("inference")
+    parameters = found.get("parameters") if isinstance(found, dict) else None
+    numbers = parameters.items() if isinstance(parameters, dict) else ()
+    return {key: float(n) for key, n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n >= 1}
+
+
 def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """component -> (library, class), of those that the pipeline has. An optional one whose folder is missing counts as
     absent. Raises ValueError for any other folder that is missing."""

@@ -33,6 +33,13 @@ class PromptData(SampleSource):
         return Samples(read_prompts(self.prompts, self.column))
 
 
+def prompt_file(pipeline: str) -> str | None:
+    """The file of prompts that a pipeline knows: prompts.txt in its folder or beside it, or one that ships for it."""
+    folder = Path(pipeline)
+    places = (folder / "prompts.txt", folder.parent / "prompts.txt", Path("assets", f"{folder.name}_prompts.txt"))
+    return next((str(p) for p in places if p.is_file() or shipped(p).is_file()), None)
+
+
 def read_prompts(prompts: str | Sequence[str], column: str | None = None) -> list[str]:
     """Returns a list as it is, or reads the prompts of a file (see PromptData). Raises ValueError if there are no
     prompts, or if an entry of the file is not a prompt; the message names its line or row."""

@@ -5,6 +5,7 @@ The page is gradio's, an optional package. Everything else is in functions that 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
+from fastgen.backbones.folder import recommended_call
+from fastgen.data.prompts import prompt_file, read_prompts
 from fastgen.denoiser import Denoiser
 from fastgen.sampling.original import export_folder, original
-from fastgen.sampling.sampler import Sampler, load_sampler, teacher_sampler
+from fastgen.sampling.sampler import Sampler, recommended_config, source_of, teacher_sampler
 from fastgen.sampling.video import check_writer, save_video
 
 SMALLEST = 256  # side of a picture on the page
@@ -25,13 +28,14 @@ NO_GRADIO = "fastgen demo needs the package gradio; pip install 'fastgen-distill
 @dataclass(frozen=True)
 class Pair:
     """student: as it was trained. teacher: its frozen teacher; None for a pipeline that was not distilled, which then
-    stands in the place of the student. teacher_steps, guidance: where the page begins; guidance may be one number for
-    each expert."""
+    stands in the place of the student. prompt, teacher_steps, guidance: where the page begins; guidance may be one
+    number for each expert."""
 
     student: Sampler
     teacher: Denoiser | None
     teacher_steps: int
     guidance: float | Sequence[float]
+    prompt: str
 
     @property
     def backbone(self) -> Backbone:
@@ -59,9 +63,7 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     if they are made from images."""
     folder = export_folder(path)
     if folder is None:
-        plain = load_sampler(path, device=device, dtype=dtype)
-        check_prompts_alone(path, plain.backbone.config)
-        return Pair(plain, None, plain.policy.num_steps, plain.guidance_scale)
+        return plain_pipeline(path, device, dtype)
     config, recipe = original(folder)
     if config.output not in ("pixels", "frames"):
         raise ValueError(f"{path} makes {config.output}; the demo shows pictures and videos")
@@ -70,8 +72,33 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
         raise ValueError(f"{path} makes videos chunk by chunk; fastgen stream shows them")
     backbone: Any = config.build(torch.device(device), dtype, 0)
     student = Sampler(backbone, backbone.load_exported(folder), recipe.rollout, 1.0, folder)
-    teacher_steps = max(recipe.eval.teacher_steps, default=backbone.stock_call[0])
-    return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance)
+    teacher_steps = max(recipe.eval.teacher_steps, default=0)
+    if teacher_steps <= recipe.rollout.num_steps:  # which compares with a teacher that is as fast, not with a good one
+        teacher_steps = backbone.stock_call[0]
+    known = recipe.eval.prompts or prompt_file(getattr(config, "path", ""))
+    return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance, first_prompt(known))
+
+
+def first_prompt(prompts: str | Sequence[str] | None) -> str:
+    """The first of a file or a list; that of any pipeline's, if there is none or the file is elsewhere."""
+    try:
+        return read_prompts(prompts or "neutral")[0]
+    except ValueError:
+        return read_prompts("neutral")[0]
+
+
+def plain_pipeline(path: Path, device: str, dtype: torch.dtype) -> Pair:
+    """A pipeline that was not distilled, in the sizes and with the steps and the guidance that its card recommends,
+    else with those of its stock call."""
+    folder = source_of(path)
+    section, said = recommended_config(folder)[0], recommended_call(folder)
+    check_prompts_alone(path, section)
+    section.check()
+    backbone: Any = section.build(torch.device(device), dtype, 0)
+    steps, scale = backbone.stock_call
+    steps, scale = int(said.get("num_inference_steps", steps)), said.get("guidance_scale", scale)
+    sampler = teacher_sampler(backbone, steps, scale, weights=folder)
+    return Pair(sampler, None, steps, scale, first_prompt(prompt_file(str(path))))
 
 
 def check_prompts_alone(path: Path, config: BackboneConfig) -> None:
@@ -80,11 +107,14 @@ def check_prompts_alone(path: Path, config: BackboneConfig) -> None:
         raise ValueError(f"{path} makes its samples from {kinds}; fastgen sample --image does, and the demo does not")
 
 
-def draw_student(pair: Pair, prompt: str, seed: int, steps: int) -> Drawn:
-    """Raises ValueError for a number of steps that the student cannot make."""
-    student = pair.student
+def draw_student(
+    pair: Pair, prompt: str, seed: int, steps: int, guidance: float | Sequence[float] | None = None
+) -> Drawn:
+    """guidance: of a pipeline that was not distilled; by default the pair's. Raises ValueError for a number of steps
+    that the student cannot make."""
+    student, scale = pair.student, pair.guidance if guidance is None else guidance
     if pair.teacher is None:  # it was not distilled
-        return timed(teacher_sampler(pair.backbone, steps, pair.guidance, student.denoiser), prompt, seed)
+        return timed(teacher_sampler(pair.backbone, steps, scale, student.denoiser), prompt, seed)
     return timed(Sampler(pair.backbone, student.denoiser, student.policy.with_steps(steps)), prompt, seed)
 
 
@@ -125,13 +155,13 @@ def make_page(pair: Pair, title: str) -> Any:
     except ImportError:
         raise ValueError(NO_GRADIO) from None
     video, policy = pair.backbone.output == "frames", pair.student.policy
-    picture = gradio.Video if video else gradio.Image
+    picture = partial(gradio.Video, autoplay=True, loop=True, height=384) if video else gradio.Image
     free = policy.any_step or bool(policy.step_counts) or pair.teacher is None
 
     def compare(prompt: str, seed: float, steps: float, teacher_steps: float, guidance: float | None) -> Iterator[Any]:
         scale = pair.guidance if guidance is None else guidance
         try:
-            left = draw_student(pair, prompt, int(seed), int(steps))
+            left = draw_student(pair, prompt, int(seed), int(steps), scale)
             first = (shown(left, pair.backbone.fps), left.caption)
             yield *first, None, "" if pair.teacher is None else "the teacher is at work"
             right = draw_teacher(pair, prompt, int(seed), int(teacher_steps), scale)
@@ -141,7 +171,7 @@ def make_page(pair: Pair, title: str) -> Any:
 
     with gradio.Blocks(title="fastgen", analytics_enabled=False) as page:
         gradio.Markdown(f"## {title}")
-        prompt = gradio.Textbox("a handwritten three" if "digits" in title else "a lighthouse", label="prompt")
+        prompt = gradio.Textbox(pair.prompt, label="prompt")
         with gradio.Row():
             seed = gradio.Number(0, label="seed", precision=0, minimum=0)
             steps = gradio.Number(policy.num_steps, label="steps", precision=0, minimum=1, interactive=free)
@@ -150,9 +180,8 @@ def make_page(pair: Pair, title: str) -> Any:
                 pair.teacher_steps, label="teacher's steps", precision=0, minimum=1, visible=asked
             )
             one = isinstance(pair.guidance, float | int)
-            guidance = gradio.Number(
-                pair.guidance if one else None, label="teacher's guidance", minimum=0, visible=asked and one
-            )
+            whose = "teacher's guidance" if asked else "guidance"
+            guidance = gradio.Number(pair.guidance if one else None, label=whose, minimum=0, visible=one)
         button = gradio.Button("sample", variant="primary")
         sides = []
         with gradio.Row():

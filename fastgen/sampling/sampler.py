@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fastgen import signals
 from fastgen.backbones import BACKBONES
 from fastgen.backbones.base import Backbone, BackboneConfig
-from fastgen.backbones.folder import read_index
+from fastgen.backbones.folder import read_index, recommended_call
 from fastgen.backbones.pipeline_config import PipelineConfig, family_configs
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import NO_INPUTS, Denoiser, Inputs, Memory
@@ -26,6 +26,7 @@ from fastgen.rollout import RolloutPolicy, sample
 from fastgen.rollout.passes import Noise
 from fastgen.streaming.context import Context
 
+SIZES = ("height", "width", "num_frames", "max_sequence_length")  # arguments of a call that are keys of a backbone
 METADATA = "fastgen.json"  # in an exported folder: the policy that the student was trained with, and its backbone
 
 
@@ -315,3 +316,19 @@ def pipeline_config(folder: Path, image: bool = False) -> PipelineConfig:
         known = ", ".join(name for cls in families for name in cls.pipelines)
         raise ValueError(f"{folder} contains a {index['_class_name']}; supported are {known}")
     return fitting[0](path=str(folder))
+
+
+def recommended_config(folder: Path) -> tuple[PipelineConfig, dict[str, int]]:
+    """`pipeline_config` with the sizes that the pipeline's card recommends (`recommended_call`), and these sizes.
+    Raises ValueError if they do not fit, too."""
+    config, said = pipeline_config(folder), recommended_call(folder)
+    known = {field.name for field in dataclasses.fields(config)}
+    sizes = {key: int(said[key]) for key in SIZES if key in known and key in said}
+    try:
+        return dataclasses.replace(config, **sizes), sizes  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{folder / 'README.md'}: inference.parameters: {where} {first['input']} does not fit: {first['msg']}"
+        ) from None

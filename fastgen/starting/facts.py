@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from fastgen.backbones.base import RoleOptions
-from fastgen.backbones.folder import check_source, local_folder, read_card, read_scheduler
+from fastgen.backbones.folder import check_source, local_folder, read_scheduler, recommended_call
 from fastgen.backbones.pipeline_config import CONFIGS, PipelineConfig
-from fastgen.sampling.sampler import pipeline_config
+from fastgen.sampling.sampler import recommended_config
 
 LARGE = 100_000_000  # parameters from which on adapters are trained, in bfloat16
-SIZES = ("height", "width", "num_frames", "max_sequence_length")  # arguments of a call that are keys of a backbone
 DYNAMIC_SHIFT = 3.0  # for schedulers that shift by the size of the picture
 
 
@@ -37,8 +35,7 @@ class Wishes:
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the pipeline says. steps, guidance: those that its card recommends, else of its stock call, unless another
-    guidance was asked for. recommended: whether the guidance is the card's. sizes: those of SIZES that the card
-    recommends."""
+    guidance was asked for. recommended: whether the guidance is the card's. sizes: those that the card recommends."""
 
     config: PipelineConfig
     steps: int
@@ -57,32 +54,14 @@ def look_at(pipeline: str) -> Facts:
     """Reads configs only. Raises ValueError for a pipeline of no supported family."""
     check_source(pipeline)
     folder = local_folder(pipeline) or known_configs(pipeline)
-    config, said = dataclasses.replace(pipeline_config(folder), path=pipeline), recommended_call(folder)
-    known = {field.name for field in dataclasses.fields(config)}
-    sizes: dict[str, Any] = {key: int(said[key]) for key in SIZES if key in known and key in said}
-    try:
-        config = dataclasses.replace(config, **sizes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{folder / 'README.md'}: inference.parameters: {where} {first['input']} does not fit: {first['msg']}"
-        ) from None
+    config, sizes = recommended_config(folder)
+    config, said = dataclasses.replace(config, path=pipeline), recommended_call(folder)
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
     steps, guidance = backbone.stock_call
     shift, count = level_shift(read_scheduler(folder)), sum(p.numel() for p in teacher.parameters())
     steps, scale = int(said.get("num_inference_steps", steps)), float(said.get("guidance_scale", guidance))
     return Facts(config, steps, scale, count, shift, recommended="guidance_scale" in said, sizes=sizes)
-
-
-def recommended_call(folder: Path) -> dict[str, float]:
-    """The numbers of a call that a pipeline's card recommends, where a hub's own page reads them too:
-    `inference.parameters` of its metadata."""
-    found = read_card(folder).get("inference")
-    parameters = found.get("parameters") if isinstance(found, dict) else None
-    numbers = parameters.items() if isinstance(parameters, dict) else ()
-    return {key: float(n) for key, n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n >= 1}
 
 
 def known_configs(hub_id: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fastgen.data.prompts import read_prompts
+from fastgen.data.prompts import prompt_file, read_prompts
 from fastgen.registry import shipped
 from fastgen.starting.facts import Facts, Wishes
 
@@ -82,13 +82,8 @@ def data_of(wishes: Wishes) -> dict[str, Any]:
 
 
 def prompts_of(wishes: Wishes) -> str:
-    """The file that was given, or prompts.txt in the pipeline's folder or beside it, or those that ship: for this
-    pipeline, or for any."""
-    if wishes.prompts is not None:
-        return wishes.prompts
-    folder = Path(wishes.pipeline)
-    places = (folder / "prompts.txt", folder.parent / "prompts.txt", Path("assets", f"{folder.name}_prompts.txt"))
-    return next((str(p) for p in places if p.is_file() or shipped(p).is_file()), "neutral")
+    """The file that was given, or the pipeline's own, or the prompts that ship for any."""
+    return wishes.prompts or prompt_file(wishes.pipeline) or "neutral"
 
 
 def optimizer(tuned: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
