@@ -142,7 +142,7 @@ def test_a_recipe_loads(fragment: dict[str, Any], reader: Path) -> None:
 
 CUT = [  # added to every training
     "train.steps=1",
-    "train.batch_size=2",
+    "train.batch_size=4",
     "train.accumulate=1",
     "train.sample_every=0",
     "train.eval_every=0",
@@ -153,6 +153,7 @@ CUT = [  # added to every training
     "eval.quick_num_samples=2",
     "eval.teacher_steps=[1]",
 ]
+PHASES = ["train.steps=2", "objective.phases=[{first: 0, last: 2, updates: 1}, {first: 2, last: 4, updates: 1}]"]
 SHORTER = {"--pairs": "4", "--pair-steps": "2", "--num-images": "1"}  # values of options that would take long
 PARSED_ONLY = {"demo", "push"}  # they serve a browser, or write to the hub
 NOT_OF_THIS_RUN = {  # options that need another run than the page's test has, and what is said of this one
@@ -164,6 +165,7 @@ RUNS = {  # the runs that a page takes for granted, by the recipes that make the
     "docs/exporting.md": {"mine": "digits_quickstart"},
     "docs/flow_maps.md": {"digits_flow_map_4step": "digits_flow_map_4step"},
     "docs/streaming.md": {
+        "moving_digits_teacher_forcing": "moving_digits_teacher_forcing",
         "mine": "moving_digits_self_forcing_4step",
         "sounding": "tone_digits_teacher_forcing",
         "driven": "driven_digits_teacher_forcing",
@@ -179,7 +181,7 @@ def run(command: str, *arguments: str) -> str:
         given[number] = SHORTER.get(given[number - 1], argument)
     if command == "train":
         fitted = yaml.safe_load(Path(given[0]).read_text())["backbone"]["name"] == "gaussian_mixture"
-        given += [*CUT, *["backbone.fit_steps=20"] * fitted]
+        given += [*CUT, *["backbone.fit_steps=20"] * fitted, *PHASES * ("phases:" in " ".join(given))]
     result = CliRunner().invoke(app, [command, *given])
     assert result.exit_code == 0, (command, given, result.output, result.exception)
     return result.output

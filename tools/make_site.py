@@ -83,7 +83,7 @@ def config(source: Path, output: Path) -> dict[str, Any]:
                 {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "indigo"},
             ],
         },
-        "markdown_extensions": ["tables", "toc", "fenced_code", "md_in_html"],
+        "markdown_extensions": ["tables", "toc", "pymdownx.highlight", "pymdownx.superfences", "md_in_html"],
         "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
         "nav": [{"Start": "index.md"}, *({name: pages} for name, pages in PAGES.items())],
     }
