@@ -49,6 +49,15 @@ def test_student_and_teacher_stand_beside_each_other_by_prompt_and_seed(tmp_path
     assert stored.tobytes() == bytes(expected.flatten().tolist())
 
 
+def test_samples_without_a_counterpart_come_last_and_closer_together(tmp_path: Path) -> None:
+    """A teacher makes the first of a student's samples alone: a column for each result, then a single one."""
+    prompts, seen = ["a", "b", "c"], {"student": torch.rand(3, 3, 32, 32), "teacher": torch.rand(1, 3, 32, 32)}
+    report.write_report(tmp_path / "p.html", ROWS, report.draw_pictures(seen, dict.fromkeys(seen, prompts)))
+    both, alone = (tmp_path / "p.html").read_text().split('<div class="samples"')[1:]
+    assert both.startswith(' style="--results:2"') and both.count('<div class="sample">') == 1
+    assert alone.startswith(' style="--results:1"') and re.findall(r'alt="(\w)"', alone) == ["b", "c"]
+
+
 def test_steps_have_a_section_of_their_own_which_a_comparison_keeps(tmp_path: Path) -> None:
     row, kept = ROWS[0], torch.rand(3, 3, 32, 32)
     (tmp_path / "one.json").write_text(json.dumps(row))

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ polyline { stroke: var(--c) } circle { fill: var(--c) } .key { margin-right: 1re
   background: var(--c) }
 .samples { display: grid; gap: 1.2rem; --size: 10rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--results) * var(--size))), 1fr)) }
-.large { --size: 20rem } .strips { --size: 60rem }
+.samples + .samples { margin-top: 1.2rem } .large { --size: 20rem } .strips { --size: 60rem }
 .sample { background: var(--soft); border-radius: .5rem; padding: .6rem; min-width: 0 }
 .sample > p { margin: 0 0 .4rem; overflow-wrap: anywhere } .sample small { opacity: .7; white-space: nowrap }
 .cells { display: grid; grid-template-columns: repeat(var(--results), minmax(7rem, 1fr)); gap: .5rem;
@@ -194,19 +195,22 @@ def joined(names: Iterable[str]) -> str:
 
 
 def samples(results: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> str:
-    """Plots, and then for each prompt and seed the samples of all results beside each other."""
-    plots = [f"<h3>{escape(p.result)}</h3>{image(p)}" for p in pictures if p.kind == "plot"]
+    """Plots, and then for each prompt and seed the samples of all results beside each other. Those of which fewer
+    results have a sample come after the others, closer together."""
+    parts = [f"<h3>{escape(p.result)}</h3>{image(p)}" for p in pictures if p.kind == "plot"]
     groups: dict[tuple[int, str], list[Picture]] = {}
     for picture in (p for p in pictures if p.kind != "plot"):
         groups.setdefault((picture.index, picture.prompt), []).append(picture)
     if not groups:
-        return "".join(plots)
+        return "".join(parts)
     seeds = {row["name"]: row["seed"] for row in results if isinstance(row.get("seed"), int)}
     kinds = {p.kind for group in groups.values() for p in group}
     size = " strips" if "frames" in kinds else " large" if "image" in kinds else ""
-    across = max(len(group) for group in groups.values())
-    shown = [sample(seeds, *key, group) for key, group in sorted(groups.items(), key=lambda item: item[0][0])]
-    return "".join(plots) + f'<div class="samples{size}" style="--results:{across}">{"".join(shown)}</div>'
+    order = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0][0]))
+    for across, alike in itertools.groupby(order, key=lambda item: len(item[1])):
+        shown = "".join(sample(seeds, *key, group) for key, group in alike)
+        parts.append(f'<div class="samples{size}" style="--results:{across}">{shown}</div>')
+    return "".join(parts)
 
 
 def steps(pictures: Sequence[Picture]) -> str:
