@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def test_a_video_and_its_report(run_folder: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--window", 9], "trained with a window of 5 latent frames and a sink of 1"),
+        (["--num-steps", 3], "distilled to 2 steps, and 3 are asked for"),
         (["--window", 2, "--force"], "set window to at least 3"),
         (["--at", "12:a dog"], "12 seconds is not before the end of a video of 2 seconds"),
         (["--at", "1:a dog", "--at", "1:a cat"], "must increase"),
@@ -230,6 +232,23 @@ def test_the_file_grows_picture_by_picture(tmp_path: Path) -> None:
     print(f"sizes {sizes}; {partial} of 90 pictures can be played before the end")
     assert all(b > a + 1000 for a, b in pairwise(sizes)) and 60 < partial <= 90
     assert len(pictures_in(path)) == 90
+
+
+def test_a_flow_map_streams_with_the_steps_that_are_asked_for(tmp_path: Path) -> None:
+    teacher = tiny_wan(tmp_path / "teacher", layers=2, time_scale=1e-3)
+    config = WanConfig(path=str(teacher), height=32, width=32, num_frames=17, max_sequence_length=16)
+    backbone: Any = config.build(torch.device("cpu"), torch.float32, 0)
+    policy = replace(POLICY, transition="ode", two_time=True)
+    student = backbone.load("student")
+    student.add_inputs({}, backbone.time_dim, policy.inputs)
+    backbone.save_pipeline(student, policy, tmp_path / "export")
+    metadata = {"lora": False, "backbone": to_dict(config), "policy": to_dict(policy)}
+    (tmp_path / "export" / METADATA).write_text(json.dumps(metadata))
+    for number, steps in enumerate((2, 3)):
+        report = tmp_path / f"{number}.json"
+        output = ["--output", tmp_path / f"{number}.mp4", "--report", report, "--num-steps", steps]
+        assert stream(tmp_path / "export", "--prompt", "a cat", "--seconds", 1, *output)[0] == 0
+        assert json.loads(report.read_text())["steps"] == steps
 
 
 @pytest.mark.slow

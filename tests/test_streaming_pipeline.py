@@ -429,6 +429,14 @@ def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tm
         expected = Sampler(source, student, policy.with_steps(steps)).latents(["a cat runs"], [3])
         latents = pipeline("a cat runs", seed=3, output_type="latent", num_inference_steps=steps).frames
         assert torch.allclose(latents.transpose(1, 2), expected, atol=1e-6)
+        whole = pipeline("a cat runs", seed=3, output_type="pt", num_inference_steps=steps).frames[0]
+        stream = pipeline.stream("a cat runs", seed=3, num_inference_steps=steps)
+        first = next(stream)
+        save_file(stream.state_dict(), tmp_path / "stream.safetensors")
+        resumed = pipeline.resume(tmp_path / "stream.safetensors")
+        assert resumed.policy.num_steps == steps
+        for going in (stream, resumed):
+            assert torch.allclose(torch.cat([first, next(going)]), whole[:9], atol=1e-5)
     stored = source.load_exported(tmp_path / "export")
     assert torch.allclose(
         Sampler(source, stored, policy).latents(["a cat"], [1]),

@@ -101,6 +101,10 @@ def stream(
         bool,
         typer.Option("--recache", help="With each new prompt, compute again what the student remembers of the past."),
     ] = False,
+    num_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="The number of steps of a chunk. Only for a flow map; any other has its own number."),
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="How many latent frames a chunk sees. By default as in training.")
     ] = None,
@@ -146,6 +150,7 @@ def stream(
                 output=output,
                 changes=tuple(parse_change(text) for text in at or ()),
                 recache=recache,
+                num_steps=num_steps,
                 window=window,
                 sink=sink,
                 force=force,

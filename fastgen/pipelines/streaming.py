@@ -127,6 +127,11 @@ class StreamingWanPipeline(WanPipeline):
         parts = [WanDenoiser(network) for network in self.networks]
         return parts[0] if len(parts) == 1 else Experts(parts, (self.config.boundary_ratio,))
 
+    def with_steps(self, num_inference_steps: int | None) -> RolloutPolicy:
+        """The sampler with this number of steps; None: the student's own. Raises ValueError for another one, except of
+        a flow map of chunks."""
+        return self.policy.with_steps(num_inference_steps or self.policy.num_steps)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -153,14 +158,9 @@ class StreamingWanPipeline(WanPipeline):
         sound in its last rows. Without return_dict, a student that makes sound gives (frames, sound).
         Raises ValueError for a length that is no number of chunks, for a size that does not divide into patches, and
         for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps."""
-        prompts, policy = [prompt] if isinstance(prompt, str) else list(prompt), self.policy
-        if num_inference_steps is not None and policy.any_step:
-            policy = policy.with_steps(num_inference_steps)
-        if num_inference_steps not in (None, policy.num_steps) or guidance_scale != 1:
-            raise ValueError(
-                f"this student was distilled to {self.policy.num_steps} steps without guidance; leave out "
-                "num_inference_steps and guidance_scale"
-            )
+        prompts, policy = [prompt] if isinstance(prompt, str) else list(prompt), self.with_steps(num_inference_steps)
+        if guidance_scale != 1:
+            raise ValueError("this student was distilled without guidance; leave out guidance_scale")
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
         draws = self.draws(seeds_of(len(prompts), seed, generator), shape)
         cond = Conditioning.cat([self.encode(text, shape[0]) for text in prompts])
@@ -182,14 +182,16 @@ class StreamingWanPipeline(WanPipeline):
         width: int | None = None,
         force: bool = False,
         sound: Tensor | None = None,
+        num_inference_steps: int | None = None,
     ) -> Stream:
         """A video without end: an iterator over the pictures of its chunks, [n, 3, H, W] float32 in [0, 1].
 
         sound: of a student whose videos are driven by one, its first moments [n, bins]. The iterator ends with them,
         and goes on after `Stream.listen`.
 
-        window, sink: other numbers of latent frames than the student was trained with, which need `force`."""
-        policy = with_window(self.policy, window, sink, force)
+        window, sink: other numbers of latent frames than the student was trained with, which need `force`.
+        num_inference_steps: for a flow map of chunks (any_flow), which has any number of steps."""
+        policy = with_window(self.with_steps(num_inference_steps), window, sink, force)
         assert policy.chunks is not None
         if policy.chunks.window is None:
             logger.warning(
@@ -211,8 +213,9 @@ class StreamingWanPipeline(WanPipeline):
         about = read_about(state)
         _, rows, width = about["latents"]
         height, width = (side * self.vae_scale_factor_spatial for side in (rows - self.sound_rows, width))
-        chunks = about["policy"].chunks
-        stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, height, width, force=True)
+        chunks, steps = about["policy"].chunks, about["policy"].num_steps if self.policy.any_step else None
+        size = {"height": height, "width": width, "num_inference_steps": steps}
+        stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, force=True, **size)
         stream.load_state_dict(state)
         return stream
 

@@ -29,7 +29,8 @@ from fastgen.streaming.stream import Stream, with_window
 @dataclass(frozen=True, kw_only=True)
 class StreamRequest:
     """What `fastgen stream` is asked for. changes: (seconds, prompt), each from the first chunk on that begins then or
-    later. recache: whether the context is computed again at each change. window, sink, force: as in `with_window`.
+    later. recache: whether the context is computed again at each change. num_steps: of a chunk, for a flow map.
+    window, sink, force: as in `with_window`.
     sound: the file of the sound that the video is driven by (`data.sounds`), for a student whose videos are."""
 
     path: Path
@@ -38,6 +39,7 @@ class StreamRequest:
     output: Path
     changes: tuple[tuple[float, str], ...] = ()
     recache: bool = False
+    num_steps: int | None = None
     window: int | None = None
     sink: int | None = None
     force: bool = False
@@ -52,7 +54,7 @@ class StreamRequest:
         """The export that is streamed. Raises ValueError for what cannot be, before anything heavy is imported."""
         folder = streaming_export(self.path)
         policy = RolloutPolicy(**current_names("rollout", read_metadata(folder)["policy"]))
-        policy = with_window(policy, self.window, self.sink, self.force)
+        policy = with_window(policy.with_steps(self.num_steps or policy.num_steps), self.window, self.sink, self.force)
         assert policy.chunks is not None
         if self.recache:
             try:
@@ -167,7 +169,8 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
     ):
         try:
             begin = time.perf_counter()
-            stream = pipeline.stream(request.prompt, request.seed, request.window, request.sink, force=request.force)
+            schedule = {"window": request.window, "sink": request.sink, "force": request.force}
+            stream = pipeline.stream(request.prompt, request.seed, num_inference_steps=request.num_steps, **schedule)
             if request.sound is not None:
                 stream.listen(whole_sound(request.sound, pipeline, wanted))
             text_seconds = time.perf_counter() - begin
@@ -199,7 +202,7 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
         "video_fps": fps,
         "height": pictures.shape[2],
         "width": pictures.shape[3],
-        "steps": pipeline.policy.num_steps,
+        "steps": stream.policy.num_steps,
         "window": stream.context.chunks.window,
         "sink": stream.context.chunks.sink,
         "device": torch.cuda.get_device_name(device) if timer.cuda else "cpu",
