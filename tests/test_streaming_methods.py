@@ -574,10 +574,10 @@ def test_a_run_trains_is_planned_and_exports(name: str, folder: Path, tmp_path: 
 def commands() -> list[list[str]]:
     """The arguments of each `fastgen train` of the page."""
     text = "\n".join(re.findall(r"(?s)```bash\n(.*?)```", PAGE.read_text())).replace("\\\n", " ")
-    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("fastgen train")]
+    return [shlex.split(line, comments=True)[2:] for line in text.splitlines() if line.startswith("fastgen train")]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: command[1].rpartition("/")[2])
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[:2][-1].rpartition("/")[2])
 def test_a_documented_command_loads(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PAGE.parents[1])
     made = load_recipe(Path(command[0]), [*command[1:], "init_from=null"])
