@@ -225,6 +225,7 @@ def perform(run: Run, start: Path, runs: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)
 
 
+KILOBYTES = "context, KB"  # what a stream of one video remembers
 SECONDS = "seconds a chunk"  # on machines that were more or less busy: its differences say nothing
 COLUMNS = {  # heading -> the part and the number of its row
     "accuracy": ("whole", "video_accuracy"),
@@ -235,6 +236,7 @@ COLUMNS = {  # heading -> the part and the number of its row
     "long: speed error": ("long", "speed_error"),
     "long: brightness, late / early": ("long", "mass_ratio"),
     "long: frozen": ("long", "freeze_share"),
+    KILOBYTES: ("long", "context_bytes"),
     SECONDS: ("long", "seconds_a_chunk"),
 }
 
@@ -246,12 +248,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| method | steps | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
     found = {(m.name, steps): values_of(rows, m, steps) for m in METHODS for steps in m.steps}
     deviations = {heading: pooled([values[heading] for values in found.values() if values]) for heading in COLUMNS}
-    deviations[SECONDS] = 0.0  # not of seeds
+    deviations[SECONDS] = deviations[KILOBYTES] = 0.0  # not of seeds
     for (name, steps), columns in found.items():
         if columns:
             plain = found[BASE, steps]
             cells = [
-                cell(values) + "*" * (name != BASE and differs(values, plain.get(heading, []), deviations[heading]))
+                cell(heading, values)
+                + "*" * (name != BASE and differs(values, plain.get(heading, []), deviations[heading]))
                 for heading, values in columns.items()
             ]
             count = len(next(iter(columns.values())))
@@ -287,11 +290,15 @@ def differs(values: list[float], plain: list[float], deviation: float) -> bool:
 
 
 def value_of(row: Mapping[str, Any], key: str) -> float:
-    """seconds_a_chunk: CPU seconds of one chunk of one video, decoding included."""
-    return row["cpu_seconds"] / row["videos"] / row["chunks"] if key == "seconds_a_chunk" else row[key]
+    """seconds_a_chunk: CPU seconds of one chunk of one video, decoding included. context_bytes: in KB."""
+    if key == "seconds_a_chunk":
+        return row["cpu_seconds"] / row["videos"] / row["chunks"]
+    return row[key] / 1e3 if key == "context_bytes" else row[key]
 
 
-def cell(values: list[float]) -> str:
+def cell(heading: str, values: list[float]) -> str:
+    if heading == KILOBYTES:
+        return f"{values[0]:.0f}"  # the same for every seed
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"

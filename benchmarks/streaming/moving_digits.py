@@ -6,7 +6,8 @@ It takes a run's folder or an export. Each part gives a row of moving_digits.jso
 
 whole    videos of the training length: video_accuracy, motion_error, drift, and the accuracy of every latent frame.
 long     four times as many chunks, with --window and --sink if the student was not trained with a window. The
-         accuracy of the first and the last quarter of the chunks, and the metrics of the whole video.
+         accuracy of the first and the last quarter of the chunks, the metrics of the whole video, and the bytes of
+         what a stream of one video remembers at its end.
 switch   videos whose prompt changes with chunk 4 to another axis ("right" to "up", and so on); the digit stays.
          turned: the share of videos whose centre moves farther along the new axis than across it, over the four
          pictures of the second chunk with the new prompt. kept: the accuracy in the first two. With --recache, the
@@ -89,6 +90,24 @@ def make_videos(
     return torch.cat(parts, 1), prompts["second" if switch else "first"]
 
 
+def context_bytes(sampler: Sampler, policy: RolloutPolicy, chunks: int) -> int:
+    """What a stream of one video remembers after so many chunks."""
+    backbone: Any = sampler.backbone
+    draws = Draws(torch.tensor([0]), backbone.latent_shape, "sample", backbone.dtype)
+    stream = Stream(
+        sampler.denoiser,
+        policy,
+        draws,
+        lambda prompt: backbone.encode_prompts([prompt]),
+        PROMPTS[0],
+        VideoDecoder(backbone.vae),
+    )
+    for _ in range(chunks):
+        stream.denoise()
+        stream.commit()
+    return stream.context.nbytes
+
+
 def scores(videos: list[Tensor], prompts: list[list[str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("video_accuracy", "motion_error", "drift"):
@@ -144,6 +163,7 @@ def measure(sampler: Sampler, part: str, options: argparse.Namespace) -> dict[st
         quarter = len(shares) // 4
         found["accuracy_first_quarter"] = sum(shares[:quarter]) / quarter
         found["accuracy_last_quarter"] = sum(shares[-quarter:]) / quarter
+        found["context_bytes"] = context_bytes(sampler, policy, chunks)
     return found
 
 
