@@ -75,7 +75,7 @@ def test_a_star_is_at_what_differs_by_more_than_two_standard_errors() -> None:
             f"{name} {part}": {key: value for own, key in COLUMNS.values() if own == part}
             | {"cpu_seconds": value, "videos": 1, "chunks": 1}
             for name, value in numbers.items()
-            for part in ("whole", "long")
+            for part in ("whole", "long", "switch")
         }
         plain, row, _, said = table(rows).splitlines()[2:]
         assert plain.startswith(f"| {BASE} | 4 | 2 | 0.910 ± 0.010 |") and "*" not in plain

@@ -7,8 +7,9 @@
 
 The start is a finished run of recipes/moving_digits_teacher_forcing.yaml. Every method is the recipe
 moving_digits_self_forcing_4step with the overrides in METHODS: 80 updates of 32 videos, and for the seeds and numbers
-of steps that are asked for. Each run adds two rows to methods.jsonl, as benchmarks/streaming/moving_digits.py measures
-them: "NAME, N steps, seed S whole", and "... long", four times as many chunks."""
+of steps that are asked for. Each run adds three rows to methods.jsonl, as benchmarks/streaming/moving_digits.py
+measures them: "NAME, N steps, seed S whole", "... long", four times as many chunks, and "... switch", with another
+prompt from the fourth chunk on."""
 
 import argparse
 import os
@@ -219,6 +220,7 @@ def perform(run: Run, start: Path, runs: Path) -> None:
         "--parts",
         "whole",
         "long",
+        "switch",
         "--table",
         str(TABLE),
     ]
@@ -236,6 +238,8 @@ COLUMNS = {  # heading -> the part and the number of its row
     "long: speed error": ("long", "speed_error"),
     "long: brightness, late / early": ("long", "mass_ratio"),
     "long: frozen": ("long", "freeze_share"),
+    "prompt change: turned": ("switch", "turned"),
+    "prompt change: kept": ("switch", "kept"),
     KILOBYTES: ("long", "context_bytes"),
     SECONDS: ("long", "seconds_a_chunk"),
 }
@@ -264,14 +268,14 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def values_of(rows: Mapping[str, Mapping[str, Any]], method: Method, steps: int) -> dict[str, list[float]]:
-    """Heading -> the numbers of all seeds that were measured."""
-    found: dict[str, list[float]] = {}
-    for seed in range(100):
-        name = Run(method, steps, seed).name
-        if f"{name} whole" in rows and f"{name} long" in rows:
-            for heading, (part, key) in COLUMNS.items():
-                found.setdefault(heading, []).append(value_of(rows[f"{name} {part}"], key))
-    return found
+    """Heading -> the numbers of all seeds that were measured. A change of the prompt need not have been."""
+    names = [Run(method, steps, seed).name for seed in range(100)]
+    names = [name for name in names if f"{name} whole" in rows and f"{name} long" in rows]
+    return {
+        heading: [value_of(rows[f"{name} {part}"], key) for name in names if f"{name} {part}" in rows]
+        for heading, (part, key) in COLUMNS.items()
+        if names
+    }
 
 
 def pooled(groups: list[list[float]]) -> float:
@@ -283,7 +287,7 @@ def pooled(groups: list[list[float]]) -> float:
 
 def differs(values: list[float], plain: list[float], deviation: float) -> bool:
     """Whether the means are more than two standard errors apart; never if that error is not known."""
-    if not plain or not deviation:
+    if not values or not plain or not deviation:
         return False
     error = deviation * (1 / len(values) + 1 / len(plain)) ** 0.5
     return abs(statistics.mean(values) - statistics.mean(plain)) > 2 * error
@@ -299,6 +303,8 @@ def value_of(row: Mapping[str, Any], key: str) -> float:
 def cell(heading: str, values: list[float]) -> str:
     if heading == KILOBYTES:
         return f"{values[0]:.0f}"  # the same for every seed
+    if not values:
+        return ""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
