@@ -86,7 +86,10 @@ def given(backbone: Mapping[str, Any]) -> bool:
 
 def base_of(fragment: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped recipe that a fragment is written for: with its backbone (of this path, if there is one) and its
-    objective, else dmd2. Chunks and videos are for Wan, sounds and actions for teacher forcing, rewards for rtdmd."""
+    objective, else dmd2. Chunks and videos are for Wan, sounds and actions for teacher forcing, rewards for rtdmd. A
+    whole recipe needs none."""
+    if "output_dir" in fragment:
+        return {}
     backbone, wanted = fragment.get("backbone", {}), {"backbone": "sd3", "objective": "dmd2"}
     if "chunks" in fragment.get("rollout", {}) or fragment.get("data", {}).get("name") == "videos":
         wanted["backbone"] = "wan"
@@ -96,9 +99,7 @@ def base_of(fragment: Mapping[str, Any]) -> dict[str, Any]:
         wanted["objective"] = "teacher_forcing"
     wanted |= {key: fragment[key]["name"] for key in wanted if key in fragment}
     fitting = [raw for raw in shipped() if all(raw[key]["name"] == name for key, name in wanted.items())]
-    paths, whole = (backbone.get("path"), "assets/teachers/digits"), "output_dir" in fragment
-    if whole:
-        return {}
+    paths = (backbone.get("path"), "assets/teachers/digits")
     distances = [
         (
             raw["backbone"].get("path") not in paths,
