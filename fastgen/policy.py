@@ -215,7 +215,8 @@ class RolloutPolicy:
 
     def can_make(self, num_steps: int) -> bool:
         """Whether the student can be sampled with this number of steps (`with_steps`)."""
-        return num_steps in (self.num_steps, *self.step_counts) or (self.any_step and self.timesteps[0] == 1)
+        any_number = self.any_step and self.timesteps[0] == 1 and num_steps >= 1
+        return any_number or num_steps in (self.num_steps, *self.step_counts)
 
     def with_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler with another number of steps n, on the grid k u / (1 + (k - 1) u), u = 1, ..., 1 / n. Its

@@ -199,6 +199,7 @@ def test_the_call_is_that_of_a_diffusers_pipeline(pipeline: StreamingWanPipeline
         ({"num_frames": 12}, r"4 k \+ 1"),
         ({"height": 40}, "height must be a multiple of 16"),
         ({"num_inference_steps": 50}, "distilled to 2 steps"),
+        ({"num_inference_steps": 0}, "distilled to 2 steps"),
         ({"guidance_scale": 5.0}, "without guidance"),
         ({"seed": [1, 2]}, "1 prompts need 1 seeds, got 2"),
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
@@ -437,6 +438,8 @@ def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tm
         assert resumed.policy.num_steps == steps
         for going in (stream, resumed):
             assert torch.allclose(torch.cat([first, next(going)]), whole[:9], atol=1e-5)
+    with pytest.raises(ValueError, match="0 are asked for"):
+        pipeline.stream("a cat", num_inference_steps=0)
     stored = source.load_exported(tmp_path / "export")
     assert torch.allclose(
         Sampler(source, stored, policy).latents(["a cat"], [1]),

@@ -130,7 +130,7 @@ class StreamingWanPipeline(WanPipeline):
     def with_steps(self, num_inference_steps: int | None) -> RolloutPolicy:
         """The sampler with this number of steps; None: the student's own. Raises ValueError for another one, except of
         a flow map of chunks."""
-        return self.policy.with_steps(num_inference_steps or self.policy.num_steps)
+        return self.policy if num_inference_steps is None else self.policy.with_steps(num_inference_steps)
 
     @torch.no_grad()
     def __call__(
