@@ -107,3 +107,8 @@ def test_a_video_pipeline_is_shown_at_the_size_that_it_knows() -> None:
     videos = load_pair(ROOT / "assets/teachers/moving_digits")
     assert (videos.student.policy.num_steps, videos.guidance) == (25, 4.0)
     assert draw_student(videos, videos.prompt, 0, 2).pixels.shape == (25, 3, 32, 32)
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="one step at least, got num_steps 0"):
+        load_sampler(TEACHER, num_steps=0)

@@ -238,11 +238,13 @@ def load_sampler(
     whether samples are to be made from images, for a plain pipeline that can do both. references: the number of
     reference pictures of the control videos that samples are to be made from, for a plain pipeline that takes some;
     None if from none."""
+    if num_steps is not None and num_steps < 1:
+        raise ValueError(f"a sample has one step at least, got num_steps {num_steps}")
     device, folder = torch.device(device), source_of(path)
     if (folder / METADATA).is_file():
         metadata = read_metadata(folder, several=True)
         policy = RolloutPolicy(**current_names("rollout", metadata["policy"]))
-        num_steps = num_steps or policy.num_steps
+        num_steps = policy.num_steps if num_steps is None else num_steps
         if not policy.can_make(num_steps) or guidance_scale not in (None, 1.0) or negative_prompt:
             own = " or ".join(str(n) for n in policy.step_counts or (policy.num_steps,))
             raise ValueError(
