@@ -238,6 +238,17 @@ class RolloutPolicy:
         grid = (1 - i / num_steps for i in range(num_steps))
         return replace(self, timesteps=tuple(shift * u / (1 + (shift - 1) * u) for u in grid))
 
+    def with_first_steps(self, num_steps: int) -> "RolloutPolicy":
+        """The same sampler of chunks, with another number of steps for the first chunk, on this policy's grid
+        (`with_steps`). Raises ValueError for a policy without chunks, and for a student with steps of its own."""
+        if self.chunks is None:
+            raise ValueError("this student makes its samples whole: there is no first chunk with steps of its own")
+        if not self.any_step:
+            raise ValueError(
+                "this student was distilled to its own steps, also of the first chunk; only a flow map takes others"
+            )
+        return replace(self, chunks=replace(self.chunks, first_timesteps=self.with_steps(num_steps).timesteps))
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TeacherPolicy(RolloutPolicy):

@@ -115,6 +115,7 @@ def test_a_video_and_its_report(run_folder: Path, tmp_path: Path) -> None:
     [
         (["--window", 9], "trained with a window of 5 latent frames and a sink of 1"),
         (["--num-steps", 3], "distilled to 2 steps, and 3 are asked for"),
+        (["--first-steps", 3], "only a flow map takes others"),
         (["--window", 2, "--force"], "set window to at least 3"),
         (["--at", "12:a dog"], "12 seconds is not before the end of a video of 2 seconds"),
         (["--at", "1:a dog", "--at", "1:a cat"], "must increase"),
@@ -246,8 +247,9 @@ def test_a_flow_map_streams_with_the_steps_that_are_asked_for(tmp_path: Path) ->
     (tmp_path / "export" / METADATA).write_text(json.dumps(metadata))
     for number, steps in enumerate((2, 3)):
         report = tmp_path / f"{number}.json"
-        output = ["--output", tmp_path / f"{number}.mp4", "--report", report, "--num-steps", steps]
-        assert stream(tmp_path / "export", "--prompt", "a cat", "--seconds", 1, *output)[0] == 0
+        output = ["--output", tmp_path / f"{number}.mp4", "--report", report]
+        several = ["--num-steps", steps, "--first-steps", 4]
+        assert stream(tmp_path / "export", "--prompt", "a cat", "--seconds", 1, *output, *several)[0] == 0
         assert json.loads(report.read_text())["steps"] == steps
 
 

@@ -200,6 +200,7 @@ def test_the_call_is_that_of_a_diffusers_pipeline(pipeline: StreamingWanPipeline
         ({"height": 40}, "height must be a multiple of 16"),
         ({"num_inference_steps": 50}, "distilled to 2 steps"),
         ({"num_inference_steps": 0}, "distilled to 2 steps"),
+        ({"first_steps": 4}, "only a flow map takes others"),
         ({"guidance_scale": 5.0}, "without guidance"),
         ({"seed": [1, 2]}, "1 prompts need 1 seeds, got 2"),
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
@@ -438,6 +439,16 @@ def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tm
         assert resumed.policy.num_steps == steps
         for going in (stream, resumed):
             assert torch.allclose(torch.cat([first, next(going)]), whole[:9], atol=1e-5)
+    levels = policy.with_steps(5).timesteps
+    enhanced = dataclasses.replace(policy, chunks=dataclasses.replace(CHUNKS, first_timesteps=levels)).with_steps(1)
+    assert enhanced.timesteps == (1.0,) and len(levels) == 5
+    steps: dict[str, Any] = {"num_inference_steps": 1, "first_steps": 5}
+    made = pipeline("a cat", seed=1, output_type="latent", **steps).frames.transpose(1, 2)
+    assert torch.allclose(made, Sampler(source, student, enhanced).latents(["a cat"], [1]), atol=1e-6)
+    stream = pipeline.stream("a cat", seed=1, **steps)
+    next(stream)
+    save_file(stream.state_dict(), tmp_path / "stream.safetensors")
+    assert torch.equal(next(pipeline.resume(tmp_path / "stream.safetensors")), next(stream))
     with pytest.raises(ValueError, match="0 are asked for"):
         pipeline.stream("a cat", num_inference_steps=0)
     stored = source.load_exported(tmp_path / "export")

@@ -47,7 +47,9 @@ MAP_STUDENT = "student: {lr: 5e-4, betas: [0.9, 0.99], weight_decay: 0.0, decay:
 class Method(NamedTuple):
     """name: of the row.  chunks: the keys of rollout.chunks besides `frames: 1`.  overrides: other keys.
     steps: the numbers of steps it makes sense for.  start: the method whose student it starts from.
-    any_step: one student makes all of these numbers of steps; it is trained with the first of them."""
+    any_step: one student makes all of these numbers of steps; it is trained with the first of them.
+    student: the method whose student it samples otherwise; None: it trains its own.  first_steps: of the first chunk,
+    in sampling alone."""
 
     name: str
     chunks: str = "window: 4, sink: 1"
@@ -55,6 +57,8 @@ class Method(NamedTuple):
     steps: tuple[int, ...] = (4,)
     start: str | None = None
     any_step: bool = False
+    student: str | None = None
+    first_steps: int | None = None
 
 
 METHODS = (
@@ -128,6 +132,13 @@ METHODS = (
         any_step=True,
     ),
     Method(
+        "the same student, 8 steps on the first frame",
+        steps=(4, 2, 1),
+        any_step=True,
+        student="AnyFlow, then on its own videos",
+        first_steps=8,
+    ),
+    Method(
         "Context Forcing: slow memory, causal teacher",
         "window: 6, sink: 1, slow: 2, slow_similarity: 0.9",
         ("objective.name=context_forcing", f"objective.teacher_from={START}"),
@@ -151,12 +162,17 @@ class Run(NamedTuple):
         return f"{self.method.name}, {self.steps} steps, seed {self.seed}"
 
     @property
+    def training(self) -> "Run":
+        """The run that trains its student."""
+        return self if self.method.student is None else self._replace(method=by_name(self.method.student))
+
+    @property
     def trained_steps(self) -> int:
         return self.method.steps[0] if self.method.any_step else self.steps
 
     @property
     def folder(self) -> str:
-        words = "".join(c if c.isalnum() else " " for c in self.method.name.lower()).split()
+        words = "".join(c if c.isalnum() else " " for c in self.training.method.name.lower()).split()
         return "_".join([*words, f"{self.trained_steps}", f"seed{self.seed}"])
 
     def overrides(self, start: Path, runs: Path) -> list[str]:
@@ -207,7 +223,7 @@ def environment() -> dict[str, str]:
 
 def perform(run: Run, start: Path, runs: Path) -> None:
     """Trains the student and measures it."""
-    folder = trained(run, start, runs)
+    folder = trained(run.training, start, runs)
     tool = str(Path(__file__).with_name("moving_digits.py"))
     command = [
         sys.executable,
@@ -217,6 +233,7 @@ def perform(run: Run, start: Path, runs: Path) -> None:
         run.name,
         "--steps",
         str(run.steps),
+        *([] if run.method.first_steps is None else ["--first-steps", str(run.method.first_steps)]),
         "--parts",
         "whole",
         "long",

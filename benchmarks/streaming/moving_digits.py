@@ -13,9 +13,9 @@ switch   videos whose prompt changes with chunk 4 to another axis ("right" to "u
          pictures of the second chunk with the new prompt. kept: the accuracy in the first two. With --recache, the
          context is computed again with the new prompt.
 
---steps: for a student that makes any number of steps. --density samples with top_k attention over tiles of one frame.
-Prompts are those of assets/moving_digits_prompts.txt, in turn; seeds are 0, 1, 2, ... The CPU seconds of a part on one
-thread are in its row."""
+--steps, --first-steps: of a chunk and of the first one, for a student that makes any number of steps. --density: with
+top_k attention over tiles of one frame. Prompts are those of assets/moving_digits_prompts.txt, in turn; seeds are
+0, 1, 2, ... The CPU seconds of a part on one thread are in its row."""
 
 import argparse
 import dataclasses
@@ -137,7 +137,9 @@ def after_a_change(videos: list[Tensor], prompts: list[list[str]]) -> dict[str, 
 
 
 def measure(sampler: Sampler, part: str, options: argparse.Namespace) -> dict[str, Any]:
-    policy = sampler.policy.with_steps(options.steps or sampler.policy.num_steps)
+    policy = sampler.policy
+    policy = policy if options.first_steps is None else policy.with_first_steps(options.first_steps)
+    policy = policy if options.steps is None else policy.with_steps(options.steps)
     assert policy.chunks is not None
     if options.density is not None:
         attention = ChunkAttention(layout="top_k", density=options.density, tile=16)
@@ -177,6 +179,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=7)
     parser.add_argument("--sink", type=int, default=1)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--first-steps", type=int)
     parser.add_argument("--density", type=float)
     parser.add_argument("--recache", action="store_true")
     parser.add_argument("--table", type=Path, default=TABLE)

@@ -105,6 +105,9 @@ def stream(
         int | None,
         typer.Option(min=1, help="The number of steps of a chunk. Only for a flow map; any other has its own number."),
     ] = None,
+    first_steps: Annotated[
+        int | None, typer.Option(min=1, help="That of the first chunk, by default as of all. Only for a flow map.")
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="How many latent frames a chunk sees. By default as in training.")
     ] = None,
@@ -151,6 +154,7 @@ def stream(
                 changes=tuple(parse_change(text) for text in at or ()),
                 recache=recache,
                 num_steps=num_steps,
+                first_steps=first_steps,
                 window=window,
                 sink=sink,
                 force=force,

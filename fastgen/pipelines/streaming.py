@@ -127,10 +127,11 @@ class StreamingWanPipeline(WanPipeline):
         parts = [WanDenoiser(network) for network in self.networks]
         return parts[0] if len(parts) == 1 else Experts(parts, (self.config.boundary_ratio,))
 
-    def with_steps(self, num_inference_steps: int | None) -> RolloutPolicy:
-        """The sampler with this number of steps; None: the student's own. Raises ValueError for another one, except of
-        a flow map of chunks."""
-        return self.policy if num_inference_steps is None else self.policy.with_steps(num_inference_steps)
+    def with_steps(self, num_inference_steps: int | None, first_steps: int | None) -> RolloutPolicy:
+        """The sampler with these numbers of steps of a chunk and of the first one; None: the student's own. Raises
+        ValueError for others, except of a flow map of chunks."""
+        policy = self.policy if first_steps is None else self.policy.with_first_steps(first_steps)
+        return policy if num_inference_steps is None else policy.with_steps(num_inference_steps)
 
     @torch.no_grad()
     def __call__(
@@ -144,6 +145,7 @@ class StreamingWanPipeline(WanPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         sound: Tensor | None = None,
+        first_steps: int | None = None,
         output_type: str = "np",
         return_dict: bool = True,
     ) -> StreamingOutput | tuple[Any, ...]:
@@ -157,8 +159,10 @@ class StreamingWanPipeline(WanPipeline):
         output_type: np [B, F, H, W, 3] or pt [B, F, 3, H, W], both in [0, 1]; pil; or latent [B, C, F, h, w], with the
         sound in its last rows. Without return_dict, a student that makes sound gives (frames, sound).
         Raises ValueError for a length that is no number of chunks, for a size that does not divide into patches, and
-        for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps."""
-        prompts, policy = [prompt] if isinstance(prompt, str) else list(prompt), self.with_steps(num_inference_steps)
+        for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps, and
+        may have more of them for the first chunk (first_steps), where nothing that it could see is there yet."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        policy = self.with_steps(num_inference_steps, first_steps)
         if guidance_scale != 1:
             raise ValueError("this student was distilled without guidance; leave out guidance_scale")
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
@@ -183,6 +187,7 @@ class StreamingWanPipeline(WanPipeline):
         force: bool = False,
         sound: Tensor | None = None,
         num_inference_steps: int | None = None,
+        first_steps: int | None = None,
     ) -> Stream:
         """A video without end: an iterator over the pictures of its chunks, [n, 3, H, W] float32 in [0, 1].
 
@@ -190,8 +195,9 @@ class StreamingWanPipeline(WanPipeline):
         and goes on after `Stream.listen`.
 
         window, sink: other numbers of latent frames than the student was trained with, which need `force`.
-        num_inference_steps: for a flow map of chunks (any_flow), which has any number of steps."""
-        policy = with_window(self.with_steps(num_inference_steps), window, sink, force)
+        num_inference_steps, first_steps: of a chunk and of the first one, for a flow map of chunks (any_flow), which
+        has any number of steps."""
+        policy = with_window(self.with_steps(num_inference_steps, first_steps), window, sink, force)
         assert policy.chunks is not None
         if policy.chunks.window is None:
             logger.warning(
@@ -213,9 +219,15 @@ class StreamingWanPipeline(WanPipeline):
         about = read_about(state)
         _, rows, width = about["latents"]
         height, width = (side * self.vae_scale_factor_spatial for side in (rows - self.sound_rows, width))
-        chunks, steps = about["policy"].chunks, about["policy"].num_steps if self.policy.any_step else None
-        size = {"height": height, "width": width, "num_inference_steps": steps}
-        stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, force=True, **size)
+        chunks = about["policy"].chunks
+        given: dict[str, Any] = {"height": height, "width": width, "force": True}
+        if self.policy.any_step:
+            first = chunks.first_timesteps
+            given |= {
+                "num_inference_steps": about["policy"].num_steps,
+                "first_steps": None if first is None else len(first),
+            }
+        stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, **given)
         stream.load_state_dict(state)
         return stream
 

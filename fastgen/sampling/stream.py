@@ -29,8 +29,8 @@ from fastgen.streaming.stream import Stream, with_window
 @dataclass(frozen=True, kw_only=True)
 class StreamRequest:
     """What `fastgen stream` is asked for. changes: (seconds, prompt), each from the first chunk on that begins then or
-    later. recache: whether the context is computed again at each change. num_steps: of a chunk, for a flow map.
-    window, sink, force: as in `with_window`.
+    later. recache: whether the context is computed again at each change. num_steps,
+    first_steps: of a chunk and of the first one, for a flow map. window, sink, force: as in `with_window`.
     sound: the file of the sound that the video is driven by (`data.sounds`), for a student whose videos are."""
 
     path: Path
@@ -40,6 +40,7 @@ class StreamRequest:
     changes: tuple[tuple[float, str], ...] = ()
     recache: bool = False
     num_steps: int | None = None
+    first_steps: int | None = None
     window: int | None = None
     sink: int | None = None
     force: bool = False
@@ -54,6 +55,7 @@ class StreamRequest:
         """The export that is streamed. Raises ValueError for what cannot be, before anything heavy is imported."""
         folder = streaming_export(self.path)
         policy = RolloutPolicy(**current_names("rollout", read_metadata(folder)["policy"]))
+        policy = policy if self.first_steps is None else policy.with_first_steps(self.first_steps)
         policy = policy if self.num_steps is None else policy.with_steps(self.num_steps)
         policy = with_window(policy, self.window, self.sink, self.force)
         assert policy.chunks is not None
@@ -171,7 +173,8 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
         try:
             begin = time.perf_counter()
             schedule = {"window": request.window, "sink": request.sink, "force": request.force}
-            stream = pipeline.stream(request.prompt, request.seed, num_inference_steps=request.num_steps, **schedule)
+            steps = {"num_inference_steps": request.num_steps, "first_steps": request.first_steps}
+            stream = pipeline.stream(request.prompt, request.seed, **steps, **schedule)
             if request.sound is not None:
                 stream.listen(whole_sound(request.sound, pipeline, wanted))
             text_seconds = time.perf_counter() - begin
