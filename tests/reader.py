@@ -16,6 +16,7 @@ from fastgen.sampling.video import video_writer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("a handwritten two", "a handwritten seven")
+MODULES = ("my_rewards", "my_objective")  # which the folder has
 FRAMES = 81  # of a clip, at 16 pictures a second
 
 

@@ -5,6 +5,7 @@ import itertools
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -19,7 +20,7 @@ import yaml
 from diffusers import WanPipeline
 from doc_blocks import BLOCKS, LANGUAGES, NEEDS, Block, calls_of, of_language
 from PIL import Image
-from reader import make_reader_folder
+from reader import MODULES, make_reader_folder
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -43,13 +44,17 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(reader_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def reader(reader_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A fresh folder with what is in the reader's; the test is in it, and imports from it."""
     for path in reader_folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    others = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}  # of other tests
+    yield tmp_path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
