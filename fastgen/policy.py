@@ -238,6 +238,12 @@ class RolloutPolicy:
         grid = (1 - i / num_steps for i in range(num_steps))
         return replace(self, timesteps=tuple(shift * u / (1 + (shift - 1) * u) for u in grid))
 
+    def with_counts(self, num_steps: int | None, first_steps: int | None) -> "RolloutPolicy":
+        """The same sampler with these numbers of steps of a sample, or of a chunk, and of the first chunk; None leaves
+        them. Raises ValueError as `with_steps` and `with_first_steps` do."""
+        policy = self if first_steps is None else self.with_first_steps(first_steps)
+        return policy if num_steps is None else policy.with_steps(num_steps)
+
     def with_first_steps(self, num_steps: int) -> "RolloutPolicy":
         """The same sampler of chunks, with another number of steps for the first chunk, on this policy's grid
         (`with_steps`). Raises ValueError for a policy without chunks, and for a student with steps of its own."""

@@ -109,6 +109,14 @@ def test_a_video_pipeline_is_shown_at_the_size_that_it_knows() -> None:
     assert draw_student(videos, videos.prompt, 0, 2).pixels.shape == (25, 3, 32, 32)
 
 
+def test_a_teacher_that_was_measured_at_few_steps_alone_is_shown_as_its_card_recommends(tmp_path: Path) -> None:
+    changes = [f"output_dir={tmp_path}/mine", "eval.teacher_steps=[4]"]
+    recipe = load_recipe(ROOT / "recipes/digits_dmd2_4step.yaml", changes)
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0, RoleOptions())
+    export(backbone.load("student"), backbone, recipe, tmp_path / "export", 0)
+    assert load_pair(tmp_path).teacher_steps == 50
+
+
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="one step at least, got num_steps 0"):
         load_sampler(TEACHER, num_steps=0)

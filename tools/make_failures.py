@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emoji_strips import PROMPTS as EMOJI_PROMPTS
-from matplotlib.figure import Figure
-from torch import Tensor
+from quickstart import picture
 
 from fastgen.config import load_recipe
 from fastgen.data.digits import prompt_for
-from fastgen.sampling.pictures import grid
 from fastgen.sampling.sampler import load_sampler
 from fastgen.train import train
 
@@ -76,17 +74,6 @@ def trained(failure: Failure, runs: Path) -> Path:
     return folder
 
 
-def draw(rows: dict[str, Tensor], path: Path) -> None:
-    """A labelled row of pictures for each name."""
-    figure = Figure(figsize=(10, 0.8 * len(rows)), dpi=110)
-    for i, (name, pixels) in enumerate(rows.items()):
-        axes = figure.add_axes((0.2, 1 - (i + 1) / len(rows), 0.8, 1 / len(rows)))
-        axes.imshow(grid(pixels, columns=len(pixels)))
-        axes.set_axis_off()
-        figure.text(0.19, 1 - (i + 0.5) / len(rows), name, ha="right", va="center", fontsize=9)
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("build/failures"))
@@ -98,7 +85,7 @@ def main() -> None:
     for scale in (2.0, 10.0):
         emoji = load_sampler(EMOJI, num_steps=28, guidance_scale=scale)
         rows[f"guidance of {scale:g}"] = emoji.sample(EMOJI_PROMPTS, seeds)
-    draw(rows, arguments.output)
+    picture(rows, arguments.output, left=0.2, height=0.8)
 
 
 if __name__ == "__main__":

@@ -72,14 +72,15 @@ def measure(
     return row, samples
 
 
-def picture(strips: dict[str, Tensor], path: Path) -> None:
-    """Draws one labelled row of images for each sampler. A column has one prompt and seed."""
-    figure = Figure(figsize=(10, 0.55 * len(strips)), dpi=150)
+def picture(strips: dict[str, Tensor], path: Path, left: float = 0.13, height: float = 0.55) -> None:
+    """Draws one labelled row of images for each sampler. A column has one prompt and seed. left: the share of the
+    width that labels have. height: of a row, in inches, of 10 across."""
+    figure = Figure(figsize=(10, height * len(strips)), dpi=150)
     for i, (name, pixels) in enumerate(strips.items()):
-        axes = figure.add_axes((0.13, 1 - (i + 1) / len(strips), 0.87, 1 / len(strips)))
+        axes = figure.add_axes((left, 1 - (i + 1) / len(strips), 1 - left, 1 / len(strips)))
         axes.imshow(grid(pixels, columns=len(pixels)))
         axes.set_axis_off()
-        figure.text(0.12, 1 - (i + 0.5) / len(strips), name, ha="right", va="center", fontsize=8)
+        figure.text(left - 0.01, 1 - (i + 0.5) / len(strips), name, ha="right", va="center", fontsize=8)
     figure.savefig(path)
 
 

@@ -318,10 +318,10 @@ def value_of(row: Mapping[str, Any], key: str) -> float:
 
 
 def cell(heading: str, values: list[float]) -> str:
-    if heading == KILOBYTES:
-        return f"{values[0]:.0f}"  # the same for every seed
     if not values:
         return ""
+    if heading == KILOBYTES:
+        return f"{values[0]:.0f}"  # the same for every seed
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"

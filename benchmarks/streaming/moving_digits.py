@@ -137,9 +137,7 @@ def after_a_change(videos: list[Tensor], prompts: list[list[str]]) -> dict[str, 
 
 
 def measure(sampler: Sampler, part: str, options: argparse.Namespace) -> dict[str, Any]:
-    policy = sampler.policy
-    policy = policy if options.first_steps is None else policy.with_first_steps(options.first_steps)
-    policy = policy if options.steps is None else policy.with_steps(options.steps)
+    policy = sampler.policy.with_counts(options.steps, options.first_steps)
     assert policy.chunks is not None
     if options.density is not None:
         attention = ChunkAttention(layout="top_k", density=options.density, tile=16)

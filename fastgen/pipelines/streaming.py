@@ -127,12 +127,6 @@ class StreamingWanPipeline(WanPipeline):
         parts = [WanDenoiser(network) for network in self.networks]
         return parts[0] if len(parts) == 1 else Experts(parts, (self.config.boundary_ratio,))
 
-    def with_steps(self, num_inference_steps: int | None, first_steps: int | None) -> RolloutPolicy:
-        """The sampler with these numbers of steps of a chunk and of the first one; None: the student's own. Raises
-        ValueError for others, except of a flow map of chunks."""
-        policy = self.policy if first_steps is None else self.policy.with_first_steps(first_steps)
-        return policy if num_inference_steps is None else policy.with_steps(num_inference_steps)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -162,7 +156,7 @@ class StreamingWanPipeline(WanPipeline):
         for other steps or guidance than the student has. A flow map of chunks (any_flow) has any number of steps, and
         may have more of them for the first chunk (first_steps), where nothing that it could see is there yet."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        policy = self.with_steps(num_inference_steps, first_steps)
+        policy = self.policy.with_counts(num_inference_steps, first_steps)
         if guidance_scale != 1:
             raise ValueError("this student was distilled without guidance; leave out guidance_scale")
         shape = (self.latent_frames(num_frames or self.trained("num_frames")), *self.latent_shape(height, width))
@@ -197,7 +191,7 @@ class StreamingWanPipeline(WanPipeline):
         window, sink: other numbers of latent frames than the student was trained with, which need `force`.
         num_inference_steps, first_steps: of a chunk and of the first one, for a flow map of chunks (any_flow), which
         has any number of steps."""
-        policy = with_window(self.with_steps(num_inference_steps, first_steps), window, sink, force)
+        policy = with_window(self.policy.with_counts(num_inference_steps, first_steps), window, sink, force)
         assert policy.chunks is not None
         if policy.chunks.window is None:
             logger.warning(

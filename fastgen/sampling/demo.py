@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgen.backbones.base import Backbone, BackboneConfig
 from fastgen.backbones.folder import recommended_call
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.data.prompts import prompt_file, read_prompts
 from fastgen.denoiser import Denoiser
 from fastgen.sampling.original import export_folder, original
@@ -72,10 +73,13 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
         raise ValueError(f"{path} makes videos chunk by chunk; fastgen stream shows them")
     backbone: Any = config.build(torch.device(device), dtype, 0)
     student = Sampler(backbone, backbone.load_exported(folder), recipe.rollout, 1.0, folder)
+    assert isinstance(config, PipelineConfig)  # as it makes pictures or videos
     teacher_steps = max(recipe.eval.teacher_steps, default=0)
     if teacher_steps <= recipe.rollout.num_steps:  # which compares with a teacher that is as fast, not with a good one
-        teacher_steps = backbone.stock_call[0]
-    known = recipe.eval.prompts or prompt_file(getattr(config, "path", ""))
+        source = config.local_folder()
+        said = {} if source is None else recommended_call(source)
+        teacher_steps = int(said.get("num_inference_steps", backbone.stock_call[0]))
+    known = recipe.eval.prompts or prompt_file(config.path)
     return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance, first_prompt(known))
 
 

@@ -55,9 +55,7 @@ class StreamRequest:
         """The export that is streamed. Raises ValueError for what cannot be, before anything heavy is imported."""
         folder = streaming_export(self.path)
         policy = RolloutPolicy(**current_names("rollout", read_metadata(folder)["policy"]))
-        policy = policy if self.first_steps is None else policy.with_first_steps(self.first_steps)
-        policy = policy if self.num_steps is None else policy.with_steps(self.num_steps)
-        policy = with_window(policy, self.window, self.sink, self.force)
+        policy = with_window(policy.with_counts(self.num_steps, self.first_steps), self.window, self.sink, self.force)
         assert policy.chunks is not None
         if self.recache:
             try:
