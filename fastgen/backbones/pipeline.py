@@ -23,6 +23,7 @@ from fastgen.backbones.folder import (
     weight_files,
 )
 from fastgen.backbones.loading import diffusers_class, read_component, read_network
+from fastgen.backbones.names_read import names_read
 from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.prompt_table import PromptTable
 from fastgen.backbones.starts import check_settings
@@ -242,7 +243,8 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
             prefix = f"experts.{i}.network." if len(self.subfolders) > 1 else "network."
             for path in weight_files(folder / name):
                 with safe_open(path, framework="pt") as file:
-                    found |= {prefix + key: (path, key) for key in file.keys()}  # noqa: SIM118
+                    names = names_read(folder / name, file.keys())
+                found |= {prefix + read: (path, key) for read, key in names.items()}
         return found
 
     @cached_property

@@ -24,6 +24,7 @@ from fastgen.backbones.folder import (
     weight_files,
     weight_names,
 )
+from fastgen.backbones.names_read import names_read
 from fastgen.backbones.student_tensors import Named
 from fastgen.modules.inputs import plain_names
 from fastgen.modules.kept_blocks import KeptBlocks
@@ -97,7 +98,8 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
     """The tensors of each file of a student's network: those of the original network's files, or, if the network
     consists of experts, those files once for each expert; and what an inner flow or a segment head
     adds."""
-    stored = [TensorFile(file).specs for file in weight_files(original)]
+    files = [TensorFile(file).specs for file in weight_files(original)]
+    stored = [{name: specs[key] for name, key in names_read(original, specs).items()} for specs in files]
     experts = [f"experts.{i}." for i in range(len(network.experts))] if hasattr(network, "experts") else [""]
     kept = tuple(network._keep_in_fp32_modules or ())
 
@@ -110,11 +112,11 @@ def shards_of(network: Any, original: Path, dtype: torch.dtype | None) -> list[d
     if kept_width(network) or any(isinstance(module, KeptBlocks) for module in network.modules()):
         one = network.experts[0] if hasattr(network, "experts") else network
         stored = [kept_specs(one, specs) for specs in stored]
-    files = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
+    shards = [{prefix + name: spec(name, s) for name, s in specs.items()} for prefix in experts for specs in stored]
     wide = next(s for specs in stored for s in specs.values() if s.dtype.is_floating_point)
     added = {n: Spec(wide.dtype, tuple(p.shape)) for n, p in network.named_parameters() if n.startswith(ADDED)}
-    files[-1] |= {name: spec(name, s) for name, s in added.items()}
-    return files
+    shards[-1] |= {name: spec(name, s) for name, s in added.items()}
+    return shards
 
 
 def kept_specs(network: nn.Module, stored: Mapping[str, Spec]) -> dict[str, Spec]:

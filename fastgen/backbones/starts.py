@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.backbones.folder import check_weights, read_json, weight_files
+from fastgen.backbones.names_read import names_read
 
 SIZES = ("sample_size",)  # settings of a network that change nothing that it computes
 OWN = ("_", "inner_", "segment_")  # these begin the keys that are not the stock network's
@@ -44,5 +45,8 @@ def check_settings(
 
 
 def tensor_shapes(part: Path) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor of a component. Raises ValueError if a file of it cannot be read whole."""
-    return {name: tuple(e["shape"]) for file in weight_files(part) for name, e in check_weights(file).items()}
+    """name -> shape of every tensor of a network. Raises ValueError if a file of the component cannot be read whole."""
+    stored = {
+        name: tuple(entry["shape"]) for file in weight_files(part) for name, entry in check_weights(file).items()
+    }
+    return {name: stored[key] for name, key in names_read(part, stored).items()}

@@ -11,6 +11,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastgen.backbones.folder import weight_files
+from fastgen.backbones.names_read import names_read
 from fastgen.data.files import replacing
 
 DTYPES = {  # safetensors' names
@@ -50,9 +51,11 @@ class Entry:
 
 
 def read_component(folder: Path, library: str = "diffusers") -> Iterator[Entry]:
-    """The weights of a pipeline's component, from its one file or its shards."""
+    """The weights of a pipeline's component, from its one file or its shards, named as the library reads them."""
     for path in weight_files(folder, library):
-        yield from read_file(path)
+        entries = {entry.name: entry for entry in read_file(path)}
+        names = names_read(folder, entries) if library == "diffusers" else {name: name for name in entries}
+        yield from (entries[stored].renamed(name) for name, stored in names.items())
 
 
 def read_file(path: Path) -> Iterator[Entry]:
