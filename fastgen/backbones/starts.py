@@ -45,7 +45,7 @@ def check_settings(
 
 
 def tensor_shapes(part: Path) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor of a network. Raises ValueError if a file of the component cannot be read whole."""
+    """name -> shape of every tensor of a network. Raises ValueError if a file of it cannot be read whole."""
     stored = {
         name: tuple(entry["shape"]) for file in weight_files(part) for name, entry in check_weights(file).items()
     }
