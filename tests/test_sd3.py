@@ -175,3 +175,19 @@ def test_a_prompt_has_the_same_bits_in_any_company() -> None:
     assert longer["prompt_embeds"].shape[1] > first["prompt_embeds"].shape[1]
     among = together.encode_prompts([*PROMPTS[1:], PROMPTS[0]]).select(torch.tensor([2]))
     assert all(first[name].equal(among[name]) for name in first)
+
+
+def test_the_card_calls_a_student_at_its_own_size_and_length(tmp_path: Path) -> None:
+    """And names neither where they are those of the stock call."""
+    policy, backbones = (
+        RolloutPolicy((1.0, 0.5)),
+        [
+            SD3Config(path=str(TEACHER), resolution=resolution, max_sequence_length=length).build(
+                torch.device("cpu"), torch.float32, 0
+            )
+            for resolution, length in ((None, 256), (16, 77))
+        ],
+    )
+    plain, own = (backbone.usage(policy, tmp_path, False) for backbone in backbones)
+    assert "guidance_scale=1)" in plain
+    assert "guidance_scale=1, height=16, width=16, max_sequence_length=77)" in own

@@ -4,16 +4,20 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from tiny_flux import tiny_flux
+from tiny_z_image import tiny_z_image
 from typer.testing import CliRunner
 
 import fastgen
-from fastgen.backbones.folder import recommended_call, shipped_pipelines
+from fastgen.backbones.folder import read_scheduler, recommended_call, shipped_pipelines
+from fastgen.backbones.pipeline_config import CONFIGS
 from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.config.schema import recipe_schema, recipe_schema_text
@@ -21,12 +25,16 @@ from fastgen.config.text import read_recipe
 from fastgen.evaluation.folders import evaluate_path
 from fastgen.recipe import EvalConfig
 from fastgen.registry import BACKBONES, DATA, OBJECTIVES, REWARDS
-from fastgen.starting.facts import Wishes, look_at
+from fastgen.rollout import RolloutPolicy
+from fastgen.sampling.demo import load_pair
+from fastgen.sampling.sampler import recommended_config
+from fastgen.starting.facts import Wishes, level_shift, look_at
 from fastgen.starting.new import PROMPTED, TEMPLATES, built, first_recipe
 from fastgen.starting.shipped import MODELINE, SCHEMA, copy_recipe, is_unverified, recipe_files, summary
-from fastgen.starting.values import first_values, levels
+from fastgen.starting.values import first_values
 from fastgen.train import train
 
+INDEX = "*/*/model_index.json"  # of the pipelines whose configs ship
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -152,7 +160,6 @@ def test_a_new_recipe_of_a_small_pipeline(editor: jsonschema.Draft202012Validato
     assert phased["objective"]["guidance_scale"] == phased["eval"]["teacher_guidance_scale"] == 3.0
     assert [p["last"] for p in phased["objective"]["phases"]] == [1, 2]
     assert sum(p["updates"] for p in phased["objective"]["phases"]) == phased["train"]["steps"]
-    assert levels(4, 3.0) == [1.0, 0.9, 0.75, 0.5]
 
 
 @pytest.mark.slow
@@ -177,6 +184,7 @@ def test_a_shipped_teacher_is_found_from_any_folder_and_the_help_names_it(
         ("parameters: {num_inference_steps: 30}", {"num_inference_steps": 30}),
         ("parameters: [guidance_scale]", {}),
         ("parameters: {guidance_scale: high, num_frames: true, height: 0}", {}),
+        ("parameters: {guidance_scale: 0, num_inference_steps: 0}", {"guidance_scale": 0}),
         ("true", {}),
     ],
 )
@@ -184,6 +192,41 @@ def test_a_card_recommends_numbers(metadata: str, found: dict[str, float], tmp_p
     inference = metadata if metadata == "true" else f"{{{metadata}}}"
     (tmp_path / "README.md").write_text(f"---\ninference: {inference}\n---\n# Mine\n")
     assert recommended_call(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("make", "number", "guidance", "told"),
+    [(tiny_flux, 2.5, 1, 2.5), (tiny_flux, 3.5, 1, None), (tiny_z_image, 4, 5, None), (tiny_z_image, 0, 1, None)],
+)
+def test_the_guidance_of_a_card_is_what_it_does_in_the_stock_call(
+    make: Callable[[Path], Path], number: float, guidance: float, told: float | None, tmp_path: Path
+) -> None:
+    """FLUX.1 dev is told it and called once a step; Z-Image counts it from 0."""
+    folder = make(tmp_path / "mine")
+    (folder / "README.md").write_text(f"---\ninference: {{parameters: {{guidance_scale: {number}}}}}\n---\n")
+    facts = look_at(str(folder))
+    assert facts.guidance == guidance
+    values = first_values(Wishes(str(folder)), facts)
+    assert values["objective"]["guidance_scale"] == values["eval"]["teacher_guidance_scale"] == guidance
+    roles = dict.fromkeys(("student", "teacher", "fake_score"), told)
+    assert values["backbone"].get("guidance") == (None if told is None else roles)
+    pair = load_pair(folder)
+    assert pair.guidance == guidance and pair.student.network_evaluations % (1 if guidance == 1 else 2) == 0
+    assert pair.backbone.guidance_told("teacher") == (told or (3.5 if make is tiny_flux else None))
+
+
+@pytest.mark.parametrize("pipeline", sorted(str(p.parent.relative_to(CONFIGS)) for p in CONFIGS.glob(INDEX)))
+def test_a_first_student_has_any_number_of_steps(pipeline: str) -> None:
+    """Its levels can be stored, whatever the family's scheduler rounds or cannot shift."""
+    config = recommended_config(CONFIGS / pipeline)[0]
+    shift = level_shift(read_scheduler(CONFIGS / pipeline))
+    for steps in range(1, 9):
+        for transition in ("renoise",) if config.name == "sana_sprint" else ("renoise", "ode"):
+            levels = config.even_levels(steps, shift, transition)
+            config.check_export(RolloutPolicy(levels, transition if steps > 1 else "renoise"))
+            near = [shift * u / (1 + (shift - 1) * u) for u in (1 - i / steps for i in range(steps))]
+            apart = 1 if config.name == "sana_sprint" else 0.01
+            assert levels == pytest.approx(near, abs=apart) and len(set(levels)) == steps
 
 
 @pytest.mark.slow
@@ -215,7 +258,7 @@ def test_a_card_says_the_size_of_its_videos() -> None:
     assert values["backbone"] == {"name": "wan", "path": "assets/teachers/moving_digits", **sizes}
     assert values["data"]["prompts"] == values["eval"]["prompts"] == "assets/moving_digits_prompts.txt"
     assert values["objective"]["guidance_scale"] == 4 and values["eval"]["teacher_steps"] == [25, 4]
-    assert not look_at("assets/teachers/digits").sizes, "a pipeline without such a key has none"
+    assert not look_at("assets/teachers/digits").settings, "a pipeline without such a key has none"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from fastgen.pipelines.schedulers import (
     discrete_steps,
     few_step_scheduler,
     is_plain_euler,
+    lcm_steps,
     stock_noise,
 )
 from fastgen.rollout import RolloutPolicy, TeacherPolicy
@@ -40,8 +41,16 @@ class DiscreteConfig(PipelineConfig):
 
     def check_export(self, policy: RolloutPolicy) -> None:
         super().check_export(policy)
-        total = NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
-        discrete_steps(policy, total)
+        discrete_steps(policy, self.num_levels())
+
+    def even_levels(self, steps: int, shift: float, transition: str) -> tuple[float, ...]:
+        """Multiples of 1 / N: DDIMScheduler (ode) needs equal distances."""
+        total = self.num_levels()
+        places = lcm_steps(steps, total // steps, steps) if transition == "ode" else lcm_steps(total, 1, steps)
+        return tuple(place / total for place in places)
+
+    def num_levels(self) -> int:
+        return NUM_TRAIN_TIMESTEPS if self.local_folder() is None else len(self.read().schedule.table) - 1
 
     def read(self) -> Any:
         """The backbone, to read its small files."""

@@ -103,11 +103,10 @@ class Flux2(ToldGuidance, FlowImage):
         given = f"guidance_scale={told:g}, max_sequence_length={self.config.max_sequence_length}{size}"
         return super().call.replace('"a prompt"', 'prompt="a prompt"').replace("guidance_scale=1", given)
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
+    def scale_with(self, said: Mapping[str, float]) -> float:
         """Only klein's base models are guided by two network calls."""
         guided = self.is_klein and not self.is_distilled
-        return super().stock_call[0], self.stock_guidance if guided else 1.0
+        return said.get("guidance_scale", self.stock_guidance) if guided else 1.0
 
     def student_components(self, student: Denoiser) -> dict[str, Any]:
         return super().student_components(student) | ({"is_distilled": True} if self.is_klein else {})

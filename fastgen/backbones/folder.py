@@ -117,11 +117,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def recommended_call(folder: Path) -> dict[str, float]:
     """The numbers of a call that a pipeline's card recommends, where a hub's own page reads them too:
-    `inference.parameters` of its metadata."""
+    `inference.parameters` of its metadata. Of these, scales are at least 0, and others at least 1."""
     found = read_card(folder).get("inference")
     parameters = found.get("parameters") if isinstance(found, dict) else None
     numbers = parameters.items() if isinstance(parameters, dict) else ()
-    return {key: float(n) for key, n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n >= 1}
+    found = {key: float(n) for key, n in numbers if isinstance(n, int | float) and not isinstance(n, bool)}
+    return {key: n for key, n in found.items() if n >= (0 if key.endswith("scale") else 1)}
 
 
 def component_entries(folder: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -5,7 +5,6 @@ marks, the glyphs. The network also takes the latents of a given image and what 
 neither, and gets zeros. The stock pipeline is guided by a component of its own, the guider, which an export stores at
 scale 1."""
 
-import inspect
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -148,11 +147,9 @@ export_to_video(video, "video.mp4", fps={self.config.fps})"""
         super().set_up_vae(vae)
         vae.enable_tiling()
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
-        """The scale is that of the guider."""
-        parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        return parameters["num_inference_steps"].default, self.guider.guidance_scale
+    def scale_with(self, said: Mapping[str, float]) -> float:
+        """The guider's, which the call does not change."""
+        return self.guider.guidance_scale
 
     @cached_property
     def guider(self) -> Any:

@@ -352,9 +352,19 @@ image = pipeline("a prompt", num_inference_steps={num_steps}, guidance_scale=1).
 
     @property
     def stock_call(self) -> tuple[int, float]:
-        """The defaults of num_inference_steps and guidance_scale in the call of the stock pipeline."""
-        parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        return parameters["num_inference_steps"].default, parameters["guidance_scale"].default
+        """The steps and the scale of the stock pipeline's call without arguments, see `call_with`."""
+        return self.call_with({})
+
+    def call_with(self, said: Mapping[str, float]) -> tuple[int, float]:
+        """The steps of a call of the stock pipeline with these arguments, and the scale w for which `signals.guided`
+        does what its guidance does."""
+        default = inspect.signature(self.pipeline_class.__call__).parameters["num_inference_steps"].default
+        return int(said.get("num_inference_steps", default)), self.scale_with(said)
+
+    def scale_with(self, said: Mapping[str, float]) -> float:
+        """The second number of `call_with`."""
+        default = inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
+        return said.get("guidance_scale", default)
 
     @abstractmethod
     def encode_chunk(self, prompts: list[str]) -> Conditioning:

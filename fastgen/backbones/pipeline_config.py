@@ -102,6 +102,11 @@ class PipelineConfig(BackboneConfig):
                 "out, or use one of the backbones sd, sd3 and wan, whose exports have it"
             )
 
+    def even_levels(self, steps: int, shift: float, transition: str) -> tuple[float, ...]:
+        """A list of levels that an export can store: s u / (1 + (s - 1) u) of evenly spaced u, with this shift s.
+        Families that cannot shift, or that round, have the list that is nearest to these."""
+        return tuple(round(shift * u / (1 + (shift - 1) * u), 8) for u in (1 - i / steps for i in range(steps)))
+
     @classmethod
     def loads(cls, index: Mapping[str, Any]) -> bool:
         """Whether this family loads the pipeline with this model_index.json."""

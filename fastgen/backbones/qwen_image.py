@@ -3,6 +3,7 @@
 Guidance needs two network calls (`true_cfg_scale` of the stock pipeline) and keeps the norm of each token's velocity
 (`QwenImageDenoiser.guide`). Prompts are padded to one length, and a mask hides the padding from the network."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -100,10 +101,9 @@ class QwenImage(FlowImage):
             "guidance_scale=1", f"{size}, max_sequence_length={self.config.max_sequence_length}"
         )
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
-        """The scale is the default of true_cfg_scale, which acts in a stock call that also has a negative prompt."""
-        return super().stock_call[0], STOCK_GUIDANCE
+    def scale_with(self, said: Mapping[str, float]) -> float:
+        """true_cfg_scale, which acts in a stock call that also has a negative prompt."""
+        return said.get("true_cfg_scale", STOCK_GUIDANCE)
 
     # --- images: videos of one frame for the VAE
 

@@ -61,6 +61,9 @@ class SanaSprintConfig(ToldGuidanceConfig, SanaConfig):
                 f"its scheduler cannot change: {near}"
             )
 
+    def even_levels(self, steps: int, shift: float, transition: str) -> tuple[float, ...]:
+        return sprint_levels(steps)
+
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
     ) -> "SanaSprint":

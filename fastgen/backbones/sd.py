@@ -138,10 +138,9 @@ image = pipeline("a prompt", **options).images[0]"""
     def stock_guidance(self) -> float:  # type: ignore[override]
         return inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
+    def scale_with(self, said: Mapping[str, float]) -> float:
         """A UNet that is told a scale is called once a step."""
-        return super().stock_call[0], 1.0 if self.is_told else self.stock_guidance
+        return 1.0 if self.is_told else said.get("guidance_scale", self.stock_guidance)
 
     # --- noise
 

@@ -23,6 +23,7 @@ from fastgen.policy import InnerFlow, SegmentFlow
 from fastgen.schedule import FlowSchedule
 
 CLIP_TOKENS = 77  # they come before the T5 tokens
+STOCK_LENGTH = 256  # T5 tokens of the stock pipeline's call
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -31,7 +32,7 @@ class SD3Config(FlowImageConfig):
     pipeline's 256."""
 
     name: Literal["sd3"] = "sd3"
-    max_sequence_length: int = Field(default=256, ge=1, le=512)
+    max_sequence_length: int = Field(default=STOCK_LENGTH, ge=1, le=512)
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     passes_levels: ClassVar[bool] = False
@@ -113,6 +114,14 @@ class SD3(FlowImage):
     @property
     def default_size(self) -> int:  # type: ignore[override]
         return self.network_config["sample_size"] * self.pixels_per_latent
+
+    @property
+    def call(self) -> str:  # type: ignore[override]
+        """With the size and the number of T5 tokens, where they are not those of the stock call."""
+        side, length = self.image_size, self.config.max_sequence_length
+        more = "" if side == self.default_size else f", height={side}, width={side}"
+        more += "" if length == STOCK_LENGTH else f", max_sequence_length={length}"
+        return super().call.replace("guidance_scale=1", f"guidance_scale=1{more}")
 
     @property
     def latent_channels(self) -> int:

@@ -58,7 +58,6 @@ class ToldGuidance(PipelineBackbone):
         told: Role = like if like in ("teacher", "fake_score") else "student"  # type: ignore[assignment]
         return self.config.guidance.get(told, self.stock_guidance)
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
+    def scale_with(self, said: Mapping[str, float]) -> float:
         """The guidance_scale of the stock call is what the network is told; it is called once a step."""
-        return super().stock_call[0], 1.0
+        return 1.0

@@ -4,7 +4,6 @@ The only prompt is the empty one. A published pipeline draws noise at every step
 [-1, 1]; the teacher is sampled by DDIM with the same noise, as that of backbone sd, and is not clipped. A student is
 exported as a DDPMPipeline, which keeps the scheduler it is given: a DDIMPipeline turns any into DDIM's."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -102,9 +101,8 @@ image = pipeline(generator=generator, num_inference_steps={num_steps}).images[0]
     def needed_classes(self) -> dict[str, str]:
         return {self.subfolder: self.network_class}
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
-        return inspect.signature(self.pipeline_class.__call__).parameters["num_inference_steps"].default, 1.0
+    def scale_with(self, said: Mapping[str, float]) -> float:
+        return 1.0
 
     def plain_call(self, policy: RolloutPolicy, adapter: bool) -> str:
         return super().plain_call(policy, adapter).replace('"a prompt"', "")

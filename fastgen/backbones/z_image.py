@@ -145,10 +145,8 @@ class ZImage(FlowImage):
         call = super().call.replace("guidance_scale=1", f"guidance_scale=0{more}")
         return f"# diffusers 0.42 or newer: older pipelines may give their scheduler other levels\n{call}"
 
-    @property
-    def stock_call(self) -> tuple[int, float]:
-        steps, scale = super().stock_call
-        return steps, scale + 1
+    def scale_with(self, said: Mapping[str, float]) -> float:
+        return super().scale_with(said) + 1
 
     def encode_chunk(self, prompts: list[str]) -> Conditioning:
         """prompt_embeds [B, L, D], zero where the mask prompt_mask [B, L] is false, after the last token."""

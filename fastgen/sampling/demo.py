@@ -78,7 +78,7 @@ def load_pair(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     if teacher_steps <= recipe.rollout.num_steps:  # which compares with a teacher that is as fast, not with a good one
         source = config.local_folder()
         said = {} if source is None else recommended_call(source)
-        teacher_steps = int(said.get("num_inference_steps", backbone.stock_call[0]))
+        teacher_steps = backbone.call_with(said)[0]
     known = recipe.eval.prompts or prompt_file(config.path)
     return Pair(student, backbone.load("teacher"), teacher_steps, recipe.teacher_guidance, first_prompt(known))
 
@@ -99,8 +99,7 @@ def plain_pipeline(path: Path, device: str, dtype: torch.dtype) -> Pair:
     check_prompts_alone(path, section)
     section.check()
     backbone: Any = section.build(torch.device(device), dtype, 0)
-    steps, scale = backbone.stock_call
-    steps, scale = int(said.get("num_inference_steps", steps)), said.get("guidance_scale", scale)
+    steps, scale = backbone.call_with(said)
     sampler = teacher_sampler(backbone, steps, scale, weights=folder)
     return Pair(sampler, None, steps, scale, first_prompt(prompt_file(str(path))))
 

@@ -320,14 +320,17 @@ def pipeline_config(folder: Path, image: bool = False) -> PipelineConfig:
     return fitting[0](path=str(folder))
 
 
-def recommended_config(folder: Path) -> tuple[PipelineConfig, dict[str, int]]:
-    """`pipeline_config` with the sizes that the pipeline's card recommends (`recommended_call`), and these sizes.
-    Raises ValueError if they do not fit, too."""
+def recommended_config(folder: Path) -> tuple[PipelineConfig, dict[str, Any]]:
+    """`pipeline_config` with what the pipeline's card recommends (`recommended_call`): sizes, and the guidance scale
+    of networks that are told one. Also these keys alone. Raises ValueError if they do not fit, too."""
     config, said = pipeline_config(folder), recommended_call(folder)
     known = {field.name for field in dataclasses.fields(config)}
-    sizes = {key: int(said[key]) for key in SIZES if key in known and key in said}
+    settings: dict[str, Any] = {key: int(said[key]) for key in SIZES if key in known and key in said}
+    backbone: Any = config.build(torch.device("cpu"), torch.float32, 0)
+    if "guidance_scale" in said and backbone.guidance_told("teacher") not in (None, said["guidance_scale"]):
+        settings["guidance"] = dict.fromkeys(("student", "teacher", "fake_score"), said["guidance_scale"])
     try:
-        return dataclasses.replace(config, **sizes), sizes  # type: ignore[arg-type]
+        return dataclasses.replace(config, **settings), settings
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

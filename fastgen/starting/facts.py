@@ -35,7 +35,8 @@ class Wishes:
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the pipeline says. steps, guidance: those that its card recommends, else of its stock call, unless another
-    guidance was asked for. recommended: whether the guidance is the card's. sizes: those that the card recommends."""
+    guidance was asked for. recommended: whether the guidance is the card's. settings: keys of the backbone that
+    the card recommends (`recommended_config`)."""
 
     config: PipelineConfig
     steps: int
@@ -43,7 +44,7 @@ class Facts:
     parameters: int
     shift: float
     recommended: bool = False
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def large(self) -> bool:
@@ -54,14 +55,14 @@ def look_at(pipeline: str) -> Facts:
     """Reads configs only. Raises ValueError for a pipeline of no supported family."""
     check_source(pipeline)
     folder = local_folder(pipeline) or known_configs(pipeline)
-    config, sizes = recommended_config(folder)
+    config, settings = recommended_config(folder)
     config, said = dataclasses.replace(config, path=pipeline), recommended_call(folder)
     backbone: Any = config.unloaded().build(torch.device("cpu"), torch.float32, 0, RoleOptions(deferred=True))
     teacher = backbone.load("teacher")
-    steps, guidance = backbone.stock_call
+    steps, guidance = backbone.call_with(said)
     shift, count = level_shift(read_scheduler(folder)), sum(p.numel() for p in teacher.parameters())
-    steps, scale = int(said.get("num_inference_steps", steps)), float(said.get("guidance_scale", guidance))
-    return Facts(config, steps, scale, count, shift, recommended="guidance_scale" in said, sizes=sizes)
+    by_card = guidance != backbone.stock_call[1]
+    return Facts(config, steps, guidance, count, shift, recommended=by_card, settings=settings)
 
 
 def known_configs(hub_id: str) -> Path:

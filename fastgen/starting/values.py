@@ -40,8 +40,8 @@ def first_values(wishes: Wishes, facts: Facts) -> dict[str, Any]:
     values: dict[str, Any] = {
         "output_dir": f"runs/{name}",
         "seed": 0,
-        "backbone": {"name": facts.config.name, "path": wishes.pipeline, **facts.sizes},
-        "rollout": {**template["rollout"], "timesteps": levels(wishes.steps, facts.shift)},
+        "backbone": {"name": facts.config.name, "path": wishes.pipeline, **facts.settings},
+        "rollout": {**template["rollout"], "timesteps": levels(wishes.steps, facts, template["rollout"])},
         "data": data_of(wishes),
         "objective": objective,
         **({"lora": {role: {"rank": 64, "alpha": 8} for role in copies}} if copies else {}),
@@ -131,6 +131,5 @@ def eval_of(wishes: Wishes, facts: Facts) -> dict[str, Any]:
     return values
 
 
-def levels(steps: int, shift: float) -> list[float]:
-    uniform = [1 - i / steps for i in range(steps)]
-    return [round(shift * u / (1 + (shift - 1) * u), 4) for u in uniform]
+def levels(steps: int, facts: Facts, rollout: Mapping[str, Any]) -> list[float]:
+    return list(facts.config.even_levels(steps, facts.shift, rollout["transition"]))
