@@ -127,7 +127,8 @@ class EvalConfig:
         prompts, they are the texts next to these files.
     prompts: a file with one prompt per line, a list, or "neutral", the 64 prompts that ship with fastgen. If left out,
         they are those of the reference or, for mixtures, drawn labels. Sample i has prompt
-        `prompts[i % len(prompts)]`, unless there are more prompts than samples.
+        `prompts[i % len(prompts)]`, unless there are more prompts than samples. Pictures of a folder that is measured
+        need one for each of its files, in the order of their names, or one for all.
     choice: which are taken of more prompts, pictures of the reference or given images than samples. spread: a random
         choice over the whole list, which depends on `seed` and on the length of the list alone, so that lists of one
         length stay paired. first: the first ones, as in version 0.2.0.

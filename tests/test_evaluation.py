@@ -237,10 +237,11 @@ def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
     assert found[0]["reference"] == "teacher" and found[0]["features"] == "latents"
     with pytest.raises(ValueError, match="has none of its own"):
         folders.evaluate_path(teacher, **{**options, "prompts": None})
+    one = options | {"prompts": ("a handwritten three",), "num_samples": 1}
     with pytest.raises(ValueError, match="for runs, exports and pipelines"):
-        folders.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1})
+        folders.evaluate_path(project / "assets/first_frames", **one)
     with pytest.raises(ValueError, match="here is no pipeline"):
-        folders.evaluate_path(project / "assets/first_frames", **{**options, "num_samples": 1, "reference": "digits"})
+        folders.evaluate_path(project / "assets/first_frames", **one | {"reference": "digits"})
 
 
 def test_run_folder_brings_its_own_evaluation(tmp_path: Path) -> None:

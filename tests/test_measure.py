@@ -22,8 +22,10 @@ from fastgen.data.digits import load_digits
 from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation import folders
 from fastgen.evaluation.config import scorer_keys
+from fastgen.evaluation.evaluate import image_prompts
 from fastgen.evaluation.scoring import score_folder, score_table
 from fastgen.metrics.features import check_inception
+from fastgen.metrics.reference import sample_files
 from fastgen.recipe import EvalConfig
 
 torch.set_num_threads(1)
@@ -121,13 +123,15 @@ def test_scorers_are_metrics_and_the_file_is_the_same_to_the_bit(
 ) -> None:
     """Two runs of the command write equal bytes, with hashes of the weights and the prompts; FID beside them."""
     options = [f"{name}.{key}={value}" for name, keys in scorers.items() for key, value in keys.items()]
-    arguments = ["eval", str(pictures), "--metrics", "fid,clip_score,pickscore,aesthetic", "--prompts", "neutral"]
+    (prompts := tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in read_prompts("neutral")[:12]))
+    arguments = ["eval", str(pictures), "--metrics", "fid,clip_score,pickscore,aesthetic", "--prompts", str(prompts)]
     arguments += [part for option in options for part in ("--scorer", option)] + ["--batch-size", "5"]
     for name in ("a", "b"):
         found = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / f"{name}.json")])
         assert found.exit_code == 0, found.output
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.html", "a.json", "b.html", "b.json"]
+    names = ["a.html", "a.json", "b.html", "b.json", "prompts.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
     result = json.loads((tmp_path / "a.json").read_text())
     assert set(result["metrics"]) == {
         "fid",
@@ -154,7 +158,9 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
         ({"metrics": "fid", "scorers": {"hpsv2": {"pat": "a/b"}}}, r"scorers\.hpsv2\.pat"),
         ({"metrics": "clip_score", "scorers": {"clip_score": {"path": "nowhere/at/all"}}}, "neither a local folder"),
         ({"metrics": "clip_score", "scorers": scorers}, "has no captions"),
-        ({"metrics": "motion", "scorers": {"motion": {"path": "a/b"}}, "prompts": "neutral"}, "measures frames"),
+        ({"metrics": "motion", "scorers": {"motion": {"path": "a/b"}}, "prompts": ("a cat",)}, "measures frames"),
+        ({"metrics": "accuracy", "prompts": ("a two", "a six")}, "prompts has 2 prompts for 12 images"),
+        ({"metrics": "accuracy", "prompts": "neutral", "num_samples": 6}, "neutral has 64 prompts for 12 images"),
         ({"metrics": "fid", "features": "inception", "inception_weights": "nowhere.pth"}, "there is no file"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -168,6 +174,14 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
     }
     with pytest.raises(ValueError, match=r"torch-fidelity|there is no file"):
         check_inception("nowhere/at.pth")
+
+
+def test_pictures_of_a_folder_have_a_prompt_each_or_one_for_all(pictures: Path) -> None:
+    """Also where fewer are measured: a picture keeps its own."""
+    files = sample_files(pictures)
+    for prompts in (tuple(f"picture {i}" for i in range(12)), ("one for all",)):
+        config = EvalConfig(metrics=("accuracy",), num_samples=5, prompts=prompts)
+        assert image_prompts(files, config) == [prompts[min(i, len(prompts) - 1)] for i in config.rows(12)]
 
 
 def test_the_neutral_prompts_ship() -> None:

@@ -54,7 +54,10 @@ def evaluate(
     ] = Path("results.json"),
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen."),
+        typer.Option(
+            help="A file with one prompt on each line, or 'neutral' for the 64 that ship with fastgen. For a folder "
+            "of images: one for each of them, in the order of their names, or one for all."
+        ),
     ] = None,
     choice: Annotated[
         Literal["spread", "first"] | None,

@@ -19,6 +19,7 @@ from fastgen.data import exact_data, read_prompts
 from fastgen.data.controls import all_files, encode_given
 from fastgen.evaluation.measure import Partial, measure
 from fastgen.evaluation.results import Row
+from fastgen.evaluation.scoring import match
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
 from fastgen.metrics.reference import (
@@ -140,8 +141,8 @@ def evaluate_images_with_samples(
     device: torch.device | str = "cpu",
 ) -> tuple[Row, Tensor]:
     """Like evaluate_with_samples, but for num_samples images of a folder, which are sorted by name. The prompts are
-    those of the config, otherwise the captions next to the images, otherwise empty. device: for the scorers and
-    inception.
+    those of the config (`image_prompts`), otherwise the captions next to the images, otherwise empty. device: for the
+    scorers and inception.
 
     Raises ValueError if there are too few images, or no prompts for scorers that compare pictures with prompts."""
     config.check()
@@ -220,10 +221,12 @@ def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:
 
 
 def image_prompts(files: Sequence[Path], config: EvalConfig) -> list[str]:
-    """The prompts of the images that are measured, of all images of a folder: those of the config in turn, otherwise
-    the captions next to the images."""
-    prompts = file_captions(files) if config.prompts is None else read_prompts(config.prompts)
-    return [prompts[i % len(prompts)] for i in config.rows(len(files))]
+    """The prompts of the images that are measured, of all images of a folder: those of the config, one for each image
+    of the folder or one for all, otherwise the captions next to the images. Raises ValueError for another number."""
+    if config.prompts is None:
+        return chosen(file_captions(files), config)
+    source = config.prompts if isinstance(config.prompts, str) else "prompts"
+    return chosen(match(read_prompts(config.prompts), len(files), source), config)
 
 
 def chosen(values: Sequence[T], config: EvalConfig) -> list[T]:
