@@ -395,6 +395,23 @@ def test_the_fake_score_is_drawn_to_the_student_after_its_update(told: bool) -> 
     assert all(torch.equal(a, b) for a, b in kept)
 
 
+def test_a_sample_that_is_not_finite_costs_its_own_update_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN in the second of four rollouts: the means of the ratio are those of the first update, and the later
+    losses are finite."""
+    objective, rollout, finite = FDistill(), FDistill.rollout, []
+    networks, state = tiny_networks(objective, FOUR_STEPS), objective.init_state()
+    factor = torch.ones(32, 1, dtype=torch.float64)
+    monkeypatch.setattr(FDistill, "rollout", lambda *a, **k: (lambda r: replace(r, x=r.x * factor))(rollout(*a, **k)))
+    for update in range(4):
+        factor[0] = float("nan") if update == 1 else 1.0
+        before = state["ratio"].clone()
+        finite.append(bool(objective.loss(STUDENT, networks, tiny_batch(key=update), state).total.isfinite()))
+        objective.finish(STUDENT, networks, state)
+        assert state["ratio"].isfinite().all() and not state["seen"].any()
+        assert torch.equal(state["ratio"], before) == (update == 1)
+    assert finite == [True, False, True, True]
+
+
 # --- Re-DMD
 
 

@@ -457,6 +457,13 @@ def test_a_replay_gives_every_sample_its_own_row() -> None:
     assert replay.needs_samples(state) and set(state) == {"replay.age"}
 
 
+def test_samples_that_are_not_finite_are_used_once() -> None:
+    state = replay.empty()
+    replay.store(state, {"x": torch.tensor([1.0, float("nan")]), "cond.label": torch.arange(2)})
+    replay.count_use(state, 3)
+    assert replay.needs_samples(state) and set(state) == {"replay.age"}
+
+
 def test_replayed_trajectories_keep_their_prompts() -> None:
     """Re-used while the student stands still, in a batch of other prompts: all ratios are exactly 1. Fails if the
     new batch's conditioning is used."""

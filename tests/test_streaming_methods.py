@@ -181,6 +181,10 @@ def test_axes_that_improve_at_different_speeds_lower_every_weight() -> None:
     objective.reward_weight(networks, data, x, state)
     objective.finish(STUDENT, networks, state)
     assert len(state["axes"]) == 4 and not [name for name in state if name == "axes.seen"]
+    before = state["axes"].clone()
+    objective.reward_weight(networks, data, x * float("nan"), state)  # no sample is valid, so that there are no means
+    objective.finish(STUDENT, networks, state)
+    assert torch.equal(state["axes"], before) and "axes.seen" not in state
 
 
 def test_a_perfect_student_is_left_alone_whatever_the_weights() -> None:

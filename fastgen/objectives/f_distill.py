@@ -71,9 +71,12 @@ class FDistill(DMD2):
         return Loss(loss.total, loss.terms | terms)
 
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
+        """The sums of this update become the means of the following ones, unless it saw what is not finite: such an
+        update is skipped, and would leave no finite weight behind it."""
         super().finish(turn, networks, state)
         if turn.name == "student":
-            state["ratio"].mul_(self.ratio_memory).add_(state["seen"])
+            if bool(state["seen"].isfinite().all()):
+                state["ratio"].mul_(self.ratio_memory).add_(state["seen"])
             state["seen"].zero_()
 
     @torch.no_grad()

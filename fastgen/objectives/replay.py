@@ -39,8 +39,11 @@ def recall(state: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
 
 
 def count_use(state: dict[str, Tensor], updates: int) -> None:
-    """Counts one use, for `Objective.finish`, once per update. After `updates` uses the samples are dropped."""
+    """Counts one use, for `Objective.finish`, once per update. After `updates` uses the samples are dropped, and after
+    one if they are not finite: every update that uses them is skipped."""
     state[AGE].add_(1).remainder_(updates)
+    if not all(bool(value.isfinite().all()) for value in rows_of(state, PREFIX).values()):
+        state[AGE].zero_()
     if needs_samples(state):
         for name in [name for name in state if name.startswith(PREFIX) and name != AGE]:
             del state[name]

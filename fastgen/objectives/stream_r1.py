@@ -69,10 +69,10 @@ class StreamR1(ReDMD):
     def finish(self, turn: Turn, networks: Networks, state: State) -> None:
         super().finish(turn, networks, state)
         if turn.name == "student" and SEEN in state:
-            *sums, count = state[SEEN]
-            mean = torch.stack(sums)[None] / count.clamp_min(1)
-            state[AXES] = torch.cat([state[AXES], mean])[-self.window :] if AXES in state else mean
-            del state[SEEN]
+            *sums, count = state.pop(SEEN)
+            if count:  # an update without a valid sample has no means
+                mean = torch.stack(sums)[None] / count
+                state[AXES] = torch.cat([state[AXES], mean])[-self.window :] if AXES in state else mean
 
     def reward_weight(
         self, networks: Networks, batch: Batch, x0: Tensor, state: State
