@@ -131,6 +131,19 @@ def test_an_update_does_not_depend_on_its_micro_batches() -> None:
     assert states[0]["past.latents"].shape == (2, 2, *SHAPE)
 
 
+def test_a_video_that_is_not_finite_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN in the second update: the videos begin anew, and go on from there."""
+    objective, made, part, ages = LongTuning(longest=100), networks(ChunkSchedule(frames=1)), LongTuning.part, []
+    state, videos, factor = objective.init_state(), batch(3), torch.ones(2, 1, 1, 1, 1, dtype=torch.float64)
+    monkeypatch.setattr(LongTuning, "part", lambda *a: (lambda r: replace(r, x=r.x * factor))(part(*a)))
+    for k in range(4):
+        factor[0] = float("nan") if k == 1 else 1.0
+        seen = update(objective, made, state, videos)
+        assert seen.isfinite().all() == (k != 1)
+        ages.append(int(state["frames"]))
+    assert ages == [3, 0, 3, 5] and state["past.latents"].isfinite().all()
+
+
 def test_the_fake_score_sees_the_same_videos_and_moves_nothing_on() -> None:
     objective, made = LongTuning(longest=100), networks(ChunkSchedule(frames=1))
     state = objective.init_state()
@@ -180,6 +193,14 @@ def test_what_cannot_go_on_is_refused(rollout: dict[str, Any], words: str, tmp_p
     folder = tiny_wan(tmp_path / "wan")
     with pytest.raises(RecipeError, match=words):
         recipe(folder, tmp_path / "run", {"name": "long_tuning"}, rollout=rollout)
+
+
+@pytest.mark.parametrize("term", [{"gan_weight": 0.1}, {"embedding": {"features": "teacher", "time": {}}}])
+def test_real_videos_under_the_prompts_of_others_are_refused(term: dict[str, Any]) -> None:
+    policy = RolloutPolicy((1.0,), chunks=ChunkSchedule(frames=1))
+    with pytest.raises(ValueError, match="real videos of other prompts: leave out gan_weight"):
+        LongTuning(**term).check(policy)
+    LongTuning(embedding={"features": "random"}).check(policy)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("longest", [2, 3])

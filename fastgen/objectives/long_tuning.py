@@ -11,8 +11,9 @@ next F - 1 frames, given what the student sees of those before them, and matches
 
     y = [r(x_past), x_new],   r = `Backbone.restart`: the last picture before it, as a first latent frame
 
-to the teacher with DMD2's loss. r(x_past) carries no gradient. After `longest` frames the videos begin anew. The
-student thus meets its own errors after many chunks, at the cost of a short video an update.
+to the teacher with DMD2's loss. r(x_past) carries no gradient. After `longest` frames the videos begin anew, and so
+they do after an update in which one of them is not finite. The student thus meets its own errors after many chunks, at
+the cost of a short video an update.
 
 Departures. What is kept over an update are clean latents, not keys and values: the context is computed again with the
 present weights, so that it is never stale, and a state of a few frames is checkpointed instead of gigabytes. This is
@@ -46,6 +47,7 @@ PARTS = 10_000  # of the probability of a switch
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class LongTuning(DMD2):
+    examples = ({},)
     page = "docs/streaming.md"
 
     takes_inner = False  # it is for students that work in chunks
@@ -71,6 +73,11 @@ class LongTuning(DMD2):
                 f"{chunks.order} later chunks see noisy ones: leave order out"
             )
         chunks.check_recache()
+        if self.gan_weight or (self.embedding is not None and self.embedding.features == "teacher"):
+            raise ValueError(
+                "in long_tuning the videos go on with their own prompts, under which a network would see the real "
+                "videos of other prompts: leave out gan_weight, and embedding with features: teacher"
+            )
 
     def check_recipe(self, recipe: Recipe) -> None:
         super().check_recipe(recipe)
@@ -142,7 +149,7 @@ class LongTuning(DMD2):
         rows, frames = rows_of(state, NEXT), int(state["next_frames"])
         for name in [name for name in state if name.startswith((PAST, NEXT))]:
             del state[name]
-        goes_on = frames < self.longest
+        goes_on = frames < self.longest and all(bool(value.isfinite().all()) for value in rows.values())
         state["frames"].fill_(frames if goes_on else 0)
         for name, value in rows.items() if goes_on else ():
             switched = bool(state["switches"]) and name != LATENTS
