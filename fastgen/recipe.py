@@ -131,7 +131,8 @@ class EvalConfig:
         need one for each of its files, in the order of their names, or one for all.
     choice: which are taken of more prompts, pictures of the reference or given images than samples. spread: a random
         choice over the whole list, which depends on `seed` and on the length of the list alone, so that lists of one
-        length stay paired. first: the first ones, as in version 0.2.0.
+        length stay paired. first: the first ones, as in version 0.2.0. So are the samples chosen that are compared
+        with a reference of fewer pictures, unless their prompts are the reference's own, of which each comes first.
     teacher_steps, teacher_guidance_scale: the teacher's rows that a report compares the student with."""
 
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]

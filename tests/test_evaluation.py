@@ -20,6 +20,7 @@ from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation import folders, results
 from fastgen.evaluation.report import pictures_in
+from fastgen.metrics import Metric, MetricContext
 from fastgen.metrics.reference import read_images
 from fastgen.recipe import EvalConfig
 from fastgen.rollout import RolloutPolicy
@@ -147,6 +148,23 @@ def test_of_a_longer_list_prompts_are_spread_over_it_and_stay_paired(tmp_path: P
     assert reference is not None and reference.prompts == tuple(prompt_for(int(label)) for label in labels[rows])
     assert torch.equal(reference.read(2, 7), pixels[rows[2:7]])
     assert evaluation.find_prompts(Recording(), pixel_config(num_samples=7), reference) == list(reference.prompts)  # type: ignore[arg-type]
+
+
+def test_prompts_of_ones_own_are_spread_where_the_reference_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if there are as many as samples; the reference's own prompts and `choice: first` keep their order."""
+    spread = list[bool]()
+
+    def seen(config: EvalConfig, context: MetricContext, output: str) -> list[Metric]:
+        spread.append(context.spread)
+        return make_metrics(config, context, output)  # type: ignore[arg-type]
+
+    make_metrics = evaluation.make_metrics
+    monkeypatch.setattr(evaluation, "make_metrics", seen)
+    own = tuple(prompt_for(label) for label in range(10) for _ in range(2))
+    for changes in ({"prompts": own}, {"prompts": own, "choice": "first"}, {}):
+        config = pixel_config(metrics=("accuracy",), num_samples=20, **changes)
+        evaluation.evaluate(CopyingSampler(), config, progress=False)  # type: ignore[arg-type]
+    assert spread == [True, False, False]
 
 
 def test_mixture_teacher_reaches_the_floor() -> None:

@@ -124,6 +124,28 @@ def test_fid_uses_equal_counts() -> None:
     assert Precomputed(7).num_features == 7
 
 
+def test_of_sorted_samples_those_of_all_classes_are_compared_with_a_smaller_reference() -> None:
+    """The first 60 of 120 are one class of two; the choice has both, in any batches and after an interruption."""
+    points = torch.cat([torch.rand(60, 3), 5 + torch.rand(60, 3)])
+    names, numbers = ("fid", "mmd", "precision_recall"), list[dict[str, float]]()
+    for spread in (False, True):
+        context = MetricContext(120, 0, reference(points[::2]), ChannelMeans(), spread=spread)
+        chosen = context.compared
+        assert len(chosen) == 60 and (max(chosen) > 100) is spread
+        few = MetricContext(60, 0, context.reference, ChannelMeans())
+        values = [run(name, context, images(points), ["a"] * 120, batch_size=7) for name in names]
+        assert values == [run(name, few, images(points[chosen]), ["a"] * 60) for name in names]
+        numbers.append({key: number for value in values for key, number in value.items()})
+    first, all_classes = numbers
+    assert first["fid"] > 10 > 1 > all_classes["fid"] and first["mmd"] > 5 * all_classes["mmd"]
+    assert first["recall"] < 0.6 < all_classes["recall"]
+    metric, later = (METRICS["fid"](context) for _ in range(2))
+    metric.update(images(points[:50]), ["a"] * 50)
+    later.restore(metric.state(), ["a"] * 50)
+    later.update(images(points[50:]), ["a"] * 70)
+    assert later.compute()["fid"] == pytest.approx(all_classes["fid"], rel=1e-9)
+
+
 def test_precision_and_recall_of_identical_and_far_sets() -> None:
     points = torch.rand(40, 3)
     context = MetricContext(40, 0, reference(points), ChannelMeans())

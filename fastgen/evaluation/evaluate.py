@@ -77,6 +77,7 @@ def evaluate_with_samples(
         timing,
         config.rewards(),
         backbone.device,
+        config.choice == "spread" and (config.prompts is not None or config.images is not None),
     )
 
     def draw(start: int, stop: int) -> Tensor:
@@ -160,7 +161,13 @@ def evaluate_images_with_samples(
     reference = find_reference("pixels", config)
     features = make_features(config, "pixels", device)
     context = MetricContext(
-        config.num_samples, config.seed, reference, features, rewards=config.rewards(), device=device
+        config.num_samples,
+        config.seed,
+        reference,
+        features,
+        rewards=config.rewards(),
+        device=device,
+        spread=config.choice == "spread",
     )
     metrics = make_metrics(config, context, "pixels")
     facts = describe(prompts, config, {"images_sha256": hash_files(files), "device": str(device)})

@@ -20,6 +20,11 @@ class Accuracy(Metric):
     output = "pixels"
     directions: ClassVar[Directions] = {"accuracy": "higher"}
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            label_of(prompt)
+
     def __init__(self, context: MetricContext):
         super().__init__(context)
         shared = context.features

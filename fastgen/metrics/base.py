@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from fastgen.backbones.ar1_law import AR1Law
 from fastgen.backbones.gaussian_mixture import Mixture
+from fastgen.data.order import permutation
 from fastgen.metrics.features import FeatureNetwork
 from fastgen.metrics.reference import Reference
+from fastgen.noise import make_key
 from fastgen.rewards import Reward
 
 Direction = Literal["lower", "higher", "neither"]
@@ -36,7 +39,8 @@ class MetricContext:
     reference: the real images. features: the feature network that all metrics share, so that each batch is embedded
     once. law: the exact target distribution of points. timing: given only if a sampler runs, not for a folder of
     images. rewards: the rewards that have keys in the config, by the names of the metrics that measure them. device:
-    the device of the rewards' networks."""
+    the device of the rewards' networks. spread: whether `compared` is spread over the samples, or the first of them,
+    which have the reference's own prompts."""
 
     num_samples: int
     seed: int
@@ -46,6 +50,16 @@ class MetricContext:
     timing: Timing | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     device: torch.device | str = "cpu"
+    spread: bool = False
+
+    @cached_property
+    def compared(self) -> list[int]:
+        """The samples that are compared with the reference: all, or as many as it has. They are a seeded choice if
+        `spread`, because the first samples may all be of one class."""
+        count = self.num_samples if self.reference is None else min(self.num_samples, len(self.reference))
+        if not self.spread or count == self.num_samples:
+            return list(range(count))
+        return sorted(permutation(self.num_samples, make_key(self.seed, "eval compared"), 0)[:count].tolist())
 
 
 class Metric(ABC):
@@ -70,6 +84,11 @@ class Metric(ABC):
     def fits(cls, output: str, backbone: str) -> bool:
         """Whether it can measure this kind of sample, made by the backbone of this name."""
         return cls.output in (output, "any") and (not cls.backbones or backbone in cls.backbones)
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that it cannot read. Most metrics take any."""
+        return None
 
     @abstractmethod
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ class FID(Metric):
     """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of real and generated features    (Heusel et al., arXiv 1706.08500)
 
     Computed by torchmetrics in float64. Both sides have n = min(num_samples, len(reference)) images: the first n of
-    the reference, and the first n generated images, which have the same prompts unless others were given. The number
-    depends on n and on the feature network: compare only FIDs with the same sample count and feature network."""
+    the reference, and those generated images that `MetricContext.compared` names. The number depends on n and on the
+    feature network: compare only FIDs with the same sample count and feature network."""
 
     name = "fid"
     needs_reference = True
@@ -35,7 +35,7 @@ class FID(Metric):
     def __init__(self, context: MetricContext):
         super().__init__(context)
         self.features, reference = self.need_features(), self.need_reference()
-        self.count = min(context.num_samples, len(reference))
+        self.count, self.compared, self.seen = len(context.compared), set(context.compared), 0
         if self.count < 2:
             raise ValueError(f"fid needs at least 2 images per side, got {self.count}; raise eval.num_samples")
         from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
@@ -45,9 +45,10 @@ class FID(Metric):
         self.distance.update(real.double(), real=True)
 
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
-        left = self.count - int(self.distance.fake_features_num_samples)
-        if left > 0:
-            self.distance.update(self.features(samples)[:left].double(), real=False)
+        start, self.seen = self.seen, self.seen + len(samples)
+        rows = [i for i in range(len(samples)) if start + i in self.compared]
+        if rows:
+            self.distance.update(self.features(samples)[rows].double(), real=False)
 
     def state(self) -> dict[str, Tensor]:
         return {name: getattr(self.distance, name).clone() for name in MOMENTS}
@@ -55,6 +56,7 @@ class FID(Metric):
     def restore(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
         for name in MOMENTS:
             getattr(self.distance, name).copy_(state[name])
+        self.seen = len(prompts)
 
     def compute(self) -> dict[str, float]:
         if int(self.distance.fake_features_num_samples) != self.count:

@@ -29,19 +29,20 @@ class Gathered(Metric):
 
 
 class Compared(Gathered):
-    """Compares them with those of real images. Both sides have n = min(num_samples, len(reference)) images, the first
-    n of each."""
+    """Compares them with those of real images. Both sides have n = min(num_samples, len(reference)) images: the first
+    n of the reference, and those generated images that `MetricContext.compared` names."""
 
     needs_reference = True
 
     def __init__(self, context: MetricContext):
         super().__init__(context)
         self.reference = self.need_reference()
-        self.count = min(context.num_samples, len(self.reference))
+        self.count = len(context.compared)
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Features [n, D] float64, real and generated. Raises ValueError if samples are missing."""
-        fake = torch.cat(self.generated)[: self.count].double()
-        if len(fake) != self.count:
-            raise ValueError(f"{self.name} expected {self.count} samples, got {len(fake)}")
-        return self.features.of_reference(self.reference, self.count).double(), fake
+        fake = torch.cat(self.generated)
+        if len(fake) != self.context.num_samples:
+            raise ValueError(f"{self.name} expected {self.context.num_samples} samples, got {len(fake)}")
+        real = self.features.of_reference(self.reference, self.count)
+        return real.double(), fake[self.context.compared].double()

@@ -32,6 +32,10 @@ class MotionError(Metric):
     }
     measured: Tensor = torch.zeros(0, 3, dtype=torch.float64)  # by video: direction right, speed error, wander
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        stated(list(prompts), "direction", "speed")
+
     def update(self, samples: Tensor, prompts: Sequence[str]) -> None:
         if samples.shape[1] <= STEP:
             raise ValueError(f"motion_error needs videos of at least {STEP + 1} frames, got {samples.shape[1]}")

@@ -38,6 +38,10 @@ class VideoAccuracy(Metric):
     right: Tensor | None = None  # [F], how many videos are right in every picture
     count = 0
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        stated(list(prompts), "digit")
+
     @cached_property
     def classifier(self) -> DigitsClassifier:
         return load_classifier()
