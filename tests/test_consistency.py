@@ -499,6 +499,12 @@ def test_what_cannot_be_is_refused() -> None:
         "leave it out with spacing": ["objective.grid={count: 8, spacing: karras, shift: 3.0}"],
         "roles that can be adapters are none": ["objective.target_decay=0.9", "lora={student: {rank: 4}}"],
         "needs an eta": ["rollout.transition=tcd"],
+        "prompts of other samples.*batch_size is 1": [
+            grid,
+            "objective.gan={weight: 0.1, mismatched: true}",
+            "train.batch_size=1",
+            "optimizers.discriminator={lr: 1.0e-3}",
+        ],
     }.items():
         with pytest.raises(RecipeError, match=text):
             load_recipe(RECIPE, lines)

@@ -296,6 +296,11 @@ def test_what_cannot_be_is_refused() -> None:
         "more than the 8 intervals": ["objective.solver_steps=9"],
         "set denoise: teacher": ["objective.guidance_scale=2.0"],
         "grid.last and grid.time": ["objective.grid={count: 8, last: 16, updates: 10}"],
+        "prompts of other samples.*batch_size is 1": [
+            "objective.gan={weight: 0.1, mismatched: true}",
+            "train.batch_size=1",
+            "optimizers.discriminator={lr: 1.0e-3}",
+        ],
         "roles that can be adapters": ["objective.target_decay=0.9", "lora={student: {rank: 4}}"],
     }.items():
         with pytest.raises(RecipeError, match=text):

@@ -516,6 +516,11 @@ def test_what_cannot_be_is_refused() -> None:
             "objective.matching={guidance_scale: 1.0}",
             "rollout={timesteps: [1.0], conditioning_time: 0.4}",
         ],
+        "prompts of other samples.*batch_size is 1": [
+            "objective.gan={weight: 0.5, mismatched: true}",
+            "train.batch_size=1",
+            "optimizers.discriminator={lr: 1.0e-3}",
+        ],
         "sigma_data is the unit of mean": ["objective.time={law: uniform, sigma_data: 0.5}"],
     }.items():
         with pytest.raises(RecipeError, match=text):

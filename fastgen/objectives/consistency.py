@@ -273,6 +273,8 @@ class Consistency(Objective):
         """Noise-to-signal ratios t / (1 - t) and velocities need flow matching. A uniform grid with Euler steps works
         on every noise path."""
         check_batch(self.embedding, recipe)
+        if self.gan:
+            self.gan.check_batch(recipe)
         if self.truncation:
             self.truncation.check_recipe(recipe)
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None

@@ -121,6 +121,8 @@ class CTM(Objective):
 
     def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
+        if self.gan:
+            self.gan.check_batch(recipe)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         """The discriminator and the target network, where they are used. The target network draws the same dropout

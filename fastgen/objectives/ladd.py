@@ -30,6 +30,7 @@ from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import TokenHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, feature_network
+from fastgen.recipe import Recipe
 from fastgen.schedule import TimeSampler
 
 
@@ -38,13 +39,21 @@ class Ladd:
     """weight: the factor of the student's term, -mean D.
     time: the law of the levels at which D sees samples, from the lower end (0) to the upper end (1) of the interval.
     generator: the student's term: linear, -mean D; or hinge, mean max(0, 1 - D), which has no gradient where D > 1.
-    mismatched: real samples under the prompts of other samples count as additional fakes."""
+    mismatched: real samples under the prompts of other samples of the micro-batch count as additional fakes."""
 
     weight: float = Field(gt=0)  # "0.5", SANA-Sprint; "0.1", PCM; see Units
     # "N(-0.6, 1)" of log sigma, SANA-Sprint, for latents of std 0.5 (row sana_levels). PCM: uniform, low 0, high 1
     time: TimeSampler = TimeSampler("logit_normal", 0.0, 1.0, mean=-0.6, std=1.0, sigma_data=0.5)
     generator: Literal["linear", "hinge"] = "linear"  # linear: SANA-Sprint; hinge: PCM's code
     mismatched: bool = False  # true in SANA-Sprint's code
+
+    def check_batch(self, recipe: Recipe) -> None:
+        """Raises ValueError where a micro-batch has no other sample whose prompt could be taken."""
+        if self.mismatched and recipe.train.batch_size < 2:
+            raise ValueError(
+                "gan.mismatched takes the prompts of other samples of a micro-batch, and train.batch_size is "
+                f"{recipe.train.batch_size}; make it at least 2, or leave out mismatched"
+            )
 
     def networks(self, backbone: Backbone) -> dict[str, nn.Module]:
         """The discriminator, and the feature network where one is needed: {role: module}."""

@@ -182,6 +182,8 @@ class SCM(Objective):
 
     def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
+        if self.gan:
+            self.gan.check_batch(recipe)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"weighting": LevelWeight()} if self.learned_weight else {}
