@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -128,16 +129,20 @@ def test_a_context_in_8_bits_takes_an_eighth_of_float64(network: WanDenoiser) ->
     assert sizes[1] * 8 * head == sizes[0] * (head + 4)
 
 
-def test_an_averaged_sink_is_not_rounded() -> None:
-    """With a decay near 1, every step is smaller than half a scale: 8 bits would never move."""
-    chunks = ChunkSchedule(frames=1, window=2, sink=1, sink_decay=0.999, cache_dtype="int8")
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(torch.float32, "int8"), (torch.bfloat16, None)])
+def test_an_averaged_sink_is_not_rounded(dtype: torch.dtype, cache_dtype: Literal["int8"] | None) -> None:
+    """With a decay near 1, every step is smaller than half of what 8 or 16 bits can tell apart: the sink would never
+    move. It is kept in float32, also in a file, and layers read it in the dtype of the other frames."""
+    chunks = ChunkSchedule(frames=1, window=3, sink=1, sink_decay=0.999, cache_dtype=cache_dtype)
     context = Context(chunks)
     for value in [1.0] + 400 * [2.0]:
-        keys = torch.full((1, 1, 1, 4), value)
+        keys = torch.full((1, 1, 1, 4), value, dtype=dtype)
         context = context.committed([(keys, keys)])
-    sink = context.blocks[0].keys
-    assert sink.dtype == torch.float32
-    torch.testing.assert_close(sink, torch.full_like(sink, 2 - 0.999**400), rtol=1e-4, atol=0)
+    for stored in (context, Context.load(chunks, context.state_dict())):
+        sink = stored.blocks[0].keys
+        assert sink.dtype == torch.float32
+        torch.testing.assert_close(sink, torch.full_like(sink, 2 - 0.999**399), rtol=1e-4, atol=0)
+        assert [x.dtype for x in stored.past(0) or ()] == [dtype, dtype]
 
 
 # --- the linear memory

@@ -84,11 +84,16 @@ class Context:
         return twin
 
     def past(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, tokens, heads, D] of all visible frames, in order; None if there are none."""
+        """Keys and values [B, tokens, heads, D] of all visible frames, in order, in the dtype of the newest ones: an
+        averaged sink is kept in a wider one. None if there are none."""
         if not self.blocks:
             return None
-        keys = torch.cat([precision.unpack(block.keys[layer]) for block in self.blocks], dim=1)
-        return keys, torch.cat([precision.unpack(block.values[layer]) for block in self.blocks], dim=1)
+
+        def read(kept: Sequence[Tensor]) -> Tensor:
+            parts = [precision.unpack(block[layer]) for block in kept]
+            return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+
+        return read([block.keys for block in self.blocks]), read([block.values for block in self.blocks])
 
     def committed(self, memory: Sequence[tuple[Tensor, Tensor]]) -> "Context":
         """The context after the next chunk. memory: the chunk's keys and values, [B, tokens, heads, D], per layer.

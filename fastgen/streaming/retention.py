@@ -39,11 +39,15 @@ def leaving(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) ->
 
 
 def averaged(sink: Block, chunk: Block, decay: float) -> Block:
-    """decay sink + (1 - decay) chunk, in the sink's place. 1 and 0 are exact. It is not packed: in 8 bits, changes as
-    small as those of a decay near 1 would be rounded away."""
-    pairs = ((sink.keys, chunk.keys), (sink.values, chunk.values))
-    keys, values = (decay * unpack(a) + (1 - decay) * unpack(b) for a, b in pairs)
-    return Block(sink.frames, keys, values)
+    """decay sink + (1 - decay) chunk, in the sink's place, in at least float32. 1 and 0 are exact. In fewer bits,
+    changes as small as those of a decay near 1 would be rounded away."""
+
+    def mean(sink: Tensor, chunk: Tensor) -> Tensor:
+        a, b = unpack(sink), unpack(chunk)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return decay * a.to(wide) + (1 - decay) * b.to(wide)
+
+    return Block(sink.frames, mean(sink.keys, chunk.keys), mean(sink.values, chunk.values))
 
 
 def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range) -> list[Block]:

@@ -73,7 +73,8 @@ class ChunkSchedule:
         there are steps are in the making, each one step behind the one before it, and one call of the network sees
         and moves them all (`rollout.rolling`; Rolling Forcing, arXiv 2509.25161). One step is the same in all.
     cache_dtype: int8 keeps what finished frames leave behind in 8 bits, with a scale for each token and head
-        (`streaming.precision`), in training and in sampling. None: as it was computed. An averaged sink stays so.
+        (`streaming.precision`), in training and in sampling. None: as it was computed. An averaged sink is kept in at
+        least float32.
     first_timesteps: the first chunk's own list of levels, usually a longer one (ASD's first-frame enhancement).
     replay: whether training holds the graph of one chunk at a time. The gradient is the same; the student's last step
         and the commits are computed twice. Not for sharded networks.
