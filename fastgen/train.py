@@ -41,6 +41,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds, and 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import signal
 import threading
 import time
@@ -68,6 +69,7 @@ from fastgen.run.build import (
     checkpoint_to_resume,
     open_run,
     resume,
+    samples_per_update,
     set_aside,
     start_from,
 )
@@ -89,6 +91,7 @@ from fastgen.run.watching import (
     report_moved,
     say,
     set_anchor,
+    set_reference,
     show,
     show_teacher,
     shown_prompts,
@@ -99,6 +102,10 @@ from fastgen.run.watching import (
 )
 
 TEACHER = "samples/teacher.png"
+OTHER_DATA = (
+    "warning: the data are not those that the run was started with, or not in the same order; from here on, its "
+    "samples are others than they would have been"
+)
 TIMED = 4  # updates after which a program says how long the run will take; the first one, which warms up, is left out
 
 
@@ -127,7 +134,8 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
     after every update."""
     console = terminal.console(quiet=not accelerator.is_main_process)
     check_alike(accelerator, {"the recipe": dump_recipe(recipe), "the version of fastgen": fastgen.__version__})
-    folder, resumed = open_run(recipe, accelerator), checkpoint_to_resume(recipe)
+    resumed = checkpoint_to_resume(recipe, accelerator)
+    folder = open_run(recipe, accelerator)
     check_alike(accelerator, {"the checkpoint to continue from": str(resumed)})
     console.print(summary(recipe, folder, accelerator), markup=False, highlight=False)
     run = build(recipe, accelerator)
@@ -136,6 +144,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator, moved: Callable[[], Non
     for warning in run.backbone.warnings():
         console.print(f"warning: {warning}", style="yellow", markup=False)
     progress = continue_run(run, resumed, console) if resumed else begin_run(run, folder, console)
+    set_reference(run)
     set_anchor(run)
     with run_log(folder, progress.step, accelerator.is_main_process, recipe.train.trackers) as log:
         if not resumed:
@@ -167,15 +176,20 @@ def begin_run(run: TrainingRun, folder: Path, console: Console) -> Progress:
 
 def continue_run(run: TrainingRun, path: Path, console: Console) -> Progress:
     """A run that was started before: everything its checkpoint holds. Later checkpoints are then set aside."""
-    counters = resume(run, path, samples_per_update(run))
+    counters, named = resume(run, path), run.recipe.train.resume_from
     if run.accelerator.is_main_process:
         set_aside(run.recipe, path)
-    console.print(f"continuing from {path.name}")
+    again = f", which comes from {named}; to go back there again, move the later checkpoints away"
+    console.print(f"continuing from {path.name}{again if named not in (None, path.name) else ''}", markup=False)
+    if counters.get("data", data_mark(run)) != data_mark(run):
+        console.print(OTHER_DATA, style="yellow", markup=False)
     return Progress(counters["step"], counters["position"], counters["last_good"], counters["step"])
 
 
-def samples_per_update(run: TrainingRun) -> int:
-    return run.recipe.train.batch_size * run.recipe.train.accumulate * run.accelerator.num_processes
+def data_mark(run: TrainingRun) -> str:
+    """What tells the data of a run from others: the prompts of its first samples, whose order depends on all of
+    them."""
+    return hashlib.sha256("\n".join(run.prompts).encode()).hexdigest()
 
 
 def train_networks(
@@ -209,7 +223,7 @@ def train_networks(
                     moved()
                     recipe.objective.finish(turn, run.networks, run.state)
                     if not turn.one_rollout or inner + 1 == turn.updates:
-                        progress.position += samples_per_update(run)
+                        progress.position += samples_per_update(recipe, run.accelerator)
                     student_moved |= stepped and "student" in turn.roles
                     log.add(turn.name, terms)
                     if before is not None and stepped:
@@ -238,12 +252,12 @@ def train_networks(
             if run.samples_here and due(step, config.eval_every, config.steps):
                 measure(run, step, log)
             if due(step, config.checkpoint_every, config.steps):
-                save(run, checkpoints, progress)
+                save(run, checkpoints, progress, log)
             checkpoints.check()
             run.accelerator.wait_for_everyone()
             if step < config.steps and (number := interruption.agreed(run.accelerator)):
                 if progress.saved < step:
-                    save(run, checkpoints, progress)
+                    save(run, checkpoints, progress, log)
                 checkpoints.wait()
                 run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has ended
                 raise Interrupted(
@@ -270,8 +284,11 @@ def writing(run: TrainingRun, folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", config.keep_checkpoints, sharded, background=config.checkpoint_async)
 
 
-def save(run: TrainingRun, checkpoints: Checkpoints, progress: Progress) -> None:
-    """Starts to write a checkpoint of the whole run. All processes call this together."""
+def save(run: TrainingRun, checkpoints: Checkpoints, progress: Progress, log: RunLog) -> None:
+    """Starts to write a checkpoint of the whole run, and a row of the log, if updates wait for one: whoever continues
+    from here does not know them. All processes call this together."""
+    if log.waiting:
+        log.write(progress.step, run.optimizers)
     progress.good = progress.good if run.watch.alarmed else progress.step
     progress.saved = progress.step
     counters = {
@@ -279,7 +296,9 @@ def save(run: TrainingRun, checkpoints: Checkpoints, progress: Progress) -> None
         "position": progress.position,
         "ema_updates": run.ema.updates,
         "last_good": progress.good,
-        "samples_per_update": samples_per_update(run),
+        "samples_per_update": samples_per_update(run.recipe, run.accelerator),
+        "resumed_from": run.recipe.train.resume_from,
+        "data": data_mark(run),
         "watch": dataclasses.asdict(run.watch.memory),
     }
     checkpoints.save(run.saved, run.optimizers, run.state, counters)

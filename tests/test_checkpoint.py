@@ -251,7 +251,7 @@ def test_fuzzed_checkpoints_resume_alike_or_are_refused_by_name(finished: Path, 
     earlier, whole = checkpoint.complete(finished / "checkpoints")
 
     def resumed(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        counters = resume(run, path, 8)
+        counters = resume(run, path)
         tensors = {f"{role}.{k}": v.clone() for role, m in run.saved.items() for k, v in m.state_dict().items()}
         for role, optimizer in run.optimizers.items():
             tensors |= {

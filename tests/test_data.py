@@ -4,7 +4,9 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -123,6 +125,18 @@ def png(side: int) -> bytes:
 
 def batch_of(stream: Stream, backbone: SD3, positions: Tensor) -> Batch:
     return make_batch(stream, backbone, positions, 1, IMAGES)
+
+
+def test_a_saved_data_set_has_the_split_that_is_asked_for(sources: dict[str, Any]) -> None:
+    disk = sources["disk"]
+    for keys in ({"split": "test"}, {"split": "train[:3]"}, {"subset": "large"}, {"revision": "abc"}):
+        with pytest.raises(ValueError, match="leave out"):
+            replace(disk, **keys).load(streaming=False)
+
+
+def test_joined_files_of_prompts_have_no_marks_in_the_middle(tmp_path: Path) -> None:
+    (tmp_path / "joined.txt").write_text("\ufeffa three\n\ufeffa four\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "joined.txt")) == ["a three", "a four"]
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order() -> None:

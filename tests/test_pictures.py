@@ -110,6 +110,16 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for read in (lambda: read_image(path, (32, 32), str(path), True), lambda: read_images([path])):
         with pytest.raises((DataError, PictureError), match=r"bomb\.png"):
             read()
+    assert picture_size(path, "bomb.png") is None, "the header is refused, too"
+
+
+def test_the_header_tells_what_the_picture_is(tmp_path: Path) -> None:
+    """Its size is that of the picture that is read, turned by XMP alone, too; without a known scale it is none."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"></rdf></x:xmpmeta>'
+    Image.new("RGB", (32, 64)).save(tmp_path / "a.jpg", xmp=xmp)
+    assert picture_size(tmp_path / "a.jpg", "a") == read_picture(tmp_path / "a.jpg", "a").size == (64, 32)
+    Image.new("F", (4, 4)).save(tmp_path / "a.tiff")
+    assert picture_size(tmp_path / "a.tiff", "a") is None
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")

@@ -446,6 +446,8 @@ def test_the_command_line(images: Path, prepared: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "new") == contents(prepared)
     status, _, error = run("prepare", RECIPE, data, "--output", images)
     assert status == 2 and "is not empty and was not written by fastgen prepare" in error
+    status, _, error = run("prepare", RECIPE, data, "--output", tmp_path / "other", "--pair-steps", 7)
+    assert status == 2 and "--pair-steps and --guidance-scale are of ODE pairs; give --pairs" in error
     mixture = ROOT / "recipes/mixture_dmd2_4step.yaml"
     status, _, error = run("prepare", mixture, "--output", tmp_path / "other")
     assert status == 2 and "gaussian_mixture has nothing to encode" in error

@@ -111,6 +111,20 @@ def test_options_of_the_loop(
     assert words in refusal(capsys, tmp_path, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["eval.metrics=[accuracy]", "eval.prompts=[a cat]"], "no digit word"),
+        (["part={words: [[nine], []], index: 0}", "eval.prompts=[one, two]"], "none of the 2 is for student 0 (part)"),
+    ],
+)
+def test_prompts_that_an_evaluation_cannot_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: str
+) -> None:
+    """They would be found after the last update."""
+    assert words in refusal(capsys, tmp_path, *overrides)
+
+
 def test_points_have_no_activations_to_spare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ring = str(ROOT / "recipes/mixture_dmd2_4step.yaml")
     assert main([ring, f"output_dir={tmp_path}", "train.gradient_checkpointing=true"]) == 2

@@ -1,5 +1,6 @@
 """Nothing on disk is lost: exports, checkpoints, logs, and runs that are stopped, started twice or moved."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -20,6 +21,8 @@ from accelerate import Accelerator
 from benchmarks.rows import read_rows
 from fastgen.config import load_recipe, load_stored
 from fastgen.data.files import replace_file, replacing
+from fastgen.objectives import Turn
+from fastgen.objectives.dmd2 import DMD2
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
 from fastgen.run.checkpoint import CheckpointError
@@ -203,7 +206,101 @@ def test_later_checkpoints_are_set_aside_only_when_the_run_goes_on(
     assert (run / "set_aside/step_00000002").is_dir()
 
 
+def test_the_same_command_goes_on_where_train_resume_from_led(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a scheduler says it again and again. Without train.resume_from, it goes back anew; and no stored recipe has
+    it."""
+    kept = "train.keep_checkpoints=9"
+    resume = continued(run, "train.resume_from=step_00000001", "train.steps=4", kept)
+    assert main([*resume, "train.steps=3"]) == 0 and "continuing from step_00000001" in capsys.readouterr().out
+    assert (run / "set_aside/step_00000002").is_dir()
+    assert main(resume) == 0
+    assert "continuing from step_00000003, which comes from step_00000001" in capsys.readouterr().out
+    assert [c.name for c in (run / "set_aside").iterdir()] == ["step_00000002"]
+    for stored in (run / "recipe.yaml", run / "export/recipe.yaml"):
+        assert load_stored(stored).train.resume_from is None
+    shutil.rmtree(run / "set_aside")
+    assert main(continued(run, "train.steps=5", kept)) == 0
+    assert main([*resume, "train.steps=5"]) == 0
+    assert "continuing from step_00000001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.batch_size=16", "keep the product as it was"),
+        ("train.steps=1", "train.steps is 1, and "),
+        ("train.resume_from=step_00000007", "has no checkpoint step_00000007"),
+    ],
+)
+def test_a_start_that_is_refused_changes_nothing_and_loads_nothing(
+    change: str, words: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "recipe.yaml").read_text()
+    monkeypatch.setattr("fastgen.train.build", lambda *_: pytest.fail("networks were built"))
+    assert main(continued(run, change)) == 2
+    assert words in capsys.readouterr().err and (run / "recipe.yaml").read_text() == before
+
+
+def test_a_folder_that_cannot_be_removed_does_not_end_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a file that is open somewhere stays under another name."""
+    real = shutil.rmtree
+
+    def leaves_one(path: Path, ignore_errors: bool = False, **_: Any) -> None:
+        if Path(path).name.endswith(checkpoint.GOING) and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", leaves_one)
+    assert main(continued(run, "train.keep_checkpoints=1")) == 0
+    assert [c.name for c in checkpoint.complete(run / "checkpoints")] == ["step_00000003"]
+
+
+def test_data_that_changed_between_two_starts_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "the data are not those that the run was started with"
+    assert main(continued(run)) == 0 and words not in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgen.train.data_mark", lambda _: "another")
+        assert main(continued(run, "train.steps=4")) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_a_run_may_be_watched_from_any_start_on(run: Path) -> None:
+    """The teacher's statistics are measured when they are first needed."""
+    assert main(continued(run, "health.every=1")) == 0
+    assert any("health/mean" in row for row in log_rows(run))
+
+
+def test_a_turn_whose_every_update_is_skipped_stops_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However well the other turns' updates go in between."""
+    real = DMD2.loss
+
+    def student_not_finite(self: DMD2, turn: Turn, *given: Any) -> Any:
+        loss = real(self, turn, *given)
+        return dataclasses.replace(loss, total=loss.total * float("nan")) if "student" in turn.roles else loss
+
+    monkeypatch.setattr(DMD2, "loss", student_not_finite)
+    assert main(continued(run, "train.steps=20", "health.max_skipped=2")) == 1
+    assert "the gradient of student was not finite in 3 updates in a row" in capsys.readouterr().err
+
+
 # --- logs and recipes
+
+
+def log_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_checkpoint_leaves_no_update_without_a_row(tmp_path: Path) -> None:
+    """Whoever continues from it knows nothing of them: 4 updates, a row every 3, a checkpoint after the second."""
+    run, changes = tmp_path / "run", ["train.steps=4", "train.log_every=3", "train.checkpoint_every=2"]
+    losses = []
+    for _ in range(2):
+        assert main([str(RING), *SHORT, *changes, f"output_dir={run}"]) == 0
+        losses.append([(row["step"], row["student/loss"]) for row in log_rows(run) if "student/loss" in row])
+        shutil.rmtree(run / "checkpoints/step_00000004")
+    assert [step for step, _ in losses[0]] == [2, 3, 4] and losses[0] == losses[1]
 
 
 def test_a_torn_row_of_the_log_stops_nothing(run: Path) -> None:

@@ -58,6 +58,15 @@ def test_the_shipped_schema_is_the_current_one(project: Path) -> None:
     assert (project / "recipes" / SCHEMA).read_text() == recipe_schema_text()
 
 
+def test_a_schema_replaces_a_schema_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("output_dir: runs/mine\n")
+    done = CliRunner().invoke(app, ["schema", "--output", str(mine)])
+    assert done.exit_code == 2 and "exists, and holds no schema" in done.output and "runs/mine" in mine.read_text()
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["schema", "--output", str(tmp_path / "a.json")]).exit_code == 0
+
+
 @pytest.mark.slow
 def test_every_recipe_names_the_schema_and_fits_it(editor: jsonschema.Draft202012Validator) -> None:
     for file in recipe_files():

@@ -104,6 +104,10 @@ def test_the_end_may_be_shorter_or_longer(tmp_path: Path) -> None:
         ({"1.png": b"", "1.txt": b"a", "2.txt": b"b"}, r"a\.tar has a caption of 2, but no png"),
         ({"x/1.png": b"", "x/1.txt": b"a", "x/2.json": b"{}"}, r"a\.tar has a caption of x/2, but no png"),
         ({"1.png": b"", "1.jpg": b"", "1.txt": b"a"}, "two image members named 1"),
+        (
+            {"1.png": b"", "1.txt": b"a", "Mr. Bean.jpg": b"", "Mr. Bean.txt": b"b"},
+            r"has Mr\. Bean\.jpg, of whose name",
+        ),
         ({"1.png": b"", "1.txt": b"a", "1.TXT": b"b"}, r"two \.txt members named 1"),
         ({"1.png": b""}, r"1\.png in .*a\.tar has no caption"),
         ({"1.png": b"", "1.json": b"[" * 100_000}, r"the \.json of 1\.png in .*a\.tar is not JSON"),
@@ -183,3 +187,26 @@ def test_fuzzed_shards_give_every_sample_or_are_refused_by_name(tmp_path: Path) 
         f"{counts['refused']} refused"
     )
     assert min(counts["the same"], counts["refused"]) > 100
+
+
+def test_a_link_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    """tar stores a file that it has seen before as a link to it."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(archive(digits()))
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("again.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "000000.png"
+        tar.addfile(link)
+        tar.addfile(*member("again.txt", b"a caption"))
+    with pytest.raises(ValueError, match=r"has a link at again\.png"):
+        entries(path, path.read_bytes())
+
+
+def test_a_member_beside_the_picture_and_a_hidden_one_are_left_out(tmp_path: Path) -> None:
+    more = {"000000.mask.png": b"another picture", "._000001.png": b"what a Mac adds"}
+    assert len(entries(tmp_path / "a.tar", archive(digits() | more))) == COUNT
+
+
+def test_a_name_may_have_brackets(tmp_path: Path) -> None:
+    (tmp_path / "[1]").mkdir()
+    assert len(entries(tmp_path / "[1]/a[2].tar", archive(digits()))) == COUNT

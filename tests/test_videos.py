@@ -294,3 +294,14 @@ def test_fuzzed_videos_are_read_or_refused_by_name(tmp_path: Path) -> None:
         read, refused = read + isinstance(one, Tensor), refused + isinstance(one, str)
     print(f"{read} read, {refused} refused")
     assert read > 100 and refused > 100
+
+
+@pytest.mark.parametrize("key", ["controls", "sounds"])
+def test_videos_of_one_name_would_share_their_files(key: str, tmp_path: Path) -> None:
+    for folder in ("day", "night"):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "a.gif", 8, 8)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nday/a.gif,a street\nnight/a.gif,a street at night\n")
+    source = VideoData(folder=str(tmp_path), **{key: str(tmp_path / "others")})
+    with pytest.raises(ValueError, match=f"{key}: two videos are named a, and would get the same file"):
+        source.sound_files(source.videos()) if key == "sounds" else source.control_files(source.videos(), 0)

@@ -29,6 +29,7 @@ def write_video(
     with av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = wide, high, form
+        stream.codec_context.thread_count = 1  # the same bytes, however busy the machine is
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         if turned is not None:

@@ -45,14 +45,20 @@ def schema(
     output: Annotated[Path | None, typer.Option(help="The file to write. By default it is printed.")] = None,
 ) -> None:
     """Write the JSON schema of recipes, with which an editor completes and checks them."""
-    from fastgen.config.schema import recipe_schema_text
-    from fastgen.data.files import replace_file
+    from fastgen.config.schema import is_schema, recipe_schema_text
+    from fastgen.data.files import check_output, replace_file
 
     text = recipe_schema_text()
     if output is None:
         print(text, end="")
-    else:
-        replace_file(output, text)
+        return
+    try:
+        if output.is_file() and not is_schema(output):
+            raise ValueError(f"{output} exists, and holds no schema; choose another --output")
+        check_output(output, overwrite=True)
+    except ValueError as error:
+        raise refuse(error) from None
+    replace_file(output, text)
 
 
 def objectives(

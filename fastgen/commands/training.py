@@ -96,11 +96,11 @@ def prepare(
         int, typer.Option(min=0, help="How many ODE pairs to make as well: a noise and the teacher's sample from it.")
     ] = 0,
     pair_steps: Annotated[
-        int, typer.Option(min=1, help="Steps that the teacher's own scheduler takes for an ODE pair.")
-    ] = 50,
+        int | None, typer.Option(min=1, help="Steps that the teacher's own scheduler takes for an ODE pair; 50.")
+    ] = None,
     guidance_scale: Annotated[
-        float, typer.Option(min=0, help="The guidance scale of the teacher for ODE pairs.")
-    ] = 1.0,
+        float | None, typer.Option(min=0, help="The guidance scale of the teacher for ODE pairs; 1.")
+    ] = None,
 ) -> None:
     """Encode a recipe's prompts and images once, into a folder to train on.
 
@@ -112,7 +112,10 @@ def prepare(
     from fastgen.run.prepare import prepare as prepare_folder
 
     try:
-        wanted = PairSettings(pairs, pair_steps, guidance_scale, loaded.seed) if pairs else None
+        if not pairs and (pair_steps, guidance_scale) != (None, None):
+            raise ValueError("--pair-steps and --guidance-scale are of ODE pairs; give --pairs, how many to make")
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        wanted = PairSettings(pairs, pair_steps or 50, scale, loaded.seed) if pairs else None
         manifest = prepare_folder(loaded, output, dtype, shard_size, wanted)
     except ValueError as error:
         raise refuse(error) from None

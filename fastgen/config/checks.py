@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
         with problems.noting("eval"):
             recipe.eval.check()
             check_given(recipe)
-            check_repeats(recipe)
+            check_measured(recipe)
         if recipe.eval.prompts is not None:
             with problems.noting("eval.prompts"):
                 recipe.backbone.check_prompts(read_prompts(recipe.eval.prompts))
@@ -85,19 +85,23 @@ def check_part(recipe: Recipe) -> None:
         raise ValueError("part: the pictures of eval.images cannot be divided by prompt; leave them out")
 
 
-def check_repeats(recipe: Recipe) -> None:
-    """Checks that metrics which compare the samples of a prompt find two, at the end of training and during it."""
-    config, part = recipe.eval, recipe.part
-    if not any(METRICS[name].compares_within_prompts for name in config.metrics):
-        return
+def check_measured(recipe: Recipe) -> None:
+    """Checks the prompts of an evaluation, as far as files say them: one of several students has some, metrics can
+    read them, and those which compare the samples of a prompt find two, at the end of training and during it."""
+    config, part, metrics = recipe.eval, recipe.part, [METRICS[name] for name in recipe.eval.metrics]
+    compares = any(metric.compares_within_prompts for metric in metrics)
     if config.prompts is not None:
         prompts: Sequence[str] = read_prompts(config.prompts)
-    elif config.reference is not None and config.images is None:
+    elif (compares or part is not None) and config.reference is not None and config.images is None:
         prompts = open_reference(config.reference).prompts
     else:
         return
     kept = [prompt for prompt in prompts if part is None or part.has(prompt)]
-    for each in (config.quick(), config):
+    if not kept:
+        raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index if part else 0} (part)")
+    for metric in metrics:
+        metric.check_prompts(kept)
+    for each in (config.quick(), config) if compares else ():
         each.check_repeats(kept)
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -37,6 +38,15 @@ def recipe_schema() -> dict[str, Any]:
 
 def recipe_schema_text() -> str:
     return json.dumps(recipe_schema(), indent=1, sort_keys=True) + "\n"
+
+
+def is_schema(path: Path) -> bool:
+    """Whether a file holds a JSON schema, which a newer one may replace."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "$schema" in content
 
 
 def described(cls: type, found: dict[str, Any]) -> dict[str, Any]:

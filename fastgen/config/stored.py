@@ -40,6 +40,8 @@ MUTABLE_KEYS = (
     "init_from",  # a folder that may have moved; the checkpoint holds what came from it
     "data.folder",
     "data.shards",
+    "data.controls",
+    "data.sounds",
 )
 
 
@@ -65,8 +67,11 @@ def registered_name(cls: type) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML. load_recipe reads it back to an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, default_flow_style=None, width=119)
+    """The resolved recipe as YAML. load_recipe reads it back to an equal recipe, but for train.resume_from: that is
+    said to one start of the program, and whoever starts the stored recipe does not go back again."""
+    values = to_dict(recipe)
+    values["train"]["resume_from"] = None
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=119, allow_unicode=True)
 
 
 def changed_keys(before: Recipe, after: Recipe) -> list[str]:

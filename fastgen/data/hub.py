@@ -88,7 +88,7 @@ class HubData(SampleSource):
         try:
             if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
                 rows = datasets.load_from_disk(folder)
-                rows = rows[self.split] if isinstance(rows, datasets.DatasetDict) else rows
+                rows = self.stored_split(rows)
                 rows = rows.to_iterable_dataset() if streaming else rows
             elif folder.is_file():
                 raise ValueError("it is a file; give its folder, or name: prompts for a file of prompts")
@@ -101,6 +101,17 @@ class HubData(SampleSource):
         for name in [n for n, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         return rows
+
+    def stored_split(self, saved: Any) -> Any:
+        """The rows of the split of what `save_to_disk` saved: several splits or one. Raises ValueError if what is
+        asked for is not there, which has no subsets and no revisions."""
+        if self.subset or self.revision:
+            raise ValueError("it was saved with save_to_disk; leave out subset and revision")
+        if isinstance(saved, dict):
+            return saved[self.split]
+        if self.split not in ("train", str(saved.split)):
+            raise ValueError("it was saved as one data set; leave out split, or save that part alone")
+        return saved
 
     def captions(self, rows: Any) -> list[str]:
         """The caption of every row. Raises ValueError if one is not text."""

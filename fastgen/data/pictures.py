@@ -4,6 +4,7 @@ A picture is rotated as its EXIF data says. What is transparent shows white, so 
 alpha do not appear. 16-bit greyscale is scaled to 8 bits. The first frame of an animation is taken. Modes whose scale
 nobody can know (32-bit integers, floating point) are refused."""
 
+import math
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fastgen.data.media import IMAGES
+
+ORIENTATION = 0x0112  # the tag of EXIF data
+UNKNOWN_SCALE = ("I", "F")  # modes of Pillow: 32-bit integers, floating point
 
 
 class PictureError(ValueError):
@@ -35,7 +39,7 @@ def read_picture(source: Path | BytesIO, where: str) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any mode with a known scale. Raises PictureError for the others."""
-    if image.mode in ("I", "F"):
+    if image.mode in UNKNOWN_SCALE:
         raise PictureError(
             f"its mode is {image.mode}, whose scale is not known; convert it to 8 or 16 bits per channel"
         )
@@ -49,16 +53,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def picture_size(source: Path | BytesIO, where: str) -> tuple[int, int] | None:
-    """Width and height as `read_picture` would give them, from the header alone; None if it is not an image."""
+    """Width and height as `read_picture` would give them, from the header alone; None for what it would refuse."""
     try:
         check_regular(source, where)
         with Image.open(source) as image:
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))  # image.getexif() would read the whole of a PNG
-            turned = exif.get(0x0112, 1) in (5, 6, 7, 8)
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf) or image.mode in UNKNOWN_SCALE:
+                return None
+            turned = orientation(image) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:  # as in read_picture
         return None
+
+
+def orientation(image: Image.Image) -> int:
+    """How `ImageOps.exif_transpose` turns an image, from its header alone: of a PNG, whose EXIF data may come last, if
+    they come first."""
+    if image.format != "PNG":
+        return image.getexif().get(ORIENTATION, 1)
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(ORIENTATION, 1)
 
 
 def check_regular(source: Path | BytesIO, where: str) -> None:

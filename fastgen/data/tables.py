@@ -14,9 +14,11 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file, stripped. Raises ValueError for a line that is no text."""
-    with utf8(path), path.open(encoding="utf-8-sig") as file:
-        return [check_text(line.strip(), f"line {i} of {path}") for i, line in enumerate(file, 1) if line.strip()]
+    """The non-empty lines of a UTF-8 file, stripped, also of the marks that files begin with, which are in the middle
+    of joined ones. Raises ValueError for a line that is no text."""
+    with utf8(path), path.open(encoding="utf-8") as file:
+        lines = [line.replace("\ufeff", "").strip() for line in file]
+    return [check_text(line, f"line {i} of {path}") for i, line in enumerate(lines, 1) if line]
 
 
 def read_captions(path: Path, column: str | None) -> list[str]:

@@ -121,7 +121,9 @@ def shard_files(patterns: Sequence[str]) -> list[Path]:
                 "{name: hub, streaming: true}"
             )
         for name in expand_braces(pattern):
-            found = sorted(Path(name).glob("*.tar")) if Path(name).is_dir() else [Path(f) for f in sorted(glob(name))]
+            path = Path(name)  # a name may have brackets, too
+            matching = [path] if path.is_file() else [Path(f) for f in sorted(glob(name))]
+            found = sorted(path.glob("*.tar")) if path.is_dir() else matching
             if not found:
                 raise ValueError(f"shards: there is no tar file at {name}")
             if odd := next((f for f in found if not f.is_file()), None):
@@ -151,16 +153,28 @@ def index_shard(shard: Path, modified: int, column: str | None, medium: Medium =
     caption or a caption no image."""
     word, listed = medium.word, f"{medium.endings} {medium.word}"
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> its members: image or video, .txt, .json
+    passed: dict[str, str] = {}  # key -> a member of it that has the ending of an image or video after another dot
     for member in read_members(shard):
         key, suffix = key_and_suffix(member.name)
         part = word if suffix in medium.suffixes else suffix
-        if not member.isfile() or part not in (word, ".txt", ".json"):
+        if part not in (word, ".txt", ".json"):
+            if suffix.endswith(medium.suffixes) and not Path(member.name).name.startswith("."):
+                passed[key] = member.name
+            continue
+        if member.islnk() or member.issym():
+            raise ValueError(f"{shard} has a link at {member.name}; write the file itself (tar --hard-dereference -h)")
+        if not member.isfile():
             continue
         if part in samples.setdefault(key, {}):
             raise ValueError(f"{shard} has two {part} members named {key}; give each sample its own name")
         samples[key][part] = member
     if not any(word in parts for parts in samples.values()):
         raise ValueError(f"{shard} contains no {listed}")
+    if lost := next((name for key, name in passed.items() if word not in samples.get(key, {})), None):
+        raise ValueError(
+            f"{shard} has {lost}, of whose name all after the first dot is the ending, as in any shard; rename it, "
+            "with one dot"
+        )
     if alone := next((key for key, parts in samples.items() if word not in parts), None):
         raise ValueError(
             f"{shard} has a caption of {alone}, but no {listed} of that name; add the {word} or remove the caption"

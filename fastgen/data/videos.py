@@ -1,6 +1,7 @@
 """Videos with captions: a folder of files, or tar shards."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -139,7 +140,7 @@ class VideoData(SampleSource):
         assert self.sounds is not None
         if self.shards is not None:
             raise ValueError("sounds: they belong to a folder of videos; give folder instead of shards")
-        return sounds_like(here_or_shipped(self.sounds), [video.file.stem for video in videos])
+        return sounds_like(here_or_shipped(self.sounds), own_names(videos, "sounds"))
 
     def check_controls(self, backbone: Any, headers: Sequence[tuple["Video", Header]]) -> list[tuple["Video", Header]]:
         """The videos and their controls, with their headers. Raises ValueError if a control is missing or shows
@@ -158,7 +159,7 @@ class VideoData(SampleSource):
         assert self.controls is not None
         if self.shards is not None:
             raise ValueError("controls: they belong to a folder of videos; give folder instead of shards")
-        return controls_like(here_or_shipped(self.controls), [video.file.stem for video in videos], references)
+        return controls_like(here_or_shipped(self.controls), own_names(videos, "controls"), references)
 
     def samples(self, backbone: Backbone) -> Samples:
         config, videos = backbone.config, self.videos()
@@ -275,3 +276,12 @@ def check_rates(headers: Iterable[tuple[str, Header]], fps: float) -> None:
             f"{number} fewer than {fps:g} pictures per second, some of which would repeat; the first is {where} with "
             f"{rate:g}. Remove them, lower data.fps, or set data.allow_repeats: true"
         )
+
+
+def own_names(videos: Sequence[Video], key: str) -> list[str]:
+    """The name of each video without its ending, by which its control or its sound is found. Raises ValueError if two
+    videos have the same."""
+    names = [video.file.stem for video in videos]
+    if doubled := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise ValueError(f"{key}: two videos are named {doubled}, and would get the same file; give each its own name")
+    return names

@@ -283,34 +283,56 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> Path:
     return folder
 
 
-def checkpoint_to_resume(recipe: Recipe) -> Path | None:
-    """The checkpoint that `train.resume_from` names. Without that key, the newest complete checkpoint, or None if
-    there is none. Nothing on disk is changed.
+def samples_per_update(recipe: Recipe, accelerator: Accelerator) -> int:
+    return recipe.train.batch_size * recipe.train.accumulate * accelerator.num_processes
 
-    Raises, before any weights load, RecipeError if the named checkpoint does not exist, and CheckpointError if the
-    checkpoint is damaged."""
+
+def checkpoint_to_resume(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """The newest complete checkpoint, or None if there is none. With `train.resume_from`, the one that it names; but
+    still the newest, if that was saved since a start with the same `train.resume_from`, so that the same command
+    continues the run. Nothing on disk is changed.
+
+    Raises, before any weights load, RecipeError if the named checkpoint does not exist, or if the run cannot be
+    continued from it with this recipe, and CheckpointError if the checkpoint is damaged."""
     folder, name = recipe.output_dir / "checkpoints", recipe.train.resume_from
     complete = checkpoint.complete(folder)
-    if name is None:
-        if complete:
-            checkpoint.counters_of(complete[-1])
-        return complete[-1] if complete else None
-    if name not in [c.name for c in complete]:
+    if name is not None and name not in [c.name for c in complete] and not comes_from(complete, name):
         names = ", ".join(c.name for c in complete)
         choice = f"the complete ones are {names}" if complete else "there is no complete one"
         raise RecipeError(f"train.resume_from: {folder} has no checkpoint {name}; {choice}")
-    checkpoint.counters_of(folder / name)
-    for later in later_checkpoints(recipe, folder / name):
+    if not complete:
+        return None
+    chosen = complete[-1] if name is None or comes_from(complete, name) else folder / name
+    counters, per_update = checkpoint.counters_of(chosen), samples_per_update(recipe, accelerator)
+    if counters["samples_per_update"] != per_update:
+        raise RecipeError(
+            f"train.batch_size x train.accumulate x processes is {per_update}, but the run was started with "
+            f"{counters['samples_per_update']} samples per update; keep the product as it was"
+        )
+    if counters["step"] > recipe.train.steps:
+        raise RecipeError(
+            f"train.steps is {recipe.train.steps}, and {chosen} was saved after update {counters['step']}; raise "
+            "train.steps, or continue from an earlier checkpoint (train.resume_from)"
+        )
+    for later in later_checkpoints(recipe, chosen):
         if (aside := recipe.output_dir / "set_aside" / later.name).exists():
             raise RecipeError(
                 f"train.resume_from: the later checkpoint {later.name} cannot be set aside, because {aside} already "
                 "exists; move or remove that folder"
             )
-    return folder / name
+    return chosen
+
+
+def comes_from(complete: list[Path], name: str) -> bool:
+    """Whether the newest checkpoint was saved after a start with this `train.resume_from`. Not if it is damaged."""
+    try:
+        return bool(complete) and checkpoint.counters_of(complete[-1]).get("resumed_from") == name
+    except CheckpointError:
+        return False
 
 
 def later_checkpoints(recipe: Recipe, resumed: Path) -> list[Path]:
-    """The complete checkpoints after the one that `train.resume_from` names."""
+    """The complete checkpoints after the one that `train.resume_from` goes back to."""
     complete = checkpoint.complete(recipe.output_dir / "checkpoints")
     return complete[complete.index(resumed) + 1 :] if recipe.train.resume_from else []
 
@@ -374,15 +396,9 @@ def verify_once(accelerator: Accelerator, path: Path) -> None:
         raise CheckpointError(failed)
 
 
-def resume(run: TrainingRun, path: Path, per_update: int) -> dict[str, Any]:
-    """Restores everything that a checkpoint holds into the run, and returns its counters. Raises RecipeError if the
-    run was started with another number of samples per update."""
+def resume(run: TrainingRun, path: Path) -> dict[str, Any]:
+    """Restores everything that a checkpoint holds into the run, and returns its counters."""
     counters = checkpoint.counters_of(path)
-    if counters["samples_per_update"] != per_update:
-        raise RecipeError(
-            f"train.batch_size x train.accumulate x processes is {per_update}, but the run was started with "
-            f"{counters['samples_per_update']} samples per update; keep the product as it was"
-        )
     verify_once(run.accelerator, path)
     checkpoint.load(path, run.saved, run.optimizers, run.state, run.accelerator.device, verified=True)
     run.ema.updates = counters["ema_updates"]

@@ -32,10 +32,12 @@ def write_card(backbone: Backbone, recipe: Recipe, folder: Path, step: int) -> N
     replace_file(folder / "README.md", str(card))
 
 
-def copy_pictures(run: Path, folder: Path) -> None:
-    """Copies the run's picture of the teacher and the last one of the student into an export."""
+def copy_pictures(run: Path, folder: Path, step: int) -> None:
+    """Copies the run's picture of the teacher and the last one of the student up to this step into an export. There
+    may be later ones, of a checkpoint that was set aside."""
     samples = run / "samples"
-    found = {"teacher.png": samples / "teacher.png", "student.png": max(samples.glob("step_*.png"), default=None)}
+    made = [file for file in samples.glob("step_*.png") if int(file.stem.removeprefix("step_")) <= step]
+    found = {"teacher.png": samples / "teacher.png", "student.png": max(made, default=None)}
     for name, source in found.items():
         if source is not None and source.is_file():
             (folder / "samples").mkdir(exist_ok=True)

@@ -43,13 +43,14 @@ class CheckpointError(RuntimeError):
 
 def discard(checkpoint: Path) -> None:
     """Removes a checkpoint if it exists. It is renamed first, so that a kill in between leaves nothing that looks like
-    a complete checkpoint but is not."""
+    a complete checkpoint but is not. What cannot be removed, such as a file that is open on NFS, is left there, and
+    ends nothing."""
     for left in checkpoint.parent.glob(f"{checkpoint.name}*{GOING}"):  # by an earlier kill
         shutil.rmtree(left, ignore_errors=True)
     if checkpoint.exists():
         going = checkpoint.with_name(f"{checkpoint.name}.{uuid4().hex[:8]}{GOING}")
         checkpoint.rename(going)
-        shutil.rmtree(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -59,7 +59,7 @@ def export(
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
         (partial / "recipe.yaml").write_text(dump_recipe(recipe))
         if run is not None:
-            copy_pictures(run, partial)
+            copy_pictures(run, partial, step)
         copy_licence_texts(source_of(recipe), partial)
         write_card(backbone, recipe, partial, step)
         if folder.exists():

@@ -55,21 +55,21 @@ class Watch:
     def __init__(self, config: HealthConfig):
         self.config = config
         self.memory = Memory()
-        self.skipped_in_a_row = 0
+        self.skipped = dict[str, int]()  # turn -> how many of its updates were skipped in a row
         self.anchor: Tensor | None = None  # the teacher's samples, set if the run has rewards
 
     @property
     def alarmed(self) -> bool:
         """Whether the last look gave a warning, or updates are being skipped."""
-        return self.memory.alarmed or self.skipped_in_a_row > 0
+        return self.memory.alarmed or any(self.skipped.values())
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.memory = Memory(**memory)
 
-    def skip(self) -> int:
-        """Counts an update that was skipped. Returns how many have been skipped in a row."""
-        self.skipped_in_a_row += 1
-        return self.skipped_in_a_row
+    def count_skips(self, turn: str, skipped: bool) -> int:
+        """Counts an update of a turn. Returns how many of this turn's updates have been skipped in a row."""
+        self.skipped[turn] = self.skipped.get(turn, 0) + 1 if skipped else 0
+        return self.skipped[turn]
 
     def look(
         self, step: int, samples: Tensor, terms: Mapping[str, float], movement: Mapping[str, float]

@@ -43,6 +43,11 @@ class RunLog:
         checkpoints."""
         self._seconds.append(seconds)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there were updates since the last row."""
+        return bool(self._seconds)
+
     def means(self) -> dict[str, float]:
         """The mean terms since the last row, with the fake score's lag (`signals.lag_terms`) where its parts are."""
         means = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}

@@ -28,7 +28,7 @@ def update(
     in order. So the samples of an update, and the noise of each of them, do not depend on how the update is divided.
     shared: what each micro-batch shares with those of the turn's other inner updates (`Batch.shared`), if anything.
     In a turn that collects, the objective sees all micro-batches before its first loss.
-    Raises TrainingError if too many updates in a row were skipped."""
+    Raises TrainingError if too many of the turn's updates in a row were skipped."""
     config, objective, accelerator = run.recipe.train, run.recipe.objective, run.accelerator
     terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     if turn.collects:
@@ -72,16 +72,15 @@ def update(
             run.optimizers[role].step()
             terms[f"grad_norm_{role}"] = norms[role]
         run.optimizers[role].zero_grad()
-    if not finite:
+    if run.watch.count_skips(turn.name, not finite) > run.recipe.health.max_skipped:
         bad = ", ".join(role for role, norm in norms.items() if not norm.isfinite())
-        if run.watch.skip() > run.recipe.health.max_skipped:
-            raise TrainingError(
-                f"the gradient of {bad} was not finite in {run.recipe.health.max_skipped + 1} updates in a row; "
-                f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
-                "check that the teacher's samples in samples/teacher.png look right"
-            )
+        raise TrainingError(
+            f"the gradient of {bad} was not finite in {run.recipe.health.max_skipped + 1} updates in a row; "
+            f"lower optimizers.{turn.roles[0]}.lr, continue from an earlier checkpoint (train.resume_from), and "
+            "check that the teacher's samples in samples/teacher.png look right"
+        )
+    if not finite:
         return {"skipped": torch.ones((), device=accelerator.device), "evaluations": terms["evaluations"]}, False
-    run.watch.skipped_in_a_row = 0
     return terms | {"skipped": torch.zeros((), device=accelerator.device)}, True
 
 

@@ -108,6 +108,15 @@ def watch(run: TrainingRun, step: int, log: RunLog, marks: Mapping[str, Tensor],
         raise TrainingError(f"health.stop: {warnings[0] if warnings else 'another process saw a warning'}")
 
 
+def set_reference(run: TrainingRun) -> None:
+    """Measures what the watch compares the student's samples with, by all processes alike, unless the run's checkpoint
+    has it: a continued run may be watched for the first time."""
+    health, memory = run.recipe.health, run.watch.memory
+    if health.every and not memory.reference:
+        sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
+        memory.reference = statistics(fixed_latents(run, sampler, health.num_samples))
+
+
 def set_anchor(run: TrainingRun) -> None:
     """Sets what the watch compares rewards with: the teacher's samples and, before the first update, the spread of
     their rewards and a first look at the student. Every process computes the same."""
@@ -174,15 +183,12 @@ def shown_prompts(run: TrainingRun) -> list[str]:
 
 def show_teacher(run: TrainingRun, path: Path, console: Console) -> None:
     """Samples the teacher through our own wrapper before anything is trained, and saves a picture, and in prompts.txt
-    the prompts of all the run's pictures. If this one looks wrong, the run should be stopped here. The statistics that
-    the health watch compares with are measured here too, by all processes alike."""
+    the prompts of all the run's pictures. If this one looks wrong, the run should be stopped here."""
     sampler = run.teacher(max(run.recipe.eval.teacher_steps, default=50))
     if run.samples_here:
         show(run, sampler, path)
         if run.accelerator.is_main_process and (prompts := shown_prompts(run)):
             replace_file(path.with_name("prompts.txt"), "".join(f"{prompt}\n" for prompt in prompts))
-    if run.recipe.health.every:
-        run.watch.memory.reference = statistics(fixed_latents(run, sampler, run.recipe.health.num_samples))
     steps = sampler.policy.num_steps
     console.print(f"the teacher at {steps} steps: {path}; if this picture is wrong, stop here", markup=False)
 
