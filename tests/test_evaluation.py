@@ -150,6 +150,30 @@ def test_of_a_longer_list_prompts_are_spread_over_it_and_stay_paired(tmp_path: P
     assert evaluation.find_prompts(Recording(), pixel_config(num_samples=7), reference) == list(reference.prompts)  # type: ignore[arg-type]
 
 
+def test_facts_name_the_pictures_and_captions_of_the_reference(tmp_path: Path) -> None:
+    """Those of its folder, so that stored numbers are not taken for those of other pictures; or the teacher that made
+    them."""
+    pixels, labels = load_digits("test")
+    for i in range(4):
+        save_image(pixels[i], tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(prompt_for(int(labels[i])))
+    config, sampler = pixel_config(reference=str(tmp_path), num_samples=2), CopyingSampler()
+
+    def facts() -> dict[str, object]:
+        reference = evaluation.find_reference("pixels", config)
+        return evaluation.facts_of(sampler, config, reference)  # type: ignore[arg-type]
+
+    first = facts()
+    assert facts() == first and len(str(first["reference_sha256"])) == 64
+    save_image(1 - pixels[3], tmp_path / "3.png")
+    turned = facts()
+    (tmp_path / "3.txt").write_text("a handwritten three, turned white")
+    assert len({str(f["reference_sha256"]) for f in (first, turned, facts())}) == 3
+    teacher = evaluation.teacher_reference(sampler, pixel_config(prompts=("a two",)))  # type: ignore[arg-type]
+    assert teacher.facts()["reference_teacher"] == {"weights": sampler.weight_hashes()}
+    assert teacher.selected([0]).facts() == teacher.facts()
+
+
 def test_prompts_of_ones_own_are_spread_where_the_reference_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if there are as many as samples; the reference's own prompts and `choice: first` keep their order."""
     spread = list[bool]()
@@ -253,6 +277,7 @@ def test_samples_are_compared_with_the_teachers_own(project: Path) -> None:
     assert found[0]["metrics"]["fid"] > 1.5 * found[1]["metrics"]["fid"] > 0
     assert found[0]["reference_sampler"].startswith("6 steps, guidance scale 7")
     assert found[0]["reference"] == "teacher" and found[0]["features"] == "latents"
+    assert found[0]["reference_teacher"] == {"weights": found[0]["weights"]} and found[0]["weights"]
     with pytest.raises(ValueError, match="has none of its own"):
         folders.evaluate_path(teacher, **{**options, "prompts": None})
     one = options | {"prompts": ("a handwritten three",), "num_samples": 1}

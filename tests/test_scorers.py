@@ -549,6 +549,30 @@ def test_texts_of_a_contrast(files: Files) -> None:
             made("clip_contrast", keys | change)
 
 
+OTHER_FILES = {
+    "hpsv2": ["open_clip_config.json"],
+    "image_reward": ["med_config.json", "vocab.txt"],
+    "aesthetic": ["config.json"],
+    "motion": ["config.json"],
+    "hpsv3": ["chat_template.jinja", "config.json", "question.py", "tokenizer.json"],
+    "video_reward": ["chat_template.jinja", "config.json", "model_config.json", "question.txt", "tokenizer.json"],
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_decides_a_score_besides_weights_is_among_its_facts(name: str, files: Files) -> None:
+    """A stored number is that of a scorer only as long as its configs, tokenizer and question stay as they are."""
+    reward = made(name, files[name])
+    facts, others = reward.facts(), reward.other_files()
+    assert {f.name for f in others} >= set(OTHER_FILES.get(name, ["config.json", "tokenizer.json"]))
+    for file in others:
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        assert reward.facts() != facts, file
+        file.write_bytes(content)
+    assert reward.facts() == facts
+
+
 # --- the published checkpoints
 
 

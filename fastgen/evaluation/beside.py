@@ -31,7 +31,7 @@ def teacher_of(path: Path, sampler: Sampler, config: EvalConfig) -> Sampler:
     if folder is not None:
         return original_teacher(folder, sampler, steps, given)
     scale = sampler.guidance_scale if given is None else given
-    return teacher_sampler(sampler.backbone, steps, scale, sampler.denoiser)
+    return teacher_sampler(sampler.backbone, steps, scale, sampler.denoiser, sampler.weights_folder)
 
 
 def teacher_settings(config: EvalConfig) -> tuple[int, float | tuple[float, ...] | None]:

@@ -21,7 +21,7 @@ from fastgen.evaluation.measure import Partial, measure
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.scoring import match
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
-from fastgen.metrics.features import FeatureNetwork, clip_weights, inception_file
+from fastgen.metrics.features import FeatureNetwork, clip_files, inception_file
 from fastgen.metrics.reference import (
     TEACHER,
     Reference,
@@ -111,11 +111,10 @@ def facts_of(sampler: Sampler, config: EvalConfig, reference: Reference | None) 
         **sampler.facts(),
         **({"negative_prompt": backbone.negative_prompt} if scale != 1 and backbone.negative_prompt else {}),
         **({"images_sha256": hash_files(all_files(images))} if images else {}),
-        **({"reference_sampler": reference.name} if reference and config.reference == TEACHER else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    return describe(find_prompts(sampler, config, reference), config, subject)
+    return describe(find_prompts(sampler, config, reference), config, reference, subject)
 
 
 def draw_samples(
@@ -131,7 +130,14 @@ def teacher_reference(teacher: Sampler, config: EvalConfig) -> Reference:
     prompts, images = find_prompts(teacher, config, None), find_images(teacher, config)
     seed = config.seed + config.num_samples
     name = f"{teacher.policy.num_steps} steps, guidance scale {teacher.guidance_scale}"
-    return drawn_reference(name, prompts, bound(draw_samples, teacher, seed, prompts, images))
+
+    def facts() -> Row:
+        return {
+            "reference_sampler": name,
+            "reference_teacher": {"weights": teacher.weight_hashes(), **teacher.facts()},
+        }
+
+    return drawn_reference(name, prompts, bound(draw_samples, teacher, seed, prompts, images), facts)
 
 
 def evaluate_images_with_samples(
@@ -170,7 +176,7 @@ def evaluate_images_with_samples(
         spread=config.choice == "spread",
     )
     metrics = make_metrics(config, context, "pixels")
-    facts = describe(prompts, config, {"images_sha256": hash_files(files), "device": str(device)})
+    facts = describe(prompts, config, reference, {"images_sha256": hash_files(files), "device": str(device)})
     unfinished = Partial(partial, facts) if partial else None
     values, kept = measure(
         lambda start, stop: read_images(files[start:stop]), prompts, metrics, config.batch_size, progress, unfinished
@@ -268,7 +274,9 @@ def make_metrics(config: EvalConfig, context: MetricContext, output: Output) -> 
     return [METRICS[name](context) for name in config.metrics]
 
 
-def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, Any]) -> Row:
+def describe(
+    prompts: Sequence[str], config: EvalConfig, reference: Reference | None, subject: Mapping[str, Any]
+) -> Row:
     """What was measured, and everything that is needed to measure it again: the result without its numbers."""
     packages = ["torch", "torchvision", "diffusers", "transformers", "torchmetrics"]
     packages += ["open_clip_torch"] * ("hpsv2" in config.metrics)
@@ -277,13 +285,14 @@ def describe(prompts: Sequence[str], config: EvalConfig, subject: Mapping[str, A
     if config.inception_weights is not None:
         networks["inception"] = {"weights": hash_files([inception_file(config.inception_weights)])}
     if config.clip is not None:
-        networks["clip"] = {"weights": hash_files(clip_weights(config.clip))}
+        networks["clip"] = {"files": hash_files(clip_files(config.clip))}
     return {
         "num_samples": config.num_samples,
         "seed": config.seed,
         **subject,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "reference": config.reference,
+        **({} if reference is None else reference.facts()),
         "choice": config.choice,
         "features": config.features if any(METRICS[name].output == "pixels" for name in config.metrics) else None,
         "batch_size": config.batch_size,

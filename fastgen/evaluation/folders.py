@@ -38,11 +38,7 @@ from fastgen.evaluation.numbers import row_name, store_numbers, stored_numbers
 from fastgen.evaluation.results import Row, print_results, write_page
 from fastgen.metrics import METRICS
 from fastgen.metrics.points import labels_of
-from fastgen.metrics.reference import (
-    TEACHER,
-    given_files,
-    sample_files,
-)
+from fastgen.metrics.reference import TEACHER, Reference, given_files, sample_files
 from fastgen.recipe import EvalConfig
 from fastgen.registry import here_or_shipped
 from fastgen.rewards import SCORERS
@@ -189,11 +185,13 @@ def measure_sampler(
     """What is measured of samples that are made here. beside: whether a student stands beside its teacher, if there
     are eval.teacher_steps. measured: whether the teacher is measured at them, too, and not only shown on the page.
     partial: where a page is wanted, the file for what an interrupted call has gathered."""
-    teacher, reference = cache(lambda: teacher_of(path, sampler, config)), None
+    teacher = cache(lambda: teacher_of(path, sampler, config))
     if config.reference == TEACHER:
-        reference = teacher_reference(teacher(), config)
+        reference: Reference | None = teacher_reference(teacher(), config)
+    else:
+        reference = find_reference(sampler.backbone.output, config)
     result, kept = evaluate_with_samples(sampler, config, progress, partial, reference)
-    prompts = find_prompts(sampler, config, reference or find_reference(sampler.backbone.output, config))
+    prompts = find_prompts(sampler, config, reference)
     curves = training_curves(path)
     found = Found([{"name": name, **result, **({"curves": curves} if curves else {})}], {name: kept}, {name: prompts})
     export = export_folder(path)

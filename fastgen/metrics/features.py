@@ -93,11 +93,11 @@ def check_clip(path: str) -> None:
         raise ValueError(str(error).replace("path:", "clip:", 1)) from None
 
 
-def clip_weights(path: str) -> list[Path]:
-    """The files of a CLIP's weights. Those of a hub id are downloaded first."""
+def clip_files(path: str) -> list[Path]:
+    """The files of a CLIP and its tokenizer. Those of a hub id are downloaded first."""
     from fastgen.rewards.clip_score import ClipScore
 
-    return ClipScore(path).weight_files()
+    return [*ClipScore(path).weight_files(), *ClipScore(path).other_files()]
 
 
 def check_inception(source: str) -> None:

@@ -1,9 +1,10 @@
 """Sets of images: the real ones that generated images are compared with, and folders of generated images."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,19 @@ from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.sounds import is_sound, sound_files, text_file
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
+from fastgen.sampling.sampler import sha256
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images with the prompts that describe them. read(start, stop): pixels [stop - start, 3, H, W] in [0, 1]."""
+    """Real images with the prompts that describe them. read(start, stop): pixels [stop - start, 3, H, W] in [0, 1].
+    facts(): what a result says of all the images, of which others may be selected: their hash, or how they are
+    made; {} for those that ship with fastgen."""
 
     name: str
     prompts: tuple[str, ...]
     read: Callable[[int, int], Tensor]
+    facts: Callable[[], Mapping[str, Any]] = dict
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -36,13 +41,15 @@ class Reference:
         def read(start: int, stop: int) -> Tensor:
             return torch.cat([self.read(i, i + 1) for i in rows[start:stop]])
 
-        return Reference(self.name, tuple(self.prompts[i] for i in rows), read)
+        return Reference(self.name, tuple(self.prompts[i] for i in rows), read, self.facts)
 
 
 TEACHER = "teacher"  # names the teacher's own samples, which a sampler makes
 
 
-def drawn_reference(name: str, prompts: Sequence[str], draw: Callable[[int, int], Tensor]) -> Reference:
+def drawn_reference(
+    name: str, prompts: Sequence[str], draw: Callable[[int, int], Tensor], facts: Callable[[], Mapping[str, Any]]
+) -> Reference:
     """A reference whose images are made when they are first asked for: draw(start, stop) gives pixels in [0, 1]. They
     are kept as 8-bit values."""
     kept: dict[tuple[int, int], Tensor] = {}
@@ -52,7 +59,7 @@ def drawn_reference(name: str, prompts: Sequence[str], draw: Callable[[int, int]
             kept[start, stop] = (draw(start, stop) * 255).round().to("cpu", torch.uint8)
         return kept[start, stop].float() / 255
 
-    return Reference(name, tuple(prompts), read)
+    return Reference(name, tuple(prompts), read, facts)
 
 
 def open_reference(name: str) -> Reference:
@@ -66,7 +73,12 @@ def open_reference(name: str) -> Reference:
         return Reference("digits", prompts, lambda start, stop: pixels[start:stop])
     files = sample_files(here_or_shipped(name))
     check_one_size(files)
-    return Reference(name, captions(files), lambda start, stop: read_images(files[start:stop]))
+    prompts = captions(files)
+
+    def facts() -> dict[str, str]:
+        return {"reference_sha256": hash_captioned(files, prompts)}
+
+    return Reference(name, prompts, lambda start, stop: read_images(files[start:stop]), facts)
 
 
 def sample_files(folder: Path) -> list[Path]:
@@ -151,8 +163,14 @@ def check_one_size(files: Sequence[Path]) -> None:
 
 
 def hash_files(files: Sequence[Path]) -> str:
-    """The sha256 over the names and contents of the files, in order."""
+    """The sha256 over the names and contents of the files, in order. A file is read once as long as it stays as it
+    is."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        digest.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
+
+
+def hash_captioned(files: Sequence[Path], prompts: Sequence[str]) -> str:
+    """The sha256 over `hash_files` and the prompts of the files."""
+    return hashlib.sha256("\n".join([hash_files(files), *prompts]).encode()).hexdigest()

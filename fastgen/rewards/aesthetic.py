@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.rewards import weights
 from fastgen.rewards.base import CONFIG, Reward
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, config_files, load_clip, weight_files
 
 EXAMPLE = "christophschuhmann/improved-aesthetic-predictor"
 FILES = ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth")
@@ -41,6 +41,9 @@ class Aesthetic(Reward):
 
     def weight_files(self) -> list[Path]:
         return [weights.find(self.path, *FILES), *weight_files(self.clip)]
+
+    def other_files(self) -> list[Path]:
+        return config_files(self.clip)
 
     @property
     def input_size(self) -> str:

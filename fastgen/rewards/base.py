@@ -102,21 +102,29 @@ class Reward(ABC):
         """The files that the reward's networks are read from. Files of a hub id are downloaded first."""
         return []
 
+    def other_files(self) -> list[Path]:
+        """The other files that decide the scores: configs, tokenizers, a judge's question. Downloaded as the weights
+        are."""
+        return []
+
     @property
     def input_size(self) -> str:
         """How a picture is resized for the reward's network, in words."""
         return "the picture as it is"
 
     def facts(self) -> dict[str, Any]:
-        """What is needed to repeat the reward's numbers: its keys, its input, and the sha256 of its weights."""
-        from fastgen.rewards.weights import sha256
+        """What is needed to repeat the reward's numbers: its keys, its input, and the sha256 of its weights and of its
+        other files."""
+        from fastgen.sampling.sampler import sha256
 
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         keys = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         for name in ("weight", "mean", "std"):  # these belong to the composite, not to the score
             keys.pop(name)
         hashes = {file.name: sha256(file) for file in self.weight_files()}
-        return keys | {"input": self.input, "input_size": self.input_size, "weights": hashes}
+        others = [f"{sha256(file)}  {file.name}" for file in self.other_files()]
+        files = {"weights": hashes} | ({"files": others} if others else {})
+        return keys | {"input": self.input, "input_size": self.input_size, **files}
 
     @property
     def label(self) -> str:

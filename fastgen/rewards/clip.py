@@ -80,6 +80,17 @@ def load_clip(path: str, tokenizer: str, device: torch.device) -> Clip:
     return Clip(path, tokenizer, device)
 
 
+def config_files(path: str) -> list[Path]:
+    """What the network for pictures is made from, besides its weights."""
+    return [weights.snapshot(path, *PATTERNS) / "config.json"]
+
+
+def text_files(path: str, tokenizer: str) -> list[Path]:
+    """The same of the network for texts, with its tokenizer."""
+    folder = weights.snapshot(tokenizer, "*.json", "*.txt")
+    return [*config_files(path), *weights.present(folder, *weights.TOKENIZER)]
+
+
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a folder or hub id."""
     return sorted(weights.snapshot(path, *PATTERNS).glob("*.safetensors"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.rewards import weights
 from fastgen.rewards.base import CONFIG, Reward
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, text_files, weight_files
 from fastgen.rewards.clip_score import EXAMPLE
 
 PLACE = "{prompt}"
@@ -52,6 +52,9 @@ class ClipContrast(Reward):
 
     def weight_files(self) -> list[Path]:
         return weight_files(self.path)
+
+    def other_files(self) -> list[Path]:
+        return text_files(self.path, self.path)
 
     @property
     def input_size(self) -> str:

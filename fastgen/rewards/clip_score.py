@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgen.rewards import weights
 from fastgen.rewards.base import CONFIG, Reward
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, text_files, weight_files
 
 EXAMPLE = "openai/clip-vit-large-patch14"
 
@@ -34,6 +34,9 @@ class ClipScore(Reward):
 
     def weight_files(self) -> list[Path]:
         return weight_files(self.path)
+
+    def other_files(self) -> list[Path]:
+        return text_files(self.path, self.path)
 
     @property
     def input_size(self) -> str:

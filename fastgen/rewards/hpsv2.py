@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fastgen.registry import here_or_shipped
 from fastgen.rewards import images, weights
 from fastgen.rewards.base import CONFIG, Reward
 from fastgen.rewards.clip import Texts
@@ -48,6 +49,9 @@ class HPSv2(Reward):
     def weight_files(self) -> list[Path]:
         return [weights.find(self.path, *FILES[self.version])]
 
+    def other_files(self) -> list[Path]:
+        return own_config(self.path)
+
     @property
     def input_size(self) -> str:
         return "longer side to the network's (224), bicubic, padded with black"
@@ -57,17 +61,20 @@ class HPSv2(Reward):
         return (network.image(x) * network.text(prompts)).sum(1)
 
 
+def own_config(path: str) -> list[Path]:
+    """The file of an architecture other than ViT-H-14, if a local folder has one."""
+    return weights.present(here_or_shipped(path), "open_clip_config.json")
+
+
 class Network:
     """open_clip's CLIP, frozen. Features have length 1."""
 
     def __init__(self, path: str, version: str, device: torch.device):
         import open_clip
 
-        file, config_file = weights.find(path, *FILES[version]), Path(path) / "open_clip_config.json"
+        file, own = weights.find(path, *FILES[version]), own_config(path)
         config: dict[str, Any] = (
-            weights.read_json(config_file)["model_cfg"]
-            if config_file.is_file()
-            else open_clip.get_model_config("ViT-H-14")
+            weights.read_json(own[0])["model_cfg"] if own else open_clip.get_model_config("ViT-H-14")
         )
         model = open_clip.CLIP(**config)
         tensors = weights.read_tensors(file)

@@ -50,6 +50,9 @@ class HPSv3(Reward):
     def weight_files(self) -> list[Path]:
         return [weights.find(self.path, "HPSv3.safetensors")]
 
+    def other_files(self) -> list[Path]:
+        return qwen.other_files(self.base, self.template)
+
     @property
     def input_size(self) -> str:
         return "multiples of 28, 200704 pixels at most, bicubic"

@@ -58,6 +58,9 @@ class ImageReward(Reward):
     def weight_files(self) -> list[Path]:
         return [weights.find(self.path, *FILES)]
 
+    def other_files(self) -> list[Path]:
+        return [weights.find(self.path, "med_config.json"), weights.find(self.tokenizer_path, "vocab.txt")]
+
     @property
     def input_size(self) -> str:
         return "shorter side to the network's (224), bicubic, centre crop"

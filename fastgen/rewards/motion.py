@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.modules.recomputation import checkpointed
 from fastgen.rewards import images, weights
 from fastgen.rewards.base import CONFIG, Reward, Score
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, config_files, load_clip, weight_files
 
 EXAMPLE = "openai/clip-vit-large-patch14"
 RAFT_FILES = ("raft_small*.safetensors", "raft_small*.pth")
@@ -63,6 +63,9 @@ class Motion(Reward):
 
     def weight_files(self) -> list[Path]:
         return weight_files(self.path) if self.method == "features" else [weights.find(self.path, *RAFT_FILES)]
+
+    def other_files(self) -> list[Path]:
+        return config_files(self.path) if self.method == "features" else []
 
     @property
     def input_size(self) -> str:

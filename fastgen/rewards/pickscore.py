@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgen.rewards import weights
 from fastgen.rewards.base import CONFIG, Reward
-from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, weight_files
+from fastgen.rewards.clip import CLIP_FILES, TOKENIZER_FILES, load_clip, text_files, weight_files
 
 EXAMPLE = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -48,6 +48,9 @@ class Pickscore(Reward):
 
     def weight_files(self) -> list[Path]:
         return weight_files(self.path)
+
+    def other_files(self) -> list[Path]:
+        return text_files(self.path, self.tokenizer_path)
 
     @property
     def input_size(self) -> str:

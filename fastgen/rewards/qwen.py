@@ -83,6 +83,14 @@ def read_template(file: str, names: tuple[str, ...], tokens: tuple[str, ...], so
     return text
 
 
+def other_files(base: str, template: str) -> list[Path]:
+    """What a judge reads besides weights: config, tokenizer and the form of a conversation of its base; the
+    question."""
+    folder = weights.snapshot(base, "*.json", "*.txt")
+    names = ("config.json", *weights.TOKENIZER, "chat_template.json")
+    return [*weights.present(folder, *names), Path(template)]
+
+
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a Qwen2-VL checkpoint, from any transformers version, under the names that Judge uses. The
     language model's own output layer is left out, because no judge uses it."""

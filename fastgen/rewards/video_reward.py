@@ -71,6 +71,10 @@ class VideoReward(Reward):
     def weight_files(self) -> list[Path]:
         return checkpoint_files(self.path, self.base)
 
+    def other_files(self) -> list[Path]:
+        config = weights.snapshot(self.path, "model_config.json") / "model_config.json"
+        return [config, *qwen.other_files(self.base, self.template)]
+
     @property
     def input_size(self) -> str:
         return "2 frames a second, multiples of 28, bicubic"

@@ -1,11 +1,9 @@
 """Finds a scorer's published files and loads them strictly: no tensor may be missing or left over."""
 
-import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.registry import here_or_shipped
+
+TOKENIZER = (  # the files that transformers reads a tokenizer from
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
+)
 
 
 def check_path(value: str, key: str, example: str) -> Path | None:
@@ -71,6 +74,11 @@ def snapshot(value: str, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(value, allow_patterns=list(patterns)))
+
+
+def present(folder: Path, *names: str) -> list[Path]:
+    """Those of these files that the folder has."""
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
@@ -152,13 +160,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must contain a mapping, got {type(content).__name__}")
     return content
-
-
-@lru_cache(maxsize=64)
-def sha256(file: Path) -> str:
-    """The sha256 of a file, which is read in pieces. Computed once per process."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
