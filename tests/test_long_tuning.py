@@ -83,6 +83,27 @@ def test_updates_go_on_where_the_last_one_ended(chunks: ChunkSchedule) -> None:
         assert torch.equal(after[:, 0], before[:, -1])
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        ChunkSchedule(frames=1, window=2, sink=1),
+        ChunkSchedule(frames=1, window=1),
+        ChunkSchedule(frames=2, first=1, window=3, sink=1),
+        ChunkSchedule(frames=2, first=1, window=6, sink=1),
+    ],
+    ids=["sink alone", "nothing", "chunks of two", "more"],
+)
+def test_a_video_goes_on_from_its_last_two_frames(chunks: ChunkSchedule) -> None:
+    """Whatever the next chunk sees: a picture cannot be decoded from the sink, or from one latent frame."""
+    objective, made, restarts = LongTuning(longest=100), networks(chunks), list[Tensor]()
+    made.restart = lambda past: (restarts.append(past), past[:, -1:])[1]
+    state, videos = objective.init_state(), batch(5)
+    parts = [update(objective, made, state, videos) for _ in range(3)]
+    assert len(restarts) == 2
+    for before, past in zip(parts[:-1], restarts, strict=True):
+        assert torch.equal(past[:, -2:], before[:, -2:])
+
+
 def test_videos_begin_anew_when_they_are_long_enough() -> None:
     objective, made = LongTuning(longest=8), networks(ChunkSchedule(frames=1))
     state, videos, ages = objective.init_state(), batch(4), []

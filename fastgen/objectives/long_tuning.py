@@ -1,7 +1,8 @@
 """Streaming long tuning: Self Forcing on videos that are longer than the teacher's (LongLive, arXiv 2509.22622).
 
     paper              here                   what it is
-    -                  state["past.latents"]  the frames of the running videos that the next chunk sees, [N, F', ...]
+    -                  state["past.latents"]  the frames of the running videos that the next update needs: those that
+                                              the next chunk sees, and the last two, [N, F', ...]
     -                  state["frames"]        how many latent frames the running videos have; 0: they begin anew
     KV recache         rollout.recommitted    the context, computed again from these frames
     prompt switch      switch                 the running videos go on with another prompt
@@ -11,9 +12,10 @@ next F - 1 frames, given what the student sees of those before them, and matches
 
     y = [r(x_past), x_new],   r = `Backbone.restart`: the last picture before it, as a first latent frame
 
-to the teacher with DMD2's loss. r(x_past) carries no gradient. After `longest` frames the videos begin anew, and so
-they do after an update in which one of them is not finite. The student thus meets its own errors after many chunks, at
-the cost of a short video an update.
+to the teacher with DMD2's loss. A picture is decoded from its latent frame and those before it, so that r sees the
+last two, also where a narrow window shows the next chunk fewer. r(x_past) carries no gradient. After `longest` frames
+the videos begin anew, and so they do after an update in which one of them is not finite. The student thus meets its
+own errors after many chunks, at the cost of a short video an update.
 
 Departures. What is kept over an update are clean latents, not keys and values: the context is computed again with the
 present weights, so that it is never stale, and a state of a few frames is checkpointed instead of gigabytes. This is
@@ -22,7 +24,6 @@ score see the same past, and the student's update moves the videos on, with the 
 trains LoRA adapters in this stage; here that is a matter of the recipe.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -39,10 +40,12 @@ from fastgen.objectives.replay import append, rows_of
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, recommitted
+from fastgen.streaming.schedule import ChunkSchedule
 
 PAST, NEXT = "past.", "next."  # rows of the state: of the running videos, and of what this update made of them
 LATENTS, COND = "latents", "cond."  # their names
 PARTS = 10_000  # of the probability of a switch
+LAST = 2  # latent frames that a picture is decoded from, at least; from one alone it is another picture
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -112,16 +115,16 @@ class LongTuning(DMD2):
 
     def part(self, networks: Networks, batch: Batch, past: Tensor | None, frames: int, grad: bool) -> Rollout:
         """A video of the teacher's length: a new one, or what comes after the first `frames` frames, of which `past`
-        are those that the context holds."""
+        are those that `needed` lists."""
         student, policy = networks.student, networks.policy
         stop = draw_stops(batch, policy.num_steps, shared=self.stops == "shared")
         if past is None:
             return backward_simulation(student, policy, batch, stop, grad)
         assert policy.chunks is not None and networks.restart is not None
-        held = policy.chunks.held(frames)
-        kept = dict(zip(held, past.split([len(part) for part in held], dim=1), strict=True))
+        held, known = policy.chunks.held(frames), needed(policy.chunks, frames)
+        left = lambda part: [past[:, [known.index(frame) for frame in part]]]  # noqa: E731
         noise = lambda part: batch.chunk(part).normal  # noqa: E731
-        context = recommitted(student, policy, held, lambda part: [kept[part]], batch.cond, noise, frames)
+        context = recommitted(student, policy, held, left, batch.cond, noise, frames)
         later = replace(batch, latent_shape=(batch.latent_shape[0] - 1, *batch.latent_shape[1:]))
         rollout = backward_simulation(student, policy, later, stop, grad, context=context)
         with torch.no_grad():
@@ -134,9 +137,9 @@ class LongTuning(DMD2):
         new = part.x.detach() if past is None else part.x.detach()[:, 1:]
         before = int(state["frames"])
         after = before + new.shape[1]
-        known = [*frames_of(policy.chunks.held(before)), *range(before, after)]
+        known = [*needed(policy.chunks, before), *range(before, after)]
         latents = new if past is None else torch.cat([past, new], dim=1)
-        rows = [known.index(frame) for frame in frames_of(policy.chunks.held(after))]
+        rows = [known.index(frame) for frame in needed(policy.chunks, after)]
         cond = {COND + name: value for name, value in batch.cond.items()}
         append(state, NEXT, {LATENTS: latents[:, rows], **cond})
         state["next_frames"].fill_(after)
@@ -165,5 +168,7 @@ def past_of(batch: Batch, state: State) -> tuple[Tensor | None, Conditioning]:
     return rows.pop(LATENTS), Conditioning({name.removeprefix(COND): value for name, value in rows.items()})
 
 
-def frames_of(parts: Sequence[range]) -> list[int]:
-    return [frame for part in parts for frame in part]
+def needed(chunks: ChunkSchedule, frames: int) -> list[int]:
+    """The frames of a video of so many that its continuation needs: those that the next chunk sees, and the last."""
+    seen = {frame for part in chunks.held(frames) for frame in part}
+    return sorted(seen.union(range(max(0, frames - LAST), frames)))
