@@ -346,8 +346,8 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: float, used: Tensor 
 
         mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)          (PPO, arXiv 1707.06347)
 
-    used: a scalar, the share of samples with an advantage in the whole update, of which these are a part. None: the
-    share of these samples."""
+    used: a scalar, the share of samples with an advantage in the whole update, of which these are a part; 1 for a mean
+    over all samples. None: the share of these samples."""
     ratio, counts = log_ratio.exp(), advantage != 0
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     number = counts.sum().to(ratio) if used is None else used * len(counts)

@@ -469,7 +469,7 @@ def test_re_dmds_weights_are_exponentials_of_the_centred_reward() -> None:
 
 
 def test_invalid_rewards_leave_the_loss_and_its_mean() -> None:
-    """Weight 0, the others raised so that the mean is over them; no part in the running mean."""
+    """Weight 0 in the mean over all samples, and no part in the running mean."""
 
     def half(x0: Tensor, *_: Any) -> Score:
         return Score(torch.zeros(len(x0)), torch.arange(len(x0)) % 2 == 0)
@@ -477,7 +477,7 @@ def test_invalid_rewards_leave_the_loss_and_its_mean() -> None:
     networks = Networks({"student": nn.Identity()}, ONE_STEP, half)  # type: ignore[arg-type]
     objective, state = ReDMD(), ReDMD().init_state()
     weight, _ = objective.reward_weight(networks, point_batch(6, dim=1), torch.zeros(6, 1), state)
-    assert weight.tolist() == [2, 0, 2, 0, 2, 0] and state["seen"].tolist() == [0, 3]
+    assert weight.tolist() == [1, 0, 1, 0, 1, 0] and state["seen"].tolist() == [0, 3]
 
 
 def test_a_constant_reward_makes_re_dmd_dmd2() -> None:

@@ -340,6 +340,24 @@ def test_ratios_are_one_on_policy() -> None:
     assert error < 1e-6
 
 
+def test_samples_without_an_advantage_count_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As zeros: halves of an update have the gradient of the whole, though the first group has no advantage."""
+    objective, advantages = GNDM(form="score"), signals.advantages
+    networks = score_networks(objective)
+
+    def some(reward: Tensor, group: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return advantages(reward, group, *rest, **options) * (group > 0)
+
+    monkeypatch.setattr(signals, "advantages", some)
+    found = []
+    for parts in (1, 2):
+        for i in range(parts):
+            batch = grouped_batch(16 // parts, 8, dim=2, first=16 // parts * i)
+            losses(objective, STUDENT, networks, batch, objective.init_state())
+        found.append([grad / parts for grad in gradients(networks.student)])
+    assert largest(*found) < 1e-6 < 1e-3 < max(grad.abs().max() for grad in found[0])
+
+
 def test_the_last_step_is_trained_by_the_path_form_alone() -> None:
     """An affine student with a parameter a step: the policy losses reach all but the last, the path loss the last
     alone, with min(pi / pi_old, 1 + clip) on each sample. Fails if the path term is left out."""

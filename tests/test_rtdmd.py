@@ -639,15 +639,40 @@ def test_an_update_of_two_micro_batches_is_that_of_one(std: Any) -> None:
     assert error < 1e-6 and away > 1e-3
 
 
+def test_raw_advantages_and_the_rewards_gradient_are_means_over_all_samples() -> None:
+    """Halves of an update have the gradient of the whole, though the rewards of the first prompts are all equal, and
+    those of others invalid."""
+    student = AffineStudent(*FOUR_AFFINE, FOUR_STEP)
+
+    def uneven(x: Tensor, _: Sequence[str]) -> Tensor:
+        return torch.where(x[:, 0] > 0.6, torch.nan, x[:, 0].clamp(min=0.3))
+
+    networks = matching_networks(student, gaussian(), FOUR_STEP, points_reward(uneven))
+    shared = {"stage": 2, "group_size": 4, "guidance_scale": 1.0, "dm_weight": 1.0, "reward_hinge": None}
+    for options in (
+        {"normalise_advantages": False, "reward_weight": 0.0},
+        {"selected_steps": 0, "reward_weight": 1.0},
+    ):
+        objective, found = RTDMD(**shared, **options), []
+        for parts in (1, 2):
+            size = 24 // parts
+            batches = [grouped_batch(size, 4, first=size * i) for i in range(parts)]
+            loss = torch.stack([total(objective.loss(STUDENT, networks, batch, {})) for batch in batches]).mean()
+            found.append(torch.cat(torch.autograd.grad(loss, list(student.parameters()))))
+        error = (found[0] - found[1]).norm() / found[0].norm()
+        print(f"{options}: {error:.1e}")
+        assert error < 1e-6
+
+
 def test_samples_without_a_reward_are_left_out() -> None:
-    """NaN for some: they get no advantage and no reward gradient, and the others' mean is over those alone."""
+    """NaN for some: they get no advantage and no reward gradient, and count in its mean as 0."""
     student, batch = AffineStudent((0.0,), (1.0,), ONE_STEP), grouped_batch(40, size=4)
     part = points_reward(lambda x, _: torch.where(x[:, 0] > 0.5, torch.nan, x[:, 0]))
     networks = matching_networks(student, gaussian(), ONE_STEP, part)
     x = batch.normal("initial")
     score = networks.rewards(x, batch)
     advantage, used = dataclasses.replace(rewarded(), group_size=4).advantage(networks, batch, score)
-    assert used == (advantage != 0).double().mean()
+    assert used == 1
     assert (
         bool((advantage[~score.valid] == 0).all()) and 0 < score.valid.sum() < 40 and bool(advantage.isfinite().all())
     )
@@ -660,7 +685,7 @@ def test_samples_without_a_reward_are_left_out() -> None:
         )[0]
         for w in (1.0, 0.5)
     )
-    assert (2 * (heavy - light)).item() == pytest.approx(-1.0)
+    assert (2 * (heavy - light)).item() == pytest.approx(-score.valid.double().mean().item())
 
 
 # --- who moves, and what is refused

@@ -499,6 +499,10 @@ def test_the_alignment_compares_relations_of_the_tokens_of_a_frame() -> None:
     loss = objective.alignment(networks, data, rollout, other)
     loss.backward()
     assert loss > 0 and x.grad is not None and x.grad[0].abs().max() > 0 and not x.grad[1].any()
+    other = torch.stack([other[0], x[1].detach()])  # whether or not the second counts, the mean is over two
+    of_one, of_both = (dataclasses.replace(rollout, stop=torch.tensor([1, stop])) for stop in (0, 1))
+    means = [objective.alignment(networks, data, made, other).item() for made in (of_one, of_both)]
+    assert means[0] == pytest.approx(means[1], rel=1e-9)
     assert all(p.grad is None for p in networks.teacher.parameters())
     wide = dataclasses.replace(objective, margin=1.99)
     assert wide.alignment(networks, data, rollout, other) == 0

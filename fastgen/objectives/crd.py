@@ -46,6 +46,7 @@ mean.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from typing import Literal, cast
 
@@ -94,6 +95,14 @@ class Decay:
 
     def __call__(self, n: int) -> float:
         return min(self.first + self.slope * max(n - self.delay, 0), self.last)
+
+
+@plain_dataclass(frozen=True)
+class Shares:
+    """The shares of the whole update's samples, scalars, over which the matching and the anchor are means."""
+
+    matched: Tensor
+    anchored: Tensor
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -145,10 +154,10 @@ class CRD(Objective):
         return {"updates": torch.zeros((), dtype=torch.int64)}
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:
-        return (Turn("student", ("student",), collects=self.std != "group"),)
+        return (Turn("student", ("student",), collects=True),)
 
     def collect(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> None:
-        """The samples, and the rewards that the advantages of the whole update are made from."""
+        """The samples, and the rewards that the advantages and means of the whole update are made from."""
         assert batch.shared is not None
         x0, score = self.samples(networks, batch, state)
         batch.shared[SAMPLES] = (x0, score)
@@ -168,23 +177,26 @@ class CRD(Objective):
         assert batch.group is not None
         return {"group": batch.group, "valid": score.valid.to(torch.uint8), "reward": score.value}
 
-    def advantage(self, batch: Batch, score: Score, state: State) -> Tensor:
-        """A, [B]; where `std` is not of the group, over all samples of the update."""
+    def advantage(self, batch: Batch, score: Score, state: State) -> tuple[Tensor, Shares]:
+        """A, [B]; where `std` is not of the group, over all samples of the update. And which shares of the update's
+        samples are matched and anchored."""
         rows = collected.of_update(state, self.compared(batch, score))
-        every = signals.advantages(rows["reward"], rows["group"], rows["valid"] > 0, self.std, self.clip)
-        return collected.of_samples(every, batch.ids)
+        valid = rows["valid"] > 0
+        every = signals.advantages(rows["reward"], rows["group"], valid, self.std, self.clip)
+        shares = Shares(is_matched(every, rows["group"], valid).double().mean(), valid.double().mean())
+        return collected.of_samples(every, batch.ids), shares
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
         made = (batch.shared or {}).get(SAMPLES) or self.samples(networks, batch, state)
         x0, score = cast(tuple[Tensor, Score], made)
-        advantage = self.advantage(batch, score, state)
+        advantage, shares = self.advantage(batch, score, state)
         assert batch.group is not None
         group_terms = signals.group_terms(score.own, batch.group, score.valid, advantage, self.clip)
         draws = self.draws or networks.policy.num_steps
         first = batch.integer("first_level", networks.policy.num_steps)
         for k in range(draws):
             level = networks.policy.timesteps[(first + k) % networks.policy.num_steps]
-            loss = self.draw_loss(networks, batch, x0, advantage, score, level, str(k))
+            loss = self.draw_loss(networks, batch, x0, advantage, score, level, str(k), shares)
             terms = {name: value / draws for name, value in (loss.terms | score.terms() | group_terms).items()}
             yield Loss(loss.total / draws, terms)
 
@@ -195,9 +207,18 @@ class CRD(Objective):
         move(networks["sampler"], networks.student, self.sampler_decay(n))
 
     def draw_loss(
-        self, networks: Networks, batch: Batch, x0: Tensor, advantage: Tensor, score: Score, level: float, name: str
+        self,
+        networks: Networks,
+        batch: Batch,
+        x0: Tensor,
+        advantage: Tensor,
+        score: Score,
+        level: float,
+        name: str,
+        shares: Shares | None = None,
     ) -> Loss:
-        """The loss at one (t, noise), with t within the jitter of `level`. name: names its random draws."""
+        """The loss at one (t, noise), with t within the jitter of `level`. name: names its random draws. shares: of
+        the whole update's samples that are matched and anchored; None: these samples are the whole update."""
         assert batch.group is not None
         offset = 2 * batch.uniform(f"level{name}", by_group=True).to(x0.dtype) - 1
         t = (level * (1 + self.jitter * offset)).clamp(max=1.0)
@@ -207,12 +228,14 @@ class CRD(Objective):
         with torch.no_grad():
             v_old = velocity(networks["reference"], x_t, t, batch, networks.policy)  # type: ignore[arg-type]
         implicit = implicit_reward(v, v_old, noise - x0, self.self_normalised)
-        # a prompt whose rewards are all equal is not used
-        used = score.valid & (group_mean(advantage.square(), batch.group, score.valid) > 0)
+        used = is_matched(advantage, batch.group, score.valid)
+        shares = shares or Shares(used.double().mean(), score.valid.double().mean())
         reward = advantage / (2 * self.clip) + 0.5
         temperature = None if self.temperature is None else 2 * self.clip * self.temperature
         weights = centring_weights(advantage, batch.group, used, temperature)
-        matching = matching_loss(implicit, reward, batch.group, used, self.beta, weights, self.loss_type)
+        matching = matching_loss(
+            implicit, reward, batch.group, used, self.beta, weights, self.loss_type, shares.matched
+        )
         total = matching * self.clip / self.beta
         gain = self.gain(implicit.detach(), reward, batch.group, used)
         terms = {"matching": total.detach(), "gain": gain, "matched": used.float().mean()}
@@ -222,8 +245,9 @@ class CRD(Objective):
             with torch.no_grad():
                 v_ref = signals.guided(teacher, x_t, t, batch.cond, batch.uncond, scale)
             distance = per_sample_mean((v - v_ref).square())
-            terms["anchor"] = mean_over(distance.detach(), score.valid)
-            total = total + self.anchor_weight * mean_over(self.anchor_strength(reward) * distance, score.valid)
+            terms["anchor"] = mean_over(distance.detach(), score.valid, shares.anchored)
+            pull = mean_over(self.anchor_strength(reward) * distance, score.valid, shares.anchored)
+            total = total + self.anchor_weight * pull
         return Loss(total, terms | {"loss": total.detach()})
 
     def anchor_strength(self, reward: Tensor) -> Tensor:
@@ -235,6 +259,11 @@ class CRD(Objective):
         """The slope of beta r_theta against R within prompts: 0 where student and reference agree, 1 at zero loss."""
         target = torch.where(used, reward - group_mean(reward, group, used), 0.0)
         return self.beta * (implicit * target).sum() / target.square().sum().clamp_min(1e-12)
+
+
+def is_matched(advantage: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """[B] bool: the samples that are matched, which are the valid ones of prompts whose rewards are not all equal."""
+    return valid & (group_mean(advantage.square(), group, valid) > 0)
 
 
 def velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, policy: RolloutPolicy) -> Tensor:
@@ -287,6 +316,7 @@ def matching_loss(
     beta: float,
     weights: tuple[Tensor, ...],
     loss_type: Literal["mse", "bce"] = "mse",
+    share: Tensor | None = None,
 ) -> Tensor:
     """Scalar: compares centred implicit rewards with centred rewards, over the samples that are used.
 
@@ -294,7 +324,8 @@ def matching_loss(
         bce: mean BCE(sigmoid(beta (r_theta - sg(mean_g r_theta))), sigmoid(R - mean_g R))
 
     implicit, reward: [B]. mean_g: the mean over the prompt's samples, weighted with each set of weights [B] in turn;
-    the losses of the sets are averaged. Returns 0 if no sample is used. Gradient flows to `implicit`."""
+    the losses of the sets are averaged. share: of samples that are used in the whole update, as in `mean_over`.
+    Returns 0 if no sample is used. Gradient flows to `implicit`."""
     losses = []
     for weight in weights:
         total = group_mean(weight, group, used).clamp_min(1e-12)
@@ -304,10 +335,14 @@ def matching_loss(
             each = F.binary_cross_entropy_with_logits(centred, target.sigmoid(), reduction="none")
         else:
             each = (centred - target).square()
-        losses.append(mean_over(each, used))
+        losses.append(mean_over(each, used, share))
     return torch.stack(losses).mean()
 
 
-def mean_over(value: Tensor, mask: Tensor) -> Tensor:
-    """The mean of value [B] over the samples in mask [B] bool; 0 if there are none."""
-    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+def mean_over(value: Tensor, mask: Tensor, share: Tensor | None = None) -> Tensor:
+    """The mean of value [B] over the samples in mask [B] bool; 0 if there are none.
+
+    share: a scalar, the share of the whole update's samples that are in its mask, of which these are a part. The mean
+    of the micro-batches' results is then that over the update. None: the share of these samples."""
+    number = mask.sum() if share is None else share * len(mask)
+    return torch.where(mask, value, 0.0).sum() / number.to(value).clamp_min(1e-12)

@@ -213,7 +213,7 @@ class GNDM(Objective):
                 break
             log_prob = step_log_prob(networks.student.schedule, networks.policy, k, x0, x[k], x[k + 1])
             log_ratio = log_prob - paths["log_prob"][:, k]
-            total = signals.policy_loss(log_ratio, paths["advantage"], self.clip)
+            total = signals.policy_loss(log_ratio, paths["advantage"], self.clip, paths["advantage"].new_ones(()))
             total_log_ratio = total_log_ratio + log_ratio.detach()
             yield Loss(total, {"loss": total.detach()})
         grad, grad_terms = self.score_gradient(networks, batch, x0, torch.full_like(batch.ids, last))

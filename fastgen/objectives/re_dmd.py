@@ -68,8 +68,8 @@ class ReDMD(DMD2):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """w [B], and the terms to log. w is 1 in the first update, before a mean is known.
 
-        Invalid samples get the weight 0. The weights of the others are divided by the share of valid samples, so that
-        the mean loss is over the valid samples."""
+        Invalid samples get the weight 0, and count in the mean of the loss: over the valid samples of a micro-batch
+        alone, the mean would depend on how an update is divided."""
         return self.weight_of(networks.rewards(x0, batch), state)
 
     def weight_of(self, score: Score, state: State, penalty: Tensor | float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,4 +81,4 @@ class ReDMD(DMD2):
         sums = torch.stack([(valid * score.value).sum(), valid.sum()])
         state["seen"] += summed(sums)  # over processes
         terms = score.terms() | {"effective_share": signals.effective_share(weight * valid)}
-        return weight * valid / valid.mean().clamp_min(1 / len(valid)), terms
+        return weight * valid, terms

@@ -248,18 +248,18 @@ class RTDMD(ACDMD):
     def advantage(
         self, networks: Networks, batch: Batch, score: Score, state: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """The advantages, [B], and the share of the update's samples that have one.
+        """The advantages, [B], and the share of the update's samples over which the policy's loss is a mean.
 
         By default they are GDPO's, from the scores of the single rewards, each standardised over all samples of the
-        update. A composite that is not a sum counts as one reward. With normalise_advantages: false they are the
-        reward minus the mean of the group's other samples, K / (K - 1) (r - mean), whose policy gradient is unbiased
-        (derived)."""
+        update, and the mean is over the samples that have one. A composite that is not a sum counts as one reward.
+        With normalise_advantages: false they are the reward minus the mean of the group's other samples,
+        K / (K - 1) (r - mean), whose policy gradient is unbiased over all samples (derived): the share is 1."""
         assert batch.group is not None
         if not self.normalise_advantages:
             centred = signals.advantages(score.value, batch.group, score.valid, "none", clip=math.inf)
             count = self.group_size * signals.group_mean(score.valid.float(), batch.group)
             raw = (centred * count / (count - 1).clamp_min(1)).clamp(-self.advantage_clip, self.advantage_clip)
-            return raw, (raw != 0).double().mean()
+            return raw, torch.ones((), dtype=torch.float64, device=raw.device)
         rows = collected.of_update(state, self.compared(networks, batch, score))
         weights = self.weights(networks)
         parts = {name: rows[f"reward.{name}"] for name in weights}
@@ -309,7 +309,8 @@ class RTDMD(ACDMD):
         return signals.transition_log_prob(step.x_next, mean, std, "mean", scaled=False)
 
     def matching_and_reward_loss(self, networks: Networks, batch: Batch, step: Callable[[Tensor], Rollout]) -> Loss:
-        """The matching term at the drawn step, plus the rewards' gradient through the last step.
+        """The matching term at the drawn step, plus the rewards' gradient through the last step. Both are means over
+        all samples, among which those without a reward count as 0.
 
         step: makes x at the level that step stop[i] of sample i goes to, with gradient through this step alone."""
         last_step = step(torch.full_like(batch.ids, networks.policy.num_steps - 1))
@@ -319,8 +320,7 @@ class RTDMD(ACDMD):
         if self.reward_weight:
             reward = networks.rewards(last_step.x, batch, grad=True)
             shortfall = -reward.value if self.reward_hinge is None else torch.relu(self.reward_hinge - reward.value)
-            mean_shortfall = torch.where(reward.valid, shortfall, 0).sum() / reward.valid.sum().clamp_min(1)
-            total = total + self.reward_weight * mean_shortfall
+            total = total + self.reward_weight * torch.where(reward.valid, shortfall, 0).mean()
             terms = reward.terms() | terms
         return Loss(total, terms | {"loss": total.detach()})
 

@@ -134,8 +134,8 @@ class Salt(SCDMD):
         return backward_simulation(networks.student, policy, whole, last, grad=False).x
 
     def alignment(self, networks: Networks, batch: Batch, rollout: Rollout, reference: Tensor) -> Tensor:
-        """The mean of max(0, |R(x) - sg R(x_ref)| - margin) over the samples whose stop is not the first; both are
-        renoised with the same draws."""
+        """The mean of max(0, |R(x) - sg R(x_ref)| - margin), which counts as 0 for samples whose stop is the first;
+        both are renoised with the same draws."""
         t = draw_levels(batch, "feature_time", self.feature_time, networks.critic)
         noise, frames = batch.normal("feature_noise"), rollout.x.shape[1] if rollout.x.dim() == 5 else 1
         found = list[list[Tensor]]()
@@ -146,7 +146,7 @@ class Salt(SCDMD):
                 found.append([relations(f, frames) for f in features])
         gaps = [(a - b.detach()).abs().sub(self.margin).relu().flatten(1).mean(1) for a, b in zip(*found, strict=True)]
         later = (rollout.stop > 0).to(gaps[0])
-        return (later * torch.stack(gaps).mean(0)).sum() / later.sum().clamp_min(1)
+        return (later * torch.stack(gaps).mean(0)).mean()
 
 
 def relations(features: Tensor, frames: int) -> Tensor:
