@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +495,21 @@ def test_replayed_trajectories_keep_their_prompts() -> None:
         ratios.append(found[-1].terms["importance"].item())
         objective.finish(STUDENT, networks, state)
     assert ratios == [1.0, 1.0] and labels == [0, 1]
+
+
+def test_replayed_trajectories_keep_their_negative_prompts() -> None:
+    """What a sample is made from is in both conditionings: the gradient of a replay does not depend on those of the
+    batch that it comes in."""
+    objective = GNDM(form="score", replay_updates=2, guidance_scale=3.0)
+    networks, state = score_networks(objective), objective.init_state()
+    losses(objective, STUDENT, networks, grouped_batch(8, 4, dim=2), state)
+    objective.finish(STUDENT, networks, state)
+    gradients(networks.student)
+    later, found = grouped_batch(8, 4, dim=2, first=8, key=1), []
+    for uncond in (later.uncond, later.cond):
+        losses(objective, STUDENT, networks, replace(later, uncond=uncond), state)
+        found.append(gradients(networks.student))
+    assert largest(*found) == 0
 
 
 def test_micro_batches_share_a_replay_without_knowing_of_it() -> None:

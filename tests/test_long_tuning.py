@@ -20,6 +20,7 @@ from fastgen.batch import Batch, Draws
 from fastgen.config import load_recipe
 from fastgen.networks import Networks
 from fastgen.objectives import LongTuning, State, Turn
+from fastgen.objectives.long_tuning import past_of
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, sample
 from fastgen.sampling.sampler import load_sampler
@@ -124,7 +125,11 @@ def test_a_switch_goes_on_with_the_next_video_s_prompt(switch: float) -> None:
     assert torch.equal(state["past.cond.prompt_embeds"], own.roll(1, 0) if switch else own)
     switched = {name: value.clone() for name, value in state.items()}
     state["past.cond.prompt_embeds"] = own
-    other = replace(videos, cond=videos.uncond)  # what comes later does not matter while the videos go on
+    # what comes later does not matter while the videos go on
+    other = replace(videos, cond=videos.uncond, uncond=videos.cond)
+    for key in ("cond", "uncond"):
+        kept = getattr(past_of(other, switched)[1], key)
+        assert torch.equal(kept["prompt_embeds"], switched[f"past.{key}.prompt_embeds"])
     went_on, same = update(objective, made, switched, other), update(objective, made, state, other)
     assert torch.equal(went_on, same) != bool(switch)
 

@@ -35,7 +35,6 @@ form: score, after fake_updates updates of the fake score:
     .22 instead of .01.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
@@ -46,7 +45,7 @@ from torch import Tensor, nn
 
 from fastgen import signals
 from fastgen.backbones.base import Backbone
-from fastgen.batch import Batch, Conditioning
+from fastgen.batch import Batch
 from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.processes import summed
@@ -145,7 +144,7 @@ class GNDM(Objective):
         """path: the reward's weight w, and the sums of |g|^2 and |dr/dx|^2 over this update.
 
         score: the age of the trajectories. `trajectories` adds replay.x [N, K, ...], replay.log_prob [N, K - 1],
-        replay.advantage [N] and replay.cond.<key>."""
+        replay.advantage [N], replay.cond.<key> and replay.uncond.<key>."""
         if self.form == "path":
             return {"reward.weight": torch.zeros(()), "reward.squares": torch.zeros(2)}
         return replay.empty()
@@ -202,8 +201,7 @@ class GNDM(Objective):
     def score_loss(self, networks: Networks, batch: Batch, state: State) -> Iterator[Loss]:
         """PPO's loss for every stochastic step, then the path form on the last step."""
         paths, path_terms = self.trajectories(networks, batch, state)
-        cond = {key.removeprefix("cond."): value for key, value in paths.items() if key.startswith("cond.")}
-        batch = dataclasses.replace(batch, cond=Conditioning(cond))
+        batch = replay.conditioned(batch, paths)
         x = paths["x"].unbind(1)
         last = networks.policy.num_steps - 1
         total_log_ratio = torch.zeros_like(paths["advantage"])
@@ -226,8 +224,9 @@ class GNDM(Objective):
     def trajectories(self, networks: Networks, batch: Batch, state: State) -> tuple[State, State]:
         """The trajectories of this micro-batch, and the terms to log for new ones.
 
-        A trajectory is x [B, K, ...], log_prob [B, K - 1], advantage [B] and its conditioning, cond.<key>. New ones
-        are made with this batch; while trajectories are replayed, the stored rows of this batch's ids are returned."""
+        A trajectory is x [B, K, ...], log_prob [B, K - 1], advantage [B] and its conditionings, cond.<key> and
+        uncond.<key>. New ones are made with this batch; while trajectories are replayed, the stored rows of this
+        batch's ids are returned."""
         if not replay.needs_samples(state):
             return replay.recall(state, batch.ids), {}
         assert batch.group is not None
@@ -247,7 +246,7 @@ class GNDM(Objective):
             "log_prob": torch.stack([step.log_prob for step in rollout.steps if step.log_prob is not None], 1),
             "advantage": advantage,
         }
-        paths |= {f"cond.{key}": value for key, value in batch.cond.items()}
+        paths |= replay.conditioning(batch)
         if self.replay_updates > 1:
             replay.store(state, paths)
         return paths, terms

@@ -32,18 +32,18 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fastgen.batch import Batch, Conditioning
+from fastgen.batch import Batch
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
-from fastgen.objectives.replay import append, rows_of
+from fastgen.objectives.replay import append, conditioned, conditioning, rows_of
 from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, recommitted
 from fastgen.streaming.schedule import ChunkSchedule
 
 PAST, NEXT = "past.", "next."  # rows of the state: of the running videos, and of what this update made of them
-LATENTS, COND = "latents", "cond."  # their names
+LATENTS = "latents"  # the name of their frames; the others are conditionings
 PARTS = 10_000  # of the probability of a switch
 LAST = 2  # latent frames that a picture is decoded from, at least; from one alone it is another picture
 
@@ -104,8 +104,7 @@ class LongTuning(DMD2):
     def loss(self, turn: Turn, networks: Networks, batch: Batch, state: State) -> Loss:
         frames, grad = int(state["frames"]), turn.name == "student"
         self.check_length(batch.latent_shape[0])
-        past, cond = past_of(batch, state)
-        batch = replace(batch, cond=cond)
+        past, batch = past_of(batch, state)
         part = self.part(networks, batch, past, frames, grad)
         if not grad:
             return self.critic_loss(networks, batch, part)
@@ -140,8 +139,7 @@ class LongTuning(DMD2):
         known = [*needed(policy.chunks, before), *range(before, after)]
         latents = new if past is None else torch.cat([past, new], dim=1)
         rows = [known.index(frame) for frame in needed(policy.chunks, after)]
-        cond = {COND + name: value for name, value in batch.cond.items()}
-        append(state, NEXT, {LATENTS: latents[:, rows], **cond})
+        append(state, NEXT, {LATENTS: latents[:, rows], **conditioning(batch)})
         state["next_frames"].fill_(after)
         state["switches"].fill_(batch.integer("switch", PARTS) < self.switch * PARTS)
 
@@ -159,13 +157,11 @@ class LongTuning(DMD2):
             state[PAST + name] = value.roll(1, 0) if switched else value
 
 
-def past_of(batch: Batch, state: State) -> tuple[Tensor | None, Conditioning]:
-    """The kept frames [B, F', ...] of this micro-batch's videos, and their conditioning; None and the batch's own if
-    they begin anew."""
+def past_of(batch: Batch, state: State) -> tuple[Tensor | None, Batch]:
+    """The kept frames [B, F', ...] of this micro-batch's videos, and the batch with their conditionings; None and the
+    batch itself if they begin anew."""
     rows = {name: value[batch.ids % len(value)] for name, value in rows_of(state, PAST).items()}
-    if not rows:
-        return None, batch.cond
-    return rows.pop(LATENTS), Conditioning({name.removeprefix(COND): value for name, value in rows.items()})
+    return (rows[LATENTS], conditioned(batch, rows)) if rows else (None, batch)
 
 
 def needed(chunks: ChunkSchedule, frames: int) -> list[int]:

@@ -6,10 +6,12 @@ from all its micro-batches and processes, in the order of their ids. In a later 
 row id % N."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fastgen.batch import Batch, Conditioning
 from fastgen.modules.processes import gathered
 
 PREFIX = "replay."
@@ -47,6 +49,19 @@ def count_use(state: dict[str, Tensor], updates: int) -> None:
     if needs_samples(state):
         for name in [name for name in state if name.startswith(PREFIX) and name != AGE]:
             del state[name]
+
+
+def conditioning(batch: Batch) -> dict[str, Tensor]:
+    """Both conditionings of a batch as rows, cond.<key> and uncond.<key>. The negative one belongs to the sample, too:
+    it has the image, the actions or the sound that the sample is made from."""
+    both = {"cond": batch.cond, "uncond": batch.uncond}
+    return {f"{name}.{key}": value for name, values in both.items() for key, value in values.items()}
+
+
+def conditioned(batch: Batch, rows: Mapping[str, Tensor]) -> Batch:
+    """The batch with the conditionings among these rows."""
+    cond, uncond = (Conditioning(rows_of(rows, prefix)) for prefix in ("cond.", "uncond."))
+    return replace(batch, cond=cond, uncond=uncond)
 
 
 def append(state: dict[str, Tensor], prefix: str, samples: Mapping[str, Tensor]) -> None:
