@@ -78,11 +78,20 @@ def test_newer_numbers_take_the_place_of_the_older_ones_and_of_nothing_else(tmp_
 
 def test_numbers_are_known_only_where_all_settings_are_the_same() -> None:
     rows = [ROW | {"policy": {"timesteps": [1.0, 0.5]}, "metrics": {"fid": 1.0, "fid_num_samples": 8.0, "mmd": 3.0}}]
-    facts = {"num_samples": 8, "guidance_scale": 1.0, "policy": {"timesteps": (1.0, 0.5)}}
+    rows[0] |= {"machine": "a GPU", "scorers": {"clip_score": {"path": "clip"}}}  # of metrics that are not asked for
+    same = {key: ROW[key] for key in ("num_samples", "reference", "features", "guidance_scale")}
+    facts = same | {"policy": {"timesteps": (1.0, 0.5)}}
     assert known_numbers(rows, facts, ("fid",)) == {"fid": 1.0, "fid_num_samples": 8.0}
     assert known_numbers(rows, facts, ("fid", "throughput")) is None
-    for change in ({"num_samples": 9}, {"policy": {"timesteps": (1.0,)}}, {"negative_prompt": "blurred"}):
+    for change in (
+        {"num_samples": 9},
+        {"policy": {"timesteps": (1.0,)}},
+        {"negative_prompt": "blurred"},
+        {"machine": "other"},
+    ):
         assert known_numbers(rows, facts | change, ("fid",)) is None, change
+    assert known_numbers(rows, facts | {"machine": "a GPU"}, ("fid",)) is not None
+    assert known_numbers([rows[0] | {"negative_prompt": "blurred"}], facts, ("fid",)) is None
 
 
 def test_a_hub_id_is_the_base_model() -> None:

@@ -13,6 +13,7 @@ from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.data.prompts import read_prompts
 from fastgen.run.export import export
+from fastgen.sampling import demo
 from fastgen.sampling.demo import Drawn, Pair, draw_student, draw_teacher, load_pair, make_page, shown
 from fastgen.sampling.sampler import load_sampler, teacher_sampler
 
@@ -53,6 +54,14 @@ def test_both_sides_are_what_the_samplers_give(folder: Path, pair: Pair) -> None
     assert pair.prompt == read_prompts(str(TEACHER / "prompts.txt"))[0]
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         draw_student(pair, PROMPT, 5, 8)
+
+
+def test_the_clock_starts_when_the_prompt_is_encoded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding on a GPU goes on after the call has returned."""
+    said, clock = list[str](), iter((1.0, 3.0))
+    monkeypatch.setattr(demo, "synchronise", lambda device: said.append(f"{device} is done"))
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: said.append("clock") or next(clock))
+    assert draw_student(pair, PROMPT, 5, 4).seconds == 2 and said == ["cpu is done", "clock", "clock"]
 
 
 def test_a_pipeline_that_was_not_distilled_stands_alone() -> None:

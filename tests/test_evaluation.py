@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastgen.config.stored import dump_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation import folders, results
+from fastgen.evaluation.machine import machine, processor
 from fastgen.evaluation.report import pictures_in
 from fastgen.metrics import Metric, MetricContext
 from fastgen.metrics.reference import read_images
@@ -37,6 +39,9 @@ POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error
 class PixelBackbone:
     output, takes_given = "pixels", False
     device, dtype, law = torch.device("cpu"), torch.float32, None
+
+    def encode_both(self, prompts: Sequence[str]) -> None:
+        """Nothing: its samplers read prompts as they are."""
 
 
 class CopyingSampler:
@@ -426,11 +431,16 @@ def test_videos_have_one_caption_each() -> None:
 
 
 def test_throughput_leaves_out_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first batch, in which networks load; a single batch is drawn twice, and the second time counts."""
+    """The first batch, in which networks load; a single batch is drawn twice, and the second time counts. So does
+    what prompts cost: they are encoded before the clock starts."""
     clock = [0.0]
 
+    class Slow(PixelBackbone):
+        def encode_both(self, prompts: Sequence[str]) -> None:
+            clock[0] += 50
+
     class Loading(CopyingSampler):
-        calls = 0
+        calls, backbone = 0, Slow()
 
         def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             clock[0] += 100 if self.calls == 0 else 2
@@ -441,8 +451,15 @@ def test_throughput_leaves_out_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     for count, calls in ((8, 2), (32, 4)):
         sampler = Loading()
         config = pixel_config(metrics=("throughput",), num_samples=count, batch_size=8)
-        metrics = evaluation.evaluate(sampler, config, progress=False)["metrics"]  # type: ignore[arg-type]
-        assert metrics["images_per_second"] == 8 / 2 and sampler.calls == calls
+        row = evaluation.evaluate(sampler, config, progress=False)  # type: ignore[arg-type]
+        assert row["metrics"]["images_per_second"] == 8 / 2 and sampler.calls == calls
+        assert row["machine"] == machine("cpu") and "cores" in row["machine"]
     sampler = Loading()
     evaluation.evaluate(sampler, pixel_config(metrics=("accuracy",), num_samples=8, batch_size=8), progress=False)  # type: ignore[arg-type]
     assert sampler.calls == 1
+
+
+def test_a_processor_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nmodel name\t: Another\n")
+    assert processor(tmp_path / "cpuinfo") == "Some CPU @ 3 GHz"
+    assert processor(tmp_path / "none") in (platform.processor(), platform.machine())

@@ -17,6 +17,7 @@ from fastgen import noise
 from fastgen.backbones.base import Backbone, Output
 from fastgen.data import exact_data, read_prompts
 from fastgen.data.controls import all_files, encode_given
+from fastgen.evaluation.machine import machine
 from fastgen.evaluation.measure import Partial, measure
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.scoring import match
@@ -37,6 +38,7 @@ from fastgen.metrics.reference import (
 from fastgen.metrics.reference import captions as file_captions
 from fastgen.recipe import EvalConfig
 from fastgen.sampling.sampler import Sampler
+from fastgen.sampling.speed import synchronise
 
 T = TypeVar("T")
 
@@ -67,7 +69,7 @@ def evaluate_with_samples(
     prompts = find_prompts(sampler, config, reference)
     config.check_repeats(prompts)
     images = find_images(sampler, config)
-    timing = Timing(sampler.network_evaluations)
+    timing = Timing(sampler.network_evaluations) if "throughput" in config.metrics else None
     context = MetricContext(
         config.num_samples,
         config.seed,
@@ -80,14 +82,9 @@ def evaluate_with_samples(
         config.choice == "spread" and (config.prompts is not None or config.images is not None),
     )
 
-    def draw(start: int, stop: int) -> Tensor:
-        began = time.perf_counter()
-        samples = draw_samples(sampler, config.seed, prompts, images, start, stop)
-        timing.batches.append((stop - start, time.perf_counter() - began))
-        return samples
-
+    draw = bound(draw_samples, sampler, config.seed, prompts, images, timing=timing)
     metrics = make_metrics(config, context, backbone.output)
-    if "throughput" in config.metrics and config.num_samples <= config.batch_size:
+    if timing is not None and config.num_samples <= config.batch_size:
         draw(0, config.num_samples)  # throughput leaves out the first batch, and here would be no other
     facts = facts_of(sampler, config, reference)
     unfinished = Partial(partial, facts) if partial else None
@@ -113,16 +110,31 @@ def facts_of(sampler: Sampler, config: EvalConfig, reference: Reference | None) 
         **({"images_sha256": hash_files(all_files(images))} if images else {}),
         "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        **({"machine": machine(backbone.device)} if "throughput" in config.metrics else {}),
     }
     return describe(find_prompts(sampler, config, reference), config, reference, subject)
 
 
 def draw_samples(
-    sampler: Sampler, seed: int, prompts: Sequence[str], images: Sequence[Path] | None, start: int, stop: int
+    sampler: Sampler,
+    seed: int,
+    prompts: Sequence[str],
+    images: Sequence[Path] | None,
+    start: int,
+    stop: int,
+    timing: Timing | None = None,
 ) -> Tensor:
-    """Samples start to stop; sample i has the seed `seed + i`."""
+    """Samples start to stop; sample i has the seed `seed + i`. timing: gets the seconds of sampling and decoding. What
+    samples are made from is encoded before: a backbone keeps prompts, so that the first sampler would pay for all."""
     given = {} if images is None else {"images": encode_given(sampler.backbone, images[start:stop])}
-    return sampler.sample(prompts[start:stop], range(seed + start, seed + stop), **given)
+    if timing is not None:
+        sampler.backbone.encode_both(prompts[start:stop], **given)
+        synchronise(sampler.backbone.device)
+    began = time.perf_counter()
+    samples = sampler.sample(prompts[start:stop], range(seed + start, seed + stop), **given)
+    if timing is not None:
+        timing.batches.append((stop - start, time.perf_counter() - began))
+    return samples
 
 
 def teacher_reference(teacher: Sampler, config: EvalConfig) -> Reference:

@@ -14,6 +14,8 @@ from fastgen.metrics import DIRECTIONS, METRICS
 STORED = "evaluation.json"  # in an export
 SECTION = re.compile(r"^## Numbers\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)  # of its README.md
 UNMEASURED = "Not measured yet; `fastgen eval` measures student and teacher, and writes the numbers here."
+NOT_FACTS = {"name", "metrics", "curves", "teachers"}  # the keys of a row that are no facts of its measurement
+OF_METRICS = {"machine", "scorers"}  # those that only some metrics need
 FEATURES = {  # of eval.features
     "digits": "the features of a classifier of digits",
     "latents": "the latents of the pipeline's VAE",
@@ -50,10 +52,11 @@ def stored_numbers(folder: Path) -> list[Row]:
 
 def known_numbers(rows: Sequence[Row], facts: Row, metrics: Sequence[str]) -> dict[str, float] | None:
     """The numbers of these metrics, from a row that agrees in all facts of a measurement (see `evaluate.facts_of`);
-    None if no row does."""
+    None if no row does. It may have been measured with more metrics."""
     same, wanted = json.loads(json.dumps(facts)), [key for name in metrics for key in METRICS[name].directions]
     for row in rows:
-        if all(row.get(key) == value for key, value in same.items()) and row["metrics"].keys() >= set(wanted):
+        told = row.keys() - NOT_FACTS - (OF_METRICS - same.keys())
+        if {key: row[key] for key in told} == same and row["metrics"].keys() >= set(wanted):
             return {key: row["metrics"][key] for key in wanted}
     return None
 

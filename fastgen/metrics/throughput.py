@@ -10,8 +10,10 @@ from fastgen.metrics.base import Directions, Metric, MetricContext
 
 
 class Throughput(Metric):
-    """images_per_second: the number of samples divided by the wall time of encoding their prompts, sampling and
-    decoding. The first batch, in which networks load and kernels are chosen, is left out if there are more; an
+    """images_per_second: the number of samples divided by the wall time of sampling and decoding. Their prompts are
+    encoded before the clock starts: a backbone keeps them, and of several samplers the first would pay for all. (What
+    a backbone does not keep is encoded again on the clock, for all alike: prompts that are read together with a
+    picture.) The first batch, in which networks load and kernels are chosen, is left out if there are more; an
     evaluation of a single batch makes it twice. network_evaluations: network calls per sample."""
 
     name = "throughput"

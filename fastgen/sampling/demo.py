@@ -20,6 +20,7 @@ from fastgen.data.prompts import prompt_file, read_prompts
 from fastgen.denoiser import Denoiser
 from fastgen.sampling.original import export_folder, original
 from fastgen.sampling.sampler import Sampler, recommended_config, source_of, teacher_sampler
+from fastgen.sampling.speed import synchronise
 from fastgen.sampling.video import check_writer, save_video
 
 SMALLEST = 256  # side of a picture on the page
@@ -130,6 +131,7 @@ def draw_teacher(pair: Pair, prompt: str, seed: int, steps: int, guidance: float
 
 def timed(sampler: Sampler, prompt: str, seed: int) -> Drawn:
     sampler.backbone.encode_both([prompt])  # once for both sides; kept for the call below
+    synchronise(sampler.backbone.device)
     start = time.perf_counter()
     pixels = sampler.sample([prompt], [seed])[0]  # on the CPU, so that it has ended
     seconds = time.perf_counter() - start

@@ -36,6 +36,12 @@ class Timer:
         return [a.elapsed_time(b) / 1000 for a, b in pairwise(moments)]
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given, so that a clock that starts now does not count it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass
 class Speed:
     """What a stream took. chunks: (number of pictures, seconds by stage) of each."""
