@@ -440,7 +440,16 @@ def test_matching_simulates_at_random_levels() -> None:
     assert set(torch.cat([call.t for call in student.calls]).tolist()) <= set(RENOISE.timesteps)
 
 
+@pytest.mark.parametrize("keys", [{"embedding": {}}, {"simulation_time": None, "student_input": "data"}])
+def test_matching_is_given_the_data_that_it_needs(keys: dict[str, Any]) -> None:
+    assert SCM(source="trajectory", matching=Matching(**keys)).needs == {"latents"}
+    assert SCM(source="trajectory", matching=Matching()).needs == SCM(source="trajectory").needs == set()
+
+
 def test_matching_shares_a_simulation_on_request() -> None:
+    for share in (False, True):
+        fake_turn = SCM(matching=Matching(share_rollout=share), warmup=0).turns(0, {})[0]
+        assert fake_turn.name == "fake_score" and fake_turn.one_rollout == share
     networks = exact_networks(consistency_map(), RENOISE)
     batch = dataclasses.replace(gaussian_batch(8), shared={})
     first = Matching().rollout(networks, batch, grad=False)
@@ -512,6 +521,13 @@ def test_what_cannot_be_is_refused() -> None:
         "rollout.embedded_guidance 3": ["rollout.embedded_guidance=3.0"],
         "matching.gan_weight": ["objective.matching={gan_weight: 0.1}"],
         "speak of the student's own levels": ["objective.matching={condition_on_stop: true}"],
+        "renoise_range and student_input speak": ["objective.matching={renoise_range: step}"],
+        "leave them out, or set simulation_time": ["objective.matching={student_input: data}"],
+        "make it at least 2, and better 32": [
+            "objective.matching={embedding: {}}",
+            "train.batch_size=1",
+            "optimizers.fake_score={lr: 1.0e-3}",
+        ],
         "would hide from it": [
             "objective.matching={guidance_scale: 1.0}",
             "rollout={timesteps: [1.0], conditioning_time: 0.4}",

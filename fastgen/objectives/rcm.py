@@ -43,10 +43,11 @@ class Matching(DMD2):
 
     @model_validator(mode="after")
     def _shared(self) -> "Matching":
-        if self.simulation_time is not None and (self.condition_on_stop or self.stops != "shared"):
+        levels = (self.condition_on_stop, self.stops, self.renoise_range, self.student_input)
+        if self.simulation_time is not None and levels != (False, "shared", "all", "simulated"):
             raise ValueError(
-                "stops and condition_on_stop speak of the student's own levels, and simulation_time draws others: "
-                "leave them out, or set simulation_time: null"
+                "stops, condition_on_stop, renoise_range and student_input speak of the student's own levels, and "
+                "simulation_time draws others: leave them out, or set simulation_time: null"
             )
         return self
 

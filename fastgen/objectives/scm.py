@@ -164,7 +164,8 @@ class SCM(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"latents"}) if self.source == "data" or self.gan else frozenset()
+        own = frozenset({"latents"}) if self.source == "data" or self.gan else frozenset[str]()
+        return own | self.matching.needs if self.matching else own
 
     def check(self, policy: RolloutPolicy) -> None:
         if policy.two_time:
@@ -184,6 +185,8 @@ class SCM(Objective):
         flow_maps.check_backbone(recipe.backbone)
         if self.gan:
             self.gan.check_batch(recipe)
+        if self.matching:
+            self.matching.check_recipe(recipe)
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"weighting": LevelWeight()} if self.learned_weight else {}
@@ -198,7 +201,8 @@ class SCM(Objective):
         roles = ("student", "weighting") if self.learned_weight else ("student",)
         turns: list[Turn] = []
         if self.matching is not None and trust == 1:
-            turns.append(Turn("fake_score", ("fake_score",), self.matching.fake_updates))
+            shared = self.matching.share_rollout
+            turns.append(Turn("fake_score", ("fake_score",), self.matching.fake_updates, one_rollout=shared))
         if self.gan is not None:
             turns.append(Turn("discriminator", ("discriminator",)))
         turns.append(TrustTurn("student", roles, trust=trust))
