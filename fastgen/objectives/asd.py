@@ -85,6 +85,11 @@ class ASD(DMD2):
             )
 
     @property
+    def takes_rolling(self) -> bool:
+        """The discriminator compares whole samples, in which every chunk has made its last step."""
+        return False
+
+    @property
     def learned_levels(self) -> tuple[float, ...]:
         return levels_of(self.lists)
 
