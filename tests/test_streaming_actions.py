@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from test_streaming import conditioning, draws, policy, wan
+from test_streaming import batch, conditioning, draws, policy, wan
 from test_streaming_training import recipe
 from test_teacher_forcing import TURN, videos
 from tiny_wan import tiny_wan
@@ -17,12 +17,12 @@ from torch import Tensor
 from fastgen.backbones.wan import WanConfig, WanDenoiser
 from fastgen.batch import Conditioning, Draws
 from fastgen.data.digit_views import SLOTS, camera, draw, prompt_for, render
-from fastgen.denoiser import Inputs
+from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import TeacherForcing
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.registry import RecipeError
-from fastgen.rollout import RolloutPolicy, sample, sample_chunks
+from fastgen.rollout import RolloutPolicy, backward_simulation, sample, sample_chunks
 from fastgen.streaming.actions import FILE, ActionEmbedding, Actions, add_actions, lasting, split_prompt
 from fastgen.streaming.context import Context
 from fastgen.streaming.retention import nearest
@@ -140,6 +140,29 @@ def test_a_whole_video_is_told_each_frames_action(network: WanDenoiser) -> None:
     chunks, clean = ChunkSchedule(frames=2, window=4), draws(6)("clean")
     packed = network(x, t, cond, Inputs(causal=chunks, clean=clean))
     torch.testing.assert_close(packed, torch.cat(forced(network, chunks, cond, 6), 1), atol=1e-6, rtol=0)
+
+
+def test_only_the_called_frames_are_embedded(network: WanDenoiser) -> None:
+    """The cost of a call does not grow with the video. What it is told is what a call on all frames tells."""
+    moves, embedding, rows = acting(14)["actions"], network.actions, list[int]()
+    assert embedding is not None
+    whole = embedding(moves, range(14))
+    with embedding.inner.register_forward_hook(lambda _, given, _out: rows.append(given[0].shape[1])):
+        told_of = network.acted(Conditioning({"actions": moves}), NO_INPUTS, range(12, 14))[1]
+    assert rows == [2]
+    torch.testing.assert_close(told_of, whole[:, 12:], atol=1e-12, rtol=0)
+
+
+def test_chunks_beyond_the_end_go_on_with_the_last_action(network: WanDenoiser) -> None:
+    """With `order: rolling`, later chunks are in the making when a video ends, in sampling and in training."""
+    sampler = policy(ChunkSchedule(frames=2, window=4, order="rolling"), 1.0, 0.8, 0.6)
+    cond, videos = acting(6), dataclasses.replace(batch(6), cond=acting(6))
+    longer = Conditioning({**cond, "actions": lasting(cond["actions"], 10)})
+    expected = sample(network, sampler, longer, draws(6))
+    assert torch.equal(sample(network, sampler, cond, draws(6)), expected)
+    for stop in range(3):
+        x = backward_simulation(network, sampler, videos, torch.full((2,), stop)).x
+        assert x.shape == expected.shape and x.isfinite().all()
 
 
 # --- recall
@@ -425,9 +448,13 @@ def test_recipes_with_actions_that_cannot_work_are_refused(
 
 
 def test_frames_are_recalled_by_actions_alone(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"give backbone\.actions"):
-        rollout = {"timesteps": [1.0], "chunks": {"frames": 1, "window": 3, "recall": 1}}
-        recipe(teacher, tmp_path / "run", {"name": "dmd2"}, rollout=rollout)
+    """Also with a pipeline of which nothing is known yet."""
+    rollout = {"timesteps": [1.0], "chunks": {"frames": 1, "window": 3, "recall": 1}}
+    for path in (str(teacher), "someone/a-pipeline"):
+        with pytest.raises(RecipeError, match=r"give backbone\.actions"):
+            recipe(
+                teacher, tmp_path / "run", {"name": "dmd2"}, rollout=rollout, backbone={"name": "wan", "path": path}
+            )
     with pytest.raises(RecipeError, match="prompts have the actions left and right"):
         objective, data = {"name": "teacher_forcing"}, {"name": "digit_views"}
         recipe(teacher, tmp_path / "run", objective, data=data, optimizers={"student": {"lr": 1e-3}})

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def sounding(frames: int, seed: int = 0) -> Conditioning:
     generator = torch.Generator().manual_seed(seed)
     sound = torch.randn(2, frames, 2, BINS, generator=generator, dtype=torch.float64)
     return Conditioning({**conditioning(), "sound": sound})
+
+
+def test_a_given_sound_does_not_roll() -> None:
+    """Rolling sketches chunks beyond the end of the video, and of the sound."""
+    config, chunks = WanConfig(path="someone/a-pipeline", sound=Sound(**GIVEN)), POLICY.chunks
+    assert chunks is not None
+    config.check_chunks(POLICY)
+    with pytest.raises(ValueError, match=r"order: rolling .* no sound is given; use order: chunk"):
+        config.check_chunks(replace(POLICY, chunks=replace(chunks, order="rolling")))
 
 
 # --- the network

@@ -13,7 +13,7 @@ from tiny_wan import tiny_wan
 from torch import Tensor
 
 from fastgen.backbones.ar1_law import to_complex
-from fastgen.backbones.wan import WanDenoiser
+from fastgen.backbones.wan import WanConfig, WanDenoiser
 from fastgen.batch import Conditioning, Draws
 from fastgen.denoiser import Inputs
 from fastgen.registry import RecipeError
@@ -24,6 +24,7 @@ from fastgen.train import train
 
 LEVELS = (1.0, 0.8, 0.5)
 FRAMES = 8
+ASD = {"name": "asd", "lists": [[1.0, 0.8, 0.6], [1.0, 0.6]]}
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,20 @@ def test_schedules_that_cannot_roll(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [{"name": "dmd2", "stops": "per_sample"}, {"name": "dmd2", "condition_on_stop": True}, {"name": "rtdmd"}],
+    [{"name": "dmd2", "stops": "per_sample"}, {"name": "dmd2", "condition_on_stop": True}, {"name": "rtdmd"}, ASD],
+    ids=["stops per sample", "condition on stop", "rtdmd", "asd"],
 )
 def test_objectives_that_need_one_step_for_all_chunks_are_refused(objective: dict[str, Any], tmp_path: Any) -> None:
     rollout = {"timesteps": [1.0, 0.6], "chunks": {"frames": 1, "order": "rolling"}}
     with pytest.raises(RecipeError, match="stop at different steps"):
         recipe(tiny_wan(tmp_path / "wan"), tmp_path / "run", objective, rollout=rollout)
+
+
+def test_experts_of_a_well_known_pipeline_do_not_roll() -> None:
+    """Its configs ship with fastgen, so that this is known before anything is downloaded."""
+    config = WanConfig(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    config.check_chunks(policy(ChunkSchedule(frames=3)))
+    with pytest.raises(ValueError, match="experts have a level each"):
+        config.check_chunks(rolling(ChunkSchedule(frames=3)))
+    with pytest.raises(ValueError, match="nearest lengths are 20 or 24"):
+        config.check_chunks(policy(ChunkSchedule(frames=4)))

@@ -105,22 +105,12 @@ class WanConfig(PipelineConfig):
     def check_chunks(self, policy: RolloutPolicy) -> None:
         """The latent frames are whole chunks, each patch is of one frame, and the text is the only condition."""
         assert policy.chunks is not None
-        backend = policy.chunks.attention.backend
-        if self.sound is not None and self.sound.sinks and backend == "sdpa":
-            raise ValueError(
-                "sound.sinks are merged with attention by its log-sum-exp, which chunks.attention.backend: sdpa "
-                "does not give; use auto, or no sinks"
-            )
-        folder = self.local_folder()
+        self.check_parts(policy.chunks)
+        folder = self.known_folder()
         if folder is None:
             return
         vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
         check_causal(network)
-        if policy.chunks.recall and self.actions is None:
-            raise ValueError(
-                "chunks.recall fetches frames by where they are seen from, which actions say: give backbone.actions, "
-                "or leave recall out"
-            )
         if policy.chunks.order == "rolling" and self.own_boundaries():
             raise ValueError(
                 "chunks.order: rolling makes chunks of several levels in one call, and this pipeline's experts have a "
@@ -132,9 +122,36 @@ class WanConfig(PipelineConfig):
             step = vae.get("scale_factor_temporal", 4)
             raise ValueError(f"chunks: {error}; n latent frames are backbone.num_frames: {step} (n - 1) + 1") from None
 
+    def check_parts(self, chunks: ChunkSchedule) -> None:
+        """Raises ValueError for chunks that do not go with the actions and the sound."""
+        if chunks.recall and self.actions is None:
+            raise ValueError(
+                "chunks.recall fetches frames by where they are seen from, which actions say: give backbone.actions, "
+                "or leave recall out"
+            )
+        if self.sound is None:
+            return
+        if self.sound.sinks and chunks.attention.backend == "sdpa":
+            raise ValueError(
+                "sound.sinks are merged with attention by its log-sum-exp, which chunks.attention.backend: sdpa "
+                "does not give; use auto, or no sinks"
+            )
+        if self.sound.given and chunks.order == "rolling":
+            raise ValueError(
+                "chunks.order: rolling sketches chunks beyond the end of a video, for which no sound is given; use "
+                "order: chunk"
+            )
+
+    def known_folder(self) -> Path | None:
+        """The pipeline's folder or, of a well-known hub id, that of its configs; None where none is known yet."""
+        try:
+            return self.unloaded().local_folder()
+        except ValueError:
+            return None
+
     def latent_frames(self) -> int | None:
-        """Of its videos; None for a pipeline that is not here yet."""
-        folder = self.local_folder()
+        """Of its videos; None for a pipeline that is not known yet."""
+        folder = self.known_folder()
         if folder is None:
             return None
         vae, network = read_json(folder / "vae/config.json"), read_json(folder / "transformer/config.json")
@@ -151,7 +168,7 @@ class WanConfig(PipelineConfig):
             check_head(flow, read_json(folder / "transformer/config.json").get("num_layers", 40))
 
     def own_boundaries(self) -> tuple[float, ...] | None:
-        folder = self.local_folder()
+        folder = self.known_folder()
         if folder is None:
             return None
         boundary = find_experts(read_index(folder))[1]

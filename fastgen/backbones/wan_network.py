@@ -15,7 +15,7 @@ from fastgen.modules.inner_flow import told
 from fastgen.modules.inputs import WanExtraInputs
 from fastgen.policy import InnerFlow
 from fastgen.schedule import FlowSchedule, expand
-from fastgen.streaming.actions import ActionEmbedding
+from fastgen.streaming.actions import ActionEmbedding, lasting
 from fastgen.streaming.causal_wan import add_linear_memory, make_causal, place_of, placed
 from fastgen.streaming.sound import hearing
 
@@ -136,14 +136,14 @@ class WanDenoiser(Denoiser):
     def acted(self, cond: Conditioning, inputs: Inputs, called: range) -> tuple[Inputs, Tensor | None]:
         """What a call on these frames recalls, in its context, and what it is told of their actions, [B, frames, dim];
         None for a network that knows none. cond["actions"]: the moves of the video's frames from its beginning on,
-        [B, F, axes]."""
+        [B, F, axes], of which the last one goes on."""
         if self.actions is None:
             return inputs, None
-        moves = cond["actions"]
+        moves = lasting(cond["actions"], called.stop)
         if inputs.context is not None:
             recalled = inputs.context.recalled(self.actions.views(moves), len(called))
             inputs = replace(inputs, context=recalled)
-        return inputs, self.actions(moves)[:, called.start : called.stop]
+        return inputs, self.actions(moves, called)
 
     @contextmanager
     def telling(self, told: Tensor | None) -> Iterator[None]:

@@ -102,9 +102,10 @@ class ActionEmbedding(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, moves: Tensor) -> Tensor:
-        """[B, F, dim] of moves [B, F, axes], which begin with the first frame of the video."""
-        features = torch.cat([self.views(moves), self.angles(moves)], dim=-1)
+    def forward(self, moves: Tensor, frames: range) -> Tensor:
+        """[B, frames, dim] of these frames, of moves [B, F, axes], which begin with the first frame of the video."""
+        own = slice(frames.start, frames.stop)
+        features = torch.cat([self.views(moves)[:, own], self.angles(moves[:, own])], dim=-1)
         return self.outer(nn.functional.silu(self.inner(features.to(self.inner.weight.dtype))))
 
     def views(self, moves: Tensor) -> Tensor:
