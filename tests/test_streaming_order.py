@@ -21,7 +21,10 @@ from fastgen.streaming.schedule import ChunkSchedule
 
 LEVELS = (1.0, 0.8, 0.5)
 FRAMES, CHUNKS = 8, 4
-SCHEDULES = ["whole past", "window", "EMA sink", "context noise"]
+SCHEDULES = ["whole past", "window", "EMA sink", "context noise", "slow memory"]
+# the passes differ in which frames they keep, and so do the samples
+SLOW = ChunkSchedule(frames=2, window=4, sink=1, slow=1, slow_similarity=0.8)
+POLICIES = POLICIES | {"slow memory": SLOW}
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +115,9 @@ def test_a_rollout_stops_in_a_pass_of_the_sampler(name: str, network: WanDenoise
         assert torch.equal(rollout.x, passes[k])
 
 
-def test_per_sample_stops_are_those_of_samples_alone(network: WanDenoiser) -> None:
-    sampler, part, stop = step_first("EMA sink"), batch(FRAMES, rows=4), torch.tensor([2, 0, 1, 0])
+@pytest.mark.parametrize("name", ["EMA sink", "slow memory"])
+def test_per_sample_stops_are_those_of_samples_alone(name: str, network: WanDenoiser) -> None:
+    sampler, part, stop = step_first(name), batch(FRAMES, rows=4), torch.tensor([2, 0, 1, 0])
     mixed = backward_simulation(network, sampler, part, stop, grad=False)
     for i in range(4):
         rows = slice(i, i + 1)

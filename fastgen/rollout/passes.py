@@ -55,7 +55,7 @@ def commit(
         if level and i + 1 == len(policy.context_levels):
             x = student.schedule.add_noise(x, noise("context"), t)
         memory += student.remember(x, t, cond, context.layers(i, len(left)), network_inputs(policy, t), grad)
-    return context.committed(memory)
+    return context.committed(memory, len(left))
 
 
 def recommitted(

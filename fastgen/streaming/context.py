@@ -95,8 +95,9 @@ class Context:
 
         return read([block.keys for block in self.blocks]), read([block.values for block in self.blocks])
 
-    def committed(self, memory: Sequence[tuple[Tensor, Tensor]]) -> "Context":
+    def committed(self, memory: Sequence[tuple[Tensor, Tensor]], passes: int = 1) -> "Context":
         """The context after the next chunk. memory: the chunk's keys and values, [B, tokens, heads, D], per layer.
+        passes: how many passes over a video these layers are of, see `layers`.
 
         What the chunk after it does not see leaves, or goes into what stays of it (`streaming.retention`)."""
         pack = precision.packed_as(self.chunks.cache_dtype)
@@ -107,7 +108,7 @@ class Context:
         if self.chunks.linear and (leaving := retention.leaving(self.chunks, blocks, following)) is not None:
             absorbed = leaving if absorbed is None else absorbed + leaving
         archive = retention.archived(self.chunks, self.archive, blocks, following)
-        kept = retention.kept(self.chunks, blocks, following)
+        kept = retention.kept(self.chunks, blocks, following, passes)
         return Context(self.chunks, kept, self.chunk.stop, absorbed, archive)
 
     def select(self, rows: Tensor | slice) -> "Context":

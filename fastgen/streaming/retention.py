@@ -11,10 +11,11 @@ from fastgen.streaming.precision import unpack
 from fastgen.streaming.schedule import ChunkSchedule
 
 
-def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tuple[Block, ...]:
+def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range, passes: int = 1) -> tuple[Block, ...]:
     """The blocks that the following chunk sees, in order, of those that there are.
 
-    A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one."""
+    A frame that leaves goes into the averaged sink or the slow memory, if the schedule has one. passes: how many
+    contexts are kept together, as layers of one (`Context.layers`)."""
     ranges, gone = chunks.past(following), chunks.gone(following)
     if chunks.sink_decay is not None:
         sink, *rest = blocks
@@ -23,7 +24,7 @@ def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> tu
                 sink = averaged(sink, block, chunks.sink_decay)
         blocks = [sink, *rest]
     if chunks.slow and gone:
-        blocks = absorbed(chunks, blocks, gone)
+        blocks = absorbed(chunks, blocks, gone, passes)
     parts = [block.part(frames) for frames in ranges for block in blocks]
     return tuple(part for part in parts if part is not None)
 
@@ -50,7 +51,7 @@ def averaged(sink: Block, chunk: Block, decay: float) -> Block:
     return Block(sink.frames, mean(sink.keys, chunk.keys), mean(sink.values, chunk.values))
 
 
-def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range) -> list[Block]:
+def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range, passes: int) -> list[Block]:
     """The blocks [sink, slow memory, window], where the frames in `gone` have been offered to the slow memory."""
     parts = (range(chunks.sink), range(chunks.sink, gone.start), gone)
     sink, slow, left = (joined(blocks, frames) for frames in parts)
@@ -59,7 +60,7 @@ def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range) -> lis
         for frame in left.frames:
             part = left.part(range(frame, frame + 1))
             assert part is not None
-            slow = renewed(slow, part, chunks.slow_similarity)
+            slow = renewed(slow, part, chunks.slow_similarity, passes)
     rest = (block.part(range(gone.stop, block.frames.stop)) for block in blocks)
     return [block for block in (sink, slow, *rest) if block is not None]
 
@@ -73,16 +74,18 @@ def joined(blocks: Sequence[Block], frames: range) -> Block | None:
     return Block(range(parts[0].frames.start, parts[-1].frames.stop), keys, values)
 
 
-def renewed(slow: Block, frame: Block, similarity: float) -> Block:
+def renewed(slow: Block, frame: Block, similarity: float, passes: int) -> Block:
     """The slow memory after a frame has left the window, [layers, B, tokens of all frames, heads, D].
 
     In samples where the frame is new, it becomes the newest of the memory, whose oldest leaves. It is new if the mean
     over layers of cos(keys of the frame, keys of the newest in the memory), each taken as one vector, is below
-    `similarity`. (Ours. Context Forcing, arXiv 2602.06028, moves what is surprising from a fast to a slow memory.)"""
+    `similarity`. Of several passes over a video, each decides for itself. (Ours. Context Forcing, arXiv 2602.06028,
+    moves what is surprising from a fast to a slow memory.)"""
     tokens = frame.keys.shape[2]
     newest = unpack(slow.keys[:, :, -tokens:]).flatten(2)
-    cosine = torch.cosine_similarity(unpack(frame.keys).flatten(2).float(), newest.float(), dim=2).mean(0)
-    new = (cosine < similarity).view(1, -1, 1, 1, 1)
+    cosine = torch.cosine_similarity(unpack(frame.keys).flatten(2).float(), newest.float(), dim=2)
+    by_pass = cosine.unflatten(0, (passes, -1))  # [passes, layers, B]
+    new = (by_pass.mean(1, keepdim=True) < similarity).expand_as(by_pass).flatten(0, 1)[..., None, None, None]
 
     def shifted(old: Tensor, latest: Tensor) -> Tensor:
         return torch.where(new, torch.cat([old[:, :, tokens:], latest], dim=2), old)
