@@ -1,16 +1,25 @@
 """Levels that need one expert an update: their law, and what is counted where a process has no rows for an expert."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
-from oracles import tiny_backbone
-from tiny_wan import transformer
+from oracles import tiny_backbone, tiny_batch, tiny_networks
+from tiny_wan import tiny_wan, transformer
 
-from fastgen.backbones.wan import WanDenoiser
+from fastgen.backbones.wan import WanConfig, WanDenoiser
 from fastgen.batch import Batch, Conditioning
+from fastgen.config import load_recipe
 from fastgen.denoiser import NO_INPUTS, Denoiser
+from fastgen.flow.time_pairs import GridPairs
 from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.experts import Experts
 from fastgen.networks import counted
+from fastgen.objectives import ADM, ADP, GDD, Consistency, FDistill, FlashDMD, Loss, Objective
+from fastgen.objectives.embedding import Embedding
+from fastgen.objectives.ladd import Ladd
+from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import TimeSampler
 
 LAWS = {
@@ -62,6 +71,52 @@ def test_a_law_on_one_side_of_all_boundaries_stays_there(experts: Experts) -> No
         law = TimeSampler(low=low, high=high)
         t = torch.stack([draw_levels(points(key, 4), "time", law, experts) for key in range(40)])
         assert (experts.expert_of(t.flatten()) == expert).all() and t.std() > 0.2 * (high - low)
+
+
+def test_a_network_that_is_called_below_the_level_has_one_expert_there(experts: Experts) -> None:
+    law, offset = TimeSampler(low=0.3), 1 / 64
+    for key in range(UPDATES):
+        t = draw_levels(points(key), "time", law, experts, offset=offset)
+        assert len(experts.expert_of(t - offset).unique()) == 1 and t.min() >= law.low
+
+
+@pytest.mark.parametrize(
+    "objective", [ADM(), GDD(), ADP(pixel_weight=0.0), FlashDMD()], ids=lambda objective: objective.name
+)
+def test_discriminators_read_the_features_of_one_expert(objective: Objective) -> None:
+    """On a teacher of two experts, in the turns of the discriminator and of the student. Fails if each sample draws
+    its level for itself: features of several experts are refused."""
+    policy = RolloutPolicy((1.0,)) if objective.name == "gdd" else RolloutPolicy((1.0, 0.75, 0.5, 0.25))
+    networks, backbone, state = tiny_networks(objective, policy), tiny_backbone(), objective.init_state()
+    critic = Experts([backbone.load("features").double() for _ in range(2)], (0.5,))
+    networks.modules["features"] = critic.requires_grad_(False)
+    turns = [turn for turn in objective.turns(5, state) if turn.name in ("discriminator", "student")]
+    for key in range(12):
+        for turn in turns:
+            loss = objective.loss(turn, networks, tiny_batch(8, key), state)
+            assert isinstance(loss, Loss) and loss.total.isfinite()
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_features_at_levels_of_each_sample_need_one_network(experts: int, tmp_path: Path) -> None:
+    """Where the law of levels differs from sample to sample, no draw puts them all within one expert."""
+    wan = WanConfig(path=str(tiny_wan(tmp_path / "wan", experts=experts)))
+    mixture = Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"
+    recipe = dataclasses.replace(load_recipe(mixture), backbone=wan)
+    grid, gan = GridPairs(count=8), Ladd(weight=0.1)
+    embedding = Embedding(features="teacher", time=TimeSampler())
+    for objective in (
+        FDistill(stops="per_sample", renoise_range="step"),
+        Consistency(grid=grid, gan=gan, phases=(4,)),
+        Consistency(grid=grid, embedding=embedding, end="uniform"),
+    ):
+        if experts == 1:
+            objective.check_recipe(recipe)
+            continue
+        with pytest.raises(ValueError, match="features of one expert of the pipeline"):
+            objective.check_recipe(recipe)
+    for objective in (FDistill(renoise_range="step"), Consistency(grid=grid, gan=gan)):
+        objective.check_recipe(recipe)
 
 
 def test_what_runs_is_counted() -> None:

@@ -13,11 +13,16 @@ SHARES = 1 << 24
 
 
 def draw_levels(
-    batch: Batch, name: str, law: Callable[[Tensor], Tensor], network: Denoiser, by_group: bool = False
+    batch: Batch,
+    name: str,
+    law: Callable[[Tensor], Tensor],
+    network: Denoiser,
+    by_group: bool = False,
+    offset: float = 0.0,
 ) -> Tensor:
     """t [B]: law(u) at this name's uniform draws u, one per sample or, with by_group, per prompt group.
 
-    law: elementwise and nondecreasing, from (0, 1) to noise levels.
+    law: elementwise and nondecreasing, from (0, 1) to noise levels. offset: the network is called at t - offset.
     If the network has several experts, one draw v, shared by all names, samples, micro-batches and processes of the
     update, chooses the expert, and the samples keep draws of their own within its range: where q is the share of draws
     below the boundary, u is mapped into (0, q) if v < q and into (q, 1) otherwise. Every sample still has the law of
@@ -28,7 +33,7 @@ def draw_levels(
     chosen = (batch.integer("expert", SHARES) + 0.5) / SHARES
     low, high = torch.zeros_like(u), torch.ones_like(u)
     for boundary in network.boundaries:
-        below, above = split(law, boundary, u)
+        below, above = split(lambda v: law(v) - offset, boundary, u)
         upper = chosen >= above
         low = torch.where(upper, torch.maximum(low, above), low)
         high = torch.where(upper, high, torch.minimum(high, below))

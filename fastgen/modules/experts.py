@@ -67,7 +67,8 @@ class Experts(Denoiser):
         if len(called) > 1 and self._captures:
             raise ValueError(
                 f"features come from a single expert, and the levels of this batch lie on both sides of "
-                f"{self.boundaries}; draw them within one expert (gan_time.low and gan_time.high of DMD2)"
+                f"{self.boundaries}; an objective draws them within one expert by `draw_levels`, if their law is the "
+                "same for all samples"
             )
         if len(called) == 1:
             return self.experts[called[0]](x_t, t, cond, self.own(inputs, called[0]), predict=self.prediction_type)

@@ -184,8 +184,8 @@ class ADM(Objective):
         return backward_simulation(networks.student, networks.policy, batch, stop, grad)
 
     def renoised(self, networks: Networks, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """x_t [B, ...], which carries the rollout's gradient, and t [B]."""
-        t = draw_levels(batch, "renoise_time", self.renoise_time, networks.teacher)
+        """x_t [B, ...], which carries the rollout's gradient, and t [B]. D needs one expert at the level t - dt."""
+        t = draw_levels(batch, "renoise_time", self.renoise_time, networks.critic, offset=self.ode_step)
         return networks.teacher.schedule.add_noise(rollout.x, batch.normal("renoise"), t), t
 
     def take_ode_step(self, networks: Networks, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

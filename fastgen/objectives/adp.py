@@ -39,6 +39,7 @@ from fastgen import signals
 from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.data.digits import IMAGE_SIZE, load_classifier
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import PictureHeads, TokenHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.base import Loss, Objective, State, Turn, feature_network
@@ -170,7 +171,7 @@ class ADP(Objective):
 
     def latent_logits(self, networks: Networks, batch: Batch, x0: Tensor, offset: Tensor | float = 0) -> Tensor:
         """D_tau1 [B, depths] at x0 renoised to t'. offset: added to the renoised sample, for the R1 penalty."""
-        t = self.latent_time(batch.uniform("latent_time"))
+        t = draw_levels(batch, "latent_time", self.latent_time, networks.critic)
         x_t = networks.teacher.schedule.add_noise(x0, batch.normal("latent_noise"), t) + offset
         with networks.critic.capture() as features:
             networks.critic(x_t, t, batch.cond)

@@ -277,6 +277,13 @@ class Consistency(Objective):
             self.gan.check_batch(recipe)
         if self.truncation:
             self.truncation.check_recipe(recipe)
+        features = self.gan or (self.embedding is not None and self.embedding.features == "teacher")
+        if features and (self.phases, self.end) != ((1,), "edge") and recipe.backbone.own_boundaries():
+            raise ValueError(
+                "gan, and embedding with features: teacher, read the features of one expert of the pipeline, and with "
+                "phases or end: uniform the samples of an update may need several: leave out phases and end, or these "
+                "terms"
+            )
         uniform = self.grid is not None and self.grid.spacing == "uniform" and self.grid.time is None
         if not recipe.backbone.flow_matching and (not uniform or self.solver != "euler" or self.weight == "gap"):
             raise ValueError(

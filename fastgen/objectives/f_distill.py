@@ -33,6 +33,7 @@ from fastgen.modules.processes import summed
 from fastgen.networks import Networks
 from fastgen.objectives.base import Loss, State, Turn
 from fastgen.objectives.dmd2 import DMD2
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout
 
@@ -55,6 +56,15 @@ class FDistill(DMD2):
         if not value:
             raise ValueError("the density ratio comes from the discriminator: gan_weight must be above 0")
         return value
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        super().check_recipe(recipe)
+        if self.renoise_range != "all" and self.stops == "per_sample" and recipe.backbone.own_boundaries():
+            raise ValueError(
+                f"renoise_range: {self.renoise_range} with stops: per_sample gives each sample levels of its own, and "
+                "the ratio is read from the features of one expert of the pipeline: set stops: shared, or "
+                "renoise_range: all"
+            )
 
     def init_state(self) -> State:
         """Starts as if one sample with r = 1 had been seen in every bin."""

@@ -37,6 +37,7 @@ from fastgen.backbones.base import Backbone
 from fastgen.batch import Batch
 from fastgen.denoiser import Denoiser
 from fastgen.flow.tangents import math_attention
+from fastgen.modules.expert_levels import draw_levels
 from fastgen.modules.heads import PictureHeads, TokenHeads
 from fastgen.networks import Networks, frozen
 from fastgen.objectives.adp import PictureFeatures, check_pixel_network, make_pixel_network
@@ -201,7 +202,7 @@ class GDD(Objective):
         if self.pixel_network is not None:
             features: Any = networks["pixel_features"]
             return features.pixels(x0)
-        t = self.time(batch.uniform(f"{name}_time"))
+        t = self.level(networks, batch, name)
         return networks.teacher.schedule.add_noise(x0, batch.normal(f"{name}_noise"), t).to(x0.dtype)
 
     def logits_of(self, networks: Networks, batch: Batch, seen: Tensor, name: str) -> Tensor:
@@ -210,8 +211,12 @@ class GDD(Objective):
             features: Any = networks["pixel_features"]
             return networks["discriminator"](features.of_pixels(seen))
         with networks.critic.capture() as captured:
-            networks.critic(seen, self.time(batch.uniform(f"{name}_time")), batch.cond)
+            networks.critic(seen, self.level(networks, batch, name), batch.cond)
         return networks["discriminator"](captured)
+
+    def level(self, networks: Networks, batch: Batch, name: str) -> Tensor:
+        """t [B], to which the draws of this name renoise."""
+        return draw_levels(batch, f"{name}_time", self.time, networks.critic)
 
 
 def per_head(values: Tensor) -> Tensor:
