@@ -189,6 +189,13 @@ class EvalConfig:
         """The scorers that are among the metrics. Raises ValueError for keys that are missing or wrong."""
         return self._made(name for name in self.metrics if name in SCORERS)
 
+    def readers(self) -> list[str]:
+        """The metrics that compare samples with their prompts, or by them."""
+        from fastgen import metrics
+
+        made = self.rewards()
+        return [n for n in self.metrics if (made[n] if n in made else metrics.METRICS[n]).reads_prompts]
+
     def _made(self, names: Iterable[str]) -> dict[str, Any]:
         if not (chosen := list(names)):
             return {}

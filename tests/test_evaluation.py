@@ -1,5 +1,6 @@
 """Evaluations: repeatable, independent of the batch size, and written as JSON and one self-contained page."""
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -42,6 +43,9 @@ class PixelBackbone:
 
     def encode_both(self, prompts: Sequence[str]) -> None:
         """Nothing: its samplers read prompts as they are."""
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"digit": (1,)}
 
 
 class CopyingSampler:
@@ -177,6 +181,28 @@ def test_facts_name_the_pictures_and_captions_of_the_reference(tmp_path: Path) -
     teacher = evaluation.teacher_reference(sampler, pixel_config(prompts=("a two",)))  # type: ignore[arg-type]
     assert teacher.facts()["reference_teacher"] == {"weights": sampler.weight_hashes()}
     assert teacher.selected([0]).facts() == teacher.facts()
+
+
+def test_a_reference_without_captions_gives_no_prompts(tmp_path: Path) -> None:
+    """Samples of the empty prompt would be measured as if they were asked for. A UNet without prompts has no other."""
+
+    class Unconditional(PixelBackbone):
+        def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+            return {"nothing": (0,)}
+
+    for i in range(4):
+        save_image(load_digits("test")[0][i], tmp_path / f"{i}.png")
+    config, sampler = pixel_config(metrics=("fid",), num_samples=4, reference=str(tmp_path)), CopyingSampler()
+    reference = evaluation.find_reference("pixels", config)
+    with pytest.raises(ValueError, match="have no texts next to them; add them, or give"):
+        evaluation.evaluate(sampler, config, progress=False)  # type: ignore[arg-type]
+    own = dataclasses.replace(config, prompts=("a two",))
+    assert evaluation.find_prompts(sampler, own, reference) == ["a two"] * 4  # type: ignore[arg-type]
+    sampler.backbone = Unconditional()
+    assert evaluation.find_prompts(sampler, config, reference) == [""] * 4  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="accuracy reads prompts, but the samples have the empty prompt alone"):
+        reading = dataclasses.replace(config, metrics=("diversity", "accuracy"))
+        evaluation.evaluate(sampler, reading, progress=False)  # type: ignore[arg-type]
 
 
 def test_prompts_of_ones_own_are_spread_where_the_reference_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,10 @@ def test_what_is_wrong_with_an_evaluation_is_said_before_weights_load(
         ({"metrics": "fid", "scorers": {"hpsv2": {"pat": "a/b"}}}, r"scorers\.hpsv2\.pat"),
         ({"metrics": "clip_score", "scorers": {"clip_score": {"path": "nowhere/at/all"}}}, "neither a local folder"),
         ({"metrics": "clip_score", "scorers": scorers}, "has no captions"),
+        *(
+            ({"metrics": f"fid,{name}", "features": "clip", "clip": scorers["clip_score"]["path"]}, "has no captions")
+            for name in ("clip_retrieval", "diversity", "accuracy", "digit_class")
+        ),
         ({"metrics": "motion", "scorers": {"motion": {"path": "a/b"}}, "prompts": ("a cat",)}, "measures frames"),
         ({"metrics": "accuracy", "prompts": ("a two", "a six")}, "prompts has 2 prompts for 12 images"),
         ({"metrics": "accuracy", "prompts": "neutral", "num_samples": 6}, "neutral has 64 prompts for 12 images"),

@@ -337,6 +337,10 @@ def test_clip_retrieval_counts_the_pictures_whose_own_prompt_is_nearest(tmp_path
     assert (
         run("clip_retrieval", context, pixels, [own[0]] * len(own))["clip_retrieval"] == 1.0
     )  # equal prompts are one
+    both, capitals = torch.cat([pixels, pixels]), [text.upper() for text in own]  # which this CLIP reads alike
+    context = MetricContext(len(both), 0, features=FeatureNetwork("clip", str(folder)))
+    assert torch.equal(clip.text(own), clip.text(capitals))
+    assert run("clip_retrieval", context, both, [*own, *capitals])["clip_retrieval"] == 1.0
     with pytest.raises(ValueError, match="needs a CLIP"):
         METRICS["clip_retrieval"](MetricContext(2, 0, features=FeatureNetwork("digits")))
 

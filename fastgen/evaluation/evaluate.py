@@ -1,6 +1,7 @@
 """Evaluation: draws samples from prompts and seeds, measures them, and records what repeating the numbers needs."""
 
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from fastgen.data.controls import all_files, encode_given
 from fastgen.evaluation.machine import machine
 from fastgen.evaluation.measure import Partial, measure
 from fastgen.evaluation.results import Row
-from fastgen.evaluation.scoring import match
+from fastgen.evaluation.scoring import check_read, match
 from fastgen.metrics import METRICS, Metric, MetricContext, Timing
 from fastgen.metrics.features import FeatureNetwork, clip_files, inception_file
 from fastgen.metrics.reference import (
@@ -31,6 +32,7 @@ from fastgen.metrics.reference import (
     given_files,
     given_prompts,
     hash_files,
+    need_captions,
     open_reference,
     read_images,
     sample_files,
@@ -68,6 +70,8 @@ def evaluate_with_samples(
     reference = reference or find_reference(backbone.output, config)
     prompts = find_prompts(sampler, config, reference)
     config.check_repeats(prompts)
+    readers = [name for name in config.readers() if not METRICS[name].compares_within_prompts]
+    check_read(readers, prompts, "the samples have the empty prompt alone")
     images = find_images(sampler, config)
     timing = Timing(sampler.network_evaluations) if "throughput" in config.metrics else None
     context = MetricContext(
@@ -170,12 +174,7 @@ def evaluate_images_with_samples(
         raise ValueError(f"{folder} has {len(files)} images, fewer than num_samples = {config.num_samples}")
     prompts, files = image_prompts(files, config), chosen(files, config)
     check_one_size(files)
-    readers = [name for name, reward in config.rewards().items() if reward.reads_prompts]
-    if readers and not any(prompts):
-        raise ValueError(
-            f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give "
-            "eval.prompts or --prompts FILE"
-        )
+    check_read(config.readers(), prompts, f"{folder} has no captions")
     reference = find_reference("pixels", config)
     features = make_features(config, "pixels", device)
     context = MetricContext(
@@ -217,6 +216,8 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         found = given_prompts(config.images)
     elif reference is not None:
         found = reference.prompts
+        if takes_prompts(sampler.backbone):
+            need_captions(found, reference.name)
     elif sampler.backbone.law is not None:
         seed = noise.make_key(config.seed, "eval prompts")
         found = exact_data(sampler.backbone).open(sampler.backbone, seed).prompts(torch.arange(config.num_samples))
@@ -231,6 +232,11 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         if not found:
             raise ValueError(f"none of the prompts belongs to student {sampler.part.index}; give others")
     return chosen(found, config)
+
+
+def takes_prompts(backbone: Any) -> bool:
+    """Whether the networks of a pipeline are told anything of a prompt."""
+    return any(math.prod(shape) for shape in backbone.prompt_shapes().values())
 
 
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:

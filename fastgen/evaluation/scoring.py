@@ -45,10 +45,7 @@ def score_folder(
     texts = match(list(captions(files)) if prompts is None else read_prompts(prompts), len(files), prompts)
     rewards = choose(names, keys)
     readers = [name for name, reward in rewards.items() if reward.reads_prompts]
-    if readers and not any(texts):
-        raise ValueError(
-            f"{readers[0]} compares pictures with prompts, but {folder} has no captions; give --prompts FILE"
-        )
+    check_read(readers, texts, f"{folder} has no captions")
     rows: list[dict[str, Any]] = []
     with progress_bar(len(files), "scoring", "image", enabled=progress) as bar:
         for pixels, start in batches((read_images([file]) for file in files), batch_size):
@@ -99,6 +96,12 @@ def match(prompts: list[str], count: int, source: str | None) -> list[str]:
             "of the images' names, or one for all"
         )
     return prompts * count if len(prompts) < count else prompts
+
+
+def check_read(readers: Sequence[str], prompts: Sequence[str], why: str) -> None:
+    """Raises ValueError if all prompts are empty, where metrics or scorers read them. why: in words."""
+    if readers and not any(prompts):
+        raise ValueError(f"{readers[0]} reads prompts, but {why}; give eval.prompts or --prompts FILE")
 
 
 def batches(images: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, int]]:

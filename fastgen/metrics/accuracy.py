@@ -18,6 +18,7 @@ class Accuracy(Metric):
 
     name = "accuracy"
     output = "pixels"
+    reads_prompts = True
     directions: ClassVar[Directions] = {"accuracy": "higher"}
 
     @classmethod

@@ -76,6 +76,7 @@ class Metric(ABC):
     needs_reference: ClassVar[bool] = False  # whether it compares with real images
     fewest_samples: ClassVar[int] = 1
     compares_within_prompts: ClassVar[bool] = False  # whether it needs a prompt with two samples
+    reads_prompts: ClassVar[bool] = False  # whether it compares samples with their prompts, or by them
 
     def __init__(self, context: MetricContext):
         self.context = context

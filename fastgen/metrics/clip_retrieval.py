@@ -11,14 +11,18 @@ from fastgen.metrics.base import Directions, MetricContext
 from fastgen.metrics.features import ClipFeatures
 from fastgen.metrics.gathered import Gathered
 
+TIE = 1e-6  # cosines that differ by less are equal: features are float32
+
 
 class ClipRetrieval(Gathered):
     """The share of samples whose own prompt is, of all prompts of the evaluation, the nearest by CLIP's cosine
     (R-precision: Park et al., NeurIPS 2021 datasets track, with CLIP in place of their DAMSM). clip_retrieval_5: the
-    share whose own prompt is among the five nearest. Equal prompts are one. In [0, 1]; the more prompts there are, the
-    lower. It needs `eval.features: clip`, and reads texts with the same CLIP."""
+    share whose own prompt is among the five nearest. Equal prompts are one, and of prompts that are equally near the
+    own is the nearest: CLIP reads some in the same way, such as those that differ in capitals. In [0, 1]; the more
+    prompts there are, the lower. It needs `eval.features: clip`, and reads texts with the same CLIP."""
 
     name = "clip_retrieval"
+    reads_prompts = True
     directions: ClassVar[Directions] = {"clip_retrieval": "higher", "clip_retrieval_5": "higher"}
 
     def __init__(self, context: MetricContext):
@@ -42,8 +46,6 @@ class ClipRetrieval(Gathered):
         own = torch.tensor([unique.index(prompt) for prompt in self.prompts])
         pictures = F.normalize(torch.cat(self.generated).double(), dim=1)
         cosine = pictures @ network.clip.text(unique).double().cpu().T
-        nearest = cosine.topk(min(5, len(unique)), dim=1).indices == own[:, None]
-        return {
-            "clip_retrieval": float(nearest[:, 0].double().mean()),
-            "clip_retrieval_5": float(nearest.any(1).double().mean()),
-        }
+        nearer = (cosine > cosine.gather(1, own[:, None]) + TIE).sum(1)
+        shares = [float((nearer < most).double().mean()) for most in (1, 5)]
+        return dict(zip(self.directions, shares, strict=True))

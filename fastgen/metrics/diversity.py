@@ -25,6 +25,7 @@ class Diversity(Metric):
     output = "pixels"
     directions: ClassVar[Directions] = {"diversity": "higher"}
     compares_within_prompts = True
+    reads_prompts = True
 
     def __init__(self, context: MetricContext):
         super().__init__(context)

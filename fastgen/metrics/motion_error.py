@@ -25,6 +25,7 @@ class MotionError(Metric):
 
     name = "motion_error"
     output = "frames"
+    reads_prompts = True
     directions: ClassVar[Directions] = {
         "direction_accuracy": "higher",
         "speed_error": "lower",

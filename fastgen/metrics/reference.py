@@ -111,9 +111,14 @@ def given_files(folder: str) -> list[Path]:
 def given_prompts(folder: str) -> tuple[str, ...]:
     """The texts next to these pictures. Raises ValueError if they have none."""
     prompts = captions(given_files(folder))
+    need_captions(prompts, folder)
+    return prompts
+
+
+def need_captions(prompts: Sequence[str], folder: str) -> None:
+    """Raises ValueError if these texts of a folder's images, which samples are to be made from, are all empty."""
     if not any(prompts):
         raise ValueError(f"the images of {folder} have no texts next to them; add them, or give eval.prompts")
-    return prompts
 
 
 def captions(files: Sequence[Path]) -> tuple[str, ...]:

@@ -57,7 +57,9 @@ def reward_metric(
 ) -> type[RewardMetric]:
     """The metric of a registered reward. reward: an instance of it, if it needs no keys."""
     directions: Directions = {name: better, f"{name}_std": "neither"}
-    members = {"name": name, "output": kind, "directions": directions, "reward": reward, "__module__": __name__}
+    reads = reward is None or reward.reads_prompts  # of one with keys, the config's reward says it
+    members = {"name": name, "output": kind, "directions": directions, "reward": reward, "reads_prompts": reads}
+    members["__module__"] = __name__
     return type(f"{name}_metric", (RewardMetric,), members)
 
 

@@ -29,6 +29,7 @@ class VideoAccuracy(Metric):
 
     name = "video_accuracy"
     output = "frames"
+    reads_prompts = True
     directions: ClassVar[Directions] = {
         "video_accuracy": "higher",
         "video_accuracy_first": "higher",
