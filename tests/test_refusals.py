@@ -116,12 +116,16 @@ def test_options_of_the_loop(
     [
         (["eval.metrics=[accuracy]", "eval.prompts=[a cat]"], "no digit word"),
         (["part={words: [[nine], []], index: 0}", "eval.prompts=[one, two]"], "none of the 2 is for student 0 (part)"),
+        (
+            ["part={words: [[nine], []], index: 0}", "data={name: prompts, prompts: [one]}", "eval.prompts=[nine]"],
+            "data: prompts: none of the 1 is for student 0 (part)",
+        ),
     ],
 )
-def test_prompts_that_an_evaluation_cannot_use(
+def test_prompts_that_cannot_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: str
 ) -> None:
-    """They would be found after the last update."""
+    """Those of an evaluation would be found after the last update."""
     assert words in refusal(capsys, tmp_path, *overrides)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastgen.config.problems import Problems
 from fastgen.config.starts import check_init
 from fastgen.data.controls import KINDS, controls_like, kind_of, named_kinds
-from fastgen.data.prompts import read_prompts
+from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.sounds import check_whole
 from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
@@ -51,6 +51,7 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
             check_trackers(recipe)
         with problems.noting("data"):
             recipe.data.check(recipe.backbone)
+            check_data_part(recipe)
         with problems.noting("eval"):
             recipe.eval.check()
             check_given(recipe)
@@ -83,6 +84,15 @@ def check_part(recipe: Recipe) -> None:
         raise ValueError("part: pictures of several sizes cannot be divided by prompt; leave out data.buckets")
     if recipe.eval.images is not None:
         raise ValueError("part: the pictures of eval.images cannot be divided by prompt; leave them out")
+
+
+def check_data_part(recipe: Recipe) -> None:
+    """Checks that a file or a list of prompts has some for one of several students."""
+    data, part = recipe.data, recipe.part
+    if part is not None and isinstance(data, PromptData):
+        prompts = read_prompts(data.prompts, data.column)
+        if not any(part.has(prompt) for prompt in prompts):
+            raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index} (part)")
 
 
 def check_measured(recipe: Recipe) -> None:
