@@ -82,14 +82,15 @@ def test_the_saliency_weight_has_mean_one_and_follows_the_frames() -> None:
 
 
 def test_saliency_of_pictures_is_that_of_their_latent_cell() -> None:
-    """Eight pictures of 4 x 4 pixels per cell: the root of the mean square over a cell, the norm over colours."""
-    x0, grad = torch.zeros(1, 2, 16, 2, 2), torch.zeros(1, 8, 3, 8, 8)
-    grad[0, 5, :, 6, 1] = torch.tensor([3.0, 0.0, 4.0])
-    found = saliency(grad, x0, pictures=True)
-    expected = torch.zeros(1, 2, 2, 2)
-    expected[0, 1, 1, 0] = 5 / math.sqrt(4 * 16)
-    assert torch.allclose(found, expected)
-    latents = torch.randn(1, 2, 16, 2, 2)
+    """4 x 4 pixels per cell: the root of the mean square over a cell, the norm over colours. Of nine pictures, the
+    first latent frame is the first one, and each other is four. Eight can only be divided evenly."""
+    for picture, of, frame, number in ((0, 9, 0, 1), (1, 9, 1, 4), (4, 9, 1, 4), (5, 9, 2, 4), (7, 8, 2, 3)):
+        x0, grad = torch.zeros(1, 3, 16, 2, 2), torch.zeros(1, of, 3, 8, 8)
+        grad[0, picture, :, 6, 1] = torch.tensor([3.0, 0.0, 4.0])
+        expected = torch.zeros(1, 3, 2, 2)
+        expected[0, frame, 1, 0] = 5 / math.sqrt(number * 16)
+        assert torch.allclose(saliency(grad, x0, pictures=True), expected)
+    latents = torch.randn(1, 3, 16, 2, 2)
     assert torch.allclose(saliency(latents.flatten(1), x0, pictures=False), latents.square().sum(2).sqrt())
 
 

@@ -119,11 +119,17 @@ def saliency(grad: Tensor, x0: Tensor, pictures: bool) -> Tensor:
     """[B, F, H, W]: the size of a reward's gradient in each cell of the latents x0 [B, F, C, H, W].
 
     grad: with respect to decoded pictures [B, T, 3, h, w], or to the latents in any shape. Over the pixels of a cell
-    it is the root of the mean square; over channels, the norm."""
+    it is the root of the mean square; over channels, the norm. Where T = 1 + n (F - 1), as with a causal VAE, the
+    first latent frame is that of the first picture alone, and each other one of n pictures."""
     _, frames, _, high, wide = x0.shape
     if not pictures:
         return grad.reshape(x0.shape).float().square().sum(2).sqrt()
-    return F.adaptive_avg_pool3d(grad.float().square().sum(2), (frames, high, wide)).sqrt()
+    square = grad.float().square().sum(2)
+    if frames == 1 or (square.shape[1] - 1) % (frames - 1):
+        return F.adaptive_avg_pool3d(square, (frames, high, wide)).sqrt()
+    first, later = square[:, :1], square[:, 1:]
+    pooled = [F.adaptive_avg_pool3d(x, (n, high, wide)) for x, n in ((first, 1), (later, frames - 1))]
+    return torch.cat(pooled, dim=1).sqrt()
 
 
 def saliency_weight(saliency: Tensor, temporal_floor: float, spatial_floor: float) -> Tensor:
