@@ -23,7 +23,7 @@ from fastgen.backbones.wan import WanConfig
 from fastgen.backbones.wan_i2v import WanI2VConfig
 from fastgen.batch import Conditioning, Draws
 from fastgen.config import load_recipe
-from fastgen.config.checks import with_inner
+from fastgen.config.rollout_checks import with_inner
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inner_flow import Head, average_velocity, integrate
 from fastgen.modules.inputs import carried_names

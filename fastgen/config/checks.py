@@ -1,21 +1,15 @@
 """Whether the sections of a recipe fit each other."""
 
-from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
+from fastgen.config.evaluation_checks import check_data_part, check_evaluation, check_given, check_measured, check_part
 from fastgen.config.problems import Problems
+from fastgen.config.rollout_checks import check_chunks, check_inner, check_inputs, check_segment, check_smaller
 from fastgen.config.starts import check_init
-from fastgen.data.controls import KINDS, controls_like, kind_of, named_kinds
-from fastgen.data.prompts import PromptData, read_prompts
-from fastgen.data.sounds import check_whole
-from fastgen.data.videos import check_lengths
-from fastgen.metrics import METRICS
-from fastgen.metrics.reference import given_files, open_reference
+from fastgen.data.prompts import read_prompts
 from fastgen.objectives.base import Objective
-from fastgen.policy import INPUT_KEYS
 from fastgen.recipe import Recipe
-from fastgen.registry import OBJECTIVES, REWARDS, RecipeError, imported, nearest
+from fastgen.registry import REWARDS, RecipeError, nearest
 
 
 def check_recipe(recipe: Recipe, files: bool = True) -> None:
@@ -74,64 +68,6 @@ def check_recipe(recipe: Recipe, files: bool = True) -> None:
     with problems.noting("objective"):
         objective.check_recipe(recipe)
     problems.refuse()
-
-
-def check_part(recipe: Recipe) -> None:
-    """Checks that the data and the evaluation of one of several students can be divided by prompt."""
-    if recipe.part is None:
-        return
-    if recipe.data.sizes:
-        raise ValueError("part: pictures of several sizes cannot be divided by prompt; leave out data.buckets")
-    if recipe.eval.images is not None:
-        raise ValueError("part: the pictures of eval.images cannot be divided by prompt; leave them out")
-
-
-def check_data_part(recipe: Recipe) -> None:
-    """Checks that a file or a list of prompts has some for one of several students."""
-    data, part = recipe.data, recipe.part
-    if part is not None and isinstance(data, PromptData):
-        prompts = read_prompts(data.prompts, data.column)
-        if not any(part.has(prompt) for prompt in prompts):
-            raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index} (part)")
-
-
-def check_measured(recipe: Recipe) -> None:
-    """Checks the prompts of an evaluation, as far as files say them: one of several students has some, metrics can
-    read them, and those which compare the samples of a prompt find two, at the end of training and during it."""
-    config, part, metrics = recipe.eval, recipe.part, [METRICS[name] for name in recipe.eval.metrics]
-    compares = any(metric.compares_within_prompts for metric in metrics)
-    if config.prompts is not None:
-        prompts: Sequence[str] = read_prompts(config.prompts)
-    elif (compares or part is not None) and config.reference is not None and config.images is None:
-        prompts = open_reference(config.reference).prompts
-    else:
-        return
-    kept = [prompt for prompt in prompts if part is None or part.has(prompt)]
-    if not kept:
-        raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index if part else 0} (part)")
-    for metric in metrics:
-        metric.check_prompts(kept)
-    for each in (config.quick(), config) if compares else ():
-        each.check_repeats(kept)
-
-
-def check_given(recipe: Recipe) -> None:
-    """Checks that the files which the samples of an evaluation are made from are of the backbone's kind, and that
-    control videos and sounds are long enough."""
-    config: Any = recipe.backbone
-    if recipe.eval.images is None or not config.takes_given:
-        return
-    files, (wanted,) = given_files(recipe.eval.images), config.given
-    if kind_of(files[0]) != wanted:
-        found = f"{recipe.eval.images} has {KINDS[kind_of(files[0])]}"
-        raise RecipeError(f"images: backbone {config.name} makes its samples from {KINDS[wanted]} here, and {found}")
-    if wanted == "sound" and (frames := config.latent_frames()) is not None:
-        for file in files:
-            check_whole(file, config.sound, frames)
-    if wanted == "controls":
-        controls = controls_like(files[0].parent, [file.stem for file in files], config.references)
-        headers = [(str(control.video), control.header()) for control in controls]
-        check_lengths(headers, config.num_frames, config.fps)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -226,203 +162,6 @@ def check_compilation(recipe: Recipe) -> None:
             "train.compile: with rollout.chunks the blocks see a past of changing length, and would be compiled anew "
             "for each; set it to false"
         )
-
-
-def check_inputs(recipe: Recipe) -> None:
-    """Checks that the objective can train the student's inputs, and that the data provides what it needs."""
-    objective = recipe.objective
-    if getattr(objective, "condition_on_stop", False) and not recipe.backbone.takes_added_inputs:
-        raise RecipeError(
-            f"objective.condition_on_stop: the networks of backbone {recipe.backbone.name} take no added inputs; "
-            "set it to false"
-        )
-    if recipe.rollout.inputs and not objective.takes_inputs:
-        keys = " and ".join(INPUT_KEYS[name] for name in recipe.rollout.inputs)
-        raise RecipeError(f"rollout: objective {objective.name} cannot train a student with {keys}; leave out {keys}")
-    if recipe.rollout.step_counts and not objective.takes_step_counts:
-        raise RecipeError(
-            f"rollout.step_counts: objective {objective.name} trains a student for the steps of rollout.timesteps "
-            "alone; leave it out, or choose tdm or cdm"
-        )
-    given = recipe.data.fills(recipe.backbone)
-    for kind in recipe.backbone.given - given:
-        remedy = {
-            "images": "choose data with pictures, such as images",
-            "controls": "choose data videos and set data.controls, a folder of control videos",
-            "sound": "choose videos with data.sounds, or moving_digits",
-        }[kind]
-        raise RecipeError(
-            f"data.name: backbone {recipe.backbone.name} makes its samples from {kind}, which data {recipe.data.name} "
-            f"does not provide; {remedy}"
-        )
-    if missing := objective.needs - given:
-        as_images = " but as images to make samples from" if missing <= recipe.data.provides else ""
-        raise RecipeError(
-            f"data.name: objective {objective.name} needs {', '.join(sorted(missing))}, which data "
-            f"{recipe.data.name} does not provide{as_images}; choose other data"
-        )
-
-
-def chunked() -> list[str]:
-    """The objectives that can train a student that works chunk by chunk, some of them depending on their options."""
-    return [name for name, path in OBJECTIVES.items() if imported(path).takes_chunks is not False]
-
-
-def check_chunks(recipe: Recipe) -> None:
-    """Checks that the objective can train a student that works chunk by chunk, if the policy asks for one, and one
-    that is told actions or makes sound."""
-    objective, chunks = recipe.objective, recipe.rollout.chunks
-    for part in ("actions", "sound"):
-        if getattr(recipe.backbone, part, None) is not None:
-            check_taught(recipe, part)
-    if chunks is None:
-        return
-    if not objective.takes_chunks:
-        raise RecipeError(
-            f"rollout.chunks: objective {objective.name} cannot train a student that works chunk by chunk: "
-            f"{objective.needs_whole_videos}. These can, some of them with the right options: {', '.join(chunked())}"
-        )
-    if objective.unmasked is not None:
-        try:
-            recipe.backbone.check_mask(chunks)
-        except ValueError as error:
-            raise RecipeError(f"rollout.chunks: {error}; set objective.{objective.unmasked}") from None
-    if chunks.first_timesteps is not None and not objective.takes_first_timesteps:
-        raise RecipeError(
-            f"rollout.chunks.first_timesteps: objective {objective.name}, with these options, needs one list of "
-            "levels for all chunks; leave it out"
-        )
-    if chunks.linear and "student" in recipe.lora:
-        raise RecipeError(
-            "rollout.chunks.linear: the student gets weights that no adapter has; leave lora.student out, or linear"
-        )
-    if chunks.order == "rolling" and not objective.takes_rolling:
-        raise RecipeError(
-            "rollout.chunks.order: with rolling the chunks of a video stop at different steps, and objective "
-            f"{objective.name}, with these options, needs one step for all; use order: chunk, or dmd2 with "
-            "stops: shared"
-        )
-
-
-def check_taught(recipe: Recipe, part: str) -> None:
-    """Checks that the objective does not learn actions or sound (`part`) from a network that knows none, and that
-    videos to learn sound from have some."""
-    if not recipe.objective.takes_taught:
-        raise RecipeError(
-            f"backbone.{part}: objective {recipe.objective.name} learns from the pipeline's own network, which knows "
-            f"no {part}; use teacher_forcing on videos with {part}, then context_forcing with teacher_from"
-        )
-    if recipe.lora:
-        raise RecipeError(f"backbone.{part}: the networks get weights that no adapter has; leave lora out")
-    made = getattr(recipe.backbone, "made_sound", None) is not None
-    if part == "sound" and made and "latents" in recipe.objective.needs and "sound" not in recipe.data.provides:
-        raise RecipeError(
-            f"backbone.sound: objective {recipe.objective.name} learns from videos with their sound, and data "
-            f"{recipe.data.name} has none; choose videos with data.sounds, moving_digits, or a folder prepared from "
-            "these"
-        )
-
-
-def check_segment(recipe: Recipe) -> None:
-    """Checks that the objective and the ways of training fit a student that predicts segments, if the policy asks for
-    one."""
-    if recipe.rollout.segment is None:
-        return
-    if not recipe.objective.takes_segment:
-        raise RecipeError(
-            f"rollout.segment: objective {recipe.objective.name} cannot train a student that predicts whole segments; "
-            "leave it out, or use pi_flow"
-        )
-    reasons = {
-        "the student gets weights that no adapter has (lora.student)": "student" in recipe.lora,
-        "it is not tried with networks that are sharded (train.strategy: fsdp)": recipe.train.strategy == "fsdp",
-    }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        raise RecipeError(f"rollout.segment is not possible: {'; '.join(found)}; leave it out, or leave these out")
-
-
-def with_inner() -> list[str]:
-    """The objectives that can train a student with an inner flow."""
-    return [name for name, path in OBJECTIVES.items() if imported(path).takes_inner]
-
-
-def check_inner(recipe: Recipe) -> None:
-    """Checks that the objective and the ways of training can have a student with an inner flow, if the policy asks for
-    one."""
-    if recipe.rollout.inner is None:
-        return
-    if not recipe.objective.takes_inner:
-        raise RecipeError(
-            f"rollout.inner: objective {recipe.objective.name} cannot train a student with an inner flow, because it "
-            f"calls the student without the noise of one; leave it out, or use one of {', '.join(with_inner())}"
-        )
-    reasons = {
-        "the student gets weights that no adapter has (lora.student)": "student" in recipe.lora,
-        "it is not tried with networks that are sharded (train.strategy: fsdp)": recipe.train.strategy == "fsdp",
-        "its blocks are called with different neighbours (train.compile)": recipe.train.compile,
-    }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        raise RecipeError(f"rollout.inner is not possible: {'; '.join(found)}; leave it out, or leave these out")
-
-
-def check_smaller(recipe: Recipe) -> None:
-    """Checks that the student can have fewer blocks or heads than its teacher, if `backbone.student_blocks` or
-    `backbone.student_heads` says so."""
-    given = {"student_blocks": recipe.backbone.kept_blocks, "student_heads": recipe.backbone.kept_heads}
-    keys = [f"backbone.{key}" for key, value in given.items() if value]
-    if not keys:
-        return
-    reasons = {
-        "an adapter is on all of its base (lora.student)": "student" in recipe.lora,
-        "the blocks of an inner flow's head are those of a whole network (rollout.inner)": (
-            recipe.rollout.inner is not None
-        ),
-        "the student's weights are blended with those of the fake score (objective.ida_decay)": (
-            vars(recipe.objective).get("ida_decay") is not None
-        ),
-    }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        raise RecipeError(
-            f"{' with '.join(keys)} is not possible: {'; '.join(found)}; leave it out, or leave these out"
-        )
-
-
-def check_evaluation(recipe: Recipe) -> None:
-    """Checks that the metrics fit the samples of this backbone, and have prompts and the reference that they need: an
-    evaluation that cannot be made would be found only after the last update."""
-    config, output, backbone = recipe.eval, recipe.backbone.output, recipe.backbone.name
-    for name in config.metrics:
-        metric = METRICS[name]
-        if not metric.fits(output, backbone):
-            other = metric.output not in (output, "any")
-            measured = metric.output if other else f"the law of {' or '.join(metric.backbones)}"
-            raise RecipeError(
-                f"eval.metrics: {name} measures {measured}, and backbone {backbone} gives {output}; choose from "
-                f"{', '.join(n for n, m in METRICS.items() if m.fits(output, backbone))}"
-            )
-        if metric.needs_reference and config.reference is None:
-            raise RecipeError(
-                f"eval.reference: {name} compares with other images; set it to their folder, to teacher or to digits"
-            )
-    if config.reference is not None and output != "pixels":
-        raise RecipeError(
-            f"eval.reference: it is for images, and backbone {recipe.backbone.name} gives {output}; leave it out"
-        )
-    if (config.images is not None) != recipe.backbone.takes_given:
-        raise RecipeError(
-            f"eval.images: backbone {backbone} makes its samples from {', '.join(recipe.backbone.given)}; give a "
-            f"folder of {named_kinds(recipe.backbone.given)}"
-            if recipe.backbone.takes_given
-            else f"eval.images: backbone {backbone} makes its samples from prompts alone; leave it out"
-        )
-    if {config.prompts, config.reference, config.images} == {None} and not recipe.backbone.has_exact_law:
-        raise RecipeError(
-            "eval.prompts: there are no prompts to sample; give a file or a list of prompts, or give "
-            "eval.reference, whose prompts are then used"
-        )
-    fewest = max(METRICS[name].fewest_samples for name in config.metrics)
-    if config.quick().num_samples < fewest:
-        raise RecipeError(f"eval.num_samples and eval.quick_num_samples must be at least {fewest} for these metrics")
 
 
 def check_lora(recipe: Recipe) -> None:
