@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastgen.config import build_recipe
 from fastgen.config import load_recipe as read
 from fastgen.config.text import apply_override
+from fastgen.data.pictures import to_rgb
 from fastgen.evaluation.folders import evaluate_path
 from fastgen.evaluation.scoring import batches, choose, match
 from fastgen.evaluation.scoring import score as score_batch
@@ -37,10 +38,17 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, An
     overrides = [f"{key}={as_yaml(value)}" for key, value in (changes or {}).items()]
     if not isinstance(recipe, Mapping):
         return read(recipe, overrides)
-    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    values = copied(recipe)
     for text in overrides:
         apply_override(values, text)
     return build_recipe(values)
+
+
+def copied(value: Any) -> Any:
+    """The same mappings and lists anew, so that changes stay here; other objects as they are."""
+    if isinstance(value, Mapping):
+        return {key: copied(part) for key, part in value.items()}
+    return [copied(part) for part in value] if isinstance(value, list) else value
 
 
 def as_yaml(value: Any) -> str:
@@ -95,7 +103,8 @@ def score(
 ) -> list[float | None]:
     """One number for each picture by the reward `name`; None where it has none. Higher is better.
 
-    images: one or several files, PIL pictures, arrays [H, W, 3] (uint8, or in [0, 1]), or tensors [3, H, W] in [0, 1].
+    images: one or several files, PIL pictures (read as their files are: `fastgen.data.pictures`), arrays [H, W, 3]
+    (uint8, or in [0, 1]), or tensors [3, H, W] in [0, 1].
     prompts: one for each picture, or one for all. keys: those of the reward (docs/rewards.md), such as path=. device:
     by default a GPU if there is one. Raises ValueError for anything that does not fit, before weights load."""
     several = isinstance(images, Sequence) and not isinstance(images, str)
@@ -109,11 +118,12 @@ def score(
 
 
 def as_pixels(picture: Picture) -> Tensor:
-    """[1, 3, H, W] in [0, 1]. Raises ValueError for an array or a tensor of another shape or range."""
+    """[1, 3, H, W] in [0, 1]. Raises ValueError for an array or a tensor of another shape or range, and for a PIL
+    picture whose scale is not known."""
     if isinstance(picture, str | Path):
         return read_images([Path(picture)])
     if isinstance(picture, Image.Image):
-        picture = np.asarray(picture.convert("RGB"))
+        picture = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"an array must be a picture [H, W, 3], got {list(picture.shape)}")

@@ -1,5 +1,6 @@
 """The Python interface: each function does what its command does, on the objects that people have."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import fastgen
 from fastgen import noise
+from fastgen.api import as_pixels
 from fastgen.data.digits import load_digits
 from fastgen.pipelines.flow_map import FlowMapStableDiffusion3Pipeline
 from fastgen.recipe import Recipe
@@ -51,6 +53,9 @@ def test_a_recipe_is_a_file_or_its_sections(mixture_recipe: Path) -> None:
     )
     assert isinstance(one, Recipe) and one == other and one.train.steps == 7 and one.rollout.num_steps == 2
     assert raw["train"]["steps"] != 7
+    before = copy.deepcopy(raw)
+    assert fastgen.load_recipe(raw, {"optimizers.student.lr": 0.5}).optimizers["student"].lr == 0.5
+    assert raw == before and fastgen.load_recipe(raw).optimizers["student"].lr != 0.5
     with pytest.raises(RecipeError, match="did you mean 'steps'"):
         fastgen.load_recipe(raw, {"train.stps": 7})
 
@@ -141,6 +146,22 @@ def test_one_picture_in_every_form_has_one_score(tmp_path: Path) -> None:
         fastgen.score(pictures, "a three", "digit_strok")
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         fastgen.score(pictures, ["a three", "a four"], "digit_stroke")
+
+
+def test_an_opened_picture_has_the_score_of_its_file(tmp_path: Path) -> None:
+    """Transparency shows white, 16 bits are scaled, and EXIF turns, as where a file is read."""
+    wide = Image.fromarray((np.arange(8 * 16 * 4).reshape(8, 16, 4) % 251).astype(np.uint8), "RGBA")
+    grey, turned = Image.fromarray(np.linspace(0, 65535, 128).reshape(8, 16).astype(np.uint16)), Image.Exif()
+    turned[0x0112] = 6
+    wide.save(tmp_path / "alpha.png")
+    grey.save(tmp_path / "grey.png")
+    wide.convert("RGB").save(tmp_path / "turned.png", exif=turned)
+    for file in tmp_path.iterdir():
+        with Image.open(file) as picture:
+            assert torch.equal(as_pixels(picture), as_pixels(file)), file
+    assert as_pixels(tmp_path / "turned.png").shape == (1, 3, 16, 8)
+    with pytest.raises(ValueError, match="its mode is F, whose scale is not known"):
+        fastgen.score(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "a three", "digit_stroke")
 
 
 def test_every_objective_says_what_it_does() -> None:
