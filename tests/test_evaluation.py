@@ -22,7 +22,7 @@ from fastgen.data.digits import label_of, load_digits, prompt_for
 from fastgen.evaluation import evaluate as evaluation
 from fastgen.evaluation import folders, results
 from fastgen.evaluation.machine import machine, processor
-from fastgen.evaluation.report import pictures_in
+from fastgen.evaluation.report import differences, pictures_in
 from fastgen.metrics import Metric, MetricContext
 from fastgen.metrics.reference import read_images
 from fastgen.recipe import EvalConfig
@@ -366,6 +366,24 @@ def test_compare_warns_of_unequal_measurements(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("[1]")
     with pytest.raises(ValueError, match="no metrics"):
         results.compare([tmp_path / "c.json"], tmp_path / "page.html")
+
+
+def test_results_of_other_scorers_references_and_machines_differ() -> None:
+    """By what their files hold, not where they lie; a scorer that only one result has is no difference."""
+    scorer = {"path": "a", "weights": {"model.safetensors": "0"}, "files": ["1  config.json"], "version": "v2"}
+    row = {"name": "a", "metrics": {}, "reference": "photos", "reference_sha256": "2", "scorers": {"hpsv2": scorer}}
+    for change in ({"path": "b"}, {}):
+        assert differences([row, row | {"scorers": {"hpsv2": scorer | change, "clip_score": {"files": []}}}]) == ""
+    for change, words in (
+        ({"scorers": {"hpsv2": scorer | {"weights": {"model.safetensors": "3"}}}}, "in scorers.hpsv2.weights:"),
+        ({"scorers": {"hpsv2": scorer | {"version": "v1"}}}, "in scorers.hpsv2.version:"),
+        ({"reference_sha256": "4"}, "in reference_sha256:"),
+    ):
+        assert words in differences([row, row | change])
+    teachers = {"reference_sampler": "50 steps", "reference_teacher": {"weights": {}}, "machine": "a GPU"}
+    changed = {"reference_sampler": "4 steps", "reference_teacher": {"weights": {"a": "0"}}, "machine": "another"}
+    for key, value in changed.items():
+        assert f"in {key}:" in differences([row | teachers, row | teachers | {key: value}])
 
 
 @pytest.mark.slow

@@ -19,6 +19,11 @@ from fastgen.evaluation.charts import TEACHER, bars, best_value, curves, escape,
 from fastgen.sampling.pictures import EXACT, grid, png, scatter_figure
 
 STEPS = "steps"  # the kind of a picture that shows them
+COMPARED = (  # facts that two results must have in common
+    *("num_samples", "seed", "prompts_sha256", "choice", "features", "machine"),
+    *("reference", "reference_sha256", "reference_sampler", "reference_teacher"),
+)
+PLACES = ("path", "base", "clip", "tokenizer", "template")  # keys of scorers that name files, whose hashes count
 LARGEST = 512  # pixels: larger pictures are made smaller, or a page of 64 would have hundreds of megabytes
 SMALL = 128  # pixels: smaller pictures are enlarged without smoothing, and stored without loss
 
@@ -122,12 +127,25 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
-    """A warning if the results were not measured in the same way."""
-    keys = ("num_samples", "seed", "prompts_sha256", "reference", "choice", "features")
-    differing = [key for key in keys if len({json.dumps(row[key]) for row in results if key in row}) > 1]
+    """A warning if the results were not measured in the same way. What only some of them have is no difference."""
+    found = [compared_facts(row) for row in results]
+    keys = dict.fromkeys(key for facts in found for key in facts)
+    differing = [key for key in keys if len({json.dumps(facts[key]) for facts in found if key in facts}) > 1]
     if not differing:
         return ""
     return f'<p class="note">These results differ in {escape(", ".join(differing))}: compare them with care.</p>'
+
+
+def compared_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What results that are compared must agree in: how the samples were chosen, what they are compared with, and the
+    scorers, wherever their files lie."""
+    scorers = {
+        f"scorers.{name}.{key}": value
+        for name, said in row.get("scorers", {}).items()
+        for key, value in said.items()
+        if key not in PLACES
+    }
+    return {key: row[key] for key in COMPARED if key in row} | scorers
 
 
 def facts(results: Sequence[Mapping[str, Any]]) -> str:
