@@ -116,7 +116,8 @@ class EvalConfig:
     seed: sample i has seed `seed + i`.
     reference: a folder of images, with captions in a table or in .txt files; "digits", the 599 held-out ones; or
         "teacher", its samples of the same prompts with the most of teacher_steps (or 50) and teacher_guidance_scale,
-        whose seeds come behind those of the evaluation. Mixtures need none, because their law is known exactly.
+        whose seeds come behind those of the evaluation. One of several students is compared with the images whose
+        captions belong to its part. Mixtures need none, because their law is known exactly.
     features: the network for fid, mmd, diversity and precision_recall. latents: the pipeline's VAE, which needs no
         download and sees colours and coarse shapes only.
     inception_weights: for features: inception, a local file, or org/name/file.pth on the hub.

@@ -19,9 +19,11 @@ from fastgen.cli import app
 from fastgen.config import load_recipe
 from fastgen.data import DataError, MixtureData
 from fastgen.data import part as data_part
+from fastgen.data.digits import label_of, load_digits
 from fastgen.data.part import PartStream
 from fastgen.evaluation import folders
-from fastgen.evaluation.evaluate import find_prompts
+from fastgen.evaluation.evaluate import find_prompts, find_reference, of_part
+from fastgen.metrics.reference import Reference, open_reference
 from fastgen.pipelines import routed
 from fastgen.pipelines.router import Part, Router
 from fastgen.recipe import EvalConfig, Recipe
@@ -105,6 +107,21 @@ def test_a_student_is_measured_on_its_own_prompts(project: Path) -> None:
         find_prompts(sampler, EvalConfig(("mean_error",), 100, prompts=("0",)), None)
     with pytest.raises(ValueError, match="cannot be divided"):
         find_prompts(sampler, EvalConfig(("mean_error",), 100, images=str(project / "assets/first_frames")), None)
+
+
+def test_a_student_is_compared_with_pictures_of_its_own_prompts() -> None:
+    """All of them, or a choice of as many as there are samples, with their captions."""
+    part = Part(words=(("two", "five"), ()), index=0)
+    for count in (7, 599):
+        reference = find_reference("pixels", EvalConfig(("fid",), count, reference="digits"), part)
+        assert reference is not None and {label_of(prompt) for prompt in reference.prompts} == {2, 5}
+        assert len(reference) == (7 if count == 7 else sum(map(part.has, open_reference("digits").prompts)))
+    pixels, labels = load_digits("test")
+    assert torch.equal(reference.read(0, 9), pixels[(labels == 2) | (labels == 5)][:9])
+    with pytest.raises(ValueError, match="no image of digits belongs to student 0"):
+        find_reference("pixels", EvalConfig(("fid",), 9, reference="digits"), Part(words=(("cat",), ()), index=0))
+    uncaptioned = Reference("photos", ("", ""), lambda start, stop: pixels[start:stop])
+    assert of_part(uncaptioned, part) is uncaptioned
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def teacher_rows(
     """The teacher's results at each of `eval.teacher_steps`, measured as its student is. known: rows of an earlier
     evaluation, which are taken where they were measured in the same way. partial: of the student; the teacher's, which
     the caller must remove too, are `partial_of` it."""
-    rows, reference = list[Row](), reference or find_reference(teacher.backbone.output, config)
+    rows, reference = list[Row](), reference or find_reference(teacher.backbone.output, config, teacher.part)
     for steps in config.teacher_steps:
         sampler = teacher.with_policy(teacher.backbone.teacher_policy(steps))
         facts = facts_of(sampler, config, reference)

@@ -38,6 +38,7 @@ from fastgen.metrics.reference import (
     sample_files,
 )
 from fastgen.metrics.reference import captions as file_captions
+from fastgen.pipelines.router import Part
 from fastgen.recipe import EvalConfig
 from fastgen.sampling.sampler import Sampler
 from fastgen.sampling.speed import synchronise
@@ -67,7 +68,7 @@ def evaluate_with_samples(
     that are not finite."""
     config.check()
     backbone = sampler.backbone
-    reference = reference or find_reference(backbone.output, config)
+    reference = reference or find_reference(backbone.output, config, sampler.part)
     prompts = find_prompts(sampler, config, reference)
     config.check_repeats(prompts)
     readers = [name for name in config.readers() if not METRICS[name].compares_within_prompts]
@@ -195,7 +196,9 @@ def evaluate_images_with_samples(
     return {"metrics": values, **facts}, kept
 
 
-def find_reference(output: Output, config: EvalConfig) -> Reference | None:
+def find_reference(output: Output, config: EvalConfig, part: Part | None = None) -> Reference | None:
+    """The images that samples are compared with, chosen if there are more than samples. part: of one of several
+    students, who is compared with images of its own prompts."""
     if output != "pixels" and config.reference is not None:
         instead = "; points are compared with their exact distribution" if output == "points" else ""
         raise ValueError(f"eval.reference is for images, but the samples here are {output}; leave it out{instead}")
@@ -204,7 +207,18 @@ def find_reference(output: Output, config: EvalConfig) -> Reference | None:
     if config.reference is None:
         return None
     reference = open_reference(config.reference)
+    reference = reference if part is None else of_part(reference, part)
     return reference if len(reference) <= config.num_samples else reference.selected(config.rows(len(reference)))
+
+
+def of_part(reference: Reference, part: Part) -> Reference:
+    """The images whose captions belong to the part; all of a reference that has none."""
+    if not any(reference.prompts):
+        return reference
+    rows = [i for i, prompt in enumerate(reference.prompts) if part.has(prompt)]
+    if not rows:
+        raise ValueError(f"no image of {reference.name} belongs to student {part.index} by its caption; give others")
+    return reference.selected(rows)
 
 
 def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | None) -> list[str]:

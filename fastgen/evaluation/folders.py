@@ -189,7 +189,7 @@ def measure_sampler(
     if config.reference == TEACHER:
         reference: Reference | None = teacher_reference(teacher(), config)
     else:
-        reference = find_reference(sampler.backbone.output, config)
+        reference = find_reference(sampler.backbone.output, config, sampler.part)
     result, kept = evaluate_with_samples(sampler, config, progress, partial, reference)
     prompts = find_prompts(sampler, config, reference)
     curves = training_curves(path)
