@@ -7,6 +7,7 @@ so that their law at every level is known, and with it their converged fake scor
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +30,13 @@ from torch import Tensor, nn
 
 from fastgen import signals
 from fastgen.batch import Batch, Conditioning
+from fastgen.config import load_recipe
 from fastgen.denoiser import Denoiser, Inputs
 from fastgen.networks import Networks
 from fastgen.objectives import RTDMD, Loss, Turn
 from fastgen.objectives import rtdmd as rtdmd_module
 from fastgen.objectives.ac_dmd import inverse_tilt, martingale_product, renoise_level
-from fastgen.registry import validated
+from fastgen.registry import RecipeError, validated
 from fastgen.rewards import Composite, Reward, Scorer
 from fastgen.rewards.function import FunctionReward
 from fastgen.rewards.linear import Linear
@@ -779,6 +781,16 @@ def test_a_step_made_again_is_the_trajectorys() -> None:
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RTDMD(**options)
+
+
+def test_a_tilt_needs_two_samples() -> None:
+    """The weights of one sample by itself have a mean of 1, whatever its reward."""
+    tilt, batch = "objective={name: rtdmd, critic_weight: inverse_tilt, reward_temperature: 0.5}", "train.batch_size="
+    rewards = "rewards={parts: [{name: linear, direction: [1.0, 0.0]}]}"
+    recipe = Path(__file__).parents[1] / "recipes/mixture_rtdmd_4step.yaml"
+    with pytest.raises(RecipeError, match=r"train\.batch_size is 1, so that every weight would be 1"):
+        load_recipe(recipe, [tilt, rewards, batch + "1"])
+    load_recipe(recipe, [tilt, rewards, batch + "2"])
 
 
 @pytest.mark.parametrize(

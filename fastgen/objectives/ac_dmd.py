@@ -47,6 +47,7 @@ from fastgen.modules.expert_levels import draw_levels
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
 from fastgen.objectives.fake_score import make_fake_score, stop_input
+from fastgen.recipe import Recipe
 from fastgen.registry import MOST_STEPS
 from fastgen.rollout import Rollout, RolloutPolicy, backward_simulation, draw_stops, next_levels, transition
 from fastgen.schedule import Schedule, TimeSampler
@@ -104,6 +105,13 @@ class ACDMD(Objective):
             raise ValueError(
                 f"{self.name} renoises from the level a step goes to, up to {HIGH:g}, so that level must be below "
                 f"{HIGH - MARGIN:g}; lower rollout.timesteps after the first"
+            )
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        if self.critic_weight == "inverse_tilt" and self.group_size == 1 and recipe.train.batch_size == 1:
+            raise ValueError(
+                "critic_weight: inverse_tilt compares the rewards of a micro-batch, and train.batch_size is 1, so "
+                "that every weight would be 1: raise it, better to 32, or give group_size"
             )
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
@@ -197,7 +205,8 @@ class ACDMD(Objective):
 
     def tilt_weight(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
         """The weights [B] of `inverse_tilt` at clean samples x. They are normalised within prompt groups or, where
-        group_size is 1, over the micro-batch."""
+        group_size is 1, over the micro-batch. The mean of n weights, a sample's own among them, stands for that of the
+        law, so that the tilt of a small group or micro-batch is too weak, by a share of about 1 / n (derived)."""
         assert self.reward_temperature is not None and batch.group is not None
         score = networks.rewards(x, batch)
         group = batch.group if self.group_size > 1 else torch.zeros_like(batch.group)
