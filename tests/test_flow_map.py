@@ -243,13 +243,16 @@ def test_each_turn_moves_its_own_networks() -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    recipe = str(ROOT / "recipes/mixture_flow_map_4step.yaml")
+    recipe, one = str(ROOT / "recipes/mixture_flow_map_4step.yaml"), ["rollout.timesteps=[1.0]"]
     for text, lines in {
         "two_time: true": ["rollout.two_time=false"],
         "transition: ode": ["rollout.transition=renoise"],
         "one timestep": ["objective.source=prior"],
         "no data from which to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
         "pairs.diagonal": ["objective.form=progressive", "objective.pairs.diagonal=0"],
+        "leave out pairs.time and pairs.to_zero": [*one, "objective.source=prior", "objective.pairs.to_zero=0.25"],
+        "from t = 1 to uniform levels": [*one, "objective.source=prior", "objective.pairs.time.shift=5.0"],
+        "let rollout.timesteps begin at 1": ["objective.on_policy={}", "rollout.timesteps=[0.9, 0.5]"],
     }.items():
         with pytest.raises(RecipeError, match=text):
             load_recipe(recipe, lines)

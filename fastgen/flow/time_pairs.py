@@ -22,7 +22,8 @@ KARRAS_ENDS = (0.002, 80.0)  # "sigma_min = 0.002, sigma_max = 80", EDM, for dat
 class TimePairs:
     """Two draws of `time`, sorted; t is at least SHORTEST.
 
-    diagonal: share of samples with s = t. to_zero: share with s = 0. max_gap: s is at least t - max_gap.
+    diagonal: share of samples with s = t. to_zero: share with s = 0, whatever max_gap is.
+    max_gap: the s of all others is at least t - max_gap.
     diagonal_level: t on the diagonal is the larger of the two draws (MeanFlow, iMF, AnyFlow), or a single draw, whose
         law is `time` (LSD, alpha-Flow). With a uniform law the larger one has the density 2 t.
     The shares are assigned by sample number, so that every batch on every process has them, up to a sample or two."""

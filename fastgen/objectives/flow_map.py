@@ -93,7 +93,7 @@ class OnPolicy:
 
 @plain_dataclass(frozen=True)
 class GapTurn(Turn):
-    """max_gap: the largest t - s in this update."""
+    """max_gap: the largest t - s in this update, but for the jumps to 0 of `pairs.to_zero`, which have all lengths."""
 
     max_gap: float = 1.0
 
@@ -113,7 +113,7 @@ class FlowMap(Objective):
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # as in DMD2
     # LSD's code: 75 % at one uniform level, the rest at two (flow_map_lsd)
     pairs: TimePairs = TimePairs(diagonal=0.75, diagonal_level="single")
-    # updates until t - s may reach pairs.max_gap; 0: from the start
+    # updates until t - s may reach pairs.max_gap; 0: from the start. The jumps of pairs.to_zero do not wait
     gap_growth: int = Field(default=0, ge=0, le=MOST_UPDATES)
     # the middle level of progressive; the authors use both (flow_map_psd, flow_map_psd_half)
     middle: Literal["uniform", "half"] = "uniform"
@@ -131,6 +131,11 @@ class FlowMap(Objective):
             raise ValueError("form: progressive has no information about the velocity; set pairs.diagonal above 0")
         if self.form == "progressive" and self.source == "prior":
             raise ValueError("form: progressive needs jumps from every level; use source: data")
+        if self.source == "prior" and (self.pairs.time != TimePairs().time or self.pairs.to_zero):
+            raise ValueError(
+                "source: prior trains jumps from t = 1 to uniform levels: leave out pairs.time and pairs.to_zero, or "
+                "use source: data"
+            )
         return self
 
     @property
@@ -153,6 +158,11 @@ class FlowMap(Objective):
             )
         if self.source == "prior" and policy.num_steps > 1:
             raise ValueError("source: prior trains jumps from t = 1 only; give rollout.timesteps one timestep")
+        if self.on_policy is not None and policy.timesteps[0] != 1:
+            raise ValueError(
+                "on_policy trains jumps from t = 1 with several numbers of steps, and a sampler that begins at "
+                f"{policy.timesteps[0]:g} has one: let rollout.timesteps begin at 1"
+            )
 
     def check_recipe(self, recipe: Recipe) -> None:
         flow_maps.check_backbone(recipe.backbone)
