@@ -79,9 +79,9 @@ def pipeline(export: Path) -> StreamingWanPipeline:
     return StreamingWanPipeline.from_pretrained(export)
 
 
-def with_policy(pipeline: StreamingWanPipeline, **chunks: Any) -> StreamingWanPipeline:
+def with_policy(pipeline: StreamingWanPipeline, policy: RolloutPolicy = POLICY, **chunks: Any) -> StreamingWanPipeline:
     """The same networks, sampled with another schedule."""
-    policy = dataclasses.replace(POLICY, chunks=dataclasses.replace(CHUNKS, **chunks))
+    policy = dataclasses.replace(policy, chunks=dataclasses.replace(CHUNKS, **chunks))
     config = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     scheduler = type(pipeline.scheduler)(**config | {"policy": dataclasses.asdict(policy)})
     return StreamingWanPipeline(**pipeline.components | {"scheduler": scheduler})
@@ -451,6 +451,13 @@ def test_a_flow_map_of_chunks_streams_with_any_number_of_steps(teacher: Path, tm
     assert torch.equal(next(pipeline.resume(tmp_path / "stream.safetensors")), next(stream))
     with pytest.raises(ValueError, match="0 are asked for"):
         pipeline.stream("a cat", num_inference_steps=0)
+    own = with_policy(pipeline, policy, first_timesteps=(1.0, 0.9, 0.8, 0.7, 0.3))  # on no grid
+    for count in ({}, {"first_steps": 3}, {"num_inference_steps": 3}):
+        stream = own.stream("a cat", seed=1, **count)
+        next(stream)
+        save_file(stream.state_dict(), tmp_path / "stream.safetensors")
+        resumed = own.resume(tmp_path / "stream.safetensors")
+        assert resumed.policy == stream.policy and torch.equal(next(resumed), next(stream))
     stored = source.load_exported(tmp_path / "export")
     assert torch.allclose(
         Sampler(source, stored, policy).latents(["a cat"], [1]),

@@ -216,10 +216,11 @@ class StreamingWanPipeline(WanPipeline):
         chunks = about["policy"].chunks
         given: dict[str, Any] = {"height": height, "width": width, "force": True}
         if self.policy.any_step:
-            first = chunks.first_timesteps
+            first, own = chunks.first_timesteps, self.policy.chunks
+            asked = first is not None and own is not None and first != own.first_timesteps
             given |= {
                 "num_inference_steps": about["policy"].num_steps,
-                "first_steps": None if first is None else len(first),
+                "first_steps": len(first) if asked else None,
             }
         stream = self.stream(about["prompt"], about["seed"], chunks.window, chunks.sink, **given)
         stream.load_state_dict(state)
