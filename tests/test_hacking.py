@@ -72,6 +72,31 @@ def test_a_held_out_reward_that_falls_while_the_others_rise_is_said() -> None:
     assert hacking.gamed(history((0.3, 0.0), (0.6, -3.0)), spread, less, HealthConfig()) == []
 
 
+def test_a_held_out_reward_of_which_less_is_better_is_watched_the_other_way_round() -> None:
+    rewards, spread = Composite((DigitStroke(),), held_out=(DigitClass(weight=-1.0),)), {"digit_stroke": 0.1}
+    spread |= {"held_out_digit_class": 2.0}
+    better, worse = history((0.3, 0.0), (0.6, -9.0)), history((0.3, 0.0), (0.2, -1.0), (0.6, 3.0))
+    assert hacking.gamed(better, spread, rewards, HealthConfig()) == []
+    (said,) = hacking.gamed(worse, spread, rewards, HealthConfig())
+    assert "since step 10 held_out_digit_class" in said and "has risen by 2.0 standard deviations" in said
+
+
+def test_a_reward_that_no_sample_has_is_left_out() -> None:
+    """Its mean is not 0, which may be better than every score."""
+    none, some = Score(torch.zeros(2), torch.zeros(2).bool()), Score(torch.ones(2), torch.ones(2).bool())
+    for measured in (hacking.means, hacking.spreads):
+        assert measured({"none": none, "some": some}).keys() == {"some"}
+    rewards, spread = Composite((DigitStroke(),), held_out=(DigitClass(),)), {"held_out_digit_class": 1.0}
+    unknown = {"step": 5.0, "digit_stroke": 0.1}
+    whole = [*history((0.3, -3.0), (0.6, -3.1)), unknown]
+    for rows in ([unknown, *history((0.3, -3.0), (0.6, -3.1))], whole):
+        assert hacking.gamed(rows, spread | {"digit_stroke": 0.1}, rewards, HealthConfig()) == []
+    falling = [unknown, *history((0.3, -3.0), (0.6, -5.0))]
+    assert len(hacking.gamed(falling, spread | {"digit_stroke": 0.1}, rewards, HealthConfig())) == 1
+    assert hacking.gamed(falling, {"digit_stroke": 0.1}, rewards, HealthConfig()) == []
+    assert hacking.gamed(falling, spread, rewards, HealthConfig()) == []
+
+
 def test_distance_idle_groups_and_clipping_are_said() -> None:
     config = HealthConfig()
     assert hacking.left_the_anchor(0.29, 0.0, config) == [] == hacking.left_the_anchor(0.9, 1.0, config)

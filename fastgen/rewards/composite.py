@@ -29,7 +29,8 @@ class Composite:
 
     Standard deviations divide by the count. A group's mean and std carry no gradient, so the gradient of c_k is that
     of r_k divided by the std.
-    held_out: rewards that are not optimised. The health watch monitors them in addition to the parts.
+    held_out: rewards that are not optimised. The health watch monitors them in addition to the parts. Of their weights
+    only the sign counts.
     Raises ValueError for zscore without every part's std, and for a held-out reward that is among the parts."""
 
     parts: Annotated[tuple[InstanceOf[Reward], ...], Field(min_length=1)]

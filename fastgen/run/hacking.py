@@ -22,20 +22,22 @@ ADVICE = (
 
 
 def means(scores: Mapping[str, Score]) -> dict[str, float]:
-    """The mean of each reward over the samples with a valid score; 0 if there are none."""
-    return {name: float(valid_mean(score)) for name, score in scores.items()}
+    """The mean of each reward over the samples with a valid score; without those of which there are none."""
+    return {name: float(valid_mean(score)) for name, score in scores.items() if score.valid.any()}
 
 
 def spreads(scores: Mapping[str, Score]) -> dict[str, float]:
-    """The standard deviation of each reward over the samples with a valid score, dividing by their count."""
+    """The standard deviation of each reward over the samples with a valid score, dividing by their count; without
+    those of which there are none."""
     return {
-        name: float(((s.value.double() - valid_mean(s)).square() * s.valid).sum() / s.valid.sum().clamp_min(1)) ** 0.5
+        name: float(((s.value.double() - valid_mean(s)).square() * s.valid).sum() / s.valid.sum()) ** 0.5
         for name, s in scores.items()
+        if s.valid.any()
     }
 
 
 def valid_mean(score: Score) -> Tensor:
-    return (score.value.double() * score.valid).sum() / score.valid.sum().clamp_min(1)
+    return (score.value.double() * score.valid).sum() / score.valid.sum()
 
 
 def anchor_distance(samples: Tensor, anchor: Tensor) -> float:
@@ -54,23 +56,28 @@ def anchor_distance(samples: Tensor, anchor: Tensor) -> float:
 def gamed(
     history: Sequence[Mapping[str, float]], spread: Mapping[str, float], rewards: Composite, config: HealthConfig
 ) -> list[str]:
-    """Warns where a held-out reward has fallen while the optimised rewards have risen.
+    """Warns where a held-out reward has become worse while the optimised rewards have become better. One with a
+    negative weight is worse where it is higher.
 
-    history: one row per look, with `step` and the mean of each reward; the first row is the student that the run
-    started from. spread: the standard deviation of each reward over the teacher's samples. A held-out reward is
-    compared with its best value so far. The optimised rewards (their weighted sum, each in units of its spread) are
-    compared with their values at that same look."""
-    warnings, now = [], history[-1]
-    for name in rewards.watched:
-        best = max(history, key=lambda row: row[name])
-        fallen = (best[name] - now[name]) / max(spread[name], 1e-12)
-        gain = {label: (now[label] - best[label]) / max(spread[label], 1e-12) for label in rewards.used(grad=False)}
-        total = sum(part.weight * gain[label] for label, part in rewards.used(grad=False).items())
-        if fallen > config.held_out_drop and total > 0:
+    history: one row per look, with `step` and the mean of each reward that has one; the first row is the student that
+    the run started from. spread: the standard deviation of each reward over the teacher's samples. A held-out reward
+    is compared with its best value so far. The optimised rewards (their weighted sum, each in units of its spread) are
+    compared with their values at that same look. A reward without a number at a look is left out there."""
+    warnings, now, used = list[str](), history[-1], rewards.used(grad=False)
+    for name, reward in rewards.watched.items():
+        if name not in now or name not in spread:
+            continue
+        sign, word = (-1, "risen") if reward.weight < 0 else (1, "fallen")
+        best = max((row for row in history if name in row), key=lambda row: sign * row[name])
+        worse = sign * (best[name] - now[name]) / max(spread[name], 1e-12)
+        known = [label for label in used if all(label in values for values in (now, best, spread))]
+        gain = {label: (now[label] - best[label]) / max(spread[label], 1e-12) for label in known}
+        total = sum(used[label].weight * value for label, value in gain.items())
+        if worse > config.held_out_drop and total > 0:
             rises = ", ".join(f"{label} by {value:+.1f}" for label, value in gain.items())
             warnings.append(
                 f"the student games its rewards: since step {best['step']:.0f} {name}, which is held out, "
-                f"has fallen by {fallen:.1f} standard deviations of the teacher's samples, while the optimised "
+                f"has {word} by {worse:.1f} standard deviations of the teacher's samples, while the optimised "
                 f"rewards changed ({rises}); {ADVICE}"
             )
     return warnings
