@@ -107,8 +107,13 @@ def test_a_whole_update_after_teacher_forcing(tmp_path: Path) -> None:
     start = train(recipe(folder, tmp_path / "forced", {"name": "teacher_forcing"}, **data)) / "export"
     objective = {"name": "context_forcing", "fake_updates": 1, "teacher_from": str(start.parent)}
     assert export_of(str(start)) == export_of(str(start.parent)) == start
-    run = train(recipe(folder, tmp_path / "run", objective, init_from=str(start)))
-    assert (run / "export/fastgen.json").is_file()
+    made = recipe(folder, tmp_path / "run", objective, init_from=str(start))
+    roles = made.objective.auxiliary(made.backbone.build(torch.device("cpu"), torch.float32, 0), made.rollout)
+    assert {role: network.training for role, network in roles.items()} == {
+        "fake_score": True,
+        "context_teacher": False,
+    }
+    assert (train(made) / "export/fastgen.json").is_file()
 
 
 @pytest.mark.slow

@@ -654,6 +654,7 @@ def test_the_path_is_made_of_the_fake_score() -> None:
     networks = tiny_networks(objective, FOUR_STEPS)
     assert set(networks) == {"student", "teacher", "fake_score", "path1", "path2"}
     assert not any(p.requires_grad for role in ("path1", "path2") for p in networks[role].parameters())
+    assert not any(networks[role].training for role in ("teacher", "path1", "path2")) and networks.student.training
     optimizer = torch.optim.Adam(networks.fake_score.parameters(), 1e-2)
     history = []
     for step in range(6):

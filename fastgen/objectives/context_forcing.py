@@ -103,7 +103,7 @@ class ContextForcing(DMD2):
         if self.teacher_from is None:
             return {"fake_score": make_fake_score(backbone, policy, self.condition_on_stop)}
         folder = export_of(self.teacher_from)
-        fake_score = backbone.load_start(folder).requires_grad_(True)
+        fake_score = backbone.load_start(folder).requires_grad_(True).train()
         return {"fake_score": fake_score, "context_teacher": backbone.load_start(folder).requires_grad_(False)}
 
     @torch.no_grad()

@@ -79,7 +79,9 @@ class DisBack(DMD2):
         return self.path_length * self.path_every
 
     def auxiliary(self, backbone: Backbone, policy: RolloutPolicy) -> dict[str, nn.Module]:
-        path = {f"path{i}": backbone.load(f"path{i}").requires_grad_(False) for i in range(1, self.path_length)}
+        """Also the path, whose points stand in for the teacher and are in evaluation mode as it is."""
+        points = (f"path{i}" for i in range(1, self.path_length))
+        path = {point: backbone.load(point).requires_grad_(False).eval() for point in points}
         return super().auxiliary(backbone, policy) | path
 
     def turns(self, step: int, state: State) -> tuple[Turn, ...]:

@@ -11,7 +11,7 @@ The algorithm, for every student update:
     t from a law
     velocity matching (VM):        x_t from data and noise
         student <- mean |u(x_t, t) - sg(v_phi - t du/dt)|^2
-    velocity distillation (VD):    x0 = z - u(z, 1), renoised to x_t with fresh noise
+    velocity distillation (VD):    x0 = z - u(z, 1), renoised to x_t with VM's noise
         delta = sg(u + t du/dt - v_phi)(x_t, t),   student <- mean |delta + u(z, 1) - sg u(z, 1)|^2
     the average of the student's weights is updated once.
 
@@ -24,8 +24,8 @@ longer than 1 then, the fixed point of VM is not the teacher's map where that mo
 levels must not grow faster than t (docs/flow_maps.md, "Which weights keep a detached derivative stable"): on the ring
 the paper's law, without it, had a loss of 18 after 150 updates. The uniform law is stable.
 
-The network is a consistency model: it is sampled in one step, or by renoising (ours) in several. The noise of the two
-losses is drawn separately, and their t is the same, as in the authors' code.
+The network is a consistency model: it is sampled in one step, or by renoising (ours) in several. The two losses have
+the same t, as in the authors' code, and the same noise at it (ours); z is drawn by itself.
 """
 
 from typing import Literal
