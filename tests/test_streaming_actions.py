@@ -1,6 +1,7 @@
 """Actions that move the view of a video, and frames that are fetched by where they were seen from."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastgen.backbones.wan import WanConfig, WanDenoiser
 from fastgen.batch import Conditioning, Draws
+from fastgen.config.stored import to_dict
 from fastgen.data.digit_views import SLOTS, camera, draw, prompt_for, render
 from fastgen.denoiser import NO_INPUTS, Inputs
 from fastgen.networks import Networks
@@ -23,6 +25,8 @@ from fastgen.objectives import TeacherForcing
 from fastgen.pipelines.streaming import StreamingWanPipeline
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation, sample, sample_chunks
+from fastgen.sampling.sampler import METADATA
+from fastgen.sampling.stream import StreamRequest
 from fastgen.streaming.actions import FILE, ActionEmbedding, Actions, add_actions, lasting, split_prompt
 from fastgen.streaming.context import Context
 from fastgen.streaming.retention import nearest
@@ -392,6 +396,46 @@ def test_a_stream_is_the_video_with_the_same_actions(exported: tuple[WanDenoiser
         for stream in (at_once, on_the_way):
             torch.testing.assert_close(stream.denoise()[0, 0], whole[frame], atol=1e-5, rtol=0)
             stream.commit()
+
+
+def test_a_refused_prompt_changes_nothing(exported: tuple[WanDenoiser, Path], teacher: Path, tmp_path: Path) -> None:
+    """Neither the stream, nor what is saved of it, nor one that is to go on from a file with such a prompt."""
+    pipeline = StreamingWanPipeline.from_pretrained(exported[1])
+    plain, stream = (pipeline.stream("a cat | right*4 left*3", seed=3) for _ in range(2))
+    next(plain)
+    next(stream)
+    with pytest.raises(ValueError, match=r"'up' in 'a dog \| up' is no action"):
+        stream.prompt = "a dog | up"
+    assert stream.prompt == "a cat | right*4 left*3" and torch.equal(next(stream), next(plain))
+    save_file(stream.state_dict(), tmp_path / "stream.safetensors")
+    pictures = next(plain)
+    assert torch.equal(next(pipeline.resume(tmp_path / "stream.safetensors")), pictures)
+    state = pipeline.stream("a dog | left", seed=1).state_dict()
+    for wrong, reason in (("up", "no action"), (None, "was saved with action axes 0, and cannot go on with 1")):
+        about = json.loads(bytes(state["about"].tolist())) | ({"prompt": f"a dog | {wrong}"} if wrong else {})
+        packed = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        moves = {} if wrong is None else {"moves": state["moves"]}
+        given = {name: value for name, value in state.items() if name != "moves"} | {"about": packed, **moves}
+        with pytest.raises(ValueError, match=reason):
+            stream.load_state_dict(given)
+    assert torch.equal(next(stream), pictures)
+
+
+def test_the_command_refuses_a_wrong_action_before_it_streams(
+    exported: tuple[WanDenoiser, Path], teacher: Path, tmp_path: Path
+) -> None:
+    """Also in a prompt that is far away."""
+    config = WanConfig(**{k: v for k, v in backbone_of(teacher, actions=PLAIN).items() if k != "name"})
+    policy = StreamingWanPipeline.from_pretrained(exported[1]).policy
+    about = {"lora": False, "backbone": to_dict(config), "policy": to_dict(policy)}
+    (exported[1] / METADATA).write_text(json.dumps(about))
+    call: dict[str, Any] = {"path": exported[1], "seconds": 9, "output": tmp_path / "a.mp4"}
+    right, wrong = ("a cat | left", "a cat | up")
+    StreamRequest(**call, prompt=right, changes=((8.0, right),)).check()
+    with pytest.raises(ValueError, match=r"--at: 'up' in 'a cat \| up' is no action"):
+        StreamRequest(**call, prompt=right, changes=((2.0, right), (8.0, wrong))).check()
+    with pytest.raises(ValueError, match=r"--prompt: 'up' in 'a cat \| up' is no action"):
+        StreamRequest(**call, prompt=wrong).check()
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,10 @@ def test_a_stream_waits_for_its_sound(exported: tuple[Any, WanDenoiser, Path], t
     torch.testing.assert_close(at_once, whole, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"the sound is \[moments, 40\] and finite, got \[3, 12\]"):
         stream.listen(torch.zeros(3, 12))
+    state = stream.state_dict()
+    del state["moments"]
+    with pytest.raises(ValueError, match="was saved with sound bins 0, and cannot go on with 40"):
+        stream.load_state_dict(state)
 
 
 def test_the_commands_take_a_sound(exported: tuple[Any, WanDenoiser, Path], tmp_path: Path) -> None:
@@ -274,6 +278,12 @@ def test_the_end_of_a_sound_goes_on_in_what_the_last_chunk_makes_beyond_the_vide
     save_file({"sound": sound}, file)
     found = whole_sound(file, pipeline, 10)  # pictures, of which four latent frames have 13
     assert torch.equal(found, torch.cat([sound[:7], sound[6:7].expand(2, -1)]))
+    config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    assert POLICY.chunks is not None
+    policy = replace(POLICY, chunks=replace(POLICY.chunks, first=4, window=5))
+    pipeline.register_modules(scheduler=type(pipeline.scheduler)(**config | {"policy": asdict(policy)}))
+    found = whole_sound(file, pipeline, 2)  # two latent frames, in a first chunk of four
+    assert torch.equal(found, torch.cat([sound[:3], sound[2:3].expand(8, -1)]))
 
 
 # --- recipes

@@ -21,6 +21,7 @@ from fastgen.sampling.sampler import METADATA, read_metadata
 from fastgen.sampling.sound import sound_file, write_sound
 from fastgen.sampling.speed import Speed, Timer, peak_memory
 from fastgen.sampling.video import check_writer, video_writer
+from fastgen.streaming.actions import Actions
 from fastgen.streaming.sound import FILE as SOUND
 from fastgen.streaming.sound import Sound
 from fastgen.streaming.stream import Stream, with_window
@@ -63,6 +64,7 @@ class StreamRequest:
             except ValueError as error:
                 raise ValueError(f"--recache: {error}") from None
         check_changes(self.changes, self.seconds)
+        self.check_prompts(folder)
         if self.output.suffix != ".mp4":
             raise ValueError(f"--output must end in .mp4, got {self.output}")
         driven = driven_by(folder)
@@ -76,6 +78,17 @@ class StreamRequest:
         check_device(self.device)
         check_writer()
         return folder
+
+    def check_prompts(self, folder: Path) -> None:
+        """Raises ValueError for a prompt with a word after its bar that is none of the student's actions."""
+        stored = read_metadata(folder)["backbone"].get("actions")
+        if stored is None:
+            return
+        for option, prompt in (("--prompt", self.prompt), *(("--at", prompt) for _, prompt in self.changes)):
+            try:
+                Actions(**stored).listed(prompt)
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from None
 
     def check_sound(self, folder: Path, driven: Sound | None) -> None:
         """Raises ValueError unless there is a sound exactly where one drives the video, and it lasts as long."""
@@ -193,7 +206,8 @@ def stream_video(request: StreamRequest) -> dict[str, Any]:
                 raise
             interrupted = True
     if sounds:
-        write_sound(torch.cat(sounds), request.output)
+        length = moments_of(pipeline.made_sound, written, pipeline.vae_scale_factor_temporal)
+        write_sound(torch.cat(sounds)[:length], request.output)
     return {
         "first_picture_seconds": first_picture_seconds,
         "text_seconds": text_seconds,
@@ -218,7 +232,13 @@ def whole_sound(file: Path, pipeline: Any, pictures: int) -> Tensor:
     driven, chunks = pipeline.driven, pipeline.policy.chunks
     frames = 1 + -(-(pictures - 1) // pipeline.vae_scale_factor_temporal)
     sound = read_sound(file, driven, 0, driven.length(frames))
-    return torch.cat([sound, sound[-1:].expand(driven.moments * chunks.frames, -1)])
+    more = driven.moments * max(chunks.frames, chunks.first or 0)
+    return torch.cat([sound, sound[-1:].expand(more, -1)])
+
+
+def moments_of(sound: Sound, pictures: int, step: int) -> int:
+    """Moments that last as long as so many pictures. step: pictures of a latent frame after the first one."""
+    return 1 + -(-sound.moments * (pictures - 1) // step)
 
 
 def timed_chunks(

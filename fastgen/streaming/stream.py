@@ -121,14 +121,15 @@ class Stream:
     @property
     def prompt(self) -> str:
         """What the next chunk shows. Chunks that are finished stay as they are, also in the context (`recache`). The
-        actions after its bar begin with the next frame; without any, the view stays where it is."""
+        actions after its bar begin with the next frame; without any, the view stays where it is. One that is refused
+        (ValueError) changes nothing."""
         return self._prompt
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
-        self._prompt = prompt
         with torch.no_grad():
-            self.cond = self.encode(prompt)
+            cond = self.encode(prompt)
+        self._prompt, self.cond = prompt, cond
         if "actions" in self.cond:
             self.moves = continued(self.moves, self.cond["actions"], self.made)
 
@@ -236,21 +237,25 @@ class Stream:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes the place of the stream whose state this is. Raises ValueError if it is that of a stream of another
-        policy, size or precision, or no state of a stream."""
+        policy, size or precision, or with other actions or sound, or no state of a stream; then nothing changes."""
         about = read_about(state)
-        for name, here in self.about.items():
-            if about[name] != here:
-                raise ValueError(f"the stream was saved with {name} {about[name]}, and cannot go on with {here}")
+        here = {**self.about, **told(self.moves, self.moments)}
+        for name, saved in {**about, **told(state.get("moves"), state.get("moments"))}.items():
+            if name in here and saved != here[name]:
+                raise ValueError(f"the stream was saved with {name} {saved}, and cannot go on with {here[name]}")
+        with torch.no_grad():
+            cond = self.encode(about["prompt"])
         try:
-            self.context = Context.load(self.context.chunks, part_of(state, "context."))
-            self.kept = {int(frame): value for frame, value in part_of(state, "kept.").items()}
+            context = Context.load(self.context.chunks, part_of(state, "context."))
+            kept = {int(frame): value for frame, value in part_of(state, "kept.").items()}
             making = part_of(state, "making.")
-            self.making = tuple(making[str(i)] for i in range(len(making)))
+            parts = tuple(making[str(i)] for i in range(len(making)))
             self.decoder.load_state_dict(part_of(state, "decoder."))
         except KeyError as error:
             raise ValueError(f"this is no stream: {error} is missing") from None
+        self.context, self.kept, self.making, self.finished = context, kept, parts, None
         self.draws = replace(self.draws, ids=torch.full_like(self.draws.ids, about["seed"]))
-        self.finished, self.prompt, self.moves = None, about["prompt"], state.get("moves")
+        self._prompt, self.cond, self.moves = about["prompt"], cond, state.get("moves")
         if self.moments is not None:
             self.hold(state["moments"].cpu())
 
@@ -262,6 +267,12 @@ class Stream:
             "latents": self.draws.shape[1:],
             "dtype": str(self.draws.dtype).removeprefix("torch."),
         }
+
+
+def told(moves: Tensor | None, moments: Tensor | None) -> dict[str, int]:
+    """How many numbers a stream is told besides its prompt, of the moves [1, n, axes] and of the moments of a sound
+    that drives it [n, bins]; 0 for what it is not told."""
+    return {name: 0 if x is None else x.shape[-1] for name, x in (("action axes", moves), ("sound bins", moments))}
 
 
 def continued(before: Tensor | None, moves: Tensor, made: int) -> Tensor:
