@@ -1,12 +1,14 @@
 """A teacher in float8: close to the one in bfloat16, smaller, and planned as it is held."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_families import FAMILIES
 from tiny_pipelines import tiny_sd
+from torch import nn
 
 from fastgen import noise
 from fastgen.backbones.sd import SDConfig
@@ -16,6 +18,7 @@ from fastgen.planning.plan import plan
 from fastgen.planning.report import advise
 from fastgen.planning.weightless import size, tensors
 from fastgen.registry import RecipeError
+from fastgen.run.build import TrainingRun
 from fastgen.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,28 @@ def test_a_plan_advises_no_change_that_would_be_refused(lines: list[str]) -> Non
     tried = [line for change, _, _ in advice.tried for line in change]
     assert tried and not any("lora" in line or "fsdp" in line for line in tried)
     assert advice.lines is None and advice.gpus is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "strategy", "said"),
+    [
+        ([], "ddp", {}),
+        (FLOAT8, "ddp", {"frozen_dtype": "float8"}),
+        ([], "fsdp", {"strategy": "fsdp"}),
+    ],
+)
+def test_the_row_of_a_teacher_that_is_not_as_stored_says_so(
+    lines: list[str], strategy: str, said: dict[str, str]
+) -> None:
+    """Also one of a hub id, which names no files: `fastgen eval` measures the original again."""
+    recipe = load_recipe(DIGITS, lines)
+    backbone = recipe.backbone.build(torch.device("cpu"), torch.float32, 0)
+    run: Any = SimpleNamespace(
+        recipe=recipe, strategy=strategy, backbone=backbone, networks=SimpleNamespace(teacher=nn.Identity())
+    )
+    sampler = TrainingRun.teacher(run, 4)
+    assert sampler.facts() == sampler.with_policy(backbone.teacher_policy(2)).facts() == said
+    assert bool(sampler.weight_hashes()) is not bool(said)
 
 
 @pytest.mark.slow

@@ -91,11 +91,13 @@ class TrainingRun:
 
     def teacher(self, num_steps: int) -> Sampler:
         """The teacher, sampled as its stock pipeline does, at the evaluation's guidance scale. It names the files
-        of its weights, if it computes with what is stored there."""
-        section, scale = self.recipe.backbone, self.recipe.teacher_guidance
-        as_stored = self.recipe.train.frozen_dtype is None and self.strategy != "fsdp"
-        weights = section.local_folder() if as_stored and isinstance(section, PipelineConfig) else None
-        return teacher_sampler(self.backbone, num_steps, scale, self.networks.teacher, weights, self.recipe.part)
+        of its weights, if it computes with what is stored there, and else says in which way it does not."""
+        section, scale, frozen = self.recipe.backbone, self.recipe.teacher_guidance, self.recipe.train.frozen_dtype
+        said: dict[str, Any] = {} if frozen is None else {"frozen_dtype": frozen}
+        said |= {"strategy": self.strategy} if self.strategy == "fsdp" else {}
+        weights = section.local_folder() if not said and isinstance(section, PipelineConfig) else None
+        teacher, part = self.networks.teacher, self.recipe.part
+        return teacher_sampler(self.backbone, num_steps, scale, teacher, weights, part, said)
 
     @cached_property
     def teacher_reference(self) -> Reference | None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def outputs_kept(network: nn.Module, seen: list[Tensor]) -> Iterator[None]:
 class Sampler:
     """Maps prompts and seeds to pixels, frames or points, with a denoiser, its backbone and its policy.
     guidance_scale: one number, or one per expert, from high noise to low. part: the prompts that a student is for, if
-    it is one of several; an evaluation measures these."""
+    it is one of several; an evaluation measures these. said: what a result also says of its networks."""
 
     def __init__(
         self,
@@ -84,9 +84,10 @@ class Sampler:
         guidance_scale: float | Sequence[float] = 1.0,
         weights: Path | None = None,
         part: Part | None = None,
+        said: Mapping[str, Any] | None = None,
     ):
         self.backbone, self.denoiser, self.policy, self.guidance_scale = backbone, denoiser, policy, guidance_scale
-        self.weights_folder, self.part = weights, part
+        self.weights_folder, self.part, self.said = weights, part, said or {}
 
     @property
     def network_evaluations(self) -> int:
@@ -136,11 +137,12 @@ class Sampler:
 
     def with_policy(self, policy: RolloutPolicy) -> "Sampler":
         """The same networks with another policy."""
-        return Sampler(self.backbone, self.denoiser, policy, self.guidance_scale, self.weights_folder, self.part)
+        weights, scale = self.weights_folder, self.guidance_scale
+        return Sampler(self.backbone, self.denoiser, policy, scale, weights, self.part, self.said)
 
     def facts(self) -> dict[str, Any]:
         """What a result says of how samples were made, besides policy, guidance scale and weights."""
-        return {} if self.part is None else {"part": dataclasses.asdict(self.part)}
+        return {**self.said, **({} if self.part is None else {"part": dataclasses.asdict(self.part)})}
 
     def weight_hashes(self) -> dict[str, str]:
         """The sha256 of every weight file, by its path in the folder; {} if there is no folder."""
@@ -191,10 +193,11 @@ def teacher_sampler(
     teacher: Denoiser | None = None,
     weights: Path | None = None,
     part: Part | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> Sampler:
     """Samples the teacher as its stock pipeline does. The teacher is loaded if it is not given."""
     teacher = teacher or backbone.load("teacher")
-    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale, weights, part)
+    return Sampler(backbone, teacher, backbone.teacher_policy(num_steps), guidance_scale, weights, part, said)
 
 
 def read_metadata(folder: Path, several: bool = False) -> dict[str, Any]:
