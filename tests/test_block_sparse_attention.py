@@ -10,6 +10,7 @@ from torch import Tensor
 from variants import mostly_slow
 
 from fastgen.ops.block_sparse_attention import launch
+from fastgen.ops.block_sparse_attention.coarse import coarse_attention
 from fastgen.ops.block_sparse_attention.configs import KernelConfig
 from fastgen.ops.block_sparse_attention.function import triton_attention
 from fastgen.ops.block_sparse_attention.launch import matrix_view
@@ -18,7 +19,7 @@ from fastgen.ops.block_sparse_attention.linear_branch import linear_attention, l
 from fastgen.ops.block_sparse_attention.naive import Cache, naive_attention
 from fastgen.ops.block_sparse_attention.patterns import Radial, SlidingTile, TileGrid
 from fastgen.ops.block_sparse_attention.result import Result, merge
-from fastgen.ops.block_sparse_attention.selection import Mass, TopK
+from fastgen.ops.block_sparse_attention.selection import Mass, TopK, scores_without_gradient
 from fastgen.ops.block_sparse_attention.static_layouts import (
     VideoMask,
     causal_layout,
@@ -366,3 +367,19 @@ def test_linear_attention_is_a_sum_over_keys() -> None:
     expected = torch.einsum("bhqk,bkhd->bqhd", weights / (weights.sum(-1, keepdim=True) + 1e-6), value)
     state = linear_state(key[:, 4:], value[:, 4:]) + linear_state(key[:, :4], value[:, :4])
     assert torch.allclose(linear_attention(query, state), expected, atol=1e-13)
+
+
+def test_autocast_changes_neither_sums_nor_selections() -> None:
+    """Training under autocast reads, and keeps, what sampling with half-precision weights does, to the bit."""
+    query, key, value = (draw(index, 1, 96, 2, 8).bfloat16() for index in range(3))
+    tiles = tile_tokens(96, 16)
+
+    def computed() -> list[Tensor]:
+        state = linear_state(key, value)
+        coarse = coarse_attention(query, key, value, tiles, tiles)
+        return [*state, linear_attention(query, state), scores_without_gradient(query, key, tiles, tiles), *coarse]
+
+    plain = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = computed()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, cast, strict=True))

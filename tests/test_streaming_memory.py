@@ -185,6 +185,15 @@ def test_what_it_adds_is_linear_attention_over_all_frames_that_are_gone() -> Non
     assert (with_memory - seen["out"] - added.flatten(2)).abs().max() < 1e-9 < added.abs().max()
 
 
+def test_a_linear_memory_sums_what_8_bits_keep(network: WanDenoiser) -> None:
+    """The sums of what is kept in 8 bits are float32, whatever the network computes in."""
+    plain = POLICIES["linear memory"]
+    pairs = zip(outputs(network, plain), outputs(network, dataclasses.replace(plain, cache_dtype="int8")), strict=True)
+    error = max((a - b).abs().max() / a.abs().max() for a, b in pairs)
+    print(f"largest relative error of a prediction: {error:.1e}")
+    assert 1e-9 < error < 0.05
+
+
 def test_a_stored_context_without_its_sums_is_refused(network: WanDenoiser) -> None:
     clips = sample_chunks(network, policy(POLICIES["linear memory"]), conditioning(), draws(1))
     state = [next(clips).context.state_dict() for _ in range(5)][-1]

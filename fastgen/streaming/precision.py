@@ -1,6 +1,7 @@
-"""Keys and values of finished frames in 8 bits."""
+"""How precise what is kept of finished frames is: keys and values in 8 bits, and sums that autocast does not round."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,3 +35,9 @@ def unpack(x: Tensor) -> Tensor:
         return x
     scale = x[..., -SCALE_BYTES:].contiguous().view(torch.float32)
     return scale * x[..., :-SCALE_BYTES]
+
+
+def uncast(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the device of x, in which training computes what sampling does."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

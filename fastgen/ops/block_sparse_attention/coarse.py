@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.ops.block_sparse_attention.selection import pool, pooled_scores
 from fastgen.ops.block_sparse_attention.tiles import Tiles, tile_of_token
+from fastgen.streaming.precision import uncast
 
 
 def coarse_attention(
@@ -18,7 +19,8 @@ def coarse_attention(
     """query, key, value: [B, L, H, D]. Returns the coarse output [B, Lq, H, D] in the query's dtype, 0 for rows in no
     tile, and the scores [B, H, q, k], which a selection may use. Both carry gradient."""
     scores = pooled_scores(query, key, q_tiles, k_tiles, scale)
-    means = scores.softmax(-1) @ pool(value, k_tiles)
+    with uncast(query):
+        means = scores.softmax(-1) @ pool(value, k_tiles)
     padded = torch.nn.functional.pad(means, (0, 0, 0, 1))  # an extra tile for rows in no tile
     out = padded[:, :, tile_of_token(q_tiles, query.device)].transpose(1, 2)
     return out.to(query.dtype), scores

@@ -17,6 +17,7 @@ from fastgen.ops.block_sparse_attention.configs import MAX_COLUMNS, kernels_run_
 from fastgen.ops.block_sparse_attention.layout import BlockLayout
 from fastgen.ops.block_sparse_attention.naive import softmax_scale
 from fastgen.ops.block_sparse_attention.tiles import MAX_CAPACITY, Tiles, entries, tile_of_token
+from fastgen.streaming.precision import uncast
 
 
 def pool(tokens: Tensor, tiles: Tiles) -> Tensor:
@@ -45,12 +46,13 @@ def _rows_of_tiles(tiles: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def pooled_scores(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles, scale: float | None = None) -> Tensor:
-    """[B, H, q, k] float32: logits between mean queries and mean keys. SLA subtracts the mean key first. That only
-    adds a constant to each row, which changes neither of the selections below, so it is left out here.
+    """[B, H, q, k] float32, under autocast, too: logits between mean queries and mean keys. SLA subtracts the mean
+    key first. That only adds a constant to each row, which changes neither of the selections below, so it is left out.
 
     query, key: [B, L, H, D]; the key has the rows of all sources."""
-    product = pool(query, q_tiles) @ pool(key, k_tiles).transpose(-1, -2)
-    return product * softmax_scale(query, scale)
+    with uncast(query):
+        product = pool(query, q_tiles) @ pool(key, k_tiles).transpose(-1, -2)
+        return product * softmax_scale(query, scale)
 
 
 def scores_without_gradient(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
@@ -64,7 +66,9 @@ def scores_without_gradient(query: Tensor, key: Tensor, q_tiles: Tiles, k_tiles:
     means = [pool_by_kernel(tokens.detach(), tiles) for tokens, tiles in ((query, q_tiles), (key, k_tiles))]
     flat_query, flat_key = (mean.flatten(0, 1) for mean in means)
     nothing = flat_query.new_empty(())
-    scores = torch.baddbmm(nothing, flat_query, flat_key.transpose(1, 2), beta=0, alpha=softmax_scale(query, None))
+    scale = softmax_scale(query, None)
+    with uncast(query):
+        scores = torch.baddbmm(nothing, flat_query, flat_key.transpose(1, 2), beta=0, alpha=scale)
     return scores.unflatten(0, means[0].shape[:2])
 
 
