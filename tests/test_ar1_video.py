@@ -1,6 +1,7 @@
 """The teacher, the networks and the data of AR(1) videos against the formulas of `ar1_formulas`."""
 
 import cmath
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -431,6 +432,7 @@ def test_impossible_videos_are_refused_by_field(change: dict[str, object], words
     [
         ({"frames": 4}, "the nearest lengths are 4 or 8; change backbone.num_frames"),
         ({"frames": 2, "sink": 2, "window": 4, "sink_decay": 0.5}, "sink_decay"),
+        ({"frames": 2, "window": 4, "recall": 1}, r"chunks\.recall .* leave it out"),
         ({"frames": 2, "attention": {"layout": "top_k", "density": 0.5}}, "no attention"),
     ],
 )
@@ -438,6 +440,14 @@ def test_impossible_chunks_are_refused(chunks: dict[str, Any], words: str) -> No
     CONFIG.check_chunks(RolloutPolicy((1.0,), chunks=ChunkSchedule(frames=2, first=4, window=5, sink=1)))
     with pytest.raises(ValueError, match=words):
         CONFIG.check_chunks(RolloutPolicy((1.0,), chunks=ChunkSchedule(**chunks)))
+
+
+def test_one_call_on_a_whole_video_has_no_slow_memory_and_no_8_bits() -> None:
+    """A network that is told no positions sees a sink as it does chunk by chunk."""
+    for kept, words in (({"slow": 2}, "moves or changes"), ({"cache_dtype": "int8"}, "8 bits"), ({"sink": 1}, None)):
+        chunks = ChunkSchedule(**{"frames": 1, "window": 4, **kept})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+            CONFIG.check_mask(chunks)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ network of students and fake scores, and `ar1_denoisers` puts both behind the co
 import cmath
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -27,7 +28,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.registry import MOST_WIDTH
 from fastgen.rollout import RolloutPolicy
 from fastgen.schedule import FlowSchedule
-from fastgen.streaming.schedule import ChunkAttention
+from fastgen.streaming.schedule import ChunkAttention, ChunkSchedule
 
 WEIGHTS = "model.safetensors"
 
@@ -101,12 +102,22 @@ class AR1VideoConfig(BackboneConfig):
             raise ValueError("chunks.sink_decay: the average of two frames is no frame of an ar1_video; leave it out")
         if policy.chunks.linear:
             raise ValueError("chunks.linear: the networks of ar1_video have no attention; leave it out")
+        if policy.chunks.recall:
+            raise ValueError(
+                "chunks.recall fetches frames by where they are seen from, which nothing says of an ar1_video; leave "
+                "it out"
+            )
         if policy.chunks.order == "rolling":
             raise ValueError(
                 "chunks.order: the networks of ar1_video take one level for all frames; rolling has several"
             )
         if policy.chunks.attention != ChunkAttention():
             raise ValueError("chunks.attention: the networks of ar1_video have no attention; leave it out")
+
+    def check_mask(self, chunks: ChunkSchedule) -> None:
+        """Its networks are told no positions, so that a sink may move."""
+        still = chunks if chunks.slow else replace(chunks, positions="absolute")
+        still.check_mask(self.num_frames)
 
     def build(
         self, device: torch.device, dtype: torch.dtype, seed: int, roles: RoleOptions = DEFAULT_ROLES
