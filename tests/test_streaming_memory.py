@@ -85,6 +85,28 @@ def test_the_slow_memory_decides_for_all_layers_together() -> None:
         assert seen[0, :, 0, 0].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        ChunkSchedule(frames=3, window=6, sink=1),
+        ChunkSchedule(frames=1, first=5, window=6, sink=1),
+        ChunkSchedule(frames=3, window=8, sink=1, slow=2),
+        ChunkSchedule(frames=3, window=7, recall=2, archive=4),
+        ChunkSchedule(frames=3, window=5, sink=1, linear=True),
+    ],
+    ids=["sink", "first chunk", "slow memory", "recall", "linear memory"],
+)
+def test_a_context_holds_no_memory_of_frames_that_are_gone(chunks: ChunkSchedule) -> None:
+    """Of a chunk that left in part, the rest is held alone, and its size is what `nbytes` says."""
+    context = Context(chunks)
+    for _ in range(6):
+        keys = torch.randn(1, 2 * len(context.chunk), 1, 4)
+        context = context.committed([(keys, keys)])
+    tensors = [x for block in context.stored for x in (block.keys, block.values)] + [*(context.absorbed or ())]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    assert sum(storages.values()) == context.nbytes
+
+
 def test_a_schedule_whose_past_is_gone_refuses_to_compute_it_again() -> None:
     for name in ("EMA sink", "slow memory", "linear memory"):
         with pytest.raises(ValueError, match="without recache"):

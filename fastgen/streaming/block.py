@@ -21,3 +21,9 @@ class Block(NamedTuple):
         tokens = self.keys.shape[2] // len(self.frames)
         begin, count = (first - self.frames.start) * tokens, (last - first) * tokens
         return Block(range(first, last), self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count))
+
+    def alone(self) -> "Block":
+        """The same block, in memory of its own where it shares that of frames beside it, so that they can be freed."""
+        if self.keys.untyped_storage().nbytes() == self.keys.nbytes:
+            return self
+        return Block(self.frames, self.keys.clone(), self.values.clone())

@@ -26,7 +26,7 @@ def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range, passe
     if chunks.slow and gone:
         blocks = absorbed(chunks, blocks, gone, passes)
     parts = [block.part(frames) for frames in ranges for block in blocks]
-    return tuple(part for part in parts if part is not None)
+    return tuple(part.alone() for part in parts if part is not None)
 
 
 def leaving(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> LinearState | None:
