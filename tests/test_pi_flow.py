@@ -24,7 +24,7 @@ from fastgen.denoiser import Denoiser, Inputs
 from fastgen.modules.inputs import carried_names
 from fastgen.modules.segment_flow import Line, Mixture, Segment, ends, follow, followed
 from fastgen.objectives.base import Loss, State, Turn
-from fastgen.objectives.pi_flow import PiFlow, drawn_tops
+from fastgen.objectives.pi_flow import PiFlow, drawn_tops, mean_velocity
 from fastgen.policy import SegmentFlow
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy, backward_simulation, sample
@@ -259,6 +259,17 @@ def test_the_exact_student_has_no_loss(data: bool) -> None:
         losses += [float(total(objective, networks, batch, updated(count)).detach()) for count in (10, 0)]
     print(losses)
     assert min(losses[0], losses[1], losses[3]) > 1e-3 and losses[2] < 1e-12
+
+
+def test_the_mean_velocity_over_a_short_time_is_the_velocity() -> None:
+    """In float32, where the levels of the teacher's shortest steps round to one another."""
+    segment = posterior(drawn((2,), "x", 4), torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    segment = replace(segment, **{name: value.float() for name, value in vars(segment).items()})
+    x, t = drawn((2,), "y", 4).float(), torch.full((4,), 0.7)
+    s = t - torch.tensor([0.0, 1e-9, 1e-5, 0.01])
+    found, here = mean_velocity(segment, x, t, s, 16), segment.velocity(x, t)
+    assert found.isfinite().all() and torch.equal(found[:3], here[:3])
+    assert torch.allclose(found[3], here[3], rtol=0.2) and not torch.equal(found[3], here[3])
 
 
 def test_the_loss_is_the_velocity_error_at_the_states_of_the_student() -> None:

@@ -41,6 +41,7 @@ from torch import Tensor
 from fastgen import signals
 from fastgen.batch import Batch
 from fastgen.denoiser import Inputs
+from fastgen.flow.flow_maps import SHORTEST
 from fastgen.modules.segment_flow import Mixture, Segment, follow
 from fastgen.networks import Networks
 from fastgen.objectives.base import Guidance, Loss, Objective, State, Turn
@@ -176,8 +177,12 @@ def teacher_velocity(networks: Networks, batch: Batch, x: Tensor, t: Tensor, sca
 
 
 def mean_velocity(segment: Segment, x: Tensor, t: Tensor, s: Tensor, substeps: int) -> Tensor:
-    """The mean velocity of the segment's flow from x [B, ...] at t to s, [B] each; without substeps, the velocity at
-    t. Gradient flows to what predicted the segment."""
+    """The mean velocity of the segment's flow from x [B, ...] at t to s, [B] each; without substeps, and over less
+    than SHORTEST, where the difference would be rounding, the velocity at t. Gradient flows to what predicted the
+    segment."""
+    velocity = segment.velocity(x, t)
     if not substeps:
-        return segment.velocity(x, t)
-    return (x - follow(segment, x, t, s, substeps)) / expand(t - s, x)
+        return velocity
+    gap = expand(t - s, x)
+    mean = (x - follow(segment, x, t, s, substeps)) / gap.clamp_min(SHORTEST)
+    return torch.where(gap < SHORTEST, velocity, mean)
