@@ -249,6 +249,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "transition: ode": ["rollout.transition=renoise"],
         "one timestep": ["objective.source=prior"],
         "no data from which to learn": ["objective.source=prior", "objective.teach=self", "rollout.timesteps=[1.0]"],
+        "without guidance": ["objective.teach=self", "objective.guidance_scale=3.0"],
         "pairs.diagonal": ["objective.form=progressive", "objective.pairs.diagonal=0"],
         "leave out pairs.time and pairs.to_zero": [*one, "objective.source=prior", "objective.pairs.to_zero=0.25"],
         "from t = 1 to uniform levels": [*one, "objective.source=prior", "objective.pairs.time.shift=5.0"],

@@ -219,6 +219,9 @@ def test_the_student_alone_moves() -> None:
 def test_what_cannot_be_is_refused() -> None:
     for text, options in {
         "omega and kappa": {"omega": 0.5},
+        "use omega and kappa": {"teach": "data", "guidance_scale": 3.0},
+        "one number above 0": {"teach": "data", "form": "improved", "guidance_scale": 0.0},
+        "scale of the student's own": {"teach": "data", "form": "improved", "guidance_scale": (3.0, 2.0)},
         "alpha anneals": {"alpha": AlphaSchedule(first=0, last=5), "form": "improved"},
     }.items():
         with pytest.raises(ValueError, match=text):

@@ -34,7 +34,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -71,15 +71,6 @@ class AnyFlow(FlowMap):
     floor: float = Field(default=1e-5, gt=0)  # of |r|^2, here a sum over a sample, in the code a mean
     derivative: Backend = "difference"  # central differences of 5e-3: the released config
     causal: Causal = "packed"
-
-    @model_validator(mode="after")
-    def _unguided(self) -> "AnyFlow":
-        if self.guidance_scale != 1 or self.guidance_interval != (0, 1):
-            raise ValueError(
-                "any_flow learns the map of the data, without guidance: leave out guidance_scale and "
-                "guidance_interval; on_policy.guidance_scale guides the teacher"
-            )
-        return self
 
     def check(self, policy: RolloutPolicy) -> None:
         super().check(policy)

@@ -127,6 +127,11 @@ class FlowMap(Objective):
     def _possible(self) -> "FlowMap":
         if self.source == "prior" and self.teach == "self":
             raise ValueError("source: prior has no data from which to learn the diagonal; use teach: teacher")
+        if self.teach == "self" and (self.guidance_scale != 1 or self.guidance_interval != (0, 1)):
+            raise ValueError(
+                "teach: self learns the map of the data, without guidance: leave out guidance_scale and "
+                "guidance_interval; on_policy.guidance_scale guides the teacher"
+            )
         if self.form == "progressive" and not self.pairs.diagonal:
             raise ValueError("form: progressive has no information about the velocity; set pairs.diagonal above 0")
         if self.form == "progressive" and self.source == "prior":

@@ -130,6 +130,15 @@ class MeanFlow(Objective):
     def _possible(self) -> "MeanFlow":
         if self.self_guided and (self.teach == "teacher" or self.form == "improved"):
             raise ValueError("omega and kappa are for teach: data with form: original; use guidance_scale instead")
+        if self.teach == "data" and self.form == "original" and self.guidance_scale != 1:
+            raise ValueError(
+                "guidance_scale is the teacher's, or that of form: improved: with teach: data and form: original "
+                "leave it out, and use omega and kappa"
+            )
+        if self.teach == "data" and (isinstance(self.guidance_scale, tuple) or not self.guidance_scale):
+            raise ValueError(
+                "with teach: data guidance_scale is one number above 0, the scale of the student's own guidance"
+            )
         if self.alpha is not None and (self.form == "improved" or self.warmup):
             raise ValueError("alpha anneals to the original form, and is a warm-up itself; leave out form and warmup")
         return self
@@ -239,17 +248,13 @@ class MeanFlow(Objective):
             v = torch.where(expand(is_guided, x), mixed, conditional)
             return v, v
         along = student_velocity(cond)
-        scale = torch.full_like(t, self.self_guidance_scale) if inputs.guidance is None else inputs.guidance
+        assert not isinstance(self.guidance_scale, tuple)
+        scale = torch.full_like(t, self.guidance_scale) if inputs.guidance is None else inputs.guidance
         if not bool((scale != 1).any()):
             return conditional, along
         factor = expand(torch.where(is_guided, 1 - 1 / scale, 0.0).to(x), x)
         guidance = factor * (along - student_velocity(batch.uncond))
         return conditional + guidance, along
-
-    @property
-    def self_guidance_scale(self) -> float:
-        """The scale of the student's own guidance with teach: data, where the scale is not an input of the student."""
-        return self.guidance_scale[0] if isinstance(self.guidance_scale, tuple) else self.guidance_scale
 
     def guidance_input(self, policy: RolloutPolicy, batch: Batch) -> Inputs:
         """The guidance input of each sample, where the student has one: w with density w^-beta on [1, 8], by the
