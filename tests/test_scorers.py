@@ -15,7 +15,7 @@ import pytest
 import tiny_scorers as tiny
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision import transforms as tv
@@ -209,6 +209,21 @@ def test_preprocessing_is_the_librarys(name: str, files: Files) -> None:
     assert_parity(name, made(name, files[name]), photographs())
 
 
+def test_line_art_has_hpsv2s_own_score(files: Files) -> None:
+    """Its sharp edges leave [0, 1] when they are resized, which the authors' code does not clamp."""
+    random, drawn = np.random.default_rng(0), list[Image.Image]()
+    for _ in range(8):
+        picture = Image.new("RGB", (300, 260), "white")
+        for _ in range(25):
+            ends = [tuple(random.integers(0, 260, 2).tolist()) for _ in range(2)]
+            ImageDraw.Draw(picture).line(ends, fill="black", width=int(random.integers(2, 8)))
+        drawn.append(picture)
+    reward = made("hpsv2", files["hpsv2"])
+    assert_parity("hpsv2", reward, drawn)
+    whole = images.longest_side_padded(pixels(drawn[0])[None], 224)
+    assert float(whole.max()) > 1.02 > float(images.resize(pixels(drawn[0])[None], 194, 224).max())
+
+
 @pytest.mark.slow
 def test_preprocessing_of_hpsv3_is_the_librarys(files: Files) -> None:
     assert_parity("hpsv3", made("hpsv3", files["hpsv3"]), photographs())
@@ -382,6 +397,9 @@ def test_texts_are_encoded_once_and_few_are_kept(files: Files, monkeypatch: pyte
     assert torch.equal(first, reward(x, ["a cat", "a dog", "a cat"]).value)
     reward(x, ["a", "b", "c"])
     assert calls == [["a cat", "a dog"], ["a", "b", "c"]] and list(clip.texts.known) == ["b", "c"]
+    monkeypatch.setattr("fastgen.rewards.clip.TEXT_BATCH", 2)
+    clip.text([f"text {i}" for i in range(5)])
+    assert [len(texts) for texts in calls[2:]] == [2, 2, 1]
     assert torch.allclose(
         first[:2], torch.cat([reward(x[i : i + 1], [p]).value for i, p in enumerate(("a cat", "a dog"))])
     )

@@ -14,6 +14,7 @@ CLIP_FILES = (("config.json",), ("*.safetensors",))
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PATTERNS = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
 MAX_TEXTS = 4096  # number of text features that are kept
+TEXT_BATCH = 256  # texts that are encoded at once
 
 
 class Texts:
@@ -25,12 +26,13 @@ class Texts:
     def __call__(
         self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor], device: torch.device
     ) -> Tensor:
-        """encode: maps prompts to [N, D]. It is called under no_grad, and only for new prompts."""
+        """encode: maps prompts to [N, D]. It is called under no_grad, and only for new prompts, a batch at a time."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         found = {prompt: self.known[prompt] for prompt in prompts if prompt in self.known}
-        if new:
+        for start in range(0, len(new), TEXT_BATCH):
+            batch = new[start : start + TEXT_BATCH]
             with torch.no_grad():
-                found |= dict(zip(new, encode(new).cpu(), strict=True))
+                found |= dict(zip(batch, encode(batch).cpu(), strict=True))
         self.known |= found
         for prompt in list(self.known)[: max(0, len(self.known) - MAX_TEXTS)]:
             del self.known[prompt]

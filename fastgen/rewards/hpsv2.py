@@ -29,9 +29,10 @@ class HPSv2(Reward):
     arXiv 2306.09341).
 
     Input: the longer side is resized to 224, bicubic with antialiasing; the other side is padded with zeros; then the
-    picture is normalised. The official numbers depend on the version of torchvision, whose tensor resize antialiases
-    by default since 0.17. Here the resize always antialiases. A picture whose longer side is already 224 is padded
-    too, which the official code omits. Gradient: to all pixels.
+    picture is normalised. What the filter gives outside [0, 1] stays, as in the authors' code. The official numbers
+    depend on the version of torchvision, whose tensor resize antialiases by default since 0.17. Here the resize always
+    antialiases. A picture whose longer side is already 224 is padded too, which the official code omits. Gradient: to
+    all pixels.
 
     path: the folder with HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or the hub id xswu/HPSv2. The architecture is
     open_clip's ViT-H-14, or the one that an open_clip_config.json in a local folder describes."""
