@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -203,6 +204,30 @@ def test_a_reference_without_captions_gives_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="accuracy reads prompts, but the samples have the empty prompt alone"):
         reading = dataclasses.replace(config, metrics=("diversity", "accuracy"))
         evaluation.evaluate(sampler, reading, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_plain_pipeline_is_measured_on_the_prompts_that_it_knows(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not on digits, unless these are its prompts; one that knows none is refused before its weights load."""
+    config, root = EvalConfig(metrics=("throughput",)), project / "assets"
+    assert folders.with_own_prompts(root / "teachers/digits", config).reference == "digits"
+    emoji = folders.with_own_prompts(root / "emoji/teacher", config)
+    assert emoji.reference is None and emoji.prompts == str(root / "emoji/prompts.txt")
+    assert "the prompts are those of" in capsys.readouterr().out
+    given = dataclasses.replace(config, prompts=("a cat",))
+    assert folders.with_own_prompts(root / "emoji/teacher", given) is given
+    copy = tmp_path / "pipelines/unknown"
+    shutil.copytree(root / "emoji/teacher", copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"has no prompts\.txt, in it or beside it; give --prompts"):
+        folders.evaluate_path(copy, metrics="throughput")
+
+
+def test_pictures_are_compared_with_digits_only_in_the_features_of_digits(tmp_path: Path) -> None:
+    save_image(torch.rand(3, 4, 4), tmp_path / "0.png")
+    for features, reference in ((None, "digits"), ("clip", None)):
+        given = {"metrics": "fid"} | ({} if features is None else {"features": features, "clip": "a/b"})
+        assert folders.path_config(tmp_path, given)[0].reference == reference
 
 
 def test_prompts_of_ones_own_are_spread_where_the_reference_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

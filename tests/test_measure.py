@@ -25,7 +25,7 @@ from fastgen.evaluation.config import scorer_keys
 from fastgen.evaluation.evaluate import image_prompts
 from fastgen.evaluation.scoring import score_folder, score_table
 from fastgen.metrics.features import check_inception
-from fastgen.metrics.reference import sample_files
+from fastgen.metrics.reference import given_files, in_order, sample_files
 from fastgen.recipe import EvalConfig
 
 torch.set_num_threads(1)
@@ -186,6 +186,18 @@ def test_pictures_of_a_folder_have_a_prompt_each_or_one_for_all(pictures: Path) 
     for prompts in (tuple(f"picture {i}" for i in range(12)), ("one for all",)):
         config = EvalConfig(metrics=("accuracy",), num_samples=5, prompts=prompts)
         assert image_prompts(files, config) == [prompts[min(i, len(prompts) - 1)] for i in config.rows(12)]
+
+
+def test_files_whose_names_are_numbers_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    """As a file of prompts has them; overviews of `fastgen sample` are no samples."""
+    for name in ("0", "2", "10", "1", "grid", "views"):
+        save_image(torch.rand(3, 4, 4), tmp_path / f"{name}.png")
+    for read in (sample_files, lambda folder: given_files(str(folder))):
+        assert [file.stem for file in read(tmp_path)] == ["0", "1", "2", "10"]
+    save_image(torch.rand(3, 4, 4), tmp_path / "a.png")
+    assert [file.stem for file in sample_files(tmp_path)] == ["0", "1", "10", "2", "a"]
+    for ending in ("mp4", "sound.safetensors"):
+        assert in_order([Path(f"{i}.{ending}") for i in (10, 9)]) == [Path(f"{i}.{ending}") for i in (9, 10)]
 
 
 def test_the_neutral_prompts_ship() -> None:

@@ -19,9 +19,11 @@ from fastgen.backbones.unet2d import UNet2D, UNet2DConfig
 from fastgen.batch import Batch
 from fastgen.config import load_recipe
 from fastgen.denoiser import Inputs
+from fastgen.evaluation.folders import with_own_prompts
 from fastgen.modules.lora import LoraConfig
 from fastgen.networks import Networks
 from fastgen.objectives import DMD2
+from fastgen.recipe import EvalConfig
 from fastgen.registry import RecipeError
 from fastgen.rollout import RolloutPolicy
 from fastgen.sampling.sampler import Sampler, teacher_sampler
@@ -163,3 +165,7 @@ def test_what_its_call_has_not_is_refused(folder: Path, project: Path) -> None:
         load_recipe(
             project / "recipes/ddpm_cifar10_dmd2_1step.yaml", [f"backbone.path={folder}", "data.prompts=[a cat]"]
         )
+
+
+def test_an_evaluation_has_its_only_prompt(folder: Path) -> None:
+    assert with_own_prompts(folder, EvalConfig(metrics=("throughput",))).prompts == ("",)

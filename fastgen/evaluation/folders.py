@@ -15,7 +15,9 @@ from torch import Tensor
 from fastgen import noise
 from fastgen.backbones.base import Backbone
 from fastgen.data.controls import references_of
+from fastgen.data.digits import label_of
 from fastgen.data.files import check_output, write_json
+from fastgen.data.prompts import prompt_file, read_prompts
 from fastgen.evaluation.beside import (
     partial_of,
     teacher_of,
@@ -31,6 +33,7 @@ from fastgen.evaluation.evaluate import (
     find_prompts,
     find_reference,
     image_prompts,
+    takes_prompts,
     teacher_reference,
 )
 from fastgen.evaluation.measure import KEPT
@@ -44,7 +47,7 @@ from fastgen.registry import here_or_shipped
 from fastgen.rewards import SCORERS
 from fastgen.sampling.adapters import Adapter, with_adapters
 from fastgen.sampling.original import export_folder, with_teacher_first
-from fastgen.sampling.sampler import Routed, Sampler, load_sampler
+from fastgen.sampling.sampler import METADATA, Routed, Sampler, load_sampler, pipeline_config, source_of
 from fastgen.sampling.views import views
 
 VIEWED, MOST_STEPS_SHOWN = 4, 16  # samples, and steps, that a page shows from noise on
@@ -88,8 +91,9 @@ def evaluate_path(
     """`fastgen eval`: measures a run folder, an export, a diffusers pipeline folder or a folder of images.
 
     options: fields of EvalConfig; None means not given. metrics may be one text, "a,b". If the folder has a
-    recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, images are compared
-    with the held-out digits unless reference or prompts say otherwise, and all images of a folder are measured.
+    recipe.yaml, the fields that are not given come from its `eval:` section. Without a recipe, all images of a folder
+    are measured, and compared with the held-out digits where the features are those of digits, unless reference or
+    prompts say otherwise; and a pipeline has the prompts of `with_own_prompts`.
     device: by default a GPU if there is one. teacher_first: how many of a student's first steps its teacher makes
     instead (`sampling.teacher_first`), with the most of eval.teacher_steps and eval.teacher_guidance_scale. adapters:
     see `sampling.adapters`.
@@ -125,6 +129,8 @@ def evaluate_path(
         prompts = image_prompts(sample_files(path), config)
         found = Found([{"name": name, **result}], {name: kept}, {name: prompts})
     else:
+        if not own:
+            config = with_own_prompts(path, config)
         sampler = load_sampler(
             path,
             num_steps=num_steps,
@@ -139,12 +145,6 @@ def evaluate_path(
             sampler = with_teacher_first(path, sampler, teacher_first, *teacher_settings(config))
             name = f"{name}, teacher first {teacher_first}"
         sampler = with_adapters(sampler, adapters)
-        if (
-            not own
-            and sampler.backbone.output == "pixels"
-            and {config.reference, config.prompts, config.images} == {None}
-        ):
-            config = dataclasses.replace(config, reference="digits")
         found = measure_sampler(path, name, sampler, config, not student_only, not adapters, partial, progress)
         as_exported = not (student_only or adapters or teacher_first or num_steps or dtype)
         export = export_folder(path) if as_exported and len(found.rows) > len(config.teacher_steps) else None
@@ -237,6 +237,34 @@ def first_views(sampler: Sampler, prompts: Sequence[str], seed: int) -> Tensor |
     return views(sampler, first, [seed + i for i in range(len(first))])[1]
 
 
+def with_own_prompts(path: Path, config: EvalConfig) -> EvalConfig:
+    """The config for a plain pipeline of images: if neither a reference nor prompts are given, with the prompts that
+    it knows (`prompt_file`), and compared with the held-out digits if these are digits. Raises ValueError, before
+    weights load, if it knows none."""
+    folder = source_of(path)
+    given = {config.reference, config.prompts, config.images} != {None}
+    if given or (folder / METADATA).is_file() or (section := pipeline_config(folder)).output != "pixels":
+        return config
+    if not takes_prompts(section.build(torch.device("cpu"), torch.float32, 0)):
+        return dataclasses.replace(config, prompts=("",))
+    file = prompt_file(str(path))
+    if file is None:
+        raise ValueError(
+            f"{path} has no prompts.txt, in it or beside it; give --prompts, or --reference with captions"
+        )
+    if names_digits(read_prompts(file)):
+        return dataclasses.replace(config, reference="digits")
+    print(f"the prompts are those of {file}; --prompts gives others")
+    return dataclasses.replace(config, prompts=file)
+
+
+def names_digits(prompts: Sequence[str]) -> bool:
+    try:
+        return all(label_of(prompt) >= 0 for prompt in prompts)
+    except ValueError:
+        return False
+
+
 def is_image_folder(path: Path) -> bool:
     return not any((path / name).is_file() for name in ("model_index.json", "fastgen.json", "recipe.yaml"))
 
@@ -253,7 +281,8 @@ def path_config(path: Path, given: Mapping[str, Any]) -> tuple[EvalConfig, bool]
     values |= {**given, "scorers": merged_scorers(values.get("scorers", {}), given.get("scorers", {}))}
     if isinstance(values.get("metrics"), str):
         values["metrics"] = tuple(name.strip() for name in values["metrics"].split(",") if name.strip())
-    if not own and is_image_folder(path) and not set(values.get("metrics", ())) <= set(SCORERS):
+    compared = not set(values.get("metrics", ())) <= set(SCORERS) and values.get("features", "digits") == "digits"
+    if not own and is_image_folder(path) and compared:
         values = {"reference": "digits"} | values
     if "metrics" not in values:
         raise ValueError(

@@ -18,7 +18,6 @@ from fastgen.data.pictures import image_files, picture_size, read_picture
 from fastgen.data.sounds import is_sound, sound_files, text_file
 from fastgen.data.tables import read_text
 from fastgen.registry import here_or_shipped
-from fastgen.sampling.sampler import sha256
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Reference:
         return Reference(self.name, tuple(self.prompts[i] for i in rows), read, self.facts)
 
 
+OVERVIEWS = ("grid.png", "views.png")
 TEACHER = "teacher"  # names the teacher's own samples, which a sampler makes
 
 
@@ -64,7 +64,7 @@ def drawn_reference(
 
 def open_reference(name: str) -> Reference:
     """The images of a name. "digits" gives the 599 held-out digits, with prompts such as "a handwritten three". Any
-    other name is a folder, whose images are sorted by name, with the prompts of `captions`.
+    other name is a folder, whose images are `in_order`, with the prompts of `captions`.
 
     Raises ValueError if the folder has no images, or captions for only some of them."""
     if name == "digits":
@@ -82,23 +82,31 @@ def open_reference(name: str) -> Reference:
 
 
 def sample_files(folder: Path) -> list[Path]:
-    """The images of a folder, sorted by name, without grid.png, the overview that `fastgen sample` adds.
+    """The images of a folder, `in_order`, without the overviews that `fastgen sample` adds.
 
     Raises ValueError if there are none."""
-    files = [file for file in image_files(folder) if file.name != "grid.png"]
+    files = [file for file in image_files(folder) if file.name not in OVERVIEWS]
     if not files:
-        raise ValueError(f"{folder} contains no images except the overview grid.png")
-    return files
+        raise ValueError(f"{folder} contains no images except overviews ({', '.join(OVERVIEWS)})")
+    return in_order(files)
+
+
+def in_order(files: Sequence[Path]) -> list[Path]:
+    """Sorted by name; by number if all names are numbers, so that 10.png comes after 9.png."""
+    stems = {file: file.name.partition(".")[0] for file in files}
+    if all(stem.isdecimal() for stem in stems.values()):
+        return sorted(files, key=lambda file: (int(stems[file]), file.name))
+    return sorted(files)
 
 
 def given_files(folder: str) -> list[Path]:
-    """The pictures that samples are made from, or the control videos, or the sounds, sorted by name. Raises ValueError
+    """The pictures that samples are made from, or the control videos, or the sounds, `in_order`. Raises ValueError
     if there are none, or if one cannot be read; from their headers alone."""
     where = here_or_shipped(folder)
     if sounds := sound_files(where):
-        return sounds
+        return in_order(sounds)
     if holds_controls(where):
-        videos = VIDEOS.files(where)
+        videos = in_order(VIDEOS.files(where))
         for video in videos:
             control_of(video).header()
         return videos
@@ -170,6 +178,8 @@ def check_one_size(files: Sequence[Path]) -> None:
 def hash_files(files: Sequence[Path]) -> str:
     """The sha256 over the names and contents of the files, in order. A file is read once as long as it stays as it
     is."""
+    from fastgen.sampling.sampler import sha256  # its backbones take a second to import
+
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
