@@ -17,6 +17,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from fastgen.backbones.gaussian_mixture import GaussianMixture, GaussianMixtureConfig
+from fastgen.backbones.sd3 import SD3Config
+from fastgen.backbones.unet2d import UNet2DConfig
 from fastgen.config import load_recipe
 from fastgen.config.stored import dump_recipe
 from fastgen.data.digits import label_of, load_digits, prompt_for
@@ -41,12 +43,10 @@ POINT_METRICS = ("energy_distance", "mean_error", "cov_error", "mode_share_error
 class PixelBackbone:
     output, takes_given = "pixels", False
     device, dtype, law = torch.device("cpu"), torch.float32, None
+    config = SD3Config(path="assets/teachers/digits")
 
     def encode_both(self, prompts: Sequence[str]) -> None:
         """Nothing: its samplers read prompts as they are."""
-
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"digit": (1,)}
 
 
 class CopyingSampler:
@@ -188,8 +188,7 @@ def test_a_reference_without_captions_gives_no_prompts(tmp_path: Path) -> None:
     """Samples of the empty prompt would be measured as if they were asked for. A UNet without prompts has no other."""
 
     class Unconditional(PixelBackbone):
-        def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-            return {"nothing": (0,)}
+        config = UNet2DConfig(path="google/ddpm-cifar10-32")  # type: ignore[assignment]
 
     for i in range(4):
         save_image(load_digits("test")[0][i], tmp_path / f"{i}.png")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fastgen.backbones.pipeline import PipelineBackbone
 from fastgen.train import main
@@ -127,6 +128,14 @@ def test_prompts_that_cannot_be_used(
 ) -> None:
     """Those of an evaluation would be found after the last update."""
     assert words in refusal(capsys, tmp_path, *overrides)
+
+
+def test_a_reference_without_captions_gives_no_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"photos/{name}.png")
+    reference = f"eval.reference={tmp_path / 'photos'}"
+    assert "have no texts next to them; add them" in refusal(capsys, tmp_path, reference, "eval.metrics=[fid]")
 
 
 def test_points_have_no_activations_to_spare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,7 @@ class BackboneConfig(ABC):
     has_exact_law: ClassVar[bool] = False  # whether the teacher is a formula, whose samples and scores are exact
     takes_image: ClassVar[bool] = False  # whether every sample is made from a given image, besides its prompt
 
+    takes_prompts: ClassVar[bool] = True  # whether its networks are told anything of a prompt
     takes_added_inputs: ClassVar[bool] = True  # whether inputs can be added to its networks
 
     @property

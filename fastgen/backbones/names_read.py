@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import diffusers
-
 from fastgen.backbones.folder import read_json
 
 # of an attention over the places of a picture, as diffusers stored it before its version 0.17 (VAEs, UNet2DModel)
@@ -20,6 +18,8 @@ def names_read(part: Path, stored: Iterable[str]) -> dict[str, str]:
     """name of a tensor in the network -> its name in a file, of those that diffusers reads. part: the folder of the
     component, whose config.json names the class. Wan's image-to-video networks on the hub, for example, hold a norm
     that their class does not have."""
+    import diffusers  # a command that only checks its arguments does not load it
+
     cls = getattr(diffusers, str(read_json(part / "config.json").get("_class_name")), None)
     left_out = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
     return {name_read(key): key for key in stored if not any(re.search(pattern, key) for pattern in left_out)}

@@ -30,6 +30,7 @@ class UNet2DConfig(DiscreteConfig):
     output: ClassVar[Output] = "pixels"
     pipelines: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
     prompt_keys: ClassVar[tuple[str, ...]] = ()
+    takes_prompts: ClassVar[bool] = False
     takes_added_inputs: ClassVar[bool] = False
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ from fastgen.data.prompts import PromptData, read_prompts
 from fastgen.data.sounds import check_whole
 from fastgen.data.videos import check_lengths
 from fastgen.metrics import METRICS
-from fastgen.metrics.reference import given_files, open_reference
+from fastgen.metrics.reference import TEACHER, given_files, need_captions, open_reference
 from fastgen.recipe import Recipe
 from fastgen.registry import RecipeError
 
@@ -71,14 +71,17 @@ def check_data_part(recipe: Recipe) -> None:
 
 
 def check_measured(recipe: Recipe) -> None:
-    """Checks the prompts of an evaluation, as far as files say them: one of several students has some, metrics can
-    read them, and those which compare the samples of a prompt find two, at the end of training and during it."""
+    """Checks the prompts of an evaluation, as far as files say them: there are some, one of several students has some,
+    metrics can read them, and those which compare the samples of a prompt find two, at the end of training and during
+    it."""
     config, part, metrics = recipe.eval, recipe.part, [METRICS[name] for name in recipe.eval.metrics]
-    compares = any(metric.compares_within_prompts for metric in metrics)
     if config.prompts is not None:
         prompts: Sequence[str] = read_prompts(config.prompts)
-    elif (compares or part is not None) and config.reference is not None and config.images is None:
+    elif config.reference not in (None, TEACHER) and config.images is None:
+        assert config.reference is not None
         prompts = open_reference(config.reference).prompts
+        if recipe.backbone.takes_prompts:
+            need_captions(prompts, config.reference)
     else:
         return
     kept = [prompt for prompt in prompts if part is None or part.has(prompt)]
@@ -86,7 +89,7 @@ def check_measured(recipe: Recipe) -> None:
         raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index if part else 0} (part)")
     for metric in metrics:
         metric.check_prompts(kept)
-    for each in (config.quick(), config) if compares else ():
+    for each in (config.quick(), config):
         each.check_repeats(kept)
 
 

@@ -1,7 +1,6 @@
 """Evaluation: draws samples from prompts and seeds, measures them, and records what repeating the numbers needs."""
 
 import hashlib
-import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -230,7 +229,7 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         found = given_prompts(config.images)
     elif reference is not None:
         found = reference.prompts
-        if takes_prompts(sampler.backbone):
+        if sampler.backbone.config.takes_prompts:
             need_captions(found, reference.name)
     elif sampler.backbone.law is not None:
         seed = noise.make_key(config.seed, "eval prompts")
@@ -246,11 +245,6 @@ def find_prompts(sampler: Sampler, config: EvalConfig, reference: Reference | No
         if not found:
             raise ValueError(f"none of the prompts belongs to student {sampler.part.index}; give others")
     return chosen(found, config)
-
-
-def takes_prompts(backbone: Any) -> bool:
-    """Whether the networks of a pipeline are told anything of a prompt."""
-    return any(math.prod(shape) for shape in backbone.prompt_shapes().values())
 
 
 def find_images(sampler: Sampler, config: EvalConfig) -> list[Path] | None:

@@ -33,7 +33,6 @@ from fastgen.evaluation.evaluate import (
     find_prompts,
     find_reference,
     image_prompts,
-    takes_prompts,
     teacher_reference,
 )
 from fastgen.evaluation.measure import KEPT
@@ -245,7 +244,7 @@ def with_own_prompts(path: Path, config: EvalConfig) -> EvalConfig:
     given = {config.reference, config.prompts, config.images} != {None}
     if given or (folder / METADATA).is_file() or (section := pipeline_config(folder)).output != "pixels":
         return config
-    if not takes_prompts(section.build(torch.device("cpu"), torch.float32, 0)):
+    if not section.takes_prompts:
         return dataclasses.replace(config, prompts=("",))
     file = prompt_file(str(path))
     if file is None:
