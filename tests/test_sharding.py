@@ -92,6 +92,16 @@ def test_one_reduction_an_update_is_that_of_every_micro_batch(tmp_path: Path) ->
         assert once[turn]["reduce"][0] == 1  # of the block, which alone has adapters
 
 
+def test_inputs_of_an_adapter_are_sharded_with_its_base(tmp_path: Path) -> None:
+    """Otherwise their gradients would be clipped and stepped together with those of shards, which torch refuses."""
+    wan = WAN | {"path": str(tiny_wan(tmp_path / "wan", layers=1))}
+    recipe, updates = case(wan, {"condition_on_stop": True})
+    recipe["lora"] = {"student": {"rank": 2}, "fake_score": {"rank": 2}}
+    (found,) = measured(tmp_path, 2, [(recipe, updates)])
+    assert found["fake_score"]["reduce"][0] == 2  # of the block's adapters, and of the table
+    assert found["student"]["reduce"][0] == 1
+
+
 @pytest.mark.slow
 def test_one_expert_an_update_on_all_processes(tmp_path: Path) -> None:
     """As Wan 2.2 A14B: every turn calls one expert of each network, and computes the rows that are wanted: of the

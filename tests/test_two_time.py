@@ -380,6 +380,24 @@ def test_an_adapter_has_its_own_inputs_and_so_has_its_average(tmp_path: Path) ->
     assert (found - before).abs().max() < 1e-4
 
 
+def test_an_adapter_on_experts_has_inputs_for_each(tmp_path: Path) -> None:
+    """Their tables are of the adapter's dtype, each expert is told by its own, and all are exported."""
+    wan = WanConfig(path=str(tiny_wan(tmp_path / "wan", experts=2, layers=1)), height=32, width=32, num_frames=5)
+    backbone = wan.build(CPU, torch.float64, 0, ADAPTED)
+    student = fill_inputs(lora_student(backbone))
+    tables = {name: p for name, p in student.named_parameters() if name.startswith("inputs.")}
+    assert list(tables) == ["inputs.0.s.weight", "inputs.1.s.weight"]
+    assert {p.dtype for p in student.parameters()} == {torch.float64}
+    before = Sampler(backbone, student, FOUR_JUMPS).sample(["a cat"], [0])
+    with torch.no_grad():
+        tables["inputs.1.s.weight"].neg_()
+    after = Sampler(backbone, student, FOUR_JUMPS).sample(["a cat"], [0])
+    assert (after - before).abs().max() > 1e-3
+    backbone.save_pipeline(student, FOUR_JUMPS, tmp_path / "export")
+    found = Sampler(backbone, backbone.load_exported(tmp_path / "export"), FOUR_JUMPS).sample(["a cat"], [0])
+    assert (found - after).abs().max() < 1e-4
+
+
 def test_an_exported_adapter_with_inputs_is_a_whole_pipeline(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     raw = yaml.safe_load((root / "recipes/digits_dmd2_4step.yaml").read_text())

@@ -86,8 +86,9 @@ def merged(
     Only the adapter is held. Raises ValueError if it has a layer that the files do not have."""
     assert student.role is not None
     config, adapter = student.shared.configs[student.role], dict(values)
+    expert = "" if student.boundaries else "0."  # experts are in the names
     for name in [name for name in adapter if name.startswith("inputs.")]:
-        tables[f"0.{name.removeprefix('inputs.')}"] = adapter.pop(name)
+        tables[expert + name.removeprefix("inputs.")] = adapter.pop(name)
     factor, files = (config.alpha or config.rank) / config.rank, dict[Any, TensorFile]()
     for name, (path, key) in weights.items():
         files[path] = files.get(path) or TensorFile(path)

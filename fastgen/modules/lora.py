@@ -41,7 +41,7 @@ class SharedBase:
         self.guidance: dict[str | None, float] = {}  # role -> the scale its network is told, see Denoiser.tell
         self._layers: list[Any] = []  # peft's, which hold the adapters
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self._embeddings: dict[str | None, nn.Module] = {None: denoiser.time_embedding}
+        self._embeddings: dict[str | None, list[nn.Module]] = {None: self.embeddings()}  # one per expert
         self._role: str | None = None
 
     def add(self, role: str, config: LoraConfig) -> "LoraDenoiser":
@@ -98,10 +98,10 @@ class SharedBase:
             role: {n.replace(f".{role}.", "."): p for n, p in named.items() if is_adapter_parameter(n, role)}
             for role in self.configs
         }
-        for role, embedding in self._embeddings.items():
-            if role is not None:
-                tables = embedding.tables.named_parameters()  # type: ignore[union-attr, operator]
-                self._parameters[role] |= {f"inputs.{name}": p for name, p in tables}
+        for role in self.inputs:
+            tables = self.tables(role)
+            added = (tables[0] if len(tables) == 1 else nn.ModuleList(tables)).named_parameters()
+            self._parameters[role] |= {f"inputs.{name}": p for name, p in added}
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter's own parameters, named as in the base, without the adapter's name."""
@@ -117,19 +117,43 @@ class SharedBase:
             values = {"_disable_adapters": role is None, "_active_adapter": [] if role is None else [role]}
             vars(layer).update(values)  # without nn.Module's __setattr__: there are hundreds of layers
         if len(self._embeddings) > 1:
-            self.denoiser.set_time_embedding(self._embeddings.get(role, self._embeddings[None]))
+            embeddings = self._embeddings.get(role, self._embeddings[None])
+            for member, embedding in zip(self.denoiser.members, embeddings, strict=True):
+                member.set_time_embedding(embedding)
         self.denoiser.tell(self.guidance.get(role))
         self._role = role
 
     def add_inputs(self, role: str, counts: Mapping[str, int], dim: int, levels: Sequence[str] = ()) -> None:
-        """Adds inputs for one role, which gets a time embedder of its own, around the shared one."""
+        """Adds inputs for one role, which gets a time embedder of its own, around the shared one; of experts, for each
+        of them. Their tables are where the base is, unless it has no weights yet (`with_tables`)."""
         self.switch(None)
+        device = next(self.denoiser.parameters()).device
         self.denoiser.add_inputs(counts, dim, levels)
         self.inputs[role] = (counts, dim, levels)
-        self._embeddings[role] = self.denoiser.time_embedding
+        self._embeddings[role] = self.embeddings()
+        for table in self.tables(role):
+            table.to("cpu" if device.type == "meta" else device, self.dtype)
         self.refresh()
         self.switch(None)
-        self.denoiser.set_time_embedding(self._embeddings[None])
+
+    def embeddings(self) -> list[nn.Module]:
+        """The time embedders that are in place, one per expert."""
+        return [member.time_embedding for member in self.denoiser.members]
+
+    def tables(self, role: str) -> list[nn.Module]:
+        """The tables of a role's added inputs, of each expert."""
+        return [embedding.tables for embedding in self._embeddings[role]]  # type: ignore[misc]
+
+    @contextmanager
+    def with_tables(self) -> Iterator[None]:
+        """Inside, the tables of all roles are parts of the network, to be sharded and moved with it."""
+        for number, member in enumerate(self.denoiser.members):
+            member.role_tables = nn.ModuleDict({role: self.tables(role)[number] for role in self.inputs})
+        try:
+            yield
+        finally:
+            for member in self.denoiser.members:
+                del member.role_tables
 
     @contextmanager
     def using(self, role: str | None) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Literal
 
@@ -119,15 +120,17 @@ def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, recipe: Recip
     """Applies `fully_shard` to every role in place, frozen ones included. A base that roles share is sharded once."""
     mesh, dtype = mesh_of(recipe, accelerator), gathered_dtype(recipe)
     weights = backbone.weights()
+    shared = backbone.shared
     roots = [module for module in modules.values() if not isinstance(module, LoraDenoiser)]
-    for module in roots if backbone.shared is None else (*roots, backbone.shared.denoiser):
-        if isinstance(module, Denoiser):
-            shard(module, module.shard_modules, mesh, accelerator.device, weights, stored_name, dtype)
-            module.gathered_dtype = dtype
-        else:
-            shard(module, (), mesh, accelerator.device, weights, stored_name)
-    if backbone.shared is not None:
-        backbone.shared.refresh()
+    with nullcontext() if shared is None else shared.with_tables():
+        for module in roots if shared is None else (*roots, shared.denoiser):
+            if isinstance(module, Denoiser):
+                shard(module, module.shard_modules, mesh, accelerator.device, weights, stored_name, dtype)
+                module.gathered_dtype = dtype
+            else:
+                shard(module, (), mesh, accelerator.device, weights, stored_name)
+    if shared is not None:
+        shared.refresh()
 
 
 def mesh_of(recipe: Recipe, accelerator: Accelerator) -> DeviceMesh:
