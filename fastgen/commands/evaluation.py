@@ -43,7 +43,8 @@ def evaluate(
         int | None,
         typer.Option(
             min=2,
-            help="How many samples to measure. By default the number in the run's recipe, or all images of a folder.",
+            help="How many samples to measure. By default the number in the run's recipe, or all images of a folder, "
+            "or 599 of any other pipeline.",
         ),
     ] = None,
     seed: Annotated[

@@ -27,8 +27,8 @@ StepsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="The number of steps. Only for a pipeline that was not distilled, or for a flow map; any other has its "
-        "own number.",
+        help="The number of steps. Only for a pipeline that was not distilled, a flow map, or a student of several "
+        "numbers (rollout.step_counts); any other has its own number.",
     ),
 ]
 GuidanceOption = Annotated[

@@ -22,7 +22,7 @@ all steps are then matched to the teacher *together*, not each step on its own. 
 extension) the fake score is conditioned on the stop index, and the output of every step is matched to the teacher by
 itself.
 
-Two options take a few lines each, and are off by default:
+Three options take a few lines each, and are off by default:
     ca_time    Decoupled DMD (arXiv 2511.22677). Guidance is taken out of the score difference and becomes a separate
                term. That term has its own renoising, to a level t' below the level t_k of the executed step:
                    g = lambda_DM (mu_fake - mu_real)(x_t) / n  -  (w - 1) (mu_real - mu_uncond)(x_t') / n'
