@@ -8,14 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from measure_collectives import measure_all
 from processes import in_processes
 from tiny_pipelines import tiny_sd
 from tiny_wan import tiny_wan
 
-from fastgen.config import load_recipe
+from fastgen.batch import Conditioning
+from fastgen.config import build_recipe, load_recipe
+from fastgen.networks import frozen
 from fastgen.registry import RecipeError
-from fastgen.run.distributed import check_shard_group
+from fastgen.run.build import build
+from fastgen.run.distributed import check_shard_group, start
 
 DIGITS = Path(__file__).parents[1] / "recipes/digits_dmd2_4step.yaml"
 SD = {"name": "sd", "resolution": 32}
@@ -100,6 +104,26 @@ def test_inputs_of_an_adapter_are_sharded_with_its_base(tmp_path: Path) -> None:
     (found,) = measured(tmp_path, 2, [(recipe, updates)])
     assert found["fake_score"]["reduce"][0] == 2  # of the block's adapters, and of the table
     assert found["student"]["reduce"][0] == 1
+
+
+def through_a_frozen_adapter(recipe: dict[str, Any]) -> None:
+    built = build_recipe(recipe)
+    fake = build(built, start(built)).networks.fake_score
+    x = torch.ones(1, 2, 4, 4, 4, requires_grad=True)
+    cond = Conditioning(prompt_embeds=torch.ones(1, 16, 16))
+    with frozen(fake):
+        out = fake(x, torch.full((1,), 0.5), cond)
+    out.square().sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert all(p.requires_grad and p.grad is None for p in fake.parameters())
+
+
+def test_a_frozen_adapter_is_frozen_where_it_is_recomputed(tmp_path: Path) -> None:
+    """As the generator's side of DMD2's GAN is, in blocks that are whole while the backward pass is in them."""
+    wan = WAN | {"path": str(tiny_wan(tmp_path / "wan", layers=1))}
+    recipe, _ = case(wan, gradient_checkpointing=True)
+    recipe["lora"] = {"student": {"rank": 2}, "fake_score": {"rank": 2}}
+    in_processes(tmp_path, 2, through_a_frozen_adapter, recipe)
 
 
 @pytest.mark.slow

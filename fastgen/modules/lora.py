@@ -27,6 +27,7 @@ from fastgen.schedule import PredictionType
 
 AVERAGE = "average"  # the adapter that holds the student's moving average
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Place = tuple[nn.Module, str]  # of a parameter: its module, and its name there
 
 
 class SharedBase:
@@ -40,7 +41,7 @@ class SharedBase:
         self.inputs: dict[str, tuple[Mapping[str, int], int, Sequence[str]]] = {}  # role -> how add_inputs extended it
         self.guidance: dict[str | None, float] = {}  # role -> the scale its network is told, see Denoiser.tell
         self._layers: list[Any] = []  # peft's, which hold the adapters
-        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._places: dict[str, dict[str, Place]] = {}  # role -> name of a parameter -> where it is
         self._embeddings: dict[str | None, list[nn.Module]] = {None: self.embeddings()}  # one per expert
         self._role: str | None = None
 
@@ -92,20 +93,21 @@ class SharedBase:
         return LoraDenoiser(self, role) if role in self.configs else self.add(role, config)
 
     def refresh(self) -> None:
-        """Looks up the adapters' parameters again, after they have been replaced (by `fully_shard`)."""
-        named = dict(self.denoiser.named_parameters())
-        self._parameters = {
-            role: {n.replace(f".{role}.", "."): p for n, p in named.items() if is_adapter_parameter(n, role)}
+        """Looks up where the adapters' parameters are."""
+        found = places(self.denoiser)
+        self._places = {
+            role: {n.replace(f".{role}.", "."): place for n, place in found.items() if is_adapter_parameter(n, role)}
             for role in self.configs
         }
         for role in self.inputs:
             tables = self.tables(role)
-            added = (tables[0] if len(tables) == 1 else nn.ModuleList(tables)).named_parameters()
-            self._parameters[role] |= {f"inputs.{name}": p for name, p in added}
+            added = places(tables[0] if len(tables) == 1 else nn.ModuleList(tables))
+            self._places[role] |= {f"inputs.{name}": place for name, place in added.items()}
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters, named as in the base, without the adapter's name."""
-        return self._parameters[role]
+        """The adapter's own parameters, named as in the base, without the adapter's name. They are looked up at every
+        call: while a sharded block runs, also in the backward pass, whole ones are in their place."""
+        return {name: getattr(module, own) for name, (module, own) in self._places[role].items()}
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The weights that all roles share."""
@@ -175,6 +177,15 @@ class SharedBase:
                 layer.merge(adapter_names=[role])
                 whole.set_submodule(name, layer.get_base_layer())
         return whole
+
+
+def places(module: nn.Module) -> dict[str, Place]:
+    """Where the parameters of a module are, by name."""
+    return {
+        f"{prefix}.{own}".removeprefix("."): (part, own)
+        for prefix, part in module.named_modules()
+        for own, _ in part.named_parameters(recurse=False)
+    }
 
 
 def ends(name: str, target: str) -> bool:

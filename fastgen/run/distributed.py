@@ -129,8 +129,6 @@ def shard_roles(modules: dict[str, nn.Module], backbone: Backbone, recipe: Recip
                 module.gathered_dtype = dtype
             else:
                 shard(module, (), mesh, accelerator.device, weights, stored_name)
-    if shared is not None:
-        shared.refresh()
 
 
 def mesh_of(recipe: Recipe, accelerator: Accelerator) -> DeviceMesh:
