@@ -315,7 +315,7 @@ def plan_turn(
             collections = [dict[str, object]() for _ in range(recipe.train.accumulate if turn.collects else 0)]
             for shared in collections:
                 batch = dataclasses.replace(batch, shared=shared)
-                recipe.objective.collect(turn, networks, batch, {})
+                recipe.objective.collect(turn, networks, batch, dict(state))
             for loss in losses(recipe, turn, networks, batch, state):
                 (loss.total / recipe.train.accumulate).backward()
     for remove in hooks:
