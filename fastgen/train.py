@@ -274,7 +274,8 @@ def measure(run: TrainingRun, step: int, log: RunLog) -> None:
         log.record(step, {f"eval/{name}": value for name, value in quick_metrics(run).items()})
     except ValueError as error:
         log.warn(step, str(error))
-        tqdm.write(f"warning at step {step}: {error}", file=sys.stderr)
+        if run.accelerator.is_main_process:
+            tqdm.write(f"warning at step {step}: {error}", file=sys.stderr)
 
 
 def writing(run: TrainingRun, folder: Path) -> Checkpoints:

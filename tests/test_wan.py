@@ -357,7 +357,7 @@ def test_features_of_two_experts_are_refused_and_of_one_are_not(folders: dict[in
         experts(x[:2], t[:2], cond.select(slice(0, 2)))
         experts(x[2:], t[2:], cond.select(slice(2, 3)))
         assert [len(f) for f in features] == [2, 2, 1, 1] and len(experts.feature_modules) == 2
-        with pytest.raises(ValueError, match="draw them within one expert"):
+        with pytest.raises(ValueError, match="features come from a single expert"):
             experts(x, t, cond)
     experts(x, t, cond)
 

@@ -102,7 +102,8 @@ def watch(run: TrainingRun, step: int, log: RunLog, marks: Mapping[str, Tensor],
     log.record(step, {f"health/{name}": value for name, value in seen.items()})
     for warning in warnings:
         log.warn(step, warning)
-        tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
+        if run.accelerator.is_main_process:
+            tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
     stop = torch.tensor(float(bool(warnings and config.stop)), device=run.accelerator.device)
     if run.accelerator.reduce(stop, "sum") > 0:
         raise TrainingError(f"health.stop: {warnings[0] if warnings else 'another process saw a warning'}")

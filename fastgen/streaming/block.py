@@ -22,8 +22,9 @@ class Block(NamedTuple):
         begin, count = (first - self.frames.start) * tokens, (last - first) * tokens
         return Block(range(first, last), self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count))
 
-    def alone(self) -> "Block":
-        """The same block, in memory of its own where it shares that of frames beside it, so that they can be freed."""
-        if self.keys.untyped_storage().nbytes() == self.keys.nbytes:
-            return self
-        return Block(self.frames, self.keys.clone(), self.values.clone())
+    def cut(self, frames: range) -> "Block | None":
+        """As `part`, but a part that is not the whole block has memory of its own, so that the rest can be freed."""
+        part = self.part(frames)
+        if part is None or part.frames == self.frames:
+            return part
+        return Block(part.frames, part.keys.clone(), part.values.clone())

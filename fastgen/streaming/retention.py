@@ -25,8 +25,8 @@ def kept(chunks: ChunkSchedule, blocks: Sequence[Block], following: range, passe
         blocks = [sink, *rest]
     if chunks.slow and gone:
         blocks = absorbed(chunks, blocks, gone, passes)
-    parts = [block.part(frames) for frames in ranges for block in blocks]
-    return tuple(part.alone() for part in parts if part is not None)
+    parts = [block.cut(frames) for frames in ranges for block in blocks]
+    return tuple(part for part in parts if part is not None)
 
 
 def leaving(chunks: ChunkSchedule, blocks: Sequence[Block], following: range) -> LinearState | None:
@@ -61,7 +61,7 @@ def absorbed(chunks: ChunkSchedule, blocks: Sequence[Block], gone: range, passes
             part = left.part(range(frame, frame + 1))
             assert part is not None
             slow = renewed(slow, part, chunks.slow_similarity, passes)
-    rest = (block.part(range(gone.stop, block.frames.stop)) for block in blocks)
+    rest = (block.cut(range(gone.stop, block.frames.stop)) for block in blocks)
     return [block for block in (sink, slow, *rest) if block is not None]
 
 
