@@ -21,8 +21,9 @@ CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """value: [B] float32, higher is better. valid: [B] bool. An invalid sample adds nothing to a loss (over
-    which samples that is a mean, each objective says); its value 0 is a placeholder, not a score. parts: [B] each, detached, for logging."""
+    """value: [B] float32, higher is better. valid: [B] bool. An invalid sample adds nothing to a loss (over which
+    samples that is a mean, each objective says); its value 0 is a placeholder, not a score. parts: [B] each, detached,
+    for logging."""
 
     value: Tensor
     valid: Tensor
