@@ -41,7 +41,6 @@ if __name__ == "__main__":  # here, because the imports below take seconds, and 
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import signal
 import threading
 import time
@@ -181,15 +180,9 @@ def continue_run(run: TrainingRun, path: Path, console: Console) -> Progress:
         set_aside(run.recipe, path)
     again = f", which comes from {named}; to go back there again, move the later checkpoints away"
     console.print(f"continuing from {path.name}{again if named not in (None, path.name) else ''}", markup=False)
-    if counters.get("data", data_mark(run)) != data_mark(run):
+    if counters.get("data", run.data_mark) != run.data_mark:
         console.print(OTHER_DATA, style="yellow", markup=False)
     return Progress(counters["step"], counters["position"], counters["last_good"], counters["step"])
-
-
-def data_mark(run: TrainingRun) -> str:
-    """What tells the data of a run from others: the prompts of its first samples, whose order depends on all of
-    them."""
-    return hashlib.sha256("\n".join(run.prompts).encode()).hexdigest()
 
 
 def train_networks(
@@ -299,7 +292,7 @@ def save(run: TrainingRun, checkpoints: Checkpoints, progress: Progress, log: Ru
         "last_good": progress.good,
         "samples_per_update": samples_per_update(run.recipe, run.accelerator),
         "resumed_from": run.recipe.train.resume_from,
-        "data": data_mark(run),
+        "data": run.data_mark,
         "watch": dataclasses.asdict(run.watch.memory),
     }
     checkpoints.save(run.saved, run.optimizers, run.state, counters)

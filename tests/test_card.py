@@ -141,6 +141,7 @@ def test_the_last_picture_is_copied(tmp_path: Path) -> None:
     copy_pictures(tmp_path, tmp_path, 10)  # there are none yet
     for name, colour in (("step_00000001", "red"), ("step_00000010", "blue")):
         Image.new("RGB", (2, 2), colour).save(tmp_path / "samples" / f"{name}.png")
+    (tmp_path / "samples/step_00000001_mine.png").write_bytes(b"a user's own")
     (tmp_path / "export").mkdir()
     copy_pictures(tmp_path, tmp_path / "export", 9)
     assert Image.open(tmp_path / "export/samples/student.png").getpixel((0, 0)) == (255, 0, 0), "not a later one"

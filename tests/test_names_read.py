@@ -1,22 +1,20 @@
 """Pipelines whose files are as old as those on the hub: diffusers reads them, so everything here has to."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMPipeline,
-    DDPMScheduler,
     StableDiffusionPipeline,
-    UNet2DModel,
-    WanTransformer3DModel,
 )
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import tiny_sd
+from tiny_pipelines import tiny_sd, tiny_unet2d
 from tiny_wan_i2v import tiny_wan_i2v
 
 from fastgen.backbones.base import RoleOptions
 from fastgen.backbones.names_read import OLD, names_read
+from fastgen.backbones.pipeline_config import PipelineConfig
 from fastgen.backbones.unet2d import UNet2DConfig
 from fastgen.backbones.wan_i2v import WanI2VConfig
 from fastgen.exporting.files import write_file
@@ -55,6 +53,21 @@ def test_only_the_attention_of_pictures_is_renamed(tmp_path: Path) -> None:
     }
 
 
+def check_exports(config: PipelineConfig, part: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """A student is exported, whole and with an adapter added, and started from, with these tensors."""
+    policy = RolloutPolicy((1.0, 0.5))
+    backbone: Any = config.build(CPU, torch.float32, 0)
+    backbone.save_pipeline(backbone.load("student"), policy, folder / "export")
+    exported = load_file(folder / "export" / part / FILE)
+    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
+    config.check_start(folder / "export")
+
+    adapted: Any = config.build(CPU, torch.float32, 0, RoleOptions(adapters={"student": LoraConfig(rank=2)}))
+    student = adapted.load("student")
+    adapted.save_values(student, gathered(student), policy, folder / "merged", whole=True)
+    assert load_file(folder / "merged" / part / FILE).keys() == tensors.keys()
+
+
 def test_a_tensor_that_diffusers_ignores_is_in_no_export_and_no_start(tmp_path: Path) -> None:
     """Wan 2.1's image-to-video networks store a norm that their class does not have."""
     base = tiny_wan_i2v(tmp_path / "base", "clip")
@@ -63,44 +76,16 @@ def test_a_tensor_that_diffusers_ignores_is_in_no_export_and_no_start(tmp_path: 
     save_file(clean | {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}, file, {"format": "pt"})
     config = WanI2VConfig(path=str(base), height=16, width=32, num_frames=5, max_sequence_length=16)
     config.check()
-    policy = RolloutPolicy((1.0, 0.5))
-    backbone = config.build(CPU, torch.float32, 0)
-    backbone.save_pipeline(backbone.load("student"), policy, tmp_path / "export")
-    exported = load_file(tmp_path / "export/transformer" / FILE)
-    assert exported.keys() == clean.keys() and all(torch.equal(exported[name], clean[name]) for name in clean)
-    config.check_start(tmp_path / "export")
-
-    adapted = config.build(CPU, torch.float32, 0, RoleOptions(adapters={"student": LoraConfig(rank=2)}))
-    student = adapted.load("student")
-    adapted.save_values(student, gathered(student), policy, tmp_path / "merged", whole=True)
-    assert load_file(tmp_path / "merged/transformer" / FILE).keys() == clean.keys()
-    WanTransformer3DModel.from_pretrained(tmp_path / "export", subfolder="transformer")
+    check_exports(config, "transformer", clean, tmp_path)
 
 
 def test_old_names_of_a_student_become_those_of_today(tmp_path: Path) -> None:
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "base")
-    tensors = make_old(tmp_path / "base/unet")
-    config, policy = UNet2DConfig(path=str(tmp_path / "base")), RolloutPolicy((1.0, 0.5), "renoise")
-    backbone = config.build(CPU, torch.float32, 0)
+    base = tiny_unet2d(tmp_path / "base")
+    tensors = make_old(base / "unet")
+    config = UNet2DConfig(path=str(base))
+    backbone: Any = config.build(CPU, torch.float32, 0)
     assert {name.removeprefix("network.") for name in backbone.weights()} == tensors.keys()
-    backbone.save_pipeline(backbone.load("student"), policy, tmp_path / "export")
-    exported = load_file(tmp_path / "export/unet" / FILE)
-    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
-    config.check_start(tmp_path / "export")
-
-    adapted = config.build(CPU, torch.float32, 0, RoleOptions(adapters={"student": LoraConfig(rank=2)}))
-    student = adapted.load("student")
-    adapted.save_values(student, gathered(student), policy, tmp_path / "merged", whole=True)
-    assert load_file(tmp_path / "merged/unet" / FILE).keys() == tensors.keys()
+    check_exports(config, "unet", tensors, tmp_path)
 
 
 def test_a_checkpoint_is_written_from_an_old_autoencoder(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from fastgen.objectives import Turn
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.registry import RecipeError
 from fastgen.run import checkpoint
+from fastgen.run.build import build
 from fastgen.run.checkpoint import CheckpointError
+from fastgen.run.distributed import start
 from fastgen.run.export import export_run
 from fastgen.run.interruption import EXIT_CODES, Interruption
 from fastgen.run.leftovers import REPLACED, leftovers, restore
@@ -33,6 +35,7 @@ from fastgen.run.lock import LOCK, lock, locked
 from fastgen.run.log import RunLog
 from fastgen.train import export, main, train, update
 
+DIGITS = Path(__file__).parents[1] / "recipes/digits_quickstart.yaml"
 RING = Path(__file__).parents[1] / "recipes/mixture_dmd2_4step.yaml"
 SHORT = [
     "backbone.fit_steps=0",
@@ -259,9 +262,22 @@ def test_data_that_changed_between_two_starts_are_named(run: Path, capsys: pytes
     words = "the data are not those that the run was started with"
     assert main(continued(run)) == 0 and words not in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgen.train.data_mark", lambda _: "another")
+        patch.setattr("fastgen.run.build.MARKED", 15)  # another hash
         assert main(continued(run, "train.steps=4")) == 0
     assert words in capsys.readouterr().out
+
+
+def test_other_data_have_another_mark(tmp_path: Path) -> None:
+    """Whatever is shown of them: a continued run may show more pictures."""
+
+    def mark(prompts: list[str], *changes: str) -> str:
+        data = f"data={{name: prompts, prompts: {prompts}}}"
+        recipe = load_recipe(DIGITS, [data, f"output_dir={tmp_path / 'run'}", "train.device=cpu", *changes])
+        return build(recipe, start(recipe)).data_mark
+
+    three = [f"the digit {word}" for word in ("one", "two", "three")]
+    assert mark(three) == mark(three, "train.num_samples=40", "health.num_samples=50")
+    assert mark(three) != mark([*three, "the digit four"])
 
 
 def test_a_run_may_be_watched_from_any_start_on(run: Path) -> None:

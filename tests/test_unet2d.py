@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_lcm
 from role_turns import check_turns
 from tiny_families import draws
+from tiny_pipelines import tiny_unet2d
 from torch import Tensor
 from variants import slow
 
@@ -34,21 +35,7 @@ STORED = [((1.0, 0.75, 0.5, 0.25), "renoise"), slow(((1.0, 0.5), "ode")), slow((
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the published ones: a DDPMScheduler that clips."""
-    folder = tmp_path_factory.mktemp("unet2d")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=16,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=4,
-            norm_num_groups=4,
-        ).eval()
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
-    return folder
+    return tiny_unet2d(tmp_path_factory.mktemp("unet2d"))
 
 
 def make(folder: Path, roles: RoleOptions | None = None, **options: Any) -> UNet2D:

@@ -8,7 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -142,3 +150,20 @@ def tiny_clip(cls: type, width: int = TEXT_WIDTH) -> Any:
         if "token_embedding" in name or "text_projection" in name:
             nn.init.normal_(parameter, std=1.0)
     return encoder.eval()
+
+
+def tiny_unet2d(folder: Path) -> Path:
+    """A DDPMPipeline, as the published ones: with a DDPMScheduler that clips."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ).eval()
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder

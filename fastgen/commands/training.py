@@ -96,10 +96,11 @@ def prepare(
         int, typer.Option(min=0, help="How many ODE pairs to make as well: a noise and the teacher's sample from it.")
     ] = 0,
     pair_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps that the teacher's own scheduler takes for an ODE pair; 50.")
+        int | None,
+        typer.Option(min=1, help="Steps that the teacher's own scheduler takes for an ODE pair. By default 50."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="The guidance scale of the teacher for ODE pairs; 1.")
+        float | None, typer.Option(min=0, help="The guidance scale of the teacher for ODE pairs. By default 1.")
     ] = None,
 ) -> None:
     """Encode a recipe's prompts and images once, into a folder to train on.

@@ -85,8 +85,8 @@ def check_measured(recipe: Recipe) -> None:
     else:
         return
     kept = [prompt for prompt in prompts if part is None or part.has(prompt)]
-    if not kept:
-        raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index if part else 0} (part)")
+    if part is not None and not kept:
+        raise ValueError(f"prompts: none of the {len(prompts)} is for student {part.index} (part)")
     for metric in metrics:
         metric.check_prompts(kept)
     for each in (config.quick(), config):

@@ -1,6 +1,7 @@
 """Builds a run from a recipe: networks, optimizers, state and data, and the run folder that it starts or continues."""
 
 import dataclasses
+import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -51,6 +52,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+MARKED = 16  # prompts that tell the data of a run from others
+
 
 class TrainingError(RuntimeError):
     """The run cannot continue. The message says what was observed and what to try."""
@@ -72,6 +75,7 @@ class TrainingRun:
     stream: Stream
     batches: Ahead
     prompts: list[str]  # the first prompts of the stream, for pictures and the watch
+    data_mark: str  # the hash of the first MARKED prompts, whose order depends on all of the data
     images: Conditioning | None  # what is told of their images, if the backbone takes some
     watch: Watch
 
@@ -221,6 +225,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
     if recipe.part is not None:
         stream = PartStream(stream, recipe.part)
     shown = 2000 if backbone.output == "points" else max(recipe.train.num_samples, recipe.health.num_samples)
+    prompts = stream.prompts(torch.arange(max(shown, MARKED)))
     return TrainingRun(
         recipe=recipe,
         accelerator=accelerator,
@@ -232,7 +237,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> TrainingRun:
         ema=Ema(built.average, networks.student, recipe.train.ema_decay),
         stream=stream,
         batches=batches(recipe, accelerator, backbone, stream),
-        prompts=stream.prompts(torch.arange(shown)),
+        prompts=prompts[:shown],
+        data_mark=hashlib.sha256("\n".join(prompts[:MARKED]).encode()).hexdigest(),
         images=stream.images(torch.arange(shown)),
         watch=Watch(recipe.health),
     )

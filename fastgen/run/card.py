@@ -1,6 +1,7 @@
 """The model card of an export: what the student is, how to call it, its pictures, its numbers and its recipe."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastgen.run.licence import licence_of
 from fastgen.sampling.sampler import METADATA
 
 PICTURES = {"teacher.png": "The teacher", "student.png": "The student"}  # in samples/ of the export
+STEP = re.compile(r"step_\d{8}\.png")  # the picture of a step in samples/ of the run
 TAGS = {("pixels", False): "text-to-image", ("frames", False): "text-to-video", ("frames", True): "image-to-video"}
 
 
@@ -36,7 +38,8 @@ def copy_pictures(run: Path, folder: Path, step: int) -> None:
     """Copies the run's picture of the teacher and the last one of the student up to this step into an export. There
     may be later ones, of a checkpoint that was set aside."""
     samples = run / "samples"
-    made = [file for file in samples.glob("step_*.png") if int(file.stem.removeprefix("step_")) <= step]
+    last = f"step_{step:08d}.png"  # whose name is in the order of the steps
+    made = [file for file in samples.glob("step_*.png") if STEP.fullmatch(file.name) and file.name <= last]
     found = {"teacher.png": samples / "teacher.png", "student.png": max(made, default=None)}
     for name, source in found.items():
         if source is not None and source.is_file():
